@@ -1,0 +1,47 @@
+# Every target does its own set-up: a clone, Python 3.11+ and git are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+
+.PHONY: demo test quick lint format docs types clean
+.DEFAULT_GOAL := help
+
+help:  ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11") if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed  ## fine-tune the small model that ships with the project, end to end
+	rm -rf $(DEMO)
+	$(BIN)/lorafit train demo/recipe.yaml --output $(DEMO)
+
+test: $(VENV)/installed-dev  ## the whole test suite
+	$(BIN)/python -m pytest
+
+quick: $(VENV)/installed-dev  ## the tests that take seconds
+	$(BIN)/python -m pytest -m 'not slow'
+
+lint: $(VENV)/installed-dev  ## formatter, linter and strict types, as CI runs them
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed-dev  ## format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/installed  ## regenerate docs/config.md from the schema
+	$(BIN)/lorafit config --markdown > docs/config.md
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

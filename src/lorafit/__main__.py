@@ -1,0 +1,5 @@
+"""`python -m lorafit` is `lorafit`."""
+
+from lorafit.cli.main import main
+
+main()

@@ -1,0 +1,40 @@
+"""`lorafit config`: every key with its type, default and meaning, as text or as a JSON Schema for editors."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def config(
+    key: Annotated[
+        str | None, typer.Argument(help="A key or section to explain, such as lora.rank.", show_default=False)
+    ] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a recipe.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference as Markdown.")] = False,
+) -> None:
+    """List the configuration keys, or explain one."""
+    import json
+
+    from lorafit.config import reference
+    from lorafit.config.load import nearest_key
+    from lorafit.config.schema import Config
+    from lorafit.errors import ConfigError
+    from lorafit.observe.terminal import table
+
+    if schema:
+        typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+        return
+    if markdown:
+        typer.echo(reference.markdown(), nl=False)
+        return
+    rows = [
+        [entry.name, entry.kind, entry.default, entry.help.replace("`", "")]
+        for section, _, entries in reference.sections()
+        for entry in entries
+        if key is None or key in (section, entry.name)
+    ]
+    if not rows:
+        raise ConfigError(f"there is no key `{key}`", hint=nearest_key(key or ""))
+    table(["key", "type", "default", "what it does"], rows)

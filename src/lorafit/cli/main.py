@@ -1,0 +1,66 @@
+"""The `lorafit` command: its verbs, how errors are shown, and exit codes (0 done, 2 user's error, 1 ours)."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from lorafit import __version__
+from lorafit.cli import config, generate, runs, train
+from lorafit.errors import LorafitError
+
+app = typer.Typer(
+    name="lorafit",
+    help="Fine-tune Llama-family models with LoRA on instruction data.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train.train)
+app.command("generate")(generate.generate)
+app.command("runs")(runs.runs)
+app.command("config")(config.config)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lorafit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    if debug:
+        os.environ["LORAFIT_DEBUG"] = "1"
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    try:
+        app()
+    except LorafitError as error:
+        if os.environ.get("LORAFIT_DEBUG"):
+            raise
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+        sys.exit(141)
+    except Exception as error:
+        if os.environ.get("LORAFIT_DEBUG"):
+            raise
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        print(" hint: this is a bug in lorafit; run with `lorafit --debug ...` and report it", file=sys.stderr)
+        sys.exit(1)

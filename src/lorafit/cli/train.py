@@ -1,0 +1,67 @@
+"""`lorafit train`: start a run from a recipe, overrides and flags, or resume one."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def train(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RECIPE] [SECTION.KEY=VALUE]...",
+            help="A recipe (a YAML file or a shipped name) and overrides. `lorafit config` lists the keys.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Base model: hub id or folder.", show_default=False)
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Rows: file, folder or hub data set; may be repeated.", show_default=False),
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="Run directory to make.", show_default=False)] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe file or shipped name.", show_default=False)
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Go on with a run directory.", show_default=False)
+    ] = None,
+) -> None:
+    """Fine-tune a model on instruction rows; leaves a run directory with a tested LoRA adapter.
+
+    lorafit train --model TinyLlama/TinyLlama-1.1B-Chat-v1.0 --data alpaca_data.json
+
+    lorafit train classic --data alpaca_data.json train.max_steps=100
+
+    lorafit train --resume runs/tinyllama
+    """
+    from lorafit.config.load import flag_overrides, load_config, recipe_file
+    from lorafit.errors import ConfigError
+
+    words = settings or []
+    recipes = [word for word in words if "=" not in word] + ([recipe] if recipe is not None else [])
+    overrides = [word for word in words if "=" in word]
+    flags = flag_overrides(model=model, data=data, output=output)
+    if resume is not None:
+        if recipes or overrides or flags:
+            raise ConfigError(
+                "--resume takes no other settings: a run goes on as it was started",
+                hint="start a new run with lora.init_from=RUN/adapter to change something",
+            )
+        from lorafit.train.run import resume_run
+
+        result = resume_run(resume)
+    else:
+        if len(recipes) > 1:
+            raise ConfigError(f"one recipe a run, not {len(recipes)}: {', '.join(recipes)}")
+        config = load_config(recipe_file(recipes[0]) if recipes else None, [*overrides, *flags])
+        from lorafit.train.run import start_run
+
+        result = start_run(config)
+    typer.echo(result.adapter if result.finished else result.path)
+    if not result.finished:
+        raise typer.Exit(130)

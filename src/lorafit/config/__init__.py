@@ -1,0 +1,1 @@
+"""Configuration: the schema of every key, and how recipe files and overrides become one Config."""

@@ -1,0 +1,193 @@
+"""Recipe file + `section.key=value` overrides -> Config, with every mistake reported at once and in its place."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from lorafit.config.schema import Config
+from lorafit.errors import ConfigError, Problem
+
+KeyPath = tuple[str, ...]
+FLAGS: dict[KeyPath, str] = {
+    ("model", "name"): "--model NAME",
+    ("data", "path"): "--data FILE",
+}
+
+
+def recipes_folder() -> Path:
+    """Where the recipes that ship with lorafit lie: beside the package when installed, else in the checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parents[1] / "recipes"
+
+
+def recipe_file(name: str) -> Path:
+    """The recipe called `name`: a path, or the name of one that ships with lorafit."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        if path.is_file():
+            return path
+        raise ConfigError(f"there is no recipe file `{name}`", hint=_shipped_hint(name))
+    shipped = recipes_folder() / f"{name}.yaml"
+    if shipped.is_file():
+        return shipped
+    raise ConfigError(f"there is no recipe `{name}`", hint=_shipped_hint(name))
+
+
+def load_config(recipe: Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """The Config of a recipe file with `section.key=value` overrides laid over it, in order.
+
+    Raises ConfigError that carries every unknown key, wrong value and missing key with its file and line.
+    """
+    values: dict[str, Any] = {}
+    places: dict[KeyPath, str] = {}
+    problems: list[Problem] = []
+    if recipe is not None:
+        values = _read_recipe(recipe, places, problems)
+    for override in overrides:
+        _apply(override, values, places, problems)
+    known_bad = {problem.place for problem in problems}
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        fresh = [_problem(detail, places) for detail in error.errors(include_url=False)]
+        problems += [problem for problem in fresh if not problem.place or problem.place not in known_bad]
+    if problems:
+        raise ConfigError.of(problems)
+    return config
+
+
+def flag_overrides(model: str | None, data: Sequence[str] | None, output: str | None) -> list[str]:
+    """What the common flags mean as overrides."""
+    given = {"model.name": model, "data.path": list(data) if data else None, "run.output": output}
+    return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+
+
+def nearest_key(name: str) -> str:
+    """A hint at the key that `name` probably means."""
+    return _nearest(name, list(keys()))
+
+
+def dump_config(config: Config) -> str:
+    """The whole config as YAML, every key, in the schema's order; `load_config` reads it back equal."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every key of the schema as `section.key`."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _read_recipe(path: Path, places: dict[KeyPath, str], problems: list[Problem]) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"cannot read the recipe: {reason}", place=str(path)) from None
+    if len(text) > 1_000_000:
+        raise ConfigError("a recipe is at most 1 MB", place=str(path), hint="is this the data file?")
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ConfigError("aliases (`*name`) are not allowed in a recipe", place=str(path))
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise ConfigError(
+            f"the recipe is not valid YAML: {getattr(error, 'problem', None) or 'cannot parse it'}",
+            place=place,
+            hint="a recipe is sections of `key: value` lines, see `lorafit config`",
+        ) from None
+    except (ValueError, RecursionError):
+        raise ConfigError("the recipe is not valid YAML", place=str(path)) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError("a recipe is a mapping of sections", place=f"{path}:1", hint="for example `lora:`")
+    _note_lines(node, (), path, places, problems)
+    return values
+
+
+def _note_lines(
+    node: yaml.Node | None, at: KeyPath, path: Path, places: dict[KeyPath, str], problems: list[Problem]
+) -> None:
+    """Remember the line of every key; a key given twice in one mapping is a problem."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key_node, value_node in node.value:
+        key = (*at, str(key_node.value))
+        place = f"{path}:{key_node.start_mark.line + 1}"
+        if key in places:
+            problems.append(Problem(f"`{'.'.join(key)}` is given twice", place, "keep one of the two"))
+        places[key] = place
+        _note_lines(value_node, key, path, places, problems)
+
+
+def _apply(
+    override: str, values: dict[str, Any], places: dict[KeyPath, str], problems: list[Problem]
+) -> None:
+    name, equals, text = override.partition("=")
+    key = tuple(name.strip().split("."))
+    place = f"`{override}` on the command line"
+    if not equals or len(key) != 2 or not all(key):
+        problems.append(Problem("an override is `section.key=value`", place, "for example `lora.rank=8`"))
+        return
+    try:
+        value = yaml.safe_load(text) if text.strip() else ""
+    except (yaml.YAMLError, ValueError, RecursionError):
+        value = text
+    section = values.setdefault(key[0], {})
+    if not isinstance(section, dict):
+        values[key[0]] = section = {}
+    section[key[1]] = value
+    places[key] = place
+
+
+def _problem(detail: Mapping[str, Any], places: dict[KeyPath, str]) -> Problem:
+    """One pydantic complaint in our words: key, place, and what would be right."""
+    where = tuple(str(part) for part in detail["loc"])
+    place = next((places[where[:n]] for n in range(len(where), 0, -1) if where[:n] in places), "")
+    name = ".".join(where)
+    if detail["type"] == "extra_forbidden":
+        known = list(keys()) + list(Config.model_fields)
+        return Problem(f"unknown key `{name}`", place, _nearest(name, known))
+    if detail["type"] == "missing":
+        section_missing = where in {("model",), ("data",)}
+        key = (*where, "name" if where == ("model",) else "path") if section_missing else where
+        flag = FLAGS.get(key)
+        return Problem(
+            f"`{'.'.join(key)}` is missing", place, f"give `{flag}` or set it in the recipe" if flag else ""
+        )
+    message = detail["msg"].removeprefix("Value error, ")
+    if not where:
+        return Problem(message, hint="see `lorafit config`")
+    message = message[:1].lower() + message[1:]
+    return Problem(f"`{name}`: {message}", place, f"`lorafit config {name}` explains it")
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    """`did you mean ...`, by whole name first, then by the last part in whatever section it lives."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    if not close:
+        by_last = {key.rpartition(".")[2]: key for key in known}
+        last = difflib.get_close_matches(name.rpartition(".")[2], list(by_last), n=1, cutoff=0.6)
+        close = [by_last[last[0]]] if last else difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean `{close[0]}`?" if close else "`lorafit config` lists the keys"
+
+
+def _shipped_hint(name: str) -> str:
+    shipped = sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+    close = difflib.get_close_matches(Path(name).stem, shipped, n=1)
+    return f"did you mean `{close[0]}`?" if close else f"recipes that ship with lorafit: {', '.join(shipped)}"

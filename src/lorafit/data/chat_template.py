@@ -1,0 +1,240 @@
+"""A model's Jinja chat template: rendered in a sandbox, and each turn's content located in what it renders.
+
+The rendered text is the truth. A second rendering, with placeholders as contents, gives the template's own
+text between the contents; the two are then matched. What does not match exactly is refused, never guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date as Date
+from typing import Any, Literal
+
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from lorafit.data.formats import Message
+from lorafit.data.tokenizer import HOLE
+from lorafit.errors import DataError, ModelError
+
+MAX_CHARACTERS = 4_000_000
+MAX_LOOP_STEPS = 1_000_000
+_MAX_KNOWN_SHAPES = 4096
+_THINK, _END_THINK = "<think>\n", "\n</think>\n\n"
+_HOLE = re.compile(f"(?P<think>{_THINK}{HOLE}r{HOLE}{_END_THINK})?{HOLE}(?P<turn>\\d+){HOLE}")
+
+Kind = Literal["empty", "plain", "thinking"]
+Shape = tuple[
+    tuple[str, Kind], ...
+]  # role and kind of content of every turn: all that a template may branch on
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of a rendered conversation: the content of a turn of `role`, or template text (None)."""
+
+    text: str
+    role: str | None
+
+
+class ChatTemplate:
+    """One chat template with the token texts and the date (YYYY-MM-DD) that it may ask for."""
+
+    def __init__(self, source: str, *, bos: str | None, eos: str | None, date: str) -> None:
+        """Raises ModelError with the line of a syntax error."""
+        self._environment = _Environment(Date.fromisoformat(date))
+        self._variables = {
+            name: text for name, text in (("bos_token", bos), ("eos_token", eos)) if text is not None
+        }
+        self._shapes: dict[Shape, list[tuple[str, int | None, bool]]] = {}
+        try:
+            self._template = self._environment.from_string(source)
+        except (
+            Exception
+        ) as error:  # mostly TemplateSyntaxError; a hostile template can break the compiler too
+            place = f"chat template line {getattr(error, 'lineno', 1)}"
+            raise ModelError(f"the chat template is not valid Jinja: {error}", place=place) from error
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The conversation as text, as transformers' apply_chat_template renders it.
+
+        Raises DataError with the template's own message, or with the line of the template that failed.
+        """
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        self._environment.steps = 0
+        pieces: list[str] = []
+        size = 0
+        try:
+            for piece in self._template.generate(
+                messages=turns, add_generation_prompt=False, tools=None, documents=None, **self._variables
+            ):
+                pieces.append(piece)
+                size += len(piece)
+                if size > MAX_CHARACTERS:
+                    raise TemplateError(f"renders more than {MAX_CHARACTERS:,} characters")
+        except Exception as error:  # a template is a program: anything may come out of it
+            lines = [
+                frame.lineno
+                for frame in traceback.extract_tb(error.__traceback__)
+                if "<template>" in frame.filename
+            ]
+            place = f"chat template line {lines[-1]}" if lines else "chat template"
+            hint = "change the conversation to what the template accepts, or give another with data.template"
+            raise DataError(f"the chat template refuses the row: {error}", place=place, hint=hint) from error
+        return "".join(pieces)
+
+    def parts(self, messages: Sequence[Message]) -> list[Part]:
+        """The rendered conversation cut into contents and template text; joined they are `render(messages)`.
+
+        A content may be stripped of blanks or, for an assistant turn, of its thinking. Every assistant turn
+        is there exactly once. Raises DataError when the template changes a content in any other way.
+        """
+        text = self.render(messages)
+        holes = self._holes(messages)
+        parts: list[Part] = []
+        located: list[int] = []
+        at = 0
+        for index, (before, turn, with_thinking) in enumerate(holes):
+            following = holes[index + 1][0] if index + 1 < len(holes) else ""
+            if not text.startswith(before, at):
+                raise self._lost(messages, turn)
+            parts.append(Part(before, None))
+            at += len(before)
+            if turn is None:
+                break
+            forms = _forms(messages[turn].content, with_thinking)
+            found = next((form for form in forms if text.startswith(form + following, at)), None)
+            if found is None:
+                raise self._lost(messages, turn)
+            parts.append(Part(found, messages[turn].role))
+            located += [turn] if messages[turn].role == "assistant" else []
+            at += len(found)
+        answers = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
+        if at < len(text) or sorted(located) != answers:
+            raise self._lost(messages, None)
+        return [part for part in parts if part.text]
+
+    def _holes(self, messages: Sequence[Message]) -> list[tuple[str, int | None, bool]]:
+        """(template text, number of the turn after it, whether with thinking); the last without a turn."""
+        shape: Shape = tuple((message.role, _kind(message)) for message in messages)
+        if shape in self._shapes:
+            return self._shapes[shape]
+        text = self.render(
+            [
+                Message(message.role, _placeholder(turn, kind))
+                for turn, (message, (_, kind)) in enumerate(zip(messages, shape, strict=True))
+            ]
+        )
+        holes: list[tuple[str, int | None, bool]] = []
+        at = 0
+        for match in _HOLE.finditer(text):
+            holes.append((text[at : match.start()], int(match["turn"]), match["think"] is not None))
+            at = match.end()
+        holes.append((text[at:], None, False))
+        if len(self._shapes) < _MAX_KNOWN_SHAPES:
+            self._shapes[shape] = holes
+        return holes
+
+    @staticmethod
+    def _lost(messages: Sequence[Message], turn: int | None) -> DataError:
+        which = f"turn {turn + 1} ({messages[turn].role})" if turn is not None else "every turn"
+        hint = "remove the row, or give a template that keeps contents as they are with data.template"
+        return DataError(f"{which} cannot be found exactly in what the chat template renders", hint=hint)
+
+
+def _kind(message: Message) -> Kind:
+    if not message.content:
+        return "empty"
+    return "thinking" if message.role == "assistant" and "</think>" in message.content else "plain"
+
+
+def _placeholder(turn: int, kind: Kind) -> str:
+    if kind == "empty":
+        return ""
+    hole = f"{HOLE}{turn}{HOLE}"
+    return f"{_THINK}{HOLE}r{HOLE}{_END_THINK}{hole}" if kind == "thinking" else hole
+
+
+def _forms(content: str, with_thinking: bool) -> Iterable[str]:
+    """What a template may make of a content, the most faithful first."""
+    yield from (content, content.rstrip(), content.lstrip(), content.strip())
+    if "</think>" in content:
+        thinking, answer = content.rsplit("</think>", 1)
+        if with_thinking:
+            thinking = thinking.rsplit("<think>", 1)[-1].strip("\n")
+            yield from (
+                f"{_THINK}{thinking}{_END_THINK}{form}" for form in (answer.lstrip("\n"), answer.strip())
+            )
+        else:
+            yield from (answer, answer.lstrip("\n"), answer.strip())
+
+
+class _Generation(Extension):
+    """`{% generation %}` blocks: accepted; what the assistant says is found by position instead."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as an instance attribute)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(
+            line
+        )
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox that templates of the field expect, with limits on loops and on multiplied text."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def __init__(self, date: Date) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+        self.steps = 0
+        self.filters["tojson"] = _to_json
+        self.filters["_counted"] = self._counted
+        self.globals["raise_exception"] = _raise
+        self.globals["strftime_now"] = date.strftime
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+        tree = super()._parse(source, name, filename)
+        for loop in tree.find_all(nodes.For):
+            loop.iter = nodes.Filter(loop.iter, "_counted", [], [], None, None, lineno=loop.lineno)
+        return tree
+
+    def _counted(self, items: Iterable[Any]) -> Iterator[Any]:
+        for item in items:
+            self.steps += 1
+            if self.steps > MAX_LOOP_STEPS:
+                raise TemplateError(f"loops more than {MAX_LOOP_STEPS:,} times")
+            yield item
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Products and powers, as long as they stay small: `"a" * 10 ** 12` is no way to end a run."""
+        sizes = [
+            float(len(value) if isinstance(value, str | list | tuple) else value) for value in (left, right)
+        ]
+        if abs(sizes[0] * sizes[1] if operator == "*" else sizes[0] ** sizes[1]) > MAX_CHARACTERS:
+            raise TemplateError(f"`{operator}` makes more than {MAX_CHARACTERS:,}")
+        return super().call_binop(context, operator, left, right)
+
+
+def _raise(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """transformers' filter: Jinja's own escapes HTML characters."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

@@ -1,0 +1,80 @@
+"""Which rows each optimizer step trains on: a pure function of the seed and the step, so that a resume is exact."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+
+
+def split_holdout(num_rows: int, holdout: float, seed: int) -> tuple[Indices, Indices]:
+    """(training rows, held-out rows), each in file order.
+
+    `holdout` is a share below 1 or a number of rows; never more than a tenth of all is held out.
+    """
+    wanted = round(num_rows * holdout) if holdout < 1 else int(holdout)
+    count = min(wanted, num_rows // 10)
+    held = np.sort(np.random.default_rng([seed, 0x48]).permutation(num_rows)[:count])
+    return np.setdiff1d(np.arange(num_rows), held), held
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """The order of an epoch and its cut into steps.
+
+    `groups` are the row indices of each source, `weights` how often an epoch sees each (2 is twice, 0.5 a
+    different random half every epoch). A step takes `batch_size` rows; an epoch's last step takes what is left.
+    """
+
+    groups: Sequence[Indices]
+    weights: Sequence[float]
+    batch_size: int
+    seed: int
+    shuffle: bool
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows that one epoch trains on, repetitions counted."""
+        return sum(round(len(group) * weight) for group, weight in zip(self.groups, self.weights, strict=True))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps an epoch."""
+        return math.ceil(self.rows_per_epoch / self.batch_size)
+
+    def num_steps(self, epochs: float, max_steps: int | None) -> int:
+        """Optimizer steps of the whole run."""
+        return max_steps if max_steps is not None else math.ceil(epochs * self.steps_per_epoch)
+
+    def rows(self, step: int) -> Indices:
+        """Row indices that step number `step` (from 0) trains on."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return self._epoch(epoch)[within * self.batch_size : (within + 1) * self.batch_size]
+
+    def epoch_at(self, step: int) -> float:
+        """Passes over the rows once `step` steps are done."""
+        return step / self.steps_per_epoch
+
+    def _epoch(self, epoch: int) -> Indices:
+        return _epoch_rows(self, epoch)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_rows(order: RowOrder, epoch: int) -> Indices:
+    random = np.random.default_rng([order.seed, 0x4F, epoch])
+    parts = []
+    for group, weight in zip(order.groups, order.weights, strict=True):
+        copies, extra = divmod(round(len(group) * weight), len(group)) if len(group) else (0, 0)
+        parts += [group] * copies
+        parts.append(np.sort(random.permutation(group)[:extra]))
+    rows = np.concatenate(parts)
+    return random.permutation(rows) if order.shuffle else rows

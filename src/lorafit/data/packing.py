@@ -1,0 +1,70 @@
+"""Rows of one optimizer step laid end to end into as few passes as fit: no padding, exact document borders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+TokenRow = tuple[NDArray[np.uint32], NDArray[np.bool_]]  # ids and which of them are trained, one row
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """The arrays of one forward pass.
+
+    `ids` (tokens,) are the inputs, `lengths` the documents' token counts in order, `predict` (targets,) the
+    positions whose next token is supervised, `targets` (targets,) those next tokens. A row's last trained token
+    is a target only, so it and what follows it are no inputs: `num_tokens` counts the rows' tokens in full.
+    """
+
+    ids: NDArray[np.int64]
+    lengths: tuple[int, ...]
+    predict: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    num_tokens: int
+
+
+def make_packs(rows: Sequence[TokenRow], capacity: int, packing: bool = True) -> list[Pack]:
+    """Packs of at most `capacity` tokens that hold every row once; a longer row gets a pack of its own.
+
+    Without `packing` each row is a pack. How rows are laid out never changes the sum of the losses.
+    """
+    lengths = [len(ids) for ids, _ in rows]
+    bins = best_fit(lengths, capacity) if packing else [[index] for index in range(len(rows))]
+    return [_lay(rows[index] for index in members) for members in bins]
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of `lengths` in bins of at most `capacity`: best-fit decreasing, ties in order, deterministic."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fitting = [b for b, left in enumerate(room) if left >= lengths[index]]
+        if fitting:
+            best = min(fitting, key=lambda b: (room[b], b))
+            bins[best].append(index)
+            room[best] -= lengths[index]
+        else:
+            bins.append([index])
+            room.append(capacity - lengths[index])
+    return bins
+
+
+def _lay(rows: Iterable[TokenRow]) -> Pack:
+    inputs, lengths, predict, targets = [], [], [], []
+    at = num_tokens = 0
+    for ids, trained in rows:
+        target_at = np.flatnonzero(trained[1:]) + 1  # the first token has nothing before it to predict it from
+        length = int(target_at[-1]) if len(target_at) else len(ids)
+        inputs.append(ids[:length].astype(np.int64))
+        predict.append(at + target_at - 1)
+        targets.append(ids[target_at].astype(np.int64))
+        lengths.append(length)
+        at += length
+        num_tokens += len(ids)
+    return Pack(
+        np.concatenate(inputs), tuple(lengths), np.concatenate(predict), np.concatenate(targets), num_tokens
+    )

@@ -1,0 +1,363 @@
+"""A Hugging Face tokenizer in which control tokens arise only from the template, never from content.
+
+How: the tokenizer is loaded as a copy in which every special token carries a private name that holds
+noncharacters. Template text has its control tokens replaced by the private names (`protect`); content stays
+as it is, so `</s>` typed by a user is plain text to the copy. A whole text is encoded in one go, so that
+normalisers, pre-tokenizers and merges work exactly as in the original. `BORDER`, a further private token,
+cuts a text where inference does: what comes before is encoded as if it stood alone, what follows as its
+continuation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as RustTokenizer
+
+from lorafit.errors import ModelError
+
+# Noncharacters that Unicode reserves for use inside a program; data that holds one is refused.
+_OPEN, _CLOSE, BORDER, HOLE = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
+_RESERVED = re.compile("[\ufdd0-\ufdd3]")
+_DECIDING_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_MAX_PROTECTED = 4096
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """A control token: its public text and its id."""
+
+    text: str
+    id: int
+
+
+def reserved(text: str) -> str:
+    """The first character of `text` that is reserved for the private names, as `U+FDD0`; "" if none."""
+    if text.isascii():
+        return ""
+    match = _RESERVED.search(text)
+    return f"U+{ord(match.group()):04X}" if match else ""
+
+
+class Tokenizer:
+    """Text to ids and back for one Hugging Face model folder.
+
+    Attributes: `bos` and `eos` (None where the model has none), `adds_bos` (whether texts start with BOS),
+    `stop_ids` (the ids that end an answer according to the model), `control` (text to id of every special
+    token but the unknown one), `vocab_size`, `chat_template` (Jinja source or None), `sha256` (of the files
+    that decide tokenisation).
+    """
+
+    def __init__(
+        self,
+        spec: dict[str, Any],
+        *,
+        config: Mapping[str, Any],
+        generation: Mapping[str, Any],
+        chat_template: str | None,
+        sha256: str,
+    ) -> None:
+        """`spec`, `config` and `generation` are the contents of tokenizer.json, tokenizer_config.json and
+        generation_config.json; `spec` is changed in place."""
+        names = {key: _token_text(config.get(key)) for key in _NAMED_TOKENS}
+        specials = _specials(spec, config, [name for name in names.values() if name])
+        self._private = {text: f"{_OPEN}{index}{_CLOSE}" for index, text in enumerate(specials)}
+        self._public = {private: text for text, private in self._private.items()}
+        unknown = _unknown(spec["model"])
+        adds_bos = config.get("add_bos_token")
+        self.adds_bos = (
+            _adds(spec.get("post_processor"), names["bos_token"]) if adds_bos is None else bool(adds_bos)
+        )
+        _rename(spec, self._private)
+        self._prefix = _take_prefix(spec, legacy=config.get("legacy") is not False)
+        self._rust = RustTokenizer.from_str(json.dumps(spec))
+        self.vocab_size: int = self._rust.get_vocab_size(with_added_tokens=True)
+        self._rust.add_special_tokens([BORDER])
+        self._border_id = self._id(BORDER)
+
+        self.control = {text: self._id(private) for text, private in self._private.items() if text != unknown}
+        self._control_ids = frozenset(self.control.values())
+        self._protected: dict[str, str] = {}
+        self._control_pattern = _either(self.control)
+        self.bos = self._named(names["bos_token"])
+        self.eos = self._named(names["eos_token"])
+        self.adds_bos = self.adds_bos and self.bos is not None
+        declared = generation.get("eos_token_id")
+        also = [declared] if isinstance(declared, int) else list(declared or [])
+        self.stop_ids = tuple(dict.fromkeys([*([self.eos.id] if self.eos else []), *also]))
+        self.chat_template = chat_template
+        self.sha256 = sha256
+
+    @classmethod
+    def from_folder(cls, path: Path) -> Tokenizer:
+        """The tokenizer of the model in folder `path`; ModelError says which file is missing or unusable."""
+        if not (path / "tokenizer.json").is_file():
+            raise ModelError("tokenizer.json is missing", place=str(path), hint=_missing_hint(path))
+        spec = _json(path / "tokenizer.json")
+        config = {**_json(path / "special_tokens_map.json"), **_json(path / "tokenizer_config.json")}
+        digest = hashlib.sha256()
+        for name in _DECIDING_FILES:
+            if (path / name).is_file():
+                content = (path / name).read_bytes()
+                digest.update(f"{name} {len(content)}\n".encode() + content)
+        try:
+            return cls(
+                spec,
+                config=config,
+                generation=_json(path / "generation_config.json"),
+                chat_template=_chat_template(path, config),
+                sha256=digest.hexdigest(),
+            )
+        except ModelError:
+            raise
+        except Exception as error:  # the Rust library raises plain Exception
+            hint = "download the model again, or save it with transformers' save_pretrained"
+            raise ModelError(
+                f"cannot be used: {error}", place=str(path / "tokenizer.json"), hint=hint
+            ) from error
+
+    def protect(self, template_text: str) -> str:
+        """`template_text` with its control tokens under their private names. Never give content to this."""
+        known = self._protected.get(template_text)
+        if known is None:
+            known = self._control_pattern.sub(lambda match: self._private[match.group()], template_text)
+            if len(self._protected) < _MAX_PROTECTED:  # templates repeat the same few texts in every row
+                self._protected[template_text] = known
+        return known
+
+    def public(self, text: str) -> str:
+        """A protected text as the user knows it."""
+        if BORDER in text:
+            text = text.replace(BORDER, "")
+        if _OPEN not in text:
+            return text
+        return re.sub(f"{_OPEN}\\d+{_CLOSE}", lambda match: self._public[match.group()], text)
+
+    def leading_control(self, protected: str) -> Control | None:
+        """The control token that a protected text starts with, blanks aside."""
+        match = re.match(f"\\s*({_OPEN}\\d+{_CLOSE})", protected)
+        return self._named(self._public[match[1]]) if match else None
+
+    def encode(self, content: str) -> list[int]:
+        """The ids of plain content, without BOS and without any control token."""
+        return next(self.encode_batch([content]))[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[int]]]:
+        """For each text (protected template text and plain content): its ids, and the positions in the ids of
+        its BORDERs, which are not ids themselves. No BOS or EOS is added.
+        """
+        inputs = [self._prefix.add(text) for text in texts] if self._prefix else list(texts)
+        for text, encoding in zip(
+            texts, self._rust.encode_batch_fast(inputs, add_special_tokens=False), strict=True
+        ):
+            ids: list[int] = encoding.ids
+            borders: list[int] = []
+            for _ in range(text.count(BORDER)):
+                borders.append(ids.index(self._border_id, borders[-1] if borders else 0))
+                del ids[borders[-1]]
+            if sum(map(self._control_ids.__contains__, ids)) != text.count(_OPEN):
+                raise ModelError("the tokenizer does not read the template's control tokens one by one")
+            yield ids, borders
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """The text of `ids`; control tokens by their public text, or left out."""
+        text: str = self._rust.decode(list(ids), skip_special_tokens=skip_special)
+        return self.public(text)
+
+    def stream_decoder(self) -> StreamDecoder:
+        """A decoder to be fed the ids of one answer as they come."""
+        return StreamDecoder(self)
+
+    def _id(self, token: str) -> int:
+        number = self._rust.token_to_id(token)
+        assert number is not None
+        return int(number)
+
+    def _named(self, text: str | None) -> Control | None:
+        return Control(text, self.control[text]) if text in self.control and text is not None else None
+
+
+class StreamDecoder:
+    """Turns ids into text piece by piece; a character spread over several ids comes out when it is whole."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[
+            int
+        ] = []  # from the last id shown before the newest piece: decoding depends on neighbours
+        self._num_shown = 0
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes, often "" in the middle of a character."""
+        self._ids.append(token_id)
+        return self._piece(final=False)
+
+    def finish(self) -> str:
+        """What is left at the end, such as half a character."""
+        return self._piece(final=True)
+
+    def _piece(self, final: bool) -> str:
+        shown = self._tokenizer.decode(self._ids[: self._num_shown], skip_special=True)
+        text = self._tokenizer.decode(self._ids, skip_special=True)
+        if len(text) <= len(shown) or (text.endswith("\ufffd") and not final):
+            return ""
+        del self._ids[: self._num_shown]
+        self._num_shown = len(self._ids)
+        return text[len(shown) :]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefix:
+    """The blank that SentencePiece-like tokenizers put before a text; put by us: none may follow a BORDER.
+
+    `first_only`: before the start of the text only, else before every stretch between control tokens too;
+    `unless`: characters that make it superfluous.
+    """
+
+    text: str
+    first_only: bool
+    unless: str
+
+    def add(self, text: str) -> str:
+        if BORDER not in text and _OPEN not in text:  # the plain case, and the hot one
+            return self.text + text if text and text[0] not in self.unless else text
+        place = "^" if self.first_only else f"(?:^|(?<={_CLOSE}))"
+        return re.sub(
+            f"{place}({BORDER}*)(?=[^{BORDER}{_OPEN}{re.escape(self.unless)}])", rf"\1{self.text}", text
+        )
+
+
+def _take_prefix(spec: dict[str, Any], legacy: bool) -> _Prefix | None:
+    """Removes from `spec` whatever prepends a blank to texts, and says how to do the same."""
+    for step in _steps(spec.get("pre_tokenizer")):
+        if step["type"] == "Metaspace":
+            default = "always" if step.pop("add_prefix_space", True) else "never"
+            scheme, step["prepend_scheme"] = step.get("prepend_scheme", default), "never"
+            blank = step["replacement"]
+            return None if scheme == "never" else _Prefix(blank, scheme == "first", f" {blank}")
+        if step["type"] == "ByteLevel" and step.get("add_prefix_space"):
+            step["add_prefix_space"] = False
+            return _Prefix(" ", False, " ")
+    for step in _steps(spec.get("normalizer")):
+        if step["type"] == "Prepend":
+            # Without "legacy", transformers prepends to the start of a text only, whatever the file says.
+            step.update(type="Replace", pattern={"String": step["prepend"]}, content=step["prepend"])
+            return _Prefix(step.pop("prepend"), not legacy, "")
+    return None
+
+
+def _steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """A normalizer, pre-tokenizer or post-processor as its plain steps."""
+    if part is None:
+        return
+    nested = part.get("normalizers") or part.get("pretokenizers") or part.get("processors")
+    if nested is None:
+        yield part
+    for step in nested or []:
+        yield from _steps(step)
+
+
+def _adds(post_processor: dict[str, Any] | None, bos: str | None) -> bool:
+    """Whether the post-processor starts texts with `bos`."""
+    for step in _steps(post_processor):
+        if step["type"] == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
+            return bool(step["single"][0]["SpecialToken"]["id"] == bos)
+    return False
+
+
+def _specials(spec: dict[str, Any], config: Mapping[str, Any], named: Sequence[str]) -> list[str]:
+    """The texts of all special tokens; `spec` gains those that only the config declares."""
+    vocab = spec["model"]["vocab"]
+    known = vocab if isinstance(vocab, dict) else {entry[0]: number for number, entry in enumerate(vocab)}
+    added = {token["content"]: token for token in spec["added_tokens"]}
+    declared = sorted(config.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))
+    for number, token in declared:
+        added.setdefault(token["content"], {**token, "id": int(number)})
+    for text in named:
+        if text in known:
+            added.setdefault(text, {"content": text, "id": known[text]})
+        if text in added:
+            added[text]["special"] = True
+    defaults = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    spec["added_tokens"] = [{**defaults, **token} for token in added.values()]
+    return [token["content"] for token in spec["added_tokens"] if token["special"]]
+
+
+def _unknown(model: Mapping[str, Any]) -> str | None:
+    """The token that stands for characters the model does not know; it alone may arise from content."""
+    if isinstance(model.get("unk_id"), int):
+        return str(model["vocab"][model["unk_id"]][0])
+    return model.get("unk_token")
+
+
+def _rename(spec: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Gives the special tokens of `spec` their private names, and drops what adds or cuts tokens."""
+    model = spec["model"]
+    for token in spec["added_tokens"]:
+        if token["content"] in names:
+            token.update(content=names[token["content"]], normalized=False)
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(text, text): number for text, number in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
+    if "merges" in model:
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+        # A merge that makes a control token out of letters is the one thing that must not be.
+        model["merges"] = [
+            [a, b] for a, b in pairs if a not in names and b not in names and a + b not in names
+        ]
+    if isinstance(model.get("unk_token"), str):
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    spec.update(post_processor=None, truncation=None, padding=None)
+
+
+def _either(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of `texts`, the longest first; nothing if there are none."""
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or r"(?!)")
+
+
+def _token_text(value: object) -> str | None:
+    """A token as configs write it: text, or an object with `content`."""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) and text else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} where the file does not exist."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ModelError(f"is not JSON: {error}", place=str(path), hint="download the model again") from error
+    if not isinstance(value, dict):
+        raise ModelError("is not a JSON object", place=str(path), hint="download the model again")
+    return value
+
+
+def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
+    """The model's chat template: its own file, else the one in the config; of several, the default."""
+    if (path / "chat_template.jinja").is_file():
+        return (path / "chat_template.jinja").read_text(encoding="utf-8")
+    template = _json(path / "chat_template.json").get("chat_template") or config.get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template if isinstance(template, str) and template else None
+
+
+def _missing_hint(path: Path) -> str:
+    if not path.is_dir():
+        return "no such folder: check the path of the model"
+    if (path / "tokenizer.model").is_file():
+        return (
+            "the folder has only a SentencePiece model; convert it once with transformers: "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
+    return "download the model again with all its tokenizer files"

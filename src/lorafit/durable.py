@@ -1,0 +1,201 @@
+"""Folders that are either whole and verified or not there: stage, sync, manifest, rename, read back.
+
+A committed folder holds `manifest.json`, written last, with the size and SHA-256 of every other file and the
+caller's facts. The order of calls (files, manifest, folder, rename, parent) is what makes a crash at any point
+leave the old state or the new one, never a mixture (Pillai et al., OSDI 2014, on what file systems promise).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lorafit.errors import RunError
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+_STAGING, _OLD = ".staging-", ".old-"
+
+
+def commit_folder(folder: Path, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
+    """Make `folder` hold exactly what `write(staging)` writes, all of it or nothing.
+
+    Files in `folder` may be nested one level or more; `facts` is stored in the manifest. An existing `folder`
+    is replaced. Raises RunError, with what was there before untouched, when anything cannot be written.
+    """
+    staging = folder.with_name(_STAGING + folder.name)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        write(staging)
+        files = {}
+        for path in _files(staging):
+            _sync(path)
+            files[path.relative_to(staging).as_posix()] = {
+                "size": path.stat().st_size,
+                "sha256": sha256_file(path),
+            }
+        manifest = {"schema": SCHEMA, "files": files, "facts": dict(facts)}
+        _write_synced(staging / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        for directory in sorted({staging, *(path.parent for path in _files(staging))}, reverse=True):
+            _sync(directory)
+        if folder.exists():
+            old = folder.with_name(_OLD + folder.name)
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+            staging.rename(folder)
+            _sync(folder.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            staging.rename(folder)
+            _sync(folder.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            shutil.rmtree(staging, ignore_errors=True)
+        raise RunError(
+            f"cannot save `{folder.name}`: {error.strerror or error}",
+            place=str(error.filename or folder),
+            hint="free space or fix the disk, then `lorafit train --resume` goes on from the last checkpoint",
+        ) from error
+    if faults := verify_folder(folder):
+        raise RunError(
+            f"what was written to `{folder.name}` does not read back: {faults[0]}",
+            place=str(folder),
+            hint="the disk or its driver is not to be trusted; older checkpoints are untouched",
+        )
+
+
+def verify_folder(folder: Path) -> list[str]:
+    """What is wrong with a committed folder, in words; empty when every byte is as it was written."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        schema, listed = manifest["schema"], manifest["files"]
+        entries = {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()}
+    except FileNotFoundError:
+        return [f"`{MANIFEST}` is missing"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [f"`{MANIFEST}` cannot be read"]
+    if schema != SCHEMA:
+        return [f"`{MANIFEST}` has schema {schema}, this lorafit reads {SCHEMA}"]
+    faults = []
+    present = {path.relative_to(folder).as_posix() for path in _files(folder)} - {MANIFEST}
+    faults += [f"`{name}` is missing" for name in sorted(entries.keys() - present)]
+    faults += [f"`{name}` is not in the manifest" for name in sorted(present - entries.keys())]
+    for name in sorted(entries.keys() & present):
+        size, digest = entries[name]
+        path = folder / name
+        if path.stat().st_size != size:
+            faults.append(f"`{name}` has {path.stat().st_size} bytes, {size} were written")
+        elif sha256_file(path) != digest:
+            faults.append(f"`{name}` has changed since it was written (SHA-256 differs)")
+    return faults
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """The facts stored with a committed folder; call after `verify_folder` found nothing."""
+    facts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["facts"]
+    assert isinstance(facts, dict)
+    return facts
+
+
+def clean_orphans(parent: Path) -> list[str]:
+    """Remove what a crash left of unfinished commits below `parent`; bring back a folder that was being replaced."""
+    removed = []
+    if not parent.is_dir():
+        return removed
+    for path in sorted(parent.iterdir()):
+        if path.name.startswith(_OLD):
+            whole = path.with_name(path.name.removeprefix(_OLD))
+            if not whole.exists():
+                path.rename(whole)
+                continue
+        elif not path.name.startswith(_STAGING):
+            continue
+        shutil.rmtree(path, ignore_errors=True)
+        removed.append(path.name)
+    return removed
+
+
+def write_file(path: Path, text: str) -> None:
+    """Replace one small text file atomically and durably. Raises RunError."""
+    temporary = path.with_name(_STAGING + path.name)
+    try:
+        _write_synced(temporary, text)
+        temporary.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise RunError(f"cannot write `{path.name}`: {error.strerror or error}", place=str(path)) from error
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Hold the file `path` for this process alone; the operating system frees it when the process ends.
+
+    Raises RunError when another living process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: no lock, nothing else changes
+        yield
+        return
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            holder = file.read(32).strip()
+            raise RunError(
+                "another process is writing this run" + (f" (process {holder})" if holder else ""),
+                place=str(path.parent),
+                hint="wait for it, stop it, or give another --output",
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a living process holds the lock file `path`."""
+    if not path.exists():
+        return False
+    try:
+        with lock(path):
+            return False
+    except RunError:
+        return True
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    """fsync a file, or a folder where the system allows it."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

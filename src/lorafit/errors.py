@@ -1,0 +1,80 @@
+"""The errors of lorafit: each problem says what is wrong, where it is, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong.
+
+    `place` is a file, line, row or key (`alpaca.json row 17`, `recipe.yaml:4`), `hint` what to do; both may
+    be empty.
+    """
+
+    message: str
+    place: str = ""
+    hint: str = ""
+
+    def __str__(self) -> str:
+        lines = [f"error: {self.message}"]
+        if self.place:
+            lines.append(f"   at: {self.place}")
+        if self.hint:
+            lines.append(f" hint: {self.hint}")
+        return "\n".join(lines)
+
+
+class LorafitError(Exception):
+    """A mistake or a state of the world that the user can mend; carries every problem found, not just one.
+
+    `exit_code` is what the command line exits with: 2 for the user's error, 1 for ours.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, place: str = "", hint: str = "") -> None:
+        super().__init__(message)
+        self.problems: tuple[Problem, ...] = (Problem(message, place, hint),)
+
+    @classmethod
+    def of(cls, problems: Iterable[Problem]) -> LorafitError:
+        """The error that reports all of `problems` (at least one) at once."""
+        found = tuple(problems)
+        assert found, "an error needs a problem"
+        error = cls(found[0].message if len(found) == 1 else f"{len(found)} problems")
+        error.problems = found
+        return error
+
+    def __str__(self) -> str:
+        return report(self.problems)
+
+
+class ConfigError(LorafitError, ValueError):
+    """A recipe, override or flag that cannot be used."""
+
+
+class DataError(LorafitError, ValueError):
+    """Rows that cannot be read, rendered or trained on."""
+
+
+class ModelError(LorafitError, ValueError):
+    """A model, tokenizer or adapter that cannot be found, read or used."""
+
+
+class RunError(LorafitError, RuntimeError):
+    """A run directory or checkpoint that cannot be written, read or resumed."""
+
+
+class TrainingError(LorafitError, ArithmeticError):
+    """A step that must not change the weights: a non-finite loss or gradient, or no supervised tokens."""
+
+
+def report(problems: Sequence[Problem], limit: int = 50) -> str:
+    """All problems as text, one block each; beyond `limit` blocks the rest is counted."""
+    blocks = [str(problem) for problem in problems[:limit]]
+    if len(problems) > limit:
+        blocks.append(f"... and {len(problems) - limit} more of the same kind")
+    return "\n".join(blocks)

@@ -1,0 +1,1 @@
+"""Measuring a model: loss on rows that were held out of training."""

@@ -1,0 +1,171 @@
+"""A model that answers in words: network, tokenizer and the prompt contract it was trained with, loaded together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorafit.data.formats import Content, Instruction, Message
+from lorafit.data.template import PromptContract, Renderer, contract
+from lorafit.data.tokenizer import Tokenizer
+from lorafit.errors import ModelError
+from lorafit.hub import adapter_folder, model_folder
+from lorafit.infer.engine import Token, stream
+from lorafit.infer.sampling import Sampling
+from lorafit.model.adapter import CONFIG as ADAPTER_CONFIG
+from lorafit.model.build import build_saved
+from lorafit.model.llama import Llama
+from lorafit.model.lora import adapted, set_enabled
+from lorafit.observe.terminal import progress
+from lorafit.rundir import RunDirectory
+
+Question = str | Content | Sequence[Message]
+_AT_ONCE = 16  # prompts that share a batch
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model said. `stopped` is whether it ended by itself rather than at the token limit."""
+
+    text: str
+    num_tokens: int
+    stopped: bool
+
+
+class Model:
+    """A network ready to answer. `has_adapter` is whether a LoRA adapter is on it."""
+
+    def __init__(self, network: Llama, renderer: Renderer) -> None:
+        self.network = network
+        self.renderer = renderer
+        self.has_adapter = bool(adapted(network))
+
+    def generate(
+        self,
+        questions: Sequence[Question],
+        *,
+        max_tokens: int = 256,
+        sampling: Sampling | None = None,
+        base: bool = False,
+    ) -> list[Answer]:
+        """Answer every question, in order; `base` leaves the adapter out. Greedy unless `sampling` says otherwise."""
+        answers: list[Answer] = []
+        for start in range(0, len(questions), _AT_ONCE):
+            batch = questions[start : start + _AT_ONCE]
+            ids: list[list[int]] = [[] for _ in batch]
+            stopped = [False] * len(batch)
+            for token in self._tokens(batch, max_tokens, sampling, base):
+                stopped[token.row] = token.end == "stop"
+                if token.end != "stop":
+                    ids[token.row].append(token.id)
+            answers += [
+                Answer(self.renderer.tokenizer.decode(row, skip_special=True).strip(), len(row), ended)
+                for row, ended in zip(ids, stopped, strict=True)
+            ]
+        return answers
+
+    def stream(
+        self,
+        question: Question,
+        *,
+        max_tokens: int = 256,
+        sampling: Sampling | None = None,
+        base: bool = False,
+    ) -> Iterator[str]:
+        """Answer one question piece by piece, as the pieces become whole characters."""
+        decoder = self.renderer.tokenizer.stream_decoder()
+        for token in self._tokens([question], max_tokens, sampling, base):
+            if token.end != "stop" and (piece := decoder.push(token.id)):
+                yield piece
+        if rest := decoder.finish():
+            yield rest
+
+    def _tokens(
+        self, questions: Sequence[Question], max_tokens: int, sampling: Sampling | None, base: bool
+    ) -> Iterator[Token]:
+        prompts = [self.renderer.prompt_ids(_as_source(question)) for question in questions]
+        limit = self.network.arch.max_position_embeddings
+        if too_long := [len(prompt) for prompt in prompts if len(prompt) >= limit]:
+            raise ModelError(
+                f"a prompt has {too_long[0]} tokens, the model reads at most {limit - 1}", hint="shorten it"
+            )
+        was_training = self.network.training
+        self.network.eval()
+        set_enabled(self.network, not base)
+        try:
+            yield from stream(
+                self.network,
+                prompts,
+                stop_ids=frozenset(self.renderer.contract.stop_ids),
+                max_tokens=max_tokens,
+                sampling=sampling or Sampling(),
+            )
+        finally:
+            set_enabled(self.network, True)
+            self.network.train(was_training)
+
+
+def load(
+    source: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    system: str | None = None,
+    offline: bool = False,
+) -> Model:
+    """A model that answers, from a run directory, a PEFT adapter folder, a model folder or a hub id.
+
+    A run brings its own prompt contract; anything else is asked by the model's chat template, or as Alpaca does
+    where it has none. `adapter` puts a PEFT adapter (folder or hub id) on a base model; `system` replaces the
+    system prompt. Raises ModelError or RunError.
+    """
+    name, revision, prompt = str(source), None, None
+    adapter_path = adapter_folder(str(adapter), offline=offline).path if adapter is not None else None
+    folder = Path(source).expanduser()
+    if (folder / "config.yaml").is_file():
+        run = RunDirectory.open(folder)
+        config = run.config()
+        name, revision, offline = config.model.name, config.model.revision, offline or config.run.offline
+        adapter_path = adapter_path or run.newest_adapter()
+        prompt = PromptContract.from_json(run.read_json(run.prompt_file))
+        dtype = config.model.dtype if dtype == "auto" else dtype
+    elif (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        if adapter is not None:
+            raise ModelError("an adapter cannot be put on an adapter", place=str(source))
+        adapter_path = folder
+        name, revision = _base_of(folder)
+    base = model_folder(name, revision=revision, offline=offline)
+    tokenizer = Tokenizer.from_folder(base.path)
+    if prompt is None:
+        prompt = contract(
+            tokenizer, template="auto", train_on="response", max_length=2048, too_long="error", add_eos=True
+        )
+    if system is not None:
+        prompt = dataclasses.replace(prompt, system=system)
+    with progress("loading the model") as advance:
+        network, _ = build_saved(base.path, adapter_path, device, dtype, advance)
+    return Model(network, Renderer(prompt, tokenizer))
+
+
+def _as_source(question: Question) -> Content | Sequence[Message]:
+    return Instruction(question, "", "") if isinstance(question, str) else question
+
+
+def _base_of(folder: Path) -> tuple[str, str | None]:
+    """(name, revision) of the base model that a PEFT adapter names."""
+    try:
+        raw = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        name, revision = raw["base_model_name_or_path"], raw.get("revision")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        name = revision = None
+    if not isinstance(name, str) or not name:
+        raise ModelError(
+            f"{ADAPTER_CONFIG} does not name its base model",
+            place=str(folder),
+            hint="give the base model, and this folder as its adapter",
+        )
+    return name, revision if isinstance(revision, str) else None

@@ -1,0 +1,1 @@
+"""The network, its adapters, its loss, and how they are read from disk and put together."""

@@ -1,0 +1,87 @@
+"""Config -> network with its adapter, in the one order: find, read, attach, fill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lorafit.config.schema import Config, LoraSection
+from lorafit.errors import ConfigError, Problem
+from lorafit.hub import adapter_folder
+from lorafit.model.adapter import load_adapter, read_spec
+from lorafit.model.architecture import read_architecture
+from lorafit.model.device import pick_device, pick_dtype
+from lorafit.model.llama import Llama
+from lorafit.model.lora import LoraSpec, attach
+from lorafit.model.weights import load_network
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A network ready to train or to answer, and what was decided on the way."""
+
+    network: Llama
+    spec: LoraSpec
+    device: torch.device
+    dtype: torch.dtype
+
+
+def build(config: Config, folder: Path, progress: Callable[[int, int], None] | None = None) -> Built:
+    """The base model in `folder` with a fresh adapter, or with the one of `lora.init_from` to continue."""
+    arch = read_architecture(folder)
+    device = pick_device(config.model.device)
+    dtype = pick_dtype(config.model.dtype, device)
+    spec, initial = _asked_spec(config.lora), None
+    if config.lora.init_from is not None:
+        initial = adapter_folder(config.lora.init_from, offline=config.run.offline).path
+        spec = _continued_spec(config.lora, read_spec(initial))
+    network = load_network(folder, arch, dtype, device, progress)
+    spec = attach(network, spec, config.train.seed)
+    if initial is not None:
+        load_adapter(network, initial)
+    return Built(network, spec, device, dtype)
+
+
+def build_saved(
+    folder: Path, adapter: Path | None, device: str, dtype: str, progress: Callable[[int, int], None] | None = None
+) -> tuple[Llama, torch.device]:
+    """The base model in `folder` with a saved adapter on it (or none), to answer or measure with."""
+    arch = read_architecture(folder)
+    where = pick_device(device)
+    spec = read_spec(adapter) if adapter is not None else None
+    network = load_network(folder, arch, pick_dtype(dtype, where), where, progress)
+    if adapter is not None and spec is not None:
+        attach(network, spec, seed=0)
+        load_adapter(network, adapter)
+    return network.eval(), where
+
+
+def _asked_spec(lora: LoraSection) -> LoraSpec:
+    return LoraSpec(lora.rank, lora.alpha, lora.dropout, lora.targets, lora.rslora)
+
+
+def _continued_spec(lora: LoraSection, stored: LoraSpec) -> LoraSpec:
+    """The stored adapter's spec with this run's dropout; a key that was asked for otherwise is an error."""
+    asked = _asked_spec(lora)
+    problems = [
+        Problem(
+            f"`lora.{key}` is {getattr(asked, key)}, but the adapter to continue has {getattr(stored, key)}",
+            hint=f"leave `lora.{key}` out: `lora.init_from` decides it",
+        )
+        for key in ("rank", "alpha", "rslora")
+        if key in lora.model_fields_set and getattr(asked, key) != getattr(stored, key)
+    ]
+    if "targets" in lora.model_fields_set and set(asked.targets) != set(stored.targets):
+        problems.append(
+            Problem(
+                f"`lora.targets` is {', '.join(asked.targets)}, but the adapter to continue has "
+                f"{', '.join(stored.targets)}",
+                hint="leave `lora.targets` out: `lora.init_from` decides it",
+            )
+        )
+    if problems:
+        raise ConfigError.of(problems)
+    return LoraSpec(stored.rank, stored.alpha, lora.dropout, stored.targets, stored.rslora)

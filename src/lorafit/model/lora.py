@@ -1,0 +1,141 @@
+"""LoRA: a frozen linear plus a low-rank path whose two matrices are float32 masters (Hu et al., 2021)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorafit.errors import ConfigError, Problem
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSpec:
+    """What an adapter is, apart from its numbers."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]  # as asked for: names, full names, `all-linear` or `re:...`
+    rslora: bool
+
+    @property
+    def scale(self) -> float:
+        """What the low-rank path is multiplied by: alpha / r, or alpha / sqrt(r) (Kalajdzievski, 2023)."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+class LoraLinear(nn.Module):
+    """base(x) + scale * B A dropout(x), with A and B cast to the type of x for the products.
+
+    A (rank, in_features) starts uniform, B (out_features, rank) at zero, so that training starts at the base.
+    """
+
+    def __init__(self, base: nn.Linear, spec: LoraSpec, generator: torch.Generator) -> None:
+        super().__init__()
+        self.base = base
+        self.scale = spec.scale
+        self.dropout = spec.dropout
+        master = torch.promote_types(base.weight.dtype, torch.float32)
+        device = base.weight.device
+        bound = 1 / math.sqrt(base.in_features)
+        a = torch.empty(spec.rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(a.to(device, master))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, spec.rank, device=device, dtype=master))
+        self.enabled = True
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+        out: Tensor = self.base(x)
+        if not self.enabled:
+            return out
+        inner = F.dropout(x, self.dropout, training=True) if self.training and self.dropout else x
+        low = F.linear(inner, self.lora_A.to(x.dtype)) * self.scale
+        return out + F.linear(low, self.lora_B.to(x.dtype))
+
+
+def attach(network: nn.Module, spec: LoraSpec, seed: int) -> LoraSpec:
+    """Freeze `network` and put a LoraLinear in place of every target.
+
+    Returns the spec with its targets resolved to what PEFT reads the same way: `q_proj` where every layer's is
+    adapted, full names where only some are. Raises ConfigError naming every target that matches nothing.
+    """
+    network.requires_grad_(False)
+    names = match_targets(network, spec.targets)
+    targets = _shortest(names, _linears(network))
+    generator = torch.Generator().manual_seed(seed)
+    for name in names:
+        parent, _, child = name.rpartition(".")
+        base = network.get_submodule(name)
+        assert isinstance(base, nn.Linear)
+        setattr(network.get_submodule(parent), child, LoraLinear(base, spec, generator))
+    return replace(spec, targets=targets)
+
+
+def match_targets(network: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Full names of the linears that `targets` ask for, in the network's order. Raises ConfigError."""
+    linears = _linears(network)
+    short = sorted({name.rpartition(".")[2] for name in linears})
+    chosen: set[str] = set()
+    problems = []
+    for target in targets:
+        if target == "all-linear":
+            found = set(linears)
+        elif target.startswith("re:"):
+            try:
+                pattern = re.compile(target[3:])
+            except re.error as error:
+                problems.append(Problem(f"`{target}` is not a regular expression: {error}", "lora.targets"))
+                continue
+            found = {name for name in linears if pattern.fullmatch(name)}
+        else:
+            found = {name for name in linears if name == target or name.endswith("." + target)}
+        if not found:
+            what = (
+                "is not adapted by lorafit"
+                if target.rpartition(".")[2] in ("lm_head", "embed_tokens")
+                else "matches no linear of this model"
+            )
+            problems.append(
+                Problem(f"target `{target}` {what}", "lora.targets", f"linears: {', '.join(short)}, or all-linear")
+            )
+        chosen |= found
+    if problems:
+        raise ConfigError.of(problems)
+    return [name for name in linears if name in chosen]
+
+
+def adapted(network: nn.Module) -> dict[str, LoraLinear]:
+    """The adapted linears of a network by full name, in order."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, LoraLinear)}
+
+
+def set_enabled(network: nn.Module, enabled: bool) -> None:
+    """Switch the adapter on or off: off is the base model to the bit."""
+    for module in adapted(network).values():
+        module.enabled = enabled
+
+
+def _linears(network: nn.Module) -> list[str]:
+    """Full names of the linears that can be adapted, in the network's order: all but the head."""
+    return [
+        name for name, module in network.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"
+    ]
+
+
+def _shortest(names: Sequence[str], linears: Sequence[str]) -> tuple[str, ...]:
+    """The last part of a name where every linear of that last part is among `names`, else the names in full."""
+    last = [name.rpartition(".")[2] for name in names]
+    all_last = [name.rpartition(".")[2] for name in linears]
+    return tuple(
+        sorted(
+            {
+                short if last.count(short) == all_last.count(short) else full
+                for short, full in zip(last, names, strict=True)
+            }
+        )
+    )

@@ -1,0 +1,129 @@
+"""Weights from safetensors into a network: memory-mapped, cast one tensor at a time, every name accounted for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from lorafit.errors import ModelError, Problem
+from lorafit.model.architecture import Architecture
+from lorafit.model.llama import Llama
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def load_network(
+    folder: Path,
+    arch: Architecture,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+) -> Llama:
+    """The network of a model folder with its weights, frozen.
+
+    Where type and device match the file, tensors stay mapped to it and cost no memory of their own. `progress`
+    is told (tensors done, tensors in all). Raises ModelError naming every tensor that is missing, unexpected or
+    of another shape.
+    """
+    with torch.device("meta"):
+        network = Llama(arch)
+    wanted = dict(network.named_parameters())  # a tied head is listed once, as embed_tokens
+    with ExitStack() as stack:
+        where: dict[str, tuple[safe_open, str]] = {}  # parameter -> open file and the tensor's name in it
+        for path in weight_files(folder):
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+            except (SafetensorError, OSError) as error:
+                raise ModelError(
+                    f"weights cannot be read: {error}", place=str(path), hint="download the file again"
+                ) from None
+            where |= {name: (file, name) for name in file.keys()}  # noqa: SIM118, not a mapping
+        if arch.tie_word_embeddings and "lm_head.weight" in where:
+            _merge_tied(where, folder)
+        where = {name: file for name, file in where.items() if not name.endswith("rotary_emb.inv_freq")}
+        problems = [Problem(f"weight `{name}` is missing", str(folder)) for name in wanted.keys() - where.keys()]
+        problems += [
+            Problem(f"weight `{name}` has no place in a {arch.model_type} network", str(folder))
+            for name in where.keys() - wanted.keys()
+        ]
+        for name in wanted.keys() & where.keys():
+            file, stored = where[name]
+            shape, right = file.get_slice(stored).get_shape(), list(wanted[name].shape)
+            if shape != right:
+                problems.append(Problem(f"weight `{name}` has shape {shape}, config.json says {right}", str(folder)))
+        if problems:
+            raise ModelError.of(sorted(problems, key=lambda problem: problem.message))
+        for done, name in enumerate(wanted, 1):
+            file, stored = where[name]
+            tensor = file.get_tensor(stored)
+            if not tensor.is_floating_point():
+                raise ModelError(f"weight `{name}` is {tensor.dtype}, not floating point", place=str(folder))
+            _place(network, name, tensor.to(device=device, dtype=dtype))
+            if progress is not None:
+                progress(done, len(wanted))
+    if arch.tie_word_embeddings:
+        network.lm_head.weight = network.model.embed_tokens.weight
+    return network.requires_grad_(False).eval()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, single or sharded. Raises ModelError when some are missing."""
+    if (folder / INDEX).is_file():
+        try:
+            weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            names = sorted({str(name) for name in weight_map.values()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise ModelError(f"`{INDEX}` cannot be read", place=str(folder)) from None
+        if wrong := [name for name in names if Path(name).name != name]:
+            raise ModelError(f"`{INDEX}` points outside its folder: `{wrong[0]}`", place=str(folder))
+        if missing := [Problem(f"weight file `{n}` is missing", str(folder)) for n in names if not (folder / n).is_file()]:
+            raise ModelError.of(missing)
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    hint = "download the model again"
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        hint = "it holds pickled weights only, which lorafit never opens; save it with safe_serialization first"
+    raise ModelError(f"there is no `{SINGLE}`", place=str(folder), hint=hint)
+
+
+def fingerprint(folder: Path) -> str:
+    """A digest of the base model: config.json, every weight file's size and header, and a sample of its bytes.
+
+    A few megabytes are read however large the model is; two different checkpoints differ in it.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in weight_files(folder):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(min(header, 2**24)))
+            for part in range(64):
+                file.seek(part * max(1, size // 64))
+                digest.update(file.read(16384))
+    return digest.hexdigest()
+
+
+def _merge_tied(where: dict[str, tuple[safe_open, str]], folder: Path) -> None:
+    """A tied table is stored under either name or both; if both hold different numbers, something is wrong."""
+    head = where.pop("lm_head.weight")
+    embedding = where.setdefault("model.embed_tokens.weight", head)
+    if not torch.equal(head[0].get_tensor(head[1]), embedding[0].get_tensor(embedding[1])):
+        raise ModelError(
+            "config.json ties the head to the embedding, but `lm_head.weight` holds other numbers",
+            place=str(folder),
+            hint='set "tie_word_embeddings": false in config.json if the head is its own',
+        )
+
+
+def _place(network: nn.Module, name: str, tensor: Tensor) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(network.get_submodule(parent), child, nn.Parameter(tensor, requires_grad=False))

@@ -1,0 +1,1 @@
+"""Watching a run: events, meters, the metrics record, the terminal and the trackers."""

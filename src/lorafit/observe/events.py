@@ -1,0 +1,131 @@
+"""What can be observed of a run: a few immutable events, and the type of those who receive them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class _Event:
+    kind: ClassVar[str]
+
+    def as_dict(self) -> dict[str, object]:
+        """The event's kind under `event`, and its fields; every value is one that JSON can hold."""
+        return {"event": self.kind, **asdict(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted(_Event):
+    """A run, new or resumed, is about to take its first step."""
+
+    kind = "run_started"
+    model: str
+    num_rows: int
+    num_steps: int
+    num_parameters: int
+    num_trainable: int
+    device: str
+    dtype: str
+    output: str
+
+
+@dataclass(frozen=True, slots=True)
+class Step(_Event):
+    """One optimizer step is done.
+
+    `loss` is the mean over the step's supervised tokens, `grad_norm` the norm before clipping, `seconds` the
+    wall time of this one step, `tokens_per_second` the smoothed rate (see `meters.Meter`).
+    """
+
+    kind = "step"
+    step: int
+    num_steps: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    supervised_tokens: int
+    tokens: int
+    rows: int
+    tokens_per_second: float
+    seconds: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Heldout(_Event):
+    """The held-out rows were evaluated after `step`; `base_loss` is the untrained model's, where known."""
+
+    kind = "heldout"
+    step: int
+    loss: float
+    base_loss: float | None
+    best: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Saved(_Event):
+    """Something that can be resumed from or loaded was written after `step`."""
+
+    kind = "saved"
+    step: int
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Busy(_Event):
+    """Something between two steps takes time: `done` of `total` parts of `what`; shown, never recorded."""
+
+    kind = "busy"
+    what: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample(_Event):
+    """What the base and the tuned model answer to a held-out prompt."""
+
+    kind = "sample"
+    prompt: str
+    base: str
+    tuned: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note(_Event):
+    """Something the user should know that is none of the other events."""
+
+    kind = "note"
+    text: str
+    level: Literal["info", "warning"] = "info"
+
+
+@dataclass(frozen=True, slots=True)
+class RunEnded(_Event):
+    """The run is over; `loss` is the last step's, `adapter` the folder to load."""
+
+    kind = "run_ended"
+    step: int
+    reason: Literal["finished", "interrupted"]
+    seconds: float
+    adapter: str
+    loss: float
+
+
+Event = RunStarted | Step | Heldout | Saved | Busy | Sample | Note | RunEnded
+Observer = Callable[[Event], None]
+
+
+def fan_out(observers: Iterable[Observer]) -> Observer:
+    """One observer that hands every event to all of `observers`, in their order."""
+    all_observers = tuple(observers)
+
+    def observe(event: Event) -> None:
+        for observer in all_observers:
+            observer(event)
+
+    return observe

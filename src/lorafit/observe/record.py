@@ -1,0 +1,130 @@
+"""The run's metrics on disk: metrics.jsonl, one JSON object a line, appended to and read back."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lorafit.errors import RunError
+
+from .events import Busy, Event, Step
+
+
+class Record:
+    """An observer that appends every event to `path`.
+
+    A line reaches the operating system whole and at once, so a killed run leaves at most one torn line at the
+    end; opening the record again cuts that off.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = path.open("ab", buffering=0)
+            self._file.truncate(_whole(path.read_bytes()))
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Busy):
+            return
+        line = _line(event)
+        try:
+            written = self._file.write(line)
+            if written < len(line):  # the disk filled up within the line: the rest of it says why
+                self._file.write(line[written:])
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _cannot_write(self, error: OSError) -> RunError:
+        return RunError(
+            f"cannot write the run's metrics: {error.strerror or error}",
+            place=str(self.path),
+            hint="free some space or choose another output folder, then resume the run",
+        )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Every event in `path`, oldest first; a torn last line is left out.
+
+    Raises RunError when the file cannot be read or a line before the last is not a JSON object.
+    """
+    return [event for _, event in _read(path)]
+
+
+def truncate_after(path: Path, step: int) -> None:
+    """Forget what came after `step`, because a run resumes there: events with a later step go, others stay.
+
+    The file is replaced at once (written beside, synced, renamed); lines that stay keep their bytes.
+    """
+    kept = [line for line, event in _read(path) if event.get("step", 0) <= step]
+    staged = path.with_name(path.name + ".new")
+    with staged.open("wb") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    staged.replace(path)
+    if os.name == "posix":  # elsewhere a folder cannot be opened to sync it
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _line(event: Event) -> bytes:
+    """The event as one line of JSON; a number that JSON does not have becomes null and a `note` names it."""
+    fields = event.as_dict()
+    if isinstance(event, Step):
+        del fields["num_steps"]  # the same on every line: it stands in run_started
+    notes = []
+    for key, value in fields.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            fields[key] = None
+            notes.append(f"{key} is {value}")
+    if notes:
+        fields["note"] = ", ".join(notes)
+    text = json.dumps(fields, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode(errors="backslashreplace")  # a lone surrogate becomes its JSON escape
+
+
+def _whole(content: bytes) -> int:
+    """How many bytes of `content` are whole lines."""
+    return content.rfind(b"\n") + 1
+
+
+def _read(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """The whole lines of `path`, each with the event it holds."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RunError(f"cannot read the run's metrics: {error.strerror}", place=str(path)) from error
+    events = []
+    for number, line in enumerate(content[: _whole(content)].splitlines(keepends=True), start=1):
+        try:
+            event = json.loads(line)
+        except ValueError:  # not UTF-8 or not JSON
+            event = None
+        if not isinstance(event, dict):
+            raise RunError(
+                "a line of the run's metrics is not a JSON object",
+                place=f"{path}:{number}",
+                hint="the file was changed by something else; delete that line to read the rest",
+            )
+        events.append((line, event))
+    return events

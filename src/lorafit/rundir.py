@@ -1,0 +1,150 @@
+"""The run directory: the one place that knows its file names. Train appends; everything else only reads."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lorafit.config.load import dump_config, load_config
+from lorafit.config.schema import Config
+from lorafit.durable import clean_orphans, verify_folder, write_file
+from lorafit.errors import RunError
+
+_CHECKPOINT = re.compile(r"step-(\d{6,})")
+
+
+class RunDirectory:
+    """Paths and small files of one run.
+
+    config.yaml (resolved, every key) · env.json · prompt.json · ledger.json · metrics.jsonl ·
+    checkpoints/step-000200/ · adapter/ (the final PEFT folder) · samples.json
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.env_file = path / "env.json"
+        self.prompt_file = path / "prompt.json"
+        self.ledger_file = path / "ledger.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.samples_file = path / "samples.json"
+        self.lock_file = path / "run.lock"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+
+    @classmethod
+    def create(cls, output: str | None, model_name: str) -> RunDirectory:
+        """A new, empty run directory; `output` None makes a name from the model and the time.
+
+        Raises RunError when `output` holds a run already or cannot be written.
+        """
+        if output is None:
+            stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model_name).name) or "run"
+            output = f"runs/{stem}-{datetime.now():%Y%m%d-%H%M%S}"
+        run = cls(Path(output).expanduser())
+        if run.config_file.exists():
+            raise RunError(
+                f"`{output}` already holds a run",
+                hint=f"go on with it: `lorafit train --resume {output}`, or give another --output",
+            )
+        try:
+            if run.path.is_dir() and any(run.path.iterdir()):
+                raise RunError(f"`{output}` is not empty", hint="give an --output that does not exist yet")
+            run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"cannot make the run directory: {error.strerror or error}", place=str(run.path)
+            ) from None
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDirectory:
+        """An existing run directory. Raises RunError when there is none."""
+        run = cls(Path(path).expanduser())
+        if not run.config_file.is_file():
+            raise RunError(
+                f"`{path}` is not a run directory: it has no config.yaml",
+                hint="`lorafit runs` lists the runs below a folder",
+            )
+        return run
+
+    def config(self) -> Config:
+        """The resolved config that the run was started with."""
+        return load_config(self.config_file)
+
+    def write_config(self, config: Config) -> None:
+        """Freeze the resolved config."""
+        write_file(self.config_file, dump_config(config))
+
+    def write_json(self, file: Path, value: Mapping[str, Any] | list[Any]) -> None:
+        """Replace one of the run's JSON files, durably."""
+        write_file(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+    def read_json(self, file: Path) -> Any:
+        """One of the run's JSON files. Raises RunError naming it when it is missing or damaged."""
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunError(f"the run has no `{file.name}`", place=str(self.path)) from None
+        except (OSError, ValueError):
+            raise RunError(f"`{file.name}` cannot be read", place=str(file)) from None
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of an optimizer step lies."""
+        return self.checkpoints / f"step-{step:06d}"
+
+    def saved_steps(self) -> list[int]:
+        """Steps that have a checkpoint folder, oldest first; not verified."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = [_CHECKPOINT.fullmatch(path.name) for path in self.checkpoints.iterdir()]
+        return sorted(int(match[1]) for match in found if match)
+
+    def newest_checkpoint(self) -> tuple[int | None, list[str]]:
+        """(newest step whose checkpoint verifies, what was skipped and why). None when no checkpoint does."""
+        skipped = []
+        for step in reversed(self.saved_steps()):
+            faults = verify_folder(self.checkpoint(step))
+            if not faults:
+                return step, skipped
+            skipped.append(f"checkpoint step-{step:06d} is damaged and was skipped: {faults[0]}")
+        return None, skipped
+
+    def newest_adapter(self) -> Path:
+        """The adapter to answer with: the final one, else the newest checkpoint's. Raises RunError when none verifies."""
+        if self.adapter.is_dir():
+            if faults := verify_folder(self.adapter):
+                raise RunError(f"the adapter is damaged: {faults[0]}", place=str(self.adapter))
+            return self.adapter
+        step, skipped = self.newest_checkpoint()
+        if step is None:
+            why = skipped[0] if skipped else "it was stopped before its first checkpoint"
+            raise RunError(f"the run has no adapter yet: {why}", place=str(self.path))
+        return self.checkpoint(step)
+
+    def drop_checkpoint(self, step: int) -> None:
+        """Remove a checkpoint; it disappears from `saved_steps` in one rename before its files go."""
+        folder = self.checkpoint(step)
+        leaving = folder.with_name(f".staging-{folder.name}")
+        shutil.rmtree(leaving, ignore_errors=True)
+        folder.rename(leaving)
+        shutil.rmtree(leaving, ignore_errors=True)
+
+    def clean(self) -> None:
+        """Remove what an earlier crash left half written."""
+        clean_orphans(self.path)
+        clean_orphans(self.checkpoints)
+
+
+def find_runs(folder: Path) -> list[RunDirectory]:
+    """The run directories at `folder` and up to two levels below it, newest first."""
+    found = {
+        path.parent for pattern in ("", "*/", "*/*/") for path in folder.glob(f"{pattern}config.yaml")
+    }
+    runs = [RunDirectory(path) for path in found]
+    return sorted(runs, key=lambda run: run.config_file.stat().st_mtime, reverse=True)

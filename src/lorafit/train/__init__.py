@@ -1,0 +1,1 @@
+"""Training: the composition root, the one loop, optimizer and schedule, precision, checkpoints."""

@@ -1,0 +1,160 @@
+"""Checkpoints: everything a run needs to go on to the same bytes, in safetensors and JSON, committed as one folder."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lorafit.durable import commit_folder, read_facts, sha256_file
+from lorafit.errors import Problem, RunError
+from lorafit.model.adapter import CONFIG, WEIGHTS, adapter_tensors, load_adapter, write_adapter
+from lorafit.model.llama import Llama
+from lorafit.model.lora import LoraSpec, adapted
+from lorafit.train.precision import LossScale
+
+STATE, TENSORS = "state.json", "state.safetensors"
+
+
+@dataclass(slots=True)
+class TrainState:
+    """Everything that changes while training, apart from tensors.
+
+    The row order is a function of the seed and `step`, so `step` is the data cursor too.
+    """
+
+    step: int = 0
+    trained_rows: int = 0
+    trained_tokens: int = 0
+    last_loss: float | None = None
+    base_loss: float | None = None
+    best_loss: float | None = None
+    best_step: int | None = None
+    scale: LossScale = field(default_factory=LossScale)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """What an adapter folder says of its origin."""
+
+    spec: LoraSpec
+    base: str
+    revision: str | None
+
+
+def save_checkpoint(
+    folder: Path,
+    network: Llama,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    adapter: AdapterFacts,
+    facts: Mapping[str, Any],
+) -> None:
+    """Commit the run's whole state to `folder`. Raises RunError with earlier checkpoints untouched."""
+
+    def write(staging: Path) -> None:
+        write_adapter(staging, adapter_tensors(network), adapter.spec, adapter.base, adapter.revision)
+        save_file(_optimizer_tensors(network, optimizer) | _random_tensors(), staging / TENSORS)
+        values = asdict(state) | {"python_random": random.getstate()}
+        (staging / STATE).write_text(json.dumps(values) + "\n", encoding="utf-8")
+
+    commit_folder(folder, write, {"step": state.step, **facts})
+
+
+def load_checkpoint(folder: Path, network: Llama, optimizer: torch.optim.Optimizer) -> TrainState:
+    """Put a verified checkpoint into the network, the optimizer and the random generators; returns the rest."""
+    load_adapter(network, folder)
+    tensors = load_file(folder / TENSORS)
+    _restore_optimizer(network, optimizer, tensors)
+    values = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    version, numbers, gauss = values.pop("python_random")
+    random.setstate((version, tuple(numbers), gauss))
+    _restore_random(tensors)
+    return TrainState(**values | {"scale": LossScale(**values["scale"])})
+
+
+def check_same_run(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Raise RunError listing what of a run (base model, data, prompt contract ...) differs from its checkpoint."""
+    stored = read_facts(folder)
+    problems = [
+        Problem(f"the {name.replace('_', ' ')} changed: was {_short(stored.get(name))}, is {_short(value)}")
+        for name, value in facts.items()
+        if stored.get(name) != value
+    ]
+    if problems:
+        hint = "bring back what the run was started with, or start a new run with lora.init_from=.../adapter"
+        raise RunError.of([*problems[:-1], Problem(problems[-1].message, str(folder), hint)])
+
+
+def export_adapter(folder: Path, checkpoint: Path, facts: Mapping[str, Any]) -> None:
+    """Commit the PEFT folder of a checkpoint as the run's final adapter: a copy, compared byte for byte."""
+
+    def write(staging: Path) -> None:
+        for name in (CONFIG, WEIGHTS):
+            (staging / name).write_bytes((checkpoint / name).read_bytes())
+
+    commit_folder(folder, write, facts)
+    assert sha256_file(folder / WEIGHTS) == sha256_file(checkpoint / WEIGHTS)
+
+
+def _masters(network: Llama) -> dict[str, torch.nn.Parameter]:
+    return {
+        f"{name}.{part}": getattr(module, part)
+        for name, module in adapted(network).items()
+        for part in ("lora_A", "lora_B")
+    }
+
+
+def _optimizer_tensors(network: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"optimizer.{name}.{key}": value.detach().to("cpu", copy=True).contiguous()
+        for name, master in _masters(network).items()
+        for key, value in optimizer.state[master].items()
+    }
+
+
+def _restore_optimizer(network: Llama, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    for name, master in _masters(network).items():
+        prefix = f"optimizer.{name}."
+        optimizer.state[master] = {
+            key.removeprefix(prefix): value.to(value.device if value.ndim == 0 else master.device)
+            for key, value in tensors.items()
+            if key.startswith(prefix)
+        }
+
+
+def _random_tensors() -> dict[str, Tensor]:
+    """The state of every generator that training may draw from; numpy's legacy one for third-party observers."""
+    kind, numbers, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+    assert kind == "MT19937"
+    tensors = {
+        "random.torch": torch.get_rng_state(),
+        "random.numpy": torch.from_numpy(np.asarray(numbers).astype(np.int64)),
+        "random.numpy_rest": torch.tensor([float(value) for value in rest], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        tensors |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return tensors
+
+
+def _restore_random(tensors: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(tensors["random.torch"])
+    position, has_gauss, gauss = tensors["random.numpy_rest"].tolist()
+    numbers = tensors["random.numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", numbers, int(position), int(has_gauss), gauss))  # noqa: NPY002
+    for device in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if (state := tensors.get(f"random.cuda.{device}")) is not None:
+            torch.cuda.set_rng_state(state, device)
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:12]}..."

@@ -1,0 +1,195 @@
+"""The train loop: every act that changes weights, measures or saves is a visible line in it, in order."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from numpy.typing import NDArray
+
+from lorafit.data.loader import RowOrder
+from lorafit.data.packing import Pack, TokenRow, make_packs
+from lorafit.errors import TrainingError
+from lorafit.evaluate.heldout import heldout_loss, pack_loss
+from lorafit.model.device import device_memory_bytes
+from lorafit.model.llama import Llama
+from lorafit.model.lora import set_enabled
+from lorafit.observe.events import Busy, Heldout, Observer, Saved, Step
+from lorafit.observe.meters import Meter
+from lorafit.rundir import RunDirectory
+from lorafit.train.checkpoint import AdapterFacts, TrainState, save_checkpoint
+from lorafit.train.optim import clip, learning_rate
+
+class Rows(Protocol):
+    """Tokenised rows by index."""
+
+    def row(self, index: int) -> TokenRow: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The plain values of a run."""
+
+    num_steps: int
+    learning_rate: float
+    schedule: Literal["cosine", "linear", "constant"]
+    warmup: int
+    max_grad_norm: float
+    micro_batch_tokens: int
+    packing: bool
+    eval_every: int
+    save_every: int
+    keep: int
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A run put together: what the loop works on. Built by train/run.py."""
+
+    settings: Settings
+    network: Llama
+    masters: Sequence[torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    rows: Rows
+    order: RowOrder
+    places: Callable[[Sequence[int]], str]  # names rows for error messages
+    heldout: Sequence[Pack]
+    run: RunDirectory
+    adapter: AdapterFacts
+    facts: Mapping[str, Any]
+    observe: Observer
+
+
+def train(job: Job, state: TrainState, stop: Callable[[], bool]) -> Literal["finished", "interrupted"]:
+    """Train from `state` to the end, or until `stop()` asks to end after the current step; both are saved.
+
+    Raises TrainingError, before any weight changes, when a step's loss or gradient is not finite or it has no
+    supervised tokens.
+    """
+    settings, network = job.settings, job.network
+    meter = Meter()
+    device = network.lm_head.weight.device
+    network.train()
+    while state.step < settings.num_steps:
+        started = time.perf_counter()
+        indices = job.order.rows(state.step)
+        packs = make_packs([job.rows.row(i) for i in indices], settings.micro_batch_tokens, settings.packing)
+        supervised = sum(len(pack.targets) for pack in packs)
+
+        loss, norm = _gradients(job, state, packs, supervised, indices)
+        rate = learning_rate(
+            state.step, settings.num_steps, settings.learning_rate, settings.schedule, settings.warmup
+        )
+        for group in job.optimizer.param_groups:
+            group["lr"] = rate
+        job.optimizer.step()
+        job.optimizer.zero_grad()
+        state.step += 1
+        state.trained_rows += len(indices)
+        state.trained_tokens += supervised
+        state.last_loss = loss
+        state.scale.went_well()
+
+        tokens = sum(pack.num_tokens for pack in packs)
+        seconds = time.perf_counter() - started
+        job.observe(
+            Step(
+                step=state.step,
+                num_steps=settings.num_steps,
+                epoch=round(job.order.epoch_at(state.step), 4),
+                loss=loss,
+                learning_rate=rate,
+                grad_norm=norm,
+                supervised_tokens=supervised,
+                tokens=tokens,
+                rows=len(indices),
+                tokens_per_second=meter.update(tokens, seconds),
+                seconds=seconds,
+                memory_bytes=device_memory_bytes(device) or Meter.memory_bytes(),
+            )
+        )
+        stopping = stop()
+        ended = state.step == settings.num_steps
+        better = False
+        if job.heldout and not stopping and (ended or _due(state.step, settings.eval_every, job.order)):
+            better = _measure(job, state)
+        if stopping or ended or better or _due(state.step, settings.save_every, job.order):
+            reason = "stopped" if stopping else "best" if better else "finished" if ended else "due"
+            _save(job, state, reason)
+        if stopping and not ended:
+            return "interrupted"
+    return "finished"
+
+
+def _gradients(
+    job: Job, state: TrainState, packs: Sequence[Pack], supervised: int, indices: NDArray[Any]
+) -> tuple[float, float]:
+    """Accumulate the step's gradient, clipped; returns (mean loss, norm before clipping), both finite.
+
+    The sum of losses over all packs is divided once by the step's supervised tokens, so the gradient does not
+    depend on how the rows were laid out. A float16 overflow is repeated with the same rows and random numbers.
+    """
+    step = state.step + 1
+    if supervised == 0:
+        raise TrainingError(f"step {step} has no supervised tokens", place=job.places(indices))
+    random = torch.get_rng_state()
+    while True:
+        total = 0.0
+        for pack in packs:
+            loss = pack_loss(job.network, pack)
+            (loss * (state.scale.factor / supervised)).backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        mean = total / supervised
+        if state.scale.active:
+            torch._foreach_mul_([m.grad for m in job.masters if m.grad is not None], 1 / state.scale.factor)
+        norm = float(clip(job.masters, job.settings.max_grad_norm))
+        if math.isfinite(mean) and math.isfinite(norm):
+            return mean, norm
+        job.optimizer.zero_grad()
+        if not state.scale.active or not math.isfinite(mean):
+            what = "loss" if not math.isfinite(mean) else "gradient"
+            raise TrainingError(
+                f"step {step}: the {what} is not finite (loss {mean}, gradient norm {norm}); no weight was changed",
+                place=job.places(indices),
+                hint="lower train.learning_rate, or look at these rows; the last checkpoint can be resumed",
+            )
+        state.scale.overflowed(step)
+        torch.set_rng_state(random)
+
+
+def _measure(job: Job, state: TrainState) -> bool:
+    """Held-out loss now, and once of the base; True when the adapter is the best so far."""
+
+    def measuring(done: int, total: int) -> None:
+        job.observe(Busy("measuring held-out rows", done, total))
+
+    if state.base_loss is None:
+        set_enabled(job.network, False)
+        state.base_loss = heldout_loss(job.network, job.heldout, measuring)
+        set_enabled(job.network, True)
+    loss = heldout_loss(job.network, job.heldout, measuring)
+    better = state.best_loss is None or loss < state.best_loss
+    if better:
+        state.best_loss, state.best_step = loss, state.step
+    job.observe(Heldout(state.step, loss, state.base_loss, better))
+    return better
+
+
+def _save(job: Job, state: TrainState, reason: str) -> None:
+    """Commit a checkpoint, and only then drop those that are neither among the newest nor the best."""
+    folder = job.run.checkpoint(state.step)
+    save_checkpoint(folder, job.network, job.optimizer, state, job.adapter, job.facts)
+    job.observe(Saved(state.step, str(folder), reason))
+    newest = job.run.saved_steps()[-job.settings.keep :]
+    for step in job.run.saved_steps():
+        if step not in newest and step != state.best_step:
+            job.run.drop_checkpoint(step)
+
+
+def _due(step: int, every: int, order: RowOrder) -> bool:
+    """Whether something that happens every so many steps (0 is every epoch) happens after `step`."""
+    return step % (every or order.steps_per_epoch) == 0

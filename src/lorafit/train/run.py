@@ -1,0 +1,324 @@
+"""The composition root: a Config becomes a prepared run, the run is trained, and what came out is put on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from lorafit import __version__
+from lorafit.config.schema import Config
+from lorafit.data.encode import Encoded, encode_rows
+from lorafit.data.formats import Row, Text
+from lorafit.data.ledger import Ledger
+from lorafit.data.loader import RowOrder, split_holdout
+from lorafit.data.packing import make_packs
+from lorafit.data.sources import Rows, load_rows
+from lorafit.data.template import Renderer
+from lorafit.data.template import contract as make_contract
+from lorafit.data.tokenizer import Tokenizer
+from lorafit.durable import lock
+from lorafit.errors import DataError
+from lorafit.hub import ModelFolder, model_folder
+from lorafit.infer.model import Model
+from lorafit.model.adapter import load_adapter
+from lorafit.model.build import build
+from lorafit.model.device import describe
+from lorafit.model.weights import fingerprint
+from lorafit.observe.events import Note, Observer, RunEnded, RunStarted, Sample, fan_out
+from lorafit.observe.record import Record, truncate_after
+from lorafit.observe.terminal import Terminal, progress
+from lorafit.observe.trackers import tracker
+from lorafit.rundir import RunDirectory
+from lorafit.train import loop
+from lorafit.train.checkpoint import (
+    AdapterFacts,
+    TrainState,
+    check_same_run,
+    export_adapter,
+    load_checkpoint,
+)
+from lorafit.train.optim import make_optimizer, warmup_steps
+from lorafit.train.precision import LossScale
+from lorafit.train.signals import StopRequest
+
+SAMPLE_TOKENS = 128  # most tokens of an answer shown at the end of a run
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run came to."""
+
+    path: Path
+    adapter: Path
+    finished: bool
+    step: int
+    loss: float | None
+    heldout_loss: float | None
+    base_loss: float | None
+
+
+def start_run(config: Config, *, quiet: bool = False) -> Result:
+    """Train a new run. Raises a LorafitError before anything is trained when config, model or data are wrong."""
+    base = model_folder(config.model.name, revision=config.model.revision, offline=config.run.offline)
+    material = _read_material(config, base)
+    run = RunDirectory.create(config.run.output, config.model.name)
+    resolved = config.model_copy(update={"run": config.run.model_copy(update={"output": str(run.path)})})
+    with lock(run.lock_file):
+        run.write_config(resolved)
+        run.write_json(run.prompt_file, material.renderer.contract.to_json())
+        run.write_json(run.ledger_file, material.ledger.to_json())
+        run.write_json(run.env_file, _environment())
+        return _go(resolved, base, material, run, resume=False, quiet=quiet)
+
+
+def resume_run(path: str | Path, *, quiet: bool = False) -> Result:
+    """Go on with a run from its newest checkpoint that verifies. Raises RunError when there is nothing to go on with."""
+    run = RunDirectory.open(path)
+    with lock(run.lock_file):
+        run.clean()
+        config = run.config()
+        base = model_folder(config.model.name, revision=config.model.revision, offline=config.run.offline)
+        material = _read_material(config, base)
+        return _go(config, base, material, run, resume=True, quiet=quiet)
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """The rows of a run as tokens, and everything said about them."""
+
+    source: Rows
+    tokenizer: Tokenizer
+    renderer: Renderer
+    training: Encoded
+    heldout: Encoded
+    ledger: Ledger
+
+    def digest(self) -> str:
+        """SHA-256 over tokens, masks and row numbers of both parts: what training sees of the data."""
+        digest = hashlib.sha256()
+        for part in (self.training, self.heldout):
+            for array in (part.ids, part.trained, part.offsets, part.numbers):
+                digest.update(array.tobytes())
+        return digest.hexdigest()
+
+    def groups(self) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
+        """Indices into `training` of each source's rows."""
+        ends = np.cumsum([source.num_rows for source in self.source.sources])
+        source_of = np.searchsorted(ends, self.training.numbers, side="right")
+        return [np.flatnonzero(source_of == index) for index in range(len(ends))]
+
+    def row(self, index: int) -> Row:
+        """The row at `index` of the training rows."""
+        return self.source.rows[self.training.numbers[index]]
+
+
+def _read_material(config: Config, base: ModelFolder) -> Material:
+    """Rows, rendered and tokenised, with the ledger closed."""
+    data = config.data
+    tokenizer = Tokenizer.from_folder(base.path)
+    source = load_rows(
+        data.path, format=data.format, revision=data.revision, split=data.split, offline=config.run.offline
+    )
+    contract = make_contract(
+        tokenizer,
+        template=data.template,
+        system=data.system,
+        train_on=data.train_on,
+        max_length=data.max_length,
+        too_long=data.too_long,
+        add_eos=data.eos,
+    )
+    renderer = Renderer(contract, tokenizer)
+    with progress("tokenising") as advance:
+        encoded = encode_rows(source.rows, renderer, advance)
+    if not len(encoded):
+        reasons = "; ".join(f"{len(rows):,} {reason}" for reason, rows in encoded.dropped.items())
+        raise DataError(f"no row is left to train on: {reasons}", hint="mend the rows, or see data.max_length")
+    training, heldout = split_holdout(len(encoded), data.holdout, config.train.seed)
+    parts = encoded.take(training), encoded.take(heldout)
+    ledger = Ledger.of(len(source.rows), *parts, encoded.dropped)
+    return Material(source, tokenizer, renderer, *parts, ledger)
+
+
+def _go(
+    config: Config, base: ModelFolder, material: Material, run: RunDirectory, *, resume: bool, quiet: bool
+) -> Result:
+    """Build everything, train, and finish: the one path of new and resumed runs."""
+    settings = config.train
+    step, skipped = run.newest_checkpoint() if resume else (None, [])
+    if run.metrics_file.exists():
+        truncate_after(run.metrics_file, step or 0)
+    with contextlib.ExitStack() as stack:
+        observers: list[Observer] = [stack.enter_context(Record(run.metrics_file))]
+        terminal = None if quiet else stack.enter_context(Terminal(log_every=settings.log_every))
+        observers += [terminal] if terminal else []
+        for name in config.run.trackers:
+            watcher = tracker(name, run.path.name, run.path, config.model_dump(mode="json"))
+            stack.callback(watcher.close)
+            observers.append(watcher)
+        observe = fan_out(observers)
+        _introduce(config, material, skipped, observe)
+
+        with progress("loading the model") as advance:
+            built = build(config, base.path, advance)
+        network = built.network
+        masters = [master for master in network.parameters() if master.requires_grad]
+        optimizer = make_optimizer(masters, settings.weight_decay)
+        order = RowOrder(
+            material.groups(),
+            config.data.weights or [1.0] * len(material.source.sources),
+            settings.batch_size,
+            settings.seed,
+            config.data.shuffle,
+        )
+        num_steps = order.num_steps(settings.epochs, settings.max_steps)
+        facts = {
+            "base_model": fingerprint(base.path),
+            "data": material.digest(),
+            "prompt_contract": material.renderer.contract.hash,
+            "steps": num_steps,
+        }
+        torch.manual_seed(settings.seed)
+        state = TrainState(scale=LossScale.for_dtype(built.dtype))
+        if step is not None:
+            check_same_run(run.checkpoint(step), facts)
+            state = load_checkpoint(run.checkpoint(step), network, optimizer)
+            observe(Note(f"going on from step {step} of {num_steps}"))
+        elif resume:
+            observe(Note("no checkpoint yet: starting over"))
+        observe(
+            RunStarted(
+                model=config.model.name,
+                num_rows=len(material.training),
+                num_steps=num_steps,
+                num_parameters=network.arch.num_parameters,
+                num_trainable=sum(master.numel() for master in masters),
+                device=describe(built.device),
+                dtype=str(built.dtype).removeprefix("torch."),
+                output=str(run.path),
+            )
+        )
+        heldout = [material.heldout.row(index) for index in range(len(material.heldout))]
+        job = loop.Job(
+            settings=loop.Settings(
+                num_steps=num_steps,
+                learning_rate=settings.learning_rate,
+                schedule=settings.schedule,
+                warmup=warmup_steps(settings.warmup, num_steps),
+                max_grad_norm=settings.max_grad_norm,
+                micro_batch_tokens=settings.micro_batch_tokens,
+                packing=config.data.packing,
+                eval_every=settings.eval_every,
+                save_every=settings.save_every,
+                keep=settings.keep,
+            ),
+            network=network,
+            masters=masters,
+            optimizer=optimizer,
+            rows=material.training,
+            order=order,
+            places=lambda rows: ", ".join(material.row(index).place for index in rows),
+            heldout=make_packs(heldout, settings.micro_batch_tokens, config.data.packing),
+            run=run,
+            adapter=AdapterFacts(built.spec, config.model.name, base.revision),
+            facts=facts,
+            observe=observe,
+        )
+        started = time.perf_counter()
+        with StopRequest(observe) as stop:
+            reason = loop.train(job, state, stop)
+        result = _finish(config, material, job, state, reason, time.perf_counter() - started)
+        if terminal and not result.finished:
+            observe(Note(f"go on with: lorafit train --resume {run.path}"))
+    return result
+
+
+def _introduce(config: Config, material: Material, skipped: Sequence[str], observe: Observer) -> None:
+    """Say what was read and what deserves a warning, before the first step."""
+    for fault in skipped:
+        observe(Note(fault, "warning"))
+    contract = material.renderer.contract
+    observe(Note(f"format {material.source.format}: {material.source.reason}; template {contract.template}"))
+    for line in material.ledger.lines():
+        observe(Note(line))
+    if not contract.add_eos and contract.template != "chat":
+        observe(
+            Note("answers have no stop token (data.eos=false): the model will not learn to stop", "warning")
+        )
+    if config.data.holdout and not len(material.heldout):
+        observe(Note("too few rows to hold any out: the loss on unseen rows is not measured", "warning"))
+
+
+def _finish(
+    config: Config,
+    material: Material,
+    job: loop.Job,
+    state: TrainState,
+    reason: Literal["finished", "interrupted"],
+    seconds: float,
+) -> Result:
+    """Write the final adapter, let the model speak, and report."""
+    run = job.run
+    best = state.best_step if config.train.keep_best and state.best_step else state.step
+    adapter = run.checkpoint(best if reason == "finished" else state.step)
+    if reason == "finished":
+        export_adapter(run.adapter, adapter, {"step": best, **job.facts})
+        adapter = run.adapter
+        if best != state.step:
+            job.observe(Note(f"the adapter is the one of step {best}, the lowest held-out loss"))
+            load_adapter(job.network, adapter)
+        _speak(config, material, job, run)
+    job.observe(RunEnded(state.step, reason, seconds, str(adapter), state.last_loss or 0.0))
+    return Result(
+        path=run.path,
+        adapter=adapter,
+        finished=reason == "finished",
+        step=state.step,
+        loss=state.last_loss,
+        heldout_loss=state.best_loss,
+        base_loss=state.base_loss,
+    )
+
+
+def _speak(config: Config, material: Material, job: loop.Job, run: RunDirectory) -> None:
+    """Base and tuned answers to a few held-out prompts, stored in samples.json and shown side by side."""
+    rows = [material.source.rows[number] for number in material.heldout.numbers]
+    asked = [(row.place, row.content) for row in rows if not isinstance(row.content, Text)]
+    asked = asked[: config.run.samples]
+    if not asked:
+        return
+    model = Model(job.network, material.renderer)
+    questions = [content for _, content in asked]
+    base = model.generate(questions, max_tokens=SAMPLE_TOKENS, base=True)
+    tuned = model.generate(questions, max_tokens=SAMPLE_TOKENS)
+    samples = []
+    for (place, content), before, after in zip(asked, base, tuned, strict=True):
+        job.observe(Sample(content.question, before.text, after.text))
+        texts = {"place": place, "prompt": content.question, "answer": content.answer}
+        samples.append({**texts, "base": asdict(before), "tuned": asdict(after)})
+    run.write_json(run.samples_file, samples)
+
+
+def _environment() -> dict[str, Any]:
+    """Versions, machine and command of this process; holds no environment variable and no path of the user's home."""
+    packages = ("torch", "tokenizers", "safetensors", "numpy", "huggingface_hub")
+    return {
+        "lorafit": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in packages},
+        "command": shlex.join(["lorafit", *sys.argv[1:]]),
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,247 @@
+"""What is drawn fits its width, reads the same on a terminal and in a file, and obeys nothing it shows."""
+
+from __future__ import annotations
+
+import io
+import time
+from itertools import pairwise
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from lorafit.observe import terminal
+from lorafit.observe.events import Event, Heldout, Note, RunEnded, RunStarted, Saved, Step
+from lorafit.observe.terminal import Terminal, progress, side_by_side, table
+
+RUN: list[Event] = [
+    RunStarted("tiny/model", 52_002, 30, 1_100_048_384, 4_505_600, "cuda", "bfloat16", "runs/a"),
+    *(
+        Step(n, 30, n / 30, 2.0 - n / 100, 1.9e-4, 0.7, 90, 120, 4, 312.4, 2.0, 1_234_567_890)
+        for n in range(1, 21)
+    ),
+    Heldout(20, 1.4121, 1.905, True),
+    Saved(20, "runs/a/checkpoints/step-000020", "best"),
+    Note("[red]nearly full[/red]\x1b[2J", "warning"),
+    RunEnded(20, "interrupted", 72.0, "runs/a/adapter", 1.8),
+]
+PLAIN = """\
+tiny/model  1.1B parameters, 4.51M trained (0.41 %)  cuda bfloat16
+52,002 rows  30 steps  output runs/a
+step 10/30  loss 1.945  lr 1.9e-04  312 tokens/s  eta 40s  1.2 GB
+step 20/30  loss 1.845  lr 1.9e-04  312 tokens/s  eta 20s  1.2 GB
+step 20  held-out loss 1.412 (base 1.905)  best so far
+step 20  saved runs/a/checkpoints/step-000020 (best)
+warning: [red]nearly full[/red]
+interrupted after 20 steps in 1m 12s  loss 1.800
+adapter runs/a/adapter
+"""
+
+SHOW_CURSOR, HIDE_CURSOR = "\x1b[?25h", "\x1b[?25l"
+
+
+class Screen(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+def shown_run(stream: io.StringIO, log_every: int = 10) -> str:
+    with Terminal(stream, log_every=log_every) as observe:
+        for event in RUN:
+            observe(event)
+    return stream.getvalue()
+
+
+# The run
+
+
+def test_plain_lines_in_a_file() -> None:
+    assert shown_run(io.StringIO()) == PLAIN
+
+
+def test_plain_lines_on_a_dumb_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    assert shown_run(Screen()) == PLAIN
+
+
+def test_the_last_step_always_has_its_line() -> None:
+    stream = io.StringIO()
+    Terminal(stream)(Step(3, 3, 1.0, 1.0, 0.0, 0.7, 90, 120, 4, 312.4, 2.0, 5_000_000))
+    assert stream.getvalue() == "step 3/3  loss 1.000  lr 0.0e+00  312 tokens/s  eta 0s  5 MB\n"
+
+
+def test_a_terminal_has_a_live_line_and_the_permanent_ones_above(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = Screen()
+    colored = shown_run(screen)
+    assert "\x1b[33mwarning" in colored
+    assert "\x1b[2J" not in colored
+    assert "step 1/30" in colored
+    assert "step 20/30" in colored
+    assert SHOW_CURSOR in colored  # the cursor is back
+    order = [
+        "held-out loss 1.412",
+        "saved runs/a/checkpoints/step-000020 (best)",
+        "[red]nearly full",
+        "adapter runs",
+    ]
+    assert all(colored.index(a) < colored.index(b) for a, b in pairwise(order))
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[33m" not in shown_run(Screen())
+
+
+def test_an_error_leaves_the_terminal_in_order() -> None:
+    screen = Screen()
+
+    def interrupted() -> None:
+        with Terminal(screen) as observe:
+            observe(RUN[1])
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert screen.getvalue().rindex(SHOW_CURSOR) > screen.getvalue().rindex(HIDE_CURSOR)
+
+
+@pytest.mark.parametrize(
+    ("width", "expected"),
+    [
+        (40, "step 1200/3000 loss"),
+        (60, "step 1200/3000 loss eta"),
+        (80, "step 1200/3000 loss lr tokens/s eta"),
+        (90, "step 1200/3000 loss lr tokens/s eta GB"),
+        (120, "step 1200/3000 loss lr tokens/s 3s eta GB"),
+    ],
+)
+def test_the_live_line_fits_and_drops_the_least_important_first(width: int, expected: str) -> None:
+    step = Step(1200, 3000, 0.4, 1.9, 1.9e-4, 0.7, 90, 120, 4, 111_312.4, 2.0, 11_234_567_890)
+    console = Console(
+        file=io.StringIO(), width=width, record=True, force_terminal=True, color_system="standard"
+    )
+    console.print(terminal._LiveLine(step, 1.832, 3672.0, time.monotonic() - 3))
+    line = console.export_text()
+    assert line.count("\n") == 1
+    assert cell_len(line.rstrip("\n")) == width
+    assert sum(line.count(piece) for piece in "━╸╺") >= terminal.MIN_BAR_WIDTH
+    units = ("step", "1200/3000", "loss", "lr", "tokens/s", "3s", "eta", "GB")
+    assert " ".join(word for word in line.split() if word in units) == expected
+
+
+# Other progress
+
+
+def test_quick_work_shows_nothing() -> None:
+    stream = io.StringIO()
+    with progress("reading", stream=stream) as report:
+        report(10, 10)
+    assert stream.getvalue() == ""
+
+
+def test_slow_work_shows_a_line_at_the_start_and_one_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "QUIET_SECONDS", 0.0)
+    stream = io.StringIO()
+    with progress("reading [red]\x1b[2J", stream=stream) as report:
+        wait_for(stream, "...")
+        report(1, 2)
+    assert stream.getvalue() == "reading [red] ...\nreading [red]: done in 0s\n"
+
+    def failing() -> None:
+        with progress("reading", stream=stream):
+            wait_for(stream, "reading ...")
+            raise ValueError
+
+    with pytest.raises(ValueError):
+        failing()
+    assert stream.getvalue().endswith("reading: stopped after 0s\n")
+
+
+def test_slow_work_shows_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "QUIET_SECONDS", 0.0)
+    screen = Screen()
+    with progress("tokenising", stream=screen) as report:
+        report(2, 8)
+        wait_for(screen, " 25%")
+    assert screen.getvalue().endswith("tokenising: done in 0s\n")
+    assert SHOW_CURSOR in screen.getvalue()
+
+
+def wait_for(stream: io.StringIO, text: str) -> None:
+    deadline = time.monotonic() + 10
+    while text not in stream.getvalue():
+        assert time.monotonic() < deadline, stream.getvalue()
+        time.sleep(0.005)
+
+
+# Tables and answers
+
+
+def test_table_in_a_pipe_has_whole_rows() -> None:
+    stream = io.StringIO()
+    table(["run", "loss"], [["a" * 300, "1.8"], ["[red]b\x1b[31m", ""]], stream=stream)
+    lines = stream.getvalue().splitlines()
+    assert [line.split() for line in lines[2:]] == [["a" * 300, "1.8"], ["[red]b"]]
+
+
+def test_table_on_a_terminal_folds_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    screen = Screen()
+    table(["run", "loss"], [["a" * 300, "1.8"]], stream=screen)
+    lines = terminal.ESCAPE_SEQUENCES.sub("", screen.getvalue()).splitlines()
+    assert sum(line.count("a") for line in lines) == 300
+    assert max(cell_len(line) for line in lines) <= 60
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_answers_fit_and_are_whole(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    stream = io.StringIO()
+    base, tuned = "빨강 파랑 노랑 [red]x[/red] " * 8, "the sky " * 12 + "s" * 200
+    side_by_side("세 가지 색은?", base, tuned, stream=stream)
+    text = stream.getvalue()
+    assert max(cell_len(line) for line in text.splitlines()) <= width
+    for word, count in (("빨강", 8), ("[red]x[/red]", 8), ("sky", 12), ("세 가지 색은?", 1)):
+        assert text.count(word) == count
+    titles = [line.split() for line in text.splitlines() if {"base", "tuned"} & set(line.split())]
+    assert titles == ([["base", "tuned"]] if width >= 80 else [["base"], ["tuned"]])
+
+
+@pytest.mark.parametrize(
+    ("hostile", "left"),
+    [
+        ("a\x1b[31mred\x1b[0m", "ared"),
+        ("a\x1b]0;title\x07b", "ab"),
+        ("a\x1b]8;;http://x\x1b\\b", "ab"),
+        ("a\x1b]0;never ended", "a0;never ended"),
+        ("a\x9b2Jb\x07\x08\x00c", "abc"),
+        ("over\rwritten", "overwritten"),
+        ("\u202eevil\u2066", "evil"),
+        ("[bold]b[/bold] :smile:", "[bold]b[/bold] :smile:"),
+        ("[/not a tag] 100% \\[x]", "[/not a tag] 100% \\[x]"),
+    ],
+)
+def test_model_text_is_shown_and_not_obeyed(hostile: str, left: str) -> None:
+    for stream in (io.StringIO(), Screen()):
+        side_by_side("q", hostile, "fine", stream=stream)
+        assert left in stream.getvalue()
+        assert "title" not in stream.getvalue()
+        assert "\u202e" not in stream.getvalue()
+    assert terminal.printable(f"{hostile}\r\n\t한글") == f"{left}\n\t한글"
+
+
+def test_a_narrow_encoding_does_not_stop_the_program() -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    side_by_side("질문", "답", "ok", stream=stream)
+    table(["run"], [["실행"]], stream=stream)
+    Terminal(stream)(Note("경고", "warning"))
+    stream.flush()
+    assert b"warning: ??" in raw.getvalue()
