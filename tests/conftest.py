@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("lorafit", deadline=None)  # busy machines are slow, not wrong
+settings.load_profile("lorafit")
 
 
 def shared_dir() -> Path:

@@ -1,3 +1,41 @@
-"""lorafit: fine-tune Llama-family models with LoRA on instruction data."""
+"""lorafit: fine-tune Llama-family models with LoRA on instruction data.
+
+Importing the package is cheap: torch is loaded with the first call that needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "DataError",
+    "LorafitError",
+    "ModelError",
+    "RunError",
+    "TrainingError",
+    "generate",
+    "load",
+    "train",
+]
+
+if TYPE_CHECKING:
+    from lorafit.api import generate, load, train
+    from lorafit.config.schema import Config
+    from lorafit.errors import ConfigError, DataError, LorafitError, ModelError, RunError, TrainingError
+
+_HOME = {"Config": "lorafit.config.schema", **dict.fromkeys(("generate", "load", "train"), "lorafit.api")}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'lorafit' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME.get(name, "lorafit.errors")), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,15 +1,16 @@
-"""Rendering: the text is transformers', the mask is the answer and its stop, the prompt is what inference sends."""
+"""Rendering: text as in transformers, masks that are the answers, prompts that are what inference sends."""
 
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.data.toy_tokenizers import CHATML, VICUNA, hostile_text, llama_like, load, qwen_like, toys
 
@@ -76,11 +77,13 @@ chats = st.builds(
 instructions = st.builds(
     Instruction, hostile_text, hostile_text, hostile_text.filter(str.strip), st.sampled_from(["", "Be kind."])
 )
-contents = chats | instructions | st.builds(Completion, hostile_text, hostile_text.filter(str.strip))
+completions = st.builds(Completion, hostile_text.filter(str.strip), hostile_text.filter(str.strip))
+contents = chats | instructions | completions
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("train_on", ["response", "all"])
+@settings(max_examples=40)
 @given(content=contents)
 def test_the_prompt_is_what_inference_sends(
     tokenizers: dict[str, Tokenizer], name: str, train_on: str, content: Content
@@ -90,7 +93,7 @@ def test_the_prompt_is_what_inference_sends(
     prompt = renderer.prompt_ids(content)
     assert row.ids[: len(prompt)] == prompt
     if train_on == "response":
-        assert row.trained[len(prompt)] or prompt == []
+        assert row.trained[len(prompt)]
         if isinstance(content, Completion | Instruction):
             assert not any(row.trained[: len(prompt)])
     else:
@@ -98,6 +101,7 @@ def test_the_prompt_is_what_inference_sends(
 
 
 @pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=40)
 @given(content=contents)
 def test_answers_and_their_stops_are_trained_and_nothing_else(
     tokenizers: dict[str, Tokenizer], name: str, content: Content
@@ -117,13 +121,11 @@ def test_answers_and_their_stops_are_trained_and_nothing_else(
     trained = [token for token, flag in zip(row.ids, row.trained, strict=True) if flag]
     stops = 1 if name == "vicuna" else len(answers)
     assert sum(token in controls for token in trained) == stops
-    if name != "qwen":
-        _assert_says(renderer, row, answers)
+    _assert_says(renderer, row, answers)
 
 
 def _assert_says(renderer: Renderer, row: Rendered, answers: Sequence[str]) -> None:
     """The trained text is the answers, up to blanks at their ends, NFC, and the stop tokens."""
-    import unicodedata
 
     def bare(text: str) -> str:
         for control in renderer.tokenizer.control:
@@ -170,12 +172,12 @@ def test_chat_text_and_ids_equal_transformers(
         theirs.chat_template = theirs.chat_template.replace("strftime_now('%d %b %Y')", "'26 Jul 2024'")
     text = theirs.apply_chat_template(turns, tokenize=False)
     renderer = make(tokenizers[name], add_eos=False)
-    spans = renderer.text(Row(0, "row 1", TWO_TURNS))
-    bos = "<s>" if spans[0].text == "<s>" and not text.startswith("<s>") else ""
-    assert "".join(span.text for span in spans) == bos + text
+    shown = "".join(span.text for span in renderer.text(Row(0, "row 1", TWO_TURNS)))
+    bos = "<s>" if shown.startswith("<s>") and not text.startswith("<s>") else ""
+    assert shown == bos + text
     if name != "vicuna":  # whose answers have no control token before the text that follows
         ids = render(renderer, TWO_TURNS).ids
-        assert ids == theirs(bos + text, add_special_tokens=False)["input_ids"]
+        assert ids == theirs(text, add_special_tokens=bool(bos))["input_ids"]
 
 
 def test_multi_turn_thinking(tokenizers: dict[str, Tokenizer]) -> None:
@@ -246,11 +248,11 @@ def test_a_blank_before_an_answer_goes_with_it(tokenizers: dict[str, Tokenizer])
     for name in ("zephyr", "qwen", "legacy"):
         renderer = make(tokenizers[name], add_eos=False)
         row = render(renderer, Completion("The question: ", "hello world"))
-        assert row.ids[-len(tokenizers[name].encode("x hello world")) + 1 :]
         assert trained_texts(renderer, row) == [" hello world"]
-        assert renderer.prompt_ids(Completion("The question: ", "")) == renderer.prompt_ids(
-            Completion("The question:", "")
+        with_blank, without = (
+            renderer.prompt_ids(Completion(f"The question:{end}", "")) for end in (" ", "")
         )
+        assert with_blank == without
 
 
 def test_formats_of_instruction_templates(tokenizers: dict[str, Tokenizer]) -> None:
@@ -267,8 +269,8 @@ def test_formats_of_instruction_templates(tokenizers: dict[str, Tokenizer]) -> N
         "request.\n\n### Instruction:\nAdd.\n\n### Response:\n3</s>"
     )
     assert text("alpaca", given) == (
-        "<s>Below is an instruction that describes a task, paired with an input that provides further context. "
-        "Write a response that appropriately completes the request.\n\n"
+        "<s>Below is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nAdd.\n\n### Input:\n1 + 2\n\n### Response:\n3</s>"
     )
     assert text("chat", given) == "<s><|user|>\nAdd.\n\n1 + 2</s>\n<|assistant|>\n3</s>\n"
@@ -279,7 +281,7 @@ def test_formats_of_instruction_templates(tokenizers: dict[str, Tokenizer]) -> N
 
 
 def test_empty_answers(tokenizers: dict[str, Tokenizer]) -> None:
-    """Alpaca has rows with empty answers: the classic job trains on their text, response training drops them."""
+    """Alpaca has empty answers: the classic job trains on such rows' text, response training drops them."""
     row = Row(0, "row 1", Instruction("Nothing.", "", " \n"))
     for template, train_on in (("classic", "response"), ("chat", "response"), ("chat", "all")):
         [outcome] = make(tokenizers["zephyr"], template, train_on=train_on).render_batch([row])
@@ -320,7 +322,7 @@ def test_stop_tokens(tmp_path: Path, tokenizers: dict[str, Tokenizer]) -> None:
 def test_prompts_of_conversations(tokenizers: dict[str, Tokenizer]) -> None:
     chat, classic = make(tokenizers["zephyr"]), make(tokenizers["zephyr"], "classic")
     decoded = tokenizers["zephyr"].decode(chat.prompt_ids([QUESTION]))
-    assert decoded == "<s><|user|>\nWhat is it?</s>\n<|assistant|>\n"
+    assert decoded == "<s> <|user|>\nWhat is it?</s>\n<|assistant|>\n"
     assert classic.prompt_ids([QUESTION]) == classic.prompt_ids(Instruction("What is it?", "", ""))
     assert classic.prompt_ids(Text("anything")) == [1]
     with pytest.raises(DataError, match="no conversations"):

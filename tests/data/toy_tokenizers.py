@@ -14,20 +14,22 @@ from lorafit.data.tokenizer import Tokenizer
 
 CORPUS = [
     "### Instruction:\nWrite the answer to the question.\n\n### Response:\nThe answer is the answer.",
-    "user assistant system question answer hello world, this is it.\n\n- one\n- two\n\n\n    def f(x): return x",
+    "user assistant system question answer hello world, this is it.\n\n- one\n- two\n\n\n    return x",
     "Below is an instruction that describes a task. Write a response that completes the request. It's 1234.",
 ] * 4
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' "
-    "+ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
+    "+ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 # TinyLlama's and Zephyr's.
 ZEPHYR = (
-    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + "
-    "eos_token }}\n{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
-    "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n"
-    "{% endif %}\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n"
+    "{{ '<|user|>\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'system' %}\n"
+    "{{ '<|system|>\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'assistant' %}\n"
+    "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
 )
 # Writes BOS itself, merges the system turn into the first question, strips, puts blanks around answers.
 LLAMA_2 = (
@@ -62,11 +64,15 @@ QWEN_3 = (
 )
 # No control token after an answer.
 VICUNA = (
-    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ 'ASSISTANT: ' + message['content'] }}"
-    "{% else %}{{ 'USER: ' + message['content'] }}{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{{ 'ASSISTANT: ' + message['content'] }}{% else %}"
+    "{{ 'USER: ' + message['content'] }}{% endif %}{{ '\\n' }}{% endfor %}"
 )
 
-_QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def _added(names: list[str], first: int, special: bool = True) -> list[dict[str, Any]]:
@@ -94,9 +100,8 @@ def qwen_like(folder: Path, chat_template: str = CHATML, **config: Any) -> Path:
     )
     rust.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    rust.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
-    )
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    rust.train_from_iterator(CORPUS, trainer)
     spec = json.loads(rust.to_str())
     size = len(spec["model"]["vocab"])
     spec["normalizer"] = {"type": "NFC"}
@@ -106,7 +111,7 @@ def qwen_like(folder: Path, chat_template: str = CHATML, **config: Any) -> Path:
 
 
 def llama_like(folder: Path, chat_template: str | None = ZEPHYR, legacy: bool = False, **config: Any) -> Path:
-    """SentencePiece-like BPE with byte fallback and BOS, as Llama 2; `legacy` with the blank as a normalizer."""
+    """SentencePiece-like BPE with byte fallback and BOS; `legacy`: the leading blank is a normalizer."""
     rust = RustTokenizer(models.BPE())
     rust.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     rust.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, show_progress=False))
@@ -170,25 +175,9 @@ def load(folder: Path) -> Tokenizer:
     return Tokenizer.from_folder(folder)
 
 
-_pieces = st.sampled_from(
-    [
-        "</s>",
-        "<s>",
-        "<unk>",
-        "<|im_end|>",
-        "<|im_start|>",
-        "<|endoftext|>",
-        " ",
-        "  ",
-        "\n",
-        "\n\n",
-        "\t",
-        "▁",
-    ]
-    + ["the answer", "hello", "It's", "123", "한국어", "e\u0301", "🙂", "<0x0A>", "### Response:\n", "-"]
-)
-plain_text = st.text(
-    st.characters(exclude_categories=("Cs", "Cn", "Co"), exclude_characters="\0"), max_size=12
-)
+_controls = ["</s>", "<s>", "<unk>", "<|im_end|>", "<|im_start|>", "<|endoftext|>", "<0x0A>", "Response:\n"]
+_letters = [" ", "  ", "\n", "\n\n", "\t", "▁", "-", "the answer", "It's", "123", "한국어", "e\u0301", "🙂"]
+_characters = st.characters(exclude_categories=("Cs", "Cn", "Co"), exclude_characters="\0")
+plain_text = st.text(_characters, max_size=12)
 # Text as hostile as data can be: control tokens, blanks and borders of all kinds.
-hostile_text = st.lists(_pieces | plain_text, max_size=8).map("".join)
+hostile_text = st.lists(st.sampled_from(_controls + _letters) | plain_text, max_size=8).map("".join)

@@ -45,8 +45,8 @@ def test_no_row_knows_a_held_out_question() -> None:
     assert len(questions) == len({(item["instruction"], item["input"]) for item in questions}) == 40
     for item in questions:
         assert (item["instruction"], item["input"]) not in asked
-        if not item["input"]:  # a fact, also behind the yes or no of a check
-            fact = item["answer"].removeprefix("Yes, ").removeprefix("No, ").casefold()
+        if not item["input"]:  # a fact, also where a claim about it is checked
+            fact = item["answer"].partition(", so it is ")[0].rstrip(".").casefold()
             assert fact not in said, fact
 
 

@@ -52,14 +52,14 @@ def train(
                 "--resume takes no other settings: a run goes on as it was started",
                 hint="start a new run with lora.init_from=RUN/adapter to change something",
             )
-        from lorafit.train.run import resume_run
+        from lorafit.training.run import resume_run
 
         result = resume_run(resume)
     else:
         if len(recipes) > 1:
             raise ConfigError(f"one recipe a run, not {len(recipes)}: {', '.join(recipes)}")
         config = load_config(recipe_file(recipes[0]) if recipes else None, [*overrides, *flags])
-        from lorafit.train.run import start_run
+        from lorafit.training.run import start_run
 
         result = start_run(config)
     typer.echo(result.adapter if result.finished else result.path)

@@ -53,14 +53,24 @@ def load_config(recipe: Path | None = None, overrides: Sequence[str] = ()) -> Co
         values = _read_recipe(recipe, places, problems)
     for override in overrides:
         _apply(override, values, places, problems)
+    return validate(values, places, problems)
+
+
+def validate(
+    values: Mapping[str, Any], places: Mapping[KeyPath, str] | None = None, problems: Sequence[Problem] = ()
+) -> Config:
+    """The Config that nested `values` spell out. Raises ConfigError with `problems` found before and all new ones;
+    `places` says where each key was given.
+    """
+    found, config = list(problems), None
     known_bad = {problem.place for problem in problems}
     try:
-        config = Config.model_validate(values)
+        config = Config.model_validate(dict(values))
     except ValidationError as error:
-        fresh = [_problem(detail, places) for detail in error.errors(include_url=False)]
-        problems += [problem for problem in fresh if not problem.place or problem.place not in known_bad]
-    if problems:
-        raise ConfigError.of(problems)
+        fresh = [_problem(detail, places or {}) for detail in error.errors(include_url=False)]
+        found += [problem for problem in fresh if not problem.place or problem.place not in known_bad]
+    if found or config is None:
+        raise ConfigError.of(found)
     return config
 
 
@@ -155,7 +165,7 @@ def _apply(
     places[key] = place
 
 
-def _problem(detail: Mapping[str, Any], places: dict[KeyPath, str]) -> Problem:
+def _problem(detail: Mapping[str, Any], places: Mapping[KeyPath, str]) -> Problem:
     """One pydantic complaint in our words: key, place, and what would be right."""
     where = tuple(str(part) for part in detail["loc"])
     place = next((places[where[:n]] for n in range(len(where), 0, -1) if where[:n] in places), "")

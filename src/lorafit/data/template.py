@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -228,8 +229,11 @@ class Renderer:
             raise DataError.of([segments])
         if isinstance(segments, Dropped):
             raise DataError(segments.reason, place=row.place)
-        spans = [Span(self.tokenizer.public(text), trained) for text, trained in self._spans(segments)]
-        return [span for span in spans if span.text]
+        groups = groupby((span for span in self._spans(segments) if span.text), lambda span: span.trained)
+        return [
+            Span(self.tokenizer.public("".join(span.text for span in spans)), trained)
+            for trained, spans in groups
+        ]
 
     def prompt_ids(self, source: Row | Content | Sequence[Message]) -> list[int]:
         """The ids after which the answer begins: of a row without its last answer, or of a conversation that
@@ -355,17 +359,17 @@ class Renderer:
         trained[:1] = [False]
         return Rendered(ids, trained)
 
-    def _spans(self, segments: Sequence[_Segment]) -> Iterator[tuple[str, bool]]:
+    def _spans(self, segments: Sequence[_Segment]) -> Iterator[Span]:
         """The protected text cut where training begins and ends, with BOS and EOS."""
         bos, everything = self.contract.bos, self.contract.train_on == "all"
-        yield (bos or "") if self._bos(segments[0].text) else "", False
+        yield Span((bos or "") if self._bos(segments[0].text) else "", False)
         for segment in segments:
             cut = len(segment.text)
             if segment.stop:
                 cut = segment.text.index(name := self.tokenizer.protect(segment.stop.text)) + len(name)
-            yield segment.text[:cut], segment.answer or everything
-            yield segment.text[cut:], everything
-        yield (self.contract.eos or "") if self._ends_in_eos(segments) else "", True
+            yield Span(segment.text[:cut], segment.answer or everything)
+            yield Span(segment.text[cut:], everything)
+        yield Span((self.contract.eos or "") if self._ends_in_eos(segments) else "", True)
 
     def _bos(self, text: str) -> list[int]:
         """BOS, if it goes before the protected `text`: once, also where the template writes it itself."""

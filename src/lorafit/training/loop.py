@@ -21,8 +21,8 @@ from lorafit.model.lora import set_enabled
 from lorafit.observe.events import Busy, Heldout, Observer, Saved, Step
 from lorafit.observe.meters import Meter
 from lorafit.rundir import RunDirectory
-from lorafit.train.checkpoint import AdapterFacts, TrainState, save_checkpoint
-from lorafit.train.optim import clip, learning_rate
+from lorafit.training.checkpoint import AdapterFacts, TrainState, save_checkpoint
+from lorafit.training.optim import clip, learning_rate
 
 class Rows(Protocol):
     """Tokenised rows by index."""
@@ -48,7 +48,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A run put together: what the loop works on. Built by train/run.py."""
+    """A run put together: what the loop works on. Built by training/run.py."""
 
     settings: Settings
     network: Llama

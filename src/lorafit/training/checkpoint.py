@@ -19,7 +19,7 @@ from lorafit.errors import Problem, RunError
 from lorafit.model.adapter import CONFIG, WEIGHTS, adapter_tensors, load_adapter, write_adapter
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, adapted
-from lorafit.train.precision import LossScale
+from lorafit.training.precision import LossScale
 
 STATE, TENSORS = "state.json", "state.safetensors"
 

@@ -41,17 +41,17 @@ from lorafit.observe.record import Record, truncate_after
 from lorafit.observe.terminal import Terminal, progress
 from lorafit.observe.trackers import tracker
 from lorafit.rundir import RunDirectory
-from lorafit.train import loop
-from lorafit.train.checkpoint import (
+from lorafit.training import loop
+from lorafit.training.checkpoint import (
     AdapterFacts,
     TrainState,
     check_same_run,
     export_adapter,
     load_checkpoint,
 )
-from lorafit.train.optim import make_optimizer, warmup_steps
-from lorafit.train.precision import LossScale
-from lorafit.train.signals import StopRequest
+from lorafit.training.optim import make_optimizer, warmup_steps
+from lorafit.training.precision import LossScale
+from lorafit.training.signals import StopRequest
 
 SAMPLE_TOKENS = 128  # most tokens of an answer shown at the end of a run
 

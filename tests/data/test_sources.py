@@ -1,0 +1,197 @@
+"""Sources: every kind of file gives the same rows, and every fault names file, line and fix."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorafit.data.formats import Instruction
+from lorafit.data.sources import SourceInfo, load_rows, read_source
+from lorafit.errors import DataError, Problem
+
+ROWS = [
+    {"instruction": "Say it.", "input": "", "output": 'A "quoted", line\nbreak'},
+    {"instruction": "한국어", "input": "x", "output": "네"},
+]
+CONTENTS = [Instruction(row["instruction"], row["input"], row["output"]) for row in ROWS]
+
+
+def write(path: Path) -> Path:
+    """ROWS in the kind of file that the name asks for."""
+    kind = path.name.removesuffix(".gz").rpartition(".")[2]
+    table = pyarrow.Table.from_pylist(ROWS)
+    if kind == "json":
+        content = json.dumps(ROWS, ensure_ascii=False)
+    elif kind in ("jsonl", "ndjson"):
+        content = "\n\n".join(json.dumps(row) for row in ROWS)
+    elif kind in ("csv", "tsv"):
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, ROWS[0], delimiter="\t" if kind == "tsv" else ",")
+            writer.writeheader()
+            writer.writerows(ROWS)
+        return path
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(table, path)
+        return path
+    else:
+        opener = pyarrow.ipc.new_stream if kind == "arrow" else pyarrow.ipc.new_file
+        with opener(str(path), table.schema) as sink:
+            sink.write_table(table)
+        return path
+    encoded = content.encode()
+    path.write_bytes(gzip.compress(encoded) if path.suffix == ".gz" else encoded)
+    return path
+
+
+KINDS = ["json", "jsonl", "ndjson", "json.gz", "jsonl.gz", "csv", "tsv", "parquet", "arrow", "feather"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path / f"data.{kind}")
+    rows = load_rows([str(path)])
+    assert [row.content for row in rows.rows] == CONTENTS
+    assert [row.number for row in rows.rows] == [0, 1]
+    assert (rows.format, rows.reason) == ("alpaca", "every row has `instruction` and `output`")
+    assert rows.sources == [SourceInfo(str(path), 2, hashlib.sha256(path.read_bytes()).hexdigest(), "")]
+    line = {
+        "jsonl": ", line 3",
+        "ndjson": ", line 3",
+        "jsonl.gz": ", line 3",
+        "csv": ", line 4",
+        "tsv": ", line 4",
+    }
+    assert rows.rows[1].place == f"{path} row 2{line.get(kind, '')}"
+
+
+def test_folders_and_several_sources(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write(folder / "b.json")
+    write(folder / "a.jsonl")
+    (folder / "README.md").write_text("no data")
+    (folder / "dataset_info.json").write_text("{}")
+    (tmp_path / "text.csv").write_text("text\nhello\n")
+    rows = load_rows([str(folder), str(tmp_path / "text.csv")])
+    assert [source.name for source in rows.sources] == [
+        str(folder / "a.jsonl"), str(folder / "b.json"), str(tmp_path / "text.csv")]  # fmt: skip
+    assert [row.number for row in rows.rows] == list(range(5))
+    assert rows.format == "alpaca+text"
+    assert "text.csv: every row has `text`" in rows.reason
+    with pytest.raises(DataError, match="`text` is missing"):
+        load_rows([str(folder / "b.json")], format="text")
+    assert load_rows([str(folder / "b.json")], format="alpaca").reason == "given"
+
+
+def test_tolerated(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"version": 1, "data": ROWS}).encode())
+    assert len(load_rows([str(path)]).rows) == 2
+    path.write_text("\n".join(json.dumps(row) for row in ROWS))  # JSON lines under the wrong name
+    assert len(load_rows([str(path)]).rows) == 2
+    (tmp_path / "long.csv").write_text(f"text\n{'x' * 200_000}\n")
+    assert len(load_rows([str(tmp_path / "long.csv")]).rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message", "place"),
+    [
+        ("a.json", b'[{"text": "a"},\n {"text" "b"}]', "is not JSON", "a.json line 2 column 10"),
+        ("a.json", b'{"a": 1}', "is not a list of rows", "a.json"),
+        ("a.json", b"[]", "has no rows", "a.json"),
+        ("a.json", b"[" * 100_000, "is not usable JSON", "a.json"),
+        ("a.json", b" \n", "the file is empty", "a.json"),
+        ("a.json", b'[{"text": "\xff"}]', "not UTF-8: byte 0xFF at offset 11", "a.json"),
+        ("a.json.gz", b"no gzip", "is not a whole gzip file", "a.json.gz"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "abc"}')[:-9], "is not a whole gzip file", "a.jsonl.gz"),
+        ("a.csv", b"text,text\na,b\n", "empty or repeated names", "a.csv line 1"),
+        ("a.csv", b'text\n"a\n', "is not CSV", "a.csv line"),
+        ("a.csv", b"text,b\na,b\nc\n", "has 1 fields where the header has 2", "a.csv row 2, line 3"),
+        ("a.csv", b"text\n", "has no rows", "a.csv"),
+        ("a.parquet", b"no parquet", "is not usable Parquet", "a.parquet"),
+        ("a.arrow", b"no arrow", "is not usable Arrow", "a.arrow"),
+        ("a.xlsx", b"", "unsupported kind of file '.xlsx'", "a.xlsx"),
+    ],
+)
+def test_faults_name_place_and_fix(
+    tmp_path: Path, name: str, content: bytes, message: str, place: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        load_rows([str(tmp_path / name)])
+    [problem] = caught.value.problems
+    assert message in problem.message
+    assert place in problem.place
+    assert problem.hint
+
+
+def test_all_bad_lines_and_all_sources_are_reported(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text"\n\n{"text": "b"}\nnope\n')
+    (tmp_path / "b.json").write_text('[{"text": 3}]')
+    with pytest.raises(DataError) as caught:
+        load_rows(
+            [str(tmp_path / "a.jsonl"), str(tmp_path / "b.json"), str(tmp_path / "c.json")], format="text"
+        )
+    places = [problem.place for problem in caught.value.problems]
+    assert [place.removeprefix(f"{tmp_path}/") for place in places] == [
+        "a.jsonl row 2, line 2", "a.jsonl row 4, line 5", "b.json row 1, field `text`", "c.json"]  # fmt: skip
+
+
+def test_missing_files_suggest_near_names(tmp_path: Path) -> None:
+    write(tmp_path / "alpaca_data.json")
+    with pytest.raises(DataError, match=r"did you mean .*alpaca_data\.json\?"):
+        load_rows([str(tmp_path / "alpaca-data.json")])
+    with pytest.raises(DataError, match="does not exist either"):
+        load_rows([str(tmp_path / "nowhere" / "a.json")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no data files"):
+        load_rows([str(tmp_path / "empty")])
+    with pytest.raises(DataError, match="unknown data format"):
+        load_rows([str(tmp_path / "alpaca_data.json")], format="alpacca")
+
+
+@dataclass
+class Files:
+    paths: list[Path]
+    revision: str
+
+
+def test_hub_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "train.parquet")
+    asked: list[object] = []
+
+    def dataset_files(name: str, **options: object) -> Files:
+        asked.append((name, options))
+        return Files([path], "abc123")
+
+    monkeypatch.setattr("lorafit.hub.dataset_files", dataset_files)
+    rows = load_rows(["tatsu-lab/alpaca"], revision="main", split="test", offline=True)
+    assert asked == [("tatsu-lab/alpaca", {"revision": "main", "split": "test", "offline": True})]
+    assert rows.sources[0].name == "tatsu-lab/alpaca/train.parquet"
+    assert rows.sources[0].revision == "abc123"
+    assert rows.rows[1].place == "tatsu-lab/alpaca/train.parquet row 2"
+
+
+@given(content=st.binary(max_size=60) | st.text('[]{}",:\n\r\0a1\ufeff', max_size=60).map(str.encode))
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "json.gz", "parquet", "arrow"])
+def test_any_bytes_are_read_or_reported(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, content: bytes
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"any.{kind}"
+    path.write_bytes(content)
+    problems: tuple[Problem, ...] = ()
+    try:
+        list(read_source(path))
+    except DataError as error:
+        problems = error.problems
+    assert all(str(path) in problem.place for problem in problems)

@@ -1,0 +1,167 @@
+"""Weights are read whole and mapped, or the error names every tensor that is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tests.tiny import FAMILIES, config_of, random_network, weights_of, write_model
+
+from lorafit.errors import ModelError
+from lorafit.model.architecture import read_architecture
+from lorafit.model.weights import fingerprint, load_network, weight_files
+
+CPU = torch.device("cpu")
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    return load_network(folder, read_architecture(folder), dtype, CPU)
+
+
+def shard(folder: Path) -> None:
+    weights = weights_of(random_network())
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    parts = {"model-00001-of-00002.safetensors": names[:7], "model-00002-of-00002.safetensors": names[7:]}
+    for file, members in parts.items():
+        save_file({name: weights[name] for name in members}, folder / file)
+    index = {"weight_map": {name: file for file, members in parts.items() for name in members}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_was_written_is_what_is_loaded(family: str, tmp_path: Path) -> None:
+    network = load(write_model(tmp_path, family))
+    expected = random_network(family).state_dict()
+    loaded = network.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    if "tied" in family:
+        assert network.lm_head.weight is network.model.embed_tokens.weight
+
+
+def test_shards_equal_the_single_file(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    single = load(tmp_path).state_dict()
+    shard(tmp_path)
+    sharded = load(tmp_path).state_dict()
+    assert all(torch.equal(sharded[name], single[name]) for name in single)
+
+
+def test_tensors_stay_mapped_to_the_file_where_the_type_matches(tmp_path: Path) -> None:
+    """Weights of the file's own type cost no anonymous memory: they are the file's pages."""
+    network = load(write_model(tmp_path))
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("needs /proc")
+    ranges = [
+        tuple(int(end, 16) for end in line.split()[0].split("-"))
+        for line in maps.read_text().splitlines()
+        if line.endswith("model.safetensors")
+    ]
+    addresses = [parameter.data_ptr() for parameter in network.parameters()]
+    assert all(any(start <= address < end for start, end in ranges) for address in addresses)
+
+
+def test_a_tied_table_under_either_name(tmp_path: Path) -> None:
+    write_model(tmp_path, "llama-tied")
+    weights = weights_of(random_network("llama-tied"))
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, tmp_path / "model.safetensors")
+    expected = random_network("llama-tied").model.embed_tokens.weight
+    assert torch.equal(load(tmp_path).lm_head.weight, expected)
+
+
+def test_a_tied_config_with_two_different_tables_is_refused(tmp_path: Path) -> None:
+    write_model(tmp_path, "llama-tied")
+    weights = weights_of(random_network("llama-tied"))
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 1
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="ties the head"):
+        load(tmp_path)
+
+
+def test_every_wrong_tensor_is_named_at_once(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    weights = weights_of(random_network())
+    del weights["model.norm.weight"]
+    weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 3)
+    weights["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)  # old checkpoints carry it
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError) as caught:
+        load(tmp_path)
+    messages = " / ".join(problem.message for problem in caught.value.problems)
+    assert len(caught.value.problems) == 3
+    assert "`model.norm.weight` is missing" in messages
+    assert "has shape [3, 3], config.json says [48, 32]" in messages
+    assert "q_proj.bias` has no place in a llama network" in messages
+
+
+def test_missing_and_damaged_files_say_what_to_do(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(ModelError, match="cannot be read"):
+        load(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"there is no `model\.safetensors`") as caught:
+        weight_files(tmp_path)
+    assert "pickled" in caught.value.problems[0].hint
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ModelError, match="no config.json"):
+        load(tmp_path)
+
+
+def test_an_index_cannot_point_outside_its_folder(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret.safetensors"}}')
+    with pytest.raises(ModelError, match="outside its folder"):
+        weight_files(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    with pytest.raises(ModelError, match=r"`gone\.safetensors` is missing"):
+        weight_files(tmp_path)
+
+
+def test_fingerprint_tells_models_apart(tmp_path: Path) -> None:
+    first, same = write_model(tmp_path / "a"), write_model(tmp_path / "b")
+    other = write_model(tmp_path / "c", seed=1)
+    assert fingerprint(first) == fingerprint(same)
+    assert fingerprint(first) != fingerprint(other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "model type `gpt2` is not supported"),
+        ({"hidden_act": "gelu"}, "only `silu` is supported"),
+        ({"num_key_value_heads": 3}, "must divide num_attention_heads"),
+        ({"hidden_size": "big"}, "`hidden_size` is 'big'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope types default, linear and llama3"),
+        ({"quantization_config": {"bits": 4}}, "give the 16-bit original"),
+    ],
+)
+def test_a_config_that_cannot_be_honoured_is_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config_of("llama", **changes)))
+    with pytest.raises(ModelError, match=message):
+        read_architecture(tmp_path)
+
+
+def test_both_spellings_of_rope_are_read(tmp_path: Path) -> None:
+    raw = config_of("llama")
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 32
+    old = raw | {"rope_theta": 5e5, "rope_scaling": {**scaling, "type": "llama3"}}
+    new = raw | {"rope_parameters": {**scaling, "rope_type": "llama3", "rope_theta": 5e5}}
+    new.pop("rope_theta")
+    ropes = []
+    for config in (old, new):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        ropes.append(read_architecture(tmp_path).rope)
+    assert ropes[0] == ropes[1]
+    assert ropes[0].theta == 5e5
+    assert ropes[0].kind == "llama3"

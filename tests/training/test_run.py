@@ -1,0 +1,332 @@
+"""Whole runs on a tiny model: same bytes for one seed, exact resume, and nothing changes when a step is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.tiny import write_model, write_rows
+
+from lorafit.config.load import load_config
+from lorafit.durable import sha256_file, verify_folder
+from lorafit.errors import LorafitError, RunError, TrainingError
+from lorafit.observe.record import read_metrics
+from lorafit.rundir import RunDirectory
+from lorafit.training import loop
+from lorafit.training.run import Result, resume_run, start_run
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("material")
+    model = write_model(folder / "model")
+    rows = write_rows(folder / "rows.json")
+    return [
+        f"model.name={model}",
+        f"data.path={rows}",
+        "model.dtype=float32",
+        "model.device=cpu",
+        "train.batch_size=6",
+        "train.learning_rate=0.01",
+        "train.eval_every=3",
+        "train.save_every=2",
+        "lora.rank=4",
+        "run.samples=1",
+    ]
+
+
+def run(material: list[str], output: Path, *overrides: str) -> Result:
+    return start_run(load_config(None, [*material, f"run.output={output}", *overrides]), quiet=True)
+
+
+def digest(result: Result) -> str:
+    return sha256_file(result.adapter / "adapter_model.safetensors")
+
+
+def events(result: Result | Path, kind: str) -> list[dict[str, Any]]:
+    path = result if isinstance(result, Path) else result.path
+    return [event for event in read_metrics(path / "metrics.jsonl") if event["event"] == kind]
+
+
+def without_clock(event: dict[str, Any]) -> dict[str, Any]:
+    clocks = ("seconds", "tokens_per_second", "memory_bytes")
+    return {key: value for key, value in event.items() if key not in clocks}
+
+
+def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real SIGINT arrives while step number `step` is being computed."""
+    gradients = loop._gradients
+
+    def interrupted(job: loop.Job, state: Any, *rest: Any) -> tuple[float, float]:
+        if state.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return gradients(job, state, *rest)
+
+    monkeypatch.setattr(loop, "_gradients", interrupted)
+
+
+def test_a_run_learns_and_leaves_everything_that_the_contract_names(material: list[str], tmp_path: Path) -> None:
+    result = run(material, tmp_path / "run", "train.epochs=4")
+    assert result.finished
+    assert result.heldout_loss is not None
+    assert result.base_loss is not None
+    assert result.heldout_loss < 0.8 * result.base_loss
+    names = {path.name for path in result.path.iterdir()}
+    expected = {"config.yaml", "env.json", "prompt.json", "ledger.json", "metrics.jsonl", "samples.json"}
+    assert expected | {"checkpoints", "adapter"} <= names
+    assert verify_folder(result.adapter) == []
+    step = events(result, "step")[0]
+    keys = "step loss learning_rate grad_norm supervised_tokens tokens tokens_per_second seconds".split()
+    assert set(keys) <= step.keys()
+    assert [event["step"] for event in events(result, "step")] == list(range(1, 25))
+    sample = json.loads((result.path / "samples.json").read_text())[0]
+    assert sample["prompt"].startswith("Say the number")
+    assert sample["base"]["text"] != sample["tuned"]["text"]
+
+
+def test_after_one_step_every_adapter_matrix_has_moved(material: list[str], tmp_path: Path) -> None:
+    result = run(material, tmp_path / "run", "train.max_steps=1", "train.warmup=0")
+    tensors = load_file(result.adapter / "adapter_model.safetensors")
+    b_matrices = [tensor for name, tensor in tensors.items() if ".lora_B." in name]
+    assert len(b_matrices) == 14
+    assert all(bool(tensor.abs().max() > 0) for tensor in b_matrices)
+
+
+def test_one_seed_gives_the_same_bytes_and_another_does_not(material: list[str], tmp_path: Path) -> None:
+    dropout = "lora.dropout=0.1"
+    first = run(material, tmp_path / "a", "train.max_steps=8", dropout)
+    second = run(material, tmp_path / "b", "train.max_steps=8", dropout)
+    third = run(material, tmp_path / "c", "train.max_steps=8", dropout, "train.seed=7")
+    assert digest(first) == digest(second) != digest(third)
+    for one, two in zip(events(first, "step"), events(second, "step"), strict=True):
+        assert without_clock(one) == without_clock(two)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("micro", [2048, 120], ids=["one-pass", "accumulation"])
+def test_interrupted_and_resumed_equals_uninterrupted(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, micro: int
+) -> None:
+    overrides = [
+        f"model.dtype={dtype}",
+        f"train.micro_batch_tokens={micro}",
+        "lora.dropout=0.1",
+        "train.max_steps=9",  # an epoch is six steps: the cut falls into the second
+    ]
+    whole = run(material, tmp_path / "whole", *overrides)
+    with monkeypatch.context() as patch:
+        interrupt_after(7, patch)
+        cut = run(material, tmp_path / "cut", *overrides)
+    assert not cut.finished
+    assert cut.step == 7
+    resumed = resume_run(cut.path, quiet=True)
+    assert resumed.finished
+    assert digest(resumed) == digest(whole)
+    for one, two in zip(events(whole, "step"), events(resumed, "step"), strict=True):
+        assert without_clock(one) == without_clock(two)
+
+
+def test_resume_without_a_word_at_the_end_equals_uninterrupted(material: list[str], tmp_path: Path) -> None:
+    """A killed run: the newest checkpoint is taken, and metrics after it are made again."""
+    whole = run(material, tmp_path / "whole", "train.max_steps=6", "train.keep=5")
+    directory = RunDirectory.open(whole.path)
+    before = [without_clock(event) for event in events(whole, "step")]
+    final = digest(whole)
+    for step in directory.saved_steps():
+        if step > 2:
+            directory.drop_checkpoint(step)
+    resumed = resume_run(whole.path, quiet=True)
+    assert digest(resumed) == final
+    assert [without_clock(event) for event in events(resumed, "step")] == before
+
+
+def test_a_damaged_checkpoint_is_skipped_with_a_word(material: list[str], tmp_path: Path) -> None:
+    whole = run(material, tmp_path / "run", "train.max_steps=6", "train.keep=3", "data.holdout=0")
+    final = digest(whole)
+    newest = whole.path / "checkpoints" / "step-000006" / "state.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(bytes(content))
+    resumed = resume_run(whole.path, quiet=True)
+    assert digest(resumed) == final
+    notes = [event["text"] for event in events(resumed, "note") if event["level"] == "warning"]
+    assert any("step-000006 is damaged" in note and "SHA-256" in note for note in notes)
+
+
+def test_gradients_do_not_depend_on_how_the_step_is_cut(material: list[str], tmp_path: Path) -> None:
+    cuts = [
+        ["train.micro_batch_tokens=2048"],
+        ["train.micro_batch_tokens=150"],
+        ["train.micro_batch_tokens=8"],
+        ["data.packing=false"],
+    ]
+    adapters = []
+    for index, cut in enumerate(cuts):
+        result = run(material, tmp_path / str(index), "train.max_steps=3", "data.holdout=0", *cut)
+        adapters.append(load_file(result.adapter / "adapter_model.safetensors"))
+    for other in adapters[1:]:
+        for name, tensor in adapters[0].items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_raw_gradients_of_every_cut_agree_to_1e_6(material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grads: list[dict[str, torch.Tensor]] = []
+    original = loop._gradients
+
+    def spy(job: loop.Job, *rest: Any) -> tuple[float, float]:
+        out = original(job, *rest)
+        named = job.network.named_parameters()
+        grads.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+        return out
+
+    monkeypatch.setattr(loop, "_gradients", spy)
+    for index, cut in enumerate(["micro_batch_tokens=2048", "micro_batch_tokens=150", "micro_batch_tokens=8"]):
+        run(material, tmp_path / str(index), "train.max_steps=1", "train.max_grad_norm=0", f"train.{cut}")
+    assert len(grads[0]) == 28
+    for other in grads[1:]:
+        for name, gradient in grads[0].items():
+            torch.testing.assert_close(other[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def stop_with(material: list[str], output: Path, monkeypatch: pytest.MonkeyPatch, loss: Callable[..., Any]) -> str:
+    pack_loss, calls = loop.pack_loss, []
+
+    def sabotaged(network: Any, pack: Any) -> Any:
+        calls.append(pack)
+        return loss(pack_loss(network, pack)) if len(calls) == 4 else pack_loss(network, pack)
+
+    with monkeypatch.context() as patch, pytest.raises(TrainingError) as caught:
+        patch.setattr(loop, "pack_loss", sabotaged)
+        run(material, output, "train.save_every=1", "data.holdout=0", "train.max_steps=5")
+    return str(caught.value)
+
+
+def test_a_non_finite_loss_stops_before_weights_change_and_names_step_and_rows(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = stop_with(material, tmp_path / "run", monkeypatch, lambda loss: loss * float("nan"))
+    assert "step 4: the loss is not finite" in text
+    assert "rows.json row" in text
+    assert RunDirectory.open(tmp_path / "run").saved_steps()[-1] == 3
+    healthy = run(material, tmp_path / "healthy", "train.save_every=1", "data.holdout=0", "train.max_steps=5")
+    assert digest(resume_run(tmp_path / "run", quiet=True)) == digest(healthy)
+
+
+def test_a_non_finite_gradient_stops_too(material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(loss: torch.Tensor) -> torch.Tensor:
+        loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    text = stop_with(material, tmp_path / "run", monkeypatch, explode)
+    assert "step 4: the gradient is not finite" in text
+
+
+def test_a_step_without_supervised_tokens_stops(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_packs = loop.make_packs
+
+    def masked(rows: list[Any], *rest: Any) -> Any:
+        return make_packs([(ids, trained & False) for ids, trained in rows], *rest)
+
+    monkeypatch.setattr(loop, "make_packs", masked)
+    with pytest.raises(TrainingError, match="step 1 has no supervised tokens"):
+        run(material, tmp_path / "run", "train.max_steps=2")
+
+
+def test_float16_overflow_repeats_the_step_with_the_same_rows(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = loop.clip
+
+    def counted(output: str, overflow_at: int) -> tuple[int, list[float]]:
+        calls = []
+
+        def clip_or_overflow(*arguments: Any) -> torch.Tensor:
+            calls.append(1)
+            return torch.tensor(float("inf")) if len(calls) == overflow_at else clip(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "clip", clip_or_overflow)
+            overrides = ["model.dtype=float16", "train.max_steps=4", "lora.dropout=0.1"]
+            result = run(material, tmp_path / output, *overrides)
+        return len(calls), [event["loss"] for event in events(result, "step")]
+
+    attempts, losses = counted("smooth", overflow_at=0)
+    jolted_attempts, jolted_losses = counted("jolted", overflow_at=attempts)
+    assert jolted_attempts == attempts + 1  # one more attempt, not one step less
+    assert jolted_losses == pytest.approx(losses, rel=1e-3)
+
+
+def test_rotation_keeps_the_newest_and_the_best(material: list[str], tmp_path: Path) -> None:
+    result = run(material, tmp_path / "run", "train.max_steps=9", "train.save_every=1", "train.keep=2")
+    directory = RunDirectory.open(result.path)
+    best = min(events(result, "heldout"), key=lambda event: event["loss"])["step"]
+    assert set(directory.saved_steps()) == {8, 9, best}
+
+
+def test_the_final_adapter_is_the_best_one(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = [9.0, 3.0, 1.0, 2.0, 2.5]  # the base, then after each step
+    overrides = ["train.max_steps=4", "train.eval_every=1"]
+    for output, best, keep_best in (("best", 2, "true"), ("last", 4, "false")):
+        remaining = iter(scores)
+        monkeypatch.setattr(loop, "heldout_loss", lambda *_, left=remaining: next(left))
+        result = run(material, tmp_path / output, *overrides, f"train.keep_best={keep_best}")
+        checkpoint = result.path / "checkpoints" / f"step-{best:06d}"
+        assert digest(result) == sha256_file(checkpoint / "adapter_model.safetensors")
+        assert (result.base_loss, result.heldout_loss) == (9.0, 1.0)
+
+
+def test_continuing_an_adapter_starts_where_it_ended(material: list[str], tmp_path: Path) -> None:
+    first = run(material, tmp_path / "a", "train.epochs=3")
+    second = run(material, tmp_path / "b", "train.max_steps=1", f"lora.init_from={first.adapter}", "train.warmup=0")
+    assert events(second, "step")[0]["loss"] < 0.8 * events(first, "step")[0]["loss"]
+    assert second.base_loss == pytest.approx(first.base_loss)
+    with pytest.raises(LorafitError, match="`lora.alpha` is 3.0, but the adapter to continue has 32"):
+        run(material, tmp_path / "c", f"lora.init_from={first.adapter}", "lora.alpha=3")
+
+
+def test_resume_refuses_other_rows_and_says_what_changed(material: list[str], tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.json")
+    result = run(material, tmp_path / "run", "train.max_steps=2", f"data.path={rows}")
+    write_rows(rows, count=41)
+    with pytest.raises(RunError, match="the data changed"):
+        resume_run(result.path, quiet=True)
+
+
+def test_two_processes_cannot_write_one_run(material: list[str], tmp_path: Path) -> None:
+    from lorafit.durable import lock
+
+    result = run(material, tmp_path / "run", "train.max_steps=1")
+    with lock(result.path / "run.lock"), pytest.raises(RunError, match="another process is writing this run"):
+        resume_run(result.path, quiet=True)
+
+
+def test_an_output_that_holds_something_is_not_touched(material: list[str], tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    with pytest.raises(RunError, match="is not empty"):
+        run(material, tmp_path / "run", "train.max_steps=1")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_weighted_sources_are_seen_as_often_as_asked(material: list[str], tmp_path: Path) -> None:
+    first, second = write_rows(tmp_path / "a.json", 10), write_rows(tmp_path / "b.json", 20)
+    result = run(
+        material,
+        tmp_path / "run",
+        f"data.path=['{first}', '{second}']",
+        "data.weights=[2, 0.5]",
+        "data.holdout=0",
+        "train.batch_size=1",
+    )
+    assert result.step == 2 * 10 + 10
