@@ -68,7 +68,9 @@ def config_of(family: str, **changes: Any) -> dict[str, Any]:
     return {**_BASE, **FAMILIES[family], **changes}
 
 
-def random_network(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Llama:
+def random_network(
+    family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Llama:
     """A tiny random network; weights are large enough that mistakes show."""
     network = Llama(parse_architecture(config_of(family, **changes), "test")).to(dtype)
     generator = torch.Generator().manual_seed(seed)
@@ -95,13 +97,17 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_model(folder: Path, family: str = "llama", chat: bool = True, seed: int = 0, **changes: Any) -> Path:
+def write_model(
+    folder: Path, family: str = "llama", chat: bool = True, seed: int = 0, **changes: Any
+) -> Path:
     """A whole model folder: config, weights, byte tokenizer and, with `chat`, a chat template."""
     folder.mkdir(parents=True, exist_ok=True)
     config = config_of(family, **changes)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 256, "eos_token_id": 257}))
-    save_file(weights_of(random_network(family, seed, **changes)), folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        weights_of(random_network(family, seed, **changes)), folder / "model.safetensors", {"format": "pt"}
+    )
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     tokenizer_config = {
         "bos_token": "<s>",

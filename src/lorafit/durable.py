@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from lorafit.errors import RunError
 
 MANIFEST = "manifest.json"
@@ -29,10 +31,11 @@ def commit_folder(folder: Path, write: Callable[[Path], None], facts: Mapping[st
     Files in `folder` may be nested one level or more; `facts` is stored in the manifest. An existing `folder`
     is replaced. Raises RunError, with what was there before untouched, when anything cannot be written.
     """
-    staging = folder.with_name(_STAGING + folder.name)
+    staging, old = folder.with_name(_STAGING + folder.name), folder.with_name(_OLD + folder.name)
+    placed = False
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)
+        clean_orphans(folder.parent, folder.name)
         staging.mkdir()
         write(staging)
         files = {}
@@ -43,39 +46,37 @@ def commit_folder(folder: Path, write: Callable[[Path], None], facts: Mapping[st
                 "sha256": sha256_file(path),
             }
         manifest = {"schema": SCHEMA, "files": files, "facts": dict(facts)}
-        _write_synced(staging / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        _write_synced(staging / MANIFEST, _manifest_text(manifest))
         for directory in sorted({staging, *(path.parent for path in _files(staging))}, reverse=True):
             _sync(directory)
         if folder.exists():
-            old = folder.with_name(_OLD + folder.name)
-            shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
-            staging.rename(folder)
-            _sync(folder.parent)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            staging.rename(folder)
-            _sync(folder.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(staging, ignore_errors=True)
+        staging.rename(folder)
+        placed = True
+        _sync(folder.parent)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
+        _go_back(folder, staging, old, placed)
+        reason = error.strerror if isinstance(error, OSError) else None
         raise RunError(
-            f"cannot save `{folder.name}`: {error.strerror or error}",
-            place=str(error.filename or folder),
+            f"cannot save `{folder.name}`: {reason or error}",
+            place=str(getattr(error, "filename", None) or folder),
             hint="free space or fix the disk, then `lorafit train --resume` goes on from the last checkpoint",
         ) from error
     if faults := verify_folder(folder):
+        _go_back(folder, staging, old, placed)
         raise RunError(
             f"what was written to `{folder.name}` does not read back: {faults[0]}",
             place=str(folder),
             hint="the disk or its driver is not to be trusted; older checkpoints are untouched",
         )
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def verify_folder(folder: Path) -> list[str]:
     """What is wrong with a committed folder, in words; empty when every byte is as it was written."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        text = (folder / MANIFEST).read_bytes().decode()
+        manifest = json.loads(text)
         schema, listed = manifest["schema"], manifest["files"]
         entries = {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()}
     except FileNotFoundError:
@@ -84,6 +85,8 @@ def verify_folder(folder: Path) -> list[str]:
         return [f"`{MANIFEST}` cannot be read"]
     if schema != SCHEMA:
         return [f"`{MANIFEST}` has schema {schema}, this lorafit reads {SCHEMA}"]
+    if text != _manifest_text(manifest):
+        return [f"`{MANIFEST}` has changed since it was written (its own SHA-256 differs)"]
     faults = []
     present = {path.relative_to(folder).as_posix() for path in _files(folder)} - {MANIFEST}
     faults += [f"`{name}` is missing" for name in sorted(entries.keys() - present)]
@@ -105,12 +108,16 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def clean_orphans(parent: Path) -> list[str]:
-    """Remove what a crash left of unfinished commits below `parent`; bring back a folder that was being replaced."""
-    removed = []
+def clean_orphans(parent: Path, only: str | None = None) -> list[str]:
+    """Remove what a crash left of unfinished commits (of the folder `only`) in `parent`; bring back a folder that
+    was being replaced.
+    """
+    removed: list[str] = []
     if not parent.is_dir():
         return removed
     for path in sorted(parent.iterdir()):
+        if only is not None and path.name not in (_OLD + only, _STAGING + only):
+            continue
         if path.name.startswith(_OLD):
             whole = path.with_name(path.name.removeprefix(_OLD))
             if not whole.exists():
@@ -145,7 +152,11 @@ def lock(path: Path) -> Iterator[None]:
     except ImportError:  # not a POSIX system: no lock, nothing else changes
         yield
         return
-    with path.open("a+", encoding="utf-8") as file:
+    try:
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"cannot write here: {error.strerror or error}", place=str(path.parent)) from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -163,14 +174,17 @@ def lock(path: Path) -> Iterator[None]:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a living process holds the lock file `path`."""
-    if not path.exists():
-        return False
+    """Whether a living process holds the lock file `path`; looks only, and works where one may not write."""
     try:
-        with lock(path):
-            return False
-    except RunError:
+        import fcntl
+
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
+    except (ImportError, OSError):
+        pass
+    return False
 
 
 def sha256_file(path: Path) -> str:
@@ -179,12 +193,29 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _go_back(folder: Path, staging: Path, old: Path, placed: bool) -> None:
+    """Undo a commit that failed: what stood in `folder` before stands there again, as far as the disk lets us."""
+    with contextlib.suppress(OSError):
+        if placed:
+            folder.rename(staging)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def _manifest_text(manifest: Mapping[str, Any]) -> str:
+    """The manifest as its file holds it, signed with the SHA-256 of the rest so that it vouches for its facts too."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**rest, "sha256": digest}, indent=1, sort_keys=True) + "\n"
+
+
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -107,7 +107,7 @@ class RunDirectory:
 
     def newest_checkpoint(self) -> tuple[int | None, list[str]]:
         """(newest step whose checkpoint verifies, what was skipped and why). None when no checkpoint does."""
-        skipped = []
+        skipped: list[str] = []
         for step in reversed(self.saved_steps()):
             faults = verify_folder(self.checkpoint(step))
             if not faults:
@@ -116,7 +116,7 @@ class RunDirectory:
         return None, skipped
 
     def newest_adapter(self) -> Path:
-        """The adapter to answer with: the final one, else the newest checkpoint's. Raises RunError when none verifies."""
+        """The adapter to answer with: the final one, else the newest checkpoint's. RunError when none is whole."""
         if self.adapter.is_dir():
             if faults := verify_folder(self.adapter):
                 raise RunError(f"the adapter is damaged: {faults[0]}", place=str(self.adapter))
@@ -143,8 +143,6 @@ class RunDirectory:
 
 def find_runs(folder: Path) -> list[RunDirectory]:
     """The run directories at `folder` and up to two levels below it, newest first."""
-    found = {
-        path.parent for pattern in ("", "*/", "*/*/") for path in folder.glob(f"{pattern}config.yaml")
-    }
+    found = {path.parent for pattern in ("", "*/", "*/*/") for path in folder.glob(f"{pattern}config.yaml")}
     runs = [RunDirectory(path) for path in found]
     return sorted(runs, key=lambda run: run.config_file.stat().st_mtime, reverse=True)

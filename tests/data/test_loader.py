@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ def order(
     counts: list[int], weights: list[float], batch: int = 4, shuffle: bool = True, seed: int = 1
 ) -> RowOrder:
     ends = np.cumsum([0, *counts])
-    groups = [np.arange(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+    groups = [np.arange(start, end) for start, end in pairwise(ends)]
     return RowOrder(groups, weights, batch, seed, shuffle)
 
 

@@ -63,7 +63,9 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str) -> No
     assert [row.content for row in rows.rows] == CONTENTS
     assert [row.number for row in rows.rows] == [0, 1]
     assert (rows.format, rows.reason) == ("alpaca", "every row has `instruction` and `output`")
-    assert rows.sources == [SourceInfo(str(path), 2, hashlib.sha256(path.read_bytes()).hexdigest(), "")]
+    assert rows.sources == [
+        SourceInfo(str(path), str(path), 2, hashlib.sha256(path.read_bytes()).hexdigest(), "")
+    ]
     line = {
         "jsonl": ", line 3",
         "ndjson": ", line 3",

@@ -75,7 +75,9 @@ def test_an_adapter_made_by_peft_is_continued(targets: Any, tmp_path: Path) -> N
     spec = attach(network, read_spec(tmp_path / "theirs"), seed=0)
     load_adapter(network, tmp_path / "theirs")
     with torch.no_grad():
-        torch.testing.assert_close(logits(network), theirs(input_ids=IDS[None]).logits[0], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            logits(network), theirs(input_ids=IDS[None]).logits[0], rtol=1e-5, atol=1e-5
+        )
     ours = load_file(save(tmp_path / "ours", network, spec) / WEIGHTS)
     original = load_file(tmp_path / "theirs" / WEIGHTS)
     assert ours.keys() == original.keys()

@@ -41,7 +41,9 @@ def test_no_table_of_all_tokens_times_the_vocabulary() -> None:
     rows, vocab, width = 4096, 8192, 8
     hidden = torch.randn(rows, width, requires_grad=True)
     head = torch.randn(vocab, width)
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(
+        profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
+    ) as profile:
         loss_sum(hidden, head, torch.zeros(rows, dtype=torch.int64)).backward()
     largest = max(event.cpu_memory_usage for event in profile.events())
     assert largest < rows * vocab * 4 / 2

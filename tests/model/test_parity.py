@@ -113,4 +113,6 @@ def test_bfloat16_is_no_further_from_the_truth_than_transformers(monkeypatch: py
 def test_parameter_count_is_the_networks() -> None:
     for family in FAMILIES:
         network = random_network(family)
-        assert network.arch.num_parameters == sum(parameter.numel() for parameter in network.parameters()), family
+        assert network.arch.num_parameters == sum(parameter.numel() for parameter in network.parameters()), (
+            family
+        )

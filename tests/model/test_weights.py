@@ -119,7 +119,9 @@ def test_missing_and_damaged_files_say_what_to_do(tmp_path: Path) -> None:
 
 def test_an_index_cannot_point_outside_its_folder(tmp_path: Path) -> None:
     write_model(tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret.safetensors"}}')
+    (tmp_path / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "../../secret.safetensors"}}'
+    )
     with pytest.raises(ModelError, match="outside its folder"):
         weight_files(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
@@ -145,7 +147,9 @@ def test_fingerprint_tells_models_apart(tmp_path: Path) -> None:
         ({"quantization_config": {"bits": 4}}, "give the 16-bit original"),
     ],
 )
-def test_a_config_that_cannot_be_honoured_is_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+def test_a_config_that_cannot_be_honoured_is_refused(
+    changes: dict[str, object], message: str, tmp_path: Path
+) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config_of("llama", **changes)))
     with pytest.raises(ModelError, match=message):
         read_architecture(tmp_path)

@@ -72,7 +72,9 @@ def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "_gradients", interrupted)
 
 
-def test_a_run_learns_and_leaves_everything_that_the_contract_names(material: list[str], tmp_path: Path) -> None:
+def test_a_run_learns_and_leaves_everything_that_the_contract_names(
+    material: list[str], tmp_path: Path
+) -> None:
     result = run(material, tmp_path / "run", "train.epochs=4")
     assert result.finished
     assert result.heldout_loss is not None
@@ -83,7 +85,16 @@ def test_a_run_learns_and_leaves_everything_that_the_contract_names(material: li
     assert expected | {"checkpoints", "adapter"} <= names
     assert verify_folder(result.adapter) == []
     step = events(result, "step")[0]
-    keys = "step loss learning_rate grad_norm supervised_tokens tokens tokens_per_second seconds".split()
+    keys = [
+        "step",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "supervised_tokens",
+        "tokens",
+        "tokens_per_second",
+        "seconds",
+    ]
     assert set(keys) <= step.keys()
     assert [event["step"] for event in events(result, "step")] == list(range(1, 25))
     sample = json.loads((result.path / "samples.json").read_text())[0]
@@ -176,7 +187,9 @@ def test_gradients_do_not_depend_on_how_the_step_is_cut(material: list[str], tmp
             torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5)
 
 
-def test_raw_gradients_of_every_cut_agree_to_1e_6(material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_raw_gradients_of_every_cut_agree_to_1e_6(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     grads: list[dict[str, torch.Tensor]] = []
     original = loop._gradients
 
@@ -187,7 +200,9 @@ def test_raw_gradients_of_every_cut_agree_to_1e_6(material: list[str], tmp_path:
         return out
 
     monkeypatch.setattr(loop, "_gradients", spy)
-    for index, cut in enumerate(["micro_batch_tokens=2048", "micro_batch_tokens=150", "micro_batch_tokens=8"]):
+    for index, cut in enumerate(
+        ["micro_batch_tokens=2048", "micro_batch_tokens=150", "micro_batch_tokens=8"]
+    ):
         run(material, tmp_path / str(index), "train.max_steps=1", "train.max_grad_norm=0", f"train.{cut}")
     assert len(grads[0]) == 28
     for other in grads[1:]:
@@ -195,7 +210,9 @@ def test_raw_gradients_of_every_cut_agree_to_1e_6(material: list[str], tmp_path:
             torch.testing.assert_close(other[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def stop_with(material: list[str], output: Path, monkeypatch: pytest.MonkeyPatch, loss: Callable[..., Any]) -> str:
+def stop_with(
+    material: list[str], output: Path, monkeypatch: pytest.MonkeyPatch, loss: Callable[..., Any]
+) -> str:
     pack_loss, calls = loop.pack_loss, []
 
     def sabotaged(network: Any, pack: Any) -> Any:
@@ -219,7 +236,9 @@ def test_a_non_finite_loss_stops_before_weights_change_and_names_step_and_rows(
     assert digest(resume_run(tmp_path / "run", quiet=True)) == digest(healthy)
 
 
-def test_a_non_finite_gradient_stops_too(material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_non_finite_gradient_stops_too(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def explode(loss: torch.Tensor) -> torch.Tensor:
         loss.register_hook(lambda gradient: gradient * float("inf"))
         return loss
@@ -288,7 +307,9 @@ def test_the_final_adapter_is_the_best_one(
 
 def test_continuing_an_adapter_starts_where_it_ended(material: list[str], tmp_path: Path) -> None:
     first = run(material, tmp_path / "a", "train.epochs=3")
-    second = run(material, tmp_path / "b", "train.max_steps=1", f"lora.init_from={first.adapter}", "train.warmup=0")
+    second = run(
+        material, tmp_path / "b", "train.max_steps=1", f"lora.init_from={first.adapter}", "train.warmup=0"
+    )
     assert events(second, "step")[0]["loss"] < 0.8 * events(first, "step")[0]["loss"]
     assert second.base_loss == pytest.approx(first.base_loss)
     with pytest.raises(LorafitError, match="`lora.alpha` is 3.0, but the adapter to continue has 32"):

@@ -53,7 +53,9 @@ def generate(
 
     model = load(source, adapter=adapter, device=device, system=system, offline=offline)
     if (base or compare) and not model.has_adapter:
-        raise ConfigError(f"`{source}` has no adapter, it is a base model", hint="leave --base and --compare out")
+        raise ConfigError(
+            f"`{source}` has no adapter, it is a base model", hint="leave --base and --compare out"
+        )
     sampling = Sampling(temperature, top_k, top_p, seed)
     if len(prompts) == 1 and not (compare or as_json):
         for piece in model.stream(prompts[0], max_tokens=max_tokens, sampling=sampling, base=base):

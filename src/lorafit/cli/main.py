@@ -62,5 +62,7 @@ def main() -> None:
         if os.environ.get("LORAFIT_DEBUG"):
             raise
         print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
-        print(" hint: this is a bug in lorafit; run with `lorafit --debug ...` and report it", file=sys.stderr)
+        print(
+            " hint: this is a bug in lorafit; run with `lorafit --debug ...` and report it", file=sys.stderr
+        )
         sys.exit(1)

@@ -18,7 +18,7 @@ def runs(
     from lorafit.errors import RunError
     from lorafit.observe.summary import summarize
     from lorafit.observe.terminal import table
-    from lorafit.rundir import RunDirectory, find_runs
+    from lorafit.rundir import find_runs
 
     if not folder.is_dir():
         raise RunError(
@@ -35,4 +35,3 @@ def runs(
         table(["run", "model", "state", "step", "loss", "held-out", "base", "started"], rows)
     else:
         typer.echo(f"no runs below {folder}", err=True)
-

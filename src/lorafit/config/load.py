@@ -87,7 +87,11 @@ def nearest_key(name: str) -> str:
 
 def dump_config(config: Config) -> str:
     """The whole config as YAML, every key, in the schema's order; `load_config` reads it back equal."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = config.model_dump(mode="json")
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    if yaml.safe_load(text) != values:  # PyYAML leaves a few line separators unescaped
+        text = yaml.safe_dump(values, sort_keys=False)
+    return text
 
 
 def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
@@ -120,6 +124,8 @@ def _read_recipe(path: Path, places: dict[KeyPath, str], problems: list[Problem]
             place=place,
             hint="a recipe is sections of `key: value` lines, see `lorafit config`",
         ) from None
+    except ConfigError:
+        raise
     except (ValueError, RecursionError):
         raise ConfigError("the recipe is not valid YAML", place=str(path)) from None
     if values is None:
@@ -127,7 +133,9 @@ def _read_recipe(path: Path, places: dict[KeyPath, str], problems: list[Problem]
     if not isinstance(values, dict):
         raise ConfigError("a recipe is a mapping of sections", place=f"{path}:1", hint="for example `lora:`")
     _note_lines(node, (), path, places, problems)
-    return values
+    return {
+        key: {} if value is None else value for key, value in values.items()
+    }  # `lora:` alone says nothing
 
 
 def _note_lines(
@@ -184,7 +192,9 @@ def _problem(detail: Mapping[str, Any], places: Mapping[KeyPath, str]) -> Proble
     if not where:
         return Problem(message, hint="see `lorafit config`")
     message = message[:1].lower() + message[1:]
-    return Problem(f"`{name}`: {message}", place, f"`lorafit config {name}` explains it")
+    if detail["type"] == "model_type":
+        message = "it is a section of `key: value` lines"
+    return Problem(f"`{name}`: {message}", place, f"`lorafit config {'.'.join(where[:2])}` explains it")
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -58,7 +58,8 @@ class LoraSection(Section):
     )
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA).")
     init_from: str | None = Field(
-        None, description="PEFT adapter (folder or hub id) to continue; it sets rank, alpha, targets and rslora."
+        None,
+        description="PEFT adapter (folder or hub id) to continue; it sets rank, alpha, targets and rslora.",
     )
 
 
@@ -105,11 +106,15 @@ class TrainSection(Section):
 
     epochs: float = Field(1, gt=0, le=1000, description="Passes over the rows.")
     max_steps: int | None = Field(
-        None, ge=1, description="Length of the run and of its schedule in optimizer steps; overrides `epochs`."
+        None,
+        ge=1,
+        description="Length of the run and of its schedule in optimizer steps; overrides `epochs`.",
     )
     batch_size: int = Field(16, ge=1, le=65536, description="Rows an optimizer step.")
     micro_batch_tokens: int = Field(
-        2048, ge=8, description="Most tokens in one forward pass: memory, never mathematics. One longer row fits."
+        2048,
+        ge=8,
+        description="Most tokens in one forward pass: memory, never mathematics. One longer row fits.",
     )
     learning_rate: float = Field(2e-4, gt=0, lt=1, description="Peak learning rate of AdamW.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
@@ -138,7 +143,9 @@ class RunSection(Section):
         (), description="Extra places that receive the metrics."
     )
     offline: bool = Field(False, description="Never open a connection; hub files come from the local cache.")
-    samples: int = Field(3, ge=0, le=50, description="Held-out prompts answered by base and tuned at the end.")
+    samples: int = Field(
+        3, ge=0, le=50, description="Held-out prompts answered by base and tuned at the end."
+    )
 
 
 class Config(Section):

@@ -41,7 +41,9 @@ class RowOrder:
     @property
     def rows_per_epoch(self) -> int:
         """Rows that one epoch trains on, repetitions counted."""
-        return sum(round(len(group) * weight) for group, weight in zip(self.groups, self.weights, strict=True))
+        return sum(
+            round(len(group) * weight) for group, weight in zip(self.groups, self.weights, strict=True)
+        )
 
     @property
     def steps_per_epoch(self) -> int:

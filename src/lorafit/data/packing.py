@@ -57,7 +57,9 @@ def _lay(rows: Iterable[TokenRow]) -> Pack:
     inputs, lengths, predict, targets = [], [], [], []
     at = num_tokens = 0
     for ids, trained in rows:
-        target_at = np.flatnonzero(trained[1:]) + 1  # the first token has nothing before it to predict it from
+        target_at = (
+            np.flatnonzero(trained[1:]) + 1
+        )  # the first token has nothing before it to predict it from
         length = int(target_at[-1]) if len(target_at) else len(ids)
         inputs.append(ids[:length].astype(np.int64))
         predict.append(at + target_at - 1)

@@ -32,8 +32,9 @@ Placed = tuple[str, object]  # where a raw row is found, and the row
 
 @dataclass(frozen=True, slots=True)
 class SourceInfo:
-    """One file that was read; `revision` is the commit of a hub dataset, "" for a local file."""
+    """One file that was read for `spec`; `revision` is the commit of a hub dataset, "" for a local file."""
 
+    spec: str
     name: str
     num_rows: int
     sha256: str
@@ -83,7 +84,7 @@ def load_rows(
                 continue
             rows += new
             found.append(detected)
-            sources.append(SourceInfo(name, len(new), _sha256(path), commit))
+            sources.append(SourceInfo(spec, name, len(new), _sha256(path), commit))
     if problems:
         raise DataError.of(problems)
     formats = "+".join(dict.fromkeys(detected.format for detected in found))

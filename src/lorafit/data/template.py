@@ -218,7 +218,7 @@ class Renderer:
     def render_batch(self, rows: Sequence[Row]) -> list[Rendered | Dropped | Problem]:
         """Each row in full (no limit on its length), or why it cannot be rendered."""
         outcomes = [self._segments_or_fault(row) for row in rows]
-        texts = [BORDER.join(s.text for s in segments) for segments in outcomes if isinstance(segments, list)]
+        texts = [self._joined(segments) for segments in outcomes if isinstance(segments, list)]
         encoded = self.tokenizer.encode_batch(texts)
         return [self._assemble(o, *next(encoded)) if isinstance(o, list) else o for o in outcomes]
 
@@ -253,7 +253,7 @@ class Renderer:
             case Text():
                 answered = Text("answer")
         segments = self._segments(answered)
-        text = BORDER.join(segment.text for segment in segments[:-1])
+        text = self._joined(segments[:-1])
         ids = next(self.tokenizer.encode_batch([text]))[0] if text else []
         return [*self._bos(text), *ids]
 
@@ -340,15 +340,20 @@ class Renderer:
         control = self.tokenizer.leading_control(self.tokenizer.protect(after_answer.text))
         return control if control and control.id in self.contract.stop_ids else None
 
+    def _joined(self, segments: Sequence[_Segment]) -> str:
+        """The text to encode: cut where answers begin, unless all of it is trained and nothing divides it."""
+        return ("" if self.contract.train_on == "all" else BORDER).join(segment.text for segment in segments)
+
     def _assemble(self, segments: Sequence[_Segment], ids: list[int], borders: list[int]) -> Rendered:
-        trained: list[bool] = []
-        for segment, start, end in zip(segments, [0, *borders], [*borders, len(ids)], strict=True):
-            stop = start
-            if self.contract.train_on == "all":
-                stop = end
-            elif segment.answer:
-                stop = ids.index(segment.stop.id, start) + 1 if segment.stop else end
-            trained += [True] * (stop - start) + [False] * (end - stop)
+        if self.contract.train_on == "all":
+            trained = [True] * len(ids)
+        else:
+            trained = []
+            for segment, start, end in zip(segments, [0, *borders], [*borders, len(ids)], strict=True):
+                stop = start
+                if segment.answer:
+                    stop = ids.index(segment.stop.id, start) + 1 if segment.stop else end
+                trained += [True] * (stop - start) + [False] * (end - stop)
         if self._ends_in_eos(segments):
             assert self.contract.eos_id is not None
             ids.append(self.contract.eos_id)

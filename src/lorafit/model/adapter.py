@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -42,7 +41,9 @@ def adapter_tensors(network: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def write_adapter(folder: Path, tensors: Mapping[str, Tensor], spec: LoraSpec, base: str, revision: str | None) -> None:
+def write_adapter(
+    folder: Path, tensors: Mapping[str, Tensor], spec: LoraSpec, base: str, revision: str | None
+) -> None:
     """Write a folder that `peft.PeftModel.from_pretrained` loads; `base` is the base model as the user named it.
 
     `spec` is what `attach` returned: its targets name exactly the adapted modules.
@@ -63,7 +64,9 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], spec: LoraSpec, b
         "inference_mode": True,
         "modules_to_save": None,
     }
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"}
+    )
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -75,7 +78,9 @@ def read_spec(folder: Path) -> LoraSpec:
         if not isinstance(raw, dict):
             raise TypeError
     except FileNotFoundError:
-        raise ModelError(f"there is no {CONFIG}", place=str(folder), hint="give a PEFT adapter folder") from None
+        raise ModelError(
+            f"there is no {CONFIG}", place=str(folder), hint="give a PEFT adapter folder"
+        ) from None
     except (OSError, ValueError, TypeError, RecursionError):
         raise ModelError(f"{CONFIG} cannot be read", place=str(path)) from None
     problems = [
@@ -119,7 +124,11 @@ def load_adapter(network: nn.Module, folder: Path) -> None:
     try:
         stored = load_file(path)
     except FileNotFoundError:
-        hint = "lorafit reads safetensors only, never pickled adapters" if (folder / "adapter_model.bin").exists() else ""
+        hint = (
+            "lorafit reads safetensors only, never pickled adapters"
+            if (folder / "adapter_model.bin").exists()
+            else ""
+        )
         raise ModelError(f"there is no {WEIGHTS}", place=str(folder), hint=hint) from None
     except (SafetensorError, OSError) as error:
         raise ModelError(f"the adapter cannot be read: {error}", place=str(path)) from None
@@ -128,7 +137,9 @@ def load_adapter(network: nn.Module, folder: Path) -> None:
         for name, module in adapted(network).items()
         for part in ("lora_A", "lora_B")
     }
-    problems = [Problem(f"adapter tensor `{name}` is missing", str(path)) for name in masters.keys() - stored.keys()]
+    problems = [
+        Problem(f"adapter tensor `{name}` is missing", str(path)) for name in masters.keys() - stored.keys()
+    ]
     problems += [
         Problem(f"adapter tensor `{name}` fits nothing in this model", str(path))
         for name in stored.keys() - masters.keys()

@@ -170,7 +170,7 @@ def _rope(fields: _Fields) -> Rope:
     if not isinstance(scaling, dict):
         fields.wrong(name, "expected an object")
         return Rope()
-    inner = _Fields({**{"rope_theta": fields.raw.get("rope_theta", 10000.0)}, **scaling}, fields.place)
+    inner = _Fields({"rope_theta": fields.raw.get("rope_theta", 10000.0), **scaling}, fields.place)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     rope = Rope(
         theta=inner.number("rope_theta", 10000.0),

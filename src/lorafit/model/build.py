@@ -46,7 +46,11 @@ def build(config: Config, folder: Path, progress: Callable[[int, int], None] | N
 
 
 def build_saved(
-    folder: Path, adapter: Path | None, device: str, dtype: str, progress: Callable[[int, int], None] | None = None
+    folder: Path,
+    adapter: Path | None,
+    device: str,
+    dtype: str,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Llama, torch.device]:
     """The base model in `folder` with a saved adapter on it (or none), to answer or measure with."""
     arch = read_architecture(folder)

@@ -153,7 +153,9 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
     if rope.kind == "llama3":
         context = rope.original_max_position_embeddings
         wavelengths = 2 * math.pi / frequencies
-        blend = (context / wavelengths - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        blend = (context / wavelengths - rope.low_freq_factor) / (
+            rope.high_freq_factor - rope.low_freq_factor
+        )
         blended = (1 - blend) * frequencies / rope.factor + blend * frequencies
         long = wavelengths > context / rope.low_freq_factor
         short = wavelengths < context / rope.high_freq_factor

@@ -101,7 +101,9 @@ def match_targets(network: nn.Module, targets: Sequence[str]) -> list[str]:
                 else "matches no linear of this model"
             )
             problems.append(
-                Problem(f"target `{target}` {what}", "lora.targets", f"linears: {', '.join(short)}, or all-linear")
+                Problem(
+                    f"target `{target}` {what}", "lora.targets", f"linears: {', '.join(short)}, or all-linear"
+                )
             )
         chosen |= found
     if problems:
@@ -123,7 +125,9 @@ def set_enabled(network: nn.Module, enabled: bool) -> None:
 def _linears(network: nn.Module) -> list[str]:
     """Full names of the linears that can be adapted, in the network's order: all but the head."""
     return [
-        name for name, module in network.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear) and name != "lm_head"
     ]
 
 

@@ -17,7 +17,7 @@ def loss_sum(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     hidden (rows, hidden_size) is after the final norm, head (vocab_size, hidden_size) is frozen, targets int64
     (rows,). The caller divides once, by the trained tokens of the whole optimizer step.
     """
-    total: Tensor = _ChunkedCrossEntropy.apply(hidden, head, targets)
+    total: Tensor = _ChunkedCrossEntropy.apply(hidden, head, targets)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -45,7 +45,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         # the incoming scale stays in the wide type until the last product: float16 would flush small ones

@@ -48,7 +48,9 @@ def load_network(
         if arch.tie_word_embeddings and "lm_head.weight" in where:
             _merge_tied(where, folder)
         where = {name: file for name, file in where.items() if not name.endswith("rotary_emb.inv_freq")}
-        problems = [Problem(f"weight `{name}` is missing", str(folder)) for name in wanted.keys() - where.keys()]
+        problems = [
+            Problem(f"weight `{name}` is missing", str(folder)) for name in wanted.keys() - where.keys()
+        ]
         problems += [
             Problem(f"weight `{name}` has no place in a {arch.model_type} network", str(folder))
             for name in where.keys() - wanted.keys()
@@ -57,7 +59,9 @@ def load_network(
             file, stored = where[name]
             shape, right = file.get_slice(stored).get_shape(), list(wanted[name].shape)
             if shape != right:
-                problems.append(Problem(f"weight `{name}` has shape {shape}, config.json says {right}", str(folder)))
+                problems.append(
+                    Problem(f"weight `{name}` has shape {shape}, config.json says {right}", str(folder))
+                )
         if problems:
             raise ModelError.of(sorted(problems, key=lambda problem: problem.message))
         for done, name in enumerate(wanted, 1):
@@ -83,14 +87,18 @@ def weight_files(folder: Path) -> list[Path]:
             raise ModelError(f"`{INDEX}` cannot be read", place=str(folder)) from None
         if wrong := [name for name in names if Path(name).name != name]:
             raise ModelError(f"`{INDEX}` points outside its folder: `{wrong[0]}`", place=str(folder))
-        if missing := [Problem(f"weight file `{n}` is missing", str(folder)) for n in names if not (folder / n).is_file()]:
+        if missing := [
+            Problem(f"weight file `{n}` is missing", str(folder)) for n in names if not (folder / n).is_file()
+        ]:
             raise ModelError.of(missing)
         return [folder / name for name in names]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     hint = "download the model again"
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-        hint = "it holds pickled weights only, which lorafit never opens; save it with safe_serialization first"
+        hint = (
+            "it holds pickled weights only, which lorafit never opens; save it with safe_serialization first"
+        )
     raise ModelError(f"there is no `{SINGLE}`", place=str(folder), hint=hint)
 
 

@@ -262,11 +262,6 @@ def side_by_side(question: str, base_answer: str, tuned_answer: str, *, stream: 
     console.print()
 
 
-def printable(text: str) -> str:
-    """Model text without what would steer the terminal, for printing as it is."""
-    return _clean(text, _console(sys.stdout))
-
-
 def _console(stream: TextIO) -> Console:
     return Console(file=stream, highlight=False, markup=False, emoji=False)
 

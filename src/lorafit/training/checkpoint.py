@@ -121,7 +121,9 @@ def _optimizer_tensors(network: Llama, optimizer: torch.optim.Optimizer) -> dict
     }
 
 
-def _restore_optimizer(network: Llama, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def _restore_optimizer(
+    network: Llama, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
     for name, master in _masters(network).items():
         prefix = f"optimizer.{name}."
         optimizer.state[master] = {
@@ -133,7 +135,7 @@ def _restore_optimizer(network: Llama, optimizer: torch.optim.Optimizer, tensors
 
 def _random_tensors() -> dict[str, Tensor]:
     """The state of every generator that training may draw from; numpy's legacy one for third-party observers."""
-    kind, numbers, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+    kind, numbers, *rest = np.random.get_state(legacy=True)
     assert kind == "MT19937"
     tensors = {
         "random.torch": torch.get_rng_state(),
@@ -149,7 +151,7 @@ def _restore_random(tensors: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(tensors["random.torch"])
     position, has_gauss, gauss = tensors["random.numpy_rest"].tolist()
     numbers = tensors["random.numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", numbers, int(position), int(has_gauss), gauss))  # noqa: NPY002
+    np.random.set_state(("MT19937", numbers, int(position), int(has_gauss), gauss))
     for device in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         if (state := tensors.get(f"random.cuda.{device}")) is not None:
             torch.cuda.set_rng_state(state, device)

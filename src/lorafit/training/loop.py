@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -23,6 +24,7 @@ from lorafit.observe.meters import Meter
 from lorafit.rundir import RunDirectory
 from lorafit.training.checkpoint import AdapterFacts, TrainState, save_checkpoint
 from lorafit.training.optim import clip, learning_rate
+
 
 class Rows(Protocol):
     """Tokenised rows by index."""
@@ -56,7 +58,7 @@ class Job:
     optimizer: torch.optim.Optimizer
     rows: Rows
     order: RowOrder
-    places: Callable[[Sequence[int]], str]  # names rows for error messages
+    places: Callable[[NDArray[np.int64]], str]  # names rows for error messages
     heldout: Sequence[Pack]
     run: RunDirectory
     adapter: AdapterFacts
@@ -126,7 +128,7 @@ def train(job: Job, state: TrainState, stop: Callable[[], bool]) -> Literal["fin
 
 
 def _gradients(
-    job: Job, state: TrainState, packs: Sequence[Pack], supervised: int, indices: NDArray[Any]
+    job: Job, state: TrainState, packs: Sequence[Pack], supervised: int, indices: NDArray[np.int64]
 ) -> tuple[float, float]:
     """Accumulate the step's gradient, clipped; returns (mean loss, norm before clipping), both finite.
 
@@ -141,7 +143,7 @@ def _gradients(
         total = 0.0
         for pack in packs:
             loss = pack_loss(job.network, pack)
-            (loss * (state.scale.factor / supervised)).backward()  # type: ignore[no-untyped-call]
+            (loss * (state.scale.factor / supervised)).backward()
             total += float(loss.detach())
         mean = total / supervised
         if state.scale.active:

@@ -84,7 +84,7 @@ def start_run(config: Config, *, quiet: bool = False) -> Result:
 
 
 def resume_run(path: str | Path, *, quiet: bool = False) -> Result:
-    """Go on with a run from its newest checkpoint that verifies. Raises RunError when there is nothing to go on with."""
+    """Go on with a run from its newest checkpoint that verifies. Raises RunError when there is no run to go on with."""
     run = RunDirectory.open(path)
     with lock(run.lock_file):
         run.clean()
@@ -113,15 +113,18 @@ class Material:
                 digest.update(array.tobytes())
         return digest.hexdigest()
 
-    def groups(self) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
-        """Indices into `training` of each source's rows."""
-        ends = np.cumsum([source.num_rows for source in self.source.sources])
-        source_of = np.searchsorted(ends, self.training.numbers, side="right")
-        return [np.flatnonzero(source_of == index) for index in range(len(ends))]
+    def groups(self, paths: Sequence[str]) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
+        """Indices into `training` of the rows that each of `data.path` gave, a folder's files together."""
+        sources = self.source.sources
+        spec_of_row = np.repeat(
+            [paths.index(source.spec) for source in sources], [source.num_rows for source in sources]
+        )
+        spec_of = spec_of_row[self.training.numbers]
+        return [np.flatnonzero(spec_of == index) for index in range(len(paths))]
 
     def row(self, index: int) -> Row:
         """The row at `index` of the training rows."""
-        return self.source.rows[self.training.numbers[index]]
+        return self.source.rows[int(self.training.numbers[index])]
 
 
 def _read_material(config: Config, base: ModelFolder) -> Material:
@@ -145,7 +148,9 @@ def _read_material(config: Config, base: ModelFolder) -> Material:
         encoded = encode_rows(source.rows, renderer, advance)
     if not len(encoded):
         reasons = "; ".join(f"{len(rows):,} {reason}" for reason, rows in encoded.dropped.items())
-        raise DataError(f"no row is left to train on: {reasons}", hint="mend the rows, or see data.max_length")
+        raise DataError(
+            f"no row is left to train on: {reasons}", hint="mend the rows, or see data.max_length"
+        )
     training, heldout = split_holdout(len(encoded), data.holdout, config.train.seed)
     parts = encoded.take(training), encoded.take(heldout)
     ledger = Ledger.of(len(source.rows), *parts, encoded.dropped)
@@ -177,8 +182,8 @@ def _go(
         masters = [master for master in network.parameters() if master.requires_grad]
         optimizer = make_optimizer(masters, settings.weight_decay)
         order = RowOrder(
-            material.groups(),
-            config.data.weights or [1.0] * len(material.source.sources),
+            material.groups(config.data.path),
+            config.data.weights or [1.0] * len(config.data.path),
             settings.batch_size,
             settings.seed,
             config.data.shuffle,

@@ -1,0 +1,146 @@
+"""The documentation is true: keys, recipes, links and commands exist, both READMEs agree, the example runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import typer
+import yaml
+
+from lorafit.cli.main import app
+from lorafit.config.load import keys, load_config, recipes_folder, validate
+from lorafit.config.reference import markdown
+from lorafit.config.schema import Config
+
+ROOT = Path(__file__).resolve().parents[2]
+READMES = [ROOT / "README.md", ROOT / "README.ko.md"]
+PAGES = [*READMES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+SECTIONS = "|".join(Config.model_fields)
+FILE_SUFFIXES = {"lock", "safetensors", "json", "jsonl", "yaml", "jinja", "py"}
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+each_readme = pytest.mark.parametrize("page", READMES, ids=lambda page: page.name)
+
+
+def blocks(page: Path, language: str = r"\w*") -> list[str]:
+    """The fenced code blocks of a page in `language`."""
+    return re.findall(
+        rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced code blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every `lorafit ...` command in a page's bash blocks."""
+    lines = [line for block in blocks(page, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    return [
+        shlex.split(line.partition(" | ")[2] or line, comments=True) for line in lines if "lorafit " in line
+    ]
+
+
+def test_config_reference_is_generated() -> None:
+    text = (ROOT / "docs/config.md").read_text(encoding="utf-8")
+    assert text == markdown(), "run `make docs`"
+
+
+@each_page
+def test_keys_exist(page: Path) -> None:
+    quoted = re.findall(rf"`((?:{SECTIONS})\.\w+)(?:=[^`]*)?`", prose(page))
+    given = re.findall(rf"(?<![\w/.-])((?:{SECTIONS})\.\w+)=", "\n".join(blocks(page)))
+    named = {key for key in [*quoted, *given] if key.rpartition(".")[2] not in FILE_SUFFIXES}
+    assert named <= set(keys())
+
+
+@each_page
+def test_recipes_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for path in re.findall(r"(?<![\w/])((?:recipes|demo)/[\w.-]+\.yaml)", text):
+        assert (ROOT / path).is_file(), path
+    for words in commands(page):
+        if words[1] == "train" and len(words) > 2 and re.fullmatch(r"[\w-]+", words[2]):
+            if not words[2].startswith("-"):
+                assert (recipes_folder() / f"{words[2]}.yaml").is_file(), words
+
+
+@each_page
+def test_yaml_blocks_are_recipes(page: Path) -> None:
+    for block in blocks(page, "yaml"):
+        assert validate(yaml.safe_load(block))
+
+
+@each_page
+def test_links_resolve(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if not re.match(r"https?://|mailto:", target):
+            path, _, anchor = target.partition("#")
+            file = page.parent / path if path else page
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file), target
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@each_page
+def test_commands_parse(page: Path) -> None:
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group) or hasattr(group, "commands")
+    for words in commands(page):
+        while words[0] != "lorafit":  # an environment variable, or a path before the command
+            words = words[1:] if "=" in words[0] else ["lorafit", *words[1:]]
+        verb = group.commands[words[1]]
+        verb.make_context(words[1], words[2:])
+
+
+@each_page
+def test_lines_are_short(page: Path) -> None:
+    if page.name != "config.md":  # generated: a table row is one line
+        assert [line for line in page.read_text(encoding="utf-8").splitlines() if len(line) > 110] == []
+
+
+def test_readmes_agree() -> None:
+    english, korean = READMES
+    levels = [re.findall(r"^(#+) ", prose(page), re.MULTILINE) for page in (english, korean)]
+    assert levels[0] == levels[1]
+    assert blocks(english, "(?:bash|python)") == blocks(korean, "(?:bash|python)")
+    assert len(blocks(english)) == len(blocks(korean))
+
+
+@each_readme
+def test_readmes_name_every_shipped_recipe(page: Path) -> None:
+    for recipe in recipes_folder().glob("*.yaml"):
+        assert f"`{recipe.stem}`" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("recipe", sorted(recipes_folder().glob("*.yaml")), ids=lambda recipe: recipe.stem)
+def test_recipes_page_knows_every_shipped_recipe(recipe: Path) -> None:
+    assert load_config(recipe, ["model.name=model", "data.path=rows.json"])
+    assert f"## {recipe.stem}" in (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@each_readme
+def test_python_example_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    monkeypatch.chdir(tmp_path)
+    (example,) = blocks(page, "python")
+    assert len([line for line in example.splitlines() if line]) <= 12
+    names: dict[str, object] = {}
+    exec(compile(example, page.name, "exec"), names)
+    result = names["result"]
+    assert (tmp_path / result.adapter / "adapter_model.safetensors").is_file()
+    assert result.heldout_loss < result.base_loss / 2
+    assert len(capsys.readouterr().out.splitlines()) >= 2

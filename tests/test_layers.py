@@ -1,0 +1,179 @@
+"""The shape of the source: imports point one way, torch stays where it belongs, nothing executes foreign code."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lorafit
+
+SOURCE = Path(lorafit.__file__).parent
+FILES = {path.relative_to(SOURCE).as_posix(): path for path in sorted(SOURCE.rglob("*.py"))}
+LOW_TO_HIGH = (
+    ["errors", "config", "durable", "rundir", "observe", "hub", "data", "model", "infer", "evaluate", "training", "api", "cli"]
+)  # fmt: skip
+EXEMPT = {"__init__.py", "__main__.py"}
+WITH_TORCH = {"model", "infer", "evaluate", "training"}
+COMPARED_WITH = {"transformers", "peft", "datasets", "accelerate", "trl"}
+EXECUTES_DATA = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+
+
+def imports_of(tree: ast.AST, package: str) -> Iterator[str]:
+    """Full names of all that is imported anywhere in `tree`, a module of `package`; also by a name in a string."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(module=module, names=names, level=level):
+                base = package.split(".")[: len(package.split(".")) - level + 1] if level else []
+                start = ".".join([*base, *([module] if module else [])])
+                yield from (f"{start}.{alias.name}" for alias in names)
+            case ast.Call(func=function, args=[ast.Constant(value=str(name)), *_]):
+                if ast.unparse(function) in ("import_module", "importlib.import_module", "__import__"):
+                    yield name
+
+
+def layer_of(file: str) -> str:
+    return file.split("/")[0].removesuffix(".py")
+
+
+def calls_of(tree: ast.AST) -> Iterator[ast.Call]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+
+
+def tree_of(file: str) -> ast.Module:
+    return ast.parse(FILES[file].read_text(encoding="utf-8"))
+
+
+def package_of(file: str) -> str:
+    return ".".join(["lorafit", *Path(file).parent.parts])
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file not in EXEMPT])
+def test_imports_point_to_lower_layers_only(file: str) -> None:
+    layer = layer_of(file)
+    assert layer in LOW_TO_HIGH, f"`{layer}` is no layer: say in tests/test_layers.py where it stands"
+    height = LOW_TO_HIGH.index(layer)
+    for name in imports_of(tree_of(file), package_of(file)):
+        match name.split("."):
+            case ["lorafit"]:
+                pytest.fail(f"{file} imports the whole package")
+            case ["lorafit", "__version__"]:
+                pass
+            case ["lorafit", other, *_]:
+                assert other in LOW_TO_HIGH, f"{file} imports {name}, of no known layer"
+                assert LOW_TO_HIGH.index(other) <= height, f"{file} imports {name}, which is above it"
+
+
+def test_torch_is_imported_where_tensors_are_and_the_reference_libraries_nowhere() -> None:
+    torch_users = set()
+    for file in FILES:
+        tops = {name.split(".")[0] for name in imports_of(tree_of(file), package_of(file))}
+        assert not tops & COMPARED_WITH, file
+        assert not tops & EXECUTES_DATA, file
+        if "torch" in tops:
+            torch_users.add(layer_of(file))
+    assert torch_users == WITH_TORCH
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_nothing_executes_what_it_reads(file: str) -> None:
+    assert "trust_remote_code" not in FILES[file].read_text(encoding="utf-8")
+    tree = tree_of(file)
+    imported = set(imports_of(tree, package_of(file)))
+    assert not imported & {"torch.load", "yaml.load", "os.system", "builtins.eval", "builtins.exec"}
+    for call in calls_of(tree):
+        name, line = ast.unparse(call.func), f"{file}:{call.lineno}"
+        assert name not in {"eval", "exec", "compile", "torch.load", "os.system", "os.popen"}, line
+        assert name not in {"yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load"}, line
+        for keyword in call.keywords:
+            assert keyword.arg not in {"allow_pickle", "trust_remote_code"}, line
+            if keyword.arg == "shell":
+                assert isinstance(keyword.value, ast.Constant), line
+                assert keyword.value.value is False, line
+            if keyword.arg == "Loader":
+                assert ast.unparse(keyword.value) in {"yaml.SafeLoader", "SafeLoader"}, line
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_file_says_its_purpose_and_is_short(file: str) -> None:
+    docstring = ast.get_docstring(tree_of(file))
+    assert docstring
+    assert len(docstring.splitlines()[0]) > 20
+    assert len(FILES[file].read_text(encoding="utf-8").splitlines()) <= 500
+
+
+def test_these_tests_see_what_is_hidden() -> None:
+    """Imports in functions, relative ones and those by string are found."""
+    source = """
+def f():
+    import torch.nn
+    from ..training import run
+    from . import sampling
+    from .engine import stream
+    importlib.import_module("pickle")
+"""
+    found = list(imports_of(ast.parse(source), "lorafit.infer"))
+    assert found == [
+        "torch.nn",
+        "lorafit.training.run",
+        "lorafit.infer.sampling",
+        "lorafit.infer.engine.stream",
+        "pickle",
+    ]
+
+
+def test_the_public_names_are_pinned() -> None:
+    assert lorafit.__all__ == [
+        "Config",
+        "ConfigError",
+        "DataError",
+        "LorafitError",
+        "ModelError",
+        "RunError",
+        "TrainingError",
+        "generate",
+        "load",
+        "train",
+    ]
+    assert all(getattr(lorafit, name).__module__.startswith("lorafit.") for name in lorafit.__all__)
+    assert set(dir(lorafit)) == {*lorafit.__all__, "__version__"}
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = lorafit.nothing
+
+
+def test_what_needs_no_tensor_loads_no_torch() -> None:
+    """The command line with its help, configuration, data, and listing runs, in one fresh process."""
+    modules = [
+        "lorafit",
+        "lorafit.config.load",
+        "lorafit.observe.summary",
+        *(f"lorafit.data.{path.stem}" for path in (SOURCE / "data").glob("[a-z]*.py")),
+        "lorafit.cli.main",
+    ]
+    source = f"""
+import contextlib, importlib, io, sys
+heavy = {{"torch", "transformers", "peft", "datasets"}}
+def check(what):
+    assert not heavy & set(sys.modules), (what, heavy & set(sys.modules))
+for name in {modules!r}:
+    importlib.import_module(name)
+    check(name)
+from lorafit.cli.main import main
+for words in (["--help"], ["train", "--help"], ["generate", "--help"], ["config", "lora.rank"], ["runs", "."]):
+    sys.argv = ["lorafit", *words]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        main()
+    check(words)
+import lorafit
+lorafit.load
+assert "torch" in sys.modules
+"""
+    assert len(modules) > 8
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
