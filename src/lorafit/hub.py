@@ -61,6 +61,7 @@ SPLIT_WORDS = {
 }
 
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
+_WHAT_TO_GIVE = "give a folder with safetensors weights, or a hub id (owner/name)"
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +202,7 @@ def _folder(
         choose([file.name for file in path.iterdir()], str(path))
         return ModelFolder(path, name, None)
     if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
-        raise ModelError(f"there is no folder `{name}`", hint=_similar_folder(name))
+        raise ModelError(f"there is no folder `{name}`", hint=_similar_folder(name) or _WHAT_TO_GIVE)
     listing = _list(_Repository("model", name, revision), offline)
     folder = _fetch(listing, choose(listing.files, listing.repository.place))
     return ModelFolder(folder, name, folder.name)
@@ -240,7 +241,7 @@ def _adapter_files(files: list[str], place: str) -> list[str]:
 def _no_safetensors(files: list[str], place: str, wanted: str) -> ModelError:
     pickles = [file for file in files if file.endswith(PICKLES)]
     if not pickles:
-        return ModelError(f"there are no weights here: {wanted} is missing", place=place)
+        return ModelError(f"there are no weights here: {wanted} is missing", place=place, hint=_WHAT_TO_GIVE)
     return ModelError(
         f"the weights are only there as a pickle ({pickles[0]}), which can run code when loaded",
         place=place,

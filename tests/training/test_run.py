@@ -351,3 +351,30 @@ def test_weighted_sources_are_seen_as_often_as_asked(material: list[str], tmp_pa
         "train.batch_size=1",
     )
     assert result.step == 2 * 10 + 10
+
+
+def test_rows_longer_than_the_model_reads_are_refused(material: list[str], tmp_path: Path) -> None:
+    rows = tmp_path / "long.json"
+    rows.write_text(json.dumps([{"instruction": "Count.", "output": "one " * 100}] * 20))
+    with pytest.raises(LorafitError, match="the model reads at most 256") as caught:
+        run(material, tmp_path / "run", f"data.path={rows}")
+    assert "data.max_length=256" in caught.value.problems[0].hint
+    assert not (tmp_path / "run").exists()
+
+
+def test_trackers_receive_the_run(material: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    result = run(material, tmp_path / "run", "train.max_steps=2", "run.trackers=[tensorboard]")
+    assert list(result.path.rglob("events.out.tfevents.*"))
+
+
+def test_out_of_memory_says_what_to_change(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop, "pack_loss", exhausted)
+    with pytest.raises(RunError, match="out of memory in step 1") as caught:
+        run(material, tmp_path / "run", "train.max_steps=2")
+    assert "train.micro_batch_tokens" in caught.value.problems[0].hint

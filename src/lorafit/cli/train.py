@@ -57,7 +57,10 @@ def train(
         result = resume_run(resume)
     else:
         if len(recipes) > 1:
-            raise ConfigError(f"one recipe a run, not {len(recipes)}: {', '.join(recipes)}")
+            raise ConfigError(
+                f"one recipe a run, not {len(recipes)}: {', '.join(recipes)}",
+                hint="give data with --data, and settings as section.key=value",
+            )
         config = load_config(recipe_file(recipes[0]) if recipes else None, [*overrides, *flags])
         from lorafit.training.run import start_run
 

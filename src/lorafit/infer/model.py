@@ -57,7 +57,9 @@ class Model:
             batch = questions[start : start + _AT_ONCE]
             ids: list[list[int]] = [[] for _ in batch]
             stopped = [False] * len(batch)
-            for token in self._tokens(batch, max_tokens, sampling, base):
+            draws = sampling or Sampling()
+            draws = dataclasses.replace(draws, seed=draws.seed + start)  # a row's stream is its own in all batches
+            for token in self._tokens(batch, max_tokens, draws, base):
                 stopped[token.row] = token.end == "stop"
                 if token.end != "stop":
                     ids[token.row].append(token.id)

@@ -22,7 +22,7 @@ class Sampling:
 
     def streams(self, num_rows: int) -> list[torch.Generator]:
         """One generator a row, so that a row's answer does not depend on its neighbours."""
-        return [torch.Generator().manual_seed(self.seed + row) for row in range(num_rows)]
+        return [torch.Generator().manual_seed((self.seed + row) % 2**63) for row in range(num_rows)]
 
 
 def next_tokens(logits: Tensor, sampling: Sampling, streams: list[torch.Generator]) -> list[int]:
@@ -30,7 +30,8 @@ def next_tokens(logits: Tensor, sampling: Sampling, streams: list[torch.Generato
     if sampling.temperature == 0:
         chosen: list[int] = logits.argmax(-1).tolist()
         return chosen
-    scores = logits.float().cpu() / sampling.temperature
+    scores = logits.double().cpu()
+    scores = (scores - scores.amax(-1, keepdim=True)) / sampling.temperature  # finite at any temperature
     if 0 < sampling.top_k < scores.shape[-1]:
         least = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
         scores = scores.masked_fill(scores < least, -torch.inf)
@@ -38,7 +39,9 @@ def next_tokens(logits: Tensor, sampling: Sampling, streams: list[torch.Generato
     if sampling.top_p < 1:
         ordered, index = probabilities.sort(dim=-1, descending=True)
         before = ordered.cumsum(-1) - ordered  # mass of the tokens that are more likely
-        ordered = ordered.masked_fill(before >= sampling.top_p, 0.0)
+        beyond = before >= sampling.top_p
+        beyond[:, 0] = False  # the likeliest stays, whatever the share
+        ordered = ordered.masked_fill(beyond, 0.0)
         probabilities = torch.zeros_like(ordered).scatter_(-1, index, ordered)
     return [
         int(torch.multinomial(row, 1, generator=stream))

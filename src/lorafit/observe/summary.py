@@ -10,6 +10,8 @@ from lorafit.errors import LorafitError
 from lorafit.observe.record import read_metrics
 from lorafit.rundir import RunDirectory
 
+ENDS = ("finished", "interrupted")
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -54,12 +56,13 @@ def summarize(run: RunDirectory) -> Summary:
         return by_kind[kind][-1].get(field) if by_kind.get(kind) else None
 
     def number(value: object) -> float | None:
-        return float(value) if isinstance(value, int | float) else None
+        # not infinite, and no integer beyond float: the file may hold anything
+        return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else None
 
     if is_locked(run.lock_file):
         state = "running"
-    elif events and events[-1].get("event") == "run_ended":
-        state = str(events[-1].get("reason"))
+    elif events and events[-1].get("event") == "run_ended" and events[-1].get("reason") in ENDS:
+        state = str(events[-1]["reason"])
     else:
         state = "stopped"
     best = [loss for event in by_kind.get("heldout", []) if (loss := number(event.get("loss"))) is not None]

@@ -29,10 +29,11 @@ from lorafit.data.template import Renderer
 from lorafit.data.template import contract as make_contract
 from lorafit.data.tokenizer import Tokenizer
 from lorafit.durable import lock
-from lorafit.errors import DataError
+from lorafit.errors import DataError, RunError
 from lorafit.hub import ModelFolder, model_folder
 from lorafit.infer.model import Model
 from lorafit.model.adapter import load_adapter
+from lorafit.model.architecture import read_architecture
 from lorafit.model.build import build
 from lorafit.model.device import describe
 from lorafit.model.weights import fingerprint
@@ -130,6 +131,7 @@ class Material:
 def _read_material(config: Config, base: ModelFolder) -> Material:
     """Rows, rendered and tokenised, with the ledger closed."""
     data = config.data
+    longest = read_architecture(base.path).max_position_embeddings
     tokenizer = Tokenizer.from_folder(base.path)
     source = load_rows(
         data.path, format=data.format, revision=data.revision, split=data.split, offline=config.run.offline
@@ -150,6 +152,12 @@ def _read_material(config: Config, base: ModelFolder) -> Material:
         reasons = "; ".join(f"{len(rows):,} {reason}" for reason, rows in encoded.dropped.items())
         raise DataError(
             f"no row is left to train on: {reasons}", hint="mend the rows, or see data.max_length"
+        )
+    if encoded.lengths.max() > longest:
+        raise DataError(
+            f"the longest row has {encoded.lengths.max():,} tokens, but the model reads at most {longest:,}",
+            place="data.max_length",
+            hint=f"data.max_length={longest} with data.too_long=drop or data.too_long=truncate",
         )
     training, heldout = split_holdout(len(encoded), data.holdout, config.train.seed)
     parts = encoded.take(training), encoded.take(heldout)
@@ -243,7 +251,14 @@ def _go(
         )
         started = time.perf_counter()
         with StopRequest(observe) as stop:
-            reason = loop.train(job, state, stop)
+            try:
+                reason = loop.train(job, state, stop)
+            except torch.OutOfMemoryError:
+                raise RunError(
+                    f"out of memory in step {state.step + 1}",
+                    place=describe(built.device),
+                    hint=f"set train.micro_batch_tokens below {settings.micro_batch_tokens}: memory, never mathematics",
+                ) from None
         result = _finish(config, material, job, state, reason, time.perf_counter() - started)
         if terminal and not result.finished:
             observe(Note(f"go on with: lorafit train --resume {run.path}"))

@@ -1,0 +1,379 @@
+"""The command line as people meet it: what it prints where, its exit codes, and what it says to mistakes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tests.tiny import write_model, write_rows
+
+import lorafit
+from lorafit.cli.main import main
+from lorafit.config.load import keys
+from lorafit.durable import verify_folder
+from lorafit.observe.record import read_metrics
+
+COMMAND = [sys.executable, "-m", "lorafit"]
+SMALL = ["model.dtype=float32", "model.device=cpu", "train.batch_size=6", "lora.rank=4", "run.samples=1"]
+
+
+@dataclass(frozen=True)
+class Done:
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Done]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """`lorafit` with the given words, in this process."""
+
+    def run(*words: object, stdin: str | None = None) -> Done:
+        monkeypatch.setattr(sys, "argv", ["lorafit", *map(str, words)])
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        try:
+            main()
+            code: object = 0
+        except SystemExit as error:
+            code = error.code or 0
+        assert isinstance(code, int)
+        return Done(code, *capsys.readouterr())
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("LORAFIT_DEBUG", raising=False)
+    return run
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    write_model(folder / "model")
+    write_rows(folder / "rows.json")
+    return folder
+
+
+def start(material: Path, output: Path, *overrides: str) -> list[str]:
+    model, data = str(material / "model"), str(material / "rows.json")
+    return ["train", "--model", model, "--data", data, "--output", str(output), *SMALL, *overrides]
+
+
+@pytest.fixture(scope="module")
+def trained(material: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A run made by the real command in a process of its own, and what the process said."""
+    output = material / "runs" / "first"
+    words = start(material, output, "train.max_steps=6", "train.log_every=2", "train.learning_rate=0.01")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False, env=environment)
+    return output, done
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"]], ids=" ".join)
+def test_help_is_there_at_once(words: list[str], record_property: Callable[[str, object], None]) -> None:
+    """The promise is 0.3 s; a busy machine is given 1 s, and the best time is kept in the report."""
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False)
+        best = min(best, time.perf_counter() - started)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "Usage:" in done.stdout
+        if best < 0.3:
+            break
+    record_property("seconds", best)
+    assert best < 1.0
+
+
+def test_help_names_every_verb_and_flag(cli: Cli) -> None:
+    done = cli("--help")
+    assert done.code == 0
+    for verb in ("train", "generate", "runs", "config"):
+        assert re.search(rf"\b{verb}\b", done.out)
+        assert cli(verb, "-h").code == 0
+    for flag in ("--model", "--data", "--output", "--recipe", "--resume"):
+        assert flag in cli("train", "--help").out
+
+
+def test_version(cli: Cli) -> None:
+    assert cli("--version") == Done(0, f"lorafit {lorafit.__version__}\n", "")
+
+
+def test_train_says_plain_lines_and_gives_the_adapter(
+    trained: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    output, done = trained
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{output / 'adapter'}\n"
+    assert verify_folder(output / "adapter") == []
+    assert "\x1b" not in done.stderr
+    assert "\r" not in done.stderr
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.splitlines()
+    steps = [line for line in lines if re.match(r"step \d+/6  loss \d+\.\d{3}  lr ", line)]
+    assert [line.split()[1] for line in steps] == ["2/6", "4/6", "6/6"]
+    assert any("held-out loss" in line for line in lines)
+    assert any(line.startswith("finished after 6 steps") for line in lines)
+    environment = json.loads((output / "env.json").read_text())
+    assert "train --model" in environment["command"]
+
+
+def rows_file(folder: Path, text: str) -> Path:
+    path = folder / "wrong.json"
+    path.write_text(text)
+    return path
+
+
+WRONG_ROWS = [
+    {"instruction": "Fine.", "input": "", "output": "Yes."},
+    {"instruction": 7, "input": "", "output": "Yes."},
+    {"instruction": "Hm.", "input": "", "output": None},
+    {"instruction": "Fine.", "output": "Yes."},
+    {"instruction": "No output."},
+]
+MISTAKES: dict[str, tuple[list[str], list[str]]] = {
+    "nothing given": (
+        ["train"],
+        ["`model.name` is missing", "--model NAME", "`data.path` is missing", "--data FILE"],
+    ),
+    "no such model": (
+        ["train", "--model", "{tmp}/nope", "--data", "{rows}"],
+        ["there is no folder `{tmp}/nope`"],
+    ),
+    "no such data": (["train", "--model", "{model}", "--data", "{tmp}/nope.json"], ["nope.json"]),
+    "unknown key": (["{ok}", "lora.rnak=8"], ["unknown key `lora.rnak`", "did you mean `lora.rank`?"]),
+    "wrong value": (
+        ["{ok}", "lora.rank=many"],
+        ["`lora.rank`: input should be a valid integer", "lorafit config"],
+    ),
+    "two mistakes": (
+        ["{ok}", "lora.rnak=8", "train.epochs=0"],
+        ["unknown key `lora.rnak`", "`train.epochs`"],
+    ),
+    "unknown recipe": (["train", "clasic"], ["there is no recipe `clasic`", "did you mean `classic`?"]),
+    "two recipes": (["train", "classic", "--recipe", "default"], ["one recipe a run, not 2"]),
+    "unknown template": (["{ok}", "data.template=fancy"], ["unknown template 'fancy'", "classic"]),
+    "wrong rows": (
+        ["train", "--model", "{model}", "--data", "{wrong}"],
+        ["wrong.json row 2", "wrong.json row 3", "wrong.json row 5", "instruction", "output"],
+    ),
+    "no weights": (
+        ["train", "--model", "{empty}", "--data", "{rows}"],
+        ["model.safetensors is missing", "{empty}"],
+    ),
+    "output holds a run": (
+        ["{ok}", "run.output={run}"],
+        ["already holds a run", "lorafit train --resume {run}"],
+    ),
+    "no run to resume": (["train", "--resume", "{tmp}"], ["is not a run directory", "lorafit runs"]),
+    "resume and settings": (
+        ["train", "--resume", "{run}", "lora.rank=2"],
+        ["--resume takes no other settings"],
+    ),
+    "no such target": (["{ok}", "lora.targets=[q_porj]", "run.output={tmp}/new"], ["q_porj"]),
+    "no such device": (["{ok}", "model.device=cuda:99", "run.output={tmp}/new"], ["cuda:99"]),
+    "unknown device": (["{ok}", "model.device=tpu"], ["`model.device`"]),
+    "unknown config key": (
+        ["config", "lora.rnak"],
+        ["there is no key `lora.rnak`", "did you mean `lora.rank`?"],
+    ),
+    "no such folder of runs": (["runs", "{tmp}/nope"], ["there is no folder"]),
+    "no adapter to leave out": (
+        ["generate", "{model}", "Hi", "--base", "--device", "cpu"],
+        ["has no adapter"],
+    ),
+    "nothing to answer with": (["generate", "{tmp}/nope", "Hi"], ["there is no folder"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_exits_2_with_what_where_and_what_to_do(
+    name: str, cli: Cli, material: Path, trained: tuple[Path, object], tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    names = {
+        "tmp": tmp_path,
+        "model": material / "model",
+        "rows": material / "rows.json",
+        "wrong": rows_file(tmp_path, json.dumps(WRONG_ROWS)),
+        "empty": tmp_path / "empty",
+        "run": trained[0],
+    }
+    words, expected = MISTAKES[name]
+    good = start(material, tmp_path / "new")
+    if words[0] == "{ok}":
+        good = good[: good.index("--output")] if any("run.output" in word for word in words) else good
+        words = [*good, *words[1:]]
+    done = cli(*(word.format(**names) for word in words))
+    assert done.code == 2, done.err
+    assert done.out == ""
+    assert re.search(r"^error: ", done.err, re.MULTILINE)
+    assert "Traceback" not in done.err
+    assert "bug in lorafit" not in done.err
+    for part in expected:
+        assert part.format(**names) in done.err, done.err
+    assert " hint: " in done.err, done.err
+    assert not (tmp_path / "new").exists() or name in ("no such target", "no such device")
+
+
+def test_an_unknown_option_exits_2(cli: Cli) -> None:
+    done = cli("train", "--modle", "x")
+    assert done.code == 2
+    assert "--model" in done.err
+
+
+def test_our_own_mistake_exits_1_and_asks_for_a_report(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr("lorafit.config.load.flag_overrides", broken)
+    done = cli("train")
+    assert done.code == 1
+    assert done.err.startswith("error: ZeroDivisionError: oh\n hint: this is a bug in lorafit")
+    monkeypatch.setenv("LORAFIT_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        cli("train")
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on_and_resume_finishes(
+    material: Path, tmp_path: Path, cli: Cli
+) -> None:
+    output = tmp_path / "run"
+    words = start(material, output, "train.max_steps=150", "data.holdout=0", "train.save_every=1000")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as child:
+        try:
+            metrics, deadline = output / "metrics.jsonl", time.monotonic() + 60
+            while not (metrics.exists() and b'"event": "step"' in metrics.read_bytes()):
+                assert child.poll() is None, child.communicate()
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            os.kill(child.pid, signal.SIGINT)
+            out, err = child.communicate(timeout=60)
+        finally:
+            child.kill()
+    assert child.returncode == 130, err
+    assert out == f"{output}\n"
+    assert "SIGINT: saving after this step" in err
+    assert f"go on with: lorafit train --resume {output}" in err
+    assert "Traceback" not in err
+    (saved,) = (output / "checkpoints").iterdir()
+    assert verify_folder(saved) == []
+    done = cli("train", "--resume", output)
+    assert done.code == 0, done.err
+    assert done.out == f"{output / 'adapter'}\n"
+    assert f"going on from step {int(saved.name.removeprefix('step-'))} of 150" in done.err
+    steps = [event["step"] for event in read_metrics(output / "metrics.jsonl") if event["event"] == "step"]
+    assert steps == list(range(1, 151))
+
+
+def test_runs_are_listed(cli: Cli, trained: tuple[Path, object], tmp_path: Path) -> None:
+    output = trained[0]
+    done = cli("runs", output.parent)
+    assert (done.code, done.err) == (0, "")
+    header, *_, row = [line for line in done.out.splitlines() if line.strip()]
+    assert header.split() == ["run", "model", "state", "step", "loss", "held-out", "base", "started"]
+    assert {str(output), "finished", "6/6"} <= set(row.split())
+    (line,) = cli("runs", output.parent, "--json").out.splitlines()
+    record = json.loads(line)
+    assert (record["run"], record["state"], record["step"]) == (str(output), "finished", 6)
+    assert record["heldout_loss"] < record["base_loss"]
+    nothing = cli("runs", tmp_path)
+    assert (nothing.code, nothing.out, nothing.err) == (0, "", f"no runs below {tmp_path}\n")
+
+
+def test_generate_answers_with_the_adapter_or_without(cli: Cli, trained: tuple[Path, object]) -> None:
+    words = ["generate", trained[0], "Say the number 3.", "--device", "cpu", "--max-tokens", "12"]
+    tuned, again, base = cli(*words), cli(*words), cli(*words, "--base")
+    assert (tuned.code, tuned.err) == (0, "")
+    assert tuned == again
+    assert tuned.out.strip()
+    assert tuned.out.endswith("\n")
+    assert base.out != tuned.out
+    sampled = [cli(*words, "--temperature", "2", "--seed", seed).out for seed in (1, 1, 2)]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_generate_gives_json_a_line_and_reads_prompts_from_a_pipe(
+    cli: Cli, trained: tuple[Path, object]
+) -> None:
+    words = ["generate", trained[0], "--device", "cpu", "--max-tokens", "5"]
+    done = cli(*words, "--json", stdin="Say 1.\n\n라마?\n")
+    assert (done.code, done.err) == (0, "")
+    records = [json.loads(line) for line in done.out.splitlines()]
+    assert [record["prompt"] for record in records] == ["Say 1.", "라마?"]
+    assert all(set(record) == {"prompt", "answer", "stopped"} for record in records)
+    plain = cli(*words, "Say 1.", "라마?")
+    assert re.findall(r"^> (.*)$", plain.out, re.MULTILINE)[:1] == ["Say 1."]
+    empty = cli(*words, stdin="\n")
+    assert (empty.code, empty.out) == (2, "")
+    assert "there is no prompt" in empty.err
+
+
+def test_generate_compares_base_and_tuned(cli: Cli, trained: tuple[Path, object]) -> None:
+    words = ["generate", trained[0], "Say the number 3.", "--device", "cpu", "--max-tokens", "5", "--compare"]
+    done = cli(*words)
+    assert (done.code, done.err) == (0, "")
+    assert "Say the number 3." in done.out
+    assert "base" in done.out
+    assert "tuned" in done.out
+
+
+def test_generate_with_an_adapter_on_its_base(cli: Cli, material: Path, trained: tuple[Path, object]) -> None:
+    rest = ["Say 3.", "--device", "cpu", "--max-tokens", "5"]
+    adapter = trained[0] / "adapter"
+    on_base = cli("generate", material / "model", *rest, "--adapter", adapter)
+    assert on_base.code == 0, on_base.err
+    assert on_base.out == cli("generate", adapter, *rest).out
+
+
+def test_config_lists_and_explains_every_key(cli: Cli) -> None:
+    everything = cli("config")
+    assert everything.code == 0
+    names = [line.split()[0] for line in everything.out.splitlines() if re.match(r"\w+\.\w+ ", line)]
+    assert names == list(keys())
+    one = cli("config", "lora.rank")
+    assert [name for name in keys() if re.search(rf"^{re.escape(name)} ", one.out, re.MULTILINE)] == [
+        "lora.rank"
+    ]
+    assert " 16 " in one.out
+    section = cli("config", "lora")
+    assert "lora.alpha" in section.out
+    assert "train." not in section.out.replace("lora.", "")
+
+
+def test_config_prints_a_json_schema(cli: Cli) -> None:
+    schema = json.loads(cli("config", "--schema").out)
+    assert set(schema["properties"]) == {key.partition(".")[0] for key in keys()}
+    assert schema["additionalProperties"] is False
+    assert {"model", "data"} <= set(schema["required"])
+
+
+def test_config_prints_the_reference(cli: Cli) -> None:
+    text = cli("config", "--markdown").out
+    assert text.startswith("# Configuration\n")
+    assert all(f"| `{key}` |" in text for key in keys())
