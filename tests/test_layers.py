@@ -14,7 +14,22 @@ import lorafit
 
 SOURCE = Path(lorafit.__file__).parent
 FILES = {path.relative_to(SOURCE).as_posix(): path for path in sorted(SOURCE.rglob("*.py"))}
-LOW_TO_HIGH = "errors config durable rundir observe hub data model infer evaluate training api cli".split()
+LOW_TO_HIGH = [
+    "errors",
+    "config",
+    "durable",
+    "rundir",
+    "observe",
+    "splits",
+    "hub",
+    "data",
+    "model",
+    "infer",
+    "evaluate",
+    "training",
+    "api",
+    "cli",
+]
 EXEMPT = {"__init__.py", "__main__.py"}
 WITH_TORCH = {"model", "infer", "evaluate", "training"}
 COMPARED_WITH = {"transformers", "peft", "datasets", "accelerate", "trl"}

@@ -72,8 +72,11 @@ def commit_folder(folder: Path, write: Callable[[Path], None], facts: Mapping[st
     shutil.rmtree(old, ignore_errors=True)
 
 
-def verify_folder(folder: Path) -> list[str]:
-    """What is wrong with a committed folder, in words; empty when every byte is as it was written."""
+def verify_folder(folder: Path, *, may_have_more: bool = False) -> list[str]:
+    """What is wrong with a committed folder, in words; empty when every byte is as it was written.
+
+    A file that the manifest does not list is a fault unless the folder `may_have_more`.
+    """
     try:
         text = (folder / MANIFEST).read_bytes().decode()
         manifest = json.loads(text)
@@ -90,7 +93,8 @@ def verify_folder(folder: Path) -> list[str]:
     faults = []
     present = {path.relative_to(folder).as_posix() for path in _files(folder)} - {MANIFEST}
     faults += [f"`{name}` is missing" for name in sorted(entries.keys() - present)]
-    faults += [f"`{name}` is not in the manifest" for name in sorted(present - entries.keys())]
+    if not may_have_more:
+        faults += [f"`{name}` is not in the manifest" for name in sorted(present - entries.keys())]
     for name in sorted(entries.keys() & present):
         size, digest = entries[name]
         path = folder / name

@@ -16,12 +16,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
 
 import httpx
 import huggingface_hub
-import yaml
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
@@ -38,6 +37,14 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from lorafit.errors import ConfigError, DataError, LorafitError, ModelError
 from lorafit.observe.terminal import progress
+from lorafit.splits import (
+    DATA_FORMATS,
+    ManyConfigurationsError,
+    data_format,
+    of_one_format,
+    splits_of_card,
+    splits_of_names,
+)
 
 MODEL_FILES = (
     "config.json",
@@ -50,15 +57,6 @@ MODEL_FILES = (
     "adapter_config.json",
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-
-# Format of the data files by suffix; where two are as frequent, the first wins.
-DATA_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json", ".csv": "csv"}
-METADATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-SPLIT_WORDS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
 
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 _WHAT_TO_GIVE = "give a folder with safetensors weights, or a hub id (owner/name)"
@@ -110,8 +108,14 @@ def dataset_files(
     card = ""
     if "README.md" in listing.files:
         card = (_fetch(listing, ["README.md"]) / "README.md").read_text(encoding="utf-8", errors="replace")
-    data = [file for file in listing.files if _format(file)]
-    splits = _splits_of_card(repository, card, data) or _splits_of_names(data)
+    data = [file for file in listing.files if data_format(file)]
+    try:
+        splits = splits_of_card(card, data) or splits_of_names(data)
+    except ManyConfigurationsError as error:
+        raise repository.error(
+            f"`{name}` has several configurations and no default one: {error}",
+            f"fetch it ({repository.download_command} --local-dir FOLDER) and give the files of one of them",
+        ) from None
     if split not in splits:
         found = (
             f"its splits: {', '.join(sorted(splits))}"
@@ -119,7 +123,7 @@ def dataset_files(
             else f"it has no {' '.join(DATA_FORMATS)} files"
         )
         raise repository.error(f"`{name}` has no data for the split `{split}`", hint=found)
-    files = _of_one_format(splits[split])
+    files = of_one_format(splits[split])
     folder = _fetch(listing, files)
     return DatasetFiles([folder / file for file in files], folder.name)
 
@@ -392,9 +396,11 @@ def _explanation(repository: _Repository, error: BaseException) -> tuple[str, st
         case HFValidationError():
             return f"`{name}` is not an id of the hub: {error}", ""
         case httpx.TransportError():
+            hint = "check the network, the proxy and HF_ENDPOINT; what was downloaded before works offline"
             return (
-                f"no connection to the hub: {str(error) or type(error).__name__}",
-                "check the network, the proxy and HF_ENDPOINT; what was downloaded before works offline",
+                f"`{name}` is no folder here, and there is no connection to the hub: "
+                f"{str(error) or type(error).__name__}",
+                "; ".join(filter(None, (_similar_folder(name), hint))),
             )
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return (
@@ -411,90 +417,3 @@ def _similar_folder(name: str) -> str:
     parent = path.parent if path.parent.is_dir() else Path()
     near = difflib.get_close_matches(path.name, [f.name for f in parent.iterdir() if f.is_dir()], n=1)
     return f"did you mean the folder {os.path.join('.', parent, near[0])}?" if near else ""  # noqa: PTH118  keeps ./
-
-
-def _format(file: str) -> str | None:
-    """The format of a data file by its name (gzip only around JSON), None for any other file."""
-    path = PurePosixPath(file)
-    if path.name in METADATA or any(part.startswith((".", "__")) for part in path.parts):
-        return None
-    found = DATA_FORMATS.get(PurePosixPath(path.stem).suffix if path.suffix == ".gz" else path.suffix)
-    return found if path.suffix != ".gz" or found == "json" else None
-
-
-def _of_one_format(files: list[str]) -> list[str]:
-    """The files of the most frequent format, by name: the same rows may be there in a second one."""
-    formats = [_format(file) for file in files]
-    chosen = max(DATA_FORMATS.values(), key=formats.count)
-    return sorted(file for file in files if _format(file) == chosen)
-
-
-def _splits_of_names(files: list[str]) -> dict[str, list[str]]:
-    """The splits that the words in the files' paths name; without any such word all files are `train`."""
-    splits: dict[str, list[str]] = {}
-    for file in files:
-        sharded = re.fullmatch(r"data/([^/]+?)-\d{5}-of-\d{5}[^/]*", file)
-        words = re.split(r"[-._ 0-9/]+", file.lower())
-        named = [sharded[1]] if sharded else [SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS]
-        if named:
-            splits.setdefault(named[-1], []).append(file)
-    return splits or ({"train": files} if files else {})
-
-
-def _splits_of_card(repository: _Repository, card: str, files: list[str]) -> dict[str, list[str]]:
-    """The splits that the dataset card's YAML header gives its default configuration, if any."""
-    header = re.match(r"---\s*\n(.*?)\n---\s*$", card, re.DOTALL | re.MULTILINE)
-    try:
-        fields = yaml.safe_load(header[1]) if header else None
-    except yaml.YAMLError:
-        return {}
-    listed = fields.get("configs") if isinstance(fields, dict) else None
-    configs = [config for config in listed if isinstance(config, dict)] if isinstance(listed, list) else []
-    if not configs:
-        return {}
-    default = [c for c in configs if c.get("default") is True or c.get("config_name") == "default"] or configs
-    if len(default) > 1:
-        raise repository.error(
-            f"`{repository.name}` has several configurations and no default one: "
-            + ", ".join(str(config.get("config_name")) for config in configs),
-            f"fetch it ({repository.download_command} --local-dir FOLDER) and give the files of one of them",
-        )
-    folder = str(default[0].get("data_dir") or "").strip("./")
-    files = [file for file in files if file.startswith(folder + "/")] if folder else files
-    patterns = _split_patterns(default[0].get("data_files"))
-    if not patterns:
-        return _splits_of_names(files)
-    splits = {
-        split: [
-            file
-            for file in files
-            if any(_glob(f"{folder}/{glob}" if folder else glob, file) for glob in globs)
-        ]
-        for split, globs in patterns.items()
-    }
-    return {split: found for split, found in splits.items() if found}
-
-
-def _split_patterns(data_files: object) -> dict[str, list[str]]:
-    """The glob patterns of each split, from any of the forms that `data_files` of a dataset card has."""
-    match data_files:
-        case str():
-            return {"train": [data_files]}
-        case dict():
-            return {str(split): _texts(paths) for split, paths in data_files.items()}
-        case [dict(), *_]:
-            entries = [entry for entry in data_files if isinstance(entry, dict)]
-            return {str(entry.get("split", "train")): _texts(entry.get("path")) for entry in entries}
-        case _:
-            return {"train": _texts(data_files)} if data_files else {}
-
-
-def _texts(value: object) -> list[str]:
-    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
-
-
-def _glob(pattern: str, path: str) -> bool:
-    """Whether `path` matches: `*` and `?` stay within a folder, `**` does not."""
-    wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    pieces = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.removeprefix("./"))
-    return re.fullmatch("".join(wild.get(piece) or re.escape(piece) for piece in pieces), path) is not None

@@ -38,10 +38,10 @@ class RunDirectory:
         self.adapter = path / "adapter"
 
     @classmethod
-    def create(cls, output: str | None, model_name: str) -> RunDirectory:
-        """A new, empty run directory; `output` None makes a name from the model and the time.
+    def new(cls, output: str | None, model_name: str) -> RunDirectory:
+        """The run directory that `create` will make; `output` None takes a name from the model and the time.
 
-        Raises RunError when `output` holds a run already or cannot be written.
+        Raises RunError when there is something at that place already.
         """
         if output is None:
             stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model_name).name) or "run"
@@ -52,15 +52,18 @@ class RunDirectory:
                 f"`{output}` already holds a run",
                 hint=f"go on with it: `lorafit train --resume {output}`, or give another --output",
             )
+        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+            raise RunError(f"`{output}` is not empty", hint="give an --output that does not exist yet")
+        return run
+
+    def create(self) -> None:
+        """Make the directory. Raises RunError when it cannot be written."""
         try:
-            if run.path.is_dir() and any(run.path.iterdir()):
-                raise RunError(f"`{output}` is not empty", hint="give an --output that does not exist yet")
-            run.path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(
-                f"cannot make the run directory: {error.strerror or error}", place=str(run.path)
+                f"cannot make the run directory: {error.strerror or error}", place=str(self.path)
             ) from None
-        return run
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
@@ -115,10 +118,14 @@ class RunDirectory:
             skipped.append(f"checkpoint step-{step:06d} is damaged and was skipped: {faults[0]}")
         return None, skipped
 
+    def has_adapter(self) -> bool:
+        """Whether the final adapter is there and whole."""
+        return self.adapter.is_dir() and not verify_folder(self.adapter, may_have_more=True)
+
     def newest_adapter(self) -> Path:
         """The adapter to answer with: the final one, else the newest checkpoint's. RunError when none is whole."""
         if self.adapter.is_dir():
-            if faults := verify_folder(self.adapter):
+            if faults := verify_folder(self.adapter, may_have_more=True):
                 raise RunError(f"the adapter is damaged: {faults[0]}", place=str(self.adapter))
             return self.adapter
         step, skipped = self.newest_checkpoint()

@@ -235,7 +235,7 @@ def test_a_mistake_exits_2_with_what_where_and_what_to_do(
     for part in expected:
         assert part.format(**names) in done.err, done.err
     assert " hint: " in done.err, done.err
-    assert not (tmp_path / "new").exists() or name in ("no such target", "no such device")
+    assert not (tmp_path / "new").exists()
 
 
 def test_an_unknown_option_exits_2(cli: Cli) -> None:
@@ -286,7 +286,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_resume_finishes(
     done = cli("train", "--resume", output)
     assert done.code == 0, done.err
     assert done.out == f"{output / 'adapter'}\n"
-    assert f"going on from step {int(saved.name.removeprefix('step-'))} of 150" in done.err
+    assert f"going on from step {int(saved.name.removeprefix('step-'))}\n" in done.err
     steps = [event["step"] for event in read_metrics(output / "metrics.jsonl") if event["event"] == "step"]
     assert steps == list(range(1, 151))
 

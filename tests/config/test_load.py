@@ -52,7 +52,7 @@ def test_every_mistake_is_reported_at_once_with_its_line(recipe: Callable[[str],
     found = {problem.place: problem for problem in problems(path, "train.epochs=-1", "lora.alpha")}
     assert found[f"{path}:2"].message == "unknown key `model.nmae`"
     assert found[f"{path}:2"].hint == "did you mean `model.name`?"
-    assert found[f"{path}:4"].message == "`lora.rank`: input should be greater than or equal to 1"
+    assert found[f"{path}:4"].message == "`lora.rank`: input should be greater than or equal to 1, not 0"
     assert found[f"{path}:5"].hint == "did you mean `lora.dropout`?"
     assert found[f"{path}:9"].hint == "did you mean `data.max_length`?"
     assert found[f"{path}:10"].hint == "did you mean `train`?"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tests.data.toy_tokenizers import CHATML, VICUNA, hostile_text, llama_like, load, qwen_like, toys
 
@@ -81,6 +81,17 @@ completions = st.builds(Completion, hostile_text.filter(str.strip), hostile_text
 contents = chats | instructions | completions
 
 
+def swallows_system(content: Content) -> bool:
+    """Llama 2 writes the system prompt into the first question and strips both: blank, they run together, and the
+    row is refused rather than guessed at."""
+    match content:
+        case Instruction():
+            return bool(content.system) and not content.question.strip()
+        case Chat((Message("system", _), Message("user", question), *_)):
+            return not question.strip()
+    return False
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("train_on", ["response", "all"])
 @settings(max_examples=40)
@@ -88,6 +99,7 @@ contents = chats | instructions | completions
 def test_the_prompt_is_what_inference_sends(
     tokenizers: dict[str, Tokenizer], name: str, train_on: str, content: Content
 ) -> None:
+    assume(name != "llama2" or not swallows_system(content))
     renderer = make(tokenizers[name], train_on=train_on)
     row = render(renderer, content)
     prompt = renderer.prompt_ids(content)

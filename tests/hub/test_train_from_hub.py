@@ -14,7 +14,9 @@ from tests.tiny import write_model, write_rows
 from lorafit.model.adapter import CONFIG
 
 
-def lorafit(folder: Path, hub: str, *words: str, token: str | None = None) -> subprocess.CompletedProcess[str]:
+def lorafit(
+    folder: Path, hub: str, *words: str, token: str | None = None
+) -> subprocess.CompletedProcess[str]:
     inherited = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
     env = {**inherited, "HOME": str(folder), "HF_HOME": str(folder / "hf"), "HF_ENDPOINT": hub}
     if token:

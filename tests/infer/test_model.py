@@ -22,6 +22,7 @@ from lorafit.infer import model as model_module
 from lorafit.infer.engine import Token
 from lorafit.infer.model import Model, load
 from lorafit.infer.sampling import Sampling
+from lorafit.model.attention import PackedDocuments
 from lorafit.training.run import start_run
 
 QUESTIONS = ["What is a llama?", "라마가 뭐야?", "Say 7."]
@@ -65,6 +66,11 @@ def texts(model: Model, **settings: Any) -> list[str]:
     return [answer.text for answer in model.generate(QUESTIONS, max_tokens=12, **settings)]
 
 
+def logits_of(model: Model) -> torch.Tensor:
+    ids = torch.arange(20)
+    return model.network.logits(model.network.hidden(ids, PackedDocuments([20]))).detach()
+
+
 def test_a_run_its_adapter_and_the_adapter_on_its_base_answer_alike(trained: Path, tuned: Model) -> None:
     base = trained.parent / "model"
     alike = [
@@ -81,12 +87,14 @@ def test_a_run_its_adapter_and_the_adapter_on_its_base_answer_alike(trained: Pat
 def test_base_leaves_the_adapter_out_and_puts_it_back(trained: Path, tuned: Model) -> None:
     base = load(trained.parent / "model", **ON_CPU)
     assert not base.has_adapter
-    before = texts(tuned)
+    before, logits = texts(tuned), logits_of(tuned)
+    assert not torch.equal(logits, logits_of(base))
     assert texts(tuned, base=True) == texts(base) != before
     assert texts(tuned) == before
     pieces = tuned.stream(QUESTIONS[0], max_tokens=12, base=True)
     next(pieces, None)
     pieces.close()  # type: ignore[attr-defined]  an answer that nobody waits for
+    assert torch.equal(logits_of(tuned), logits)  # what comes next, such as a training step, sees the adapter
     assert texts(tuned) == before
 
 
@@ -153,13 +161,14 @@ def test_a_damaged_adapter_does_not_answer(trained: Path, tmp_path: Path) -> Non
     with pytest.raises(RunError, match="the adapter is damaged: .*SHA-256 differs"):
         load(run)
     weights.write_bytes(content[:-5])
-    with pytest.raises(ModelError, match="the adapter cannot be read"):
+    with pytest.raises(ModelError, match="the adapter is damaged: .* were written"):
         load(run / "adapter", **ON_CPU)
 
 
 def test_an_adapter_that_is_not_the_models_does_not_answer(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     shutil.copytree(trained / "adapter", folder)
+    (folder / "manifest.json").unlink()  # as an adapter made elsewhere
     tensors = load_file(folder / "adapter_model.safetensors")
     name = sorted(tensors)[0]
     for changed, message in (

@@ -318,7 +318,8 @@ def test_continuing_an_adapter_starts_where_it_ended(material: list[str], tmp_pa
 
 def test_resume_refuses_other_rows_and_says_what_changed(material: list[str], tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.json")
-    result = run(material, tmp_path / "run", "train.max_steps=2", f"data.path={rows}")
+    result = run(material, tmp_path / "run", "train.max_steps=4", f"data.path={rows}")
+    RunDirectory.open(result.path).drop_checkpoint(4)
     write_rows(rows, count=41)
     with pytest.raises(RunError, match="the data changed"):
         resume_run(result.path, quiet=True)
@@ -378,3 +379,17 @@ def test_out_of_memory_says_what_to_change(
     with pytest.raises(RunError, match="out of memory in step 1") as caught:
         run(material, tmp_path / "run", "train.max_steps=2")
     assert "train.micro_batch_tokens" in caught.value.problems[0].hint
+
+
+def test_a_failed_start_leaves_nothing_behind(material: list[str], tmp_path: Path) -> None:
+    with pytest.raises(LorafitError, match="matches no linear"):
+        run(material, tmp_path / "run", "lora.targets=q_prj")
+    assert not (tmp_path / "run").exists()
+
+
+def test_resuming_a_finished_run_changes_nothing(material: list[str], tmp_path: Path) -> None:
+    first = run(material, tmp_path / "run", "train.max_steps=2")
+    before = {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()}
+    again = resume_run(first.path, quiet=True)
+    assert again == first
+    assert {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()} == before

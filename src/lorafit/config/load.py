@@ -131,7 +131,8 @@ def _read_recipe(path: Path, places: dict[KeyPath, str], problems: list[Problem]
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError("a recipe is a mapping of sections", place=f"{path}:1", hint="for example `lora:`")
+        hint = "rows go to --data" if path.suffix in (".json", ".jsonl") else "for example `lora:`"
+        raise ConfigError("a recipe is a mapping of sections", place=f"{path}:1", hint=hint)
     _note_lines(node, (), path, places, problems)
     return {
         key: {} if value is None else value for key, value in values.items()
@@ -167,8 +168,8 @@ def _apply(
     except (yaml.YAMLError, ValueError, RecursionError):
         value = text
     section = values.setdefault(key[0], {})
-    if not isinstance(section, dict):
-        values[key[0]] = section = {}
+    if not isinstance(section, dict):  # the schema will say that it is no section
+        return
     section[key[1]] = value
     places[key] = place
 
@@ -192,6 +193,8 @@ def _problem(detail: Mapping[str, Any], places: Mapping[KeyPath, str]) -> Proble
     if not where:
         return Problem(message, hint="see `lorafit config`")
     message = message[:1].lower() + message[1:]
+    if isinstance(detail.get("input"), str | int | float):
+        message += f", not {detail['input']!r}"[:80]
     if detail["type"] == "model_type":
         message = "it is a section of `key: value` lines"
     return Problem(f"`{name}`: {message}", place, f"`lorafit config {'.'.join(where[:2])}` explains it")

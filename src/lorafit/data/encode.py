@@ -15,7 +15,7 @@ from lorafit.data.template import Dropped, Rendered, Renderer
 from lorafit.errors import DataError, Problem
 
 _CHUNK = 2048  # rows encoded at a time: enough for all cores, and the Python lists stay small
-_NUM_LISTED = 20  # too long rows that an error names one by one
+_NUM_LISTED = 5  # too long rows that an error names one by one
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,4 +139,4 @@ def _too_long(rows: Sequence[tuple[Row, int]], max_length: int) -> list[Problem]
         f"{len(rows):,} rows are longer than data.max_length={max_length}; the longest has {longest:,} tokens"
     )
     listed = [Problem(f"has {length:,} tokens", row.place) for row, length in rows[:_NUM_LISTED]]
-    return [Problem(summary, "data.max_length", hint), *listed]
+    return [*listed, Problem(summary, "data.max_length", hint)]

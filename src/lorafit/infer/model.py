@@ -11,6 +11,7 @@ from pathlib import Path
 from lorafit.data.formats import Content, Instruction, Message
 from lorafit.data.template import PromptContract, Renderer, contract
 from lorafit.data.tokenizer import Tokenizer
+from lorafit.durable import MANIFEST, verify_folder
 from lorafit.errors import ModelError
 from lorafit.hub import adapter_folder, model_folder
 from lorafit.infer.engine import Token, stream
@@ -58,7 +59,7 @@ class Model:
             ids: list[list[int]] = [[] for _ in batch]
             stopped = [False] * len(batch)
             draws = sampling or Sampling()
-            draws = dataclasses.replace(draws, seed=draws.seed + start)  # a row's stream is its own in all batches
+            draws = dataclasses.replace(draws, seed=draws.seed + start)  # no two rows share a stream
             for token in self._tokens(batch, max_tokens, draws, base):
                 stopped[token.row] = token.end == "stop"
                 if token.end != "stop":
@@ -121,9 +122,9 @@ def load(
 ) -> Model:
     """A model that answers, from a run directory, a PEFT adapter folder, a model folder or a hub id.
 
-    A run brings its own prompt contract; anything else is asked by the model's chat template, or as Alpaca does
-    where it has none. `adapter` puts a PEFT adapter (folder or hub id) on a base model; `system` replaces the
-    system prompt. Raises ModelError or RunError.
+    A run, or an adapter within one, brings its own prompt contract; anything else is asked by the model's chat
+    template, or as Alpaca does where it has none. `adapter` puts a PEFT adapter (folder or hub id) on a base model;
+    `system` replaces the system prompt. Raises ModelError or RunError.
     """
     name, revision, prompt = str(source), None, None
     adapter_path = adapter_folder(str(adapter), offline=offline).path if adapter is not None else None
@@ -140,6 +141,10 @@ def load(
             raise ModelError("an adapter cannot be put on an adapter", place=str(source))
         adapter_path = folder
         name, revision = _base_of(folder)
+        prompt = _contract_beside(folder)
+    has_manifest = adapter_path is not None and (adapter_path / MANIFEST).is_file()
+    if adapter_path and has_manifest and (faults := verify_folder(adapter_path, may_have_more=True)):
+        raise ModelError(f"the adapter is damaged: {faults[0]}", place=str(adapter_path))
     base = model_folder(name, revision=revision, offline=offline)
     tokenizer = Tokenizer.from_folder(base.path)
     if prompt is None:
@@ -155,6 +160,15 @@ def load(
 
 def _as_source(question: Question) -> Content | Sequence[Message]:
     return Instruction(question, "", "") if isinstance(question, str) else question
+
+
+def _contract_beside(adapter: Path) -> PromptContract | None:
+    """The prompt contract of the run that an adapter or checkpoint folder lies in, if it lies in one."""
+    for parent in adapter.resolve().parents[:2]:
+        run = RunDirectory(parent)
+        if run.config_file.is_file() and run.prompt_file.is_file():
+            return PromptContract.from_json(run.read_json(run.prompt_file))
+    return None
 
 
 def _base_of(folder: Path) -> tuple[str, str | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,7 +23,8 @@ class Sampling:
 
     def streams(self, num_rows: int) -> list[torch.Generator]:
         """One generator a row, so that a row's answer does not depend on its neighbours."""
-        return [torch.Generator().manual_seed((self.seed + row) % 2**63) for row in range(num_rows)]
+        seeds = [np.random.SeedSequence([self.seed, row]).generate_state(1)[0] for row in range(num_rows)]
+        return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
 
 def next_tokens(logits: Tensor, sampling: Sampling, streams: list[torch.Generator]) -> list[int]:

@@ -59,10 +59,11 @@ def summarize(run: RunDirectory) -> Summary:
         # not infinite, and no integer beyond float: the file may hold anything
         return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else None
 
+    acts = [event for event in events if event.get("event") in ("run_started", "step", "run_ended")]
     if is_locked(run.lock_file):
         state = "running"
-    elif events and events[-1].get("event") == "run_ended" and events[-1].get("reason") in ENDS:
-        state = str(events[-1]["reason"])
+    elif acts and acts[-1].get("event") == "run_ended" and acts[-1].get("reason") in ENDS:
+        state = str(acts[-1]["reason"])
     else:
         state = "stopped"
     best = [loss for event in by_kind.get("heldout", []) if (loss := number(event.get("loss"))) is not None]

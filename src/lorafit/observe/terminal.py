@@ -41,6 +41,7 @@ LEAST_IMPORTANT_FIRST = (
     "loss",
 )  # on a narrow live line
 SIDE_BY_SIDE_WIDTH = 80
+SAMPLE_CHARACTERS = 240
 
 
 class Terminal:
@@ -54,12 +55,21 @@ class Terminal:
         self._stream = stream or sys.stderr
         self._console = _console(self._stream)
         self._live: Live | None = None
+        self._is_gone = False
         self._log_every = log_every
         self._losses: deque[float] = deque(maxlen=log_every)
         self._meter = Meter()
         self._started = time.monotonic()
 
     def __call__(self, event: Event) -> None:
+        if self._is_gone:
+            return
+        try:
+            self._show(event)
+        except (OSError, ValueError):  # the terminal was closed or the pipe's reader left: the run goes on
+            self._is_gone = True
+
+    def _show(self, event: Event) -> None:
         match event:
             case RunStarted():
                 self._say(_started(event))
@@ -125,7 +135,7 @@ class Terminal:
 
     def _sample(self, event: Sample) -> None:
         self.close()
-        side_by_side(event.prompt, event.base, event.tuned, stream=self._stream)
+        side_by_side(event.prompt, _beginning(event.base), _beginning(event.tuned), stream=self._stream)
 
     def _say(self, line: str, style: str = "") -> None:
         _print_line(self._console, line, style)
@@ -216,17 +226,18 @@ def progress(title: str, *, stream: TextIO | None = None) -> Iterator[Callable[[
     timer = threading.Timer(QUIET_SECONDS, show)
     timer.daemon = True
     timer.start()
-    outcome = "stopped after"
+    is_done = False
     try:
         yield lambda done, total: bar.update(task, completed=done, total=total)
-        outcome = "done in"
+        is_done = True
     finally:
         timer.cancel()
         timer.join()  # it may be drawing just now
         if is_shown.is_set():
             if draws:
                 bar.stop()
-            _print_line(console, f"{title}: {outcome} {_duration(time.monotonic() - started)}")
+            if is_done:  # else the error that follows says what happened
+                _print_line(console, f"{title}: done in {_duration(time.monotonic() - started)}")
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, stream: TextIO | None = None) -> None:
@@ -293,6 +304,11 @@ def _clean(text: str, console: Console) -> str:
     return printable(text).encode(console.encoding, "replace").decode(console.encoding)
 
 
+def _beginning(answer: str) -> str:
+    """As much of an answer as a glance needs; samples.json has all of it."""
+    return answer if len(answer) <= SAMPLE_CHARACTERS else answer[:SAMPLE_CHARACTERS].rstrip() + " [...]"
+
+
 def _started(event: RunStarted) -> str:
     share = 100 * event.num_trainable / max(event.num_parameters, 1)
     return (
@@ -308,10 +324,7 @@ def _heldout(event: Heldout) -> str:
 
 
 def _ended(event: RunEnded) -> str:
-    return (
-        f"{event.reason} after {event.step:,} steps in {_duration(event.seconds)}  loss {event.loss:.3f}\n"
-        f"adapter {event.adapter}"
-    )
+    return f"{event.reason} after {event.step:,} steps in {_duration(event.seconds)}\nadapter {event.adapter}"
 
 
 def _duration(seconds: float) -> str:

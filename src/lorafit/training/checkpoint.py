@@ -74,11 +74,23 @@ def load_checkpoint(folder: Path, network: Llama, optimizer: torch.optim.Optimiz
     load_adapter(network, folder)
     tensors = load_file(folder / TENSORS)
     _restore_optimizer(network, optimizer, tensors)
-    values = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    version, numbers, gauss = values.pop("python_random")
+    version, numbers, gauss = _read(folder)["python_random"]
     random.setstate((version, tuple(numbers), gauss))
     _restore_random(tensors)
+    return read_state(folder)
+
+
+def read_state(folder: Path) -> TrainState:
+    """The plain values of a verified checkpoint."""
+    values = _read(folder)
+    del values["python_random"]
     return TrainState(**values | {"scale": LossScale(**values["scale"])})
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    values = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    assert isinstance(values, dict)
+    return values
 
 
 def check_same_run(folder: Path, facts: Mapping[str, Any]) -> None:

@@ -28,13 +28,13 @@ from lorafit.data.sources import Rows, load_rows
 from lorafit.data.template import Renderer
 from lorafit.data.template import contract as make_contract
 from lorafit.data.tokenizer import Tokenizer
-from lorafit.durable import lock
+from lorafit.durable import lock, read_facts
 from lorafit.errors import DataError, RunError
 from lorafit.hub import ModelFolder, model_folder
 from lorafit.infer.model import Model
 from lorafit.model.adapter import load_adapter
 from lorafit.model.architecture import read_architecture
-from lorafit.model.build import build
+from lorafit.model.build import Built, build
 from lorafit.model.device import describe
 from lorafit.model.weights import fingerprint
 from lorafit.observe.events import Note, Observer, RunEnded, RunStarted, Sample, fan_out
@@ -49,6 +49,7 @@ from lorafit.training.checkpoint import (
     check_same_run,
     export_adapter,
     load_checkpoint,
+    read_state,
 )
 from lorafit.training.optim import make_optimizer, warmup_steps
 from lorafit.training.precision import LossScale
@@ -72,27 +73,37 @@ class Result:
 
 def start_run(config: Config, *, quiet: bool = False) -> Result:
     """Train a new run. Raises a LorafitError before anything is trained when config, model or data are wrong."""
-    base = model_folder(config.model.name, revision=config.model.revision, offline=config.run.offline)
-    material = _read_material(config, base)
-    run = RunDirectory.create(config.run.output, config.model.name)
+    run = RunDirectory.new(config.run.output, config.model.name)
+    prepared = _prepare(config)
+    run.create()
     resolved = config.model_copy(update={"run": config.run.model_copy(update={"output": str(run.path)})})
     with lock(run.lock_file):
         run.write_config(resolved)
-        run.write_json(run.prompt_file, material.renderer.contract.to_json())
-        run.write_json(run.ledger_file, material.ledger.to_json())
+        run.write_json(run.prompt_file, prepared.material.renderer.contract.to_json())
+        run.write_json(run.ledger_file, prepared.material.ledger.to_json())
         run.write_json(run.env_file, _environment())
-        return _go(resolved, base, material, run, resume=False, quiet=quiet)
+        return _go(resolved, prepared, run, step=None, notes=[], quiet=quiet)
 
 
 def resume_run(path: str | Path, *, quiet: bool = False) -> Result:
-    """Go on with a run from its newest checkpoint that verifies. Raises RunError when there is no run to go on with."""
+    """Go on with a run from its newest checkpoint that verifies; a finished one is left as it is. Raises RunError."""
     run = RunDirectory.open(path)
     with lock(run.lock_file):
         run.clean()
         config = run.config()
-        base = model_folder(config.model.name, revision=config.model.revision, offline=config.run.offline)
-        material = _read_material(config, base)
-        return _go(config, base, material, run, resume=True, quiet=quiet)
+        step, skipped = run.newest_checkpoint()
+        notes = [Note(fault, "warning") for fault in skipped]
+        if step is not None and read_facts(run.checkpoint(step)).get("steps") == step and run.has_adapter():
+            return _already_finished(run, step)
+        notes.append(
+            Note(f"going on from step {step}" if step is not None else "no checkpoint yet: starting over")
+        )
+        return _go(config, _prepare(config), run, step=step, notes=notes, quiet=quiet)
+
+
+def _already_finished(run: RunDirectory, step: int) -> Result:
+    state = read_state(run.checkpoint(step))
+    return _result(run, run.adapter, state, finished=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +176,33 @@ def _read_material(config: Config, base: ModelFolder) -> Material:
     return Material(source, tokenizer, renderer, *parts, ledger)
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """All that a run needs and that can fail before there is one: rows, tokens, network, adapter."""
+
+    base: ModelFolder
+    material: Material
+    built: Built
+
+
+def _prepare(config: Config) -> Prepared:
+    base = model_folder(config.model.name, revision=config.model.revision, offline=config.run.offline)
+    material = _read_material(config, base)
+    with progress("loading the model") as advance:
+        return Prepared(base, material, build(config, base.path, advance))
+
+
 def _go(
-    config: Config, base: ModelFolder, material: Material, run: RunDirectory, *, resume: bool, quiet: bool
+    config: Config,
+    prepared: Prepared,
+    run: RunDirectory,
+    *,
+    step: int | None,
+    notes: Sequence[Note],
+    quiet: bool,
 ) -> Result:
-    """Build everything, train, and finish: the one path of new and resumed runs."""
-    settings = config.train
-    step, skipped = run.newest_checkpoint() if resume else (None, [])
+    """Train from checkpoint `step` (None from the start) and finish: the one path of new and resumed runs."""
+    settings, base, material, built = config.train, prepared.base, prepared.material, prepared.built
     if run.metrics_file.exists():
         truncate_after(run.metrics_file, step or 0)
     with contextlib.ExitStack() as stack:
@@ -182,10 +214,9 @@ def _go(
             stack.callback(watcher.close)
             observers.append(watcher)
         observe = fan_out(observers)
-        _introduce(config, material, skipped, observe)
-
-        with progress("loading the model") as advance:
-            built = build(config, base.path, advance)
+        _introduce(config, material, observe)
+        for note in notes:
+            observe(note)
         network = built.network
         masters = [master for master in network.parameters() if master.requires_grad]
         optimizer = make_optimizer(masters, settings.weight_decay)
@@ -208,9 +239,6 @@ def _go(
         if step is not None:
             check_same_run(run.checkpoint(step), facts)
             state = load_checkpoint(run.checkpoint(step), network, optimizer)
-            observe(Note(f"going on from step {step} of {num_steps}"))
-        elif resume:
-            observe(Note("no checkpoint yet: starting over"))
         observe(
             RunStarted(
                 model=config.model.name,
@@ -259,16 +287,11 @@ def _go(
                     place=describe(built.device),
                     hint=f"set train.micro_batch_tokens below {settings.micro_batch_tokens}: memory, never mathematics",
                 ) from None
-        result = _finish(config, material, job, state, reason, time.perf_counter() - started)
-        if terminal and not result.finished:
-            observe(Note(f"go on with: lorafit train --resume {run.path}"))
-    return result
+        return _finish(config, material, job, state, reason, time.perf_counter() - started)
 
 
-def _introduce(config: Config, material: Material, skipped: Sequence[str], observe: Observer) -> None:
+def _introduce(config: Config, material: Material, observe: Observer) -> None:
     """Say what was read and what deserves a warning, before the first step."""
-    for fault in skipped:
-        observe(Note(fault, "warning"))
     contract = material.renderer.contract
     observe(Note(f"format {material.source.format}: {material.source.reason}; template {contract.template}"))
     for line in material.ledger.lines():
@@ -300,11 +323,17 @@ def _finish(
             job.observe(Note(f"the adapter is the one of step {best}, the lowest held-out loss"))
             load_adapter(job.network, adapter)
         _speak(config, material, job, run)
+    else:
+        job.observe(Note(f"go on with: lorafit train --resume {run.path}"))
     job.observe(RunEnded(state.step, reason, seconds, str(adapter), state.last_loss or 0.0))
+    return _result(run, adapter, state, finished=reason == "finished")
+
+
+def _result(run: RunDirectory, adapter: Path, state: TrainState, *, finished: bool) -> Result:
     return Result(
         path=run.path,
         adapter=adapter,
-        finished=reason == "finished",
+        finished=finished,
         step=state.step,
         loss=state.last_loss,
         heldout_loss=state.best_loss,

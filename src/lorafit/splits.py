@@ -1,0 +1,104 @@
+"""Which files of a hub data set make up a split: by its card, else by the files' names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import PurePosixPath
+
+import yaml
+
+# Format of the data files by suffix; where two are as frequent, the first wins.
+DATA_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+METADATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+
+
+class ManyConfigurationsError(ValueError):
+    """The card names several configurations, in the message, and none is the default."""
+
+
+def data_format(file: str) -> str | None:
+    """The format of a data file by its name (gzip only around JSON), None for any other file."""
+    path = PurePosixPath(file)
+    if path.name in METADATA or any(part.startswith((".", "__")) for part in path.parts):
+        return None
+    found = DATA_FORMATS.get(PurePosixPath(path.stem).suffix if path.suffix == ".gz" else path.suffix)
+    return found if path.suffix != ".gz" or found == "json" else None
+
+
+def of_one_format(files: list[str]) -> list[str]:
+    """The files of the most frequent format, by name: the same rows may be there in a second one."""
+    formats = [data_format(file) for file in files]
+    chosen = max(DATA_FORMATS.values(), key=formats.count)
+    return sorted(file for file in files if data_format(file) == chosen)
+
+
+def splits_of_names(files: list[str]) -> dict[str, list[str]]:
+    """The splits that the words in the files' paths name; without any such word all files are `train`."""
+    splits: dict[str, list[str]] = {}
+    for file in files:
+        sharded = re.fullmatch(r"data/([^/]+?)-\d{5}-of-\d{5}[^/]*", file)
+        words = re.split(r"[-._ 0-9/]+", file.lower())
+        named = [sharded[1]] if sharded else [SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS]
+        if named:
+            splits.setdefault(named[-1], []).append(file)
+    return splits or ({"train": files} if files else {})
+
+
+def splits_of_card(card: str, files: list[str]) -> dict[str, list[str]]:
+    """The splits that the dataset card's YAML header gives its default configuration, if any."""
+    header = re.match(r"---\s*\n(.*?)\n---\s*$", card, re.DOTALL | re.MULTILINE)
+    try:
+        fields = yaml.safe_load(header[1]) if header else None
+    except yaml.YAMLError:
+        return {}
+    listed = fields.get("configs") if isinstance(fields, dict) else None
+    configs = [config for config in listed if isinstance(config, dict)] if isinstance(listed, list) else []
+    if not configs:
+        return {}
+    default = [c for c in configs if c.get("default") is True or c.get("config_name") == "default"] or configs
+    if len(default) > 1:
+        raise ManyConfigurationsError(", ".join(str(config.get("config_name")) for config in configs))
+    folder = str(default[0].get("data_dir") or "").strip("./")
+    files = [file for file in files if file.startswith(folder + "/")] if folder else files
+    patterns = _split_patterns(default[0].get("data_files"))
+    if not patterns:
+        return splits_of_names(files)
+    splits = {
+        split: [
+            file
+            for file in files
+            if any(_glob(f"{folder}/{glob}" if folder else glob, file) for glob in globs)
+        ]
+        for split, globs in patterns.items()
+    }
+    return {split: found for split, found in splits.items() if found}
+
+
+def _split_patterns(data_files: object) -> dict[str, list[str]]:
+    """The glob patterns of each split, from any of the forms that `data_files` of a dataset card has."""
+    match data_files:
+        case str():
+            return {"train": [data_files]}
+        case dict():
+            return {str(split): _texts(paths) for split, paths in data_files.items()}
+        case [dict(), *_]:
+            entries = [entry for entry in data_files if isinstance(entry, dict)]
+            return {str(entry.get("split", "train")): _texts(entry.get("path")) for entry in entries}
+        case _:
+            return {"train": _texts(data_files)} if data_files else {}
+
+
+def _texts(value: object) -> list[str]:
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+
+
+def _glob(pattern: str, path: str) -> bool:
+    """Whether `path` matches: `*` and `?` stay within a folder, `**` does not."""
+    wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    pieces = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.removeprefix("./"))
+    return re.fullmatch("".join(wild.get(piece) or re.escape(piece) for piece in pieces), path) is not None
