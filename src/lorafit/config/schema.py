@@ -163,4 +163,8 @@ class Config(Section):
             raise ValueError(
                 f"`data.weights` has {len(self.data.weights)} numbers for {len(self.data.path)} paths in `data.path`"
             )
+        if twice := sorted({path for path in self.data.path if self.data.path.count(path) > 1}):
+            raise ValueError(
+                f"`data.path` names {twice[0]} twice; `data.weights` says how often rows are seen"
+            )
         return self

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import platform
 import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +37,7 @@ from lorafit.model.architecture import read_architecture
 from lorafit.model.build import Built, build
 from lorafit.model.device import describe
 from lorafit.model.weights import fingerprint
-from lorafit.observe.events import Note, Observer, RunEnded, RunStarted, Sample, fan_out
+from lorafit.observe.events import Busy, Note, Observer, RunEnded, RunStarted, Sample, fan_out
 from lorafit.observe.record import Record, truncate_after
 from lorafit.observe.terminal import Terminal, progress
 from lorafit.observe.trackers import tracker
@@ -74,7 +74,7 @@ class Result:
 def start_run(config: Config, *, quiet: bool = False) -> Result:
     """Train a new run. Raises a LorafitError before anything is trained when config, model or data are wrong."""
     run = RunDirectory.new(config.run.output, config.model.name)
-    prepared = _prepare(config)
+    prepared = _prepare(config, quiet)
     run.create()
     resolved = config.model_copy(update={"run": config.run.model_copy(update={"output": str(run.path)})})
     with lock(run.lock_file):
@@ -94,16 +94,13 @@ def resume_run(path: str | Path, *, quiet: bool = False) -> Result:
         step, skipped = run.newest_checkpoint()
         notes = [Note(fault, "warning") for fault in skipped]
         if step is not None and read_facts(run.checkpoint(step)).get("steps") == step and run.has_adapter():
-            return _already_finished(run, step)
+            if not quiet:
+                Terminal()(Note(f"`{path}` is finished after {step} steps; nothing was changed"))
+            return _result(run, run.adapter, read_state(run.checkpoint(step)), finished=True)
         notes.append(
             Note(f"going on from step {step}" if step is not None else "no checkpoint yet: starting over")
         )
-        return _go(config, _prepare(config), run, step=step, notes=notes, quiet=quiet)
-
-
-def _already_finished(run: RunDirectory, step: int) -> Result:
-    state = read_state(run.checkpoint(step))
-    return _result(run, run.adapter, state, finished=True)
+        return _go(config, _prepare(config, quiet), run, step=step, notes=notes, quiet=quiet)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +136,7 @@ class Material:
         return self.source.rows[int(self.training.numbers[index])]
 
 
-def _read_material(config: Config, base: ModelFolder) -> Material:
+def _read_material(config: Config, base: ModelFolder, quiet: bool) -> Material:
     """Rows, rendered and tokenised, with the ledger closed."""
     data = config.data
     longest = read_architecture(base.path).max_position_embeddings
@@ -157,7 +154,7 @@ def _read_material(config: Config, base: ModelFolder) -> Material:
         add_eos=data.eos,
     )
     renderer = Renderer(contract, tokenizer)
-    with progress("tokenising") as advance:
+    with nullcontext() if quiet else progress("tokenising") as advance:
         encoded = encode_rows(source.rows, renderer, advance)
     if not len(encoded):
         reasons = "; ".join(f"{len(rows):,} {reason}" for reason, rows in encoded.dropped.items())
@@ -178,18 +175,28 @@ def _read_material(config: Config, base: ModelFolder) -> Material:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """All that a run needs and that can fail before there is one: rows, tokens, network, adapter."""
+    """All that a run needs and that can fail before there is one: rows, their order, network, adapter."""
 
     base: ModelFolder
     material: Material
+    order: RowOrder
     built: Built
 
 
-def _prepare(config: Config) -> Prepared:
+def _prepare(config: Config, quiet: bool) -> Prepared:
     base = model_folder(config.model.name, revision=config.model.revision, offline=config.run.offline)
-    material = _read_material(config, base)
-    with progress("loading the model") as advance:
-        return Prepared(base, material, build(config, base.path, advance))
+    material = _read_material(config, base, quiet)
+    order = RowOrder(
+        material.groups(config.data.path),
+        config.data.weights or [1.0] * len(config.data.path),
+        config.train.batch_size,
+        config.train.seed,
+        config.data.shuffle,
+    )
+    if order.rows_per_epoch == 0:
+        raise DataError("no row is left to train on at these weights", place="data.weights")
+    with nullcontext() if quiet else progress("loading the model") as advance:
+        return Prepared(base, material, order, build(config, base.path, advance))
 
 
 def _go(
@@ -203,9 +210,19 @@ def _go(
 ) -> Result:
     """Train from checkpoint `step` (None from the start) and finish: the one path of new and resumed runs."""
     settings, base, material, built = config.train, prepared.base, prepared.material, prepared.built
+    order = prepared.order
+    num_steps = order.num_steps(settings.epochs, settings.max_steps)
+    facts = {
+        "base_model": fingerprint(base.path),
+        "data": material.digest(),
+        "prompt_contract": material.renderer.contract.hash,
+        "steps": num_steps,
+    }
+    if step is not None:
+        check_same_run(run.checkpoint(step), facts)
     if run.metrics_file.exists():
         truncate_after(run.metrics_file, step or 0)
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         observers: list[Observer] = [stack.enter_context(Record(run.metrics_file))]
         terminal = None if quiet else stack.enter_context(Terminal(log_every=settings.log_every))
         observers += [terminal] if terminal else []
@@ -220,24 +237,9 @@ def _go(
         network = built.network
         masters = [master for master in network.parameters() if master.requires_grad]
         optimizer = make_optimizer(masters, settings.weight_decay)
-        order = RowOrder(
-            material.groups(config.data.path),
-            config.data.weights or [1.0] * len(config.data.path),
-            settings.batch_size,
-            settings.seed,
-            config.data.shuffle,
-        )
-        num_steps = order.num_steps(settings.epochs, settings.max_steps)
-        facts = {
-            "base_model": fingerprint(base.path),
-            "data": material.digest(),
-            "prompt_contract": material.renderer.contract.hash,
-            "steps": num_steps,
-        }
         torch.manual_seed(settings.seed)
         state = TrainState(scale=LossScale.for_dtype(built.dtype))
         if step is not None:
-            check_same_run(run.checkpoint(step), facts)
             state = load_checkpoint(run.checkpoint(step), network, optimizer)
         observe(
             RunStarted(
@@ -350,7 +352,9 @@ def _speak(config: Config, material: Material, job: loop.Job, run: RunDirectory)
         return
     model = Model(job.network, material.renderer)
     questions = [content for _, content in asked]
+    job.observe(Busy("answering held-out prompts", 0, 2))
     base = model.generate(questions, max_tokens=SAMPLE_TOKENS, base=True)
+    job.observe(Busy("answering held-out prompts", 1, 2))
     tuned = model.generate(questions, max_tokens=SAMPLE_TOKENS)
     samples = []
     for (place, content), before, after in zip(asked, base, tuned, strict=True):
