@@ -30,7 +30,7 @@ VARIANTS: dict[str, list[str]] = {
     "linear decay, no warm-up (classic)": ["train.schedule=linear", "train.warmup=0"],
     "4 rows a step (classic), as many rows": ["train.batch_size=4", "train.max_steps=1200"],
     "each row a pass of its own": ["data.packing=false"],
-    "float32": ["model.dtype=float32"],
+    "bfloat16": ["model.dtype=bfloat16"],
 }
 
 
