@@ -144,6 +144,21 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         assert without_clock(one) == without_clock(two)
 
 
+@pytest.mark.parametrize("step", [3, 6, 9])  # where a measurement is due; 9 is the last step
+def test_interrupted_where_a_measurement_is_due_still_equals_uninterrupted(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    whole = run(material, tmp_path / "whole", "train.max_steps=9")
+    with monkeypatch.context() as patch:
+        interrupt_after(step, patch)
+        cut = run(material, tmp_path / "cut", "train.max_steps=9")
+    assert (cut.finished, cut.step) == (False, step)
+    resumed = resume_run(cut.path, quiet=True)
+    assert digest(resumed) == digest(whole)
+    assert resumed.heldout_loss == whole.heldout_loss
+    assert events(resumed, "heldout") == events(whole, "heldout")
+
+
 def test_resume_without_a_word_at_the_end_equals_uninterrupted(material: list[str], tmp_path: Path) -> None:
     """A killed run: the newest checkpoint is taken, and metrics after it are made again."""
     whole = run(material, tmp_path / "whole", "train.max_steps=6", "train.keep=5")

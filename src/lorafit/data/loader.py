@@ -24,7 +24,7 @@ def split_holdout(num_rows: int, holdout: float, seed: int) -> tuple[Indices, In
     return np.setdiff1d(np.arange(num_rows), held), held
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RowOrder:
     """The order of an epoch and its cut into steps.
 
@@ -57,17 +57,11 @@ class RowOrder:
     def rows(self, step: int) -> Indices:
         """Row indices that step number `step` (from 0) trains on."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        return self._epoch(epoch)[within * self.batch_size : (within + 1) * self.batch_size]
+        return _epoch_rows(self, epoch)[within * self.batch_size : (within + 1) * self.batch_size]
 
     def epoch_at(self, step: int) -> float:
         """Passes over the rows once `step` steps are done."""
         return step / self.steps_per_epoch
-
-    def _epoch(self, epoch: int) -> Indices:
-        return _epoch_rows(self, epoch)
-
-    def __hash__(self) -> int:
-        return id(self)
 
 
 @functools.lru_cache(maxsize=2)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from lorafit.durable import write_file
 from lorafit.errors import RunError
 
 from .events import Busy, Event, Step
@@ -73,18 +73,7 @@ def truncate_after(path: Path, step: int) -> None:
     The file is replaced at once (written beside, synced, renamed); lines that stay keep their bytes.
     """
     kept = [line for line, event in _read(path) if event.get("step", 0) <= step]
-    staged = path.with_name(path.name + ".new")
-    with staged.open("wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    staged.replace(path)
-    if os.name == "posix":  # elsewhere a folder cannot be opened to sync it
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    write_file(path, b"".join(kept).decode())
 
 
 def _line(event: Event) -> bytes:

@@ -32,12 +32,11 @@ class TrainState:
     """
 
     step: int = 0
-    trained_rows: int = 0
-    trained_tokens: int = 0
     last_loss: float | None = None
     base_loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
+    measuring_due: bool = False  # stopped between a step and its held-out measurement
     scale: LossScale = field(default_factory=LossScale)
 
 

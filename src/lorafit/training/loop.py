@@ -76,6 +76,8 @@ def train(job: Job, state: TrainState, stop: Callable[[], bool]) -> Literal["fin
     meter = Meter()
     device = network.lm_head.weight.device
     network.train()
+    if state.measuring_due and _measure(job, state):
+        _save(job, state, "best")
     while state.step < settings.num_steps:
         started = time.perf_counter()
         indices = job.order.rows(state.step)
@@ -91,8 +93,6 @@ def train(job: Job, state: TrainState, stop: Callable[[], bool]) -> Literal["fin
         job.optimizer.step()
         job.optimizer.zero_grad()
         state.step += 1
-        state.trained_rows += len(indices)
-        state.trained_tokens += supervised
         state.last_loss = loss
         state.scale.went_well()
 
@@ -116,13 +116,13 @@ def train(job: Job, state: TrainState, stop: Callable[[], bool]) -> Literal["fin
         )
         stopping = stop()
         ended = state.step == settings.num_steps
-        better = False
-        if job.heldout and not stopping and (ended or _due(state.step, settings.eval_every, job.order)):
-            better = _measure(job, state)
+        due = ended or _due(state.step, settings.eval_every, job.order)
+        state.measuring_due = due and bool(job.heldout)
+        better = state.measuring_due and not stopping and _measure(job, state)
         if stopping or ended or better or _due(state.step, settings.save_every, job.order):
             reason = "stopped" if stopping else "best" if better else "finished" if ended else "due"
             _save(job, state, reason)
-        if stopping and not ended:
+        if stopping and (not ended or state.measuring_due):
             return "interrupted"
     return "finished"
 
@@ -174,6 +174,7 @@ def _measure(job: Job, state: TrainState) -> bool:
         state.base_loss = heldout_loss(job.network, job.heldout, measuring)
         set_enabled(job.network, True)
     loss = heldout_loss(job.network, job.heldout, measuring)
+    state.measuring_due = False
     better = state.best_loss is None or loss < state.best_loss
     if better:
         state.best_loss, state.best_step = loss, state.step
