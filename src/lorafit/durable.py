@@ -134,6 +134,17 @@ def clean_orphans(parent: Path, only: str | None = None) -> list[str]:
     return removed
 
 
+def cache_folder(name: str) -> Path:
+    """The folder `name` of lorafit's cache, made if it is missing and readable by its user alone.
+
+    The cache is `LORAFIT_CACHE`, or `lorafit` in the user's cache folder. Raises OSError.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(os.environ.get("LORAFIT_CACHE") or Path(home) / "lorafit").expanduser() / name
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
+
+
 def write_file(path: Path, text: str) -> None:
     """Replace one small text file atomically and durably. Raises RunError."""
     temporary = path.with_name(_STAGING + path.name)

@@ -10,6 +10,7 @@ from tests.tiny import random_network
 
 from lorafit.errors import ConfigError
 from lorafit.model.attention import PackedDocuments
+from lorafit.model.frozen import Linear
 from lorafit.model.lora import LoraLinear, LoraSpec, adapted, attach, match_targets, set_enabled
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -93,8 +94,9 @@ def test_scale_is_alpha_over_rank_and_over_its_root() -> None:
 
 
 def test_dropout_acts_in_training_only_and_on_the_adapter_only() -> None:
-    linear = torch.nn.Linear(64, 8)
-    module = LoraLinear(linear, spec("x", dropout=0.5), torch.Generator().manual_seed(0))
+    linear = Linear(64, 8, bias=False)
+    torch.nn.init.normal_(linear.weight)
+    module = LoraLinear(linear, spec("x", dropout=0.5), torch.Generator().manual_seed(0), like=linear.weight)
     x = torch.randn(5, 64)
     with torch.no_grad():
         assert torch.equal(module.train()(x), linear(x))  # B is zero: the base path has no dropout

@@ -42,6 +42,11 @@ class ModelSection(Section):
         description="Type of the base and of the compute: `auto` is bfloat16 where the hardware multiplies it, "
         "float16 on older CUDA chips, else float32. The adapter is float32 always (float64 with float64).",
     )
+    quantize: Literal["none", "int8", "nf4", "fp8"] = Field(
+        "none",
+        description="Bits of the frozen linears: `int8` is faster than 16 bits and half as large, `nf4` is the "
+        "smallest and slower (extra `nf4`), `fp8` is for CUDA chips of capability 8.9 or more.",
+    )
 
 
 class LoraSection(Section):
@@ -116,6 +121,11 @@ class TrainSection(Section):
         ge=8,
         description="Most tokens in one forward pass: memory, never mathematics. One longer row fits.",
     )
+    recompute: Literal["none", "layers"] = Field(
+        "none",
+        description="`layers` keeps one tensor a layer for the backward pass and computes the rest again: a "
+        "third more work, a fraction of the memory, the same mathematics.",
+    )
     learning_rate: float = Field(2e-4, gt=0, lt=1, description="Peak learning rate of AdamW.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="Learning rate after warm-up; cosine and linear end at zero."
@@ -143,6 +153,11 @@ class RunSection(Section):
         (), description="Extra places that receive the metrics."
     )
     offline: bool = Field(False, description="Never open a connection; hub files come from the local cache.")
+    too_large: Literal["error", "auto", "try"] = Field(
+        "error",
+        description="When the plan says that memory is short: `error` says what would fit, `auto` (the flag "
+        "`--auto`) picks `train.micro_batch_tokens`, `train.recompute` and `model.quantize`, `try` starts.",
+    )
     samples: int = Field(
         3, ge=0, le=50, description="Held-out prompts answered by base and tuned at the end."
     )

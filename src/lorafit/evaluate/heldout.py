@@ -17,8 +17,8 @@ def pack_loss(network: Llama, pack: Pack) -> Tensor:
     """Sum of the cross-entropy over a pack's supervised tokens, a scalar on the network's device."""
     device = network.lm_head.weight.device
     attend = PackedDocuments(pack.lengths, device)
-    hidden = network.hidden(torch.from_numpy(pack.ids).to(device), attend)
-    supervised = hidden[torch.from_numpy(pack.predict).to(device)]
+    predict = torch.from_numpy(pack.predict).to(device)
+    supervised = network.hidden(torch.from_numpy(pack.ids).to(device), attend, predict)
     targets = torch.from_numpy(pack.targets).to(device)
     return loss_sum(network.model.norm(supervised), network.lm_head.weight, targets)
 

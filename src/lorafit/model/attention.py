@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lorafit.model.native import fits, kernels
 
 
 class Attend(Protocol):
@@ -16,9 +19,17 @@ class Attend(Protocol):
     positions: Tensor
     """Position of each token in its own document, int64 (tokens,)."""
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """q (tokens, heads, head_dim), k and v (tokens, kv_heads, head_dim) -> (tokens, heads, head_dim)."""
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, window: int | None
+    ) -> Tensor:
+        """q (tokens, heads, head_dim), k and v (tokens, kv_heads, head_dim) -> (tokens, heads, head_dim).
+
+        q and k come before their positions are put in: `rotary` does that.
+        """
         ...
+
+
+Rotary = tuple[Tensor, Tensor]  # cosine and sine of each token's angles, float32 (tokens, head_dim / 2)
 
 
 class PackedDocuments:
@@ -31,8 +42,15 @@ class PackedDocuments:
     def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
         self.lengths = list(lengths)
         self.positions = torch.cat([torch.arange(length) for length in self.lengths]).to(device)
+        self.starts = torch.tensor([0, *self.lengths]).cumsum(0)  # int64 (documents + 1,)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, window: int | None
+    ) -> Tensor:
+        if q.shape[-1] % 16 == 0 and fits(q, k, v):
+            out: Tensor = _Attention.apply(q, k, v, *rotary, self.starts, window or 0)  # type: ignore[no-untyped-call]
+            return out
+        q, k = rotate(q, rotary), rotate(k, rotary)
         parts = [
             causal_attention(q_doc, k_doc, v_doc, window)
             for q_doc, k_doc, v_doc in zip(
@@ -40,6 +58,43 @@ class PackedDocuments:
             )
         ]
         return torch.cat(parts)
+
+
+class _Attention(torch.autograd.Function):
+    """Rotation and attention of all documents in one compiled call (model/native/attention.cpp)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cosine: Tensor, sine: Tensor, starts: Tensor, window: int
+    ) -> Tensor:
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+        _call("attend", starts, window, q, k, v, cosine, sine, out, lse)
+        ctx.save_for_backward(q, k, v, lse, cosine, sine, starts)
+        ctx.window = window
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, lse, cosine, sine, starts = ctx.saved_tensors
+        into = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        slope = slopes[0].contiguous()
+        _call("attend_backward", starts, ctx.window, q, k, v, slope, lse, cosine, sine, *into)
+        return (*into, None, None, None, None)
+
+
+def _call(name: str, starts: Tensor, window: int, q: Tensor, k: Tensor, *tensors: Tensor) -> None:
+    compiled = kernels()
+    assert compiled is not None
+    shape = len(starts) - 1, starts, q.shape[1], k.shape[1], q.shape[2], window
+    compiled.call(name, q.dtype, *shape, q, k, *tensors)
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotary positions on x (tokens, heads, head_dim); the two halves of a head form the pairs (Su et al., 2021)."""
+    cosine, sine = rotary[0][:, None], rotary[1][:, None]
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:

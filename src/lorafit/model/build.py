@@ -13,9 +13,10 @@ from lorafit.errors import ConfigError, Problem
 from lorafit.hub import adapter_folder
 from lorafit.model.adapter import load_adapter, read_spec
 from lorafit.model.architecture import read_architecture
-from lorafit.model.device import pick_device, pick_dtype
+from lorafit.model.device import keep_freed_memory, pick_device, pick_dtype
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, attach
+from lorafit.model.quant import Quantize, check_quantize
 from lorafit.model.weights import load_network
 
 
@@ -34,14 +35,13 @@ def build(config: Config, folder: Path, progress: Callable[[int, int], None] | N
     arch = read_architecture(folder)
     device = pick_device(config.model.device)
     dtype = pick_dtype(config.model.dtype, device)
-    spec, initial = _asked_spec(config.lora), None
-    if config.lora.init_from is not None:
-        initial = adapter_folder(config.lora.init_from, offline=config.run.offline).path
-        spec = _continued_spec(config.lora, read_spec(initial))
-    network = load_network(folder, arch, dtype, device, progress)
+    check_quantize(config.model.quantize, device, dtype)
+    spec, initial = wanted_adapter(config)
+    network = load_network(folder, arch, dtype, device, progress, config.model.quantize)
     spec = attach(network, spec, config.train.seed)
     if initial is not None:
         load_adapter(network, initial)
+    keep_freed_memory()
     return Built(network, spec, device, dtype)
 
 
@@ -51,16 +51,27 @@ def build_saved(
     device: str,
     dtype: str,
     progress: Callable[[int, int], None] | None = None,
+    quantize: Quantize = "none",
 ) -> tuple[Llama, torch.device]:
     """The base model in `folder` with a saved adapter on it (or none), to answer or measure with."""
     arch = read_architecture(folder)
     where = pick_device(device)
     spec = read_spec(adapter) if adapter is not None else None
-    network = load_network(folder, arch, pick_dtype(dtype, where), where, progress)
+    number = pick_dtype(dtype, where)
+    check_quantize(quantize, where, number)
+    network = load_network(folder, arch, number, where, progress, quantize)
     if adapter is not None and spec is not None:
         attach(network, spec, seed=0)
         load_adapter(network, adapter)
     return network.eval(), where
+
+
+def wanted_adapter(config: Config) -> tuple[LoraSpec, Path | None]:
+    """What the adapter will be, and the folder of the one that it continues."""
+    if config.lora.init_from is None:
+        return _asked_spec(config.lora), None
+    initial = adapter_folder(config.lora.init_from, offline=config.run.offline).path
+    return _continued_spec(config.lora, read_spec(initial)), initial
 
 
 def _asked_spec(lora: LoraSection) -> LoraSpec:

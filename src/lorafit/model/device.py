@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import sys
+
 import torch
 
 from lorafit.errors import ConfigError
@@ -60,3 +64,31 @@ def describe(device: torch.device) -> str:
 def device_memory_bytes(device: torch.device) -> int | None:
     """Peak memory that this process allocated on the device so far; None where the host's is what counts."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def keep_freed_memory() -> None:
+    """Let the process reuse the memory of freed tensors instead of giving each back to the system at once.
+
+    A step allocates and frees the same large tensors for every layer, and fresh pages cost as much as the
+    arithmetic of a norm. `drop_freed_memory` is the other half. Does nothing where the C library is not glibc.
+    """
+    libc = _glibc()
+    if libc is not None:
+        most = 2**31 - 1
+        libc.mallopt(-3, most)  # M_MMAP_THRESHOLD: no allocation gets a mapping of its own
+        libc.mallopt(-1, most)  # M_TRIM_THRESHOLD: the top of the heap is kept
+
+
+def drop_freed_memory() -> None:
+    """Give freed memory back to the system: what a pass leaves in pieces must not add to the next one's peak."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+@functools.cache
+def _glibc() -> ctypes.CDLL | None:
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None

@@ -9,15 +9,18 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lorafit.model.architecture import Architecture, Rope
-from lorafit.model.attention import Attend
+from lorafit.model.attention import Attend, Rotary
+from lorafit.model.frozen import Linear
+from lorafit.model.kernels import norm
+from lorafit.model.projection import Gated, Normed, Plain, project
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in at least float32, scaled by a weight (Zhang and Sennrich, 2019)."""
+    """Root-mean-square norm over the last axis with a frozen weight."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -25,9 +28,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:  # (..., size)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -39,36 +40,34 @@ class Attention(nn.Module):
         self.head_dim = arch.head_dim
         self.window = arch.windows[layer] if arch.windows else None
         q_width, kv_width = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
-        self.q_proj = nn.Linear(arch.hidden_size, q_width, bias=arch.qkv_bias)
-        self.k_proj = nn.Linear(arch.hidden_size, kv_width, bias=arch.qkv_bias)
-        self.v_proj = nn.Linear(arch.hidden_size, kv_width, bias=arch.qkv_bias)
-        self.o_proj = nn.Linear(q_width, arch.hidden_size, bias=arch.o_bias)
+        self.q_proj = Linear(arch.hidden_size, q_width, bias=arch.qkv_bias)
+        self.k_proj = Linear(arch.hidden_size, kv_width, bias=arch.qkv_bias)
+        self.v_proj = Linear(arch.hidden_size, kv_width, bias=arch.qkv_bias)
+        self.o_proj = Linear(q_width, arch.hidden_size, bias=arch.o_bias)
         self.q_norm = RMSNorm(arch.head_dim, arch.rms_norm_eps) if arch.qk_norm else None
         self.k_norm = RMSNorm(arch.head_dim, arch.rms_norm_eps) if arch.qk_norm else None
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (tokens, heads, head_dim)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))  # (tokens, kv_heads, head_dim)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+    def forward(self, x: Tensor, before: Normed, rotary: Rotary, attend: Attend) -> Tensor:
+        """The heads' outputs side by side, (tokens, heads * head_dim), before `o_proj`."""
+        projected = project((self.q_proj, self.k_proj, self.v_proj), before, x)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in projected)  # (tokens, heads, head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mixed: Tensor = self.o_proj(attend(self.layer, q, k, v, self.window).flatten(-2))
-        return mixed
+        return attend(self.layer, q, k, v, rotary, self.window).flatten(-2)
 
 
 class MLP(nn.Module):
-    """Gated feed-forward: down(silu(gate(x)) * up(x))."""
+    """Gated feed-forward: x + down(silu(gate(norm(x))) * up(norm(x)))."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(arch.hidden_size, arch.intermediate_size, bias=arch.mlp_bias)
-        self.up_proj = nn.Linear(arch.hidden_size, arch.intermediate_size, bias=arch.mlp_bias)
-        self.down_proj = nn.Linear(arch.intermediate_size, arch.hidden_size, bias=arch.mlp_bias)
+        self.gate_proj = Linear(arch.hidden_size, arch.intermediate_size, bias=arch.mlp_bias)
+        self.up_proj = Linear(arch.hidden_size, arch.intermediate_size, bias=arch.mlp_bias)
+        self.down_proj = Linear(arch.intermediate_size, arch.hidden_size, bias=arch.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return out
+    def forward(self, x: Tensor, before: Normed) -> Tensor:
+        gate, up = project((self.gate_proj, self.up_proj), before, x)
+        return project((self.down_proj,), Gated(), gate, up, residual=x)[0]
 
 
 class Layer(nn.Module):
@@ -81,10 +80,18 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(arch.hidden_size, arch.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(arch.hidden_size, arch.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, rotary: Rotary, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """x (tokens, hidden_size) -> the same, or only `rows` of it: what they attend to is all tokens."""
+        mixed = self.self_attn(x, _normed(self.input_layernorm), rotary, attend)
+        if rows is not None:
+            mixed, x = mixed[rows], x[rows]
+        x = project((self.self_attn.o_proj,), Plain(), mixed, residual=x)[0]
+        out: Tensor = self.mlp(x, _normed(self.post_attention_layernorm))
         return out
+
+
+def _normed(before: RMSNorm) -> Normed:
+    return Normed(before.weight, before.eps)
 
 
 class Decoder(nn.Module):
@@ -101,7 +108,8 @@ class Llama(nn.Module):
     """A causal language model.
 
     `hidden` gives the stream before the final norm, `logits` applies norm and head to the rows one wants: a
-    table of all tokens times the vocabulary is never needed.
+    table of all tokens times the vocabulary is never needed. With `recompute` a layer keeps only its input for
+    the backward pass and computes the rest again.
     """
 
     def __init__(self, arch: Architecture) -> None:
@@ -109,15 +117,18 @@ class Llama(nn.Module):
         self.arch = arch
         self.model = Decoder(arch)
         self.lm_head = nn.Linear(arch.hidden_size, arch.vocab_size, bias=False)
+        self.recompute = False
         if arch.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def hidden(self, ids: Tensor, attend: Attend) -> Tensor:
-        """ids int64 (tokens,) -> the stream after the last layer (tokens, hidden_size)."""
+    def hidden(self, ids: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
+        """ids int64 (tokens,) -> the stream after the last layer (tokens, hidden_size), or `rows` of it."""
         x: Tensor = self.model.embed_tokens(ids)
-        cos, sin = rotary_table(attend.positions, self.arch.rope, self.arch.head_dim, x.dtype)
-        for layer in self.model.layers:
-            x = layer(x, cos, sin, attend)
+        rotary = rotary_table(attend.positions, self.arch.rope, self.arch.head_dim)
+        last = len(self.model.layers) - 1
+        for number, layer in enumerate(self.model.layers):
+            inputs = (x, rotary, attend, rows if number == last else None)
+            x = checkpoint(layer, *inputs, use_reentrant=False) if self.recompute else layer(*inputs)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -126,18 +137,11 @@ class Llama(nn.Module):
         return out
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on x (tokens, heads, head_dim); the two halves of a head form the pairs (Su et al., 2021)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
-def rotary_table(positions: Tensor, rope: Rope, head_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin for each position, (tokens, 1, head_dim); angles are taken in float32 as transformers does."""
+def rotary_table(positions: Tensor, rope: Rope, head_dim: int) -> Rotary:
+    """Cosine and sine of each position's angles, float32 (tokens, head_dim / 2); transformers takes them in float32."""
     frequencies = inverse_frequencies(rope, head_dim).to(positions.device)
     angles = positions.to(torch.float32)[:, None] * frequencies
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return angles.cos(), angles.sin()
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafit.errors import ConfigError, Problem
+from lorafit.model.frozen import Frozen
+from lorafit.model.llama import Llama
+from lorafit.model.projection import Plain, project
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,31 +36,29 @@ class LoraLinear(nn.Module):
     """base(x) + scale * B A dropout(x), with A and B cast to the type of x for the products.
 
     A (rank, in_features) starts uniform, B (out_features, rank) at zero, so that training starts at the base.
+    The products are made by model/projection.py, together with those of linears that share the input.
     """
 
-    def __init__(self, base: nn.Linear, spec: LoraSpec, generator: torch.Generator) -> None:
+    def __init__(self, base: Frozen, spec: LoraSpec, generator: torch.Generator, like: Tensor) -> None:
         super().__init__()
         self.base = base
         self.scale = spec.scale
         self.dropout = spec.dropout
-        master = torch.promote_types(base.weight.dtype, torch.float32)
-        device = base.weight.device
+        master = torch.promote_types(like.dtype, torch.float32)
         bound = 1 / math.sqrt(base.in_features)
         a = torch.empty(spec.rank, base.in_features).uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(a.to(device, master))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, spec.rank, device=device, dtype=master))
+        self.lora_A = nn.Parameter(a.to(like.device, master))
+        self.lora_B = nn.Parameter(
+            torch.zeros(base.out_features, spec.rank, device=like.device, dtype=master)
+        )
         self.enabled = True
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
-        out: Tensor = self.base(x)
-        if not self.enabled:
-            return out
-        inner = F.dropout(x, self.dropout, training=True) if self.training and self.dropout else x
-        low = F.linear(inner, self.lora_A.to(x.dtype)) * self.scale
-        return out + F.linear(low, self.lora_B.to(x.dtype))
+        rows = x.reshape(-1, x.shape[-1])
+        return project((self,), Plain(), rows)[0].view(*x.shape[:-1], -1)
 
 
-def attach(network: nn.Module, spec: LoraSpec, seed: int) -> LoraSpec:
+def attach(network: Llama, spec: LoraSpec, seed: int) -> LoraSpec:
     """Freeze `network` and put a LoraLinear in place of every target.
 
     Returns the spec with its targets resolved to what PEFT reads the same way: `q_proj` where every layer's is
@@ -71,8 +71,9 @@ def attach(network: nn.Module, spec: LoraSpec, seed: int) -> LoraSpec:
     for name in names:
         parent, _, child = name.rpartition(".")
         base = network.get_submodule(name)
-        assert isinstance(base, nn.Linear)
-        setattr(network.get_submodule(parent), child, LoraLinear(base, spec, generator))
+        assert isinstance(base, Frozen)
+        adapted_linear = LoraLinear(base, spec, generator, like=network.lm_head.weight)
+        setattr(network.get_submodule(parent), child, adapted_linear)
     return replace(spec, targets=targets)
 
 
@@ -124,11 +125,7 @@ def set_enabled(network: nn.Module, enabled: bool) -> None:
 
 def _linears(network: nn.Module) -> list[str]:
     """Full names of the linears that can be adapted, in the network's order: all but the head."""
-    return [
-        name
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
-    ]
+    return [name for name, module in network.named_modules() if isinstance(module, Frozen)]
 
 
 def _shortest(names: Sequence[str], linears: Sequence[str]) -> tuple[str, ...]:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_CHUNK_ELEMENTS = 8 * 2**20  # logits alive at a time: 32 MB in float32
+from lorafit.model.kernels import cross_entropy, wide
+
+CHUNK_ELEMENTS = 8 * 2**20  # logits alive at a time: 32 MB in float32
 
 
 def loss_sum(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -26,20 +28,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        total = torch.zeros((), dtype=wide, device=hidden.device)
+        total = torch.zeros((), dtype=wide(hidden.dtype), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        rows = max(1, _CHUNK_ELEMENTS // head.shape[0])
+        rows = max(1, CHUNK_ELEMENTS // head.shape[0])
         for start in range(0, hidden.shape[0], rows):
             chunk = slice(start, start + rows)
-            index = targets[chunk, None]
-            logits = (hidden[chunk] @ head.T).to(wide)  # (rows, vocab_size)
-            log_total = logits.logsumexp(-1, keepdim=True)
-            total += (log_total - logits.gather(-1, index)).sum()
+            logits = hidden[chunk] @ head.T  # (rows, vocab_size); becomes its own slope
+            total += cross_entropy(logits, targets[chunk], slope=gradient is not None).sum()
             if gradient is not None:
-                slope = logits.sub_(log_total).exp_()
-                slope.scatter_add_(-1, index, slope.new_full((), -1).expand_as(index))
-                gradient[chunk] = slope.to(hidden.dtype) @ head
+                gradient[chunk] = logits @ head
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from lorafit.errors import ModelError, Problem
 from lorafit.model.architecture import Architecture
+from lorafit.model.frozen import Frozen
 from lorafit.model.llama import Llama
+from lorafit.model.quant import Quantize, quantized
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -25,8 +27,9 @@ def load_network(
     dtype: torch.dtype,
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
+    quantize: Quantize = "none",
 ) -> Llama:
-    """The network of a model folder with its weights, frozen.
+    """The network of a model folder with its weights, frozen; linears but the head in fewer bits if asked for.
 
     Where type and device match the file, tensors stay mapped to it and cost no memory of their own. `progress`
     is told (tensors done, tensors in all). Raises ModelError naming every tensor that is missing, unexpected or
@@ -69,7 +72,7 @@ def load_network(
             tensor = file.get_tensor(stored)
             if not tensor.is_floating_point():
                 raise ModelError(f"weight `{name}` is {tensor.dtype}, not floating point", place=str(folder))
-            _place(network, name, tensor.to(device=device, dtype=dtype))
+            _place(network, name, tensor.to(device=device, dtype=dtype), quantize)
             if progress is not None:
                 progress(done, len(wanted))
     if arch.tie_word_embeddings:
@@ -132,6 +135,14 @@ def _merge_tied(where: dict[str, tuple[safe_open, str]], folder: Path) -> None:
         )
 
 
-def _place(network: nn.Module, name: str, tensor: Tensor) -> None:
+def _place(network: nn.Module, name: str, tensor: Tensor, quantize: Quantize) -> None:
     parent, _, child = name.rpartition(".")
-    setattr(network.get_submodule(parent), child, nn.Parameter(tensor, requires_grad=False))
+    module = network.get_submodule(parent)
+    few = quantized(quantize, tensor) if isinstance(module, Frozen) and child == "weight" else None
+    if few is not None:  # the bias comes after the weight, and goes to what stands there then
+        above, _, own = parent.rpartition(".")
+        setattr(network.get_submodule(above), own, few)
+    else:
+        if quantize != "none":
+            tensor = tensor.clone()  # a single tensor left in the mapped file would keep all of it in memory
+        setattr(module, child, nn.Parameter(tensor, requires_grad=False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -16,7 +17,7 @@ from lorafit.data.loader import RowOrder
 from lorafit.data.packing import Pack, TokenRow, make_packs
 from lorafit.errors import TrainingError
 from lorafit.evaluate.heldout import heldout_loss, pack_loss
-from lorafit.model.device import device_memory_bytes
+from lorafit.model.device import device_memory_bytes, drop_freed_memory
 from lorafit.model.llama import Llama
 from lorafit.model.lora import set_enabled
 from lorafit.observe.events import Busy, Heldout, Observer, Saved, Step
@@ -72,16 +73,25 @@ def train(job: Job, state: TrainState, stop: Callable[[], bool]) -> Literal["fin
     Raises TrainingError, before any weight changes, when a step's loss or gradient is not finite or it has no
     supervised tokens.
     """
-    settings, network = job.settings, job.network
-    meter = Meter()
-    device = network.lm_head.weight.device
-    network.train()
+    job.network.train()
     if state.measuring_due and _measure(job, state):
         _save(job, state, "best")
+    with ThreadPoolExecutor(1, "packs") as ahead:
+        return _steps(job, state, stop, ahead)
+
+
+def _steps(
+    job: Job, state: TrainState, stop: Callable[[], bool], ahead: ThreadPoolExecutor
+) -> Literal["finished", "interrupted"]:
+    """The steps; the rows of the next one are laid out by `ahead` while the device works."""
+    settings = job.settings
+    meter = Meter()
+    device = job.network.lm_head.weight.device
+    upcoming = ahead.submit(_packs, job, state.step)
     while state.step < settings.num_steps:
         started = time.perf_counter()
-        indices = job.order.rows(state.step)
-        packs = make_packs([job.rows.row(i) for i in indices], settings.micro_batch_tokens, settings.packing)
+        indices, packs = upcoming.result()
+        upcoming = ahead.submit(_packs, job, state.step + 1)
         supervised = sum(len(pack.targets) for pack in packs)
 
         loss, norm = _gradients(job, state, packs, supervised, indices)
@@ -127,6 +137,14 @@ def train(job: Job, state: TrainState, stop: Callable[[], bool]) -> Literal["fin
     return "finished"
 
 
+def _packs(job: Job, step: int) -> tuple[NDArray[np.int64], list[Pack]]:
+    """The rows of a step and how they are laid out: a function of the step, so it can be made ahead."""
+    indices, settings = job.order.rows(step), job.settings
+    return indices, make_packs(
+        [job.rows.row(i) for i in indices], settings.micro_batch_tokens, settings.packing
+    )
+
+
 def _gradients(
     job: Job, state: TrainState, packs: Sequence[Pack], supervised: int, indices: NDArray[np.int64]
 ) -> tuple[float, float]:
@@ -140,12 +158,12 @@ def _gradients(
         raise TrainingError(f"step {step} has no supervised tokens", place=job.places(indices))
     random = torch.get_rng_state()
     while True:
-        total = 0.0
+        losses = []
         for pack in packs:
             loss = pack_loss(job.network, pack)
             (loss * (state.scale.factor / supervised)).backward()
-            total += float(loss.detach())
-        mean = total / supervised
+            losses.append(loss.detach())
+        mean = sum(map(float, losses)) / supervised  # read only here: a device is waited for once
         if state.scale.active:
             torch._foreach_mul_([m.grad for m in job.masters if m.grad is not None], 1 / state.scale.factor)
         norm = float(clip(job.masters, job.settings.max_grad_norm))
@@ -179,6 +197,7 @@ def _measure(job: Job, state: TrainState) -> bool:
     if better:
         state.best_loss, state.best_step = loss, state.step
     job.observe(Heldout(state.step, loss, state.base_loss, better))
+    drop_freed_memory()
     return better
 
 

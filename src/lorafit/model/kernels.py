@@ -1,0 +1,140 @@
+"""Row-wise mathematics of training: one function each, compiled for the CPU where possible, else in torch.
+
+The torch expressions are the definition; the compiled kernels (model/native) are held against them by tests. All
+tensors are (rows, width) and contiguous; sums and exponentials are float32, or float64 for float64 tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lorafit.model.native import fits, kernels
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums are taken in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x / rms(x) * weight, 1 / rms(x) of each row) (Zhang and Sennrich, 2019)."""
+    if fits(x, weight):
+        y, rstd = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
+        _call("rms_norm", x, *x.shape, eps, x, weight, y, rstd)
+        return y, rstd
+    x_wide = x.to(wide(x.dtype))
+    rstd = torch.rsqrt(x_wide.square().mean(-1) + eps)
+    return (x_wide * rstd[:, None] * weight).to(x.dtype), rstd
+
+
+def rms_norm_backward(slope: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    """The gradient of x from that of the norm."""
+    if fits(slope, x, weight):
+        into = torch.empty_like(x)
+        _call("rms_norm_backward", x, *x.shape, slope, x, weight, rstd, into)
+        return into
+    normed = x.to(wide(x.dtype)) * rstd[:, None]
+    weighted = slope.to(normed.dtype) * weight
+    along = (weighted * normed).mean(-1, keepdim=True)
+    return ((weighted - normed * along) * rstd[:, None]).to(x.dtype)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, rstd = rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
+        return rms_norm_backward(slopes[0].contiguous(), *ctx.saved_tensors), None, None
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last axis with a frozen weight, differentiable in x; saves x and one number a row."""
+    rows = x.reshape(-1, x.shape[-1])
+    out: Tensor = _Norm.apply(rows.contiguous(), weight, eps)  # type: ignore[no-untyped-call]
+    return out.view(x.shape)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    if fits(gate, up):
+        out = torch.empty_like(gate)
+        _call("gated", gate, *gate.shape, gate, up, out)
+        return out
+    return (F.silu(gate.to(wide(gate.dtype))) * up).to(gate.dtype)
+
+
+def gated_backward(slope: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up. `slope` may be overwritten."""
+    if fits(slope, gate, up):
+        d_up = torch.empty_like(up)
+        _call("gated_backward", gate, *gate.shape, slope, gate, up, slope, d_up)
+        return slope, d_up
+    slope_wide, gate_wide = slope.to(wide(slope.dtype)), gate.to(wide(gate.dtype))
+    open_ = torch.sigmoid(gate_wide)
+    d_gate = slope_wide * up * open_ * (1 + gate_wide * (1 - open_))
+    return d_gate.to(gate.dtype), (slope_wide * gate_wide * open_).to(up.dtype)
+
+
+def column_peaks(x: Tensor, factor: Tensor | None = None) -> Tensor:
+    """Largest |x * factor| of each column, float32 (width,)."""
+    if fits(x):
+        room, peaks = x.new_empty(torch.get_num_threads(), x.shape[1], dtype=torch.float32), None
+        peaks = torch.empty_like(room[0])
+        _call("column_peaks", x, *x.shape, x, factor, room, peaks)
+        return peaks
+    peaks = x.abs().amax(0).to(torch.float32)
+    return peaks if factor is None else peaks * factor
+
+
+def quantize_rows(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """x * factor as (int8, float32 scale of each row): symmetric, the largest of a row is 127. factor (width,)."""
+    if fits(x):
+        q, scale = torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
+        _call("quantize_rows", x, *x.shape, x, factor, q, scale)
+        return q, scale
+    scaled = x.to(torch.float32) * factor
+    scale = scaled.abs().amax(-1) / 127
+    return (scaled / scale.clamp(min=1e-30)[:, None]).round().to(torch.int8), scale
+
+
+def dequantize(
+    sums: Tensor, row_scale: Tensor, column_scale: Tensor, out: Tensor, addend: Tensor | None = None
+) -> None:
+    """Write sums int32 (rows, width) times both scales, plus `addend` where given, to `out`, which it may be."""
+    if fits(out, row_scale):
+        _call("dequantize", out, *sums.shape, sums, row_scale, column_scale, addend, out)
+        return
+    scaled = sums.to(wide(out.dtype)) * row_scale[:, None] * column_scale
+    out.copy_(scaled if addend is None else scaled + addend)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, slope: bool) -> Tensor:
+    """The cross-entropy of each row, (rows,) in the wide type. Overwrites `logits`, with the slope if asked for."""
+    if fits(logits):
+        losses = logits.new_empty(len(targets), dtype=torch.float32)
+        _call("cross_entropy", logits, *logits.shape, logits, targets, losses, int(slope))
+        return losses
+    logits_wide = logits.to(wide(logits.dtype))
+    total = logits_wide.logsumexp(-1, keepdim=True)
+    at = targets[:, None]
+    losses = (total - logits_wide.gather(-1, at))[:, 0]
+    if slope:
+        probability = (logits_wide - total).exp()
+        logits.copy_(probability.scatter_add(-1, at, probability.new_full((), -1).expand_as(at)))
+    return losses
+
+
+def _call(name: str, like: Tensor, *arguments: Tensor | int | float | None) -> None:
+    compiled = kernels()
+    assert compiled is not None
+    compiled.call(name, like.dtype, *arguments)

@@ -1,0 +1,265 @@
+// Causal attention of packed documents with rotary positions, forward and backward, in blocks of queries.
+//
+// q and o are (tokens, heads, size), k and v (tokens, kv_heads, size), cosine and sine (tokens, size / 2) float32,
+// lse (tokens, heads) float32. Document d holds the tokens starts[d] .. starts[d + 1]. A query sees the keys of its
+// document up to itself, and with window > 0 only the last `window` of them. Scores exist for one block of queries
+// at a time, in float32 (the scheme of FlashAttention, Dao 2023). One thread does one document and one key-value
+// head, so results depend neither on the number of threads nor on the neighbours in the pack.
+#include "common.h"
+
+#include <cstdlib>
+#include <numeric>
+#include <vector>
+
+#ifdef __AVX512F__
+constexpr int LANES = 16, ROWS = 8;
+#else
+constexpr int LANES = 8, ROWS = 4;
+#endif
+typedef float vec __attribute__((vector_size(LANES * 4), aligned(4)));
+constexpr int64_t QUERIES = 64;      // queries of one block
+constexpr int64_t PAD = 2 * LANES;   // columns come in multiples of this
+
+static int64_t padded(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// C[m, n] (+)= sum_k A[m * a_row + k * a_column] * B[k, n] for ROWS rows and COLUMNS vectors
+template <int COLUMNS>
+static inline void tile(int64_t depth, const float *a, int64_t a_row, int64_t a_column, const float *b, int64_t b_row,
+                        float *c, int64_t c_row, bool add) {
+  vec sum[ROWS][COLUMNS];
+  for (int m = 0; m < ROWS; m++)
+    for (int n = 0; n < COLUMNS; n++) sum[m][n] = add ? *(const vec *)(c + m * c_row + n * LANES) : vec{};
+  for (int64_t k = 0; k < depth; k++) {
+    vec row[COLUMNS];
+    for (int n = 0; n < COLUMNS; n++) row[n] = *(const vec *)(b + k * b_row + n * LANES);
+    for (int m = 0; m < ROWS; m++) {
+      float factor = a[m * a_row + k * a_column];
+      for (int n = 0; n < COLUMNS; n++) sum[m][n] += row[n] * factor;
+    }
+  }
+  for (int m = 0; m < ROWS; m++)
+    for (int n = 0; n < COLUMNS; n++) *(vec *)(c + m * c_row + n * LANES) = sum[m][n];
+}
+
+// rows is a multiple of ROWS, columns of LANES
+static void product(int64_t rows, int64_t columns, int64_t depth, const float *a, int64_t a_row, int64_t a_column,
+                    const float *b, int64_t b_row, float *c, int64_t c_row, bool add) {
+  for (int64_t n = 0; n < columns;) {
+    bool wide = columns - n >= 2 * LANES;
+    for (int64_t m = 0; m < rows; m += ROWS) {
+      if (wide)
+        tile<2>(depth, a + m * a_row, a_row, a_column, b + n, b_row, c + m * c_row + n, c_row, add);
+      else
+        tile<1>(depth, a + m * a_row, a_row, a_column, b + n, b_row, c + m * c_row + n, c_row, add);
+    }
+    n += wide ? 2 * LANES : LANES;
+  }
+}
+
+struct Shape {
+  int64_t heads, kv_heads, size, window;
+  float scale;
+};
+
+// One head of `count` tokens from `from` (row stride `stride`) into rows of floats; turned by the token's angle
+template <class T>
+static void load(int64_t count, int64_t size, const T *from, int64_t stride, const float *cosine, const float *sine,
+                 float scale, float *to) {
+  int64_t half = size / 2;
+  for (int64_t t = 0; t < count; t++) {
+    const T *in = from + t * stride;
+    float *out = to + t * size;
+    if (!cosine) {
+#pragma omp simd
+      for (int64_t i = 0; i < size; i++) out[i] = get(in[i]) * scale;
+      continue;
+    }
+    const float *c = cosine + t * half, *s = sine + t * half;
+#pragma omp simd
+    for (int64_t i = 0; i < half; i++) {
+      float first = get(in[i]) * scale, second = get(in[half + i]) * scale;
+      out[i] = first * c[i] - second * s[i];
+      out[half + i] = second * c[i] + first * s[i];
+    }
+  }
+}
+
+// The inverse of `load` without the rounding: gradients are turned back
+template <class T>
+static void store(int64_t count, int64_t size, const float *from, const float *cosine, const float *sine, float scale,
+                  T *to, int64_t stride) {
+  int64_t half = size / 2;
+  for (int64_t t = 0; t < count; t++) {
+    const float *in = from + t * size;
+    T *out = to + t * stride;
+    if (!cosine) {
+#pragma omp simd
+      for (int64_t i = 0; i < size; i++) put(in[i] * scale, out[i]);
+      continue;
+    }
+    const float *c = cosine + t * half, *s = sine + t * half;
+#pragma omp simd
+    for (int64_t i = 0; i < half; i++) {
+      float first = in[i] * scale, second = in[half + i] * scale;
+      put(first * c[i] + second * s[i], out[i]);
+      put(second * c[i] - first * s[i], out[half + i]);
+    }
+  }
+}
+
+static void transpose(int64_t rows, int64_t columns, const float *from, float *to, int64_t to_row) {
+  for (int64_t block = 0; block < rows; block += 16)
+    for (int64_t j = 0; j < columns; j++)
+      for (int64_t i = block; i < std::min(block + 16, rows); i++) to[j * to_row + i] = from[i * columns + j];
+}
+
+// The keys that a block of queries first..first+count sees: from `low` (a multiple of PAD) to `high` (padded)
+struct Range {
+  int64_t low, high;
+  Range(int64_t first, int64_t count, int64_t window)
+      : low(window ? std::max<int64_t>(0, first - window + 1) / PAD * PAD : 0), high(padded(first + count, PAD)) {}
+};
+
+template <class T>
+static void attend_one(const Shape &shape, int64_t start, int64_t length, int64_t group, const T *q, const T *k,
+                       const T *v, const float *cosine, const float *sine, T *o, float *lse) {
+  const int64_t size = shape.size, half = size / 2, all = padded(length, PAD), shared = shape.heads / shape.kv_heads;
+  const int64_t q_row = shape.heads * size, kv_row = shape.kv_heads * size;
+  std::vector<float> keys(all * size), keys_t(all * size), values(all * size), queries(QUERIES * size),
+      scores(QUERIES * all), mixed(QUERIES * size);
+  const float *turn_c = cosine + start * half, *turn_s = sine + start * half;
+  load(length, size, k + start * kv_row + group * size, kv_row, turn_c, turn_s, 1.0f, keys.data());
+  transpose(length, size, keys.data(), keys_t.data(), all);
+  load(length, size, v + start * kv_row + group * size, kv_row, (const float *)nullptr, nullptr, 1.0f, values.data());
+  for (int64_t head = group * shared; head < (group + 1) * shared; head++)
+    for (int64_t first = 0; first < length; first += QUERIES) {
+      const int64_t count = std::min(QUERIES, length - first), rows = padded(count, ROWS);
+      const Range range(first, count, shape.window);
+      const int64_t width = range.high - range.low;
+      load(count, size, q + (start + first) * q_row + head * size, q_row, turn_c + first * half, turn_s + first * half,
+           shape.scale, queries.data());
+      std::fill(queries.begin() + count * size, queries.begin() + rows * size, 0.0f);
+      product(rows, width, size, queries.data(), size, 1, keys_t.data() + range.low, all, scores.data(), width, false);
+      for (int64_t t = 0; t < rows; t++) {
+        float *row = scores.data() + t * width;
+        const int64_t at = first + t, last = at + 1 - range.low;
+        const int64_t begin = shape.window ? std::max<int64_t>(0, at - shape.window + 1 - range.low) : 0;
+        if (t >= count) {
+          std::fill(row, row + width, 0.0f);
+          continue;
+        }
+        std::fill(row, row + begin, 0.0f);
+        std::fill(row + last, row + width, 0.0f);
+        float high = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : high)
+        for (int64_t j = begin; j < last; j++) high = std::max(high, row[j]);
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = begin; j < last; j++) sum += row[j] = fast_exp(row[j] - high);
+        lse[(start + at) * shape.heads + head] = high + std::log(sum);
+        const float inverse = 1.0f / sum;
+#pragma omp simd
+        for (int64_t j = begin; j < last; j++) row[j] *= inverse;
+      }
+      product(rows, size, width, scores.data(), width, 1, values.data() + range.low * size, size, mixed.data(), size, false);
+      store(count, size, mixed.data(), (const float *)nullptr, nullptr, 1.0f, o + (start + first) * q_row + head * size, q_row);
+    }
+}
+
+template <class T>
+static void attend_one_backward(const Shape &shape, int64_t start, int64_t length, int64_t group, const T *q, const T *k,
+                                const T *v, const T *d_o, const float *lse, const float *cosine,
+                                const float *sine, T *dq, T *dk, T *dv) {
+  const int64_t size = shape.size, half = size / 2, all = padded(length, PAD), shared = shape.heads / shape.kv_heads;
+  const int64_t q_row = shape.heads * size, kv_row = shape.kv_heads * size;
+  std::vector<float> keys(all * size), keys_t(all * size), values(all * size), values_t(all * size), d_keys(all * size),
+      d_values(all * size), queries(QUERIES * size), slope(QUERIES * size), d_queries(QUERIES * size),
+      scores(QUERIES * all), d_scores(QUERIES * all);
+  const float *turn_c = cosine + start * half, *turn_s = sine + start * half;
+  load(length, size, k + start * kv_row + group * size, kv_row, turn_c, turn_s, 1.0f, keys.data());
+  transpose(length, size, keys.data(), keys_t.data(), all);
+  load(length, size, v + start * kv_row + group * size, kv_row, (const float *)nullptr, nullptr, 1.0f, values.data());
+  transpose(length, size, values.data(), values_t.data(), all);
+  for (int64_t head = group * shared; head < (group + 1) * shared; head++)
+    for (int64_t first = 0; first < length; first += QUERIES) {
+      const int64_t count = std::min(QUERIES, length - first), rows = padded(count, ROWS);
+      const Range range(first, count, shape.window);
+      const int64_t width = range.high - range.low, at0 = (start + first) * q_row + head * size;
+      load(count, size, q + at0, q_row, turn_c + first * half, turn_s + first * half, shape.scale, queries.data());
+      load(count, size, d_o + at0, q_row, (const float *)nullptr, nullptr, 1.0f, slope.data());
+      std::fill(queries.begin() + count * size, queries.begin() + rows * size, 0.0f);
+      std::fill(slope.begin() + count * size, slope.begin() + rows * size, 0.0f);
+      product(rows, width, size, queries.data(), size, 1, keys_t.data() + range.low, all, scores.data(), width, false);
+      product(rows, width, size, slope.data(), size, 1, values_t.data() + range.low, all, d_scores.data(), width, false);
+      for (int64_t t = 0; t < rows; t++) {
+        float *row = scores.data() + t * width, *d_row = d_scores.data() + t * width;
+        const int64_t at = first + t, last = at + 1 - range.low;
+        const int64_t begin = shape.window ? std::max<int64_t>(0, at - shape.window + 1 - range.low) : 0;
+        if (t >= count) {
+          std::fill(row, row + width, 0.0f);
+          std::fill(d_row, d_row + width, 0.0f);
+          continue;
+        }
+        std::fill(row, row + begin, 0.0f);
+        std::fill(row + last, row + width, 0.0f);
+        std::fill(d_row, d_row + begin, 0.0f);
+        std::fill(d_row + last, d_row + width, 0.0f);
+        float along = 0;  // the slope along the row's own sum, which is fixed at 1
+        const float total = lse[(start + at) * shape.heads + head];
+#pragma omp simd reduction(+ : along)
+        for (int64_t j = begin; j < last; j++) {
+          row[j] = fast_exp(row[j] - total);
+          along += row[j] * d_row[j];
+        }
+#pragma omp simd
+        for (int64_t j = begin; j < last; j++) d_row[j] = row[j] * (d_row[j] - along);
+      }
+      product(width, size, count, scores.data(), 1, width, slope.data(), size, d_values.data() + range.low * size, size, true);
+      product(width, size, count, d_scores.data(), 1, width, queries.data(), size, d_keys.data() + range.low * size, size, true);
+      product(rows, size, width, d_scores.data(), width, 1, keys.data() + range.low * size, size, d_queries.data(), size, false);
+      store(count, size, d_queries.data(), turn_c + first * half, turn_s + first * half, shape.scale, dq + at0, q_row);
+    }
+  store(length, size, d_keys.data(), turn_c, turn_s, 1.0f, dk + start * kv_row + group * size, kv_row);
+  store(length, size, d_values.data(), (const float *)nullptr, nullptr, 1.0f, dv + start * kv_row + group * size, kv_row);
+}
+
+// Documents longest first, so that no thread is left with a long one at the end
+static std::vector<int64_t> by_length(int64_t documents, const int64_t *starts) {
+  std::vector<int64_t> order(documents);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    return starts[a + 1] - starts[a] > starts[b + 1] - starts[b];
+  });
+  return order;
+}
+
+template <class T>
+static void attend(int64_t documents, const int64_t *starts, int64_t heads, int64_t kv_heads, int64_t size, int64_t window,
+                   const T *q, const T *k, const T *v, const float *cosine, const float *sine, T *o, float *lse, int threads) {
+  const Shape shape{heads, kv_heads, size, window, 1.0f / std::sqrt(float(size))};
+  const auto order = by_length(documents, starts);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t item = 0; item < documents * kv_heads; item++) {
+    const int64_t document = order[item / kv_heads], start = starts[document];
+    attend_one(shape, start, starts[document + 1] - start, item % kv_heads, q, k, v, cosine, sine, o, lse);
+  }
+}
+#define PARAMETERS(T) (int64_t documents, const int64_t *starts, int64_t heads, int64_t kv_heads, int64_t size, int64_t window, const T *q, const T *k, const T *v, const float *cosine, const float *sine, T *o, float *lse, int threads)
+FOR_BOTH_TYPES(attend, (documents, starts, heads, kv_heads, size, window, q, k, v, cosine, sine, o, lse, threads))
+#undef PARAMETERS
+
+template <class T>
+static void attend_backward(int64_t documents, const int64_t *starts, int64_t heads, int64_t kv_heads, int64_t size,
+                            int64_t window, const T *q, const T *k, const T *v, const T *d_o, const float *lse,
+                            const float *cosine, const float *sine, T *dq, T *dk, T *dv, int threads) {
+  const Shape shape{heads, kv_heads, size, window, 1.0f / std::sqrt(float(size))};
+  const auto order = by_length(documents, starts);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t item = 0; item < documents * kv_heads; item++) {
+    const int64_t document = order[item / kv_heads], start = starts[document];
+    attend_one_backward(shape, start, starts[document + 1] - start, item % kv_heads, q, k, v, d_o, lse, cosine, sine,
+                        dq, dk, dv);
+  }
+}
+#define PARAMETERS(T) (int64_t documents, const int64_t *starts, int64_t heads, int64_t kv_heads, int64_t size, int64_t window, const T *q, const T *k, const T *v, const T *d_o, const float *lse, const float *cosine, const float *sine, T *dq, T *dk, T *dv, int threads)
+FOR_BOTH_TYPES(attend_backward, (documents, starts, heads, kv_heads, size, window, q, k, v, d_o, lse, cosine, sine, dq, dk, dv, threads))
+#undef PARAMETERS

@@ -1,0 +1,51 @@
+// Number types, conversions and a vectorisable exponential shared by the kernels.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+struct bf16 {
+  uint16_t bits;
+};
+
+inline float get(float value) { return value; }
+inline float get(bf16 value) {
+  uint32_t bits = uint32_t(value.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+inline void put(float value, float &to) { to = value; }
+inline void put(float value, bf16 &to) {  // round to nearest, ties to even; a NaN stays one
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  to.bits = uint16_t(value != value ? 0x7fc0 : rounded);
+}
+
+// e^x within 2e-7 relative, 0 below -87: range reduction by ln 2 and a polynomial of degree 6 (minimax on +-ln2/2).
+inline float fast_exp(float x) {
+  float clamped = std::min(std::max(x, -87.0f), 88.0f);
+  float n = __builtin_rintf(clamped * 1.44269504088896341f);
+  float r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  uint32_t bits = uint32_t(int32_t(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return x < -87.0f ? 0.0f : p * power;
+}
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
+
+// From the template NAME a C function for float32 and one for bfloat16; PARAMETERS(T) is their parameter list.
+#define FOR_BOTH_TYPES(NAME, ARGUMENTS)                              \
+  extern "C" void NAME##_f32 PARAMETERS(float) { NAME<float> ARGUMENTS; } \
+  extern "C" void NAME##_bf16 PARAMETERS(bf16) { NAME<bf16> ARGUMENTS; }

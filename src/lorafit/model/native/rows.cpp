@@ -1,0 +1,175 @@
+// Kernels that work on one row at a time: norms, the gated product, 8-bit quantisation, cross-entropy.
+//
+// All tensors are contiguous, (rows, width) in row-major order. Arithmetic is float32 whatever the type of the
+// tensors. Each row is the work of one thread, so results do not depend on the number of threads.
+#include "common.h"
+
+// y = x * rstd * w, rstd = 1 / sqrt(mean(x^2) + eps)
+template <class T>
+static void rms_norm(int64_t rows, int64_t width, float eps, const T *x, const T *w, T *y, float *rstd, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    const T *in = x + row * width;
+    T *out = y + row * width;
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < width; i++) sum += get(in[i]) * get(in[i]);
+    float scale = 1.0f / std::sqrt(sum / float(width) + eps);
+    rstd[row] = scale;
+#pragma omp simd
+    for (int64_t i = 0; i < width; i++) put(get(in[i]) * scale * get(w[i]), out[i]);
+  }
+}
+#define PARAMETERS(T) (int64_t rows, int64_t width, float eps, const T *x, const T *w, T *y, float *rstd, int threads)
+FOR_BOTH_TYPES(rms_norm, (rows, width, eps, x, w, y, rstd, threads))
+#undef PARAMETERS
+
+// dx = rstd * (dy w - x rstd^2 mean(dy w x))
+template <class T>
+static void rms_norm_backward(int64_t rows, int64_t width, const T *dy, const T *x, const T *w, const float *rstd, T *dx,
+                              int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    const T *in = x + row * width, *slope = dy + row * width;
+    T *out = dx + row * width;
+    float dot = 0, scale = rstd[row];
+#pragma omp simd reduction(+ : dot)
+    for (int64_t i = 0; i < width; i++) dot += get(slope[i]) * get(w[i]) * get(in[i]);
+    float along = dot * scale * scale / float(width);
+#pragma omp simd
+    for (int64_t i = 0; i < width; i++)
+      put(scale * (get(slope[i]) * get(w[i]) - get(in[i]) * along), out[i]);
+  }
+}
+#define PARAMETERS(T) (int64_t rows, int64_t width, const T *dy, const T *x, const T *w, const float *rstd, T *dx, int threads)
+FOR_BOTH_TYPES(rms_norm_backward, (rows, width, dy, x, w, rstd, dx, threads))
+#undef PARAMETERS
+
+// out = silu(gate) * up
+template <class T>
+static void gated(int64_t rows, int64_t width, const T *gate, const T *up, T *out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    const T *g = gate + row * width, *u = up + row * width;
+    T *o = out + row * width;
+#pragma omp simd
+    for (int64_t i = 0; i < width; i++) put(get(g[i]) * sigmoid(get(g[i])) * get(u[i]), o[i]);
+  }
+}
+#define PARAMETERS(T) (int64_t rows, int64_t width, const T *gate, const T *up, T *out, int threads)
+FOR_BOTH_TYPES(gated, (rows, width, gate, up, out, threads))
+#undef PARAMETERS
+
+// The gradients of gate and up from that of the product; dgate may be the memory of dout.
+template <class T>
+static void gated_backward(int64_t rows, int64_t width, const T *dout, const T *gate, const T *up, T *dgate, T *dup,
+                           int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    const T *d = dout + row * width, *g = gate + row * width, *u = up + row * width;
+    T *dg = dgate + row * width, *du = dup + row * width;
+#pragma omp simd
+    for (int64_t i = 0; i < width; i++) {
+      float slope = get(d[i]), x = get(g[i]), s = sigmoid(x);
+      put(slope * x * s, du[i]);
+      put(slope * get(u[i]) * s * (1.0f + x * (1.0f - s)), dg[i]);
+    }
+  }
+}
+#define PARAMETERS(T) (int64_t rows, int64_t width, const T *dout, const T *gate, const T *up, T *dgate, T *dup, int threads)
+FOR_BOTH_TYPES(gated_backward, (rows, width, dout, gate, up, dgate, dup, threads))
+#undef PARAMETERS
+
+// Largest |x * factor| of every column; `highest` (threads, width) is room for each thread's share.
+template <class T>
+static void column_peaks(int64_t rows, int64_t width, const T *x, const float *factor, float *highest, float *peaks,
+                         int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int part = 0; part < threads; part++) {
+    float *high = highest + part * width;
+    std::fill(high, high + width, 0.0f);
+    for (int64_t row = rows * part / threads; row < rows * (part + 1) / threads; row++) {
+      const T *in = x + row * width;
+#pragma omp simd
+      for (int64_t i = 0; i < width; i++) high[i] = std::max(high[i], std::fabs(get(in[i])));
+    }
+  }
+  for (int64_t i = 0; i < width; i++) {
+    float high = 0;
+    for (int part = 0; part < threads; part++) high = std::max(high, highest[part * width + i]);
+    peaks[i] = factor ? high * factor[i] : high;
+  }
+}
+#define PARAMETERS(T) (int64_t rows, int64_t width, const T *x, const float *factor, float *highest, float *peaks, int threads)
+FOR_BOTH_TYPES(column_peaks, (rows, width, x, factor, highest, peaks, threads))
+#undef PARAMETERS
+
+// q = round(x * factor / scale) with scale = max |x * factor| / 127 of the row; factor is one number a column.
+template <class T>
+static void quantize_rows(int64_t rows, int64_t width, const T *x, const float *factor, int8_t *q, float *scale,
+                          int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    const T *in = x + row * width;
+    int8_t *out = q + row * width;
+    float high = 0;
+#pragma omp simd reduction(max : high)
+    for (int64_t i = 0; i < width; i++) high = std::max(high, std::fabs(get(in[i]) * factor[i]));
+    scale[row] = high / 127.0f;
+    float inverse = high > 0 ? 127.0f / high : 0.0f;
+#pragma omp simd
+    for (int64_t i = 0; i < width; i++)
+      out[i] = int8_t(int32_t(__builtin_rintf(get(in[i]) * factor[i] * inverse)));
+  }
+}
+#define PARAMETERS(T) (int64_t rows, int64_t width, const T *x, const float *factor, int8_t *q, float *scale, int threads)
+FOR_BOTH_TYPES(quantize_rows, (rows, width, x, factor, q, scale, threads))
+#undef PARAMETERS
+
+// y = addend + sums * row_scale * column_scale; addend may be null, or y itself
+template <class T>
+static void dequantize(int64_t rows, int64_t width, const int32_t *sums, const float *row_scale,
+                       const float *column_scale, const T *addend, T *y, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    const int32_t *in = sums + row * width;
+    const T *base = addend + row * width;
+    T *out = y + row * width;
+    float scale = row_scale[row];
+    if (addend) {
+#pragma omp simd
+      for (int64_t i = 0; i < width; i++) put(float(in[i]) * scale * column_scale[i] + get(base[i]), out[i]);
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < width; i++) put(float(in[i]) * scale * column_scale[i], out[i]);
+    }
+  }
+}
+#define PARAMETERS(T) (int64_t rows, int64_t width, const int32_t *sums, const float *row_scale, const float *column_scale, const T *addend, T *y, int threads)
+FOR_BOTH_TYPES(dequantize, (rows, width, sums, row_scale, column_scale, addend, y, threads))
+#undef PARAMETERS
+
+// losses = log sum exp(logits) - logits[target]; with slope set the logits become softmax(logits) - [i = target].
+template <class T>
+static void cross_entropy(int64_t rows, int64_t width, T *logits, const int64_t *targets, float *losses, int64_t slope,
+                          int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    T *in = logits + row * width;
+    float high = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : high)
+    for (int64_t i = 0; i < width; i++) high = std::max(high, get(in[i]));
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < width; i++) sum += fast_exp(get(in[i]) - high);
+    float total = high + std::log(sum);
+    losses[row] = total - get(in[targets[row]]);
+    if (!slope) continue;
+    float at_target = fast_exp(get(in[targets[row]]) - total) - 1.0f;
+#pragma omp simd
+    for (int64_t i = 0; i < width; i++) put(fast_exp(get(in[i]) - total), in[i]);
+    put(at_target, in[targets[row]]);
+  }
+}
+#define PARAMETERS(T) (int64_t rows, int64_t width, T *logits, const int64_t *targets, float *losses, int64_t slope, int threads)
+FOR_BOTH_TYPES(cross_entropy, (rows, width, logits, targets, losses, slope, threads))
+#undef PARAMETERS

@@ -1,0 +1,192 @@
+"""Linears that share an input, with their low-rank paths: one hand-written forward and backward.
+
+What autograd would keep of a norm, an activation and several adapted linears is far more than it takes to compute
+them again: only the inputs themselves and the low-rank products A x are saved. A frozen linear saves nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lorafit.model.frozen import Frozen
+from lorafit.model.kernels import gated, gated_backward, rms_norm, rms_norm_backward
+
+
+class LowRank(Protocol):
+    """An adapted linear, as model/lora.py makes it: base plus scale * B A."""
+
+    base: Frozen
+    lora_A: nn.Parameter  # (rank, in_features)
+    lora_B: nn.Parameter  # (out_features, rank)
+    scale: float
+    dropout: float
+    enabled: bool
+    training: bool
+
+
+class Source(Protocol):
+    """How the linears' input y comes from what is saved."""
+
+    def make(self, *inputs: Tensor) -> Tensor: ...
+
+    def backward(self, slope: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of the inputs; `slope` may be overwritten."""
+        ...
+
+
+class Plain:
+    """y = x."""
+
+    def make(self, *inputs: Tensor) -> Tensor:
+        return inputs[0]
+
+    def backward(self, slope: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return (slope,)
+
+
+@dataclass(frozen=True, slots=True)
+class Normed:
+    """y = RMSNorm(x)."""
+
+    weight: Tensor
+    eps: float
+
+    def make(self, *inputs: Tensor) -> Tensor:
+        return rms_norm(inputs[0], self.weight, self.eps)[0]
+
+    def backward(self, slope: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        _, rstd = rms_norm(inputs[0], self.weight, self.eps)
+        return (rms_norm_backward(slope, inputs[0], self.weight, rstd),)
+
+
+class Gated:
+    """y = silu(gate) * up."""
+
+    def make(self, *inputs: Tensor) -> Tensor:
+        return gated(*inputs)
+
+    def backward(self, slope: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return gated_backward(slope, *inputs)
+
+
+def project(
+    linears: Sequence[nn.Module], source: Source, *inputs: Tensor, residual: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The outputs of `linears` (each Frozen or adapted) for the shared input that `source` makes of `inputs`.
+
+    inputs (tokens, width), outputs (tokens, out_features). `residual` is added to the output of the one linear.
+    Adapted linears that share an input share its dropout mask.
+    """
+    group = _Group(linears, source)
+    adapted = group.adapted()
+    masters = [master for linear in adapted for master in (linear.lora_A, linear.lora_B)]
+    keep = None
+    if adapted and adapted[0].training and adapted[0].dropout:
+        keep = _dropout_mask(inputs[0].shape[0], adapted[0].base.in_features, adapted[0].dropout, inputs[0])
+    out: tuple[Tensor, ...] = _Project.apply(group, residual, keep, len(inputs), *inputs, *masters)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Group:
+    def __init__(self, linears: Sequence[Any], source: Source) -> None:
+        self.source = source
+        self.bases: list[Frozen] = [getattr(linear, "base", linear) for linear in linears]
+        self.low_ranks: list[LowRank | None] = [
+            linear if getattr(linear, "enabled", False) else None for linear in linears
+        ]
+
+    def adapted(self) -> list[LowRank]:
+        return [linear for linear in self.low_ranks if linear is not None]
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        group: _Group,
+        residual: Tensor | None,
+        keep: Tensor | None,
+        num_inputs: int,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        inputs, masters = tensors[:num_inputs], tensors[num_inputs:]
+        y = group.source.make(*inputs)
+        low = None
+        if adapted := group.adapted():
+            a = torch.cat(masters[::2]).to(y.dtype)  # (all ranks, in_features)
+            low = F.linear(_dropped(y, keep, adapted[0].dropout), a).mul_(adapted[0].scale)
+        lows = iter(zip(_split(low, adapted), masters[1::2], strict=True))
+        outs, ready = [], None
+        for base, linear in zip(group.bases, group.low_ranks, strict=True):
+            into = residual
+            if linear is not None:
+                part, b = next(lows)
+                b = b.t().to(y.dtype)
+                into = part @ b if residual is None else torch.addmm(residual, part, b)
+            elif residual is not None:
+                into = residual.clone()
+            ready = base.prepare(y) if ready is None else ready
+            outs.append(base.product(ready, into))
+        ctx.group, ctx.num_inputs = group, num_inputs
+        needs_inputs = adapted or not isinstance(group.source, Plain)
+        ctx.save_for_backward(keep, low, *(inputs if needs_inputs else [None] * num_inputs), *masters)
+        return tuple(outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        group: _Group = ctx.group
+        keep, low, *tensors = ctx.saved_tensors
+        inputs, masters = tensors[: ctx.num_inputs], tensors[ctx.num_inputs :]
+        wanted = any(ctx.needs_input_grad[4 : 4 + ctx.num_inputs])
+        adapted = group.adapted()
+        lows = iter(zip(_split(low, adapted), masters[1::2], strict=True))
+        dy: Tensor | None = None
+        d_b, d_lows = [], []
+        for base, linear, slope in zip(group.bases, group.low_ranks, slopes, strict=True):
+            slope = slope.contiguous()
+            if wanted:
+                dy = base.input_gradient(slope, dy)
+            if linear is not None:
+                part, b = next(lows)
+                d_b.append((slope.t() @ part).to(b.dtype))
+                d_lows.append(slope @ b.to(slope.dtype))
+        d_masters: list[Tensor] = []
+        if adapted:
+            d_low = torch.cat(d_lows, dim=1).mul_(adapted[0].scale)  # (tokens, all ranks)
+            y = group.source.make(*inputs)
+            d_a = (d_low.t() @ _dropped(y, keep, adapted[0].dropout)).to(masters[0].dtype)
+            del y
+            if dy is not None:
+                a = torch.cat(masters[::2]).to(dy.dtype)
+                if keep is None:
+                    dy.addmm_(d_low, a)
+                else:
+                    dy += _dropped(d_low @ a, keep, adapted[0].dropout)
+            for part, b in zip(d_a.split([m.shape[0] for m in masters[::2]]), d_b, strict=True):
+                d_masters += [part, b]
+        d_inputs: Sequence[Tensor | None] = [None] * ctx.num_inputs
+        if dy is not None:
+            d_inputs = group.source.backward(dy, *inputs)
+        residual = slopes[0] if ctx.needs_input_grad[1] else None
+        return (None, residual, None, None, *d_inputs, *d_masters)
+
+
+def _split(low: Tensor | None, adapted: Sequence[LowRank]) -> Sequence[Tensor]:
+    return low.split([linear.lora_A.shape[0] for linear in adapted], dim=1) if low is not None else ()
+
+
+def _dropout_mask(rows: int, width: int, probability: float, like: Tensor) -> Tensor:
+    """Which elements are kept, bool (rows, width); one draw of torch's generator of the device."""
+    return torch.rand(rows, width, device=like.device) >= probability
+
+
+def _dropped(x: Tensor, keep: Tensor | None, probability: float) -> Tensor:
+    return x if keep is None else (x * keep).mul_(1 / (1 - probability))

@@ -1,0 +1,220 @@
+"""The compiled kernels against their definition in torch, and the definition against autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorafit.model import attention, kernels, native
+from lorafit.model.architecture import Rope
+from lorafit.model.attention import PackedDocuments
+from lorafit.model.llama import rotary_table
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+needs_compiler = pytest.mark.skipif(native.kernels() is None, reason=native.missing())
+
+
+@pytest.fixture
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
+    """Runs a function with the torch definitions, whatever the machine has."""
+
+    def run(function: Callable[..., object], *arguments: object) -> object:
+        with monkeypatch.context() as patch:
+            for module in (kernels, attention):
+                patch.setattr(module, "fits", lambda *tensors: False)
+            return function(*arguments)
+
+    return run
+
+
+def close(got: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """Equal up to the rounding of `dtype`, once."""
+    eps = 2e-6 if dtype == torch.float32 else 2.0**-8
+    scale = exact.double().abs().max().item() or 1.0
+    torch.testing.assert_close(got.double(), exact.double(), rtol=eps, atol=eps * scale / 50)
+
+
+def rows(dtype: torch.dtype, *shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape) * scale).to(dtype)
+
+
+@needs_compiler
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 9), (3, 7), (5, 64), (37, 200)])
+def test_row_kernels_equal_their_definition(
+    dtype: torch.dtype, shape: tuple[int, int], by_torch: Callable[..., object]
+) -> None:
+    torch.manual_seed(0)
+    x, y, z, weight = (
+        rows(dtype, *shape, scale=3),
+        rows(dtype, *shape),
+        rows(dtype, *shape),
+        rows(dtype, shape[1]),
+    )
+
+    def everything() -> list[Tensor]:
+        normed, rstd = kernels.rms_norm(x, weight, 1e-5)
+        return [
+            normed,
+            rstd,
+            kernels.rms_norm_backward(y, x, weight, rstd),
+            kernels.gated(x, y),
+            *kernels.gated_backward(z.clone(), x, y),
+            kernels.column_peaks(x),
+            kernels.column_peaks(x, weight.float().abs()),
+        ]
+
+    wide = [t.double() for t in (x, y, z, weight)]
+    compiled = everything()
+    x, y, z, weight = wide
+    for got, exact in zip(compiled, by_torch(everything), strict=True):  # type: ignore[call-overload]
+        close(got, exact, dtype)
+
+
+@needs_compiler
+@DTYPES
+@pytest.mark.parametrize("slope", [True, False])
+def test_cross_entropy_equals_its_definition(
+    dtype: torch.dtype, slope: bool, by_torch: Callable[..., object]
+) -> None:
+    torch.manual_seed(0)
+    logits, targets = rows(dtype, 9, 301, scale=8), torch.randint(0, 301, (9,))
+    logits[0, 5] = 200.0  # where a careless exponential overflows
+    exact = logits.double()
+    losses = kernels.cross_entropy(logits, targets, slope)
+    reference = by_torch(kernels.cross_entropy, exact, targets, slope)
+    assert isinstance(reference, Tensor)
+    torch.testing.assert_close(losses.double(), reference, rtol=2e-6, atol=2e-6)
+    if slope:
+        close(logits, exact, dtype)
+
+
+@needs_compiler
+@DTYPES
+def test_int8_kernels_equal_their_definition(dtype: torch.dtype, by_torch: Callable[..., object]) -> None:
+    torch.manual_seed(0)
+    x, factor = rows(dtype, 33, 70, scale=5), torch.rand(70) + 0.5
+    x[4] = 0  # a row of zeros has no scale
+    q, scale = kernels.quantize_rows(x, factor)
+    q_torch, scale_torch = by_torch(kernels.quantize_rows, x, factor)  # type: ignore[misc]
+    torch.testing.assert_close(scale, scale_torch)
+    assert (q.int() - q_torch.int()).abs().max() <= 1  # ties may fall either way
+    assert q.abs().max() == 127
+    sums, columns, addend = (
+        torch.randint(-(10**6), 10**6, (33, 41), dtype=torch.int32),
+        torch.rand(41),
+        rows(dtype, 33, 41),
+    )
+    for added in (None, addend):
+        got, exact = torch.empty_like(addend), torch.empty_like(addend, dtype=torch.float64)
+        kernels.dequantize(sums, scale, columns, got, added)
+        by_torch(kernels.dequantize, sums, scale, columns, exact, added)
+        close(got, exact, dtype)
+
+
+def gradients_by_autograd(function: Callable[[Tensor], Tensor], x: Tensor, slope: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    function(x).backward(slope)
+    assert x.grad is not None
+    return x.grad
+
+
+def test_definitions_have_the_gradients_of_autograd() -> None:
+    torch.manual_seed(0)
+    x, y, slope, weight = (torch.randn(6, 10, dtype=torch.float64) for _ in range(4))
+    weight = weight[0]
+
+    def norm(x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * weight
+
+    normed, rstd = kernels.rms_norm(x, weight, 1e-5)
+    torch.testing.assert_close(normed, norm(x))
+    torch.testing.assert_close(
+        kernels.rms_norm_backward(slope, x, weight, rstd), gradients_by_autograd(norm, x, slope)
+    )
+    d_gate, d_up = kernels.gated_backward(slope.clone(), x, y)
+    silu = torch.nn.functional.silu
+    torch.testing.assert_close(d_gate, gradients_by_autograd(lambda g: silu(g) * y, x, slope))
+    torch.testing.assert_close(d_up, gradients_by_autograd(lambda u: silu(x) * u, y, slope))
+    torch.testing.assert_close(kernels.norm(x, weight, 1e-5), normed)
+    torch.testing.assert_close(
+        gradients_by_autograd(lambda x: kernels.norm(x, weight, 1e-5), x, slope),
+        gradients_by_autograd(norm, x, slope),
+    )
+
+
+def attended(
+    lengths: list[int], window: int | None, dtype: torch.dtype, heads: int, kv_heads: int, size: int
+) -> list[Tensor]:
+    """Output and gradients of q, k and v for random packed documents."""
+    generator = torch.Generator().manual_seed(1)
+    total = sum(lengths)
+    q, k, v, slope = (
+        torch.randn(total, count, size, generator=generator).to(torch.bfloat16).to(dtype).requires_grad_()
+        for count in (heads, kv_heads, kv_heads, heads)
+    )
+    attend = PackedDocuments(lengths)
+    rotary = rotary_table(attend.positions, Rope(theta=10000.0), size)
+    out = attend(0, q, k, v, rotary, window)
+    out.backward(slope.detach())
+    return [out.detach(), *(t.grad for t in (q, k, v) if t.grad is not None)]
+
+
+@needs_compiler
+@DTYPES
+@pytest.mark.parametrize("window", [None, 1, 40, 100])
+@pytest.mark.parametrize("shape", [(4, 4, 16), (8, 2, 64), (3, 1, 128), (2, 1, 80)])
+def test_compiled_attention_equals_torch(
+    shape: tuple[int, int, int], window: int | None, dtype: torch.dtype, by_torch: Callable[..., object]
+) -> None:
+    lengths = [1, 130, 64, 7, 65]
+    exact = by_torch(attended, lengths, window, torch.float64, *shape)
+    assert isinstance(exact, list)
+    for got, reference in zip(attended(lengths, window, dtype, *shape), exact, strict=True):
+        error = (got.double() - reference).norm() / reference.norm().clamp(min=1)
+        assert error < (2e-6 if dtype == torch.float32 else 3e-3)
+
+
+@needs_compiler
+@DTYPES
+def test_compiled_attention_of_a_document_does_not_depend_on_its_pack(dtype: torch.dtype) -> None:
+    lengths = [50, 129, 3]
+    together = attended(lengths, None, dtype, 4, 2, 32)
+    starts = [0, *accumulate(lengths)]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        other = attended(lengths, None, dtype, 4, 2, 32)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(together, other, strict=True))
+    assert starts[-1] == len(together[0])
+
+
+def test_without_a_compiler_torch_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAFIT_NATIVE", "0")
+    native._build.cache_clear()
+    try:
+        assert native.kernels() is None
+        assert native.missing() == "LORAFIT_NATIVE=0"
+        out = attended([5, 9], 3, torch.float32, 2, 1, 16)
+    finally:
+        monkeypatch.undo()
+        native._build.cache_clear()
+    for a, b in zip(out, attended([5, 9], 3, torch.float32, 2, 1, 16), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_compiler_that_fails_is_told_and_not_fatal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "false")
+    native._build.cache_clear()
+    try:
+        assert native.kernels() is None
+        assert "`false` failed" in native.missing()
+    finally:
+        monkeypatch.undo()
+        native._build.cache_clear()
