@@ -5,18 +5,13 @@ Nothing here ever forms a weight gradient. model/quant.py has the same interface
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class Frozen(nn.Module):
-    """A frozen linear of `in_features` to `out_features`, y = x W^T + b, for x (tokens, in_features).
-
-    `prepare` is done once for all linears that share an input and are of one class, the rest per linear.
-    """
+    """A frozen linear of `in_features` to `out_features`, y = x W^T + b, for x (tokens, in_features)."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -24,11 +19,7 @@ class Frozen(nn.Module):
         self.out_features = out_features
         self.bias: nn.Parameter | None = None
 
-    def prepare(self, x: Tensor) -> Any:
-        """The input as `product` takes it."""
-        return x
-
-    def product(self, ready: Any, into: Tensor | None = None) -> Tensor:
+    def product(self, x: Tensor, into: Tensor | None = None) -> Tensor:
         """x W^T + b; with `into` (tokens, out_features) added to it, in place."""
         raise NotImplementedError
 
@@ -41,7 +32,7 @@ class Frozen(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(self.prepare(x))
+        return self.product(x)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}"
@@ -55,10 +46,10 @@ class Linear(Frozen):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
-    def product(self, ready: Tensor, into: Tensor | None = None) -> Tensor:
+    def product(self, x: Tensor, into: Tensor | None = None) -> Tensor:
         if into is None:
-            return F.linear(ready, self.weight, self.bias)
-        into.addmm_(ready, self.weight.t())
+            return F.linear(x, self.weight, self.bias)
+        into.addmm_(x, self.weight.t())
         return into if self.bias is None else into.add_(self.bias)
 
     def input_gradient(self, slope: Tensor, into: Tensor | None = None) -> Tensor:

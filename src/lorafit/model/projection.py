@@ -123,7 +123,7 @@ class _Project(torch.autograd.Function):
             a = torch.cat(masters[::2]).to(y.dtype)  # (all ranks, in_features)
             low = F.linear(_dropped(y, keep, adapted[0].dropout), a).mul_(adapted[0].scale)
         lows = iter(zip(_split(low, adapted), masters[1::2], strict=True))
-        outs, ready = [], None
+        outs = []
         for base, linear in zip(group.bases, group.low_ranks, strict=True):
             into = residual
             if linear is not None:
@@ -132,8 +132,7 @@ class _Project(torch.autograd.Function):
                 into = part @ b if residual is None else torch.addmm(residual, part, b)
             elif residual is not None:
                 into = residual.clone()
-            ready = base.prepare(y) if ready is None else ready
-            outs.append(base.product(ready, into))
+            outs.append(base.product(y, into))
         ctx.group, ctx.num_inputs = group, num_inputs
         needs_inputs = adapted or not isinstance(group.source, Plain)
         ctx.save_for_backward(keep, low, *(inputs if needs_inputs else [None] * num_inputs), *masters)

@@ -22,6 +22,7 @@ from lorafit.model.kernels import column_peaks, dequantize, quantize_rows
 
 Quantize = Literal["none", "int8", "nf4", "fp8"]
 _OUTLIER = 6.0  # a column is an outlier when its peak is so many times the median column's
+_BALANCE = 0.5  # how far the columns of a weight are made equal: 0 not at all, 1 fully
 _SAMPLED_ROWS = 256  # rows that are looked at for outliers: real ones sit in the same columns for every token
 _SUMS = 6 * 2**20  # int32 sums alive at a time: they stay in the cache until they are scaled
 _FP8_MAX = 448.0  # largest e4m3
@@ -41,42 +42,44 @@ class _Quantized:
 class Int8Linear(Frozen):
     """One int8 copy of the weight serves both directions.
 
-    Forward, the scale of an output channel multiplies the sums; backward it multiplies the output gradient before
-    that is quantised, so the gradient is the exact one of the quantised weight. Columns of the input that are far
-    larger than the others are multiplied in 16 bits, as in LLM.int8() (Dettmers et al., 2022).
+    W[o, i] = weight[o, i] * scale[o] * balance[i]. `balance` makes the
+    columns of the weight equally large and belongs to the input instead, so that columns which are small because
+    their inputs are large keep their digits (the idea of SmoothQuant, Xiao et al., 2023, without its data). The
+    factors that stand at the summed axis multiply before rounding, the others after summing, so the gradient is
+    the exact one of the quantised weight. Columns that are still far larger than the others are multiplied in 16
+    bits, as in LLM.int8() (Dettmers et al., 2022).
     """
 
     weight: Tensor  # int8 (out_features, in_features)
     scale: Tensor  # float32 (out_features,)
-    ones: Tensor  # float32 (in_features,)
+    balance: Tensor  # float32 (in_features,)
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight.shape[1], weight.shape[0])
-        ones = torch.ones(self.in_features, dtype=torch.float32, device=weight.device)
-        q, scale = quantize_rows(weight, ones)
-        for name, buffer in (("weight", q), ("scale", scale), ("ones", ones)):
+        peaks = column_peaks(weight).clamp(min=1e-30)
+        balance = (peaks / peaks.median()) ** _BALANCE
+        q, scale = quantize_rows(weight, 1 / balance)
+        for name, buffer in (("weight", q), ("scale", scale), ("balance", balance)):
             self.register_buffer(name, buffer)
 
-    def prepare(self, x: Tensor) -> _Quantized:
-        return _quantized(x, self.ones)
-
-    def product(self, ready: _Quantized, into: Tensor | None = None) -> Tensor:
-        out = _int8_product(ready, self.weight.t(), self.scale, into)
-        if ready.columns is not None and ready.values is not None:
-            few = self.weight[:, ready.columns].to(ready.dtype) * self.scale[:, None].to(ready.dtype)
-            out.addmm_(ready.values, few.t())
+    def product(self, x: Tensor, into: Tensor | None = None) -> Tensor:
+        x8 = _quantized(x, self.balance)
+        out = _int8_product(x8, self.weight.t(), self.scale, into)
+        if x8.columns is not None and x8.values is not None:
+            few = self.weight[:, x8.columns].to(x.dtype) * self.scale[:, None].to(x.dtype)
+            out.addmm_(x8.values * self.balance[x8.columns].to(x.dtype), few.t())
         return out if self.bias is None else out.add_(self.bias)
 
     def input_gradient(self, slope: Tensor, into: Tensor | None = None) -> Tensor:
-        ready = _quantized(slope, self.scale)
-        out = _int8_product(ready, self.weight, self.ones, into)
-        if ready.columns is not None and ready.values is not None:
-            scaled = ready.values * self.scale[ready.columns].to(slope.dtype)
-            out.addmm_(scaled, self.weight[ready.columns].to(slope.dtype))
+        slope8 = _quantized(slope, self.scale)
+        out = _int8_product(slope8, self.weight, self.balance, into)
+        if slope8.columns is not None and slope8.values is not None:
+            few = self.weight[slope8.columns].to(slope.dtype) * self.balance.to(slope.dtype)
+            out.addmm_(slope8.values * self.scale[slope8.columns].to(slope.dtype), few)
         return out
 
     def dequantize(self) -> Tensor:
-        return self.weight * self.scale[:, None]
+        return self.weight * self.scale[:, None] * self.balance
 
 
 def _quantized(x: Tensor, factor: Tensor) -> _Quantized:
@@ -127,11 +130,8 @@ class Fp8Linear(Frozen):
             self.register_buffer(name or "weight", q)
             self.register_buffer(f"{name}_scale".strip("_"), scale)
 
-    def prepare(self, x: Tensor) -> tuple[Tensor, Tensor, torch.dtype]:
-        return (*_fp8(x), x.dtype)
-
-    def product(self, ready: tuple[Tensor, Tensor, torch.dtype], into: Tensor | None = None) -> Tensor:
-        out = _fp8_product(*ready, self.weight, self.scale)
+    def product(self, x: Tensor, into: Tensor | None = None) -> Tensor:
+        out = _fp8_product(*_fp8(x), x.dtype, self.weight, self.scale)
         out = out if into is None else into.add_(out)
         return out if self.bias is None else out.add_(self.bias)
 
@@ -167,9 +167,9 @@ class Nf4Linear(Frozen):
         )
         self.register_buffer("weight", packed)
 
-    def product(self, ready: Tensor, into: Tensor | None = None) -> Tensor:
-        weight = self.dequantize().to(ready.dtype)
-        out = ready @ weight.t() if into is None else into.addmm_(ready, weight.t())
+    def product(self, x: Tensor, into: Tensor | None = None) -> Tensor:
+        weight = self.dequantize().to(x.dtype)
+        out = x @ weight.t() if into is None else into.addmm_(x, weight.t())
         return out if self.bias is None else out.add_(self.bias)
 
     def input_gradient(self, slope: Tensor, into: Tensor | None = None) -> Tensor:

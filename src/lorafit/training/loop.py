@@ -105,6 +105,7 @@ def _steps(
         state.step += 1
         state.last_loss = loss
         state.scale.went_well()
+        drop_freed_memory()
 
         tokens = sum(pack.num_tokens for pack in packs)
         seconds = time.perf_counter() - started
@@ -197,7 +198,6 @@ def _measure(job: Job, state: TrainState) -> bool:
     if better:
         state.best_loss, state.best_step = loss, state.step
     job.observe(Heldout(state.step, loss, state.base_loss, better))
-    drop_freed_memory()
     return better
 
 
