@@ -38,18 +38,20 @@ class LorafitError(Exception):
     def __init__(self, message: str, *, place: str = "", hint: str = "") -> None:
         super().__init__(message)
         self.problems: tuple[Problem, ...] = (Problem(message, place, hint),)
+        self.num_more = 0
 
     @classmethod
-    def of(cls, problems: Iterable[Problem]) -> LorafitError:
-        """The error that reports all of `problems` (at least one) at once."""
+    def of(cls, problems: Iterable[Problem], num_more: int = 0) -> LorafitError:
+        """The error that reports all of `problems` (at least one) at once, and `num_more` that only count."""
         found = tuple(problems)
         assert found, "an error needs a problem"
-        error = cls(found[0].message if len(found) == 1 else f"{len(found)} problems")
-        error.problems = found
+        count = len(found) + num_more
+        error = cls(found[0].message if count == 1 else f"{count:,} problems")
+        error.problems, error.num_more = found, num_more
         return error
 
     def __str__(self) -> str:
-        return report(self.problems)
+        return report(self.problems, num_more=self.num_more)
 
 
 class ConfigError(LorafitError, ValueError):
@@ -72,9 +74,31 @@ class TrainingError(LorafitError, ArithmeticError):
     """A step that must not change the weights: a non-finite loss or gradient, or no supervised tokens."""
 
 
-def report(problems: Sequence[Problem], limit: int = 50) -> str:
-    """All problems as text, one block each; beyond `limit` blocks the rest is counted."""
+class Problems:
+    """Problems as they are found: the first `MAX_KEPT` are kept, all are counted."""
+
+    MAX_KEPT = 1000
+
+    def __init__(self) -> None:
+        self.kept: list[Problem] = []
+        self.num_more = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.kept)
+
+    def add(self, problems: Iterable[Problem], num_more: int = 0) -> None:
+        """Add `problems`, and `num_more` of which nothing but their number is known."""
+        for problem in problems:
+            if len(self.kept) < self.MAX_KEPT:
+                self.kept.append(problem)
+            else:
+                self.num_more += 1
+        self.num_more += num_more
+
+
+def report(problems: Sequence[Problem], limit: int = 50, num_more: int = 0) -> str:
+    """All problems as text, one block each; beyond `limit` blocks the rest is counted, and `num_more` with it."""
     blocks = [str(problem) for problem in problems[:limit]]
-    if len(problems) > limit:
-        blocks.append(f"... and {len(problems) - limit} more of the same kind")
+    if rest := max(len(problems) - limit, 0) + num_more:
+        blocks.append(f"... and {rest:,} more of the same kind")
     return "\n".join(blocks)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -15,15 +15,41 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafit.data.formats import Instruction
-from lorafit.data.sources import SourceInfo, load_rows, read_source
-from lorafit.errors import DataError, Problem
+from lorafit.data.formats import Instruction, Row
+from lorafit.data.readers import read_file
+from lorafit.data.sources import RowReader, SourceFile, describe, find_files, refuse, rows_at
+from lorafit.errors import DataError, Problem, Problems
 
 ROWS = [
     {"instruction": "Say it.", "input": "", "output": 'A "quoted", line\nbreak'},
     {"instruction": "한국어", "input": "x", "output": "네"},
 ]
 CONTENTS = [Instruction(row["instruction"], row["input"], row["output"]) for row in ROWS]
+
+
+@dataclass
+class Loaded:
+    rows: list[Row]
+    lines: list[int]
+    sources: list[SourceFile]
+    format: str
+    reason: str
+
+
+def load_rows(specs: list[str], format: str = "auto", size: int = 2048, **options: Any) -> Loaded:  # noqa: A002
+    """All rows at once."""
+    files, missing = find_files(specs, format, **options)
+    if missing:
+        refuse(files, format, missing)
+    reader = RowReader(files, format)
+    chunks = list(reader.chunks(size))
+    assert all(0 < len(chunk.rows) <= size for chunk in chunks)
+    rows = [row for chunk in chunks for row in chunk.rows]
+    assert sum(summary.num_rows for summary in reader.found) == len(rows)
+    numbers = list(range(0, len(rows), 3))
+    assert rows_at(files, reader.found, numbers) == [rows[number] for number in numbers]
+    lines = [line for chunk in chunks for line in chunk.lines]
+    return Loaded(rows, lines, files, *describe(files, reader.found))
 
 
 def write(path: Path) -> Path:
@@ -63,9 +89,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str) -> No
     assert [row.content for row in rows.rows] == CONTENTS
     assert [row.number for row in rows.rows] == [0, 1]
     assert (rows.format, rows.reason) == ("alpaca", "every row has `instruction` and `output`")
-    assert rows.sources == [
-        SourceInfo(str(path), str(path), 2, hashlib.sha256(path.read_bytes()).hexdigest(), "")
-    ]
+    assert rows.sources == [SourceFile(str(path), str(path), path, "")]
     line = {
         "jsonl": ", line 3",
         "ndjson": ", line 3",
@@ -74,6 +98,8 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str) -> No
         "tsv": ", line 4",
     }
     assert rows.rows[1].place == f"{path} row 2{line.get(kind, '')}"
+    assert rows.lines[1] == int(line.get(kind, " 0").split()[-1])
+    assert load_rows([str(path)], size=1).rows == rows.rows
 
 
 def test_folders_and_several_sources(tmp_path: Path) -> None:
@@ -193,7 +219,28 @@ def test_any_bytes_are_read_or_reported(
     path.write_bytes(content)
     problems: tuple[Problem, ...] = ()
     try:
-        list(read_source(path))
+        found = Problems()
+        list(read_file(path, str(path), found))
+        problems = tuple(found.kept)
     except DataError as error:
         problems = error.problems
     assert all(str(path) in problem.place for problem in problems)
+
+
+def test_a_million_bad_lines_are_counted_and_few_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + "nope\n" * 3000)
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n' + '{"text": 3}\n' * 3000)
+    with pytest.raises(DataError, match=r"and 5,951 more of the same kind") as caught:
+        load_rows([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), str(tmp_path / "c.jsonl")])
+    assert len(caught.value.problems) <= Problems.MAX_KEPT + 1
+
+
+def test_rows_read_once_more_are_those_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{number}"}}\n\n' for number in range(10)))
+    (tmp_path / "b.csv").write_text("text\n" + "".join(f'"{number}\n"\n' for number in range(10)))
+    files, _ = find_files([str(tmp_path)])
+    reader = RowReader(files)
+    rows = [row for chunk in reader.chunks(3) for row in chunk.rows]
+    assert rows_at(files, reader.found, [0, 7, 10, 19]) == [rows[0], rows[7], rows[10], rows[19]]
+    assert rows[7].place.endswith("a.jsonl row 8, line 15")
+    assert reader.progress()[0] == reader.progress()[1] > 0

@@ -116,6 +116,38 @@ def test_int8_kernels_equal_their_definition(dtype: torch.dtype, by_torch: Calla
         close(got, exact, dtype)
 
 
+@pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
+@DTYPES
+def test_dropout_is_a_function_of_its_seed(
+    dtype: torch.dtype, compiled: bool, by_torch: Callable[..., object]
+) -> None:
+    x = torch.ones(300, 1000, dtype=dtype)
+
+    def drop(seed: int) -> Tensor:
+        out = kernels.dropout(x, 0.2, seed) if compiled else by_torch(kernels.dropout, x, 0.2, seed)
+        assert isinstance(out, Tensor)
+        return out
+
+    one = drop(1)
+    assert torch.equal(one, drop(1))
+    assert not torch.equal(one, drop(2))
+    assert set(one.unique().tolist()) == {0.0, float(torch.tensor(1.25).to(dtype))}
+    kept = (one != 0).double()
+    assert abs(kept.mean() - 0.8) < 0.004
+    for axis in (0, 1):  # neither rows nor columns go together
+        spread = kept.mean(axis).std() / (0.16 / kept.shape[axis]) ** 0.5
+        assert 0.8 < spread < 1.2
+        neighbours = torch.corrcoef(
+            torch.stack(
+                [
+                    kept.narrow(axis, 0, kept.shape[axis] - 1).flatten(),
+                    kept.narrow(axis, 1, kept.shape[axis] - 1).flatten(),
+                ]
+            )
+        )[0, 1]
+        assert abs(neighbours) < 0.01
+
+
 def gradients_by_autograd(function: Callable[[Tensor], Tensor], x: Tensor, slope: Tensor) -> Tensor:
     x = x.clone().requires_grad_()
     function(x).backward(slope)

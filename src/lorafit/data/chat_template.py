@@ -163,7 +163,7 @@ def _placeholder(turn: int, kind: Kind) -> str:
 
 def _forms(content: str, with_thinking: bool) -> Iterable[str]:
     """What a template may make of a content, the most faithful first."""
-    yield from (content, content.rstrip(), content.lstrip(), content.strip())
+    yield from (content, content.lstrip("\n"), content.rstrip(), content.lstrip(), content.strip())
     if "</think>" in content:
         thinking, answer = content.rsplit("</think>", 1)
         if with_thinking:

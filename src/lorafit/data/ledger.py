@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lorafit.data.encode import Encoded
 
@@ -25,14 +26,9 @@ class Tokens:
     @classmethod
     def of(cls, encoded: Encoded) -> Tokens:
         """The count of `encoded`; the total is the rows' tokens before truncation."""
-        truncated = int(encoded.truncated.sum())
-        return cls(
-            rows=len(encoded),
-            total=int((encoded.lengths + encoded.truncated).sum()),
-            trained=int(np.count_nonzero(encoded.trained)),
-            masked=int(np.count_nonzero(~encoded.trained)),
-            truncated=truncated,
-        )
+        kept, trained = int(encoded.lengths.sum(dtype=np.int64)), int(encoded.targets.sum(dtype=np.int64))
+        truncated = int(encoded.truncated.sum(dtype=np.int64))
+        return cls(len(encoded), kept + truncated, trained, kept - trained, truncated)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +42,31 @@ class Lengths:
 
 
 @dataclass(frozen=True, slots=True)
+class DroppedRows:
+    """How many rows were dropped for one reason, and the numbers of the first of them."""
+
+    MAX_LISTED: ClassVar = 1000
+
+    rows: int
+    first: tuple[int, ...]
+
+    @classmethod
+    def of(cls, numbers: NDArray[np.int64]) -> DroppedRows:
+        """The count of `numbers`."""
+        return cls(len(numbers), tuple(numbers[: cls.MAX_LISTED].tolist()))
+
+
+@dataclass(frozen=True, slots=True)
 class Ledger:
     """Every input row in one bucket (trained, held out, dropped) and every token of the kept rows in one.
 
-    `dropped` maps the reason to the numbers of the rows. Trained tokens are targets of next-token prediction.
+    `dropped` maps the reason to the rows. Trained tokens are targets of next-token prediction.
     """
 
     num_rows: int
     trained: Tokens
     held_out: Tokens
-    dropped: Mapping[str, tuple[int, ...]]
+    dropped: Mapping[str, DroppedRows]
     lengths: Lengths
 
     @classmethod
@@ -64,7 +75,7 @@ class Ledger:
         num_rows: int,
         trained: Encoded,
         held_out: Encoded | None = None,
-        dropped: Mapping[str, list[int]] | None = None,
+        dropped: Mapping[str, NDArray[np.int64]] | None = None,
     ) -> Ledger:
         """The account of `num_rows` input rows; `dropped` defaults to the dropped rows of `trained`.
 
@@ -72,18 +83,17 @@ class Ledger:
         """
         held_out = trained.take(np.array([], dtype=np.int64)) if held_out is None else held_out
         dropped = trained.dropped if dropped is None else dropped
-        numbers = [
-            *trained.numbers.tolist(),
-            *held_out.numbers.tolist(),
-            *(n for ns in dropped.values() for n in ns),
-        ]
-        assert sorted(numbers) == list(range(num_rows)), "a row is in no bucket, or in two"
+        parts = [trained.numbers, held_out.numbers, *dropped.values()]
+        seen = np.zeros(num_rows, dtype=np.bool_)
+        for numbers in parts:
+            seen[numbers] = True
+        assert seen.all() and sum(map(len, parts)) == num_rows, "a row is in no bucket, or in two"  # noqa: PT018
         lengths = np.concatenate([trained.lengths, held_out.lengths])
         ledger = cls(
             num_rows,
             Tokens.of(trained),
             Tokens.of(held_out),
-            {reason: tuple(rows) for reason, rows in dropped.items()},
+            {reason: DroppedRows.of(numbers) for reason, numbers in dropped.items()},
             _lengths(lengths) if len(lengths) else Lengths(0.0, 0, 0, 0),
         )
         ledger.check()
@@ -92,7 +102,7 @@ class Ledger:
     @property
     def num_dropped(self) -> int:
         """Rows that were dropped, for whatever reason."""
-        return sum(len(rows) for rows in self.dropped.values())
+        return sum(rows.rows for rows in self.dropped.values())
 
     @property
     def trained_share(self) -> float:
@@ -113,7 +123,7 @@ class Ledger:
             f"{self.num_dropped:,} dropped",
         ]
         lines = [f"rows    {self.num_rows:,} = {' + '.join(shares)}"]
-        lines += [f"        {len(rows):,} dropped: {reason}" for reason, rows in self.dropped.items()]
+        lines += [f"        {rows.rows:,} dropped: {reason}" for reason, rows in self.dropped.items()]
         lines.append(f"tokens  {_account(self.trained)}")
         if self.held_out.rows:
             lines.append(f"        held out: {_account(self.held_out)}")
@@ -126,10 +136,10 @@ class Ledger:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
-        return {
-            **dataclasses.asdict(self),
-            "dropped": {reason: list(rows) for reason, rows in self.dropped.items()},
+        dropped = {
+            reason: {"rows": rows.rows, "first": list(rows.first)} for reason, rows in self.dropped.items()
         }
+        return {**dataclasses.asdict(self), "dropped": dropped}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Ledger:
@@ -138,12 +148,12 @@ class Ledger:
             value["num_rows"],
             Tokens(**value["trained"]),
             Tokens(**value["held_out"]),
-            {reason: tuple(rows) for reason, rows in value["dropped"].items()},
+            {r: DroppedRows(rows["rows"], tuple(rows["first"])) for r, rows in value["dropped"].items()},
             Lengths(**value["lengths"]),
         )
 
 
-def _lengths(lengths: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Lengths:
+def _lengths(lengths: NDArray[np.int32]) -> Lengths:
     p50, p90 = np.percentile(lengths, [50, 90], method="higher")
     return Lengths(float(lengths.mean()), int(p50), int(p90), int(lengths.max()))
 

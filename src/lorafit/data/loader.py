@@ -21,7 +21,9 @@ def split_holdout(num_rows: int, holdout: float, seed: int) -> tuple[Indices, In
     wanted = round(num_rows * holdout) if holdout < 1 else int(holdout)
     count = min(wanted, num_rows // 10)
     held = np.sort(np.random.default_rng([seed, 0x48]).permutation(num_rows)[:count])
-    return np.setdiff1d(np.arange(num_rows), held), held
+    trains = np.ones(num_rows, dtype=np.bool_)
+    trains[held] = False
+    return np.flatnonzero(trains), held
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,4 +75,6 @@ def _epoch_rows(order: RowOrder, epoch: int) -> Indices:
         parts += [group] * copies
         parts.append(np.sort(random.permutation(group)[:extra]))
     rows = np.concatenate(parts)
-    return random.permutation(rows) if order.shuffle else rows
+    if order.shuffle:
+        random.shuffle(rows)  # in place: with millions of rows every copy counts
+    return rows

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-TokenRow = tuple[NDArray[np.uint32], NDArray[np.bool_]]  # ids and which of them are trained, one row
+Ids = NDArray[np.uint16] | NDArray[np.uint32]
+TokenRow = tuple[Ids, NDArray[np.bool_]]  # ids and which of them are trained, one row
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +58,19 @@ def _lay(rows: Iterable[TokenRow]) -> Pack:
     inputs, lengths, predict, targets = [], [], [], []
     at = num_tokens = 0
     for ids, trained in rows:
-        target_at = (
-            np.flatnonzero(trained[1:]) + 1
-        )  # the first token has nothing before it to predict it from
+        # The first token has nothing before it to predict it from.
+        target_at = trained[1:].nonzero()[0] + 1
         length = int(target_at[-1]) if len(target_at) else len(ids)
-        inputs.append(ids[:length].astype(np.int64))
+        inputs.append(ids[:length])
         predict.append(at + target_at - 1)
-        targets.append(ids[target_at].astype(np.int64))
+        targets.append(ids[target_at])
         lengths.append(length)
         at += length
         num_tokens += len(ids)
     return Pack(
-        np.concatenate(inputs), tuple(lengths), np.concatenate(predict), np.concatenate(targets), num_tokens
+        np.concatenate(inputs, dtype=np.int64),
+        tuple(lengths),
+        np.concatenate(predict),
+        np.concatenate(targets, dtype=np.int64),
+        num_tokens,
     )

@@ -20,6 +20,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
+from lorafit.data.words import Words, can_go_by_words
 from lorafit.errors import ModelError
 
 # Noncharacters that Unicode reserves for use inside a program; data that holds one is refused.
@@ -78,6 +79,7 @@ class Tokenizer:
         _rename(spec, self._private)
         self._prefix = _take_prefix(spec, legacy=config.get("legacy") is not False)
         self._rust = RustTokenizer.from_str(json.dumps(spec))
+        self._words = Words(self._encode_checked) if can_go_by_words(spec) else None
         self.vocab_size: int = self._rust.get_vocab_size(with_added_tokens=True)
         self._rust.add_special_tokens([BORDER])
         self._border_id = self._id(BORDER)
@@ -154,17 +156,23 @@ class Tokenizer:
         its BORDERs, which are not ids themselves. No BOS or EOS is added.
         """
         inputs = [self._prefix.add(text) for text in texts] if self._prefix else list(texts)
-        for text, encoding in zip(
-            texts, self._rust.encode_batch_fast(inputs, add_special_tokens=False), strict=True
-        ):
-            ids: list[int] = encoding.ids
+        encoded = self._words.encode_batch(inputs) if self._words else self._encode_checked(inputs)
+        for text, ids in zip(texts, encoded, strict=True):
             borders: list[int] = []
             for _ in range(text.count(BORDER)):
                 borders.append(ids.index(self._border_id, borders[-1] if borders else 0))
                 del ids[borders[-1]]
+            yield ids, borders
+
+    def _encode_checked(self, inputs: Sequence[str]) -> Iterator[list[int]]:
+        """The ids of each text, BORDERs and all; ModelError if the control tokens are not those of the text."""
+        for text, encoding in zip(
+            inputs, self._rust.encode_batch_fast(inputs, add_special_tokens=False), strict=True
+        ):
+            ids: list[int] = encoding.ids
             if sum(map(self._control_ids.__contains__, ids)) != text.count(_OPEN):
                 raise ModelError("the tokenizer does not read the template's control tokens one by one")
-            yield ids, borders
+            yield ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """The text of `ids`; control tokens by their public text, or left out."""

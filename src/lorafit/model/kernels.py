@@ -118,6 +118,22 @@ def dequantize(
     out.copy_(scaled if addend is None else scaled + addend)
 
 
+def dropout(x: Tensor, probability: float, seed: int) -> Tensor:
+    """x with some elements at zero and the others larger; which ones is a function of `seed` and the shape.
+
+    So no mask has to be kept: the backward pass drops the same elements again. The compiled kernel and torch draw
+    differently.
+    """
+    scale = 1 / (1 - probability)
+    if fits(x):
+        y = torch.empty_like(x)
+        _call("dropout", x, *x.shape, seed, round(probability * 2**32), scale, x, y)
+        return y
+    generator = torch.Generator(x.device).manual_seed(seed)
+    keep = torch.rand(x.shape, generator=generator, device=x.device) >= probability
+    return (x * keep).mul_(scale)
+
+
 def cross_entropy(logits: Tensor, targets: Tensor, slope: bool) -> Tensor:
     """The cross-entropy of each row, (rows,) in the wide type. Overwrites `logits`, with the slope if asked for."""
     if fits(logits):

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lorafit.model.few_rows import are_few, few_rows
 from lorafit.model.frozen import Frozen
-from lorafit.model.kernels import gated, gated_backward, rms_norm, rms_norm_backward
+from lorafit.model.kernels import dropout, gated, gated_backward, rms_norm, rms_norm_backward
 
 
 class LowRank(Protocol):
@@ -82,15 +83,18 @@ def project(
     """The outputs of `linears` (each Frozen or adapted) for the shared input that `source` makes of `inputs`.
 
     inputs (tokens, width), outputs (tokens, out_features). `residual` is added to the output of the one linear.
-    Adapted linears that share an input share its dropout mask.
+    Adapted linears that share an input share what dropout takes from it.
     """
+    if are_few(linears, inputs[0]):
+        y = source.make(*inputs)
+        return tuple(few_rows(linear, y, residual) for linear in linears)
     group = _Group(linears, source)
     adapted = group.adapted()
     masters = [master for linear in adapted for master in (linear.lora_A, linear.lora_B)]
-    keep = None
+    seed = None
     if adapted and adapted[0].training and adapted[0].dropout:
-        keep = _dropout_mask(inputs[0].shape[0], adapted[0].base.in_features, adapted[0].dropout, inputs[0])
-    out: tuple[Tensor, ...] = _Project.apply(group, residual, keep, len(inputs), *inputs, *masters)  # type: ignore[no-untyped-call]
+        seed = int(torch.randint(2**62, ()))  # from torch's generator, whose state a checkpoint holds
+    out: tuple[Tensor, ...] = _Project.apply(group, residual, seed, len(inputs), *inputs, *masters)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -112,7 +116,7 @@ class _Project(torch.autograd.Function):
         ctx: Any,
         group: _Group,
         residual: Tensor | None,
-        keep: Tensor | None,
+        seed: int | None,
         num_inputs: int,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -121,7 +125,7 @@ class _Project(torch.autograd.Function):
         low = None
         if adapted := group.adapted():
             a = torch.cat(masters[::2]).to(y.dtype)  # (all ranks, in_features)
-            low = F.linear(_dropped(y, keep, adapted[0].dropout), a).mul_(adapted[0].scale)
+            low = F.linear(_dropped(y, adapted[0].dropout, seed), a).mul_(adapted[0].scale)
         lows = iter(zip(_split(low, adapted), masters[1::2], strict=True))
         outs = []
         for base, linear in zip(group.bases, group.low_ranks, strict=True):
@@ -133,16 +137,17 @@ class _Project(torch.autograd.Function):
             elif residual is not None:
                 into = residual.clone()
             outs.append(base.product(y, into))
-        ctx.group, ctx.num_inputs = group, num_inputs
+        ctx.group, ctx.num_inputs, ctx.seed = group, num_inputs, seed
         needs_inputs = adapted or not isinstance(group.source, Plain)
-        ctx.save_for_backward(keep, low, *(inputs if needs_inputs else [None] * num_inputs), *masters)
+        ctx.save_for_backward(low, *(inputs if needs_inputs else [None] * num_inputs), *masters)
         return tuple(outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         group: _Group = ctx.group
-        keep, low, *tensors = ctx.saved_tensors
+        seed: int | None = ctx.seed
+        low, *tensors = ctx.saved_tensors
         inputs, masters = tensors[: ctx.num_inputs], tensors[ctx.num_inputs :]
         wanted = any(ctx.needs_input_grad[4 : 4 + ctx.num_inputs])
         adapted = group.adapted()
@@ -161,14 +166,14 @@ class _Project(torch.autograd.Function):
         if adapted:
             d_low = torch.cat(d_lows, dim=1).mul_(adapted[0].scale)  # (tokens, all ranks)
             y = group.source.make(*inputs)
-            d_a = (d_low.t() @ _dropped(y, keep, adapted[0].dropout)).to(masters[0].dtype)
+            d_a = (d_low.t() @ _dropped(y, adapted[0].dropout, seed)).to(masters[0].dtype)
             del y
             if dy is not None:
                 a = torch.cat(masters[::2]).to(dy.dtype)
-                if keep is None:
+                if seed is None:
                     dy.addmm_(d_low, a)
                 else:
-                    dy += _dropped(d_low @ a, keep, adapted[0].dropout)
+                    dy += _dropped(d_low @ a, adapted[0].dropout, seed)
             for part, b in zip(d_a.split([m.shape[0] for m in masters[::2]]), d_b, strict=True):
                 d_masters += [part, b]
         d_inputs: Sequence[Tensor | None] = [None] * ctx.num_inputs
@@ -182,10 +187,5 @@ def _split(low: Tensor | None, adapted: Sequence[LowRank]) -> Sequence[Tensor]:
     return low.split([linear.lora_A.shape[0] for linear in adapted], dim=1) if low is not None else ()
 
 
-def _dropout_mask(rows: int, width: int, probability: float, like: Tensor) -> Tensor:
-    """Which elements are kept, bool (rows, width); one draw of torch's generator of the device."""
-    return torch.rand(rows, width, device=like.device) >= probability
-
-
-def _dropped(x: Tensor, keep: Tensor | None, probability: float) -> Tensor:
-    return x if keep is None else (x * keep).mul_(1 / (1 - probability))
+def _dropped(x: Tensor, probability: float, seed: int | None) -> Tensor:
+    return x if seed is None else dropout(x, probability, seed)

@@ -17,7 +17,7 @@ from lorafit.data.loader import RowOrder
 from lorafit.data.packing import Pack, TokenRow, make_packs
 from lorafit.errors import TrainingError
 from lorafit.evaluate.heldout import heldout_loss, pack_loss
-from lorafit.model.device import device_memory_bytes, drop_freed_memory
+from lorafit.model.device import FreedMemory, device_memory_bytes
 from lorafit.model.llama import Llama
 from lorafit.model.lora import set_enabled
 from lorafit.observe.events import Busy, Heldout, Observer, Saved, Step
@@ -85,7 +85,7 @@ def _steps(
 ) -> Literal["finished", "interrupted"]:
     """The steps; the rows of the next one are laid out by `ahead` while the device works."""
     settings = job.settings
-    meter = Meter()
+    meter, freed = Meter(), FreedMemory()
     device = job.network.lm_head.weight.device
     upcoming = ahead.submit(_packs, job, state.step)
     while state.step < settings.num_steps:
@@ -105,7 +105,7 @@ def _steps(
         state.step += 1
         state.last_loss = loss
         state.scale.went_well()
-        drop_freed_memory()
+        freed.tidy()
 
         tokens = sum(pack.num_tokens for pack in packs)
         seconds = time.perf_counter() - started

@@ -149,6 +149,31 @@ static void dequantize(int64_t rows, int64_t width, const int32_t *sums, const f
 FOR_BOTH_TYPES(dequantize, (rows, width, sums, row_scale, column_scale, addend, y, threads))
 #undef PARAMETERS
 
+// y = x / (1 - p) where a hash of seed, row and column is at least p * 2^32, else 0 (the mixing is Wellons' lowbias32)
+template <class T>
+static void dropout(int64_t rows, int64_t width, int64_t seed, int64_t threshold, float scale, const T *x, T *y, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    uint64_t key = uint64_t(seed) + uint64_t(row + 1) * 0x9e3779b97f4a7c15;
+    key = (key ^ (key >> 30)) * 0xbf58476d1ce4e5b9;
+    key = (key ^ (key >> 27)) * 0x94d049bb133111eb;
+    const uint32_t start = uint32_t(key >> 32), bound = uint32_t(threshold);
+    const T *in = x + row * width;
+    T *out = y + row * width;
+#pragma omp simd
+    for (uint32_t i = 0; i < uint32_t(width); i++) {
+      uint32_t h = start + i * 0x9e3779b9u;
+      h = (h ^ (h >> 16)) * 0x7feb352du;
+      h = (h ^ (h >> 15)) * 0x846ca68bu;
+      h ^= h >> 16;
+      put(h >= bound ? get(in[i]) * scale : 0.0f, out[i]);
+    }
+  }
+}
+#define PARAMETERS(T) (int64_t rows, int64_t width, int64_t seed, int64_t threshold, float scale, const T *x, T *y, int threads)
+FOR_BOTH_TYPES(dropout, (rows, width, seed, threshold, scale, x, y, threads))
+#undef PARAMETERS
+
 // losses = log sum exp(logits) - logits[target]; with slope set the logits become softmax(logits) - [i = target].
 template <class T>
 static void cross_entropy(int64_t rows, int64_t width, T *logits, const int64_t *targets, float *losses, int64_t slope,

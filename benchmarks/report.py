@@ -1,0 +1,95 @@
+"""The tables of a run of speed.py, made from the record that its JSON holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.programs import Outcome, Step
+from benchmarks.targets import TARGETS, Results
+
+
+def results_of(record: Mapping[str, Any]) -> Results:
+    """The raw record of a run (as its JSON holds it) as figures."""
+    outcomes = [
+        Outcome(**{**fields, "steps": [Step(**step) for step in fields["steps"]]})
+        for fields in record["outcomes"]
+    ]
+    return Results(record["model"]["config"], outcomes, record["limits"])
+
+
+def report(record: Mapping[str, Any]) -> str:
+    """The record as Markdown: targets, programs, limits, and where they were measured."""
+    results = results_of(record)
+    programs = list(dict.fromkeys(outcome.program for outcome in results.outcomes))
+    head = [
+        "program",
+        "steps",
+        "s a step",
+        "first step",
+        "rows/s",
+        "tokens/s",
+        "of bf16 product",
+        "peak GB",
+        "start",
+    ]
+    figures = [
+        [
+            program,
+            str(len(results.steps(program))),
+            _number(results.seconds(program)),
+            _number(results.warm_up_seconds(program)),
+            _number(results.rows_per_second(program), 3),
+            _number(results.tokens_per_second(program), 1),
+            _number(results.share_of_product(program)),
+            _number(results.peak_gb(program)),
+            _number(results.first_step_seconds(program), 1),
+        ]
+        for program in programs
+    ]
+    rates = [
+        [
+            name,
+            *(_number(results.product_rate(name, way), 0) for way in ("forward", "input_gradient", "both")),
+        ]
+        for name in (results.limits[0] if results.limits else {})
+    ]
+    machine, layers = record["machine"], results.config["num_hidden_layers"]
+    measured_on = (
+        f"{record['date']}, {machine['cpu']}, {machine['threads']} threads, {machine['memory_gb']} GB; "
+        f"{layers} layers; "
+        + ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+        + f". `{record['command']}`"
+    )
+    parts = [
+        measured_on,
+        table(["target", "goal", "measured", ""], [target.row(results) for target in TARGETS]),
+        table(head, figures),
+        table(["products, GFLOP/s", "forward", "input gradient", "both"], rates),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns, the first to the left and the others to the right."""
+    widths = [max(3, *(len(row[column]) for row in [head, *rows])) for column in range(len(head))]
+    lines = []
+    for row in [head, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])], *rows]:
+        cells = [
+            row[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def put_between_marks(page: str, part: str) -> str:
+    """`page` with what stands between the two `speed` marks replaced by `part`."""
+    begin, end = "<!-- speed: begin -->", "<!-- speed: end -->"
+    if begin not in page or end not in page:
+        raise SystemExit(f"error: the page has no `{begin}` and `{end}`")
+    return page[: page.index(begin) + len(begin)] + f"\n\n{part}\n" + page[page.index(end) :]
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

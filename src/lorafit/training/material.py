@@ -1,0 +1,137 @@
+"""What a run is made of before there is a network: its rows as tokens, split, accounted for, and found again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorafit.config.schema import Config
+from lorafit.data.cache import encode_files
+from lorafit.data.encode import Encoded
+from lorafit.data.formats import Row
+from lorafit.data.ledger import Ledger
+from lorafit.data.loader import split_holdout
+from lorafit.data.readers import place_of
+from lorafit.data.sources import FileSummary, SourceFile, describe, find_files, refuse, rows_at
+from lorafit.data.template import Renderer
+from lorafit.data.template import contract as make_contract
+from lorafit.data.tokenizer import Tokenizer
+from lorafit.errors import DataError
+from lorafit.hub import ModelFolder
+from lorafit.model.architecture import read_architecture
+from lorafit.observe.terminal import progress
+
+
+@dataclass(frozen=True, slots=True)
+class Material:
+    """The rows of a run as tokens, and everything said about them.
+
+    `files` and what was `found` in them are in the order of the rows. `samples` are the first held-out rows that
+    ask something, as many as the config wants. `warnings` is what a person should know about the cache.
+    """
+
+    files: Sequence[SourceFile]
+    found: Sequence[FileSummary]
+    format: str
+    reason: str
+    tokenizer: Tokenizer
+    renderer: Renderer
+    training: Encoded
+    heldout: Encoded
+    ledger: Ledger
+    samples: Sequence[Row]
+    warnings: Sequence[str]
+    entry_digest: str
+
+    def digest(self) -> str:
+        """SHA-256 over tokens, masks and row numbers, and which rows are held out: what training sees of the data."""
+        digest = hashlib.sha256(self.entry_digest.encode())
+        digest.update(np.ascontiguousarray(self.heldout.numbers, dtype="<i8").tobytes())
+        return digest.hexdigest()
+
+    def groups(self, paths: Sequence[str]) -> list[NDArray[np.int64]]:
+        """Indices into `training` of the rows that each of `data.path` gave, a folder's files together."""
+        ends = np.cumsum([0, *(summary.num_rows for summary in self.found)])
+        borders = np.searchsorted(self.training.numbers, ends)  # the numbers ascend
+        spans: dict[int, list[NDArray[np.int64]]] = {index: [] for index in range(len(paths))}
+        for file, start, end in zip(self.files, borders[:-1], borders[1:], strict=True):
+            spans[paths.index(file.spec)].append(np.arange(start, end))
+        return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in spans.values()]
+
+    def place(self, index: int) -> str:
+        """Where a person finds the row at `index` of the training rows."""
+        row = self.training.number(index)
+        for file, summary in zip(self.files, self.found, strict=True):
+            if row < summary.num_rows:
+                return place_of(file.name, row + 1, self.training.line(index))
+            row -= summary.num_rows
+        raise AssertionError("a row without a file")
+
+
+def read_material(config: Config, base: ModelFolder, quiet: bool) -> Material:
+    """Rows, rendered and tokenised, with the ledger closed. Raises a LorafitError with all that is wrong."""
+    data = config.data
+    longest = read_architecture(base.path).max_position_embeddings
+    tokenizer = Tokenizer.from_folder(base.path)
+    files, missing = find_files(
+        data.path, format=data.format, revision=data.revision, split=data.split, offline=config.run.offline
+    )
+    contract = make_contract(
+        tokenizer,
+        template=data.template,
+        system=data.system,
+        train_on=data.train_on,
+        max_length=data.max_length,
+        too_long=data.too_long,
+        add_eos=data.eos,
+    )
+    renderer = Renderer(contract, tokenizer)
+    if missing:
+        refuse(files, data.format, missing)
+    with nullcontext() if quiet else progress("tokenising") as advance:
+        entry = encode_files(files, data.format, renderer, advance)
+    encoded = entry.encoded
+    found = [FileSummary(**summary) for summary in entry.facts["files"]]
+    if not len(encoded):
+        reasons = "; ".join(f"{len(rows):,} {reason}" for reason, rows in encoded.dropped.items())
+        raise DataError(
+            f"no row is left to train on: {reasons}", hint="mend the rows, or see data.max_length"
+        )
+    if (most := int(encoded.lengths.max())) > longest:
+        raise DataError(
+            f"the longest row has {most:,} tokens, but the model reads at most {longest:,}",
+            place="data.max_length",
+            hint=f"data.max_length={longest} with data.too_long=drop or data.too_long=truncate",
+        )
+    training, heldout = map(encoded.take, split_holdout(len(encoded), data.holdout, config.train.seed))
+    num_rows = sum(summary.num_rows for summary in found)
+    format_name, reason = describe(files, found)
+    return Material(
+        files=files,
+        found=found,
+        format=format_name,
+        reason=reason,
+        tokenizer=tokenizer,
+        renderer=renderer,
+        training=training,
+        heldout=heldout,
+        ledger=Ledger.of(num_rows, training, heldout, encoded.dropped),
+        samples=_samples(files, found, heldout.numbers, config.run.samples),
+        warnings=entry.notes,
+        entry_digest=entry.digest,
+    )
+
+
+def _samples(
+    files: Sequence[SourceFile], found: Sequence[FileSummary], heldout: NDArray[np.int64], count: int
+) -> list[Row]:
+    """The first `count` held-out rows of the formats that have a question."""
+    asks = np.array([summary.format != "text" for summary in found])
+    ends = np.cumsum([summary.num_rows for summary in found])
+    asking = heldout[asks[np.searchsorted(ends, heldout, side="right")]]
+    return rows_at(files, found, asking[:count].tolist())
