@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo test quick lint format docs types clean
+.PHONY: demo test quick lint format docs types bench clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -19,6 +19,10 @@ $(VENV)/installed: pyproject.toml
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+$(VENV)/installed-bench: $(VENV)/installed
+	$(BIN)/python -m pip install -q -e '.[bench]'
 	touch $@
 
 demo: $(VENV)/installed  ## fine-tune the small model that ships with the project, end to end
@@ -42,6 +46,9 @@ format: $(VENV)/installed-dev  ## format and fix what can be fixed
 
 docs: $(VENV)/installed  ## regenerate docs/config.md from the schema
 	$(BIN)/lorafit config --markdown > docs/config.md
+
+bench: $(VENV)/installed-bench  ## speed and memory beside the classic script and TRL (most of an hour)
+	$(BIN)/python -m benchmarks.speed --work runs/bench --json runs/bench/speed.json
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

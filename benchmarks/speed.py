@@ -59,6 +59,11 @@ def schedule(programs: Sequence[Program]) -> list[Turn]:
     return turns
 
 
+def one_part(programs: Sequence[Program]) -> list[Program]:
+    """Each program once, with as many measured steps as its parts have together."""
+    return [replace(program, measured=(min(5, sum(program.measured)),)) for program in programs]
+
+
 def quick(programs: Sequence[Program]) -> list[Program]:
     """One measured step each, and no more than it takes to fill the table."""
     return [replace(program, measured=(1,)) for program in programs if program.name != "seed_recipe bfloat16"]
@@ -189,6 +194,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for model, runs and logs, kept for the next time")
     parser.add_argument("--layers", type=int, help="layers of the model (22; 4 with --quick)")
     parser.add_argument("--quick", action="store_true", help="a look in minutes: 4 layers, one measured step")
+    parser.add_argument(
+        "--once", action="store_true", help="one process and five measured steps of each program"
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, help=f"of: {'; '.join(names)}")
     parser.add_argument(
         "--every", type=int, default=5, help="measure the limits before every so many programs"
@@ -211,7 +219,7 @@ def main() -> None:
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
     chosen = [program for program in PROGRAMS if program.name in (arguments.only or names)]
-    programs = quick(chosen) if arguments.quick else chosen
+    programs = quick(chosen) if arguments.quick else one_part(chosen) if arguments.once else chosen
     with tempfile.TemporaryDirectory() as temporary:
         work = (arguments.work or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)

@@ -26,12 +26,13 @@ LOW_TO_HIGH = [
     "model",
     "infer",
     "evaluate",
+    "check",
     "training",
     "api",
     "cli",
 ]
 EXEMPT = {"__init__.py", "__main__.py"}
-WITH_TORCH = {"model", "infer", "evaluate", "training"}
+WITH_TORCH = {"model", "infer", "evaluate", "check", "training"}
 COMPARED_WITH = {"transformers", "peft", "datasets", "accelerate", "trl"}
 EXECUTES_DATA = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 
@@ -178,7 +179,8 @@ for name in {modules!r}:
     importlib.import_module(name)
     check(name)
 from lorafit.cli.main import main
-for words in (["--help"], ["train", "--help"], ["generate", "--help"], ["config", "lora.rank"], ["runs", "."]):
+helps = [["--help"], *([verb, "--help"] for verb in ("train", "plan", "generate"))]
+for words in (*helps, ["config", "lora.rank"], ["runs", "."]):
     sys.argv = ["lorafit", *words]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
         main()

@@ -110,11 +110,13 @@ def test_help_is_there_at_once(words: list[str], record_property: Callable[[str,
 def test_help_names_every_verb_and_flag(cli: Cli) -> None:
     done = cli("--help")
     assert done.code == 0
-    for verb in ("train", "generate", "runs", "config"):
+    for verb in ("train", "plan", "generate", "runs", "config"):
         assert re.search(rf"\b{verb}\b", done.out)
         assert cli(verb, "-h").code == 0
-    for flag in ("--model", "--data", "--output", "--recipe", "--resume"):
+    for flag in ("--model", "--data", "--output", "--recipe", "--auto", "--resume"):
         assert flag in cli("train", "--help").out
+    for flag in ("--model", "--data", "--output", "--recipe", "--auto", "--json"):
+        assert flag in cli("plan", "--help").out
 
 
 def test_version(cli: Cli) -> None:
@@ -257,6 +259,29 @@ def test_our_own_mistake_exits_1_and_asks_for_a_report(cli: Cli, monkeypatch: py
         cli("train")
 
 
+def test_plan_prints_a_table_or_json_and_makes_nothing(cli: Cli, material: Path, tmp_path: Path) -> None:
+    words = ["plan", *start(material, tmp_path / "run", "train.max_steps=3")[1:]]
+    done = cli(*words)
+    assert done.code == 0, done.err
+    named = ("parameters", "supervised tokens", "steps", "peak memory", "time")
+    assert all(any(line.startswith(name) for line in done.out.splitlines()) for name in named)
+    plan = json.loads(cli(*words, "--json").out)
+    assert (plan["steps"], plan["fits"]) == (3, True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_plan_says_what_would_fit_and_exits_2(
+    cli: Cli, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorafit.training.planning.available_bytes", lambda device: 1000)
+    for verb in ("plan", "train"):
+        done = cli(verb, *start(material, tmp_path / "run")[1:])
+        assert (done.code, done.out) == (2, "")
+        assert re.search(r"^error: training needs about .* but only 0 MB can be had", done.err, re.MULTILINE)
+        assert " hint: use a smaller model" in done.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on_and_resume_finishes(
     material: Path, tmp_path: Path, cli: Cli
 ) -> None:
@@ -341,6 +366,17 @@ def test_generate_compares_base_and_tuned(cli: Cli, trained: tuple[Path, object]
     assert "Say the number 3." in done.out
     assert "base" in done.out
     assert "tuned" in done.out
+
+
+def test_generate_holds_the_base_in_the_bits_that_are_asked_for(
+    cli: Cli, trained: tuple[Path, object]
+) -> None:
+    words = ["generate", trained[0], "Say 3.", "--device", "cpu", "--max-tokens", "5", "--quantize"]
+    assert cli(*words, "none").code == 0
+    assert cli(*words, "int8").code == 0
+    wrong = cli(*words, "int7")
+    assert (wrong.code, wrong.out) == (2, "")
+    assert "'none', 'int8', 'nf4', 'fp8'" in " ".join(wrong.err.replace("│", " ").split())
 
 
 def test_generate_with_an_adapter_on_its_base(cli: Cli, material: Path, trained: tuple[Path, object]) -> None:

@@ -203,7 +203,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "lora.targets": st.lists(TEXT, min_size=1, max_size=3) | TEXT,
     "lora.rslora": st.booleans(),
     "lora.init_from": st.none() | TEXT,
-    "data.path": st.lists(TEXT, min_size=1, max_size=3) | TEXT,
+    "data.path": st.lists(TEXT, min_size=1, max_size=3, unique=True) | TEXT,
     "data.weights": st.none(),
     "data.revision": st.none() | TEXT,
     "data.split": TEXT,
@@ -236,6 +236,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "run.output": st.none() | TEXT,
     "run.trackers": st.lists(st.sampled_from(["tensorboard", "wandb", "mlflow", "trackio"]), max_size=2),
     "run.offline": st.booleans(),
+    "run.too_large": st.sampled_from(["error", "auto", "try"]),
     "run.samples": st.integers(0, 50),
 }
 
@@ -250,7 +251,7 @@ def test_the_random_configs_below_cover_every_key() -> None:
 def test_a_dumped_config_loads_equal(values: dict[str, Any], name: str, weights: list[float]) -> None:
     sections: dict[str, dict[str, Any]] = {
         "model": {"name": name},
-        "data": {"path": [name, "b"], "weights": weights},
+        "data": {"path": [name, name + "b"], "weights": weights},
     }
     for key, value in values.items():
         section, _, last = key.partition(".")

@@ -23,6 +23,7 @@ from lorafit.infer.engine import Token
 from lorafit.infer.model import Model, load
 from lorafit.infer.sampling import Sampling
 from lorafit.model.attention import PackedDocuments
+from lorafit.model.frozen import Frozen
 from lorafit.training.run import start_run
 
 QUESTIONS = ["What is a llama?", "라마가 뭐야?", "Say 7."]
@@ -229,7 +230,7 @@ def test_streamed_text_joins_to_the_whole_answer(tuned: Model, ids: list[int]) -
     with pytest.MonkeyPatch.context() as patch:
         says(ids, patch)
         pieces = list(tuned.stream("x"))
-        assert "".join(pieces).strip() == tuned.generate(["x"])[0].text
+        assert "".join(pieces) == tuned.generate(["x"])[0].text
         assert "\ufffd" not in "".join(pieces) or "\ufffd" in byte_tokenizer().decode(ids)
 
 
@@ -239,7 +240,7 @@ def test_streamed_bytes_join_to_the_whole_answer_even_where_they_are_no_text(
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         says(ids, patch)
-        assert "".join(tuned.stream("x")).strip() == tuned.generate(["x"])[0].text
+        assert "".join(tuned.stream("x")) == tuned.generate(["x"])[0].text
 
 
 def test_characters_of_several_bytes_come_whole(tuned: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,4 +250,58 @@ def test_characters_of_several_bytes_come_whole(tuned: Model, monkeypatch: pytes
 
 def test_real_answers_stream_to_the_same_text(tuned: Model) -> None:
     for question, whole in zip(QUESTIONS, texts(tuned), strict=True):
-        assert "".join(tuned.stream(question, max_tokens=12)).strip() == whole
+        assert "".join(tuned.stream(question, max_tokens=12)) == whole
+
+
+def test_streamed_text_has_no_white_space_at_its_ends(tuned: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    says(byte_tokenizer().encode(" \n a  b\n ", add_special_tokens=False).ids, monkeypatch)
+    assert list(tuned.stream("x")) == ["a", "  b"]
+
+
+def test_a_prompt_that_renders_to_nothing_is_refused(tuned: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(tuned.renderer), "prompt_ids", lambda *_: [])
+    with pytest.raises(ModelError, match="a prompt has no tokens"):
+        tuned.generate(["x"])
+
+
+def held_as(model: Model) -> set[str]:
+    """The classes of the frozen linears."""
+    return {type(module).__name__ for module in model.network.modules() if isinstance(module, Frozen)}
+
+
+def test_a_run_answers_with_the_bits_it_was_trained_with_unless_told_otherwise(
+    trained: Path, tuned: Model, tmp_path: Path
+) -> None:
+    assert held_as(tuned) == {"Linear"}
+    assert held_as(load(trained, device="cpu", quantize="int8")) == {"Int8Linear"}
+    run = broken_copy(trained, tmp_path / "run")
+    config = (run / "config.yaml").read_text()
+    assert "quantize: none" in config
+    (run / "config.yaml").write_text(config.replace("quantize: none", "quantize: int8"))
+    assert held_as(load(run, device="cpu")) == {"Int8Linear"}
+    assert held_as(load(run, device="cpu", quantize="none")) == {"Linear"}
+    assert held_as(load(trained / "adapter", **ON_CPU)) == {"Linear"}
+    assert len(texts(load(run, device="cpu"))) == len(QUESTIONS)
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("rows", [1, 40])  # as tokens are added, and as prompts are read
+def test_eight_bits_say_nearly_what_sixteen_say(shared: Path, rows: int) -> None:
+    folder = shared / "models" / "tinystories-656k"
+    sixteen, eight = (
+        load(folder, device="cpu", dtype="bfloat16", quantize=quantize, offline=True).network
+        for quantize in ("none", "int8")
+    )
+    ids = torch.randint(3, sixteen.arch.vocab_size, (400,), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        one, two = (
+            torch.cat(
+                [
+                    network.logits(network.hidden(part, PackedDocuments([1] * len(part))))
+                    for part in ids.split(rows)
+                ]
+            )
+            for network in (sixteen, eight)
+        )
+    alike = torch.cosine_similarity(one.double(), two.double())
+    assert alike.mean() > 0.999

@@ -10,6 +10,7 @@ from tests.tiny import FAMILIES, config_of, random_network, weights_of
 from torch import Tensor
 
 from lorafit.model.attention import PackedDocuments
+from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, adapted, attach
 from lorafit.model.loss import loss_sum
 
@@ -95,19 +96,51 @@ def test_logits_and_gradients_equal_transformers_and_peft(
         torch.testing.assert_close(mine.grad, peers.grad, rtol=tolerance, atol=tolerance, msg=name)
 
 
-def test_bfloat16_is_no_further_from_the_truth_than_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_bfloat16_is_no_further_from_the_truth_than_transformers(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = LoraSpec(4, 8.0, 0.0, ("all-linear",), False)
-    truth = random_network(dtype=torch.float64)
-    ours = random_network(dtype=torch.bfloat16)
-    theirs = reference("llama", torch.bfloat16, spec, monkeypatch)
+    truth, ours = random_network(family, dtype=torch.float64), random_network(family, dtype=torch.bfloat16)
+    theirs = reference(family, torch.bfloat16, spec, monkeypatch)
     with torch.no_grad():  # all three start from the same rounded weights
         for parameter, rounded in zip(truth.parameters(), ours.parameters(), strict=True):
             parameter.copy_(rounded)
-        ids = torch.randint(0, 256, (60,), generator=torch.Generator().manual_seed(2))
-        exact = truth.logits(truth.hidden(ids, PackedDocuments([60])))
-        mine = ours.logits(ours.hidden(ids, PackedDocuments([60]))).double()
-        peers = theirs(input_ids=ids[None]).logits[0].double()
-    assert (mine - exact).norm() <= 1.1 * (peers - exact).norm()
+    generator = torch.Generator().manual_seed(2)
+    attach(truth, spec, seed=1)
+    attach(ours, spec, seed=1)
+    with torch.no_grad():
+        for name, module in adapted(truth).items():
+            same, other = adapted(ours)[name], theirs.base_model.model.get_submodule(name)
+            for part in ("lora_A", "lora_B"):
+                numbers = (torch.randn(getattr(module, part).shape, generator=generator) * 0.1).bfloat16()
+                for copy in (
+                    getattr(module, part),
+                    getattr(same, part),
+                    getattr(other, part)["default"].weight,
+                ):
+                    copy.copy_(numbers)
+    ids = torch.randint(0, 256, (60,), generator=generator)
+    targets = torch.randint(0, 256, (60,), generator=generator)
+
+    def results(network: Llama) -> tuple[Tensor, Tensor]:
+        hidden = network.hidden(ids, PackedDocuments([60]))
+        loss_sum(network.model.norm(hidden), network.lm_head.weight, targets).backward()
+        gradients = [m.grad.flatten() for m in network.parameters() if m.grad is not None]
+        return network.logits(hidden).detach().double(), torch.cat(gradients).double()
+
+    exact, mine = results(truth), results(ours)
+    logits = theirs(input_ids=ids[None]).logits[0]
+    torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum").backward()
+    modules = [theirs.base_model.model.get_submodule(name) for name in adapted(truth)]
+    gradients = [
+        getattr(module, part)["default"].weight.grad.flatten()
+        for module in modules
+        for part in ("lora_A", "lora_B")
+    ]
+    peers = logits.detach().double(), torch.cat(gradients).double()
+    for got, other, right in zip(mine, peers, exact, strict=True):
+        assert (got - right).norm() <= 1.1 * (other - right).norm()
 
 
 def test_parameter_count_is_the_networks() -> None:

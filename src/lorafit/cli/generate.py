@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -29,6 +29,10 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this share of the mass.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    quantize: Annotated[
+        Literal["none", "int8", "nf4", "fp8"] | None,
+        typer.Option(help="How the base is held; a run is loaded as it was trained.", show_default=False),
+    ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Never open a connection.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a line: prompt, answer, stopped.")
@@ -51,7 +55,7 @@ def generate(
     from lorafit.infer.sampling import Sampling
     from lorafit.observe.terminal import printable, side_by_side
 
-    model = load(source, adapter=adapter, device=device, system=system, offline=offline)
+    model = load(source, adapter=adapter, device=device, system=system, offline=offline, quantize=quantize)
     if (base or compare) and not model.has_adapter:
         raise ConfigError(
             f"`{source}` has no adapter, it is a base model", hint="leave --base and --compare out"

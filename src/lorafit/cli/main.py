@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lorafit import __version__
-from lorafit.cli import config, generate, runs, train
+from lorafit.cli import config, generate, plan, runs, train
 from lorafit.errors import LorafitError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
+app.command("plan")(plan.plan)
 app.command("generate")(generate.generate)
 app.command("runs")(runs.runs)
 app.command("config")(config.config)

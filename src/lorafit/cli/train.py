@@ -27,6 +27,10 @@ def train(
     recipe: Annotated[
         str | None, typer.Option(help="Recipe file or shipped name.", show_default=False)
     ] = None,
+    auto: Annotated[
+        bool,
+        typer.Option("--auto", help="Where memory is short, pick settings that fit (run.too_large=auto)."),
+    ] = False,
     resume: Annotated[
         str | None, typer.Option(metavar="RUN", help="Go on with a run directory.", show_default=False)
     ] = None,
@@ -39,15 +43,12 @@ def train(
 
     lorafit train --resume runs/tinyllama
     """
-    from lorafit.config.load import flag_overrides, load_config, recipe_file
+    from lorafit.config.load import config_of_words, flag_overrides
     from lorafit.errors import ConfigError
 
-    words = settings or []
-    recipes = [word for word in words if "=" not in word] + ([recipe] if recipe is not None else [])
-    overrides = [word for word in words if "=" in word]
-    flags = flag_overrides(model=model, data=data, output=output)
+    flags = flag_overrides(model=model, data=data, output=output, auto=auto)
     if resume is not None:
-        if recipes or overrides or flags:
+        if settings or recipe is not None or flags:
             raise ConfigError(
                 "--resume takes no other settings: a run goes on as it was started",
                 hint="start a new run with lora.init_from=RUN/adapter to change something",
@@ -56,12 +57,7 @@ def train(
 
         result = resume_run(resume)
     else:
-        if len(recipes) > 1:
-            raise ConfigError(
-                f"one recipe a run, not {len(recipes)}: {', '.join(recipes)}",
-                hint="give data with --data, and settings as section.key=value",
-            )
-        config = load_config(recipe_file(recipes[0]) if recipes else None, [*overrides, *flags])
+        config = config_of_words(settings or [], recipe, flags)
         from lorafit.training.run import start_run
 
         result = start_run(config)

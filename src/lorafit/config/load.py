@@ -74,10 +74,25 @@ def validate(
     return config
 
 
-def flag_overrides(model: str | None, data: Sequence[str] | None, output: str | None) -> list[str]:
+def flag_overrides(
+    model: str | None, data: Sequence[str] | None, output: str | None, auto: bool = False
+) -> list[str]:
     """What the common flags mean as overrides."""
     given = {"model.name": model, "data.path": list(data) if data else None, "run.output": output}
+    given["run.too_large"] = "auto" if auto else None
     return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+
+
+def config_of_words(words: Sequence[str], recipe: str | None, flags: Sequence[str]) -> Config:
+    """The Config of a command line: a recipe and overrides in any order, `recipe` by flag, the other flags last."""
+    recipes = [word for word in words if "=" not in word] + ([recipe] if recipe is not None else [])
+    if len(recipes) > 1:
+        raise ConfigError(
+            f"one recipe a run, not {len(recipes)}: {', '.join(recipes)}",
+            hint="give data with --data, and settings as section.key=value",
+        )
+    overrides = [word for word in words if "=" in word]
+    return load_config(recipe_file(recipes[0]) if recipes else None, [*overrides, *flags])
 
 
 def nearest_key(name: str) -> str:

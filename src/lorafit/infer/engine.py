@@ -1,7 +1,8 @@
 """Token ids in, token ids out: batched generation with a key-value cache. It knows nothing of text.
 
 Prompts of any mix of lengths are read in one packed pass, without padding; after that every row adds one token a
-pass, and a row that has stopped leaves the batch.
+pass, and a row that has stopped leaves the batch. On the CPU a later pass runs on compiled kernels (model/few_rows.py,
+model/native/decode.cpp), because it is bound by reading weights and by what is around the products.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from lorafit.infer.sampling import Sampling, next_tokens
 from lorafit.model.architecture import Architecture
-from lorafit.model.attention import PackedDocuments
+from lorafit.model.attention import PackedDocuments, Rotary, rotate
 from lorafit.model.llama import Llama
+from lorafit.model.native import fits, kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +32,25 @@ class Token:
 
 
 class KeyValueCache:
-    """Keys and values of every layer for a batch of rows, each (rows, kv_heads, capacity, head_dim)."""
+    """Keys and values of every layer, each (slots, kv_heads, capacity, head_dim); `slots` has the slot of each row."""
 
     def __init__(self, arch: Architecture, num_rows: int, capacity: int, like: Tensor) -> None:
         shape = (num_rows, arch.num_key_value_heads, capacity, arch.head_dim)
         self.k = [like.new_zeros(shape) for _ in range(arch.num_hidden_layers)]
         self.v = [like.new_zeros(shape) for _ in range(arch.num_hidden_layers)]
-        self.lengths = torch.zeros(num_rows, dtype=torch.int64, device=like.device)
+        self.slots = torch.arange(num_rows, device=like.device)
+        self.lengths = torch.zeros_like(self.slots)
 
     def keep(self, rows: list[int]) -> None:
         """Drop every row but `rows`."""
         index = torch.tensor(rows, device=self.lengths.device)
-        self.k = [k.index_select(0, index) for k in self.k]
-        self.v = [v.index_select(0, index) for v in self.v]
         self.lengths = self.lengths[index]
+        if fits(self.k[0]):
+            self.slots = self.slots[index]
+            return
+        self.k = [k.index_select(0, index) for k in self.k]  # torch attends to neighbouring slots only
+        self.v = [v.index_select(0, index) for v in self.v]
+        self.slots = self.slots[: len(rows)]
 
 
 class ReadPrompts(PackedDocuments):
@@ -54,11 +61,16 @@ class ReadPrompts(PackedDocuments):
         self.cache = cache
         cache.lengths = torch.tensor(self.lengths, device=cache.lengths.device)
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        for row, (k_doc, v_doc) in enumerate(zip(k.split(self.lengths), v.split(self.lengths), strict=True)):
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, window: int | None
+    ) -> Tensor:
+        turned = rotate(k, rotary)
+        for row, (k_doc, v_doc) in enumerate(
+            zip(turned.split(self.lengths), v.split(self.lengths), strict=True)
+        ):
             self.cache.k[layer][row, :, : len(k_doc)] = k_doc.transpose(0, 1)
             self.cache.v[layer][row, :, : len(v_doc)] = v_doc.transpose(0, 1)
-        return super().__call__(layer, q, k, v, window)
+        return super().__call__(layer, q, k, v, rotary, window)
 
 
 class AddToken:
@@ -70,23 +82,47 @@ class AddToken:
         cache.lengths = cache.lengths + 1
         self.longest = int(cache.lengths.max())
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        rows = torch.arange(len(q), device=q.device)
-        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
-        k_cache[rows, :, self.positions] = k
-        v_cache[rows, :, self.positions] = v
-        at = torch.arange(self.longest, device=q.device)
-        visible = at <= self.positions[:, None]  # (rows, longest)
-        if window is not None:
-            visible &= at > self.positions[:, None] - window
-        out = F.scaled_dot_product_attention(
-            q[:, :, None],
-            k_cache[:, :, : self.longest],
-            v_cache[:, :, : self.longest],
-            attn_mask=visible[:, None, None],
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        return out[:, :, 0]  # (rows, heads, head_dim)
+    def __call__(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, window: int | None
+    ) -> Tensor:
+        k_cache, v_cache, compiled = self.cache.k[layer], self.cache.v[layer], kernels()
+        if compiled is None or not fits(q, k, v):
+            seen = (k_cache[:, :, : self.longest], v_cache[:, :, : self.longest])
+            return attend_cache(q, k, v, rotary, window, *seen, self.positions)
+        (rows, heads, size), (_, kv_heads, capacity, _), out = q.shape, k_cache.shape, torch.empty_like(q)
+        shape = (rows, heads, kv_heads, size, capacity, window or 0)
+        where = (self.cache.slots, self.positions)
+        compiled.call("attend_cache", q.dtype, *shape, *where, q, k, v, *rotary, k_cache, v_cache, out)
+        return out
+
+
+def attend_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotary: Rotary,
+    window: int | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    positions: Tensor,
+) -> Tensor:
+    """What model/native/decode.cpp computes, in torch, for row r in slot r; the caches end with the longest row."""
+    q, k = rotate(q, rotary), rotate(k, rotary)
+    rows = torch.arange(len(q), device=q.device)
+    k_cache[rows, :, positions] = k
+    v_cache[rows, :, positions] = v
+    at = torch.arange(k_cache.shape[2], device=q.device)
+    visible = at <= positions[:, None]  # (rows, longest)
+    if window is not None:
+        visible &= at > positions[:, None] - window
+    out = F.scaled_dot_product_attention(
+        q[:, :, None],
+        k_cache,
+        v_cache,
+        attn_mask=visible[:, None, None],
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return out[:, :, 0]  # (rows, heads, head_dim)
 
 
 @torch.inference_mode()
@@ -100,8 +136,11 @@ def stream(
 ) -> Iterator[Token]:
     """Generate for all prompts at once; tokens come as they are made, row by row within a pass.
 
-    A row ends with a token of `stop_ids`, after `max_tokens`, or at the model's longest position.
+    A row ends with a token of `stop_ids`, after `max_tokens`, or at the model's longest position. Raises ValueError
+    where a prompt has no token: there is nothing to go on from.
     """
+    if not all(prompts):
+        raise ValueError("a prompt has no token")
     device = network.lm_head.weight.device
     limit = network.arch.max_position_embeddings
     lengths = [len(prompt) for prompt in prompts]
@@ -110,8 +149,8 @@ def stream(
     rows = list(range(len(prompts)))
     streams = sampling.streams(len(prompts))
     ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-    hidden = network.hidden(ids, ReadPrompts(lengths, cache))
-    hidden = hidden[torch.tensor(lengths, device=device).cumsum(0) - 1]
+    last = torch.tensor(lengths, device=device).cumsum(0) - 1
+    hidden = network.hidden(ids, ReadPrompts(lengths, cache), last)
     for made in range(1, max_tokens + 1):
         tokens = next_tokens(network.logits(hidden), sampling, [streams[row] for row in rows])
         going = []

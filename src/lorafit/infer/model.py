@@ -20,6 +20,7 @@ from lorafit.model.adapter import CONFIG as ADAPTER_CONFIG
 from lorafit.model.build import build_saved
 from lorafit.model.llama import Llama
 from lorafit.model.lora import adapted, set_enabled
+from lorafit.model.quant import Quantize
 from lorafit.observe.terminal import progress
 from lorafit.rundir import RunDirectory
 
@@ -78,13 +79,16 @@ class Model:
         sampling: Sampling | None = None,
         base: bool = False,
     ) -> Iterator[str]:
-        """Answer one question piece by piece, as the pieces become whole characters."""
+        """Answer one question piece by piece, as the pieces become whole characters: the text that `generate` gives."""
         decoder = self.renderer.tokenizer.stream_decoder()
-        for token in self._tokens([question], max_tokens, sampling, base):
-            if token.end != "stop" and (piece := decoder.push(token.id)):
-                yield piece
-        if rest := decoder.finish():
-            yield rest
+
+        def pieces() -> Iterator[str]:
+            for token in self._tokens([question], max_tokens, sampling, base):
+                if token.end != "stop":
+                    yield decoder.push(token.id)
+            yield decoder.finish()
+
+        yield from _stripped(pieces())
 
     def _tokens(
         self, questions: Sequence[Question], max_tokens: int, sampling: Sampling | None, base: bool
@@ -95,6 +99,8 @@ class Model:
             raise ModelError(
                 f"a prompt has {too_long[0]} tokens, the model reads at most {limit - 1}", hint="shorten it"
             )
+        if not all(prompts):
+            raise ModelError("a prompt has no tokens", hint="ask something, or give a system prompt")
         was_training = self.network.training
         self.network.eval()
         set_enabled(self.network, not base)
@@ -119,12 +125,14 @@ def load(
     dtype: str = "auto",
     system: str | None = None,
     offline: bool = False,
+    quantize: Quantize | None = None,
 ) -> Model:
     """A model that answers, from a run directory, a PEFT adapter folder, a model folder or a hub id.
 
     A run, or an adapter within one, brings its own prompt contract; anything else is asked by the model's chat
     template, or as Alpaca does where it has none. `adapter` puts a PEFT adapter (folder or hub id) on a base model;
-    `system` replaces the system prompt. Raises ModelError or RunError.
+    `system` replaces the system prompt. `quantize` is how the base's linears are held; where it is not said a run
+    is loaded as it was trained, anything else with none. Raises ModelError, RunError or ConfigError.
     """
     name, revision, prompt = str(source), None, None
     adapter_path = adapter_folder(str(adapter), offline=offline).path if adapter is not None else None
@@ -136,6 +144,7 @@ def load(
         adapter_path = adapter_path or run.newest_adapter()
         prompt = PromptContract.from_json(run.read_json(run.prompt_file))
         dtype = config.model.dtype if dtype == "auto" else dtype
+        quantize = quantize or config.model.quantize
     elif (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
         if adapter is not None:
             raise ModelError("an adapter cannot be put on an adapter", place=str(source))
@@ -154,8 +163,18 @@ def load(
     if system is not None:
         prompt = dataclasses.replace(prompt, system=system)
     with progress("loading the model") as advance:
-        network, _ = build_saved(base.path, adapter_path, device, dtype, advance)
+        network, _ = build_saved(base.path, adapter_path, device, dtype, advance, quantize or "none")
     return Model(network, Renderer(prompt, tokenizer))
+
+
+def _stripped(pieces: Iterator[str]) -> Iterator[str]:
+    """The pieces of a text without the white space at its two ends; within it, it waits for what comes after."""
+    held, begun = "", False
+    for piece in pieces:
+        held = held + piece if begun else (held + piece).lstrip()
+        if ready := held.rstrip():
+            begun, held = True, held[len(ready) :]
+            yield ready
 
 
 def _as_source(question: Question) -> Content | Sequence[Message]:

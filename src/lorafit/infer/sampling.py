@@ -35,8 +35,8 @@ def next_tokens(logits: Tensor, sampling: Sampling, streams: list[torch.Generato
     scores = logits.double().cpu()
     scores = (scores - scores.amax(-1, keepdim=True)) / sampling.temperature  # finite at any temperature
     if 0 < sampling.top_k < scores.shape[-1]:
-        least = scores.topk(sampling.top_k, dim=-1).values[:, -1:]
-        scores = scores.masked_fill(scores < least, -torch.inf)
+        likeliest = scores.topk(sampling.top_k, dim=-1)  # exactly so many, also where scores are equal
+        scores = torch.full_like(scores, -torch.inf).scatter_(-1, likeliest.indices, likeliest.values)
     probabilities = scores.softmax(-1)
     if sampling.top_p < 1:
         ordered, index = probabilities.sort(dim=-1, descending=True)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorafit.model.architecture import Architecture, Rope
 from lorafit.model.attention import Attend, Rotary
+from lorafit.model.few_rows import head
 from lorafit.model.frozen import Linear
 from lorafit.model.kernels import norm
 from lorafit.model.projection import Gated, Normed, Plain, project
@@ -133,8 +134,7 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Rows of `hidden` (rows, hidden_size) -> (rows, vocab_size)."""
-        out: Tensor = self.lm_head(self.model.norm(hidden))
-        return out
+        return head(self.model.norm(hidden), self.lm_head.weight)
 
 
 def rotary_table(positions: Tensor, rope: Rope, head_dim: int) -> Rotary:

@@ -150,8 +150,8 @@ def _parts(event: Step, loss: float, eta: float, elapsed: float | None = None) -
         "speed": f"{event.tokens_per_second:,.0f} tokens/s",
     }
     if elapsed is not None:
-        parts["elapsed"] = _duration(elapsed)
-    return {**parts, "eta": f"eta {_duration(eta)}", "memory": _size(event.memory_bytes)}
+        parts["elapsed"] = duration(elapsed)
+    return {**parts, "eta": f"eta {duration(eta)}", "memory": memory_size(event.memory_bytes)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +237,7 @@ def progress(title: str, *, stream: TextIO | None = None) -> Iterator[Callable[[
             if draws:
                 bar.stop()
             if is_done:  # else the error that follows says what happened
-                _print_line(console, f"{title}: done in {_duration(time.monotonic() - started)}")
+                _print_line(console, f"{title}: done in {duration(time.monotonic() - started)}")
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, stream: TextIO | None = None) -> None:
@@ -312,7 +312,7 @@ def _beginning(answer: str) -> str:
 def _started(event: RunStarted) -> str:
     share = 100 * event.num_trainable / max(event.num_parameters, 1)
     return (
-        f"{event.model}  {_count(event.num_parameters)} parameters, {_count(event.num_trainable)} trained"
+        f"{event.model}  {short_count(event.num_parameters)} parameters, {short_count(event.num_trainable)} trained"
         f" ({share:.2g} %)  {event.device} {event.dtype}\n"
         f"{event.num_rows:,} rows  {event.num_steps:,} steps  output {event.output}"
     )
@@ -324,10 +324,10 @@ def _heldout(event: Heldout) -> str:
 
 
 def _ended(event: RunEnded) -> str:
-    return f"{event.reason} after {event.step:,} steps in {_duration(event.seconds)}\nadapter {event.adapter}"
+    return f"{event.reason} after {event.step:,} steps in {duration(event.seconds)}\nadapter {event.adapter}"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """`42s`, `1m 12s`, `3h 05m` or `2d 04h`."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
@@ -339,7 +339,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes}m {second:02d}s" if minutes else f"{second}s"
 
 
-def _count(number: float) -> str:
+def short_count(number: float) -> str:
     """`950`, `4.5K`, `1.1B`."""
     for unit in ("", "K", "M"):
         if number < 1000:
@@ -348,6 +348,6 @@ def _count(number: float) -> str:
     return f"{number:.3g}B"
 
 
-def _size(num_bytes: float) -> str:
+def memory_size(num_bytes: float) -> str:
     """`850 MB`, `1.2 GB`: decimal units, as memory is sold and as GPU tools show it."""
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import shlex
 import sys
@@ -14,28 +13,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from lorafit import __version__
+from lorafit.check.report import short_lines
 from lorafit.config.schema import Config
-from lorafit.data.encode import Encoded, encode_rows
-from lorafit.data.formats import Row, Text
-from lorafit.data.ledger import Ledger
-from lorafit.data.loader import RowOrder, split_holdout
+from lorafit.data.formats import Text
+from lorafit.data.loader import RowOrder
 from lorafit.data.packing import make_packs
-from lorafit.data.sources import Rows, load_rows
-from lorafit.data.template import Renderer
-from lorafit.data.template import contract as make_contract
-from lorafit.data.tokenizer import Tokenizer
 from lorafit.durable import lock, read_facts
-from lorafit.errors import DataError, RunError
-from lorafit.hub import ModelFolder, model_folder
+from lorafit.errors import RunError
+from lorafit.hub import ModelFolder
 from lorafit.infer.model import Model
 from lorafit.model.adapter import load_adapter
-from lorafit.model.architecture import read_architecture
 from lorafit.model.build import Built, build
 from lorafit.model.device import describe
+from lorafit.model.native import missing
 from lorafit.model.weights import fingerprint
 from lorafit.observe.events import Busy, Note, Observer, RunEnded, RunStarted, Sample, fan_out
 from lorafit.observe.record import Record, truncate_after
@@ -51,11 +44,11 @@ from lorafit.training.checkpoint import (
     load_checkpoint,
     read_state,
 )
+from lorafit.training.material import Material
 from lorafit.training.optim import make_optimizer, warmup_steps
+from lorafit.training.planning import SAMPLE_TOKENS, Planner
 from lorafit.training.precision import LossScale
 from lorafit.training.signals import StopRequest
-
-SAMPLE_TOKENS = 128  # most tokens of an answer shown at the end of a run
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +68,7 @@ def start_run(config: Config, *, quiet: bool = False) -> Result:
     """Train a new run. Raises a LorafitError before anything is trained when config, model or data are wrong."""
     run = RunDirectory.new(config.run.output, config.model.name)
     prepared = _prepare(config, quiet)
+    config = prepared.planner.config
     run.create()
     resolved = config.model_copy(update={"run": config.run.model_copy(update={"output": str(run.path)})})
     with lock(run.lock_file):
@@ -100,77 +94,7 @@ def resume_run(path: str | Path, *, quiet: bool = False) -> Result:
         notes.append(
             Note(f"going on from step {step}" if step is not None else "no checkpoint yet: starting over")
         )
-        return _go(config, _prepare(config, quiet), run, step=step, notes=notes, quiet=quiet)
-
-
-@dataclass(frozen=True, slots=True)
-class Material:
-    """The rows of a run as tokens, and everything said about them."""
-
-    source: Rows
-    tokenizer: Tokenizer
-    renderer: Renderer
-    training: Encoded
-    heldout: Encoded
-    ledger: Ledger
-
-    def digest(self) -> str:
-        """SHA-256 over tokens, masks and row numbers of both parts: what training sees of the data."""
-        digest = hashlib.sha256()
-        for part in (self.training, self.heldout):
-            for array in (part.ids, part.trained, part.offsets, part.numbers):
-                digest.update(array.tobytes())
-        return digest.hexdigest()
-
-    def groups(self, paths: Sequence[str]) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
-        """Indices into `training` of the rows that each of `data.path` gave, a folder's files together."""
-        sources = self.source.sources
-        spec_of_row = np.repeat(
-            [paths.index(source.spec) for source in sources], [source.num_rows for source in sources]
-        )
-        spec_of = spec_of_row[self.training.numbers]
-        return [np.flatnonzero(spec_of == index) for index in range(len(paths))]
-
-    def row(self, index: int) -> Row:
-        """The row at `index` of the training rows."""
-        return self.source.rows[int(self.training.numbers[index])]
-
-
-def _read_material(config: Config, base: ModelFolder, quiet: bool) -> Material:
-    """Rows, rendered and tokenised, with the ledger closed."""
-    data = config.data
-    longest = read_architecture(base.path).max_position_embeddings
-    tokenizer = Tokenizer.from_folder(base.path)
-    source = load_rows(
-        data.path, format=data.format, revision=data.revision, split=data.split, offline=config.run.offline
-    )
-    contract = make_contract(
-        tokenizer,
-        template=data.template,
-        system=data.system,
-        train_on=data.train_on,
-        max_length=data.max_length,
-        too_long=data.too_long,
-        add_eos=data.eos,
-    )
-    renderer = Renderer(contract, tokenizer)
-    with nullcontext() if quiet else progress("tokenising") as advance:
-        encoded = encode_rows(source.rows, renderer, advance)
-    if not len(encoded):
-        reasons = "; ".join(f"{len(rows):,} {reason}" for reason, rows in encoded.dropped.items())
-        raise DataError(
-            f"no row is left to train on: {reasons}", hint="mend the rows, or see data.max_length"
-        )
-    if encoded.lengths.max() > longest:
-        raise DataError(
-            f"the longest row has {encoded.lengths.max():,} tokens, but the model reads at most {longest:,}",
-            place="data.max_length",
-            hint=f"data.max_length={longest} with data.too_long=drop or data.too_long=truncate",
-        )
-    training, heldout = split_holdout(len(encoded), data.holdout, config.train.seed)
-    parts = encoded.take(training), encoded.take(heldout)
-    ledger = Ledger.of(len(source.rows), *parts, encoded.dropped)
-    return Material(source, tokenizer, renderer, *parts, ledger)
+        return _go(config, _prepare(config, quiet, resumed=True), run, step=step, notes=notes, quiet=quiet)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,22 +105,16 @@ class Prepared:
     material: Material
     order: RowOrder
     built: Built
+    planner: Planner
 
 
-def _prepare(config: Config, quiet: bool) -> Prepared:
-    base = model_folder(config.model.name, revision=config.model.revision, offline=config.run.offline)
-    material = _read_material(config, base, quiet)
-    order = RowOrder(
-        material.groups(config.data.path),
-        config.data.weights or [1.0] * len(config.data.path),
-        config.train.batch_size,
-        config.train.seed,
-        config.data.shuffle,
-    )
-    if order.rows_per_epoch == 0:
-        raise DataError("no row is left to train on at these weights", place="data.weights")
+def _prepare(config: Config, quiet: bool, *, resumed: bool = False) -> Prepared:
+    planner = Planner(config, quiet)
+    if not resumed:  # what began here is not refused
+        config = planner.fit()
     with nullcontext() if quiet else progress("loading the model") as advance:
-        return Prepared(base, material, order, build(config, base.path, advance))
+        built = build(config, planner.base.path, advance)
+    return Prepared(planner.base, planner.material, planner.order, built, planner)
 
 
 def _go(
@@ -234,7 +152,10 @@ def _go(
         _introduce(config, material, observe)
         for note in notes:
             observe(note)
+        if built.device.type == "cpu" and (reason := missing()):
+            observe(Note(f"no compiled kernels, torch's own are used and slower: {reason}", "warning"))
         network = built.network
+        network.recompute = settings.recompute == "layers"
         masters = [master for master in network.parameters() if master.requires_grad]
         optimizer = make_optimizer(masters, settings.weight_decay)
         torch.manual_seed(settings.seed)
@@ -253,6 +174,9 @@ def _go(
                 output=str(run.path),
             )
         )
+        if step is None:
+            for line in short_lines(prepared.planner.plan(network)):
+                observe(Note(line))
         heldout = [material.heldout.row(index) for index in range(len(material.heldout))]
         job = loop.Job(
             settings=loop.Settings(
@@ -272,7 +196,7 @@ def _go(
             optimizer=optimizer,
             rows=material.training,
             order=order,
-            places=lambda rows: ", ".join(material.row(index).place for index in rows),
+            places=lambda rows: ", ".join(material.place(index) for index in rows),
             heldout=make_packs(heldout, settings.micro_batch_tokens, config.data.packing),
             run=run,
             adapter=AdapterFacts(built.spec, config.model.name, base.revision),
@@ -295,9 +219,11 @@ def _go(
 def _introduce(config: Config, material: Material, observe: Observer) -> None:
     """Say what was read and what deserves a warning, before the first step."""
     contract = material.renderer.contract
-    observe(Note(f"format {material.source.format}: {material.source.reason}; template {contract.template}"))
+    observe(Note(f"format {material.format}: {material.reason}; template {contract.template}"))
     for line in material.ledger.lines():
         observe(Note(line))
+    for warning in material.warnings:
+        observe(Note(warning, "warning"))
     if not contract.add_eos and contract.template != "chat":
         observe(
             Note("answers have no stop token (data.eos=false): the model will not learn to stop", "warning")
@@ -345,9 +271,7 @@ def _result(run: RunDirectory, adapter: Path, state: TrainState, *, finished: bo
 
 def _speak(config: Config, material: Material, job: loop.Job, run: RunDirectory) -> None:
     """Base and tuned answers to a few held-out prompts, stored in samples.json and shown side by side."""
-    rows = [material.source.rows[number] for number in material.heldout.numbers]
-    asked = [(row.place, row.content) for row in rows if not isinstance(row.content, Text)]
-    asked = asked[: config.run.samples]
+    asked = [(row.place, row.content) for row in material.samples if not isinstance(row.content, Text)]
     if not asked:
         return
     model = Model(job.network, material.renderer)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lorafit.durable import cache_folder
 
-_SOURCES = ("rows.cpp", "attention.cpp")
+_SOURCES = ("rows.cpp", "attention.cpp", "few_rows.cpp", "decode.cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 _SUFFIX = {torch.float32: "_f32", torch.bfloat16: "_bf16"}
 
