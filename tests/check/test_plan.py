@@ -14,7 +14,7 @@ from tests.tiny import random_network, write_model, write_rows
 
 from lorafit.check import machine
 from lorafit.check.formula import Pass
-from lorafit.check.machine import available_bytes, resident_bytes, watch_peak
+from lorafit.check.machine import available_bytes, watch_peak
 from lorafit.check.plan import Choice, choices, settings_of
 from lorafit.check.report import short_lines, table_rows
 from lorafit.check.workload import Workload, survey
@@ -23,6 +23,7 @@ from lorafit.config.schema import Config
 from lorafit.data.loader import RowOrder
 from lorafit.durable import sha256_file
 from lorafit.errors import RunError
+from lorafit.model.memory import resident_bytes
 from lorafit.observe.record import read_metrics
 from lorafit.training import planning
 from lorafit.training.planning import Planner, plan_run

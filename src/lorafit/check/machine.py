@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from lorafit.model.memory import resident_bytes
 from lorafit.observe.meters import Meter
 
 if sys.platform == "win32":
@@ -42,27 +42,9 @@ def available_bytes(device: torch.device) -> int | None:
     return min(limits)
 
 
-def resident_bytes() -> int:
-    """Memory of this process that is resident now; 0 where that cannot be asked."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().rss)
-    try:
-        pages = int((_PROC / "self" / "statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
 def own_bytes() -> int:
     """Of the resident memory, what is no mapped file; 0 where that cannot be asked."""
     return _field(_PROC / "self" / "status", "RssAnon:") or 0
-
-
-def give_back_memory() -> None:
-    """Give memory that was freed back to the system, where the C library is glibc."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if libc is not None and hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def process_seconds() -> float:

@@ -24,12 +24,13 @@ from lorafit.check.formula import (
     training_flops,
     working_bytes,
 )
-from lorafit.check.machine import CONTEXT_BYTES, give_back_memory, own_bytes, watch_peak
+from lorafit.check.machine import CONTEXT_BYTES, own_bytes, watch_peak
 from lorafit.check.workload import Workload
 from lorafit.data.packing import Pack
 from lorafit.evaluate.heldout import pack_loss
 from lorafit.model.frozen import Frozen
 from lorafit.model.llama import Llama
+from lorafit.model.memory import give_back_memory
 from lorafit.model.quant import Quantize
 
 _PASS_SECONDS = 1e-3  # what a pass costs a layer however small it is, where nothing was measured
@@ -42,9 +43,9 @@ _SHORT_PACK = 0.2  # a second, shorter pack is timed twice where it costs less t
 _MOST_PACKS, _SEVERAL_SECONDS = 12, 2.0  # more packs are timed as long as all take less than so long
 _MIN_MICRO_BATCH = 128  # smaller ones save nothing worth their time
 _LIBRARIES_BYTES = 80 * 10**6  # what torch loads and allocates once at the first products
-# On a CPU, 16-bit and 8-bit products are compiled anew for every number of rows, and the library (oneDNN) keeps
-# 1,024 of them. Measured: about 14 MB a pass of a new size, until 650 MB are reached.
-_KERNEL_BYTES, _MOST_KERNEL_BYTES = 14 * 10**6, 650 * 10**6
+# On a CPU, 16-bit and 8-bit products are compiled anew for every number of rows, and the library (oneDNN) keeps some
+# of them (model/memory.py). Measured: about 14 MB a pass of a new size, until 300 MB are reached.
+_KERNEL_BYTES, _MOST_KERNEL_BYTES = 14 * 10**6, 300 * 10**6
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,10 @@ from lorafit.errors import ConfigError, Problem
 from lorafit.hub import adapter_folder
 from lorafit.model.adapter import load_adapter, read_spec
 from lorafit.model.architecture import read_architecture
-from lorafit.model.device import keep_freed_memory, pick_device, pick_dtype
+from lorafit.model.device import pick_device, pick_dtype
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, attach
+from lorafit.model.memory import keep_few_kernels, keep_freed_memory
 from lorafit.model.quant import Quantize, check_quantize
 from lorafit.model.weights import load_network
 
@@ -37,6 +38,7 @@ def build(config: Config, folder: Path, progress: Callable[[int, int], None] | N
     dtype = pick_dtype(config.model.dtype, device)
     check_quantize(config.model.quantize, device, dtype)
     spec, initial = wanted_adapter(config)
+    keep_few_kernels()
     network = load_network(folder, arch, dtype, device, progress, config.model.quantize)
     spec = attach(network, spec, config.train.seed)
     if initial is not None:
@@ -59,6 +61,7 @@ def build_saved(
     spec = read_spec(adapter) if adapter is not None else None
     number = pick_dtype(dtype, where)
     check_quantize(quantize, where, number)
+    keep_few_kernels()
     network = load_network(folder, arch, number, where, progress, quantize)
     if adapter is not None and spec is not None:
         attach(network, spec, seed=0)

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import mmap
-import sys
-from pathlib import Path
-
 import torch
 
 from lorafit.errors import ConfigError
 
-_MOST_GROWTH = 1.03  # of the process between steps, against its size after the first one
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -67,52 +60,3 @@ def describe(device: torch.device) -> str:
 def device_memory_bytes(device: torch.device) -> int | None:
     """Peak memory that this process allocated on the device so far; None where the host's is what counts."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-def keep_freed_memory() -> None:
-    """Let the process reuse the memory of freed tensors instead of giving each back to the system at once.
-
-    A step allocates and frees the same large tensors for every layer, and fresh pages cost as much as the
-    arithmetic of a norm. `FreedMemory` is the other half. Does nothing where the C library is not glibc.
-    """
-    libc = _glibc()
-    if libc is not None:
-        most = 2**31 - 1
-        libc.mallopt(-3, most)  # M_MMAP_THRESHOLD: no allocation gets a mapping of its own
-        libc.mallopt(-1, most)  # M_TRIM_THRESHOLD: the top of the heap is kept
-
-
-class FreedMemory:
-    """Gives freed memory back to the system when steps have left so much of it in pieces that the peak grows.
-
-    Packs differ in their number of tokens, so what one step frees does not fit the next one exactly.
-    """
-
-    def __init__(self) -> None:
-        self._usual = 0
-
-    def tidy(self) -> None:
-        """To be called between steps, when their tensors are gone."""
-        libc, held = _glibc(), _resident_bytes()
-        if libc is None or held <= _MOST_GROWTH * self._usual:
-            return
-        if self._usual:
-            libc.malloc_trim(0)
-        else:
-            self._usual = held
-
-
-def _resident_bytes() -> int:
-    try:
-        with Path("/proc/self/statm").open() as file:
-            return int(file.read().split()[1]) * mmap.PAGESIZE
-    except OSError:
-        return 0
-
-
-@functools.cache
-def _glibc() -> ctypes.CDLL | None:
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None)
-    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None

@@ -17,9 +17,10 @@ from lorafit.data.loader import RowOrder
 from lorafit.data.packing import Pack, TokenRow, make_packs
 from lorafit.errors import TrainingError
 from lorafit.evaluate.heldout import heldout_loss, pack_loss
-from lorafit.model.device import FreedMemory, device_memory_bytes
+from lorafit.model.device import device_memory_bytes
 from lorafit.model.llama import Llama
 from lorafit.model.lora import set_enabled
+from lorafit.model.memory import FreedMemory
 from lorafit.observe.events import Busy, Heldout, Observer, Saved, Step
 from lorafit.observe.meters import Meter
 from lorafit.rundir import RunDirectory

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 
 from lorafit.check.formula import Shape, num_trainable
-from lorafit.check.machine import available_bytes, process_seconds, resident_bytes
+from lorafit.check.machine import available_bytes, process_seconds
 from lorafit.check.plan import (
     Choice,
     Plan,
@@ -34,6 +34,7 @@ from lorafit.model.build import build, wanted_adapter
 from lorafit.model.device import DTYPES, describe, pick_device, pick_dtype
 from lorafit.model.llama import Llama
 from lorafit.model.lora import match_targets
+from lorafit.model.memory import resident_bytes
 from lorafit.model.native import kernels
 from lorafit.model.quant import check_quantize
 from lorafit.observe.meters import Meter

@@ -1,0 +1,82 @@
+"""The process's own memory: what it holds, and how it keeps, reuses and gives back what tensors freed."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+from pathlib import Path
+
+if sys.platform == "win32":
+    import psutil
+
+_MOST_GROWTH = 1.03  # of the process between steps, against its size after the first one
+MOST_KERNELS = 64  # compiled products that torch's CPU library keeps
+
+
+def keep_freed_memory() -> None:
+    """Let the process reuse the memory of freed tensors instead of giving each back to the system at once.
+
+    A step allocates and frees the same large tensors for every layer, and fresh pages cost as much as the
+    arithmetic of a norm. `FreedMemory` is the other half. Does nothing where the C library is not glibc.
+    """
+    libc = _glibc()
+    if libc is not None:
+        most = 2**31 - 1
+        libc.mallopt(-3, most)  # M_MMAP_THRESHOLD: no allocation gets a mapping of its own
+        libc.mallopt(-1, most)  # M_TRIM_THRESHOLD: the top of the heap is kept
+
+
+def keep_few_kernels() -> None:
+    """Bound what torch's CPU library (oneDNN) keeps of the products that it compiles for each size of a pass.
+
+    By default it keeps 1,024, of more than a megabyte each; packs seldom have the same size twice. To be called
+    before the first 16-bit product of the process; a capacity that the user has set stays.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(MOST_KERNELS))
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is resident now; 0 where that cannot be asked."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().rss)
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def give_back_memory() -> None:
+    """Give memory that was freed back to the system, where the C library is glibc."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+class FreedMemory:
+    """Gives freed memory back to the system when steps have left so much of it in pieces that the peak grows.
+
+    Packs differ in their number of tokens, so what one step frees does not fit the next one exactly.
+    """
+
+    def __init__(self) -> None:
+        self._usual = 0
+
+    def tidy(self) -> None:
+        """To be called between steps, when their tensors are gone."""
+        held = resident_bytes()
+        if held > _MOST_GROWTH * self._usual:
+            if self._usual:
+                give_back_memory()
+            else:
+                self._usual = held
+
+
+@functools.cache
+def _glibc() -> ctypes.CDLL | None:
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
