@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafit.model import attention, kernels, native
+from lorafit.model import attention, fused, kernels, native
 from lorafit.model.architecture import Rope
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.llama import rotary_table
@@ -250,3 +250,36 @@ def test_a_compiler_that_fails_is_told_and_not_fatal(monkeypatch: pytest.MonkeyP
     finally:
         monkeypatch.undo()
         native._build.cache_clear()
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_fused_definitions_equal_the_plain_ones(
+    by_torch: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    plain, compiled = [], []
+    for count in (5, 33):  # one compilation for any number of rows
+        x, y, z = (torch.randn(count, 48, dtype=torch.bfloat16) for _ in range(3))
+        weight = torch.rand(48).to(torch.bfloat16)
+        rotary = rotary_table(torch.arange(count), Rope(), 16)
+
+        def everything(x=x, y=y, z=z, weight=weight, rotary=rotary) -> list[Tensor]:  # type: ignore[no-untyped-def]
+            normed, rstd = kernels.rms_norm(x, weight, 1e-5)
+            slope = kernels.rms_norm_backward(y, x, weight, rstd)
+            quantized = kernels.quantize_rows(x, weight.float())
+            rotated = attention.rotate(x.view(count, 3, 16), rotary)
+            gates = kernels.gated_backward(y.clone(), x, z)
+            return [normed, rstd, slope, kernels.gated(x, y), *gates, quantized[1], rotated]
+
+        plain += by_torch(everything)
+        monkeypatch.setitem(fused._state, "wanted", True)
+        compiled += by_torch(everything)
+        monkeypatch.setitem(fused._state, "wanted", False)
+    for got, exact in zip(compiled, plain, strict=True):
+        close(got, exact, got.dtype)
+
+
+def test_short_runs_and_cpus_compile_nothing() -> None:
+    assert not fused.fuse(torch.device("cpu"), 10**6)
+    assert not fused.fuse(torch.device("cuda"), fused.LEAST_STEPS - 1)

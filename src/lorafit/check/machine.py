@@ -42,11 +42,6 @@ def available_bytes(device: torch.device) -> int | None:
     return min(limits)
 
 
-def own_bytes() -> int:
-    """Of the resident memory, what is no mapped file; 0 where that cannot be asked."""
-    return _field(_PROC / "self" / "status", "RssAnon:") or 0
-
-
 def process_seconds() -> float:
     """Wall time since this process began; 0 where that cannot be asked."""
     try:

@@ -24,7 +24,7 @@ from lorafit.check.formula import (
     training_flops,
     working_bytes,
 )
-from lorafit.check.machine import CONTEXT_BYTES, own_bytes, watch_peak
+from lorafit.check.machine import CONTEXT_BYTES, watch_peak
 from lorafit.check.workload import Workload
 from lorafit.data.packing import Pack
 from lorafit.evaluate.heldout import pack_loss
@@ -44,8 +44,8 @@ _MOST_PACKS, _SEVERAL_SECONDS = 12, 2.0  # more packs are timed as long as all t
 _MIN_MICRO_BATCH = 128  # smaller ones save nothing worth their time
 _LIBRARIES_BYTES = 80 * 10**6  # what torch loads and allocates once at the first products
 # On a CPU, 16-bit and 8-bit products are compiled anew for every number of rows, and the library (oneDNN) keeps some
-# of them (model/memory.py). Measured: about 14 MB a pass of a new size, until 300 MB are reached.
-_KERNEL_BYTES, _MOST_KERNEL_BYTES = 14 * 10**6, 300 * 10**6
+# of them (model/memory.py). Measured: about 14 MB a pass of a new size, until 45 MB are reached.
+_KERNEL_BYTES, _MOST_KERNEL_BYTES = 14 * 10**6, 45 * 10**6
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,6 @@ class Rates:
     measured: bool
     seconds: float
     peak_bytes: int | None = None
-    kernel_bytes: float = 0.0  # memory that stays after a pass of a new size
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,9 +195,7 @@ def predict_memory(
     number = 4 if shape.width < 8 else 8
     trainable = num_trainable(shape) * number
     on_cpu = device.type == "cpu"
-    kernel_bytes = rates.kernel_bytes if rates is not None and rates.measured else _KERNEL_BYTES
-    if not on_cpu or (shape.width > 2 and shape.quantize == "none"):
-        kernel_bytes = 0
+    kernel_bytes = _KERNEL_BYTES if on_cpu and (shape.width == 2 or shape.quantize != "none") else 0
     sizes = len(np.unique(work.passes[:, :2], axis=0)) * work.weight
     found = Memory(
         process=process if on_cpu else CONTEXT_BYTES,
@@ -278,23 +275,17 @@ def calibrate(network: Llama, shape: Shape, work: Workload, pack_of: Callable[[i
         if cheap:
             _one_pass(network, pack_of(short))  # the first products set things up
         network.model.embed_tokens.weight.count_nonzero()  # mapped from its file, and read in full by a whole run
-        before = _held_bytes()
         with watch_peak(device) as peak:
             seconds = _one_pass(network, pack_of(index))
-        grown, sizes = _held_bytes() - before, 1
         if not cheap and time.perf_counter() - started < _SEVERAL_SECONDS:
             seconds = _one_pass(network, pack_of(index))
         points.append((_flops(shape, work, index), seconds))
         if cheap:
             points.append((_flops(shape, work, short), _one_pass(network, pack_of(short))))
-        before = _held_bytes()
-        timed = len(points)
         for other in others:
             if time.perf_counter() - started > _SEVERAL_SECONDS:
                 break
             points.append((_flops(shape, work, other), _one_pass(network, pack_of(other))))
-        if len(points) > timed:
-            grown, sizes = _held_bytes() - before, len(points) - timed
     finally:
         for parameter in network.parameters():
             parameter.grad = None
@@ -304,14 +295,7 @@ def calibrate(network: Llama, shape: Shape, work: Workload, pack_of: Callable[[i
         if states[1] is not None:
             torch.cuda.set_rng_state(states[1], device)
     rate, constant = _line(points)
-    kernel_bytes = min(max(0.0, grown / sizes), 3 * _KERNEL_BYTES)  # what else stays is no rule
-    return Rates(rate, constant, True, time.perf_counter() - started, peak.num_bytes, kernel_bytes)
-
-
-def _held_bytes() -> int:
-    """The process's own memory, without what was freed."""
-    give_back_memory()
-    return own_bytes()
+    return Rates(rate, constant, True, time.perf_counter() - started, peak.num_bytes)
 
 
 def calibration_share(shape: Shape, work: Workload) -> float:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorafit.model.fused import fused
 from lorafit.model.native import fits, kernels
 
 
@@ -29,6 +30,8 @@ class Attend(Protocol):
         ...
 
 
+_GROUP = 64  # lengths are rounded up to multiples of it where documents go side by side
+
 Rotary = tuple[Tensor, Tensor]  # cosine and sine of each token's angles, float32 (tokens, head_dim / 2)
 
 
@@ -43,6 +46,8 @@ class PackedDocuments:
         self.lengths = list(lengths)
         self.positions = torch.cat([torch.arange(length) for length in self.lengths]).to(device)
         self.starts = torch.tensor([0, *self.lengths]).cumsum(0)  # int64 (documents + 1,)
+        self._starts_there = self.starts.to(device, torch.int32)  # as flash attention wants them
+        self._groups: list[Tensor] | None = None
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, window: int | None
@@ -51,6 +56,10 @@ class PackedDocuments:
             out: Tensor = _Attention.apply(q, k, v, *rotary, self.starts, window or 0)  # type: ignore[no-untyped-call]
             return out
         q, k = rotate(q, rotary), rotate(k, rotary)
+        if has_flash(q):
+            return self._flash(q, k, v, window)
+        if q.is_cuda:
+            return self._side_by_side(q, k, v, window)
         parts = [
             causal_attention(q_doc, k_doc, v_doc, window)
             for q_doc, k_doc, v_doc in zip(
@@ -58,6 +67,64 @@ class PackedDocuments:
             )
         ]
         return torch.cat(parts)
+
+    def _flash(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """All documents in one call of torch's variable-length flash attention (Dao, 2023)."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        starts, longest = self._starts_there, max(self.lengths)
+        sees = (-1 if window is None else window - 1, 0)  # keys before and after the query; -1 is all
+        out: Tensor = varlen_attn(
+            q, k, v, starts, starts, longest, longest, window_size=sees, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return out
+
+    def _side_by_side(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """A call for all documents of like length, each filled up behind its end with what no token of it sees."""
+        if self._groups is None:
+            self._groups = _groups(self.starts, q.device)
+        outs = []
+        for rows in self._groups[:-1]:  # (documents, length)
+            length = rows.shape[1]
+            mask = window_mask(length, window, q.device) if window is not None and window < length else None
+            out = F.scaled_dot_product_attention(
+                *(x[rows].transpose(1, 2) for x in (q, k, v)),  # (documents, heads, length, head_dim)
+                attn_mask=mask,
+                is_causal=mask is None,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+            outs.append(out.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outs)[self._groups[-1]]
+
+
+def _groups(starts: Tensor, device: torch.device) -> list[Tensor]:
+    """Documents by length, rounded up: the token at each place, int64 (documents, length) a group; last, the place
+    of each token among all groups' places, int64 (tokens,). Places behind a document's end repeat its last token.
+    """
+    lengths = starts.diff()
+    rounded = (lengths + _GROUP - 1) // _GROUP * _GROUP
+    groups, before, place_of = [], 0, torch.empty(int(starts[-1]), dtype=torch.int64)
+    for length in rounded.unique().tolist():
+        documents = (rounded == length).nonzero()
+        offsets = torch.arange(length).expand(len(documents), length)
+        rows = starts[documents] + offsets.minimum(lengths[documents] - 1)
+        inside = offsets < lengths[documents]
+        place_of[rows[inside]] = before + torch.arange(rows.numel()).view_as(rows)[inside]
+        before += rows.numel()
+        groups.append(rows.to(device))
+    return [*groups, place_of.to(device)]
+
+
+def has_flash(q: Tensor) -> bool:
+    """Whether torch's flash attention takes such queries: a 16-bit type on an Ampere chip or a later one."""
+    return (
+        q.is_cuda
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 256
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
 
 
 class _Attention(torch.autograd.Function):
@@ -90,6 +157,7 @@ def _call(name: str, starts: Tensor, window: int, q: Tensor, k: Tensor, *tensors
     compiled.call(name, q.dtype, *shape, q, k, *tensors)
 
 
+@fused
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotary positions on x (tokens, heads, head_dim); the two halves of a head form the pairs (Su et al., 2021)."""
     cosine, sine = rotary[0][:, None], rotary[1][:, None]

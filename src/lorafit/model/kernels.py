@@ -1,6 +1,7 @@
 """Row-wise mathematics of training: one function each, compiled for the CPU where possible, else in torch.
 
-The torch expressions are the definition; the compiled kernels (model/native) are held against them by tests. All
+The torch expressions are the definition (on a GPU `fused` into one kernel each); the compiled kernels of the CPU
+(model/native) are held against them by tests. All
 tensors are (rows, width) and contiguous; sums and exponentials are float32, or float64 for float64 tensors.
 """
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorafit.model.fused import fused
 from lorafit.model.native import fits, kernels
 
 
@@ -27,6 +29,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         y, rstd = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
         _call("rms_norm", x, *x.shape, eps, x, weight, y, rstd)
         return y, rstd
+    return _rms_norm(x, weight, eps)
+
+
+@fused
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x_wide = x.to(wide(x.dtype))
     rstd = torch.rsqrt(x_wide.square().mean(-1) + eps)
     return (x_wide * rstd[:, None] * weight).to(x.dtype), rstd
@@ -38,6 +45,11 @@ def rms_norm_backward(slope: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) ->
         into = torch.empty_like(x)
         _call("rms_norm_backward", x, *x.shape, slope, x, weight, rstd, into)
         return into
+    return _rms_norm_backward(slope, x, weight, rstd)
+
+
+@fused
+def _rms_norm_backward(slope: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     normed = x.to(wide(x.dtype)) * rstd[:, None]
     weighted = slope.to(normed.dtype) * weight
     along = (weighted * normed).mean(-1, keepdim=True)
@@ -70,6 +82,11 @@ def gated(gate: Tensor, up: Tensor) -> Tensor:
         out = torch.empty_like(gate)
         _call("gated", gate, *gate.shape, gate, up, out)
         return out
+    return _gated(gate, up)
+
+
+@fused
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
     return (F.silu(gate.to(wide(gate.dtype))) * up).to(gate.dtype)
 
 
@@ -79,6 +96,11 @@ def gated_backward(slope: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
         d_up = torch.empty_like(up)
         _call("gated_backward", gate, *gate.shape, slope, gate, up, slope, d_up)
         return slope, d_up
+    return _gated_backward(slope, gate, up)
+
+
+@fused
+def _gated_backward(slope: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     slope_wide, gate_wide = slope.to(wide(slope.dtype)), gate.to(wide(gate.dtype))
     open_ = torch.sigmoid(gate_wide)
     d_gate = slope_wide * up * open_ * (1 + gate_wide * (1 - open_))
@@ -102,6 +124,11 @@ def quantize_rows(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         q, scale = torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
         _call("quantize_rows", x, *x.shape, x, factor, q, scale)
         return q, scale
+    return _quantize_rows(x, factor)
+
+
+@fused
+def _quantize_rows(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     scaled = x.to(torch.float32) * factor
     scale = scaled.abs().amax(-1) / 127
     return (scaled / scale.clamp(min=1e-30)[:, None]).round().to(torch.int8), scale

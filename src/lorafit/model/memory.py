@@ -11,7 +11,7 @@ from pathlib import Path
 if sys.platform == "win32":
     import psutil
 
-_MOST_GROWTH = 1.03  # of the process between steps, against its size after the first one
+_MOST_GROWTH = 1.01  # of the process between steps, against its size after the first one
 MOST_KERNELS = 64  # compiled products that torch's CPU library keeps
 
 
@@ -29,12 +29,13 @@ def keep_freed_memory() -> None:
 
 
 def keep_few_kernels() -> None:
-    """Bound what torch's CPU library (oneDNN) keeps of the products that it compiles for each size of a pass.
+    """Bound what torch's CPU libraries (oneDNN and ideep above it) keep of the products that they compile.
 
-    By default it keeps 1,024, of more than a megabyte each; packs seldom have the same size twice. To be called
+    By default each keeps 1,024, of more than a megabyte; packs seldom have the same size twice. To be called
     before the first 16-bit product of the process; a capacity that the user has set stays.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(MOST_KERNELS))
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(MOST_KERNELS))
 
 
 def resident_bytes() -> int:

@@ -28,6 +28,7 @@ from lorafit.infer.model import Model
 from lorafit.model.adapter import load_adapter
 from lorafit.model.build import Built, build
 from lorafit.model.device import describe
+from lorafit.model.fused import fuse
 from lorafit.model.native import missing
 from lorafit.model.weights import fingerprint
 from lorafit.observe.events import Busy, Note, Observer, RunEnded, RunStarted, Sample, fan_out
@@ -154,6 +155,7 @@ def _go(
             observe(note)
         if built.device.type == "cpu" and (reason := missing()):
             observe(Note(f"no compiled kernels, torch's own are used and slower: {reason}", "warning"))
+        fuse(built.device, num_steps)
         network = built.network
         network.recompute = settings.recompute == "layers"
         masters = [master for master in network.parameters() if master.requires_grad]
