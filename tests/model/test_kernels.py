@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorafit.model import attention, fused, kernels, native
 from lorafit.model.architecture import Rope
-from lorafit.model.attention import PackedDocuments
+from lorafit.model.attention import PackedDocuments, Rotary
 from lorafit.model.llama import rotary_table
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -264,11 +264,13 @@ def test_fused_definitions_equal_the_plain_ones(
         weight = torch.rand(48).to(torch.bfloat16)
         rotary = rotary_table(torch.arange(count), Rope(), 16)
 
-        def everything(x=x, y=y, z=z, weight=weight, rotary=rotary) -> list[Tensor]:  # type: ignore[no-untyped-def]
+        def everything(
+            x: Tensor = x, y: Tensor = y, z: Tensor = z, weight: Tensor = weight, rotary: Rotary = rotary
+        ) -> list[Tensor]:
             normed, rstd = kernels.rms_norm(x, weight, 1e-5)
             slope = kernels.rms_norm_backward(y, x, weight, rstd)
             quantized = kernels.quantize_rows(x, weight.float())
-            rotated = attention.rotate(x.view(count, 3, 16), rotary)
+            rotated = attention.rotate(x.view(-1, 3, 16), rotary)
             gates = kernels.gated_backward(y.clone(), x, z)
             return [normed, rstd, slope, kernels.gated(x, y), *gates, quantized[1], rotated]
 

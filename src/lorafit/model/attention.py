@@ -74,9 +74,10 @@ class PackedDocuments:
 
         starts, longest = self._starts_there, max(self.lengths)
         sees = (-1 if window is None else window - 1, 0)  # keys before and after the query; -1 is all
-        out: Tensor = varlen_attn(
+        out = varlen_attn(
             q, k, v, starts, starts, longest, longest, window_size=sees, enable_gqa=q.shape[1] != k.shape[1]
         )
+        assert isinstance(out, Tensor)
         return out
 
     def _side_by_side(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
@@ -87,8 +88,11 @@ class PackedDocuments:
         for rows in self._groups[:-1]:  # (documents, length)
             length = rows.shape[1]
             mask = window_mask(length, window, q.device) if window is not None and window < length else None
-            out = F.scaled_dot_product_attention(
-                *(x[rows].transpose(1, 2) for x in (q, k, v)),  # (documents, heads, length, head_dim)
+            q_rows, k_rows, v_rows = (x[rows].transpose(1, 2) for x in (q, k, v))
+            out = F.scaled_dot_product_attention(  # (documents, heads, length, head_dim)
+                q_rows,
+                k_rows,
+                v_rows,
                 attn_mask=mask,
                 is_causal=mask is None,
                 enable_gqa=q.shape[1] != k.shape[1],

@@ -10,8 +10,9 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 LEAST_STEPS = 200  # compiling takes some seconds, once a process; a shorter run does not win them back
+P = ParamSpec("P")
+R = TypeVar("R")
 _state = {"wanted": False}
-P, R = ParamSpec("P"), TypeVar("R")
 
 
 def fuse(device: torch.device, num_steps: int) -> bool:
