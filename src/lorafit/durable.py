@@ -25,40 +25,46 @@ SCHEMA = 1
 _STAGING, _OLD = ".staging-", ".old-"
 
 
-def commit_folder(folder: Path, write: Callable[[Path], None], facts: Mapping[str, Any]) -> None:
+def commit_folder(
+    folder: Path,
+    write: Callable[[Path], Mapping[str, str] | None],
+    facts: Mapping[str, Any],
+    num_bytes: int | None = None,
+) -> None:
     """Make `folder` hold exactly what `write(staging)` writes, all of it or nothing.
 
-    Files in `folder` may be nested one level or more; `facts` is stored in the manifest. An existing `folder`
-    is replaced. Raises RunError, with what was there before untouched, when anything cannot be written.
+    Files in `folder` may be nested one level or more; `facts` is stored in the manifest. `write` may return the
+    SHA-256 of what it meant to write, by file name (see `write_files`): then that is what has to read back. An
+    existing `folder` is replaced. Raises RunError, with what was there before untouched, when anything cannot
+    be written; it names `num_bytes` as what is needed.
     """
     staging, old = folder.with_name(_STAGING + folder.name), folder.with_name(_OLD + folder.name)
     placed = False
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(folder.parent)
         clean_orphans(folder.parent, folder.name)
         staging.mkdir()
-        write(staging)
+        known = write(staging) or {}
         files = {}
         for path in _files(staging):
-            _sync(path)
-            files[path.relative_to(staging).as_posix()] = {
-                "size": path.stat().st_size,
-                "sha256": sha256_file(path),
-            }
+            sync(path)
+            name = path.relative_to(staging).as_posix()
+            files[name] = {"size": path.stat().st_size, "sha256": known.get(name) or sha256_file(path)}
         manifest = {"schema": SCHEMA, "files": files, "facts": dict(facts)}
         _write_synced(staging / MANIFEST, _manifest_text(manifest))
         for directory in sorted({staging, *(path.parent for path in _files(staging))}, reverse=True):
-            _sync(directory)
+            sync(directory)
         if folder.exists():
             folder.rename(old)
         staging.rename(folder)
         placed = True
-        _sync(folder.parent)
+        sync(folder.parent)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
         _go_back(folder, staging, old, placed)
         reason = error.strerror if isinstance(error, OSError) else None
+        needed = f" ({num_bytes:,} bytes are needed)" if num_bytes is not None else ""
         raise RunError(
-            f"cannot save `{folder.name}`: {reason or error}",
+            f"cannot save `{folder.name}`: {reason or error}{needed}",
             place=str(getattr(error, "filename", None) or folder),
             hint="free space or fix the disk, then `lorafit train --resume` goes on from the last checkpoint",
         ) from error
@@ -70,6 +76,22 @@ def commit_folder(folder: Path, write: Callable[[Path], None], facts: Mapping[st
             hint="the disk or its driver is not to be trusted; older checkpoints are untouched",
         )
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_files(staging: Path, files: Mapping[str, bytes]) -> dict[str, str]:
+    """Write `files` and return the SHA-256 of each as it was in memory. Raises OSError."""
+    for name, content in files.items():
+        (staging / name).write_bytes(content)
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and its parents where they are missing, each synced into the one above. Raises OSError."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync(folder.parent)
 
 
 def verify_folder(folder: Path, *, may_have_more: bool = False) -> list[str]:
@@ -98,10 +120,13 @@ def verify_folder(folder: Path, *, may_have_more: bool = False) -> list[str]:
     for name in sorted(entries.keys() & present):
         size, digest = entries[name]
         path = folder / name
-        if path.stat().st_size != size:
-            faults.append(f"`{name}` has {path.stat().st_size} bytes, {size} were written")
-        elif sha256_file(path) != digest:
-            faults.append(f"`{name}` has changed since it was written (SHA-256 differs)")
+        try:
+            if path.stat().st_size != size:
+                faults.append(f"`{name}` has {path.stat().st_size} bytes, {size} were written")
+            elif sha256_file(path) != digest:
+                faults.append(f"`{name}` has changed since it was written (SHA-256 differs)")
+        except OSError as error:
+            faults.append(f"`{name}` cannot be read: {error.strerror or error}")
     return faults
 
 
@@ -112,9 +137,14 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
+def is_orphan(name: str) -> bool:
+    """Whether a file or folder of that name is what a crash left of an unfinished commit."""
+    return name.startswith((_STAGING, _OLD))
+
+
 def clean_orphans(parent: Path, only: str | None = None) -> list[str]:
     """Remove what a crash left of unfinished commits (of the folder `only`) in `parent`; bring back a folder that
-    was being replaced.
+    was being replaced. Raises OSError.
     """
     removed: list[str] = []
     if not parent.is_dir():
@@ -129,7 +159,10 @@ def clean_orphans(parent: Path, only: str | None = None) -> list[str]:
                 continue
         elif not path.name.startswith(_STAGING):
             continue
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
         removed.append(path.name)
     return removed
 
@@ -151,7 +184,7 @@ def write_file(path: Path, text: str) -> None:
     try:
         _write_synced(temporary, text)
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise RunError(f"cannot write `{path.name}`: {error.strerror or error}", place=str(path)) from error
 
@@ -168,7 +201,7 @@ def lock(path: Path) -> Iterator[None]:
         yield
         return
     try:
-        file = path.open("a+", encoding="utf-8")
+        file = path.open("ab+", buffering=0)
     except OSError as error:
         raise RunError(f"cannot write here: {error.strerror or error}", place=str(path.parent)) from None
     with file:
@@ -176,15 +209,15 @@ def lock(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            holder = file.read(32).strip()
+            holder = file.read(32).decode(errors="replace").strip()
             raise RunError(
                 "another process is writing this run" + (f" (process {holder})" if holder else ""),
                 place=str(path.parent),
                 hint="wait for it, stop it, or give another --output",
             ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with contextlib.suppress(OSError):  # who holds it is a courtesy: a full disk is met where it matters
+            file.truncate(0)
+            file.write(str(os.getpid()).encode())
         yield
 
 
@@ -236,7 +269,7 @@ def _write_synced(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """fsync a file, or a folder where the system allows it."""
     if os.name == "nt" and path.is_dir():
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -12,7 +13,14 @@ from typing import Any
 
 from lorafit.config.load import dump_config, load_config
 from lorafit.config.schema import Config
-from lorafit.durable import clean_orphans, verify_folder, write_file
+from lorafit.durable import (
+    clean_orphans,
+    is_orphan,
+    make_folder,
+    read_facts,
+    verify_folder,
+    write_file,
+)
 from lorafit.errors import RunError
 
 _CHECKPOINT = re.compile(r"step-(\d{6,})")
@@ -52,14 +60,21 @@ class RunDirectory:
                 f"`{output}` already holds a run",
                 hint=f"go on with it: `lorafit train --resume {output}`, or give another --output",
             )
-        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        if run.path.exists() and not run._is_vacant():
             raise RunError(f"`{output}` is not empty", hint="give an --output that does not exist yet")
         return run
+
+    def _is_vacant(self) -> bool:
+        """Whether nothing is here, or only what a run leaves that was killed before it had begun."""
+        own = {self.lock_file.name, self.prompt_file.name, self.ledger_file.name, self.env_file.name}
+        return self.path.is_dir() and all(
+            path.name in own or is_orphan(path.name) for path in self.path.iterdir()
+        )
 
     def create(self) -> None:
         """Make the directory. Raises RunError when it cannot be written."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
         except OSError as error:
             raise RunError(
                 f"cannot make the run directory: {error.strerror or error}", place=str(self.path)
@@ -108,14 +123,14 @@ class RunDirectory:
         found = [_CHECKPOINT.fullmatch(path.name) for path in self.checkpoints.iterdir()]
         return sorted(int(match[1]) for match in found if match)
 
-    def newest_checkpoint(self) -> tuple[int | None, list[str]]:
-        """(newest step whose checkpoint verifies, what was skipped and why). None when no checkpoint does."""
-        skipped: list[str] = []
+    def newest_checkpoint(self) -> tuple[int | None, dict[int, str]]:
+        """(newest step whose checkpoint verifies, newer ones and why they were skipped). None when none does."""
+        skipped: dict[int, str] = {}
         for step in reversed(self.saved_steps()):
             faults = verify_folder(self.checkpoint(step))
             if not faults:
                 return step, skipped
-            skipped.append(f"checkpoint step-{step:06d} is damaged and was skipped: {faults[0]}")
+            skipped[step] = f"checkpoint step-{step:06d} is damaged and was skipped: {faults[0]}"
         return None, skipped
 
     def has_adapter(self) -> bool:
@@ -130,22 +145,45 @@ class RunDirectory:
             return self.adapter
         step, skipped = self.newest_checkpoint()
         if step is None:
-            why = skipped[0] if skipped else "it was stopped before its first checkpoint"
+            why = next(iter(skipped.values())) if skipped else "it was stopped before its first checkpoint"
             raise RunError(f"the run has no adapter yet: {why}", place=str(self.path))
         return self.checkpoint(step)
 
-    def drop_checkpoint(self, step: int) -> None:
-        """Remove a checkpoint; it disappears from `saved_steps` in one rename before its files go."""
+    def rotate(self, keep: int) -> None:
+        """Remove all checkpoints but the newest `keep` and the best steps that these name. Raises OSError.
+
+        A checkpoint disappears from `saved_steps` in one rename before its files go.
+        """
+        steps = self.saved_steps()
+        kept: set[int | None] = set(steps[-keep:])
+        for step in steps[-keep:]:
+            with contextlib.suppress(OSError, ValueError, KeyError):  # a damaged one names nothing
+                kept.add(read_facts(self.checkpoint(step)).get("best_step"))
+        for step in steps:
+            if step not in kept:
+                folder = self.checkpoint(step)
+                leaving = folder.with_name(f".staging-{folder.name}")
+                shutil.rmtree(leaving, ignore_errors=True)
+                folder.rename(leaving)
+                shutil.rmtree(leaving, ignore_errors=True)
+
+    def set_aside(self, step: int) -> None:
+        """Rename a damaged checkpoint so that it no longer counts as one; its files stay. Raises RunError."""
         folder = self.checkpoint(step)
-        leaving = folder.with_name(f".staging-{folder.name}")
-        shutil.rmtree(leaving, ignore_errors=True)
-        folder.rename(leaving)
-        shutil.rmtree(leaving, ignore_errors=True)
+        aside = folder.with_name(f"damaged-{folder.name}")
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        except OSError as error:
+            raise RunError(f"cannot write here: {error.strerror or error}", place=str(folder)) from None
 
     def clean(self) -> None:
-        """Remove what an earlier crash left half written."""
-        clean_orphans(self.path)
-        clean_orphans(self.checkpoints)
+        """Remove what an earlier crash left half written. Raises RunError."""
+        try:
+            clean_orphans(self.path)
+            clean_orphans(self.checkpoints)
+        except OSError as error:
+            raise RunError(f"cannot write here: {error.strerror or error}", place=str(self.path)) from None
 
 
 def find_runs(folder: Path) -> list[RunDirectory]:

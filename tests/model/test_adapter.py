@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.tiny import random_network, write_model
 
+from lorafit.durable import write_files
 from lorafit.errors import ModelError
-from lorafit.model.adapter import CONFIG, WEIGHTS, adapter_tensors, load_adapter, read_spec, write_adapter
+from lorafit.model.adapter import CONFIG, WEIGHTS, adapter_files, adapter_tensors, load_adapter, read_spec
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, adapted, attach
@@ -40,7 +41,7 @@ def logits(network: Llama) -> torch.Tensor:
 
 def save(folder: Path, network: Llama, spec: LoraSpec) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    write_adapter(folder, adapter_tensors(network), spec, "some/base", None)
+    write_files(folder, adapter_files(adapter_tensors(network), spec, "some/base", None))
     return folder
 
 

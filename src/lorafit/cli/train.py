@@ -34,6 +34,10 @@ def train(
     resume: Annotated[
         str | None, typer.Option(metavar="RUN", help="Go on with a run directory.", show_default=False)
     ] = None,
+    accept_changes: Annotated[
+        bool,
+        typer.Option("--accept-changes", help="Resume although model, rows or settings differ, knowingly."),
+    ] = False,
 ) -> None:
     """Fine-tune a model on instruction rows; leaves a run directory with a tested LoRA adapter.
 
@@ -48,14 +52,15 @@ def train(
 
     flags = flag_overrides(model=model, data=data, output=output, auto=auto)
     if resume is not None:
-        if settings or recipe is not None or flags:
+        overrides = settings or []
+        if recipe is not None or flags or any("=" not in word for word in overrides):
             raise ConfigError(
-                "--resume takes no other settings: a run goes on as it was started",
-                hint="start a new run with lora.init_from=RUN/adapter to change something",
+                "--resume takes only settings (section.key=value): a run goes on as it was started",
+                hint="start a new run with lora.init_from=RUN/adapter to change something else",
             )
         from lorafit.training.run import resume_run
 
-        result = resume_run(resume)
+        result = resume_run(resume, overrides, accept_changes=accept_changes)
     else:
         config = config_of_words(settings or [], recipe, flags)
         from lorafit.training.run import start_run

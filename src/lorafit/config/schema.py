@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -183,3 +183,34 @@ class Config(Section):
                 f"`data.path` names {twice[0]} twice; `data.weights` says how often rows are seen"
             )
         return self
+
+
+# keys that may change in the middle of a run: memory, speed, places, and what digests of model and rows cover
+_NOT_MATHEMATICS = {
+    "model": {"name", "revision", "device"},
+    "lora": {"init_from"},
+    "data": {
+        "path",
+        "revision",
+        "split",
+        "format",
+        "template",
+        "system",
+        "max_length",
+        "too_long",
+        "train_on",
+    }
+    | {"eos", "packing"},
+    "train": {"micro_batch_tokens", "recompute", "log_every", "eval_every", "save_every", "keep"},
+    "run": set(RunSection.model_fields),
+}
+
+
+def mathematics(config: Config) -> dict[str, Any]:
+    """The keys that decide what a run computes, as `section.key` and JSON values."""
+    return {
+        f"{section}.{key}": value
+        for section, values in config.model_dump(mode="json").items()
+        for key, value in values.items()
+        if key not in _NOT_MATHEMATICS[section]
+    }

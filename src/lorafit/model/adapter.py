@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lorafit.errors import ModelError, Problem
@@ -32,19 +32,19 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
 
 
 def adapter_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """The adapter's masters under PEFT's names, detached, on the CPU."""
+    """The adapter's masters under PEFT's names, detached, on the CPU; there they share memory with the network's."""
     tensors = {}
     for name, module in adapted(network).items():
         for part in ("lora_A", "lora_B"):
             master: Tensor = getattr(module, part)
-            tensors[f"{_PREFIX}{name}.{part}.weight"] = master.detach().to("cpu", copy=True).contiguous()
+            tensors[f"{_PREFIX}{name}.{part}.weight"] = master.detach().cpu().contiguous()
     return tensors
 
 
-def write_adapter(
-    folder: Path, tensors: Mapping[str, Tensor], spec: LoraSpec, base: str, revision: str | None
-) -> None:
-    """Write a folder that `peft.PeftModel.from_pretrained` loads; `base` is the base model as the user named it.
+def adapter_files(
+    tensors: Mapping[str, Tensor], spec: LoraSpec, base: str, revision: str | None
+) -> dict[str, bytes]:
+    """The files of a folder that `peft.PeftModel.from_pretrained` loads; `base` is the base model as the user named it.
 
     `spec` is what `attach` returned: its targets name exactly the adapted modules.
     """
@@ -64,10 +64,8 @@ def write_adapter(
         "inference_mode": True,
         "modules_to_save": None,
     }
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"}
-    )
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    weights = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
+    return {WEIGHTS: weights, CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
 
 
 def read_spec(folder: Path) -> LoraSpec:

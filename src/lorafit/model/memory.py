@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 if sys.platform == "win32":
     import psutil
 
@@ -73,6 +75,13 @@ class FreedMemory:
                 give_back_memory()
             else:
                 self._usual = held
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, of a device or of the host (torch says that in words)."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 @functools.cache

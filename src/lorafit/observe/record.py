@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -67,13 +68,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [event for _, event in _read(path)]
 
 
-def truncate_after(path: Path, step: int) -> None:
+def truncate_after(path: Path, step: int) -> int:
     """Forget what came after `step`, because a run resumes there: events with a later step go, others stay.
 
-    The file is replaced at once (written beside, synced, renamed); lines that stay keep their bytes.
+    The file is replaced at once (written beside, synced, renamed); lines that stay keep their bytes. Damaged
+    lines, as a power cut leaves them, go too: returns how many. Raises RunError.
     """
-    kept = [line for line, event in _read(path) if event.get("step", 0) <= step]
+    events = list(_lines(path))
+    kept = [line for line, event in events if event is not None and _step_of(event) <= step]
     write_file(path, b"".join(kept).decode())
+    return sum(event is None for _, event in events)
+
+
+def _step_of(event: dict[str, Any]) -> float:
+    step = event.get("step", 0)
+    return step if isinstance(step, int | float) else 0
 
 
 def _line(event: Event) -> bytes:
@@ -99,17 +108,9 @@ def _whole(content: bytes) -> int:
 
 def _read(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     """The whole lines of `path`, each with the event it holds."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise RunError(f"cannot read the run's metrics: {error.strerror}", place=str(path)) from error
     events = []
-    for number, line in enumerate(content[: _whole(content)].splitlines(keepends=True), start=1):
-        try:
-            event = json.loads(line)
-        except ValueError:  # not UTF-8 or not JSON
-            event = None
-        if not isinstance(event, dict):
+    for number, (line, event) in enumerate(_lines(path), start=1):
+        if event is None:
             raise RunError(
                 "a line of the run's metrics is not a JSON object",
                 place=f"{path}:{number}",
@@ -117,3 +118,17 @@ def _read(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
             )
         events.append((line, event))
     return events
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """The whole lines of `path`, each with its event; None where it is none."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise RunError(f"cannot read the run's metrics: {error.strerror}", place=str(path)) from error
+    for line in content[: _whole(content)].splitlines(keepends=True):
+        try:
+            event = json.loads(line.decode())
+        except (ValueError, RecursionError):  # not UTF-8 or not JSON
+            event = None
+        yield line, event if isinstance(event, dict) else None

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from lorafit.durable import commit_folder, read_facts, sha256_file
+from lorafit.durable import commit_folder, read_facts, write_files
 from lorafit.errors import Problem, RunError
-from lorafit.model.adapter import CONFIG, WEIGHTS, adapter_tensors, load_adapter, write_adapter
+from lorafit.model.adapter import CONFIG, WEIGHTS, adapter_files, adapter_tensors, load_adapter
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, adapted
 from lorafit.training.precision import LossScale
@@ -37,6 +37,7 @@ class TrainState:
     best_loss: float | None = None
     best_step: int | None = None
     measuring_due: bool = False  # stopped between a step and its held-out measurement
+    micro_batch_tokens: int | None = None  # smaller than the config's since memory ran out
     scale: LossScale = field(default_factory=LossScale)
 
 
@@ -49,23 +50,34 @@ class AdapterFacts:
     revision: str | None
 
 
-def save_checkpoint(
-    folder: Path,
-    network: Llama,
-    optimizer: torch.optim.Optimizer,
-    state: TrainState,
-    adapter: AdapterFacts,
-    facts: Mapping[str, Any],
-) -> None:
-    """Commit the run's whole state to `folder`. Raises RunError with earlier checkpoints untouched."""
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A run's whole state as the bytes of its files: training goes on while they are written."""
 
-    def write(staging: Path) -> None:
-        write_adapter(staging, adapter_tensors(network), adapter.spec, adapter.base, adapter.revision)
-        save_file(_optimizer_tensors(network, optimizer) | _random_tensors(), staging / TENSORS)
-        values = asdict(state) | {"python_random": random.getstate()}
-        (staging / STATE).write_text(json.dumps(values) + "\n", encoding="utf-8")
+    step: int
+    best_step: int | None
+    files: Mapping[str, bytes]
 
-    commit_folder(folder, write, {"step": state.step, **facts})
+
+def snapshot(
+    network: Llama, optimizer: torch.optim.Optimizer, state: TrainState, adapter: AdapterFacts
+) -> Snapshot:
+    """Copy everything that the next step would change."""
+    values = asdict(state) | {"python_random": random.getstate()}
+    files = adapter_files(adapter_tensors(network), adapter.spec, adapter.base, adapter.revision)
+    files[TENSORS] = save(_optimizer_tensors(network, optimizer) | _random_tensors())
+    files[STATE] = (json.dumps(values) + "\n").encode()
+    return Snapshot(state.step, state.best_step, files)
+
+
+def save_checkpoint(folder: Path, taken: Snapshot, facts: Mapping[str, Any]) -> None:
+    """Commit a snapshot to `folder`. Raises RunError with earlier checkpoints untouched."""
+    commit_folder(
+        folder,
+        lambda staging: write_files(staging, taken.files),
+        {"step": taken.step, "best_step": taken.best_step, **facts},
+        num_bytes=sum(map(len, taken.files.values())),
+    )
 
 
 def load_checkpoint(folder: Path, network: Llama, optimizer: torch.optim.Optimizer) -> TrainState:
@@ -92,28 +104,45 @@ def _read(folder: Path) -> dict[str, Any]:
     return values
 
 
-def check_same_run(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Raise RunError listing what of a run (base model, data, prompt contract ...) differs from its checkpoint."""
+def changes(folder: Path, facts: Mapping[str, Any]) -> list[str]:
+    """What of a run (base model, data, prompt contract, config ...) differs from its checkpoint, a line each."""
     stored = read_facts(folder)
-    problems = [
-        Problem(f"the {name.replace('_', ' ')} changed: was {_short(stored.get(name))}, is {_short(value)}")
-        for name, value in facts.items()
-        if stored.get(name) != value
-    ]
-    if problems:
-        hint = "bring back what the run was started with, or start a new run with lora.init_from=.../adapter"
-        raise RunError.of([*problems[:-1], Problem(problems[-1].message, str(folder), hint)])
+    found = []
+    for name, value in facts.items():
+        was = stored.get(name)
+        if isinstance(value, Mapping):
+            was = was if isinstance(was, Mapping) else {}
+            found += [
+                f"{key} changed: was {_short(was.get(key))}, is {_short(value.get(key))}"
+                for key in sorted(was.keys() | value.keys())
+                if was.get(key) != value.get(key)
+            ]
+        elif was != value:
+            found.append(f"the {name.replace('_', ' ')} changed: was {_short(was)}, is {_short(value)}")
+    return found
+
+
+def check_same_run(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Raise RunError listing what differs between a run and its checkpoint."""
+    if found := changes(folder, facts):
+        hint = (
+            "bring back what the run was started with, go on knowingly with --accept-changes, or start a new "
+            "run with lora.init_from=.../adapter"
+        )
+        raise RunError.of([*map(Problem, found[:-1]), Problem(found[-1], str(folder), hint)])
 
 
 def export_adapter(folder: Path, checkpoint: Path, facts: Mapping[str, Any]) -> None:
-    """Commit the PEFT folder of a checkpoint as the run's final adapter: a copy, compared byte for byte."""
+    """Commit the PEFT folder of a verified checkpoint as the run's final adapter: a copy, compared byte for byte.
 
-    def write(staging: Path) -> None:
-        for name in (CONFIG, WEIGHTS):
-            (staging / name).write_bytes((checkpoint / name).read_bytes())
-
-    commit_folder(folder, write, facts)
-    assert sha256_file(folder / WEIGHTS) == sha256_file(checkpoint / WEIGHTS)
+    Raises RunError.
+    """
+    try:
+        files = {name: (checkpoint / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    except OSError as error:
+        raise RunError(f"cannot be read: {error.strerror or error}", place=str(checkpoint)) from None
+    num_bytes = sum(map(len, files.values()))
+    commit_folder(folder, lambda staging: write_files(staging, files), facts, num_bytes)
 
 
 def _masters(network: Llama) -> dict[str, torch.nn.Parameter]:
@@ -126,7 +155,7 @@ def _masters(network: Llama) -> dict[str, torch.nn.Parameter]:
 
 def _optimizer_tensors(network: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
-        f"optimizer.{name}.{key}": value.detach().to("cpu", copy=True).contiguous()
+        f"optimizer.{name}.{key}": value.detach().cpu().contiguous()
         for name, master in _masters(network).items()
         for key, value in optimizer.state[master].items()
     }

@@ -15,17 +15,18 @@ from numpy.typing import NDArray
 
 from lorafit.data.loader import RowOrder
 from lorafit.data.packing import Pack, TokenRow, make_packs
-from lorafit.errors import TrainingError
+from lorafit.errors import RunError, TrainingError
 from lorafit.evaluate.heldout import heldout_loss, pack_loss
 from lorafit.model.device import device_memory_bytes
 from lorafit.model.llama import Llama
 from lorafit.model.lora import set_enabled
-from lorafit.model.memory import FreedMemory
-from lorafit.observe.events import Busy, Heldout, Observer, Saved, Step
+from lorafit.model.memory import FreedMemory, is_out_of_memory
+from lorafit.observe.events import Busy, Heldout, Note, Observer, Step
 from lorafit.observe.meters import Meter
 from lorafit.rundir import RunDirectory
-from lorafit.training.checkpoint import AdapterFacts, TrainState, save_checkpoint
+from lorafit.training.checkpoint import AdapterFacts, TrainState, snapshot
 from lorafit.training.optim import clip, learning_rate
+from lorafit.training.saving import Saver
 
 
 class Rows(Protocol):
@@ -44,6 +45,7 @@ class Settings:
     warmup: int
     max_grad_norm: float
     micro_batch_tokens: int
+    halve: bool  # the micro-batch, where memory runs out
     packing: bool
     eval_every: int
     save_every: int
@@ -68,34 +70,50 @@ class Job:
     observe: Observer
 
 
-def train(job: Job, state: TrainState, stop: Callable[[], bool]) -> Literal["finished", "interrupted"]:
+def train(
+    job: Job, state: TrainState, stop: Callable[[], bool], save_now: Callable[[], bool] = lambda: False
+) -> Literal["finished", "interrupted"]:
     """Train from `state` to the end, or until `stop()` asks to end after the current step; both are saved.
 
-    Raises TrainingError, before any weight changes, when a step's loss or gradient is not finite or it has no
-    supervised tokens.
+    `save_now()` asks for a checkpoint after the current step. Raises TrainingError, before any weight changes, when
+    a step's loss or gradient is not finite or it has no supervised tokens; RunError when a checkpoint cannot be
+    written or memory runs out (then the state before that step is saved).
     """
     job.network.train()
-    if state.measuring_due and _measure(job, state):
-        _save(job, state, "best")
-    with ThreadPoolExecutor(1, "packs") as ahead:
-        return _steps(job, state, stop, ahead)
+    with Saver(job.run, job.settings.keep, job.facts, job.observe) as saver:
+        if state.measuring_due and _measure(job, state):
+            _save(job, saver, state, "best")
+        with ThreadPoolExecutor(1, "packs") as ahead:
+            reason = _steps(job, state, saver, ahead, stop, save_now)
+        saver.settle(wait=True)
+        return reason
 
 
 def _steps(
-    job: Job, state: TrainState, stop: Callable[[], bool], ahead: ThreadPoolExecutor
+    job: Job,
+    state: TrainState,
+    saver: Saver,
+    ahead: ThreadPoolExecutor,
+    stop: Callable[[], bool],
+    save_now: Callable[[], bool],
 ) -> Literal["finished", "interrupted"]:
     """The steps; the rows of the next one are laid out by `ahead` while the device works."""
     settings = job.settings
     meter, freed = Meter(), FreedMemory()
     device = job.network.lm_head.weight.device
-    upcoming = ahead.submit(_packs, job, state.step)
+    upcoming = ahead.submit(_packs, job, state, state.step)
     while state.step < settings.num_steps:
         started = time.perf_counter()
         indices, packs = upcoming.result()
-        upcoming = ahead.submit(_packs, job, state.step + 1)
+        upcoming = ahead.submit(_packs, job, state, state.step + 1)
         supervised = sum(len(pack.targets) for pack in packs)
 
-        loss, norm = _gradients(job, state, packs, supervised, indices)
+        gradients = _gradients(job, state, packs, supervised, indices)
+        if gradients is None:
+            _shrink(job, saver, state, packs)
+            upcoming = ahead.submit(_packs, job, state, state.step)
+            continue
+        loss, norm = gradients
         rate = learning_rate(
             state.step, settings.num_steps, settings.learning_rate, settings.schedule, settings.warmup
         )
@@ -126,34 +144,36 @@ def _steps(
                 memory_bytes=device_memory_bytes(device) or Meter.memory_bytes(),
             )
         )
+        saver.settle(wait=False)
         stopping = stop()
         ended = state.step == settings.num_steps
         due = ended or _due(state.step, settings.eval_every, job.order)
         state.measuring_due = due and bool(job.heldout)
         better = state.measuring_due and not stopping and _measure(job, state)
-        if stopping or ended or better or _due(state.step, settings.save_every, job.order):
+        asked = save_now()
+        if stopping or ended or better or asked or _due(state.step, settings.save_every, job.order):
             reason = "stopped" if stopping else "best" if better else "finished" if ended else "due"
-            _save(job, state, reason)
+            _save(job, saver, state, "asked for" if asked and reason == "due" else reason)
         if stopping and (not ended or state.measuring_due):
             return "interrupted"
     return "finished"
 
 
-def _packs(job: Job, step: int) -> tuple[NDArray[np.int64], list[Pack]]:
+def _packs(job: Job, state: TrainState, step: int) -> tuple[NDArray[np.int64], list[Pack]]:
     """The rows of a step and how they are laid out: a function of the step, so it can be made ahead."""
     indices, settings = job.order.rows(step), job.settings
-    return indices, make_packs(
-        [job.rows.row(i) for i in indices], settings.micro_batch_tokens, settings.packing
-    )
+    capacity = state.micro_batch_tokens or settings.micro_batch_tokens
+    return indices, make_packs([job.rows.row(i) for i in indices], capacity, settings.packing)
 
 
 def _gradients(
     job: Job, state: TrainState, packs: Sequence[Pack], supervised: int, indices: NDArray[np.int64]
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     """Accumulate the step's gradient, clipped; returns (mean loss, norm before clipping), both finite.
 
     The sum of losses over all packs is divided once by the step's supervised tokens, so the gradient does not
     depend on how the rows were laid out. A float16 overflow is repeated with the same rows and random numbers.
+    None says that memory ran out; then everything is as before the step.
     """
     step = state.step + 1
     if supervised == 0:
@@ -161,10 +181,17 @@ def _gradients(
     random = torch.get_rng_state()
     while True:
         losses = []
-        for pack in packs:
-            loss = pack_loss(job.network, pack)
-            (loss * (state.scale.factor / supervised)).backward()
-            losses.append(loss.detach())
+        try:
+            for pack in packs:
+                loss = pack_loss(job.network, pack)
+                (loss * (state.scale.factor / supervised)).backward()
+                losses.append(loss.detach())
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            job.optimizer.zero_grad()
+            torch.set_rng_state(random)
+            return None
         mean = sum(map(float, losses)) / supervised  # read only here: a device is waited for once
         if state.scale.active:
             torch._foreach_mul_([m.grad for m in job.masters if m.grad is not None], 1 / state.scale.factor)
@@ -202,15 +229,37 @@ def _measure(job: Job, state: TrainState) -> bool:
     return better
 
 
-def _save(job: Job, state: TrainState, reason: str) -> None:
-    """Commit a checkpoint, and only then drop those that are neither among the newest nor the best."""
-    folder = job.run.checkpoint(state.step)
-    save_checkpoint(folder, job.network, job.optimizer, state, job.adapter, job.facts)
-    job.observe(Saved(state.step, str(folder), reason))
-    newest = job.run.saved_steps()[-job.settings.keep :]
-    for step in job.run.saved_steps():
-        if step not in newest and step != state.best_step:
-            job.run.drop_checkpoint(step)
+def _shrink(job: Job, saver: Saver, state: TrainState, packs: Sequence[Pack]) -> None:
+    """Memory ran out: halve the passes where that was asked for and helps, else save and raise RunError."""
+    largest = max(pack.num_tokens for pack in packs)
+    can_shrink = any(len(pack.lengths) > 1 for pack in packs)
+    if job.settings.halve and can_shrink:
+        now = state.micro_batch_tokens or job.settings.micro_batch_tokens
+        state.micro_batch_tokens = min(now, largest) // 2
+        job.observe(
+            Note(
+                f"out of memory in step {state.step + 1}: repeated with passes of at most "
+                f"{state.micro_batch_tokens} tokens, the mathematics is the same",
+                "warning",
+            )
+        )
+        return
+    saved = ""
+    if state.step:
+        if state.step not in job.run.saved_steps():
+            _save(job, saver, state, "out of memory")
+        saver.settle(wait=True)
+        saved = f"; step {state.step} is saved and verified"
+    smaller = f"train.micro_batch_tokens={max(8, largest // 2)}"
+    hint = f"go on with `lorafit train --resume {job.run.path} {smaller}`: memory, never mathematics"
+    if not can_shrink:
+        hint = "one row fills the pass: train.recompute=layers takes a fraction of the memory"
+    raise RunError(f"out of memory in step {state.step + 1}{saved}", place=str(job.run.path), hint=hint)
+
+
+def _save(job: Job, saver: Saver, state: TrainState, reason: str) -> None:
+    """Copy the state and have it committed while training goes on."""
+    saver.save(snapshot(job.network, job.optimizer, state, job.adapter), reason)
 
 
 def _due(step: int, every: int, order: RowOrder) -> bool:

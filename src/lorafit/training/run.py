@@ -17,11 +17,12 @@ import torch
 
 from lorafit import __version__
 from lorafit.check.report import short_lines
-from lorafit.config.schema import Config
+from lorafit.config.load import load_config
+from lorafit.config.schema import Config, mathematics
 from lorafit.data.formats import Text
 from lorafit.data.loader import RowOrder
 from lorafit.data.packing import make_packs
-from lorafit.durable import lock, read_facts
+from lorafit.durable import lock, read_facts, verify_folder
 from lorafit.errors import RunError
 from lorafit.hub import ModelFolder
 from lorafit.infer.model import Model
@@ -29,6 +30,7 @@ from lorafit.model.adapter import load_adapter
 from lorafit.model.build import Built, build
 from lorafit.model.device import describe
 from lorafit.model.fused import fuse
+from lorafit.model.memory import is_out_of_memory
 from lorafit.model.native import missing
 from lorafit.model.weights import fingerprint
 from lorafit.observe.events import Busy, Note, Observer, RunEnded, RunStarted, Sample, fan_out
@@ -40,6 +42,7 @@ from lorafit.training import loop
 from lorafit.training.checkpoint import (
     AdapterFacts,
     TrainState,
+    changes,
     check_same_run,
     export_adapter,
     load_checkpoint,
@@ -49,7 +52,7 @@ from lorafit.training.material import Material
 from lorafit.training.optim import make_optimizer, warmup_steps
 from lorafit.training.planning import SAMPLE_TOKENS, Planner
 from lorafit.training.precision import LossScale
-from lorafit.training.signals import StopRequest
+from lorafit.training.signals import Requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +76,28 @@ def start_run(config: Config, *, quiet: bool = False) -> Result:
     run.create()
     resolved = config.model_copy(update={"run": config.run.model_copy(update={"output": str(run.path)})})
     with lock(run.lock_file):
-        run.write_config(resolved)
         run.write_json(run.prompt_file, prepared.material.renderer.contract.to_json())
         run.write_json(run.ledger_file, prepared.material.ledger.to_json())
         run.write_json(run.env_file, _environment())
+        run.write_config(resolved)  # last: from here on it is a run
         return _go(resolved, prepared, run, step=None, notes=[], quiet=quiet)
 
 
-def resume_run(path: str | Path, *, quiet: bool = False) -> Result:
-    """Go on with a run from its newest checkpoint that verifies; a finished one is left as it is. Raises RunError."""
+def resume_run(
+    path: str | Path, overrides: Sequence[str] = (), *, accept_changes: bool = False, quiet: bool = False
+) -> Result:
+    """Go on with a run from its newest checkpoint that verifies; a finished one is left as it is.
+
+    `overrides` (`section.key=value`) change keys of the run from here on. Raises RunError when anything that changes
+    the mathematics differs from what the checkpoint was made with, unless `accept_changes`.
+    """
     run = RunDirectory.open(path)
     with lock(run.lock_file):
         run.clean()
-        config = run.config()
+        before = run.config()
+        config = load_config(run.config_file, overrides) if overrides else before
         step, skipped = run.newest_checkpoint()
-        notes = [Note(fault, "warning") for fault in skipped]
+        notes = [Note(fault, "warning") for fault in skipped.values()]
         if step is not None and read_facts(run.checkpoint(step)).get("steps") == step and run.has_adapter():
             if not quiet:
                 Terminal()(Note(f"`{path}` is finished after {step} steps; nothing was changed"))
@@ -95,7 +105,18 @@ def resume_run(path: str | Path, *, quiet: bool = False) -> Result:
         notes.append(
             Note(f"going on from step {step}" if step is not None else "no checkpoint yet: starting over")
         )
-        return _go(config, _prepare(config, quiet, resumed=True), run, step=step, notes=notes, quiet=quiet)
+        prepared = _prepare(config, quiet, resumed=True)
+        facts = _facts(config, prepared)
+        if step is not None:
+            if accept_changes:
+                notes += [Note(change, "warning") for change in changes(run.checkpoint(step), facts)]
+            else:
+                check_same_run(run.checkpoint(step), facts)
+        for damaged in skipped:
+            run.set_aside(damaged)
+        if config != before:
+            run.write_config(config)
+        return _go(config, prepared, run, step=step, notes=notes, quiet=quiet)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,16 +152,8 @@ def _go(
     settings, base, material, built = config.train, prepared.base, prepared.material, prepared.built
     order = prepared.order
     num_steps = order.num_steps(settings.epochs, settings.max_steps)
-    facts = {
-        "base_model": fingerprint(base.path),
-        "data": material.digest(),
-        "prompt_contract": material.renderer.contract.hash,
-        "steps": num_steps,
-    }
-    if step is not None:
-        check_same_run(run.checkpoint(step), facts)
-    if run.metrics_file.exists():
-        truncate_after(run.metrics_file, step or 0)
+    facts = _facts(config, prepared)
+    lost = truncate_after(run.metrics_file, step or 0) if run.metrics_file.exists() else 0
     with ExitStack() as stack:
         observers: list[Observer] = [stack.enter_context(Record(run.metrics_file))]
         terminal = None if quiet else stack.enter_context(Terminal(log_every=settings.log_every))
@@ -153,6 +166,8 @@ def _go(
         _introduce(config, material, observe)
         for note in notes:
             observe(note)
+        if lost:
+            observe(Note(f"{lost} damaged lines were dropped from {run.metrics_file.name}", "warning"))
         if built.device.type == "cpu" and (reason := missing()):
             observe(Note(f"no compiled kernels, torch's own are used and slower: {reason}", "warning"))
         fuse(built.device, num_steps)
@@ -164,6 +179,13 @@ def _go(
         state = TrainState(scale=LossScale.for_dtype(built.dtype))
         if step is not None:
             state = load_checkpoint(run.checkpoint(step), network, optimizer)
+            if state.best_step not in (None, step) and verify_folder(run.checkpoint(state.best_step)):
+                observe(
+                    Note(f"the best step so far, {state.best_step}, is lost: later ones count", "warning")
+                )
+                state.best_loss = state.best_step = None
+            for change in _other_machine(run.checkpoint(step), built.device):
+                observe(Note(change, "warning"))
         observe(
             RunStarted(
                 model=config.model.name,
@@ -188,6 +210,7 @@ def _go(
                 warmup=warmup_steps(settings.warmup, num_steps),
                 max_grad_norm=settings.max_grad_norm,
                 micro_batch_tokens=settings.micro_batch_tokens,
+                halve=config.run.too_large == "auto",
                 packing=config.data.packing,
                 eval_every=settings.eval_every,
                 save_every=settings.save_every,
@@ -202,20 +225,49 @@ def _go(
             heldout=make_packs(heldout, settings.micro_batch_tokens, config.data.packing),
             run=run,
             adapter=AdapterFacts(built.spec, config.model.name, base.revision),
-            facts=facts,
+            facts={**facts, **_machine(built.device)},
             observe=observe,
         )
         started = time.perf_counter()
-        with StopRequest(observe) as stop:
+        with Requests(observe) as requests:
             try:
-                reason = loop.train(job, state, stop)
-            except torch.OutOfMemoryError:
+                reason = loop.train(job, state, requests.stop, requests.save)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 raise RunError(
-                    f"out of memory in step {state.step + 1}",
+                    f"out of memory after step {state.step}",
                     place=describe(built.device),
                     hint=f"set train.micro_batch_tokens below {settings.micro_batch_tokens}: memory, never mathematics",
                 ) from None
         return _finish(config, material, job, state, reason, time.perf_counter() - started)
+
+
+def _facts(config: Config, prepared: Prepared) -> dict[str, Any]:
+    """What decides the bytes of a run, for the manifests of its checkpoints."""
+    train = config.train
+    return {
+        "base_model": fingerprint(prepared.base.path),
+        "data": prepared.material.digest(),
+        "prompt_contract": prepared.material.renderer.contract.hash,
+        "steps": prepared.order.num_steps(train.epochs, train.max_steps),
+        "config": mathematics(config),
+    }
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    """What of a machine decides the last bits."""
+    return {"device": device.type, "torch": torch.__version__}
+
+
+def _other_machine(checkpoint: Path, device: torch.device) -> list[str]:
+    """What differs from the machine that wrote a checkpoint: the run goes on, but to other bytes."""
+    stored = read_facts(checkpoint)
+    return [
+        f"{name} was {stored[name]} and is {value}: the run goes on, but not to the same bytes"
+        for name, value in _machine(device).items()
+        if stored.get(name, value) != value
+    ]
 
 
 def _introduce(config: Config, material: Material, observe: Observer) -> None:

@@ -1,4 +1,4 @@
-"""Ctrl-C and friends: the first asks the run to end after the current step, the second stops at once."""
+"""Ctrl-C and friends: the first asks the run to end after the current step, the second stops at once; USR1 saves."""
 
 from __future__ import annotations
 
@@ -9,27 +9,33 @@ from typing import Any
 
 from lorafit.observe.events import Note, Observer
 
-_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # keyboard, a scheduler's pre-emption, a closed terminal
+_STOP = ("SIGINT", "SIGTERM", "SIGHUP")  # keyboard, a scheduler's pre-emption, a closed terminal
+_SAVE = "SIGUSR1"
 
 
-class StopRequest:
-    """A context manager that turns stop signals into a question that the loop asks after every step."""
+class Requests:
+    """A context manager that turns signals into questions that the loop asks after every step."""
 
     def __init__(self, observe: Observer) -> None:
         self._observe = observe
-        self._asked = False
+        self._stop = self._save = False
         self._before: dict[int, Any] = {}
 
-    def __call__(self) -> bool:
+    def stop(self) -> bool:
         """Whether somebody asked to stop."""
-        return self._asked
+        return self._stop
 
-    def __enter__(self) -> StopRequest:
+    def save(self) -> bool:
+        """Whether somebody asked for a checkpoint since the last call."""
+        asked, self._save = self._save, False
+        return asked
+
+    def __enter__(self) -> Requests:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            for name in _NAMES:
+            for name, handler in [*((name, self._on_stop) for name in _STOP), (_SAVE, self._on_save)]:
                 if hasattr(signal, name):
                     number = getattr(signal, name)
-                    self._before[number] = signal.signal(number, self._handle)
+                    self._before[number] = signal.signal(number, handler)
         return self
 
     def __exit__(
@@ -38,9 +44,12 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
+    def _on_save(self, number: int, frame: FrameType | None) -> None:
+        self._save = True
+
+    def _on_stop(self, number: int, frame: FrameType | None) -> None:
+        if self._stop:
             raise KeyboardInterrupt
-        self._asked = True
+        self._stop = True
         name = signal.Signals(number).name
         self._observe(Note(f"{name}: saving after this step; once more stops at once", "warning"))

@@ -1,0 +1,69 @@
+"""Checkpoints are written beside training: a thread commits a snapshot while the next steps run."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from lorafit.durable import sync
+from lorafit.observe.events import Note, Observer, Saved
+from lorafit.rundir import RunDirectory
+from lorafit.training.checkpoint import Snapshot, save_checkpoint
+
+
+class Saver:
+    """Commits one snapshot at a time. A step waits for the disk only when two saves meet.
+
+    The thread only writes; what follows from a commit (saying so, dropping older checkpoints) happens in
+    `settle`, which the loop calls between steps. A context manager: on leaving, a commit under way is waited
+    for, unless the user wants to stop at once; then it leaves an orphan that the next start removes.
+    """
+
+    def __init__(self, run: RunDirectory, keep: int, facts: Mapping[str, Any], observe: Observer) -> None:
+        self._run, self._keep, self._facts, self._observe = run, keep, facts, observe
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._saved: Saved | None = None
+
+    def save(self, taken: Snapshot, reason: str) -> None:
+        """Begin to commit `taken`. Raises RunError when the commit before failed."""
+        self.settle(wait=True)
+        folder = self._run.checkpoint(taken.step)
+        self._saved = Saved(taken.step, str(folder), reason)
+        self._thread = threading.Thread(target=self._commit, args=(taken,), name="save", daemon=True)
+        self._thread.start()
+
+    def settle(self, *, wait: bool) -> None:
+        """Take note of a commit that has ended. Raises its RunError, with earlier checkpoints untouched."""
+        if self._thread is None or (self._thread.is_alive() and not wait):
+            return
+        self._thread.join()
+        self._thread, saved = None, self._saved
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        assert saved is not None
+        self._observe(saved)
+        try:
+            self._run.rotate(self._keep)
+        except OSError as error:
+            self._observe(Note(f"older checkpoints stay: {error.strerror or error}", "warning"))
+
+    def _commit(self, taken: Snapshot) -> None:
+        try:
+            if self._run.metrics_file.exists():
+                sync(self._run.metrics_file)  # what is known of the steps before is as durable as they are
+            save_checkpoint(self._run.checkpoint(taken.step), taken, self._facts)
+        except BaseException as error:
+            self._error = error
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._thread is not None and not isinstance(error, KeyboardInterrupt):
+            self._thread.join()

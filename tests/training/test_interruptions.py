@@ -1,0 +1,395 @@
+"""What happens to a run from outside: signals, short memory, damage, changed settings, a failing disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny import write_model, write_rows
+from tests.training.test_run import digest, events, interrupt_after, run, without_clock
+
+from lorafit import durable
+from lorafit.durable import read_facts, sha256_file
+from lorafit.errors import RunError
+from lorafit.rundir import RunDirectory
+from lorafit.training import loop, saving
+from lorafit.training.run import resume_run
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("material")
+    return [
+        f"model.name={write_model(folder / 'model')}",
+        f"data.path={write_rows(folder / 'rows.json')}",
+        "model.dtype=float32",
+        "model.device=cpu",
+        "train.batch_size=6",
+        "train.learning_rate=0.01",
+        "train.eval_every=3",
+        "train.save_every=2",
+        "train.max_steps=6",
+        "lora.rank=4",
+        "lora.dropout=0.1",
+        "run.samples=0",
+    ]
+
+
+def warnings(path: Path) -> list[str]:
+    return [event["text"] for event in events(path, "note") if event["level"] == "warning"]
+
+
+class Short:
+    """A machine on which a pass of more than `most` tokens does not fit, from step `first` on."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, most: int, error: BaseException, first: int = 1) -> None:
+        self.passes: list[int] = []
+        real, step = loop.pack_loss, loop._gradients
+        at = [0]
+
+        def count(job: loop.Job, state: Any, *rest: Any) -> Any:
+            at[0] = state.step + 1
+            return step(job, state, *rest)
+
+        def pack_loss(network: Any, pack: Any) -> Any:
+            if at[0] >= first and len(pack.ids) > most:
+                raise error
+            self.passes.append(len(pack.ids))
+            return real(network, pack)
+
+        patch.setattr(loop, "_gradients", count)
+        patch.setattr(loop, "pack_loss", pack_loss)
+
+
+CUDA = torch.OutOfMemoryError("CUDA out of memory")
+HOST = RuntimeError(
+    "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+)
+
+
+@pytest.mark.parametrize("error", [CUDA, HOST, MemoryError()], ids=["cuda", "host", "python"])
+def test_out_of_memory_saves_the_step_before_and_says_what_to_change(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    whole = run(material, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        Short(patch, 200, error, first=4)
+        with pytest.raises(RunError, match="out of memory in step 4; step 3 is saved and verified") as caught:
+            run(material, tmp_path / "run")
+    assert "train.micro_batch_tokens=" in caught.value.problems[0].hint
+    directory = RunDirectory.open(tmp_path / "run")
+    assert directory.newest_checkpoint() == (3, {})
+    assert digest(resume_run(tmp_path / "run", quiet=True)) == digest(whole)
+
+
+def test_out_of_memory_in_the_first_step_saves_nothing(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Short(monkeypatch, 0, CUDA)
+    with pytest.raises(RunError, match=r"out of memory in step 1$"):
+        run(material, tmp_path / "run")
+
+
+def test_where_asked_for_memory_that_ran_out_halves_the_passes_and_the_run_goes_on(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = [*material, "lora.dropout=0", "run.too_large=auto"]
+    whole = run(plain, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        short = Short(patch, 200, CUDA, first=3)
+        interrupt_after(4, patch)
+        halved = run(plain, tmp_path / "run")
+    assert (halved.finished, halved.step) == (False, 4)
+    assert max(short.passes[-3:]) <= 200
+    assert any("out of memory in step 3" in text for text in warnings(tmp_path / "run"))
+    with monkeypatch.context() as patch:
+        Short(patch, 200, RuntimeError("the resumed run took passes that had not fitted"))
+        resumed = resume_run(tmp_path / "run", quiet=True)
+    for one, two in zip(events(whole, "step"), events(resumed, "step"), strict=True):
+        assert one["rows"] == two["rows"]
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+
+
+def test_one_row_that_does_not_fit_is_not_halved_forever(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Short(monkeypatch, 0, CUDA)
+    with pytest.raises(RunError, match="out of memory in step 1") as caught:
+        run(material, tmp_path / "run", "run.too_large=auto")
+    assert "train.recompute=layers" in caught.value.problems[0].hint
+
+
+def test_another_error_is_not_taken_for_short_memory(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Short(monkeypatch, 0, RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(material, tmp_path / "run", "run.too_large=auto")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs POSIX signals")
+def test_usr1_saves_at_once_and_changes_nothing_else(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet = [*material, "train.save_every=100", "train.eval_every=100", "train.keep=9"]
+    whole = run(quiet, tmp_path / "whole")
+    gradients = loop._gradients
+
+    def asked(job: loop.Job, state: Any, *rest: Any) -> Any:
+        if state.step + 1 == 3:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return gradients(job, state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_gradients", asked)
+        result = run(quiet, tmp_path / "run")
+    assert RunDirectory.open(result.path).saved_steps() == [3, 6]
+    assert next(event["reason"] for event in events(result, "saved")) == "asked for"
+    assert digest(result) == digest(whole)
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_second_signal_stops_at_once_and_loses_nothing_saved(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    whole = run(material, tmp_path / "whole")
+    gradients = loop._gradients
+
+    def twice(job: loop.Job, state: Any, *rest: Any) -> Any:
+        if state.step + 1 == 4:
+            os.kill(os.getpid(), getattr(signal, name))
+            os.kill(os.getpid(), getattr(signal, name))
+        return gradients(job, state, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "_gradients", twice)
+        run(material, tmp_path / "run")
+    assert digest(resume_run(tmp_path / "run", quiet=True)) == digest(whole)
+
+
+def test_a_step_does_not_wait_for_the_disk(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk hangs from the first save on; training goes on until the next one is due."""
+    reached, real = threading.Event(), saving.save_checkpoint
+
+    def hang(folder: Path, *rest: Any) -> None:
+        if folder.name == "step-000002":
+            assert reached.wait(30), "training waited for the disk"
+        real(folder, *rest)
+
+    gradients = loop._gradients
+
+    def spy(job: loop.Job, state: Any, *rest: Any) -> Any:
+        if state.step + 1 == 4:
+            reached.set()
+        return gradients(job, state, *rest)
+
+    monkeypatch.setattr(saving, "save_checkpoint", hang)
+    monkeypatch.setattr(loop, "_gradients", spy)
+    result = run(material, tmp_path / "run", "train.eval_every=100")
+    saved = [(event["step"]) for event in events(result, "saved")]
+    assert saved == [2, 4, 6]
+
+
+def test_what_is_saved_is_the_state_of_its_step_though_training_went_on(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(material, tmp_path / "whole", "train.keep=9")
+    passed, real = threading.Event(), saving.save_checkpoint
+
+    def late(folder: Path, *rest: Any) -> None:
+        if folder.name == "step-000004":
+            passed.wait(10)
+        real(folder, *rest)
+
+    gradients = loop._gradients
+
+    def spy(job: loop.Job, state: Any, *rest: Any) -> Any:
+        found = gradients(job, state, *rest)
+        if state.step + 1 == 6:
+            passed.set()
+        return found
+
+    monkeypatch.setattr(saving, "save_checkpoint", late)
+    monkeypatch.setattr(loop, "_gradients", spy)
+    result = run(material, tmp_path / "run", "train.keep=9")
+    for name in ("adapter_model.safetensors", "state.safetensors", "state.json"):
+        one, two = (r.path / "checkpoints" / "step-000004" / name for r in (whole, result))
+        assert sha256_file(one) == sha256_file(two), name
+
+
+def test_a_full_disk_stops_the_run_with_cause_and_size_and_the_last_checkpoint_resumes(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(material, tmp_path / "whole")
+    write = durable.write_files
+
+    def full(staging: Path, files: Any) -> Any:
+        if "000004" in staging.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(staging / "state.json"))
+        return write(staging, files)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lorafit.training.checkpoint.write_files", full)
+        with pytest.raises(
+            RunError, match=r"step-000004`: No space left on device \([\d,]+ bytes are needed\)"
+        ):
+            run(material, tmp_path / "run")
+    assert RunDirectory.open(tmp_path / "run").newest_checkpoint() == (3, {})
+    assert digest(resume_run(tmp_path / "run", quiet=True)) == digest(whole)
+
+
+def stopped(material: list[str], path: Path, patch: pytest.MonkeyPatch) -> Path:
+    with patch.context() as context:
+        interrupt_after(4, context)
+        assert not run(material, path).finished
+    return path
+
+
+def test_resume_refuses_another_mathematics_names_the_key_and_goes_on_knowingly(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = stopped(material, tmp_path / "run", monkeypatch)
+    before = (path / "config.yaml").read_bytes()
+    with pytest.raises(RunError, match=r"train\.learning_rate changed: was 0\.01, is 0\.02") as caught:
+        resume_run(path, ["train.learning_rate=0.02", "train.max_grad_norm=3"], quiet=True)
+    assert "train.max_grad_norm changed: was 1.0, is 3.0" in str(caught.value)
+    assert "--accept-changes" in str(caught.value)
+    assert (path / "config.yaml").read_bytes() == before
+    resumed = resume_run(path, ["train.learning_rate=0.02"], accept_changes=True, quiet=True)
+    assert resumed.finished
+    assert any("train.learning_rate changed" in text for text in warnings(path))
+    assert RunDirectory.open(path).config().train.learning_rate == 0.02
+
+
+def test_a_config_edited_by_hand_is_another_mathematics_too(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = stopped(material, tmp_path / "run", monkeypatch)
+    config = path / "config.yaml"
+    config.write_text(config.read_text().replace("seed: 42", "seed: 43"))
+    with pytest.raises(RunError, match=r"train\.seed changed: was 42, is 43"):
+        resume_run(path, quiet=True)
+
+
+def test_what_is_no_mathematics_may_change(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = [*material, "lora.dropout=0"]
+    whole = run(plain, tmp_path / "whole")
+    path = stopped(plain, tmp_path / "run", monkeypatch)
+    resumed = resume_run(path, ["train.micro_batch_tokens=100", "train.recompute=layers"], quiet=True)
+    for one, two in zip(events(whole, "step"), events(resumed, "step"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert RunDirectory.open(path).config().train.micro_batch_tokens == 100
+
+
+def test_another_machine_is_said(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = stopped(material, tmp_path / "run", monkeypatch)
+    monkeypatch.setattr("lorafit.training.run._machine", lambda device: {"device": "abacus", "torch": "1"})
+    resume_run(path, quiet=True)
+    assert any("device was cpu and is abacus" in text for text in warnings(path))
+
+
+def test_damaged_checkpoints_are_set_aside(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(material, tmp_path / "whole")
+    path = stopped(material, tmp_path / "run", monkeypatch)
+    newest = path / "checkpoints" / "step-000004"
+    (newest / "state.json").write_text("{}")
+    resumed = resume_run(path, quiet=True)
+    assert digest(resumed) == digest(whole)
+    assert (path / "checkpoints" / "damaged-step-000004" / "state.json").read_text() == "{}"
+
+
+def test_a_lost_best_step_is_said_and_later_ones_count(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = stopped(material, tmp_path / "run", monkeypatch)
+    best = read_facts(path / "checkpoints" / "step-000004")["best_step"]
+    assert best == 3
+    (path / "checkpoints" / "step-000003" / "state.json").write_text("{}")
+    resumed = resume_run(path, quiet=True)
+    assert resumed.finished
+    assert any("the best step so far, 3, is lost" in text for text in warnings(path))
+
+
+def test_metrics_that_a_power_cut_damaged_do_not_stop_a_resume(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(material, tmp_path / "whole")
+    path = stopped(material, tmp_path / "run", monkeypatch)
+    metrics = path / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    at = next(number for number, line in enumerate(lines) if b'"event": "step"' in line)
+    lines[at] = b"\0" * 40 + b"\n"
+    metrics.write_bytes(b"".join(lines))
+    resumed = resume_run(path, quiet=True)
+    assert digest(resumed) == digest(whole)
+    assert any("1 damaged lines were dropped from metrics.jsonl" in text for text in warnings(path))
+    kept = [without_clock(event) for event in events(resumed, "step")]
+    assert kept == [without_clock(event) for event in events(whole, "step")][1:]
+
+
+def test_a_start_that_was_killed_before_it_began_leaves_room_for_another(
+    material: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("run.lock", "prompt.json", ".staging-config.yaml"):
+        (folder / name).write_text("")
+    assert run(material, folder, "train.max_steps=1").finished
+
+
+@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+def test_a_quantised_base_resumes_to_the_same_bytes(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantize: str
+) -> None:
+    if quantize == "nf4":
+        pytest.importorskip("bitsandbytes")
+    words = [*material, "model.dtype=bfloat16", f"model.quantize={quantize}"]
+    whole = run(words, tmp_path / "whole")
+    path = stopped(words, tmp_path / "run", monkeypatch)
+    assert digest(resume_run(path, quiet=True)) == digest(whole)
+    assert whole.loss is not None
+    assert whole.loss < events(whole, "step")[0]["loss"]
+
+
+def test_recompute_gives_the_same_bytes_and_keeps_less(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+
+    def measured(network: Any, pack: Any, real: Callable[..., Any] = loop.pack_loss) -> Any:
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            found = real(network, pack)
+        kept.append(sum(sizes))
+        return found
+
+    monkeypatch.setattr(loop, "pack_loss", measured)
+    plain = run(material, tmp_path / "plain", "train.max_steps=2")
+    least, kept[:] = min(kept), []
+    again = run(material, tmp_path / "again", "train.max_steps=2", "train.recompute=layers")
+    assert max(kept) < least / 2
+    assert digest(again) == digest(plain)
+
+
+def test_missing_kernels_are_said_once(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorafit.training.run.missing", lambda: "no C++ compiler was found")
+    result = run(material, tmp_path / "run", "train.max_steps=1")
+    assert [text for text in warnings(result.path) if "no compiled kernels" in text and "compiler" in text]
