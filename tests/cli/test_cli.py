@@ -192,7 +192,11 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "no run to resume": (["train", "--resume", "{tmp}"], ["is not a run directory", "lorafit runs"]),
     "resume and settings": (
         ["train", "--resume", "{run}", "lora.rank=2"],
-        ["--resume takes no other settings"],
+        ["is finished: no setting changes it any more", "lora.init_from="],
+    ),
+    "resume and a flag": (
+        ["train", "--resume", "{run}", "--model", "{model}"],
+        ["--resume takes only settings"],
     ),
     "no such target": (["{ok}", "lora.targets=[q_porj]", "run.output={tmp}/new"], ["q_porj"]),
     "no such device": (["{ok}", "model.device=cuda:99", "run.output={tmp}/new"], ["cuda:99"]),

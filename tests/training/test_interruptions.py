@@ -93,7 +93,7 @@ def test_out_of_memory_in_the_first_step_saves_nothing(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Short(monkeypatch, 0, CUDA)
-    with pytest.raises(RunError, match=r"out of memory in step 1$"):
+    with pytest.raises(RunError, match=r"out of memory in step 1\n"):
         run(material, tmp_path / "run")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import Annotated
@@ -51,10 +52,10 @@ def main() -> None:
     except LorafitError as error:
         if os.environ.get("LORAFIT_DEBUG"):
             raise
-        print(error, file=sys.stderr)
+        _talk(str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _talk("interrupted")
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
@@ -62,8 +63,14 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("LORAFIT_DEBUG"):
             raise
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
-        print(
-            " hint: this is a bug in lorafit; run with `lorafit --debug ...` and report it", file=sys.stderr
+        _talk(
+            f"error: {type(error).__name__}: {error}\n"
+            " hint: this is a bug in lorafit; run with `lorafit --debug ...` and report it"
         )
         sys.exit(1)
+
+
+def _talk(text: str) -> None:
+    """Say something on stderr, which may be a terminal that was closed."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -66,6 +68,10 @@ def train(
         from lorafit.training.run import start_run
 
         result = start_run(config)
-    typer.echo(result.adapter if result.finished else result.path)
+    try:
+        typer.echo(result.adapter if result.finished else result.path)
+        sys.stdout.flush()
+    except OSError:  # the terminal was closed; the run is on disk all the same
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
     if not result.finished:
         raise typer.Exit(130)

@@ -7,13 +7,14 @@ import functools
 import os
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
 if sys.platform == "win32":
     import psutil
 
-_MOST_GROWTH = 1.01  # of the process between steps, against its size after the first one
+MUCH_FREE = 256 * 10**6  # bytes: giving back less is not worth the page faults
 MOST_KERNELS = 64  # compiled products that torch's CPU library keeps
 
 
@@ -21,7 +22,7 @@ def keep_freed_memory() -> None:
     """Let the process reuse the memory of freed tensors instead of giving each back to the system at once.
 
     A step allocates and frees the same large tensors for every layer, and fresh pages cost as much as the
-    arithmetic of a norm. `FreedMemory` is the other half. Does nothing where the C library is not glibc.
+    arithmetic of a norm. `give_back_memory` is the other half. Does nothing where the C library is not glibc.
     """
     libc = _glibc()
     if libc is not None:
@@ -51,30 +52,32 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def give_back_memory() -> None:
-    """Give memory that was freed back to the system, where the C library is glibc."""
+def give_back_memory(least: int = 0) -> None:
+    """Give memory that was freed back to the system, where at least so many bytes lie free (and the library is glibc).
+
+    Packs differ, so what one pass frees does not quite fit the next one, and the peak grows. To be called between
+    passes when their tensors are gone, and before a backward pass, where most is in use.
+    """
     libc = _glibc()
-    if libc is not None:
+    if libc is not None and (least == 0 or _free_bytes(libc) >= least):
         libc.malloc_trim(0)
 
 
-class FreedMemory:
-    """Gives freed memory back to the system when steps have left so much of it in pieces that the peak grows.
+def _free_bytes(libc: ctypes.CDLL) -> int:
+    """What the C library holds of freed memory; 0 where it is too old to say."""
+    if not hasattr(libc, "mallinfo2"):
+        return 0
+    libc.mallinfo2.restype = _Mallinfo
+    return int(libc.mallinfo2().fordblks)
 
-    Packs differ in their number of tokens, so what one step frees does not fit the next one exactly.
-    """
 
-    def __init__(self) -> None:
-        self._usual = 0
+class _Mallinfo(ctypes.Structure):
+    """`struct mallinfo2` of <malloc.h>."""
 
-    def tidy(self) -> None:
-        """To be called between steps, when their tensors are gone."""
-        held = resident_bytes()
-        if held > _MOST_GROWTH * self._usual:
-            if self._usual:
-                give_back_memory()
-            else:
-                self._usual = held
+    _fields_: ClassVar = [
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")),
+        *((name, ctypes.c_size_t) for name in ("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")),
+    ]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -6,6 +6,7 @@ characters are taken out.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import threading
@@ -95,8 +96,9 @@ class Terminal:
     def close(self) -> None:
         """Take the live line away; what was printed stays."""
         if self._live is not None:
-            self._live.stop()
-            self._live = None
+            live, self._live = self._live, None
+            with contextlib.suppress(OSError, ValueError):  # the terminal was closed
+                live.stop()
 
     def __enter__(self) -> Terminal:
         return self

@@ -20,7 +20,7 @@ from lorafit.evaluate.heldout import heldout_loss, pack_loss
 from lorafit.model.device import device_memory_bytes
 from lorafit.model.llama import Llama
 from lorafit.model.lora import set_enabled
-from lorafit.model.memory import FreedMemory, is_out_of_memory
+from lorafit.model.memory import MUCH_FREE, give_back_memory, is_out_of_memory
 from lorafit.observe.events import Busy, Heldout, Note, Observer, Step
 from lorafit.observe.meters import Meter
 from lorafit.rundir import RunDirectory
@@ -99,7 +99,7 @@ def _steps(
 ) -> Literal["finished", "interrupted"]:
     """The steps; the rows of the next one are laid out by `ahead` while the device works."""
     settings = job.settings
-    meter, freed = Meter(), FreedMemory()
+    meter = Meter()
     device = job.network.lm_head.weight.device
     upcoming = ahead.submit(_packs, job, state, state.step)
     while state.step < settings.num_steps:
@@ -124,7 +124,7 @@ def _steps(
         state.step += 1
         state.last_loss = loss
         state.scale.went_well()
-        freed.tidy()
+        give_back_memory(MUCH_FREE)
 
         tokens = sum(pack.num_tokens for pack in packs)
         seconds = time.perf_counter() - started
@@ -184,6 +184,7 @@ def _gradients(
         try:
             for pack in packs:
                 loss = pack_loss(job.network, pack)
+                give_back_memory(MUCH_FREE)
                 (loss * (state.scale.factor / supervised)).backward()
                 losses.append(loss.detach())
         except (RuntimeError, MemoryError) as error:

@@ -99,6 +99,11 @@ def resume_run(
         step, skipped = run.newest_checkpoint()
         notes = [Note(fault, "warning") for fault in skipped.values()]
         if step is not None and read_facts(run.checkpoint(step)).get("steps") == step and run.has_adapter():
+            if overrides:
+                raise RunError(
+                    f"`{path}` is finished: no setting changes it any more",
+                    hint=f"start a new run from it with lora.init_from={run.adapter}",
+                )
             if not quiet:
                 Terminal()(Note(f"`{path}` is finished after {step} steps; nothing was changed"))
             return _result(run, run.adapter, read_state(run.checkpoint(step)), finished=True)
