@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.crash.server import Server
@@ -57,7 +58,7 @@ def compare(bench: Bench) -> Tally:
 def kinds(trace: Path, root: Path) -> list[str]:
     """The kind of each successful call in strace's output that changes files below `root`."""
     found = []
-    for line in trace.read_text(errors="replace").splitlines():
+    for line in whole_lines(trace.read_text(errors="replace")):
         if str(root.resolve()) not in line or not re.search(r"= \d", line):
             continue
         name = re.search(r"\b([a-z_0-9]+)\(", line)
@@ -86,6 +87,18 @@ def kinds(trace: Path, root: Path) -> list[str]:
             case other:
                 found.append(other)
     return found
+
+
+def whole_lines(text: str) -> Iterator[str]:
+    """strace's lines, calls that another thread's interrupted put together again."""
+    begun: dict[str, str] = {}
+    for line in text.splitlines():
+        thread = line.split(maxsplit=1)[0]
+        if line.endswith("<unfinished ...>"):
+            begun[thread] = line.removesuffix("<unfinished ...>")
+        else:
+            head, resumed, rest = line.partition(" resumed>")
+            yield begun.pop(thread, head) + rest if resumed else line
 
 
 def strace_fault() -> str:
