@@ -186,7 +186,8 @@ def write_file(path: Path, text: str) -> None:
         temporary.replace(path)
         sync(path.parent)
     except OSError as error:
-        raise RunError(f"cannot write `{path.name}`: {error.strerror or error}", place=str(path)) from error
+        reason = f"{error.strerror or error} ({len(text.encode()):,} bytes are needed)"
+        raise RunError(f"cannot write `{path.name}`: {reason}", place=str(path)) from error
 
 
 @contextlib.contextmanager

@@ -127,7 +127,10 @@ class RunDirectory:
         """(newest step whose checkpoint verifies, newer ones and why they were skipped). None when none does."""
         skipped: dict[int, str] = {}
         for step in reversed(self.saved_steps()):
-            faults = verify_folder(self.checkpoint(step))
+            folder = self.checkpoint(step)
+            faults = verify_folder(folder)
+            if not faults and (holds := read_facts(folder).get("step")) != step:
+                faults = [f"it holds step {holds}"]
             if not faults:
                 return step, skipped
             skipped[step] = f"checkpoint step-{step:06d} is damaged and was skipped: {faults[0]}"

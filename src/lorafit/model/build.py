@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from lorafit.config.schema import Config, LoraSection
-from lorafit.errors import ConfigError, Problem
+from lorafit.durable import MANIFEST, verify_folder
+from lorafit.errors import ConfigError, ModelError, Problem
 from lorafit.hub import adapter_folder
 from lorafit.model.adapter import load_adapter, read_spec
 from lorafit.model.architecture import read_architecture
@@ -74,6 +75,8 @@ def wanted_adapter(config: Config) -> tuple[LoraSpec, Path | None]:
     if config.lora.init_from is None:
         return _asked_spec(config.lora), None
     initial = adapter_folder(config.lora.init_from, offline=config.run.offline).path
+    if (initial / MANIFEST).is_file() and (faults := verify_folder(initial, may_have_more=True)):
+        raise ModelError(f"the adapter to continue is damaged: {faults[0]}", place=str(initial))
     return _continued_spec(config.lora, read_spec(initial)), initial
 
 

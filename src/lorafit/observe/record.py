@@ -39,7 +39,7 @@ class Record:
             if written < len(line):  # the disk filled up within the line: the rest of it says why
                 self._file.write(line[written:])
         except OSError as error:
-            raise self._cannot_write(error) from error
+            raise self._cannot_write(error, f" ({len(line):,} bytes are needed)") from error
 
     def close(self) -> None:
         self._file.close()
@@ -52,9 +52,9 @@ class Record:
     ) -> None:
         self.close()
 
-    def _cannot_write(self, error: OSError) -> RunError:
+    def _cannot_write(self, error: OSError, needed: str = "") -> RunError:
         return RunError(
-            f"cannot write the run's metrics: {error.strerror or error}",
+            f"cannot write the run's metrics: {error.strerror or error}{needed}",
             place=str(self.path),
             hint="free some space or choose another output folder, then resume the run",
         )

@@ -1,0 +1,150 @@
+"""R5: every byte of a checkpoint and of an adapter is damaged, files go missing, are cut, exchanged or out of date."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.crash.jobs import run_of
+from tests.crash.kills import calls_of_a_run
+from tests.crash.shim import Strike
+from tests.crash.trial import Bench, Tally
+
+from lorafit.errors import RunError
+from lorafit.rundir import RunDirectory
+
+Damage = Callable[[Path, Path], None]  # to the first folder; the second is the checkpoint before it
+
+
+def interrupted(bench: Bench, name: str) -> Path:
+    """A run that was killed late: it has two checkpoints or more and no adapter."""
+    calls = calls_of_a_run(bench)
+    exported = next(call for call in calls if call.path.startswith("run/.staging-adapter"))
+    root = bench.root(name)
+    outcome = bench.run("start", root, strike=Strike(exported.thread, exported.number, "kill"))
+    assert outcome.killed
+    assert len(run_of(root).saved_steps()) >= 2
+    return root
+
+
+def flip_bits(bench: Bench, every: int = 1) -> Tally:
+    """One bit of every `every`-th byte: the checkpoint is passed over for the one before, the adapter is refused."""
+    tally = Tally()
+    run = run_of(interrupted(bench, "flipped"))
+    *_, before, newest = run.saved_steps()
+    for path, place, name in flipped(run.checkpoint(newest), every):
+        if run.newest_checkpoint()[0] != before:
+            tally.failures.append(f"{name}: {path.name} byte {place}")
+        tally.tried += 1
+    whole = bench.root("whole")
+    bench.run("start", whole)
+    finished = run_of(whole)
+    for path, place, name in flipped(finished.adapter, every):
+        if not refuses_adapter(finished):
+            tally.failures.append(f"{name}: {path.name} byte {place}")
+        tally.tried += 1
+    return tally
+
+
+def refuses_adapter(run: RunDirectory) -> bool:
+    """Whether neither resume nor generate would use the final adapter."""
+    try:
+        run.newest_adapter()
+    except RunError:
+        return not run.has_adapter()
+    return False
+
+
+def flipped(folder: Path, every: int) -> Iterator[tuple[Path, int, str]]:
+    """Each `every`-th byte of each file, with one bit changed while it is out; as it was afterwards."""
+    count = 0
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        with path.open("r+b", buffering=0) as file:
+            for place, byte in enumerate(content):
+                count += 1
+                if count % every:
+                    continue
+                os.pwrite(file.fileno(), bytes([byte ^ 1 << count // every % 8]), place)
+                yield path, place, folder.name
+                os.pwrite(file.fileno(), bytes([byte]), place)
+        assert path.read_bytes() == content
+
+
+def damages(folder: Path) -> Iterator[tuple[str, Damage]]:
+    """Ways to damage a checkpoint folder."""
+    names = sorted(path.name for path in folder.iterdir())
+    for name in names:
+        size = (folder / name).stat().st_size
+        yield f"without {name}", lambda new, _, name=name: (new / name).unlink()
+        yield f"{name} of the step before", lambda new, old, name=name: _copy(old / name, new / name)
+        yield f"{name} with a byte more", lambda new, _, name=name: _append(new / name)
+        yield f"{name} with zeros", lambda new, _, name=name: _zero(new / name)
+        for share in range(16):
+            length = size * share // 16
+            yield f"{name} cut to {length}", lambda new, _, name=name, n=length: os.truncate(new / name, n)
+    for one, other in zip(names, names[1:], strict=False):
+        yield f"{one} and {other} exchanged", lambda new, _, a=one, b=other: _exchange(new / a, new / b)
+    yield "a file too many", lambda new, _: _copy(new / names[0], new / "more.bin")
+    yield "all of the step before", lambda new, old: _replace(old, new)
+    yield "empty", lambda new, _: [path.unlink() for path in new.iterdir()] and None
+
+
+def damage_files(bench: Bench, sample: int = 1) -> Tally:
+    """Each damage to the newest checkpoint is found and passed over; each `sample`-th time the run goes on to its end."""
+    tally = Tally()
+    origin = interrupted(bench, "origin")
+    *_, before, newest = run_of(origin).saved_steps()
+
+    def trial(item: tuple[int, tuple[str, Damage]]) -> tuple[str, bool, list[str]]:
+        number, (name, damage) = item
+        with _copied(bench, origin, f"damage-{number}") as root:
+            run = run_of(root)
+            damage(run.checkpoint(newest), run.checkpoint(before))
+            step, skipped = run.newest_checkpoint()
+            problems = [] if step == before else [f"step {step} was taken and not {before}"]
+            problems += [] if skipped else ["nothing was said"]
+            if resumed := not problems and number % sample == 0:
+                problems += bench.finish(root)
+            return name, resumed, problems
+
+    for name, resumed, problems in bench.servers.each(
+        trial, enumerate(damages(run_of(origin).checkpoint(newest)))
+    ):
+        tally.add(name, *problems)
+        tally.count("resumed to the end", resumed)
+    return tally
+
+
+@contextmanager
+def _copied(bench: Bench, origin: Path, name: str) -> Iterator[Path]:
+    root = bench.root(name)
+    shutil.copytree(origin, root, dirs_exist_ok=True)
+    yield root
+    shutil.rmtree(root, ignore_errors=True)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.write_bytes(source.read_bytes())
+
+
+def _append(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+def _zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def _exchange(one: Path, other: Path) -> None:
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+
+
+def _replace(old: Path, new: Path) -> None:
+    shutil.rmtree(new)
+    shutil.copytree(old, new)

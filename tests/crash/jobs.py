@@ -1,0 +1,90 @@
+"""What the children of the campaigns do: a tiny run of lorafit, started and resumed as a user does it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tests.tiny import write_model, write_rows
+
+from lorafit.config.load import load_config
+from lorafit.durable import sha256_file
+from lorafit.errors import LorafitError
+from lorafit.model.adapter import WEIGHTS
+from lorafit.rundir import RunDirectory
+from lorafit.training import loop
+from lorafit.training.run import Result, resume_run, start_run
+
+torch.set_num_threads(1)
+
+
+def write_material(folder: Path) -> list[str]:
+    """A model and rows; returns the settings of a run on them with seven saves, rotation and a best step."""
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = write_model(folder / "model", **shape)
+    rows = write_rows(folder / "rows.json", 24)
+    return [
+        f"model.name={model}",
+        f"data.path={rows}",
+        "data.holdout=2",
+        "model.dtype=float32",
+        "model.device=cpu",
+        "lora.rank=2",
+        "lora.dropout=0.1",
+        "train.batch_size=3",
+        "train.max_steps=12",
+        "train.learning_rate=0.01",
+        "train.eval_every=4",
+        "train.save_every=2",
+        "run.samples=0",
+    ]
+
+
+def run_of(root: Path) -> RunDirectory:
+    """The run directory of a trial, whose folder also holds its own cache."""
+    return RunDirectory(root / "run")
+
+
+def start(root: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """`lorafit train ... --output`."""
+    root.mkdir(parents=True, exist_ok=True)
+    os.environ["LORAFIT_CACHE"] = str(root / "cache")
+    config = load_config(None, [*overrides, f"run.output={root / 'run'}"])
+    return _answer(root, lambda: start_run(config, quiet=True))
+
+
+def go_on(root: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """What a person does after a crash: `lorafit train --resume`, or the same command again where no run began."""
+    if not run_of(root).config_file.exists():
+        return start(root, overrides)
+    os.environ["LORAFIT_CACHE"] = str(root / "cache")
+    return _answer(root, lambda: resume_run(root / "run", quiet=True))
+
+
+def _answer(root: Path, work: Callable[[], Result]) -> dict[str, Any]:
+    """How it went, and (step, rows) of every step that was trained."""
+    rows: list[tuple[int, list[int]]] = []
+    gradients = loop._gradients
+
+    def watched(job: loop.Job, state: Any, packs: Any, supervised: Any, indices: Any) -> tuple[float, float]:
+        rows.append((state.step + 1, indices.tolist()))
+        return gradients(job, state, packs, supervised, indices)
+
+    loop._gradients = watched
+    try:
+        result = work()
+    except LorafitError as error:
+        problems = [[problem.message, problem.place, problem.hint] for problem in error.problems]
+        return {"finished": False, "problems": problems, "rows": rows}
+    return {"finished": result.finished, "adapter": digest(root), "problems": [], "rows": rows}
+
+
+def digest(root: Path) -> str:
+    """SHA-256 of the final adapter."""
+    return sha256_file(run_of(root).adapter / WEIGHTS)
+
+
+JOBS: Mapping[str, Callable[..., dict[str, Any]]] = {"start": start, "go_on": go_on}

@@ -1,0 +1,104 @@
+"""R6: runs of many kinds are resumed from each of their steps and end in the same bytes, from the same rows."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tests.crash.jobs import run_of, write_material
+from tests.crash.server import Servers
+from tests.crash.trial import Tally
+
+_EVERY_STEP = ("train.save_every=1", "train.keep=99", "train.max_steps=9")  # an epoch of the rows is 7 steps and a bit
+_TARGETS = ("all-linear", "[q_proj,v_proj]", "re:.*mlp.*", "o_proj")
+_SCHEDULES = ("cosine", "linear", "constant")
+_EXTRAS = (
+    "lora.rslora=true",
+    "train.weight_decay=0.1",
+    "train.schedule=constant",
+    "data.shuffle=false",
+    "data.train_on=all",
+    "data.holdout=0",
+    "train.eval_every=1",
+    "train.keep_best=false",
+    "train.max_grad_norm=0",
+    "train.seed=7",
+    "train.warmup=4",
+    "train.batch_size=1",
+    "train.batch_size=22",
+    "model.dtype=float64",
+    "data.weights=[2]",
+    "data.template=alpaca",
+)
+
+
+def configurations() -> Iterator[tuple[str, ...]]:
+    """48 of types, base, dropout, packing and accumulation, with the rest in turn; and each of the extras."""
+    axes = itertools.product(
+        ("float32", "bfloat16", "float16"), ("none", "int8"), ("0", "0.1"), ("true", "false"), ("2048", "90")
+    )
+    for number, (dtype, quantize, dropout, packing, tokens) in enumerate(axes):
+        yield (
+            f"model.dtype={dtype}",
+            f"model.quantize={quantize}",
+            f"lora.dropout={dropout}",
+            f"data.packing={packing}",
+            f"train.micro_batch_tokens={tokens}",
+            f"lora.targets={_TARGETS[number % 4]}",
+            f"train.schedule={_SCHEDULES[number % 3]}",
+            f"train.recompute={('none', 'layers')[number // 3 % 2]}",
+        )
+    for extra in _EXTRAS:
+        yield (extra,)
+
+
+def resume_everywhere(
+    work: Path, servers: Servers, chosen: Sequence[tuple[str, ...]], every: int = 1
+) -> Tally:
+    """R6: each configuration is resumed from every `every`-th step."""
+    material = write_material(work / "parity")
+    tally = Tally()
+    servers.learn("start", work / "parity", overrides=[*material, "train.max_steps=1"])
+
+    def trial(item: tuple[int, tuple[str, ...]]) -> tuple[tuple[str, ...], list[tuple[int, list[str]]]]:
+        number, changes = item
+        overrides = [*material, *_EVERY_STEP, *changes]
+        origin = work / "parity" / f"configuration-{number}"
+        whole = servers.run("start", origin, overrides=overrides)
+        if whole.answer is None or not whole.answer["finished"]:
+            return changes, [(0, [f"it does not run: {whole.fault} {whole.answer}"])]
+        outcomes = []
+        for step in range(number % every, len(whole.answer["rows"]), every):
+            root = work / "parity" / f"resumed-{number}-{step}"
+            cut(origin, root, step)
+            resumed = servers.run("go_on", root, overrides=overrides)
+            problems = []
+            if resumed.answer is None or not resumed.answer["finished"]:
+                problems.append(f"it does not go on: {resumed.fault} {resumed.answer}")
+            else:
+                if resumed.answer["adapter"] != whole.answer["adapter"]:
+                    problems.append("other bytes")
+                if resumed.answer["rows"] != whole.answer["rows"][step:]:
+                    problems.append("other rows")
+            outcomes.append((step, problems))
+            shutil.rmtree(root)
+        shutil.rmtree(origin)
+        return changes, outcomes
+
+    for changes, outcomes in servers.each(trial, list(enumerate(chosen))):
+        tally.count("configurations")
+        for step, problems in outcomes:
+            tally.add(f"from step {step} with {' '.join(changes)}", *problems)
+    return tally
+
+
+def cut(origin: Path, root: Path, step: int) -> None:
+    """Copy a finished run as it was after `step`."""
+    shutil.copytree(origin, root)
+    run = run_of(root)
+    shutil.rmtree(run.adapter)
+    for later in run.saved_steps():
+        if later > step:
+            shutil.rmtree(run.checkpoint(later))

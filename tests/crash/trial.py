@@ -1,0 +1,114 @@
+"""One trial of a campaign: what a dead run left, whether it can go on, and whether it then ends in the same bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.crash.jobs import digest, run_of, write_material
+from tests.crash.server import Outcome, Servers
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a campaign tried and what went wrong, each failure in words. `facts` are numbers to publish."""
+
+    tried: int = 0
+    failures: list[str] = field(default_factory=list)
+    facts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, name: str, *problems: str) -> None:
+        """One more trial and what was wrong with it."""
+        self.tried += 1
+        if problems:
+            self.failures.append(f"{name}: {'; '.join(problems)}")
+
+    def count(self, fact: str, number: int = 1) -> None:
+        self.facts[fact] = self.facts.get(fact, 0) + number
+
+    def most(self, fact: str, number: int) -> None:
+        self.facts[fact] = max(self.facts.get(fact, 0), number)
+
+
+@dataclass(frozen=True, slots=True)
+class Left:
+    """What a dead run left: the last step it recorded, the last that it reported as saved, the newest checkpoint."""
+
+    last_step: int
+    reported: int
+    newest: int
+
+    @classmethod
+    def by(cls, root: Path) -> Left:
+        events = list(events_of(root))
+        return cls(
+            last_step=max((e["step"] for e in events if e["event"] == "step"), default=0),
+            reported=max((e["step"] for e in events if e["event"] == "saved"), default=0),
+            newest=run_of(root).newest_checkpoint()[0] or 0,
+        )
+
+
+def events_of(root: Path) -> Iterable[dict[str, Any]]:
+    """The events of a run's metrics that can be read."""
+    file = run_of(root).metrics_file
+    for line in file.read_bytes().splitlines() if file.exists() else ():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict):
+            yield event
+
+
+class Bench:
+    """Servers, a tiny run's settings, and how that run ends when nobody disturbs it."""
+
+    def __init__(self, work: Path, servers: Servers, *changes: str) -> None:
+        self.work, self.servers = work, servers
+        material = work / "material"
+        self.overrides: Sequence[str] = [*write_material(material), *changes]
+        whole = self.servers.learn("start", work / "whole", overrides=self.overrides)
+        assert whole.answer is not None
+        assert whole.answer["finished"], whole.answer
+        self.adapter: str = whole.answer["adapter"]
+        self.rows: list[tuple[int, list[int]]] = whole.answer["rows"]
+        self.num_steps = len(self.rows)
+        self.seconds = self.run("start", self.root("timed")).seconds
+
+    def root(self, name: str) -> Path:
+        """An empty folder for a trial."""
+        root = self.work / "trials" / name
+        shutil.rmtree(root, ignore_errors=True)
+        root.mkdir(parents=True)
+        return root
+
+    def run(self, job: str, root: Path, **how: Any) -> Outcome:
+        """A child that does `job` in `root`."""
+        return self.servers.run(job, root, overrides=self.overrides, **how)
+
+    def finish(self, root: Path) -> list[str]:
+        """Let the run in `root` go on undisturbed; what is wrong with how it ends. Removes `root` if nothing is."""
+        problems = self.end_of(root, self.run("go_on", root))
+        if not problems:
+            shutil.rmtree(root)
+        return problems
+
+    def end_of(self, root: Path, outcome: Outcome) -> list[str]:
+        """What is wrong with a run that went on undisturbed."""
+        if outcome.fault or outcome.answer is None:
+            return [f"it broke: {outcome.fault}"]
+        if not outcome.answer["finished"]:
+            return [f"it did not finish: {outcome.answer['problems']}"]
+        problems = []
+        if digest(root) != self.adapter:
+            problems.append("the final adapter has other bytes")
+        steps = [event["step"] for event in events_of(root) if event["event"] == "step"]
+        if steps != list(range(1, self.num_steps + 1)):
+            problems.append(f"metrics.jsonl has the steps {steps}")
+        run = run_of(root)
+        litter = [p.name for folder in (run.path, run.checkpoints) for p in folder.glob(".*")]
+        return [*problems, *(f"{name} was left" for name in litter)]
