@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 from tests.crash.jobs import run_of
@@ -86,7 +87,7 @@ def damages(folder: Path) -> Iterator[tuple[str, Damage]]:
         for share in range(16):
             length = size * share // 16
             yield f"{name} cut to {length}", lambda new, _, name=name, n=length: os.truncate(new / name, n)
-    for one, other in zip(names, names[1:], strict=False):
+    for one, other in pairwise(names):
         yield f"{one} and {other} exchanged", lambda new, _, a=one, b=other: _exchange(new / a, new / b)
     yield "a file too many", lambda new, _: _copy(new / names[0], new / "more.bin")
     yield "all of the step before", lambda new, old: _replace(old, new)
@@ -94,7 +95,7 @@ def damages(folder: Path) -> Iterator[tuple[str, Damage]]:
 
 
 def damage_files(bench: Bench, sample: int = 1) -> Tally:
-    """Each damage to the newest checkpoint is found and passed over; each `sample`-th time the run goes on to its end."""
+    """Each damage to the newest checkpoint is found and passed over; each `sample`-th time the run is resumed."""
     tally = Tally()
     origin = interrupted(bench, "origin")
     *_, before, newest = run_of(origin).saved_steps()

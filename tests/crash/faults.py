@@ -17,7 +17,11 @@ from tests.crash.server import Outcome
 from tests.crash.shim import Act, Strike
 from tests.crash.trial import Bench, Left, Tally
 
-SHORT_RUN = ("train.max_steps=6", "train.eval_every=3", "train.keep=1")  # three saves, two of them rotated away
+SHORT_RUN = (
+    "train.max_steps=6",
+    "train.eval_every=3",
+    "train.keep=1",
+)  # three saves, two of them rotated away
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _BYTES = re.compile(r"\d[\d,.]* ?(bytes|[kKMGT]i?B)\b")

@@ -11,7 +11,11 @@ from tests.crash.jobs import run_of, write_material
 from tests.crash.server import Servers
 from tests.crash.trial import Tally
 
-_EVERY_STEP = ("train.save_every=1", "train.keep=99", "train.max_steps=9")  # an epoch of the rows is 7 steps and a bit
+_EVERY_STEP = (
+    "train.save_every=1",
+    "train.keep=99",
+    "train.max_steps=9",
+)  # an epoch of the rows is 7 steps and a bit
 _TARGETS = ("all-linear", "[q_proj,v_proj]", "re:.*mlp.*", "o_proj")
 _SCHEDULES = ("cosine", "linear", "constant")
 _EXTRAS = (

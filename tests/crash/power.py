@@ -137,7 +137,9 @@ def record_of(bench: Bench, name: str, share: float | None, act: Act = "nothing"
     return record, root
 
 
-def cut_the_power(bench: Bench, histories: Sequence[float | None], per_moment: int, sample: int, stride: int = 1) -> Tally:
+def cut_the_power(
+    bench: Bench, histories: Sequence[float | None], per_moment: int, sample: int, stride: int = 1
+) -> Tally:
     """R3 on every `stride`-th moment of recorded `histories` (see `record_of`), with up to `per_moment` images.
 
     Every `sample`-th image is resumed to the end.

@@ -46,9 +46,7 @@ class Outcome:
 class Server:
     """The client's end: one server process, one child at a time."""
 
-    def __init__(
-        self, work: Path, module: str, *, prefix: Sequence[str] = (), **environment: str
-    ) -> None:
+    def __init__(self, work: Path, module: str, *, prefix: Sequence[str] = (), **environment: str) -> None:
         library = build(work)
         self._log = (work / f"{module}.err").open("a")
         self._process = subprocess.Popen(
@@ -164,7 +162,7 @@ def _serve(module: ModuleType) -> None:
         for name in (outcome["answer"] or {}).pop("modules", ()):
             with contextlib.suppress(Exception):
                 import_module(name)
-        tasks = [Path(f"/proc/self/task/{task}/comm").read_text() for task in os.listdir("/proc/self/task")]
+        tasks = [(task / "comm").read_text() for task in sorted(Path("/proc/self/task").iterdir())]
         others = [name for name in tasks[1:] if name != "jemalloc_bg_thd\n"]  # pyarrow's; it knows forks
         assert not others, f"a process with threads is not forked: {others}"
         answers.write(json.dumps(outcome) + "\n")

@@ -6,9 +6,11 @@ they save is counted here, and a test holds the count against what autograd real
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from lorafit.evaluate.heldout import FILL
 from lorafit.model.architecture import Architecture
 from lorafit.model.loss import CHUNK_ELEMENTS
 from lorafit.model.quant import Quantize
@@ -50,6 +52,11 @@ class Pass:
     supervised: float
     squares: float
 
+    @property
+    def filled(self) -> float:
+        """Tokens with those that fill the pass up (evaluate/heldout.py)."""
+        return math.ceil(self.tokens / FILL) * FILL
+
 
 @dataclass(frozen=True, slots=True)
 class _Group:
@@ -71,9 +78,9 @@ def _groups(shape: Shape, work: Pass, layer: int) -> list[_Group]:
     arch = shape.arch
     q, kv = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
     hidden, inner = arch.hidden_size, arch.intermediate_size
-    rows = work.supervised if layer == arch.num_hidden_layers - 1 else work.tokens
+    rows = work.supervised if layer == arch.num_hidden_layers - 1 else work.filled
     return [
-        _Group(tuple(zip(_NAMES[0], (q, kv, kv), strict=True)), hidden, hidden, True, work.tokens),
+        _Group(tuple(zip(_NAMES[0], (q, kv, kv), strict=True)), hidden, hidden, True, work.filled),
         _Group(tuple(zip(_NAMES[1], (hidden,), strict=True)), q, q, False, rows),
         _Group(tuple(zip(_NAMES[2], (inner, inner), strict=True)), hidden, hidden, True, rows),
         _Group(tuple(zip(_NAMES[3], (hidden,), strict=True)), inner, 2 * inner, True, rows),
@@ -105,12 +112,12 @@ def layer_saved_bytes(shape: Shape, work: Pass, layer: int) -> float:
 def _attention_bytes(shape: Shape, work: Pass) -> float:
     arch, width = shape.arch, shape.width
     q, kv = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
-    total = work.tokens * ((q + 2 * kv) * width + arch.num_attention_heads * 4)
+    total = work.filled * ((q + 2 * kv) * width + arch.num_attention_heads * 4)
     if arch.qk_norm:  # each norm keeps its input and a number a head
         heads = arch.num_attention_heads + arch.num_key_value_heads
-        total += work.tokens * ((q + kv) * width + heads * 4)
+        total += work.filled * ((q + kv) * width + heads * 4)
     if not shape.compiled:  # torch's attention keeps its output
-        total += work.tokens * q * width
+        total += work.filled * q * width
     return total
 
 
@@ -119,10 +126,10 @@ def saved_bytes(shape: Shape, work: Pass) -> float:
     arch = shape.arch
     layers = range(arch.num_hidden_layers)
     if shape.recompute:
-        kept = work.tokens * arch.hidden_size * shape.width * len(layers)
+        kept = work.filled * arch.hidden_size * shape.width * len(layers)
     else:
         kept = sum(layer_saved_bytes(shape, work, layer) for layer in layers)
-    rotary = work.tokens * arch.head_dim * 4
+    rotary = work.filled * arch.head_dim * 4
     head = work.supervised * (2 * arch.hidden_size * shape.width + 4)  # the norm's input, the loss's gradient
     return kept + rotary + head
 

@@ -27,7 +27,7 @@ from lorafit.check.formula import (
 from lorafit.check.machine import CONTEXT_BYTES, watch_peak
 from lorafit.check.workload import Workload
 from lorafit.data.packing import Pack
-from lorafit.evaluate.heldout import pack_loss
+from lorafit.evaluate.heldout import FILL, pack_loss
 from lorafit.model.frozen import Frozen
 from lorafit.model.llama import Llama
 from lorafit.model.memory import give_back_memory
@@ -225,7 +225,9 @@ def predict_times(shape: Shape, work: Workload, schedule: Schedule, rates: Rates
     training = training_flops(shape, work.mean) * work.num_passes / rates.flops_per_second
     number = 4 if shape.width < 8 else 8
     one_save = _SAVE_SECONDS + trainable * number * 3 / _SAVED_BYTES_PER_SECOND
-    one_token = forward_flops(shape, Pass(1, 1, 0)) / rates.flops_per_second + rates.pass_seconds / 3
+    one_token = (
+        forward_flops(shape, Pass(FILL, 1, 0)) / FILL / rates.flops_per_second + rates.pass_seconds / 3
+    )
     return Times(
         start=start + _ENDS_SECONDS,
         steps=training
