@@ -12,9 +12,10 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -48,6 +49,7 @@ def commit_folder(
         files = {}
         for path in _files(staging):
             sync(path)
+            _forget(path)
             name = path.relative_to(staging).as_posix()
             files[name] = {"size": path.stat().st_size, "sha256": known.get(name) or sha256_file(path)}
         manifest = {"schema": SCHEMA, "files": files, "facts": dict(facts)}
@@ -86,12 +88,25 @@ def write_files(staging: Path, files: Mapping[str, bytes]) -> dict[str, str]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make `folder` and its parents where they are missing, each synced into the one above. Raises OSError."""
+    """Make `folder` and its parents where they are missing, each synced into the one above. Raises OSError.
+
+    One that is there may be what a killed process had made but not synced: see `settle_names`.
+    """
     if folder.is_dir():
         return
     make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     sync(folder.parent)
+
+
+def settle_names(*folders: Path) -> None:
+    """Make durable what is to be seen in `folders`: a killed process may have made names without syncing them.
+
+    Nothing may be built on names that only the running system knows. Raises OSError.
+    """
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # not there, or another's
+            sync(folder)
 
 
 def verify_folder(folder: Path, *, may_have_more: bool = False) -> list[str]:
@@ -186,20 +201,23 @@ def write_file(path: Path, text: str) -> None:
         temporary.replace(path)
         sync(path.parent)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         reason = f"{error.strerror or error} ({len(text.encode()):,} bytes are needed)"
         raise RunError(f"cannot write `{path.name}`: {reason}", place=str(path)) from error
 
 
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
+def lock(path: Path) -> Iterator[BinaryIO | None]:
     """Hold the file `path` for this process alone; the operating system frees it when the process ends.
 
-    Raises RunError when another living process holds it.
+    Yields the open file: a duplicate of its descriptor holds the lock as well, until it is closed. Raises RunError
+    when another living process holds it.
     """
     try:
         import fcntl
     except ImportError:  # not a POSIX system: no lock, nothing else changes
-        yield
+        yield None
         return
     try:
         file = path.open("ab+", buffering=0)
@@ -219,7 +237,7 @@ def lock(path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # who holds it is a courtesy: a full disk is met where it matters
             file.truncate(0)
             file.write(str(os.getpid()).encode())
-        yield
+        yield file
 
 
 def is_locked(path: Path) -> bool:
@@ -267,7 +285,7 @@ def _write_synced(path: Path, text: str) -> None:
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        _fsync(file.fileno())
 
 
 def sync(path: Path) -> None:
@@ -276,6 +294,27 @@ def sync(path: Path) -> None:
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _fsync(descriptor: int) -> None:
+    if sys.platform == "darwin":  # there fsync leaves the bytes in the drive's own cache
+        import fcntl
+
+        with contextlib.suppress(OSError):  # not every file system offers it
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(descriptor)
+
+
+def _forget(path: Path) -> None:
+    """Drop a synced file from the system's memory, so that reading it back reads the disk. A wish, not an order."""
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)

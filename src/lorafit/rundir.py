@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lorafit.config.load import dump_config, load_config
 from lorafit.config.schema import Config
 from lorafit.durable import (
     clean_orphans,
     is_orphan,
+    lock,
     make_folder,
     read_facts,
+    settle_names,
     verify_folder,
     write_file,
 )
@@ -44,6 +47,7 @@ class RunDirectory:
         self.lock_file = path / "run.lock"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
+        self._held: BinaryIO | None = None
 
     @classmethod
     def new(cls, output: str | None, model_name: str) -> RunDirectory:
@@ -55,14 +59,18 @@ class RunDirectory:
             stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model_name).name) or "run"
             output = f"runs/{stem}-{datetime.now():%Y%m%d-%H%M%S}"
         run = cls(Path(output).expanduser())
-        if run.config_file.exists():
-            raise RunError(
-                f"`{output}` already holds a run",
-                hint=f"go on with it: `lorafit train --resume {output}`, or give another --output",
-            )
-        if run.path.exists() and not run._is_vacant():
-            raise RunError(f"`{output}` is not empty", hint="give an --output that does not exist yet")
+        run.check_vacant()
         return run
+
+    def check_vacant(self) -> None:
+        """Raise RunError when something is here already."""
+        if self.config_file.exists():
+            raise RunError(
+                f"`{self.path}` already holds a run",
+                hint=f"go on with it: `lorafit train --resume {self.path}`, or give another --output",
+            )
+        if self.path.exists() and not self._is_vacant():
+            raise RunError(f"`{self.path}` is not empty", hint="give an --output that does not exist yet")
 
     def _is_vacant(self) -> bool:
         """Whether nothing is here, or only what a run leaves that was killed before it had begun."""
@@ -71,14 +79,32 @@ class RunDirectory:
             path.name in own or is_orphan(path.name) for path in self.path.iterdir()
         )
 
-    def create(self) -> None:
-        """Make the directory. Raises RunError when it cannot be written."""
+    def create(self, num_bytes: int = 0) -> None:
+        """Make the directory. Raises RunError when it cannot be written; it names `num_bytes` as what a run needs."""
         try:
             make_folder(self.path)
         except OSError as error:
+            needed = f" ({num_bytes:,} bytes are needed for its checkpoints)" if num_bytes else ""
             raise RunError(
-                f"cannot make the run directory: {error.strerror or error}", place=str(self.path)
+                f"cannot make the run directory: {error.strerror or error}{needed}", place=str(self.path)
             ) from None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process alone. Raises RunError when another living process holds it."""
+        with lock(self.lock_file) as held:
+            self._held = held
+            try:
+                yield
+            finally:
+                self._held = None
+
+    def keep_locked(self) -> contextlib.AbstractContextManager[object]:
+        """Hold the lock until the end of this context even if `locked` ends before: for a thread that still writes.
+
+        To be called, not entered, while the lock is held.
+        """
+        return os.fdopen(os.dup(self._held.fileno()), "rb") if self._held else contextlib.nullcontext()
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
@@ -181,8 +207,9 @@ class RunDirectory:
             raise RunError(f"cannot write here: {error.strerror or error}", place=str(folder)) from None
 
     def clean(self) -> None:
-        """Remove what an earlier crash left half written. Raises RunError."""
+        """Remove what an earlier crash left half written, make durable what it left whole. Raises RunError."""
         try:
+            settle_names(self.path.parent, self.path, self.checkpoints)
             clean_orphans(self.path)
             clean_orphans(self.checkpoints)
         except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import threading
@@ -20,7 +21,8 @@ from lorafit.durable import read_facts, sha256_file
 from lorafit.errors import RunError
 from lorafit.rundir import RunDirectory
 from lorafit.training import loop, saving
-from lorafit.training.run import resume_run
+from lorafit.training import run as training_run
+from lorafit.training.run import resume_run, start_run
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +97,25 @@ def test_out_of_memory_in_the_first_step_saves_nothing(
     Short(monkeypatch, 0, CUDA)
     with pytest.raises(RunError, match=r"out of memory in step 1\n"):
         run(material, tmp_path / "run")
+
+
+def test_out_of_memory_while_measuring_saves_the_step_and_the_measurement_is_made_up(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(material, tmp_path / "whole")
+
+    def short(*_: Any) -> float:
+        raise CUDA
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "heldout_loss", short)
+        with pytest.raises(RunError, match="out of memory measuring held-out rows; step 3 is saved"):
+            run(material, tmp_path / "run")
+    assert RunDirectory.open(tmp_path / "run").newest_checkpoint() == (3, {})
+    resumed = resume_run(tmp_path / "run", quiet=True)
+    assert digest(resumed) == digest(whole)
+    measured = [[event["loss"] for event in events(r, "heldout")] for r in (whole, resumed)]
+    assert measured[0] == measured[1]
 
 
 def test_where_asked_for_memory_that_ran_out_halves_the_passes_and_the_run_goes_on(
@@ -173,6 +194,83 @@ def test_a_second_signal_stops_at_once_and_loses_nothing_saved(
         patch.setattr(loop, "_gradients", twice)
         run(material, tmp_path / "run")
     assert digest(resume_run(tmp_path / "run", quiet=True)) == digest(whole)
+
+
+def test_a_stop_while_measuring_ends_before_the_next_step(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(material, tmp_path / "whole")
+    measure = loop.heldout_loss
+
+    def signalled(*rest: Any) -> float:
+        os.kill(os.getpid(), signal.SIGTERM)
+        monkeypatch.setattr(loop, "heldout_loss", measure)
+        return measure(*rest)
+
+    monkeypatch.setattr(loop, "heldout_loss", signalled)
+    result = run(material, tmp_path / "run")
+    assert (result.finished, result.step) == (False, 3)
+    assert digest(resume_run(tmp_path / "run", quiet=True)) == digest(whole)
+
+
+@pytest.mark.parametrize("when", ["loading", "after the last step"])
+def test_signals_outside_of_steps_are_answered_and_none_kills_without_a_word(
+    material: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    when: str,
+) -> None:
+    from lorafit.config.load import load_config
+
+    place = "build" if when == "loading" else "export_adapter"
+    real = getattr(training_run, place)
+
+    def signalled(*rest: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*rest)
+
+    config = load_config(None, [*material, "train.max_steps=2", f"run.output={tmp_path / 'run'}"])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training_run, place, signalled)
+        start_run(config)
+    said = capsys.readouterr().err
+    assert "SIGUSR1: no step is under way" in said
+    assert "SIGTERM: stopping; what was trained is saved" in said
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    saved = RunDirectory(tmp_path / "run").saved_steps()
+    assert saved == ([] if when == "loading" else [2])
+
+
+def test_a_save_that_outlives_its_run_keeps_the_lock_and_a_resume_waits_for_it(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a notebook: Ctrl-C twice, and the cell is run again while the thread still writes."""
+    whole = run(material, tmp_path / "whole")
+    go, held, real = threading.Event(), [], saving.save_checkpoint
+
+    def slow(folder: Path, *rest: Any) -> None:
+        if folder.name == "step-000004":
+            go.wait(30)
+            held.append(durable.is_locked(tmp_path / "run" / "run.lock"))
+        real(folder, *rest)
+
+    gradients = loop._gradients
+
+    def twice(job: loop.Job, state: Any, *rest: Any) -> Any:
+        if state.step + 1 == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return gradients(job, state, *rest)
+
+    monkeypatch.setattr(saving, "save_checkpoint", slow)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "_gradients", twice)
+        run(material, tmp_path / "run")
+    threading.Timer(0.3, go.set).start()
+    assert digest(resume_run(tmp_path / "run", quiet=True)) == digest(whole)
+    assert held == [True]
 
 
 def test_a_step_does_not_wait_for_the_disk(
@@ -271,6 +369,36 @@ def test_resume_refuses_another_mathematics_names_the_key_and_goes_on_knowingly(
     assert RunDirectory.open(path).config().train.learning_rate == 0.02
 
 
+def test_another_prompt_is_named_key_by_key_and_where_accepted_it_is_the_one_that_is_used(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = stopped(material, tmp_path / "run", monkeypatch)
+    frozen = (path / "prompt.json").read_bytes()
+    with pytest.raises(RunError, match=r"prompt\.system changed: was , is Be brief\."):
+        resume_run(path, ["data.system=Be brief."], quiet=True)
+    assert (path / "prompt.json").read_bytes() == frozen
+    resume_run(path, ["data.system=Be brief."], accept_changes=True, quiet=True)
+    assert json.loads((path / "prompt.json").read_text())["system"] == "Be brief."
+
+
+def test_two_that_start_in_one_folder_do_not_overwrite_each_other(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second begins while the first is not there yet, and is ready when the first is done."""
+    create, finished = RunDirectory.create, []
+
+    def late(directory: RunDirectory, *rest: Any, **more: Any) -> None:
+        if not finished:
+            finished.append(None)
+            finished[0] = digest(run(material, tmp_path / "run"))
+        create(directory, *rest, **more)
+
+    monkeypatch.setattr(RunDirectory, "create", late)
+    with pytest.raises(RunError, match="already holds a run"):
+        run(material, tmp_path / "run", "train.seed=1")
+    assert sha256_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors") == finished[0]
+
+
 def test_a_config_edited_by_hand_is_another_mathematics_too(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,6 +452,27 @@ def test_a_lost_best_step_is_said_and_later_ones_count(
     resumed = resume_run(path, quiet=True)
     assert resumed.finished
     assert any("the best step so far, 3, is lost" in text for text in warnings(path))
+
+
+def test_a_best_step_that_was_damaged_is_not_exported(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bits rot while later steps are trained."""
+    rising = iter([4.0, 1.0, 3.0])
+    monkeypatch.setattr(loop, "heldout_loss", lambda *_: next(rising))
+    gradients = loop._gradients
+
+    def rot(job: loop.Job, state: Any, *rest: Any) -> Any:
+        if state.step == 5:
+            weights = job.run.checkpoint(3) / "adapter_model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+        return gradients(job, state, *rest)
+
+    monkeypatch.setattr(loop, "_gradients", rot)
+    result = run(material, tmp_path / "run")
+    assert result.finished
+    assert any("the best step, 3, is lost" in text for text in warnings(result.path))
+    assert read_facts(result.adapter)["step"] == 6
 
 
 def test_metrics_that_a_power_cut_damaged_do_not_stop_a_resume(

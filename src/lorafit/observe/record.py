@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lorafit.durable import write_file
+from lorafit.durable import sync, write_file
 from lorafit.errors import RunError
 
 from .events import Busy, Event, Step
@@ -27,6 +27,7 @@ class Record:
         try:
             self._file = path.open("ab", buffering=0)
             self._file.truncate(_whole(path.read_bytes()))
+            sync(path.parent)  # whoever syncs the file later relies on its name
         except OSError as error:
             raise self._cannot_write(error) from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from lorafit.durable import commit_folder, read_facts, write_files
+from lorafit.durable import commit_folder, read_facts, verify_folder, write_files
 from lorafit.errors import Problem, RunError
 from lorafit.model.adapter import CONFIG, WEIGHTS, adapter_files, adapter_tensors, load_adapter
 from lorafit.model.llama import Llama
@@ -111,20 +111,24 @@ def changes(folder: Path, facts: Mapping[str, Any]) -> list[str]:
     for name, value in facts.items():
         was = stored.get(name)
         if isinstance(value, Mapping):
-            was = was if isinstance(was, Mapping) else {}
-            found += [
-                f"{key} changed: was {_short(was.get(key))}, is {_short(value.get(key))}"
-                for key in sorted(was.keys() | value.keys())
-                if was.get(key) != value.get(key)
-            ]
+            found += differences(was if isinstance(was, Mapping) else {}, value)
         elif was != value:
             found.append(f"the {name.replace('_', ' ')} changed: was {_short(was)}, is {_short(value)}")
     return found
 
 
-def check_same_run(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Raise RunError listing what differs between a run and its checkpoint."""
-    if found := changes(folder, facts):
+def differences(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The keys whose values differ, a line each."""
+    return [
+        f"{prefix}{key} changed: was {_short(was.get(key))}, is {_short(now.get(key))}"
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key)
+    ]
+
+
+def refuse_changes(folder: Path, found: Sequence[str]) -> None:
+    """Raise RunError with what differs between a run and its checkpoint in `folder`, where anything does."""
+    if found:
         hint = (
             "bring back what the run was started with, go on knowingly with --accept-changes, or start a new "
             "run with lora.init_from=.../adapter"
@@ -133,10 +137,13 @@ def check_same_run(folder: Path, facts: Mapping[str, Any]) -> None:
 
 
 def export_adapter(folder: Path, checkpoint: Path, facts: Mapping[str, Any]) -> None:
-    """Commit the PEFT folder of a verified checkpoint as the run's final adapter: a copy, compared byte for byte.
+    """Commit the PEFT folder of a checkpoint as the run's final adapter: verified, copied, compared byte for byte.
 
     Raises RunError.
     """
+    if faults := verify_folder(checkpoint):
+        hint = "`lorafit train --resume` passes it over and goes on from one that is whole"
+        raise RunError(f"the checkpoint is damaged: {faults[0]}", place=str(checkpoint), hint=hint)
     try:
         files = {name: (checkpoint / name).read_bytes() for name in (CONFIG, WEIGHTS)}
     except OSError as error:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -81,7 +81,7 @@ def train(
     """
     job.network.train()
     with Saver(job.run, job.settings.keep, job.facts, job.observe) as saver:
-        if state.measuring_due and _measure(job, state):
+        if state.measuring_due and _measure(job, saver, state):
             _save(job, saver, state, "best")
         with ThreadPoolExecutor(1, "packs") as ahead:
             reason = _steps(job, state, saver, ahead, stop, save_now)
@@ -149,7 +149,8 @@ def _steps(
         ended = state.step == settings.num_steps
         due = ended or _due(state.step, settings.eval_every, job.order)
         state.measuring_due = due and bool(job.heldout)
-        better = state.measuring_due and not stopping and _measure(job, state)
+        better = state.measuring_due and not stopping and _measure(job, saver, state)
+        stopping = stopping or stop()  # measuring may take as long as many steps
         asked = save_now()
         if stopping or ended or better or asked or _due(state.step, settings.save_every, job.order):
             reason = "stopped" if stopping else "best" if better else "finished" if ended else "due"
@@ -211,17 +212,25 @@ def _gradients(
         torch.set_rng_state(random)
 
 
-def _measure(job: Job, state: TrainState) -> bool:
-    """Held-out loss now, and once of the base; True when the adapter is the best so far."""
+def _measure(job: Job, saver: Saver, state: TrainState) -> bool:
+    """Held-out loss now, and once of the base; True when the adapter is the best so far.
+
+    Raises RunError when memory runs out; then the step is saved, and a resume makes up the measurement.
+    """
 
     def measuring(done: int, total: int) -> None:
         job.observe(Busy("measuring held-out rows", done, total))
 
-    if state.base_loss is None:
-        set_enabled(job.network, False)
-        state.base_loss = heldout_loss(job.network, job.heldout, measuring)
-        set_enabled(job.network, True)
-    loss = heldout_loss(job.network, job.heldout, measuring)
+    try:
+        if state.base_loss is None:
+            set_enabled(job.network, False)
+            state.base_loss = heldout_loss(job.network, job.heldout, measuring)
+            set_enabled(job.network, True)
+        loss = heldout_loss(job.network, job.heldout, measuring)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _out_of_memory(job, saver, state, "measuring held-out rows", job.heldout)
     state.measuring_due = False
     better = state.best_loss is None or loss < state.best_loss
     if better:
@@ -233,8 +242,7 @@ def _measure(job: Job, state: TrainState) -> bool:
 def _shrink(job: Job, saver: Saver, state: TrainState, packs: Sequence[Pack]) -> None:
     """Memory ran out: halve the passes where that was asked for and helps, else save and raise RunError."""
     largest = max(pack.num_tokens for pack in packs)
-    can_shrink = any(len(pack.lengths) > 1 for pack in packs)
-    if job.settings.halve and can_shrink:
+    if job.settings.halve and any(len(pack.lengths) > 1 for pack in packs):
         now = state.micro_batch_tokens or job.settings.micro_batch_tokens
         state.micro_batch_tokens = min(now, largest) // 2
         job.observe(
@@ -245,17 +253,22 @@ def _shrink(job: Job, saver: Saver, state: TrainState, packs: Sequence[Pack]) ->
             )
         )
         return
+    _out_of_memory(job, saver, state, f"in step {state.step + 1}", packs)
+
+
+def _out_of_memory(job: Job, saver: Saver, state: TrainState, where: str, packs: Sequence[Pack]) -> NoReturn:
+    """Save the state and raise RunError with what would make passes like `packs` smaller."""
     saved = ""
     if state.step:
         if state.step not in job.run.saved_steps():
             _save(job, saver, state, "out of memory")
         saver.settle(wait=True)
         saved = f"; step {state.step} is saved and verified"
-    smaller = f"train.micro_batch_tokens={max(8, largest // 2)}"
-    hint = f"go on with `lorafit train --resume {job.run.path} {smaller}`: memory, never mathematics"
-    if not can_shrink:
-        hint = "one row fills the pass: train.recompute=layers takes a fraction of the memory"
-    raise RunError(f"out of memory in step {state.step + 1}{saved}", place=str(job.run.path), hint=hint)
+    hint = "one row fills the pass: train.recompute=layers takes a fraction of the memory"
+    if any(len(pack.lengths) > 1 for pack in packs):
+        smaller = f"train.micro_batch_tokens={max(8, max(pack.num_tokens for pack in packs) // 2)}"
+        hint = f"go on with `lorafit train --resume {job.run.path} {smaller}`: memory, never mathematics"
+    raise RunError(f"out of memory {where}{saved}", place=str(job.run.path), hint=hint)
 
 
 def _save(job: Job, saver: Saver, state: TrainState, reason: str) -> None:

@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ from lorafit.config.schema import Config, mathematics
 from lorafit.data.formats import Text
 from lorafit.data.loader import RowOrder
 from lorafit.data.packing import make_packs
-from lorafit.durable import lock, read_facts, verify_folder
+from lorafit.durable import read_facts, verify_folder
 from lorafit.errors import RunError
 from lorafit.hub import ModelFolder
 from lorafit.infer.model import Model
@@ -43,16 +43,18 @@ from lorafit.training.checkpoint import (
     AdapterFacts,
     TrainState,
     changes,
-    check_same_run,
+    differences,
     export_adapter,
     load_checkpoint,
     read_state,
+    refuse_changes,
 )
 from lorafit.training.material import Material
 from lorafit.training.optim import make_optimizer, warmup_steps
 from lorafit.training.planning import SAMPLE_TOKENS, Planner
 from lorafit.training.precision import LossScale
-from lorafit.training.signals import Requests
+from lorafit.training.saving import wait_for_left
+from lorafit.training.signals import Requests, outside_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +73,17 @@ class Result:
 def start_run(config: Config, *, quiet: bool = False) -> Result:
     """Train a new run. Raises a LorafitError before anything is trained when config, model or data are wrong."""
     run = RunDirectory.new(config.run.output, config.model.name)
-    prepared = _prepare(config, quiet)
-    config = prepared.planner.config
-    run.create()
-    resolved = config.model_copy(update={"run": config.run.model_copy(update={"output": str(run.path)})})
-    with lock(run.lock_file):
-        run.write_json(run.prompt_file, prepared.material.renderer.contract.to_json())
-        run.write_json(run.ledger_file, prepared.material.ledger.to_json())
-        run.write_json(run.env_file, _environment())
-        run.write_config(resolved)  # last: from here on it is a run
-        return _go(resolved, prepared, run, step=None, notes=[], quiet=quiet)
+    with outside_steps(_talk(quiet)):
+        prepared = _prepare(config, quiet)
+        config = prepared.planner.config
+        run.create(num_bytes=_checkpoint_bytes(prepared) * (config.train.keep + 2))
+        resolved = config.model_copy(update={"run": config.run.model_copy(update={"output": str(run.path)})})
+        with run.locked():
+            run.check_vacant()  # another process may have begun and ended while this one read the rows
+            _write_origin(run, prepared)
+            run.write_json(run.env_file, _environment())
+            run.write_config(resolved)  # last: from here on it is a run
+            return _go(resolved, prepared, run, step=None, notes=[], quiet=quiet)
 
 
 def resume_run(
@@ -92,7 +95,8 @@ def resume_run(
     the mathematics differs from what the checkpoint was made with, unless `accept_changes`.
     """
     run = RunDirectory.open(path)
-    with lock(run.lock_file):
+    wait_for_left()
+    with outside_steps(_talk(quiet)), run.locked():
         run.clean()
         before = run.config()
         config = load_config(run.config_file, overrides) if overrides else before
@@ -107,18 +111,19 @@ def resume_run(
             if not quiet:
                 Terminal()(Note(f"`{path}` is finished after {step} steps; nothing was changed"))
             return _result(run, run.adapter, read_state(run.checkpoint(step)), finished=True)
-        notes.append(
-            Note(f"going on from step {step}" if step is not None else "no checkpoint yet: starting over")
-        )
+        none = "no checkpoint is whole" if skipped else "no checkpoint yet"
+        notes.append(Note(f"going on from step {step}" if step is not None else f"{none}: starting over"))
         prepared = _prepare(config, quiet, resumed=True)
         facts = _facts(config, prepared)
         if step is not None:
-            if accept_changes:
-                notes += [Note(change, "warning") for change in changes(run.checkpoint(step), facts)]
-            else:
-                check_same_run(run.checkpoint(step), facts)
+            found = changes(run.checkpoint(step), facts) + _prompt_changes(run, step, prepared)
+            if not accept_changes:
+                refuse_changes(run.checkpoint(step), found)
+            notes += [Note(change, "warning") for change in found]
         for damaged in skipped:
             run.set_aside(damaged)
+        if step is None or accept_changes:
+            _write_origin(run, prepared)
         if config != before:
             run.write_config(config)
         return _go(config, prepared, run, step=step, notes=notes, quiet=quiet)
@@ -142,6 +147,32 @@ def _prepare(config: Config, quiet: bool, *, resumed: bool = False) -> Prepared:
     with nullcontext() if quiet else progress("loading the model") as advance:
         built = build(config, planner.base.path, advance)
     return Prepared(planner.base, planner.material, planner.order, built, planner)
+
+
+def _talk(quiet: bool) -> Observer:
+    return (lambda event: None) if quiet else Terminal()
+
+
+def _checkpoint_bytes(prepared: Prepared) -> int:
+    """About what a checkpoint takes: each master and AdamW's two moments of it."""
+    parameters = prepared.built.network.parameters()
+    return sum(3 * master.numel() * master.element_size() for master in parameters if master.requires_grad)
+
+
+def _write_origin(run: RunDirectory, prepared: Prepared) -> None:
+    """Freeze how rows become tokens, and what became of each."""
+    run.write_json(run.prompt_file, prepared.material.renderer.contract.to_json())
+    run.write_json(run.ledger_file, prepared.material.ledger.to_json())
+
+
+def _prompt_changes(run: RunDirectory, step: int, prepared: Prepared) -> list[str]:
+    """What of the prompt contract differs from that of a checkpoint, as far as prompt.json can tell."""
+    contract = prepared.material.renderer.contract
+    if read_facts(run.checkpoint(step)).get("prompt_contract") == contract.hash:
+        return []
+    with suppress(RunError):
+        return differences(run.read_json(run.prompt_file), contract.to_json(), "prompt.")
+    return []
 
 
 def _go(
@@ -304,6 +335,9 @@ def _finish(
     best = state.best_step if config.train.keep_best and state.best_step else state.step
     adapter = run.checkpoint(best if reason == "finished" else state.step)
     if reason == "finished":
+        if best != state.step and (faults := verify_folder(adapter)):
+            job.observe(Note(f"the best step, {best}, is lost ({faults[0]}): the last one counts", "warning"))
+            best, adapter = state.step, run.checkpoint(state.step)
         export_adapter(run.adapter, adapter, {"step": best, **job.facts})
         adapter = run.adapter
         if best != state.step:
@@ -312,6 +346,10 @@ def _finish(
         _speak(config, material, job, run)
     else:
         job.observe(Note(f"go on with: lorafit train --resume {run.path}"))
+    with suppress(
+        RunError
+    ):  # an older checkpoint that could not be removed at its time; the next start tries again
+        run.clean()
     job.observe(RunEnded(state.step, reason, seconds, str(adapter), state.last_loss or 0.0))
     return _result(run, adapter, state, finished=reason == "finished")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
@@ -11,6 +12,8 @@ from lorafit.durable import sync
 from lorafit.observe.events import Note, Observer, Saved
 from lorafit.rundir import RunDirectory
 from lorafit.training.checkpoint import Snapshot, save_checkpoint
+
+_left: list[threading.Thread] = []  # commits that a run did not wait for
 
 
 class Saver:
@@ -32,7 +35,8 @@ class Saver:
         self.settle(wait=True)
         folder = self._run.checkpoint(taken.step)
         self._saved = Saved(taken.step, str(folder), reason)
-        self._thread = threading.Thread(target=self._commit, args=(taken,), name="save", daemon=True)
+        work = (taken, self._run.keep_locked())
+        self._thread = threading.Thread(target=self._commit, args=work, name="save", daemon=True)
         self._thread.start()
 
     def settle(self, *, wait: bool) -> None:
@@ -51,11 +55,14 @@ class Saver:
         except OSError as error:
             self._observe(Note(f"older checkpoints stay: {error.strerror or error}", "warning"))
 
-    def _commit(self, taken: Snapshot) -> None:
+    def _commit(self, taken: Snapshot, lock: AbstractContextManager[object]) -> None:
         try:
-            if self._run.metrics_file.exists():
-                sync(self._run.metrics_file)  # what is known of the steps before is as durable as they are
-            save_checkpoint(self._run.checkpoint(taken.step), taken, self._facts)
+            with lock:  # the thread may outlive the run that began it, where Python goes on after a Ctrl-C
+                if self._run.metrics_file.exists():
+                    sync(
+                        self._run.metrics_file
+                    )  # what is known of the steps before is as durable as they are
+                save_checkpoint(self._run.checkpoint(taken.step), taken, self._facts)
         except BaseException as error:
             self._error = error
 
@@ -65,5 +72,15 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._thread is not None and not isinstance(error, KeyboardInterrupt):
+        if self._thread is None:
+            return
+        if isinstance(error, KeyboardInterrupt):
+            _left.append(self._thread)
+        else:
             self._thread.join()
+
+
+def wait_for_left() -> None:
+    """Wait for commits of runs that were stopped at once in this process, as in a notebook that goes on with them."""
+    while _left:
+        _left.pop().join()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -11,6 +13,27 @@ from lorafit.observe.events import Note, Observer
 
 _STOP = ("SIGINT", "SIGTERM", "SIGHUP")  # keyboard, a scheduler's pre-emption, a closed terminal
 _SAVE = "SIGUSR1"
+_Handler = Callable[[int, FrameType | None], None]
+
+
+@contextlib.contextmanager
+def outside_steps(observe: Observer) -> Iterator[None]:
+    """Before the first step and after the last there is nothing to save: a request to stop stops at once, USR1 is
+    answered. Left alone, all but SIGINT would end the process without a word.
+    """
+
+    def on_stop(number: int, frame: FrameType | None) -> None:
+        observe(Note(f"{signal.Signals(number).name}: stopping; what was trained is saved", "warning"))
+        raise KeyboardInterrupt
+
+    def on_save(number: int, frame: FrameType | None) -> None:
+        observe(Note("SIGUSR1: no step is under way; what was trained is saved"))
+
+    before = _install(on_stop, on_save)
+    try:
+        yield
+    finally:
+        _put_back(before)
 
 
 class Requests:
@@ -31,18 +54,13 @@ class Requests:
         return asked
 
     def __enter__(self) -> Requests:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            for name, handler in [*((name, self._on_stop) for name in _STOP), (_SAVE, self._on_save)]:
-                if hasattr(signal, name):
-                    number = getattr(signal, name)
-                    self._before[number] = signal.signal(number, handler)
+        self._before = _install(self._on_stop, self._on_save)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        _put_back(self._before)
 
     def _on_save(self, number: int, frame: FrameType | None) -> None:
         self._save = True
@@ -53,3 +71,19 @@ class Requests:
         self._stop = True
         name = signal.Signals(number).name
         self._observe(Note(f"{name}: saving after this step; once more stops at once", "warning"))
+
+
+def _install(on_stop: _Handler, on_save: _Handler) -> dict[int, Any]:
+    """Set the handlers; returns those from before. Outside of the main thread Python allows none."""
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name, handler in [*((name, on_stop) for name in _STOP), (_SAVE, on_save)]:
+            if hasattr(signal, name):
+                number = getattr(signal, name)
+                before[number] = signal.signal(number, handler)
+    return before
+
+
+def _put_back(before: Mapping[int, Any]) -> None:
+    for number, handler in before.items():
+        signal.signal(number, handler)
