@@ -18,6 +18,7 @@ LOW_TO_HIGH = [
     "errors",
     "config",
     "durable",
+    "place",
     "rundir",
     "observe",
     "splits",

@@ -240,6 +240,21 @@ def lock(path: Path) -> Iterator[BinaryIO | None]:
         yield file
 
 
+@contextlib.contextmanager
+def turn(path: Path) -> Iterator[None]:
+    """Wait, as long as it takes, until no other living process is in the block of the file `path`.
+
+    Where the file cannot be made or locked nobody waits.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            file = stack.enter_context(path.open("ab"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def is_locked(path: Path) -> bool:
     """Whether a living process holds the lock file `path`; looks only, and works where one may not write."""
     try:

@@ -7,7 +7,9 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -160,6 +162,7 @@ def test_two_that_build_the_same_entry_at_once(
         return encode_chunks(*args, **options)
 
     monkeypatch.setattr(cache, "encode_chunks", meanwhile)
+    monkeypatch.setattr(cache, "turn", nullcontext)  # on a file system without locks
     outer = run(rows, tokenizer)
     assert content(outer) == content(inner[0])
     assert len(entries(place)) == 1
@@ -168,6 +171,23 @@ def test_two_that_build_the_same_entry_at_once(
     with ThreadPoolExecutor(4) as pool:
         several = list(pool.map(lambda _: content(run(rows, tokenizer)), range(4)))
     assert several == [content(outer)] * 4
+
+
+def test_of_several_that_want_the_same_entry_one_builds_it_however_long_that_takes(
+    tokenizer: Tokenizer, rows: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode_chunks, calls = cache.encode_chunks, []
+
+    def slow(*args: Any, **options: Any) -> dict[str, Any]:
+        calls.append(1)
+        time.sleep(0.5)
+        return encode_chunks(*args, **options)
+
+    monkeypatch.setattr(cache, "encode_chunks", slow)
+    with ThreadPoolExecutor(4) as pool:
+        several = list(pool.map(lambda _: content(run(rows, tokenizer)), range(4)))
+    assert several == [several[0]] * 4
+    assert len(calls) == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs POSIX permissions")

@@ -20,7 +20,7 @@ from lorafit.durable import read_facts, sha256_file, verify_folder
 from lorafit.errors import LorafitError, RunError, TrainingError
 from lorafit.observe.record import read_metrics
 from lorafit.rundir import RunDirectory
-from lorafit.training import loop
+from lorafit.training import batch, loop
 from lorafit.training.run import Result, resume_run, start_run
 
 
@@ -266,12 +266,12 @@ def test_a_non_finite_gradient_stops_too(
 def test_a_step_without_supervised_tokens_stops(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_packs = loop.make_packs
+    make_packs = batch.make_packs
 
     def masked(rows: list[Any], *rest: Any) -> Any:
         return make_packs([(ids, trained & False) for ids, trained in rows], *rest)
 
-    monkeypatch.setattr(loop, "make_packs", masked)
+    monkeypatch.setattr(batch, "make_packs", masked)
     with pytest.raises(TrainingError, match="step 1 has no supervised tokens"):
         run(material, tmp_path / "run", "train.max_steps=2")
 

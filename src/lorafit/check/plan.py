@@ -214,8 +214,13 @@ def predict_memory(
     return replace(found, rest=measured - expected)
 
 
-def predict_times(shape: Shape, work: Workload, schedule: Schedule, rates: Rates, start: float) -> Times:
-    """The parts of the run's wall time; `start` is the seconds until the first step."""
+def predict_times(
+    shape: Shape, work: Workload, schedule: Schedule, rates: Rates, start: float, ranks: int = 1
+) -> Times:
+    """The parts of the run's wall time; `start` is the seconds until the first step.
+
+    Of several `ranks` each is as fast as this process; what travels between them is not counted.
+    """
 
     def forward(passes: Sequence[Pass]) -> float:
         flops = sum(forward_flops(shape, one) for one in passes)
@@ -230,10 +235,9 @@ def predict_times(shape: Shape, work: Workload, schedule: Schedule, rates: Rates
     )
     return Times(
         start=start + _ENDS_SECONDS,
-        steps=training
-        + work.num_passes * rates.pass_seconds
+        steps=(training + work.num_passes * rates.pass_seconds) / ranks
         + work.steps * (_STEP_SECONDS + trainable * _OPTIMIZER_SECONDS),
-        measuring=schedule.measurements * forward(schedule.heldout),
+        measuring=schedule.measurements * forward(schedule.heldout) / ranks,
         saving=schedule.saves * one_save,
         answering=schedule.answer_tokens * one_token,
     )

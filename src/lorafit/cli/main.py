@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from typing import Annotated
 
 import typer
@@ -12,6 +13,9 @@ import typer
 from lorafit import __version__
 from lorafit.cli import config, generate, plan, runs, train
 from lorafit.errors import LorafitError
+from lorafit.place import Place, ended_before, ended_for_good
+
+OTHERS_WAIT_SECONDS = 3.0
 
 app = typer.Typer(
     name="lorafit",
@@ -47,14 +51,22 @@ def _options(
 
 def main() -> None:
     """Run the command line and exit."""
+    here = Place.here()
+    if (code := ended_before(here)) is not None:
+        sys.exit(code)
     try:
         app()
     except LorafitError as error:
         if os.environ.get("LORAFIT_DEBUG"):
             raise
+        if error.exit_code == 2:
+            ended_for_good(here, error.exit_code)
+        if not here.first:  # what all ranks have met the first one says; the agent ends the others with it
+            time.sleep(OTHERS_WAIT_SECONDS)
         _talk(str(error))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
+        ended_for_good(here, 130)
         _talk("interrupted")
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -40,6 +40,14 @@ def train(
         bool,
         typer.Option("--accept-changes", help="Resume although model, rows or settings differ, knowingly."),
     ] = False,
+    nproc: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Processes on this machine, one a GPU: torchrun's agent starts them.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Fine-tune a model on instruction rows; leaves a run directory with a tested LoRA adapter.
 
@@ -48,9 +56,12 @@ def train(
     lorafit train classic --data alpaca_data.json train.max_steps=100
 
     lorafit train --resume runs/tinyllama
+
+    lorafit train --nproc 8 --model TinyLlama/TinyLlama-1.1B-Chat-v1.0 --data alpaca_data.json
     """
     from lorafit.config.load import config_of_words, flag_overrides
     from lorafit.errors import ConfigError
+    from lorafit.place import Place, ended_for_good
 
     flags = flag_overrides(model=model, data=data, output=output, auto=auto)
     if resume is not None:
@@ -60,18 +71,36 @@ def train(
                 "--resume takes only settings (section.key=value): a run goes on as it was started",
                 hint="start a new run with lora.init_from=RUN/adapter to change something else",
             )
+        if nproc is not None:
+            _launch(nproc, "--resume", resume, *overrides, *(["--accept-changes"] if accept_changes else []))
         from lorafit.training.run import resume_run
 
         result = resume_run(resume, overrides, accept_changes=accept_changes)
     else:
         config = config_of_words(settings or [], recipe, flags)
+        if nproc is not None:
+            from lorafit.rundir import RunDirectory
+
+            run = RunDirectory.new(config.run.output, config.model.name)
+            recipes = [] if recipe is None else ["--recipe", recipe]
+            _launch(nproc, *(settings or []), *flags, *recipes, "--output", str(run.path))
         from lorafit.training.run import start_run
 
         result = start_run(config)
+    here = Place.here()
     try:
-        typer.echo(result.adapter if result.finished else result.path)
-        sys.stdout.flush()
+        if here.first:
+            typer.echo(result.adapter if result.finished else result.path)
+            sys.stdout.flush()
     except OSError:  # the terminal was closed; the run is on disk all the same
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
     if not result.finished:
+        ended_for_good(here, 130)
         raise typer.Exit(130)
+
+
+def _launch(num_processes: int, *words: str) -> NoReturn:
+    """Have several processes do it, and exit as they do."""
+    from lorafit.training.launch import launch
+
+    raise typer.Exit(launch(["train", *words], num_processes))

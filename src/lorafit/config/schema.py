@@ -145,6 +145,22 @@ class TrainSection(Section):
     )
 
 
+class DistributedSection(Section):
+    """Several processes on one run: `lorafit train --nproc N`, or torchrun."""
+
+    strategy: Literal["auto", "single", "ddp", "fsdp"] = Field(
+        "auto",
+        description="`ddp`: every rank has the base, gradients of the adapter travel; `fsdp`: the base is shared out "
+        "over the ranks, for one that is larger than a device; `single`: one process, several are an error. `auto` "
+        "is `ddp` for several and `single` for one.",
+    )
+    timeout: float = Field(
+        600,
+        ge=1,
+        description="Seconds that a rank waits for the others before it says which one stands still, and ends.",
+    )
+
+
 class RunSection(Section):
     """Where the run writes and who watches."""
 
@@ -170,6 +186,7 @@ class Config(Section):
     lora: LoraSection = LoraSection()
     data: DataSection
     train: TrainSection = TrainSection()
+    distributed: DistributedSection = DistributedSection()
     run: RunSection = RunSection()
 
     @model_validator(mode="after")
@@ -202,6 +219,7 @@ _NOT_MATHEMATICS = {
     }
     | {"eos", "packing"},
     "train": {"micro_batch_tokens", "recompute", "log_every", "eval_every", "save_every", "keep"},
+    "distributed": set(DistributedSection.model_fields),
     "run": set(RunSection.model_fields),
 }
 

@@ -31,6 +31,7 @@ from lorafit.durable import (
     commit_folder,
     read_facts,
     sha256_file,
+    turn,
     verify_folder,
 )
 from lorafit.errors import DataError, RunError
@@ -108,8 +109,8 @@ def key_of(contents: Sequence[tuple[str, str]], format: str, contract_hash: str)
 def open_or_build(key: str, build: Build) -> Entry:
     """The entry `key` of the user's cache, built unless it is there. What `build` raises goes through.
 
-    Two processes that build the same entry at once do the work twice and keep one. Raises RunError when the tokens
-    can be stored nowhere.
+    Of processes that want the same entry at once, as the ranks of a run do, one builds it and the others wait.
+    Raises RunError when the tokens can be stored nowhere.
     """
     notes: list[str] = []
     try:
@@ -117,7 +118,8 @@ def open_or_build(key: str, build: Build) -> Entry:
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         return _build_outside(key, build, f"the tokens are not cached: {_reason(error)}")
     try:
-        entry = _opened(place / key, notes) or _built(place, key, build, notes)
+        with turn(cache_folder("turns") / key[:2]):
+            entry = _opened(place / key, notes) or _built(place, key, build, notes)
     except (OSError, RunError) as error:
         return _build_outside(key, build, f"the tokens are not cached: {_reason(error)}")
     with contextlib.suppress(OSError):

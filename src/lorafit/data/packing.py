@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -74,3 +75,18 @@ def _lay(rows: Iterable[TokenRow]) -> Pack:
         np.concatenate(targets, dtype=np.int64),
         num_tokens,
     )
+
+
+def spread(costs: Sequence[float], parts: int) -> list[list[int]]:
+    """Indices of `costs` in `parts` lists of about the same sum, each ascending; deterministic.
+
+    The costliest goes to the part with the least so far (Graham, 1969): at most a third above the best division, and
+    near it where there are many.
+    """
+    heap = [(0.0, part) for part in range(parts)]
+    found: list[list[int]] = [[] for _ in range(parts)]
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        load, part = heapq.heappop(heap)
+        found[part].append(index)
+        heapq.heappush(heap, (load + costs[index], part))
+    return [sorted(part) for part in found]

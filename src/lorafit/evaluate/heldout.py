@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafit.data.packing import Pack
+from lorafit.data.packing import Pack, spread
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.llama import Llama
 from lorafit.model.loss import loss_sum
@@ -33,18 +34,37 @@ def pack_loss(network: Llama, pack: Pack) -> Tensor:
     return loss_sum(network.model.norm(supervised), network.lm_head.weight, targets)
 
 
+class Ranks(Protocol):
+    """Processes that measure together."""
+
+    rank: int
+    world_size: int
+
+    def sum(self, values: Sequence[float]) -> list[float]: ...
+
+
 def heldout_loss(
-    network: Llama, packs: Sequence[Pack], progress: Callable[[int, int], None] | None = None
+    network: Llama,
+    packs: Sequence[Pack],
+    progress: Callable[[int, int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> float:
-    """Mean loss over all supervised tokens of `packs`; dropout off, nothing of the network changes."""
+    """Mean loss over all supervised tokens of `packs`; dropout off, nothing of the network changes.
+
+    With `ranks` each computes some of the packs, and the number is the same to the last bit: the losses of the packs
+    are added up in their order on every rank.
+    """
     was_training = network.training
     network.eval()
-    total, count = 0.0, 0
+    rank, world_size = (ranks.rank, ranks.world_size) if ranks is not None else (0, 1)
+    own = spread([len(pack.ids) for pack in packs], world_size)[rank]
+    losses = [0.0] * len(packs)
     with torch.inference_mode():
-        for done, pack in enumerate(packs, 1):
-            total += float(pack_loss(network, pack))
-            count += len(pack.targets)
+        for done, at in enumerate(own, 1):
+            losses[at] = float(pack_loss(network, packs[at]))
             if progress is not None:
-                progress(done, len(packs))
+                progress(done, len(own))
     network.train(was_training)
-    return total / max(1, count)
+    if ranks is not None:
+        losses = ranks.sum(losses)
+    return sum(losses) / max(1, sum(len(pack.targets) for pack in packs))

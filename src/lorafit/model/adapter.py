@@ -130,6 +130,11 @@ def load_adapter(network: nn.Module, folder: Path) -> None:
         raise ModelError(f"there is no {WEIGHTS}", place=str(folder), hint=hint) from None
     except (SafetensorError, OSError) as error:
         raise ModelError(f"the adapter cannot be read: {error}", place=str(path)) from None
+    fill_adapter(network, stored, path)
+
+
+def fill_adapter(network: nn.Module, stored: Mapping[str, Tensor], path: Path) -> None:
+    """Fill the attached adapter of `network` with tensors read at `path`. Raises ModelError as `load_adapter` does."""
     masters = {
         f"{_PREFIX}{name}.{part}.weight": getattr(module, part)
         for name, module in adapted(network).items()

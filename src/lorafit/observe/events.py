@@ -36,7 +36,8 @@ class Step(_Event):
     """One optimizer step is done.
 
     `loss` is the mean over the step's supervised tokens, `grad_norm` the norm before clipping, `seconds` the
-    wall time of this one step, `tokens_per_second` the smoothed rate (see `meters.Meter`).
+    wall time of this one step, `tokens_per_second` the smoothed rate (see `meters.Meter`). Of several `ranks` these
+    are sums over all; `imbalance` is how much more work the busiest had than the mean, `memory_bytes` the first's.
     """
 
     kind = "step"
@@ -52,6 +53,8 @@ class Step(_Event):
     tokens_per_second: float
     seconds: float
     memory_bytes: int
+    ranks: int = 1
+    imbalance: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -11,12 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from lorafit.durable import commit_folder, read_facts, verify_folder, write_files
 from lorafit.errors import Problem, RunError
-from lorafit.model.adapter import CONFIG, WEIGHTS, adapter_files, adapter_tensors, load_adapter
+from lorafit.model.adapter import CONFIG, WEIGHTS, adapter_files, adapter_tensors, fill_adapter
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, adapted
 from lorafit.training.precision import LossScale
@@ -70,6 +71,14 @@ def snapshot(
     return Snapshot(state.step, state.best_step, files)
 
 
+def adapter_digest(network: Llama) -> bytes:
+    """SHA-256 of the adapter's numbers."""
+    digest = hashlib.sha256()
+    for tensor in adapter_tensors(network).values():
+        digest.update(tensor.numpy().tobytes())
+    return digest.digest()
+
+
 def save_checkpoint(folder: Path, taken: Snapshot, facts: Mapping[str, Any]) -> None:
     """Commit a snapshot to `folder`. Raises RunError with earlier checkpoints untouched."""
     commit_folder(
@@ -80,28 +89,34 @@ def save_checkpoint(folder: Path, taken: Snapshot, facts: Mapping[str, Any]) -> 
     )
 
 
-def load_checkpoint(folder: Path, network: Llama, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Put a verified checkpoint into the network, the optimizer and the random generators; returns the rest."""
-    load_adapter(network, folder)
-    tensors = load_file(folder / TENSORS)
+def read_checkpoint(folder: Path) -> dict[str, bytes]:
+    """The files of a verified checkpoint that `load_checkpoint` needs."""
+    return {name: (folder / name).read_bytes() for name in (WEIGHTS, TENSORS, STATE)}
+
+
+def load_checkpoint(
+    files: Mapping[str, bytes], place: Path, network: Llama, optimizer: torch.optim.Optimizer
+) -> TrainState:
+    """Put a checkpoint's files, read at `place`, into network, optimizer and random generators; returns the rest."""
+    fill_adapter(network, load(files[WEIGHTS]), place)
+    tensors = load(files[TENSORS])
     _restore_optimizer(network, optimizer, tensors)
-    version, numbers, gauss = _read(folder)["python_random"]
+    values = json.loads(files[STATE])
+    version, numbers, gauss = values["python_random"]
     random.setstate((version, tuple(numbers), gauss))
     _restore_random(tensors)
-    return read_state(folder)
+    return state_of(values)
 
 
 def read_state(folder: Path) -> TrainState:
     """The plain values of a verified checkpoint."""
-    values = _read(folder)
-    del values["python_random"]
-    return TrainState(**values | {"scale": LossScale(**values["scale"])})
+    return state_of(json.loads((folder / STATE).read_text(encoding="utf-8")))
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    values = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    assert isinstance(values, dict)
-    return values
+def state_of(values: Mapping[str, Any]) -> TrainState:
+    """The state that JSON values spell out."""
+    rest = {key: value for key, value in values.items() if key != "python_random"}
+    return TrainState(**rest | {"scale": LossScale(**values["scale"])})
 
 
 def changes(folder: Path, facts: Mapping[str, Any]) -> list[str]:

@@ -6,15 +6,17 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lorafit.data.loader import RowOrder
-from lorafit.data.packing import Pack, TokenRow, make_packs
+from lorafit.data.packing import Pack
 from lorafit.errors import RunError, TrainingError
 from lorafit.evaluate.heldout import heldout_loss, pack_loss
 from lorafit.model.device import device_memory_bytes
@@ -24,15 +26,12 @@ from lorafit.model.memory import MUCH_FREE, give_back_memory, is_out_of_memory
 from lorafit.observe.events import Busy, Heldout, Note, Observer, Step
 from lorafit.observe.meters import Meter
 from lorafit.rundir import RunDirectory
-from lorafit.training.checkpoint import AdapterFacts, TrainState, snapshot
+from lorafit.training.batch import Batch, Rows, Share
+from lorafit.training.checkpoint import AdapterFacts, TrainState, adapter_digest, snapshot
+from lorafit.training.engine import BLANK, Engine
 from lorafit.training.optim import clip, learning_rate
+from lorafit.training.ranks import RankError, Ranks
 from lorafit.training.saving import Saver
-
-
-class Rows(Protocol):
-    """Tokenised rows by index."""
-
-    def row(self, index: int) -> TokenRow: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +56,9 @@ class Job:
     """A run put together: what the loop works on. Built by training/run.py."""
 
     settings: Settings
+    ranks: Ranks  # the processes that train together: one, or those that torchrun started
+    share: Share
+    engine: Engine
     network: Llama
     masters: Sequence[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -101,17 +103,16 @@ def _steps(
     settings = job.settings
     meter = Meter()
     device = job.network.lm_head.weight.device
-    upcoming = ahead.submit(_packs, job, state, state.step)
+    upcoming = ahead.submit(_batch, job, state, state.step)
     while state.step < settings.num_steps:
         started = time.perf_counter()
-        indices, packs = upcoming.result()
-        upcoming = ahead.submit(_packs, job, state, state.step + 1)
-        supervised = sum(len(pack.targets) for pack in packs)
+        batch = upcoming.result()
+        upcoming = ahead.submit(_batch, job, state, state.step + 1)
 
-        gradients = _gradients(job, state, packs, supervised, indices)
+        gradients = _gradients(job, state, batch)
         if gradients is None:
-            _shrink(job, saver, state, packs)
-            upcoming = ahead.submit(_packs, job, state, state.step)
+            _shrink(job, saver, state, batch)
+            upcoming = ahead.submit(_batch, job, state, state.step)
             continue
         loss, norm = gradients
         rate = learning_rate(
@@ -126,7 +127,6 @@ def _steps(
         state.scale.went_well()
         give_back_memory(MUCH_FREE)
 
-        tokens = sum(pack.num_tokens for pack in packs)
         seconds = time.perf_counter() - started
         job.observe(
             Step(
@@ -136,22 +136,23 @@ def _steps(
                 loss=loss,
                 learning_rate=rate,
                 grad_norm=norm,
-                supervised_tokens=supervised,
-                tokens=tokens,
-                rows=len(indices),
-                tokens_per_second=meter.update(tokens, seconds),
+                supervised_tokens=batch.supervised,
+                tokens=batch.tokens,
+                rows=len(batch.indices),
+                tokens_per_second=meter.update(batch.tokens, seconds),
                 seconds=seconds,
                 memory_bytes=device_memory_bytes(device) or Meter.memory_bytes(),
+                ranks=job.ranks.world_size,
+                imbalance=round(batch.imbalance, 4),
             )
         )
         saver.settle(wait=False)
-        stopping = stop()
         ended = state.step == settings.num_steps
         due = ended or _due(state.step, settings.eval_every, job.order)
         state.measuring_due = due and bool(job.heldout)
+        stopping = state.measuring_due and job.ranks.any(stop())[0]
         better = state.measuring_due and not stopping and _measure(job, saver, state)
-        stopping = stopping or stop()  # measuring may take as long as many steps
-        asked = save_now()
+        stopping, asked = job.ranks.any(stop(), save_now())  # a signal to one rank is one to all
         if stopping or ended or better or asked or _due(state.step, settings.save_every, job.order):
             reason = "stopped" if stopping else "best" if better else "finished" if ended else "due"
             _save(job, saver, state, "asked for" if asked and reason == "due" else reason)
@@ -160,41 +161,31 @@ def _steps(
     return "finished"
 
 
-def _packs(job: Job, state: TrainState, step: int) -> tuple[NDArray[np.int64], list[Pack]]:
+def _batch(job: Job, state: TrainState, step: int) -> Batch:
     """The rows of a step and how they are laid out: a function of the step, so it can be made ahead."""
-    indices, settings = job.order.rows(step), job.settings
-    capacity = state.micro_batch_tokens or settings.micro_batch_tokens
-    return indices, make_packs([job.rows.row(i) for i in indices], capacity, settings.packing)
+    capacity = state.micro_batch_tokens or job.settings.micro_batch_tokens
+    return job.share.of(job.rows, job.order.rows(step), capacity, job.settings.packing)
 
 
-def _gradients(
-    job: Job, state: TrainState, packs: Sequence[Pack], supervised: int, indices: NDArray[np.int64]
-) -> tuple[float, float] | None:
+def _gradients(job: Job, state: TrainState, batch: Batch) -> tuple[float, float] | None:
     """Accumulate the step's gradient, clipped; returns (mean loss, norm before clipping), both finite.
 
-    The sum of losses over all packs is divided once by the step's supervised tokens, so the gradient does not
-    depend on how the rows were laid out. A float16 overflow is repeated with the same rows and random numbers.
-    None says that memory ran out; then everything is as before the step.
+    The sum of losses over all packs of all ranks is divided once by the step's supervised tokens, so the gradient
+    does not depend on how the rows were laid out. A float16 overflow is repeated with the same rows and random
+    numbers. None says that memory ran out, on any rank; then everything is as before the step.
     """
     step = state.step + 1
-    if supervised == 0:
-        raise TrainingError(f"step {step} has no supervised tokens", place=job.places(indices))
+    if batch.supervised == 0:
+        raise TrainingError(f"step {step} has no supervised tokens", place=job.places(batch.indices))
     random = torch.get_rng_state()
     while True:
-        losses = []
-        try:
-            for pack in packs:
-                loss = pack_loss(job.network, pack)
-                give_back_memory(MUCH_FREE)
-                (loss * (state.scale.factor / supervised)).backward()
-                losses.append(loss.detach())
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
+        total, short = _passes(job, state, batch)
+        total, any_short = job.ranks.sum([total, float(short)])
+        if any_short:
             job.optimizer.zero_grad()
             torch.set_rng_state(random)
             return None
-        mean = sum(map(float, losses)) / supervised  # read only here: a device is waited for once
+        mean = total / batch.supervised
         if state.scale.active:
             torch._foreach_mul_([m.grad for m in job.masters if m.grad is not None], 1 / state.scale.factor)
         norm = float(clip(job.masters, job.settings.max_grad_norm))
@@ -205,11 +196,40 @@ def _gradients(
             what = "loss" if not math.isfinite(mean) else "gradient"
             raise TrainingError(
                 f"step {step}: the {what} is not finite (loss {mean}, gradient norm {norm}); no weight was changed",
-                place=job.places(indices),
+                place=job.places(batch.indices),
                 hint="lower train.learning_rate, or look at these rows; the last checkpoint can be resumed",
             )
         state.scale.overflowed(step)
         torch.set_rng_state(random)
+
+
+def _passes(job: Job, state: TrainState, batch: Batch) -> tuple[float, bool]:
+    """This rank's passes: (sum of their losses, whether memory ran out). The last one adds up the ranks' gradients."""
+    packs = batch.packs or [BLANK]
+    last = len(packs) - 1
+    losses: list[Tensor] = []
+    sharing = False  # from then on a rank that gives up leaves the others waiting
+    try:
+        for at, pack in enumerate(packs):
+            with nullcontext() if at == last else job.engine.accumulating():
+                loss = job.engine.loss(pack_loss, pack)
+                give_back_memory(MUCH_FREE)
+                sharing = at == last
+                (loss * (state.scale.factor / batch.supervised)).backward()
+                losses.append(loss.detach())
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if not job.ranks.alone:
+            if sharing:
+                raise RunError(
+                    f"rank {job.ranks.rank} is out of memory in step {state.step + 1}",
+                    place=str(job.run.path),
+                    hint=f"set train.micro_batch_tokens below {packs[last].num_tokens}: memory, never mathematics",
+                ) from None
+            job.engine.loss(pack_loss, BLANK).backward()
+        return 0.0, True
+    return sum(map(float, losses)), False  # read only here: a device is waited for once
 
 
 def _measure(job: Job, saver: Saver, state: TrainState) -> bool:
@@ -224,11 +244,11 @@ def _measure(job: Job, saver: Saver, state: TrainState) -> bool:
     try:
         if state.base_loss is None:
             set_enabled(job.network, False)
-            state.base_loss = heldout_loss(job.network, job.heldout, measuring)
+            state.base_loss = heldout_loss(job.network, job.heldout, measuring, job.ranks)
             set_enabled(job.network, True)
-        loss = heldout_loss(job.network, job.heldout, measuring)
+        loss = heldout_loss(job.network, job.heldout, measuring, job.ranks)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) or not job.ranks.alone:  # others cannot know, and wait
             raise
         _out_of_memory(job, saver, state, "measuring held-out rows", job.heldout)
     state.measuring_due = False
@@ -239,10 +259,12 @@ def _measure(job: Job, saver: Saver, state: TrainState) -> bool:
     return better
 
 
-def _shrink(job: Job, saver: Saver, state: TrainState, packs: Sequence[Pack]) -> None:
+def _shrink(job: Job, saver: Saver, state: TrainState, batch: Batch) -> None:
     """Memory ran out: halve the passes where that was asked for and helps, else save and raise RunError."""
-    largest = max(pack.num_tokens for pack in packs)
-    if job.settings.halve and any(len(pack.lengths) > 1 for pack in packs):
+    sizes = [(pack.num_tokens, len(pack.lengths)) for pack in batch.packs]
+    most = [max(numbers) for numbers in zip(*sizes, strict=True)] or [0, 0]
+    largest, documents = map(int, job.ranks.most(most))
+    if job.settings.halve and documents > 1:
         now = state.micro_batch_tokens or job.settings.micro_batch_tokens
         state.micro_batch_tokens = min(now, largest) // 2
         job.observe(
@@ -253,14 +275,14 @@ def _shrink(job: Job, saver: Saver, state: TrainState, packs: Sequence[Pack]) ->
             )
         )
         return
-    _out_of_memory(job, saver, state, f"in step {state.step + 1}", packs)
+    _out_of_memory(job, saver, state, f"in step {state.step + 1}", batch.packs)
 
 
 def _out_of_memory(job: Job, saver: Saver, state: TrainState, where: str, packs: Sequence[Pack]) -> NoReturn:
     """Save the state and raise RunError with what would make passes like `packs` smaller."""
     saved = ""
     if state.step:
-        if state.step not in job.run.saved_steps():
+        if job.ranks.any(job.ranks.first and state.step not in job.run.saved_steps())[0]:
             _save(job, saver, state, "out of memory")
         saver.settle(wait=True)
         saved = f"; step {state.step} is saved and verified"
@@ -272,7 +294,15 @@ def _out_of_memory(job: Job, saver: Saver, state: TrainState, where: str, packs:
 
 
 def _save(job: Job, saver: Saver, state: TrainState, reason: str) -> None:
-    """Copy the state and have it committed while training goes on."""
+    """Copy the state and have it committed, by the first rank, while training goes on."""
+    if not job.ranks.alone and not job.ranks.same(adapter_digest(job.network)):
+        raise RankError(
+            f"the ranks hold different adapters after step {state.step}; nothing was saved",
+            place=str(job.run.path),
+            hint="one of the machines computes wrong; the last checkpoint can be resumed",
+        )
+    if not job.ranks.first:
+        return
     saver.save(snapshot(job.network, job.optimizer, state, job.adapter), reason)
 
 

@@ -39,6 +39,7 @@ from lorafit.model.native import kernels
 from lorafit.model.quant import check_quantize
 from lorafit.observe.meters import Meter
 from lorafit.observe.terminal import memory_size, progress
+from lorafit.place import Place
 from lorafit.training.material import read_material
 
 LEAST_STEPS, LEAST_SECONDS = 20, 30.0  # shorter runs start at once, with a rougher plan
@@ -50,8 +51,12 @@ SAMPLE_TOKENS = 128  # most tokens of an answer shown at the end of a run
 class Planner:
     """Plans one run: its rows are read, its network is not yet there. `config` is the one that fits after `fit`."""
 
-    def __init__(self, config: Config, quiet: bool) -> None:
-        """Read the rows. Raises a LorafitError with all that is wrong with them."""
+    def __init__(self, config: Config, quiet: bool, here: Place | None = None) -> None:
+        """Read the rows; `here` says what other processes share the work and the host's memory.
+
+        Raises a LorafitError with all that is wrong with the rows.
+        """
+        here = here or Place()
         self._started, age = time.perf_counter(), process_seconds()
         self._imports = age if age < MOST_IMPORT_SECONDS else 0.0
         self.config = config
@@ -76,7 +81,10 @@ class Planner:
         self.device = pick_device(config.model.device)
         self._picked = ""
         self._process = resident_bytes()
+        self._ranks = here.world_size
         self._available = available_bytes(self.device)
+        if self._available is not None and self.device.type == "cpu":
+            self._available //= here.local_world_size
         self._beyond = 0.0  # bytes that a real pass took beyond the formula
         self._workloads: dict[int, Workload] = {}
 
@@ -151,14 +159,16 @@ class Planner:
             memory=memory,
             peak_bytes=max(memory.total, loading_peak) if on_cpu else memory.total,
             available_bytes=self._available,
-            times=predict_times(shape, work, schedule, rates, start) if rates is not None else None,
+            times=predict_times(shape, work, schedule, rates, start, self._ranks)
+            if rates is not None
+            else None,
             rates=rates,
             picked=self._picked,
         )
 
     def _is_worth_it(self, shape: Shape, work: Workload, schedule: Schedule, rates: Rates) -> bool:
         """Whether calibrating takes next to nothing of the run's time and says something of use."""
-        seconds = predict_times(shape, work, schedule, rates, 0.0).total
+        seconds = predict_times(shape, work, schedule, rates, 0.0, self._ranks).total
         share = calibration_share(shape, work)
         return work.steps >= LEAST_STEPS and seconds >= LEAST_SECONDS and share <= MOST_SHARE
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -17,7 +19,6 @@ import torch
 
 from lorafit import __version__
 from lorafit.check.report import short_lines
-from lorafit.config.load import load_config
 from lorafit.config.schema import Config, mathematics
 from lorafit.data.formats import Text
 from lorafit.data.loader import RowOrder
@@ -37,8 +38,10 @@ from lorafit.observe.events import Busy, Note, Observer, RunEnded, RunStarted, S
 from lorafit.observe.record import Record, truncate_after
 from lorafit.observe.terminal import Terminal, progress
 from lorafit.observe.trackers import tracker
+from lorafit.place import Place
 from lorafit.rundir import RunDirectory
 from lorafit.training import loop
+from lorafit.training.batch import Share, attention_cost
 from lorafit.training.checkpoint import (
     AdapterFacts,
     TrainState,
@@ -46,13 +49,16 @@ from lorafit.training.checkpoint import (
     differences,
     export_adapter,
     load_checkpoint,
-    read_state,
+    read_checkpoint,
     refuse_changes,
 )
+from lorafit.training.engine import Engine, ReplicatedEngine
 from lorafit.training.material import Material
 from lorafit.training.optim import make_optimizer, warmup_steps
 from lorafit.training.planning import SAMPLE_TOKENS, Planner
 from lorafit.training.precision import LossScale
+from lorafit.training.ranks import RankError, Ranks, check_strategy, is_lost_connection, meet, share_cores
+from lorafit.training.resumption import Resumption, begun_by
 from lorafit.training.saving import wait_for_left
 from lorafit.training.signals import Requests, outside_steps
 
@@ -72,18 +78,25 @@ class Result:
 
 def start_run(config: Config, *, quiet: bool = False) -> Result:
     """Train a new run. Raises a LorafitError before anything is trained when config, model or data are wrong."""
-    run = RunDirectory.new(config.run.output, config.model.name)
-    with outside_steps(_talk(quiet)):
-        prepared = _prepare(config, quiet)
+    with meet(Place.here()) as ranks, outside_steps(_talk(quiet)):
+        check_strategy(config.distributed.strategy, ranks)
+        if ranks.decide("begun", lambda: begun_by(ranks.here, config.run.output)):
+            assert config.run.output is not None
+            return _resume(ranks, config.run.output, quiet=quiet)
+        new = ranks.decide("output", lambda: str(RunDirectory.new(config.run.output, config.model.name).path))
+        run = RunDirectory(Path(new))
+        prepared = _prepare(config, ranks, quiet)
         config = prepared.planner.config
-        run.create(num_bytes=_checkpoint_bytes(prepared) * (config.train.keep + 2))
         resolved = config.model_copy(update={"run": config.run.model_copy(update={"output": str(run.path)})})
+        if not ranks.first:
+            return _go(resolved, prepared, run, ranks, step=None, notes=[], quiet=quiet)
+        run.create(num_bytes=_checkpoint_bytes(prepared) * (config.train.keep + 2))
         with run.locked():
             run.check_vacant()  # another process may have begun and ended while this one read the rows
             _write_origin(run, prepared)
-            run.write_json(run.env_file, _environment())
+            run.write_json(run.env_file, _environment(ranks.here))
             run.write_config(resolved)  # last: from here on it is a run
-            return _go(resolved, prepared, run, step=None, notes=[], quiet=quiet)
+            return _go(resolved, prepared, run, ranks, step=None, notes=[], quiet=quiet)
 
 
 def resume_run(
@@ -94,26 +107,42 @@ def resume_run(
     `overrides` (`section.key=value`) change keys of the run from here on. Raises RunError when anything that changes
     the mathematics differs from what the checkpoint was made with, unless `accept_changes`.
     """
-    run = RunDirectory.open(path)
+    with meet(Place.here()) as ranks, outside_steps(_talk(quiet)):
+        return _resume(ranks, path, overrides, accept_changes=accept_changes, quiet=quiet)
+
+
+def _resume(
+    ranks: Ranks,
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    accept_changes: bool = False,
+    quiet: bool = False,
+) -> Result:
+    """`resume_run` for ranks that have met. Only the first one needs the run directory, or looks into it."""
+    run = RunDirectory.open(path) if ranks.first else RunDirectory(Path(path).expanduser())
     wait_for_left()
-    with outside_steps(_talk(quiet)), run.locked():
-        run.clean()
-        before = run.config()
-        config = load_config(run.config_file, overrides) if overrides else before
-        step, skipped = run.newest_checkpoint()
-        notes = [Note(fault, "warning") for fault in skipped.values()]
-        if step is not None and read_facts(run.checkpoint(step)).get("steps") == step and run.has_adapter():
+    with run.locked() if ranks.first else nullcontext():
+        there = Resumption.from_json(
+            ranks.decide("resumption", lambda: Resumption.of(run, overrides).to_json())
+        )
+        config, step, skipped = there.config, there.step, there.skipped
+        check_strategy(config.distributed.strategy, ranks)
+        if there.finished is not None:
             if overrides:
                 raise RunError(
                     f"`{path}` is finished: no setting changes it any more",
                     hint=f"start a new run from it with lora.init_from={run.adapter}",
                 )
-            if not quiet:
+            if ranks.first and not quiet:
                 Terminal()(Note(f"`{path}` is finished after {step} steps; nothing was changed"))
-            return _result(run, run.adapter, read_state(run.checkpoint(step)), finished=True)
+            return _result(run, run.adapter, there.finished, finished=True)
+        prepared = _prepare(config, ranks, quiet, resumed=True)
+        if not ranks.first:
+            return _go(config, prepared, run, ranks, step=step, notes=[], quiet=quiet)
         none = "no checkpoint is whole" if skipped else "no checkpoint yet"
+        notes = [Note(fault, "warning") for fault in skipped.values()]
         notes.append(Note(f"going on from step {step}" if step is not None else f"{none}: starting over"))
-        prepared = _prepare(config, quiet, resumed=True)
         facts = _facts(config, prepared)
         if step is not None:
             found = changes(run.checkpoint(step), facts) + _prompt_changes(run, step, prepared)
@@ -124,9 +153,9 @@ def resume_run(
             run.set_aside(damaged)
         if step is None or accept_changes:
             _write_origin(run, prepared)
-        if config != before:
+        if config != run.config():
             run.write_config(config)
-        return _go(config, prepared, run, step=step, notes=notes, quiet=quiet)
+        return _go(config, prepared, run, ranks, step=step, notes=notes, quiet=quiet)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,17 +169,30 @@ class Prepared:
     planner: Planner
 
 
-def _prepare(config: Config, quiet: bool, *, resumed: bool = False) -> Prepared:
-    planner = Planner(config, quiet)
+def _prepare(config: Config, ranks: Ranks, quiet: bool, *, resumed: bool = False) -> Prepared:
+    """Read the rows, load the model, and only then connect the ranks: nobody waits for a slow one against a clock."""
+    share_cores(ranks.here, config.model.device)
+    quiet = quiet or not ranks.first
+    planner = Planner(config, quiet, ranks.here)
     if not resumed:  # what began here is not refused
-        config = planner.fit()
+        planner.config = config = Config.model_validate_json(
+            ranks.decide("fitting", lambda: planner.fit().model_dump_json(exclude_unset=True))
+        )
     with nullcontext() if quiet else progress("loading the model") as advance:
         built = build(config, planner.base.path, advance)
-    return Prepared(planner.base, planner.material, planner.order, built, planner)
+    prepared = Prepared(planner.base, planner.material, planner.order, built, planner)
+    ranks.connect(built.device, config.distributed.timeout)
+    if not ranks.alone and not ranks.same(_digest(_facts(config, prepared))):
+        raise RunError(
+            f"rank {ranks.rank} of {ranks.world_size} reads another model or other rows than the first",
+            place=str(planner.base.path),
+            hint="every machine needs the same model and data files",
+        )
+    return prepared
 
 
 def _talk(quiet: bool) -> Observer:
-    return (lambda event: None) if quiet else Terminal()
+    return (lambda event: None) if quiet or not Place.here().first else Terminal()
 
 
 def _checkpoint_bytes(prepared: Prepared) -> int:
@@ -179,6 +221,7 @@ def _go(
     config: Config,
     prepared: Prepared,
     run: RunDirectory,
+    ranks: Ranks,
     *,
     step: int | None,
     notes: Sequence[Note],
@@ -189,12 +232,16 @@ def _go(
     order = prepared.order
     num_steps = order.num_steps(settings.epochs, settings.max_steps)
     facts = _facts(config, prepared)
-    lost = truncate_after(run.metrics_file, step or 0) if run.metrics_file.exists() else 0
+    lost = 0
+    if ranks.first and run.metrics_file.exists():
+        lost = truncate_after(run.metrics_file, step or 0)
     with ExitStack() as stack:
-        observers: list[Observer] = [stack.enter_context(Record(run.metrics_file))]
-        terminal = None if quiet else stack.enter_context(Terminal(log_every=settings.log_every))
-        observers += [terminal] if terminal else []
-        for name in config.run.trackers:
+        observers: list[Observer] = []
+        if ranks.first:
+            observers.append(stack.enter_context(Record(run.metrics_file)))
+        if ranks.first and not quiet:
+            observers.append(stack.enter_context(Terminal(log_every=settings.log_every)))
+        for name in config.run.trackers if ranks.first else ():
             watcher = tracker(name, run.path.name, run.path, config.model_dump(mode="json"))
             stack.callback(watcher.close)
             observers.append(watcher)
@@ -214,13 +261,17 @@ def _go(
         torch.manual_seed(settings.seed)
         state = TrainState(scale=LossScale.for_dtype(built.dtype))
         if step is not None:
-            state = load_checkpoint(run.checkpoint(step), network, optimizer)
-            if state.best_step not in (None, step) and verify_folder(run.checkpoint(state.best_step)):
+            folder = run.checkpoint(step)
+            files = ranks.hand_over(lambda: read_checkpoint(folder))
+            state = load_checkpoint(files, folder, network, optimizer)
+            best = state.best_step
+            lost_best = best not in (None, step) and ranks.first and bool(verify_folder(run.checkpoint(best)))
+            if ranks.any(lost_best)[0]:
                 observe(
                     Note(f"the best step so far, {state.best_step}, is lost: later ones count", "warning")
                 )
                 state.best_loss = state.best_step = None
-            for change in _other_machine(run.checkpoint(step), built.device):
+            for change in _other_machine(folder, built.device) if ranks.first else ():
                 observe(Note(change, "warning"))
         observe(
             RunStarted(
@@ -229,12 +280,12 @@ def _go(
                 num_steps=num_steps,
                 num_parameters=network.arch.num_parameters,
                 num_trainable=sum(master.numel() for master in masters),
-                device=describe(built.device),
+                device=("" if ranks.alone else f"{ranks.world_size} x ") + describe(built.device),
                 dtype=str(built.dtype).removeprefix("torch."),
                 output=str(run.path),
             )
         )
-        if step is None:
+        if step is None and ranks.first:
             for line in short_lines(prepared.planner.plan(network)):
                 observe(Note(line))
         heldout = [material.heldout.row(index) for index in range(len(material.heldout))]
@@ -252,6 +303,9 @@ def _go(
                 save_every=settings.save_every,
                 keep=settings.keep,
             ),
+            ranks=ranks,
+            share=Share(ranks.rank, ranks.world_size, attention_cost(network.arch)),
+            engine=Engine(network) if ranks.alone else ReplicatedEngine(network),
             network=network,
             masters=masters,
             optimizer=optimizer,
@@ -265,10 +319,15 @@ def _go(
             observe=observe,
         )
         started = time.perf_counter()
-        with Requests(observe) as requests:
+        with Requests(observe, patient=ranks.here.has_agent) as requests:
             try:
                 reason = loop.train(job, state, requests.stop, requests.save)
             except (RuntimeError, MemoryError) as error:
+                if is_lost_connection(error) and not ranks.alone:
+                    raise RankError(
+                        f"rank {ranks.rank} lost the connection to another one in step {state.step + 1}: {error}",
+                        hint="that one has said why it ended; torchrun --max-restarts goes on by itself",
+                    ) from None
                 if not is_out_of_memory(error):
                     raise
                 raise RunError(
@@ -332,6 +391,9 @@ def _finish(
 ) -> Result:
     """Write the final adapter, let the model speak, and report."""
     run = job.run
+    if not job.ranks.first:
+        job.ranks.gather_at("finished")
+        return _result(run, run.adapter, state, finished=reason == "finished")
     best = state.best_step if config.train.keep_best and state.best_step else state.step
     adapter = run.checkpoint(best if reason == "finished" else state.step)
     if reason == "finished":
@@ -351,6 +413,7 @@ def _finish(
     ):  # an older checkpoint that could not be removed at its time; the next start tries again
         run.clean()
     job.observe(RunEnded(state.step, reason, seconds, str(adapter), state.last_loss or 0.0))
+    job.ranks.gather_at("finished")
     return _result(run, adapter, state, finished=reason == "finished")
 
 
@@ -385,7 +448,11 @@ def _speak(config: Config, material: Material, job: loop.Job, run: RunDirectory)
     run.write_json(run.samples_file, samples)
 
 
-def _environment() -> dict[str, Any]:
+def _digest(facts: Mapping[str, Any]) -> bytes:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
+
+
+def _environment(here: Place) -> dict[str, Any]:
     """Versions, machine and command of this process; holds no environment variable and no path of the user's home."""
     packages = ("torch", "tokenizers", "safetensors", "numpy", "huggingface_hub")
     return {
@@ -395,4 +462,6 @@ def _environment() -> dict[str, Any]:
         "packages": {name: version(name) for name in packages},
         "command": shlex.join(["lorafit", *sys.argv[1:]]),
         "threads": torch.get_num_threads(),
+        "ranks": here.world_size,
+        "launch": here.launch,
     }

@@ -39,8 +39,10 @@ def outside_steps(observe: Observer) -> Iterator[None]:
 class Requests:
     """A context manager that turns signals into questions that the loop asks after every step."""
 
-    def __init__(self, observe: Observer) -> None:
+    def __init__(self, observe: Observer, *, patient: bool = False) -> None:
+        """`patient`: a second signal changes nothing, because schedulers and torchrun's agent send the first twice."""
         self._observe = observe
+        self._patient = patient
         self._stop = self._save = False
         self._before: dict[int, Any] = {}
 
@@ -66,11 +68,14 @@ class Requests:
         self._save = True
 
     def _on_stop(self, number: int, frame: FrameType | None) -> None:
+        if self._stop and self._patient:
+            return
         if self._stop:
             raise KeyboardInterrupt
         self._stop = True
         name = signal.Signals(number).name
-        self._observe(Note(f"{name}: saving after this step; once more stops at once", "warning"))
+        once_more = "" if self._patient else "; once more stops at once"
+        self._observe(Note(f"{name}: saving after this step{once_more}", "warning"))
 
 
 def _install(on_stop: _Handler, on_save: _Handler) -> dict[int, Any]:

@@ -1,0 +1,90 @@
+"""Which of a run's processes this one is: what torchrun and its like say in the environment, read in one place."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorafit.durable import cache_folder
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A process among the `world_size` of a run; `local_*` count those of its own host.
+
+    `launch` names the rendezvous that brought them together (torchrun's --rdzv-id), `restarts` how often its agent
+    has started them anew. A process by itself is `Place()`.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    launch: str = ""
+    restarts: int = 0
+
+    @classmethod
+    def here(cls, environment: Mapping[str, str] = os.environ) -> Place:
+        """This process's place: that of RANK and WORLD_SIZE where both are set, else alone."""
+        try:
+            rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        except (KeyError, ValueError):
+            return cls()
+        return cls(
+            rank=rank,
+            world_size=world_size,
+            local_rank=int(environment.get("LOCAL_RANK", 0)),
+            local_world_size=int(environment.get("LOCAL_WORLD_SIZE", 1)),
+            launch=environment.get("TORCHELASTIC_RUN_ID", ""),
+            restarts=int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
+        )
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.world_size == 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one process that writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def has_agent(self) -> bool:
+        """Whether torchrun's agent watches over this process and starts it anew when it fails."""
+        return bool(self.launch)
+
+
+def ended_for_good(here: Place, exit_code: int) -> None:
+    """Leave word for the restarts of this launch that they would only end in the same way.
+
+    torchrun's agent starts its workers anew whatever made them end; that a setting is wrong, or that somebody asked
+    the run to stop, does not change by that.
+    """
+    if here.has_agent:
+        with contextlib.suppress(OSError, RuntimeError):  # then the restarts find out by themselves
+            _word(here).write_text(str(exit_code), encoding="ascii")
+
+
+def ended_before(here: Place) -> int | None:
+    """The exit code that an earlier start of this launch ended with for good, None if there was none."""
+    if not here.has_agent:
+        return None
+    try:
+        word = _word(here)
+        if here.restarts == 0:
+            word.unlink(missing_ok=True)
+            return None
+        return int(word.read_text(encoding="ascii"))
+    except (OSError, RuntimeError, ValueError):
+        return None
+
+
+def _word(here: Place) -> Path:
+    """One file for each agent: its process is the parent of its workers."""
+    name = re.sub(r"[^A-Za-z0-9]", "-", here.launch)[:80]
+    return cache_folder("launches") / f"{name}-{os.getppid()}-{here.local_rank}"
