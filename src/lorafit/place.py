@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorafit.durable import cache_folder
-
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -86,5 +84,7 @@ def ended_before(here: Place) -> int | None:
 
 def _word(here: Place) -> Path:
     """One file for each agent: its process is the parent of its workers."""
+    from lorafit.durable import cache_folder  # only where something failed: `--help` is quick
+
     name = re.sub(r"[^A-Za-z0-9]", "-", here.launch)[:80]
     return cache_folder("launches") / f"{name}-{os.getppid()}-{here.local_rank}"

@@ -1,0 +1,185 @@
+"""The same rows and steps on one, two, three and four processes: the same mathematics, whoever computes what."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from tests.distributed.ranks import together
+from tests.tiny import write_model, write_rows
+from tests.training.test_run import events
+
+from lorafit.config.load import load_config
+from lorafit.errors import ConfigError
+from lorafit.rundir import RunDirectory
+from lorafit.training import loop
+from lorafit.training.run import start_run
+
+STEPS = 6
+
+
+@dataclass
+class Bench:
+    """A folder of runs with the same rows and model."""
+
+    folder: Path
+    material: list[str]
+
+    def job(self, name: str, *settings: str, **more: Any) -> dict[str, Any]:
+        return {"settings": [*self.material, f"run.output={self.folder / name}", *settings], **more}
+
+    def alone(self, name: str, *settings: str, stop: int = 0) -> Path:
+        """The run in this process, by itself, stopped in the step `stop`."""
+        gradients = loop._gradients
+
+        def watched(given: Any, state: Any, *rest: Any) -> Any:
+            if state.step + 1 == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return gradients(given, state, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "_gradients", watched)
+            result = start_run(load_config(None, self.job(name, *settings)["settings"]), quiet=True)
+        assert result.finished == (not stop)
+        return result.path
+
+    def __getitem__(self, name: str) -> Path:
+        return self.folder / name
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    folder = tmp_path_factory.mktemp("ranks")
+    material = [
+        f"model.name={write_model(folder / 'model')}",
+        f"data.path={write_rows(folder / 'rows.json', 60)}",
+        "model.dtype=float32",
+        "model.device=cpu",
+        "train.batch_size=7",  # no multiple of the ranks
+        "train.micro_batch_tokens=128",  # more than one pass a rank
+        "train.learning_rate=0.002",
+        f"train.max_steps={STEPS}",
+        "train.eval_every=3",
+        "train.save_every=3",
+        "lora.rank=4",
+        "run.samples=0",
+    ]
+    return Bench(folder, material)
+
+
+@pytest.fixture(scope="module")
+def one(bench: Bench) -> Path:
+    bench.alone("stopped-1", stop=4)
+    bench.alone("few-1", "train.batch_size=1")
+    return bench.alone("one")
+
+
+@pytest.fixture(scope="module")
+def two(bench: Bench, one: Path) -> list[dict[str, Any]]:
+    return together(
+        2,
+        [
+            bench.job("two"),
+            bench.job("stopped-2", stop=[1, 4]),
+            {"resume": str(bench["stopped-1"])},
+            bench.job("few-2", "train.batch_size=1"),  # a rank without rows
+        ],
+        bench.folder,
+    )
+
+
+@pytest.fixture(scope="module")
+def more(bench: Bench, two: list[dict[str, Any]]) -> None:
+    together(4, [bench.job("four"), bench.job("stopped-4", stop=[3, 4])], bench.folder)
+    together(3, [{"resume": str(bench["stopped-2"])}], bench.folder)
+
+
+def assert_same(path: Path, whole: Path) -> None:
+    """Losses, held-out losses and final adapters agree to 1e-6."""
+    for kind in ("step", "heldout"):
+        losses, expected = ([event["loss"] for event in events(run, kind)] for run in (path, whole))
+        assert losses == pytest.approx(expected, rel=1e-6)
+    seen, expected_seen = (
+        [(e["rows"], e["tokens"], e["supervised_tokens"]) for e in events(run, "step")]
+        for run in (path, whole)
+    )
+    assert seen == expected_seen
+    weights, expected_weights = (
+        load_file(run / "adapter" / "adapter_model.safetensors") for run in (path, whole)
+    )
+    for name, tensor in weights.items():
+        assert float((tensor - expected_weights[name]).abs().max()) < 1e-6, name
+
+
+def test_two_ranks_compute_what_one_does(bench: Bench, one: Path, two: list[dict[str, Any]]) -> None:
+    assert_same(bench["two"], one)
+    assert [event["ranks"] for event in events(bench["two"], "step")] == [2] * STEPS
+    assert all(0 <= event["imbalance"] < 0.5 for event in events(bench["two"], "step"))
+
+
+def test_the_held_out_loss_of_the_same_adapter_has_the_same_bits(
+    bench: Bench, one: Path, two: list[dict[str, Any]]
+) -> None:
+    base = [{event["base_loss"] for event in events(run, "heldout")} for run in (one, bench["two"])]
+    assert base[0] == base[1]
+    assert len(base[0]) == 1
+
+
+def test_a_rank_without_rows_takes_part(bench: Bench, one: Path, two: list[dict[str, Any]]) -> None:
+    assert_same(bench["few-2"], bench["few-1"])
+
+
+def test_only_the_gradient_of_the_adapter_travels(bench: Bench, two: list[dict[str, Any]]) -> None:
+    adapter = load_file(bench["two"] / "adapter" / "adapter_model.safetensors")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in adapter.values())
+    assert [answer["reduced_bytes"] for answer in two[0]["ranks"]] == [STEPS * size] * 2
+
+
+def test_a_signal_to_one_rank_stops_all_with_one_checkpoint(bench: Bench, two: list[dict[str, Any]]) -> None:
+    assert [(answer["step"], answer["finished"]) for answer in two[1]["ranks"]] == [(4, False)] * 2
+    assert RunDirectory.open(bench["stopped-2"]).newest_checkpoint() == (4, {})
+    assert [event["reason"] for event in events(bench["stopped-2"], "saved")][-1] == "stopped"
+
+
+def test_a_run_of_one_goes_on_with_two(bench: Bench, one: Path, two: list[dict[str, Any]]) -> None:
+    assert_same(bench["stopped-1"], one)
+
+
+@pytest.mark.slow
+def test_four_ranks_compute_what_one_does(bench: Bench, one: Path, more: None) -> None:
+    assert_same(bench["four"], one)
+
+
+@pytest.mark.slow
+def test_a_run_of_four_goes_on_with_two_and_one_of_two_with_three(
+    bench: Bench, one: Path, more: None
+) -> None:
+    together(2, [{"resume": str(bench["stopped-4"])}], bench.folder)
+    assert_same(bench["stopped-4"], one)
+    assert_same(bench["stopped-2"], one)
+
+
+def test_ranks_of_one_strategy_only(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("lorafit.training.ranks.dist.rendezvous", lambda url: iter([(None, 0, 2)]))
+    monkeypatch.setattr("lorafit.training.ranks.dist.PrefixStore", lambda name, store: None)
+    with pytest.raises(ConfigError, match="2 processes were started, but distributed.strategy=single is one"):
+        start_run(load_config(None, [*bench.material, "distributed.strategy=single"]), quiet=True)
+
+
+def test_a_run_alone_is_the_same_bytes_twice(bench: Bench, one: Path) -> None:
+    again = bench.alone("again")
+    assert (again / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        one / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
