@@ -24,6 +24,7 @@ LOW_TO_HIGH = [
     "splits",
     "hub",
     "data",
+    "report",
     "model",
     "infer",
     "evaluate",
@@ -168,6 +169,7 @@ def test_what_needs_no_tensor_loads_no_torch() -> None:
         "lorafit",
         "lorafit.config.load",
         "lorafit.observe.summary",
+        "lorafit.report.page",
         *(f"lorafit.data.{path.stem}" for path in (SOURCE / "data").glob("[a-z]*.py")),
         "lorafit.cli.main",
     ]
@@ -180,7 +182,7 @@ for name in {modules!r}:
     importlib.import_module(name)
     check(name)
 from lorafit.cli.main import main
-helps = [["--help"], *([verb, "--help"] for verb in ("train", "plan", "generate"))]
+helps = [["--help"], *([verb, "--help"] for verb in ("train", "plan", "generate", "report"))]
 for words in (*helps, ["config", "lora.rank"], ["runs", "."]):
     sys.argv = ["lorafit", *words]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):

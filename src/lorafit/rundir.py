@@ -33,7 +33,7 @@ class RunDirectory:
     """Paths and small files of one run.
 
     config.yaml (resolved, every key) · env.json · prompt.json · ledger.json · metrics.jsonl ·
-    checkpoints/step-000200/ · adapter/ (the final PEFT folder) · samples.json
+    checkpoints/step-000200/ · adapter/ (the final PEFT folder) · samples.json · proof.json · rows.json · report.html
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,7 +43,11 @@ class RunDirectory:
         self.prompt_file = path / "prompt.json"
         self.ledger_file = path / "ledger.json"
         self.metrics_file = path / "metrics.jsonl"
+        self.check_file = path / "check.json"
         self.samples_file = path / "samples.json"
+        self.proof_file = path / "proof.json"
+        self.rows_file = path / "rows.json"
+        self.report_file = path / "report.html"
         self.lock_file = path / "run.lock"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
@@ -75,6 +79,7 @@ class RunDirectory:
     def _is_vacant(self) -> bool:
         """Whether nothing is here, or only what a run leaves that was killed before it had begun."""
         own = {self.lock_file.name, self.prompt_file.name, self.ledger_file.name, self.env_file.name}
+        own.add(self.rows_file.name)
         return self.path.is_dir() and all(
             path.name in own or is_orphan(path.name) for path in self.path.iterdir()
         )

@@ -43,6 +43,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "train.learning_rate=0.01",
         "lora.rank=4",
         "run.samples=0",
+        "run.verify=false",
     ]
 
 
@@ -327,6 +328,7 @@ def test_tinystories_takes_about_what_was_planned(shared: Path, tmp_path: Path) 
             "model.dtype=float32",
             "train.max_steps=12",
             "run.samples=0",
+            "run.verify=false",
             f"run.output={tmp_path / 'run'}",
         ],
     )

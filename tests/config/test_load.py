@@ -240,6 +240,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "run.offline": st.booleans(),
     "run.too_large": st.sampled_from(["error", "auto", "try"]),
     "run.samples": st.integers(0, 50),
+    "run.samples_every": st.none() | INTERVALS,
+    "run.verify": st.booleans(),
 }
 
 

@@ -40,6 +40,7 @@ def write_material(folder: Path) -> list[str]:
         "train.eval_every=4",
         "train.save_every=2",
         "run.samples=0",
+        "run.verify=false",
     ]
 
 

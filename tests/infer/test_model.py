@@ -51,6 +51,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train.max_steps": 3,
         "train.learning_rate": 0.05,
         "run.samples": 0,
+        "run.verify": "false",
         "run.output": folder / "run",
     }
     return start_run(

@@ -7,13 +7,26 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from lorafit.observe.events import Event, Heldout, Note, RunEnded, RunStarted, Saved, Step, fan_out
+from lorafit.observe.events import (
+    Answers,
+    Event,
+    Heldout,
+    Note,
+    Proved,
+    RunEnded,
+    RunStarted,
+    Saved,
+    Step,
+    fan_out,
+)
 
 EVENTS: list[Event] = [
     RunStarted("tiny", 52_002, 300, 1_100_048_384, 4_505_600, "cpu", "float32", "runs/a"),
     Step(1, 300, 0.01, 2.5, 2e-4, 0.7, 90, 120, 4, 312.0, 0.4, 10**9),
     Heldout(1, 2.1, None, True),
     Saved(1, "runs/a/checkpoints/step-000001", "interval"),
+    Answers(1, ["question"], ["answer"], [True], ["base"], 0.5),
+    Proved("warn", ["28 of 28 changed"], ["only 1 of 20 ended"], 2.5),
     Note("a note"),
     RunEnded(1, "interrupted", 3.0, "runs/a/adapter", 2.5),
 ]

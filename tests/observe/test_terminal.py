@@ -11,7 +11,17 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from lorafit.observe import terminal
-from lorafit.observe.events import Event, Heldout, Note, RunEnded, RunStarted, Saved, Step
+from lorafit.observe.events import (
+    Answers,
+    Event,
+    Heldout,
+    Note,
+    Proved,
+    RunEnded,
+    RunStarted,
+    Saved,
+    Step,
+)
 from lorafit.observe.terminal import Terminal, progress, side_by_side, table
 
 RUN: list[Event] = [
@@ -21,6 +31,9 @@ RUN: list[Event] = [
         for n in range(1, 21)
     ),
     Heldout(20, 1.4121, 1.905, True),
+    Answers(
+        20, ["Where is\nit?", "Who?"], ["In the " + "long " * 20 + "grass.", "I."], [True, True], None, 0.5
+    ),
     Saved(20, "runs/a/checkpoints/step-000020", "best"),
     Note("[red]nearly full[/red]\x1b[2J", "warning"),
     RunEnded(20, "interrupted", 72.0, "runs/a/adapter", 1.8),
@@ -31,6 +44,7 @@ tiny/model  1.1B parameters, 4.51M trained (0.41 %)  cuda bfloat16
 step 10/30  loss 1.945  lr 1.9e-04  312 tokens/s  eta 40s  1.2 GB
 step 20/30  loss 1.845  lr 1.9e-04  312 tokens/s  eta 20s  1.2 GB
 step 20  held-out loss 1.412 (base 1.905)  best so far
+step 20  Where is it? -> In the long long long long long long long long long long ...
 step 20  saved runs/a/checkpoints/step-000020 (best)
 warning: [red]nearly full[/red]
 interrupted after 20 steps in 1m 12s
@@ -245,3 +259,14 @@ def test_a_narrow_encoding_does_not_stop_the_program() -> None:
     Terminal(stream)(Note("경고", "warning"))
     stream.flush()
     assert b"warning: ??" in raw.getvalue()
+
+
+@pytest.mark.parametrize(("verdict", "said"), [("pass", ""), ("warn", "warning: "), ("fail", "error: ")])
+def test_a_proof_is_told_in_plain_lines(verdict: str, said: str) -> None:
+    stream = io.StringIO()
+    faults = ["only 1 of 20 ended\x1b[2J"] if said else []
+    Terminal(stream)(Proved(verdict, ["28 of 28 changed", "loss 2 -> 1"], faults, 3.2))  # type: ignore[arg-type]
+    lines = stream.getvalue().splitlines()
+    assert lines[:2] == ["proof  28 of 28 changed", "proof  loss 2 -> 1  (3s)"]
+    assert lines[2:3] == ([f"{said}only 1 of 20 ended"] if said else [])
+    assert ("the adapter is kept" in stream.getvalue()) == (verdict == "fail")

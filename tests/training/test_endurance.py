@@ -31,6 +31,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "train.batch_size=2",
         "lora.rank=2",
         "run.samples=0",
+        "run.verify=false",
     ]
 
 

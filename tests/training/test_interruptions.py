@@ -41,6 +41,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "lora.rank=4",
         "lora.dropout=0.1",
         "run.samples=0",
+        "run.verify=false",
     ]
 
 

@@ -40,6 +40,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "train.save_every=2",
         "lora.rank=4",
         "run.samples=1",
+        "run.verify=false",
     ]
 
 

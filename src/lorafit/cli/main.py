@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from lorafit import __version__
-from lorafit.cli import config, generate, plan, runs, train
+from lorafit.cli import config, generate, plan, report, runs, train
 from lorafit.errors import LorafitError
 from lorafit.place import Place, ended_before, ended_for_good
 
@@ -28,6 +28,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("plan")(plan.plan)
 app.command("generate")(generate.generate)
+app.command("report")(report.report)
 app.command("runs")(runs.runs)
 app.command("config")(config.config)
 

@@ -97,6 +97,9 @@ def train(
     if not result.finished:
         ended_for_good(here, 130)
         raise typer.Exit(130)
+    if result.proven is False:  # said where it was found
+        ended_for_good(here, 1)
+        raise typer.Exit(1)
 
 
 def _launch(num_processes: int, *words: str) -> NoReturn:

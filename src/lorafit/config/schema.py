@@ -176,6 +176,14 @@ class RunSection(Section):
     samples: int = Field(
         3, ge=0, le=50, description="Held-out prompts answered by base and tuned at the end."
     )
+    samples_every: Interval | None = Field(
+        None, description="Steps between answers to these prompts while training, or `epoch`."
+    )
+    verify: bool = Field(
+        True,
+        description="At the end a fresh process loads the adapter from disk and has to give the trained model's "
+        "logits; whether every tensor changed and answers end is measured, too.",
+    )
 
 
 class Config(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
@@ -99,6 +99,33 @@ class Sample(_Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Answers(_Event):
+    """What the model answers to the fixed held-out prompts after `step`, and whether each answer ended by itself.
+
+    `base` are the base model's answers, in the first such event of a process only.
+    """
+
+    kind = "answers"
+    step: int
+    prompts: Sequence[str]
+    tuned: Sequence[str]
+    stopped: Sequence[bool]
+    base: Sequence[str] | None
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Proved(_Event):
+    """What the proof at the end came to: `lines` say what holds, `faults` what does not; proof.json has all of it."""
+
+    kind = "proved"
+    verdict: Literal["pass", "warn", "fail"]
+    lines: Sequence[str]
+    faults: Sequence[str]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Note(_Event):
     """Something the user should know that is none of the other events."""
 
@@ -119,7 +146,7 @@ class RunEnded(_Event):
     loss: float
 
 
-Event = RunStarted | Step | Heldout | Saved | Busy | Sample | Note | RunEnded
+Event = RunStarted | Step | Heldout | Saved | Busy | Sample | Answers | Proved | Note | RunEnded
 Observer = Callable[[Event], None]
 
 

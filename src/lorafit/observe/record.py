@@ -69,6 +69,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [event for _, event in _read(path)]
 
 
+def read_whole_events(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """(every event in `path` that can be read, oldest first; how many lines cannot); nothing where there is no file.
+
+    Raises RunError when the file is there and cannot be read.
+    """
+    lines = [event for _, event in _lines(path)] if path.exists() else []
+    return [event for event in lines if event is not None], lines.count(None)
+
+
 def truncate_after(path: Path, step: int) -> int:
     """Forget what came after `step`, because a run resumes there: events with a later step go, others stay.
 

@@ -28,7 +28,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from .events import Busy, Event, Heldout, Note, RunEnded, RunStarted, Sample, Saved, Step
+from .events import Answers, Busy, Event, Heldout, Note, Proved, RunEnded, RunStarted, Sample, Saved, Step
 from .meters import Meter
 
 QUIET_SECONDS = 0.5  # work that is done sooner than this shows no progress
@@ -85,6 +85,10 @@ class Terminal:
                 self._busy(event)
             case Sample():
                 self._sample(event)
+            case Answers():
+                self._say(_answers(event))
+            case Proved():
+                self._proved(event)
             case Note(level="warning"):
                 self._say(f"warning: {event.text}", style="yellow")
             case Note():
@@ -138,6 +142,17 @@ class Terminal:
     def _sample(self, event: Sample) -> None:
         self.close()
         side_by_side(event.prompt, _beginning(event.base), _beginning(event.tuned), stream=self._stream)
+
+    def _proved(self, event: Proved) -> None:
+        self.close()
+        for number, line in enumerate(event.lines, 1):
+            took = f"  ({duration(event.seconds)})" if number == len(event.lines) else ""
+            self._say(f"proof  {line}{took}")
+        failed = event.verdict == "fail"
+        for fault in event.faults:
+            self._say(f"{'error' if failed else 'warning'}: {fault}", style="red" if failed else "yellow")
+        if failed:
+            self._say(" hint: the adapter is kept, but is not what was trained; proof.json has the numbers")
 
     def _say(self, line: str, style: str = "") -> None:
         _print_line(self._console, line, style)
@@ -323,6 +338,18 @@ def _started(event: RunStarted) -> str:
 def _heldout(event: Heldout) -> str:
     base = "" if event.base_loss is None else f" (base {event.base_loss:.3f})"
     return f"step {event.step}  held-out loss {event.loss:.3f}{base}{'  best so far' if event.best else ''}"
+
+
+def _answers(event: Answers) -> str:
+    """The first prompt and its answer in a line; the report has all of them."""
+    if not event.prompts:
+        return f"step {event.step}  no prompts"
+    prompt, answer = (" ".join(text.split()) for text in (event.prompts[0], event.tuned[0]))
+    return f"step {event.step}  {_short(prompt)} -> {_short(answer)}"
+
+
+def _short(text: str, most: int = 60) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def _ended(event: RunEnded) -> str:

@@ -48,6 +48,7 @@ class Settings:
     packing: bool
     eval_every: int
     save_every: int
+    samples_every: int | None
     keep: int
 
 
@@ -70,6 +71,7 @@ class Job:
     adapter: AdapterFacts
     facts: Mapping[str, Any]
     observe: Observer
+    speak: Callable[[int], None]  # answers the fixed held-out prompts; changes nothing
 
 
 def train(
@@ -153,6 +155,9 @@ def _steps(
         stopping = state.measuring_due and job.ranks.any(stop())[0]
         better = state.measuring_due and not stopping and _measure(job, saver, state)
         stopping, asked = job.ranks.any(stop(), save_now())  # a signal to one rank is one to all
+        speaks = settings.samples_every is not None and job.ranks.first and not (stopping or ended)
+        if speaks and _due(state.step, settings.samples_every or 0, job.order):
+            job.speak(state.step)
         if stopping or ended or better or asked or _due(state.step, settings.save_every, job.order):
             reason = "stopped" if stopping else "best" if better else "finished" if ended else "due"
             _save(job, saver, state, "asked for" if asked and reason == "due" else reason)

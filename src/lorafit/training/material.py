@@ -63,6 +63,10 @@ class Material:
             spans[paths.index(file.spec)].append(np.arange(start, end))
         return [parts[0] if len(parts) == 1 else np.concatenate(parts) for parts in spans.values()]
 
+    def prompts(self, count: int) -> list[Row]:
+        """The first `count` held-out rows that ask something, read from their files once more."""
+        return _samples(self.files, self.found, self.heldout.numbers, count)
+
     def place(self, index: int) -> str:
         """Where a person finds the row at `index` of the training rows."""
         row = self.training.number(index)

@@ -28,6 +28,8 @@ from lorafit.config.schema import Config
 from lorafit.data.loader import RowOrder
 from lorafit.data.packing import Pack, make_packs
 from lorafit.errors import DataError, RunError
+from lorafit.evaluate.answers import SAMPLE_TOKENS
+from lorafit.evaluate.proof import STOP_PROMPTS
 from lorafit.hub import model_folder
 from lorafit.model.architecture import read_architecture
 from lorafit.model.build import build, wanted_adapter
@@ -45,7 +47,6 @@ from lorafit.training.material import read_material
 LEAST_STEPS, LEAST_SECONDS = 20, 30.0  # shorter runs start at once, with a rougher plan
 MOST_SHARE = 0.025  # of a run's time that its calibration may take
 MOST_IMPORT_SECONDS = 20.0  # a process older than that did something else before
-SAMPLE_TOKENS = 128  # most tokens of an answer shown at the end of a run
 
 
 class Planner:
@@ -233,7 +234,10 @@ class Planner:
         every = self.order.steps_per_epoch
         measured = _times(work.steps, train.eval_every or every) if len(held) else set()
         saved = _times(work.steps, train.save_every or every) | measured
-        asked = SAMPLE_TOKENS * 2 * len(self.material.samples)
+        speaks = config.run.samples_every
+        spoken = 2 + (len(_times(work.steps, speaks or every)) if speaks is not None else 0)
+        asked = SAMPLE_TOKENS * spoken * len(self.material.samples)
+        asked += SAMPLE_TOKENS * min(STOP_PROMPTS, len(held)) if config.run.verify else 0
         return Schedule(len(measured) + bool(measured), passes, len(saved), asked)
 
     def _pack(self, work: Workload, index: int) -> Pack:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +20,13 @@ import torch
 from lorafit import __version__
 from lorafit.check.report import short_lines
 from lorafit.config.schema import Config, mathematics
-from lorafit.data.formats import Text
 from lorafit.data.loader import RowOrder
 from lorafit.data.packing import make_packs
 from lorafit.durable import read_facts, verify_folder
 from lorafit.errors import RunError
+from lorafit.evaluate.answers import Speaker
+from lorafit.evaluate.proof import tensor_digests
 from lorafit.hub import ModelFolder
-from lorafit.infer.model import Model
 from lorafit.model.adapter import load_adapter
 from lorafit.model.build import Built, build
 from lorafit.model.device import describe
@@ -34,13 +34,13 @@ from lorafit.model.fused import fuse
 from lorafit.model.memory import is_out_of_memory
 from lorafit.model.native import missing
 from lorafit.model.weights import fingerprint
-from lorafit.observe.events import Busy, Note, Observer, RunEnded, RunStarted, Sample, fan_out
+from lorafit.observe.events import Note, Observer, RunEnded, RunStarted, fan_out
 from lorafit.observe.record import Record, truncate_after
 from lorafit.observe.terminal import Terminal, progress
 from lorafit.observe.trackers import tracker
 from lorafit.place import Place
 from lorafit.rundir import RunDirectory
-from lorafit.training import loop
+from lorafit.training import ending, loop
 from lorafit.training.batch import Share, attention_cost
 from lorafit.training.checkpoint import (
     AdapterFacts,
@@ -55,7 +55,7 @@ from lorafit.training.checkpoint import (
 from lorafit.training.engine import Engine, ReplicatedEngine
 from lorafit.training.material import Material
 from lorafit.training.optim import make_optimizer, warmup_steps
-from lorafit.training.planning import SAMPLE_TOKENS, Planner
+from lorafit.training.planning import Planner
 from lorafit.training.precision import LossScale
 from lorafit.training.ranks import RankError, Ranks, check_strategy, is_lost_connection, meet, share_cores
 from lorafit.training.resumption import Resumption, begun_by
@@ -74,6 +74,7 @@ class Result:
     loss: float | None
     heldout_loss: float | None
     base_loss: float | None
+    proven: bool | None = None  # None where the proof was not asked for or not reached
 
 
 def start_run(config: Config, *, quiet: bool = False) -> Result:
@@ -205,6 +206,7 @@ def _write_origin(run: RunDirectory, prepared: Prepared) -> None:
     """Freeze how rows become tokens, and what became of each."""
     run.write_json(run.prompt_file, prepared.material.renderer.contract.to_json())
     run.write_json(run.ledger_file, prepared.material.ledger.to_json())
+    run.write_json(run.rows_file, ending.excerpt_of(prepared.material))
 
 
 def _prompt_changes(run: RunDirectory, step: int, prepared: Prepared) -> list[str]:
@@ -256,6 +258,7 @@ def _go(
         fuse(built.device, num_steps)
         network = built.network
         network.recompute = settings.recompute == "layers"
+        initial = tensor_digests(network) if config.run.verify else {}
         masters = [master for master in network.parameters() if master.requires_grad]
         optimizer = make_optimizer(masters, settings.weight_decay)
         torch.manual_seed(settings.seed)
@@ -288,6 +291,7 @@ def _go(
         if step is None and ranks.first:
             for line in short_lines(prepared.planner.plan(network)):
                 observe(Note(line))
+        speaker = ending.speaker_of(network, material, observe)
         heldout = [material.heldout.row(index) for index in range(len(material.heldout))]
         job = loop.Job(
             settings=loop.Settings(
@@ -301,6 +305,7 @@ def _go(
                 packing=config.data.packing,
                 eval_every=settings.eval_every,
                 save_every=settings.save_every,
+                samples_every=config.run.samples_every,
                 keep=settings.keep,
             ),
             ranks=ranks,
@@ -317,6 +322,7 @@ def _go(
             adapter=AdapterFacts(built.spec, config.model.name, base.revision),
             facts={**facts, **_machine(built.device)},
             observe=observe,
+            speak=speaker,
         )
         started = time.perf_counter()
         with Requests(observe, patient=ranks.here.has_agent) as requests:
@@ -335,7 +341,8 @@ def _go(
                     place=describe(built.device),
                     hint=f"set train.micro_batch_tokens below {settings.micro_batch_tokens}: memory, never mathematics",
                 ) from None
-        return _finish(config, material, job, state, reason, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return _finish(config, material, job, state, reason, seconds, initial, speaker)
 
 
 def _facts(config: Config, prepared: Prepared) -> dict[str, Any]:
@@ -388,14 +395,17 @@ def _finish(
     state: TrainState,
     reason: Literal["finished", "interrupted"],
     seconds: float,
+    initial: Mapping[str, str],
+    speaker: Speaker,
 ) -> Result:
-    """Write the final adapter, let the model speak, and report."""
+    """Write the final adapter, let the model speak, prove what came out, and report."""
     run = job.run
     if not job.ranks.first:
         job.ranks.gather_at("finished")
         return _result(run, run.adapter, state, finished=reason == "finished")
     best = state.best_step if config.train.keep_best and state.best_step else state.step
     adapter = run.checkpoint(best if reason == "finished" else state.step)
+    proof = None
     if reason == "finished":
         if best != state.step and (faults := verify_folder(adapter)):
             job.observe(Note(f"the best step, {best}, is lost ({faults[0]}): the last one counts", "warning"))
@@ -405,7 +415,12 @@ def _finish(
         if best != state.step:
             job.observe(Note(f"the adapter is the one of step {best}, the lowest held-out loss"))
             load_adapter(job.network, adapter)
-        _speak(config, material, job, run)
+        ending.speak(run, speaker)
+        if config.run.verify:
+            continued = config.lora.init_from is not None
+            proof = ending.prove_run(
+                run, job.network, material, initial, step=best, continued=continued, observe=job.observe
+            )
     else:
         job.observe(Note(f"go on with: lorafit train --resume {run.path}"))
     with suppress(
@@ -413,11 +428,15 @@ def _finish(
     ):  # an older checkpoint that could not be removed at its time; the next start tries again
         run.clean()
     job.observe(RunEnded(state.step, reason, seconds, str(adapter), state.last_loss or 0.0))
+    ending.leave_report(run, job.observe)
     job.ranks.gather_at("finished")
-    return _result(run, adapter, state, finished=reason == "finished")
+    proven = None if proof is None else proof.verdict != "fail"
+    return _result(run, adapter, state, finished=reason == "finished", proven=proven)
 
 
-def _result(run: RunDirectory, adapter: Path, state: TrainState, *, finished: bool) -> Result:
+def _result(
+    run: RunDirectory, adapter: Path, state: TrainState, *, finished: bool, proven: bool | None = None
+) -> Result:
     return Result(
         path=run.path,
         adapter=adapter,
@@ -426,26 +445,8 @@ def _result(run: RunDirectory, adapter: Path, state: TrainState, *, finished: bo
         loss=state.last_loss,
         heldout_loss=state.best_loss,
         base_loss=state.base_loss,
+        proven=proven,
     )
-
-
-def _speak(config: Config, material: Material, job: loop.Job, run: RunDirectory) -> None:
-    """Base and tuned answers to a few held-out prompts, stored in samples.json and shown side by side."""
-    asked = [(row.place, row.content) for row in material.samples if not isinstance(row.content, Text)]
-    if not asked:
-        return
-    model = Model(job.network, material.renderer)
-    questions = [content for _, content in asked]
-    job.observe(Busy("answering held-out prompts", 0, 2))
-    base = model.generate(questions, max_tokens=SAMPLE_TOKENS, base=True)
-    job.observe(Busy("answering held-out prompts", 1, 2))
-    tuned = model.generate(questions, max_tokens=SAMPLE_TOKENS)
-    samples = []
-    for (place, content), before, after in zip(asked, base, tuned, strict=True):
-        job.observe(Sample(content.question, before.text, after.text))
-        texts = {"place": place, "prompt": content.question, "answer": content.answer}
-        samples.append({**texts, "base": asdict(before), "tuned": asdict(after)})
-    run.write_json(run.samples_file, samples)
 
 
 def _digest(facts: Mapping[str, Any]) -> bytes:

@@ -1,0 +1,90 @@
+"""What follows the last step: the model speaks, what lies on disk is proven, and the report is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lorafit.data.excerpt import excerpt
+from lorafit.data.formats import Row
+from lorafit.data.packing import TokenRow
+from lorafit.errors import LorafitError
+from lorafit.evaluate.answers import Speaker
+from lorafit.evaluate.fresh import PROBE_ROWS
+from lorafit.evaluate.proof import Proof, prove
+from lorafit.infer.model import Model
+from lorafit.model.llama import Llama
+from lorafit.observe.events import Note, Observer
+from lorafit.observe.record import read_whole_events
+from lorafit.report.page import write_report
+from lorafit.rundir import RunDirectory
+from lorafit.training.material import Material
+
+
+def excerpt_of(material: Material) -> dict[str, Any]:
+    """What the report shows of the rows, for rows.json."""
+    return excerpt(material.training, material.heldout, material.tokenizer, material.place)
+
+
+def speaker_of(network: Llama, material: Material, observe: Observer) -> Speaker:
+    """Who answers the run's held-out prompts."""
+    return Speaker(Model(network, material.renderer), material.samples, observe)
+
+
+def speak(run: RunDirectory, speaker: Speaker) -> None:
+    """Base and tuned answers to the held-out prompts, shown and stored in samples.json."""
+    if samples := speaker.finish():
+        run.write_json(run.samples_file, samples)
+
+
+def prove_run(
+    run: RunDirectory,
+    network: Llama,
+    material: Material,
+    initial: Mapping[str, str],
+    *,
+    step: int,
+    continued: bool,
+    observe: Observer,
+) -> Proof:
+    """Prove the final adapter, of `step`, and store the proof in proof.json; the network's memory is given up."""
+    fixed = material.heldout if len(material.heldout) else material.training
+    rows: list[TokenRow] = [fixed.row(index) for index in range(min(PROBE_ROWS, len(fixed)))]
+
+    def prompts(count: int) -> Sequence[Row]:
+        try:
+            return material.prompts(count)
+        except (LorafitError, OSError, StopIteration):  # the files are others by now
+            return material.samples
+
+    proof = prove(
+        run,
+        Model(network, material.renderer),
+        step=step,
+        initial=initial,
+        continued=continued,
+        rows=rows,
+        prompts=prompts,
+        losses=_losses(run, step),
+        observe=observe,
+    )
+    run.write_json(run.proof_file, proof.to_json())
+    observe(proof.event())
+    return proof
+
+
+def _losses(run: RunDirectory, step: int) -> tuple[float | None, float | None]:
+    """The held-out losses of the base and of the adapter of `step`, as they were measured."""
+    measured = [event for event in read_whole_events(run.metrics_file)[0] if event.get("event") == "heldout"]
+    of_step = [event for event in measured if event.get("step") == step]
+    last = of_step[-1] if of_step else {}
+    return last.get("base_loss"), last.get("loss")
+
+
+def leave_report(run: RunDirectory, observe: Observer) -> None:
+    """Write report.html; where that fails it is said, and the run is as good as without."""
+    observe(Note(f"report {run.report_file}"))  # before: the report holds what was said
+    try:
+        write_report(run)
+    except LorafitError as error:
+        observe(Note(f"no report: {error.problems[0].message}", "warning"))
