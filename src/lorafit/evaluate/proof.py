@@ -1,4 +1,4 @@
-"""The proof after training: is what lies on disk what was trained, is it something else than the base, does it end its answers?
+"""The proof after training: what lies on disk is what was trained, is not the base, and ends its answers.
 
 Four checks, each with a verdict: `changed`, `reload`, `stop` and `heldout`; docs/report.md defines them.
 """
