@@ -68,6 +68,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
         "train.save_every=3",
         "lora.rank=4",
         "run.samples=0",
+        "run.verify=false",
     ]
     return Bench(folder, material)
 

@@ -32,7 +32,15 @@ def test_train_by_id_gated_pinned_and_offline(tmp_path: Path) -> None:
     commit = hub.add("owner/tiny", files, is_gated=True)
     rows = write_rows(tmp_path / "rows.json").read_bytes()
     data_commit = hub.add("datasets/owner/rows", {"data/train.json": rows, "loader.py": "raise SystemExit"})
-    words = ["--model", "owner/tiny", "--data", "owner/rows", "train.max_steps=2", "run.samples=0"]
+    words = [
+        "--model",
+        "owner/tiny",
+        "--data",
+        "owner/rows",
+        "train.max_steps=2",
+        "run.samples=0",
+        "run.verify=false",
+    ]
 
     refused = lorafit(tmp_path, hub.url, *words, "--output", "refused")
     assert refused.returncode == 2
