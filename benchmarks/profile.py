@@ -29,7 +29,8 @@ _ENCLOSING = {
 _OPERATOR = {
     "matrix products": r"^(aten|mkldnn|onednn)::_?(mm|addmm|bmm|baddbmm|int_mm|matmul|linear)|mkldnn.*linear|gemm"
     r"|linear_pointwise",
-    "compiled kernels": r"cpp_fused|triton|extern_kernels|Torch-Compiled|CompiledFunction|^## Call",
+    "compiled kernels": r"cpp_fused|triton|extern_kernels|Torch-Compiled|CompiledFunction|^## Call"
+    r"|^_(Project|Norm)(Backward)?$",  # what they take beside torch's operators: model/native, int8 products too
     "copies and casts": r"^aten::(copy_|_to_copy|clone|contiguous|cat|index|_index_put_impl_|index_select|embedding"
     r"|gather)$",
     "zero-fill": r"^aten::(zero_|fill_|zeros|zeros_like|full|full_like)$",
@@ -70,11 +71,16 @@ def profile(config: Config, model: Path, num_steps: int) -> dict[str, Any]:
 
     from lorafit.data.packing import make_packs
     from lorafit.evaluate.heldout import pack_loss
+    from lorafit.hub import ModelFolder
     from lorafit.model.build import build
+    from lorafit.training.material import read_material
     from lorafit.training.optim import clip, make_optimizer
 
     inductor.cpp.enable_kernel_profile = True  # else fused kernels have no names
-    rows = _rows(config, model)
+    data = config.data.model_copy(update={"holdout": 0.0})
+    rows = read_material(
+        config.model_copy(update={"data": data}), ModelFolder(model, model.name, None), quiet=True
+    ).training
     network = build(config, model).network.train()
     masters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(masters, config.train.weight_decay)
@@ -132,27 +138,6 @@ def _sort(events: Iterable[Any], seconds: float) -> tuple[dict[str, float], dict
             others[event.name] = others.get(event.name, 0.0) + taken
     spent["outside operators"] = max(0.0, seconds - sum(spent.values()))
     return spent, others
-
-
-def _rows(config: Config, model: Path) -> Any:
-    """The tokenised rows of the config's data."""
-    from lorafit.data.encode import encode_rows
-    from lorafit.data.sources import load_rows
-    from lorafit.data.template import Renderer, contract
-    from lorafit.data.tokenizer import Tokenizer
-
-    data, tokenizer = config.data, Tokenizer.from_folder(model)
-    source = load_rows(data.path, format=data.format, revision=None, split=data.split, offline=True)
-    frozen = contract(
-        tokenizer,
-        template=data.template,
-        system=data.system,
-        train_on=data.train_on,
-        max_length=data.max_length,
-        too_long=data.too_long,
-        add_eos=data.eos,
-    )
-    return encode_rows(source.rows, Renderer(frozen, tokenizer), None)
 
 
 def table(found: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from benchmarks.programs import PROGRAMS, Outcome, Program, Step, command, parse
 from benchmarks.targets import TARGETS, Results, Target, linear_parameters, model_flops
 from tests.tiny import config_of
 
-from benchmarks import programs, report, rows, speed, targets
+from benchmarks import profile, programs, report, rows, speed, targets
 from lorafit.config.load import keys, load_config, recipe_file
 from lorafit.model.architecture import parse_architecture
 
@@ -218,6 +218,20 @@ def test_a_record_names_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_operators_fall_into_groups(name: str, enclosing: list[str], group: str) -> None:
     assert group_of(name, enclosing) == group
+
+
+def test_the_profile_runs_and_its_groups_add_up() -> None:
+    root = BENCHMARKS.parent
+    config = load_config(
+        None, [f"model.name={root}/demo/model", f"data.path={root}/demo/rows.json", "model.dtype=float32"]
+    )
+    found = profile.profile(config, root / "demo/model", 1)
+    spent = found["milliseconds"]
+    assert found["tokens"] > 0
+    assert spent["matrix products"] > 0
+    assert spent["attention"] > 0
+    assert sum(spent.values()) == pytest.approx(found["total_milliseconds"], rel=0.05)
+    assert len(profile.table(found).splitlines()) == len(profile.GROUPS) + 2
 
 
 def test_the_harness_is_small_and_hides_no_standard_module() -> None:

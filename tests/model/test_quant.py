@@ -14,7 +14,16 @@ from lorafit.model.attention import PackedDocuments
 from lorafit.model.frozen import Frozen, Linear
 from lorafit.model.lora import LoraSpec, attach
 from lorafit.model.loss import loss_sum
-from lorafit.model.quant import Fp8Linear, Int8Linear, Nf4Linear, check_quantize, quantized
+from lorafit.model.native import kernels
+from lorafit.model.quant import (
+    Fp8Linear,
+    Int8Linear,
+    Nf4Linear,
+    _int8_product,
+    _Quantized,
+    check_quantize,
+    quantized,
+)
 
 CPU = torch.device("cpu")
 KINDS = pytest.mark.parametrize(
@@ -126,3 +135,35 @@ def test_nf4_without_bitsandbytes_names_the_extra(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ConfigError, match="bitsandbytes") as caught:
         check_quantize("nf4", CPU, torch.bfloat16)
     assert "lorafit[nf4]" in str(caught.value.problems[0].hint)
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["forward", "gradient"])
+@pytest.mark.parametrize("rows", [1, 31, 64, 333])
+@pytest.mark.parametrize(("depth", "columns"), [(64, 16), (192, 100), (640, 321)])
+@DTYPES
+def test_int8_on_matrix_tiles_is_exact(
+    rows: int, depth: int, columns: int, turned: bool, dtype: torch.dtype
+) -> None:
+    compiled = kernels()
+    if compiled is None or not compiled.has_tiles:
+        pytest.skip("the processor has no matrix tiles")
+    generator = torch.Generator().manual_seed(rows)
+    x = _Quantized(
+        torch.randint(-127, 128, (rows, depth), generator=generator, dtype=torch.int8),
+        torch.rand(rows, generator=generator),
+        dtype,
+        None,
+        None,
+    )
+    shape = (depth, columns) if turned else (columns, depth)
+    weight = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+    scale, addend = torch.rand(columns, generator=generator), torch.rand(rows, columns, generator=generator)
+    sums = x.q.double() @ (weight if turned else weight.t()).double()
+    exact = sums * x.scale.double()[:, None] * scale.double()
+    into = addend.to(dtype)
+    for got, wanted in (
+        (_int8_product(x, weight, scale, None, turned=turned), exact),
+        (_int8_product(x, weight, scale, into.clone(), turned=turned), exact + into.double()),
+    ):
+        rounding = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-22
+        torch.testing.assert_close(got.double(), wanted, rtol=rounding, atol=rounding)

@@ -17,6 +17,7 @@ from lorafit.model.attention import Attend, Rotary
 from lorafit.model.few_rows import head
 from lorafit.model.frozen import Linear
 from lorafit.model.kernels import norm
+from lorafit.model.memory import MUCH_FREE, give_back_memory
 from lorafit.model.projection import Gated, Normed, Plain, project
 
 
@@ -130,6 +131,8 @@ class Llama(nn.Module):
         for number, layer in enumerate(self.model.layers):
             inputs = (x, rotary, attend, rows if number == last else None)
             x = checkpoint(layer, *inputs, use_reentrant=False) if self.recompute else layer(*inputs)
+            if torch.is_grad_enabled():
+                give_back_memory(MUCH_FREE)  # what is kept lies between what was freed: the peak would grow
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 if sys.platform == "win32":
     import psutil
 
-MUCH_FREE = 256 * 10**6  # bytes: giving back less is not worth the page faults
+MUCH_FREE = 128 * 10**6  # bytes: giving back less is not worth the page faults
 MOST_KERNELS = 64  # compiled products that torch's CPU library keeps
 
 

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from lorafit.model.few_rows import are_few, few_rows
 from lorafit.model.frozen import Frozen
 from lorafit.model.kernels import dropout, gated, gated_backward, rms_norm, rms_norm_backward
+from lorafit.model.memory import MUCH_FREE, give_back_memory
 
 
 class LowRank(Protocol):
@@ -150,6 +151,7 @@ class _Project(torch.autograd.Function):
         low, *tensors = ctx.saved_tensors
         inputs, masters = tensors[: ctx.num_inputs], tensors[ctx.num_inputs :]
         wanted = any(ctx.needs_input_grad[4 : 4 + ctx.num_inputs])
+        give_back_memory(MUCH_FREE)
         adapted = group.adapted()
         lows = iter(zip(_split(low, adapted), masters[1::2], strict=True))
         dy: Tensor | None = None

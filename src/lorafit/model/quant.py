@@ -19,6 +19,7 @@ from torch import Tensor
 from lorafit.errors import ConfigError
 from lorafit.model.frozen import Frozen
 from lorafit.model.kernels import column_peaks, dequantize, quantize_rows
+from lorafit.model.native import fits, kernels
 
 Quantize = Literal["none", "int8", "nf4", "fp8"]
 _OUTLIER = 6.0  # a column is an outlier when its peak is so many times the median column's
@@ -64,7 +65,7 @@ class Int8Linear(Frozen):
 
     def product(self, x: Tensor, into: Tensor | None = None) -> Tensor:
         x8 = _quantized(x, self.balance)
-        out = _int8_product(x8, self.weight.t(), self.scale, into)
+        out = _int8_product(x8, self.weight, self.scale, into)
         if x8.columns is not None and x8.values is not None:
             few = self.weight[:, x8.columns].to(x.dtype) * self.scale[:, None].to(x.dtype)
             out.addmm_(x8.values * self.balance[x8.columns].to(x.dtype), few.t())
@@ -72,7 +73,7 @@ class Int8Linear(Frozen):
 
     def input_gradient(self, slope: Tensor, into: Tensor | None = None) -> Tensor:
         slope8 = _quantized(slope, self.scale)
-        out = _int8_product(slope8, self.weight, self.balance, into)
+        out = _int8_product(slope8, self.weight, self.balance, into, turned=True)
         if slope8.columns is not None and slope8.values is not None:
             few = self.weight[slope8.columns].to(slope.dtype) * self.balance.to(slope.dtype)
             out.addmm_(slope8.values * self.scale[slope8.columns].to(slope.dtype), few)
@@ -95,11 +96,18 @@ def _quantized(x: Tensor, factor: Tensor) -> _Quantized:
     return _Quantized(*quantize_rows(x, rest), x.dtype, columns, x[:, columns])
 
 
-def _int8_product(x: _Quantized, w: Tensor, column_scale: Tensor, into: Tensor | None) -> Tensor:
-    """x w with the scales, for int8 w (depth, columns), added to `into` or new; a few rows of sums at a time."""
-    rows, columns = x.q.shape[0], w.shape[1]
+def _int8_product(
+    x: _Quantized, weight: Tensor, column_scale: Tensor, into: Tensor | None, *, turned: bool = False
+) -> Tensor:
+    """x W^T, or with `turned` x W, for int8 W (out_features, in_features): scaled, added to `into` or new."""
+    w = weight if turned else weight.t()  # (depth, columns)
+    rows, (depth, columns) = x.q.shape[0], w.shape
     out = torch.empty(rows, columns, dtype=x.dtype, device=w.device) if into is None else into
-    step = max(64, _SUMS // columns // 64 * 64)
+    if fits(out, x.scale) and (compiled := kernels()) and compiled.has_tiles and depth % 64 == 0:
+        given = (x.q, x.scale, weight, int(turned), column_scale, into)
+        compiled.call("int8_product", x.dtype, rows, depth, columns, *given, out)
+        return out
+    step = max(64, _SUMS // columns // 64 * 64)  # a few rows of sums at a time
     for start in range(0, rows, step):
         part = slice(start, start + step)
         addend = None if into is None else into[part]

@@ -22,8 +22,12 @@ from torch import Tensor
 
 from lorafit.durable import cache_folder
 
-_SOURCES = ("rows.cpp", "attention.cpp", "few_rows.cpp", "decode.cpp")
+_SOURCES = ("rows.cpp", "attention.cpp", "few_rows.cpp", "decode.cpp", "int8.cpp")
+_HEADERS = ("common.h", "tiles.h", "attention_tiles.h")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
+_X86_FLAGS = (
+    "-mprefer-vector-width=512",
+)  # where there are such vectors; the compiler would take half of one
 _SUFFIX = {torch.float32: "_f32", torch.bfloat16: "_bf16"}
 
 
@@ -32,6 +36,10 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
+        granted = ctypes.c_int64(0)
+        library.has_tiles(ctypes.byref(granted), ctypes.c_int(1))
+        self.has_tiles = bool(granted.value)
+        """Whether the processor multiplies matrix tiles and the system lets this process use them."""
 
     def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
         """Run the kernel `name` of `dtype` on all of torch's threads. Scalars are int64 or float32."""
@@ -63,10 +71,12 @@ def _build() -> tuple[Kernels | None, str]:
     if not compiler:
         return None, "there is no C++ compiler"
     command = [*shlex.split(compiler), *_FLAGS]
+    if platform.machine() in ("x86_64", "AMD64"):
+        command += _X86_FLAGS
     folder = Path(__file__).parent
     sources = [folder / name for name in _SOURCES]
     digest = hashlib.sha256(" ".join([*command, _machine()]).encode())
-    for source in (*sources, folder / "common.h"):
+    for source in (*sources, *(folder / name for name in _HEADERS)):
         digest.update(source.read_bytes())
     try:
         library = cache_folder("native") / f"{digest.hexdigest()[:32]}.so"

@@ -5,10 +5,11 @@
 // document up to itself, and with window > 0 only the last `window` of them. Scores exist for one block of queries
 // at a time, in float32 (the scheme of FlashAttention, Dao 2023). One thread does one document and one key-value
 // head, so results depend neither on the number of threads nor on the neighbours in the pack.
-#include "common.h"
+#include "tiles.h"
 
 #include <cstdlib>
 #include <numeric>
+#include <type_traits>
 #include <vector>
 
 #ifdef __AVX512F__
@@ -61,25 +62,25 @@ struct Shape {
   float scale;
 };
 
-// One head of `count` tokens from `from` (row stride `stride`) into rows of floats; turned by the token's angle
-template <class T>
+// One head of `count` tokens from `from` (row stride `stride`) into rows of their own; turned by the token's angle
+template <class T, class Row>
 static void load(int64_t count, int64_t size, const T *from, int64_t stride, const float *cosine, const float *sine,
-                 float scale, float *to) {
+                 float scale, Row *to) {
   int64_t half = size / 2;
   for (int64_t t = 0; t < count; t++) {
     const T *in = from + t * stride;
-    float *out = to + t * size;
+    Row *out = to + t * size;
     if (!cosine) {
 #pragma omp simd
-      for (int64_t i = 0; i < size; i++) out[i] = get(in[i]) * scale;
+      for (int64_t i = 0; i < size; i++) put(get(in[i]) * scale, out[i]);
       continue;
     }
     const float *c = cosine + t * half, *s = sine + t * half;
 #pragma omp simd
     for (int64_t i = 0; i < half; i++) {
       float first = get(in[i]) * scale, second = get(in[half + i]) * scale;
-      out[i] = first * c[i] - second * s[i];
-      out[half + i] = second * c[i] + first * s[i];
+      put(first * c[i] - second * s[i], out[i]);
+      put(second * c[i] + first * s[i], out[half + i]);
     }
   }
 }
@@ -120,6 +121,8 @@ struct Range {
       : low(window ? std::max<int64_t>(0, first - window + 1) / PAD * PAD : 0), high(padded(first + count, PAD)) {}
 };
 
+#include "attention_tiles.h"
+
 template <class T>
 static void attend_one(const Shape &shape, int64_t start, int64_t length, int64_t group, const T *q, const T *k,
                        const T *v, const float *cosine, const float *sine, T *o, float *lse) {
@@ -130,7 +133,7 @@ static void attend_one(const Shape &shape, int64_t start, int64_t length, int64_
   const float *turn_c = cosine + start * half, *turn_s = sine + start * half;
   load(length, size, k + start * kv_row + group * size, kv_row, turn_c, turn_s, 1.0f, keys.data());
   transpose(length, size, keys.data(), keys_t.data(), all);
-  load(length, size, v + start * kv_row + group * size, kv_row, (const float *)nullptr, nullptr, 1.0f, values.data());
+  load(length, size, v + start * kv_row + group * size, kv_row, nullptr, nullptr, 1.0f, values.data());
   for (int64_t head = group * shared; head < (group + 1) * shared; head++)
     for (int64_t first = 0; first < length; first += QUERIES) {
       const int64_t count = std::min(QUERIES, length - first), rows = padded(count, ROWS);
@@ -150,9 +153,8 @@ static void attend_one(const Shape &shape, int64_t start, int64_t length, int64_
         }
         std::fill(row, row + begin, 0.0f);
         std::fill(row + last, row + width, 0.0f);
-        float high = -INFINITY, sum = 0;
-#pragma omp simd reduction(max : high)
-        for (int64_t j = begin; j < last; j++) high = std::max(high, row[j]);
+        float sum = 0;
+        const float high = largest(row + begin, last - begin);
 #pragma omp simd reduction(+ : sum)
         for (int64_t j = begin; j < last; j++) sum += row[j] = fast_exp(row[j] - high);
         lse[(start + at) * shape.heads + head] = high + std::log(sum);
@@ -161,7 +163,7 @@ static void attend_one(const Shape &shape, int64_t start, int64_t length, int64_
         for (int64_t j = begin; j < last; j++) row[j] *= inverse;
       }
       product(rows, size, width, scores.data(), width, 1, values.data() + range.low * size, size, mixed.data(), size, false);
-      store(count, size, mixed.data(), (const float *)nullptr, nullptr, 1.0f, o + (start + first) * q_row + head * size, q_row);
+      store(count, size, mixed.data(), nullptr, nullptr, 1.0f, o + (start + first) * q_row + head * size, q_row);
     }
 }
 
@@ -177,7 +179,7 @@ static void attend_one_backward(const Shape &shape, int64_t start, int64_t lengt
   const float *turn_c = cosine + start * half, *turn_s = sine + start * half;
   load(length, size, k + start * kv_row + group * size, kv_row, turn_c, turn_s, 1.0f, keys.data());
   transpose(length, size, keys.data(), keys_t.data(), all);
-  load(length, size, v + start * kv_row + group * size, kv_row, (const float *)nullptr, nullptr, 1.0f, values.data());
+  load(length, size, v + start * kv_row + group * size, kv_row, nullptr, nullptr, 1.0f, values.data());
   transpose(length, size, values.data(), values_t.data(), all);
   for (int64_t head = group * shared; head < (group + 1) * shared; head++)
     for (int64_t first = 0; first < length; first += QUERIES) {
@@ -185,7 +187,7 @@ static void attend_one_backward(const Shape &shape, int64_t start, int64_t lengt
       const Range range(first, count, shape.window);
       const int64_t width = range.high - range.low, at0 = (start + first) * q_row + head * size;
       load(count, size, q + at0, q_row, turn_c + first * half, turn_s + first * half, shape.scale, queries.data());
-      load(count, size, d_o + at0, q_row, (const float *)nullptr, nullptr, 1.0f, slope.data());
+      load(count, size, d_o + at0, q_row, nullptr, nullptr, 1.0f, slope.data());
       std::fill(queries.begin() + count * size, queries.begin() + rows * size, 0.0f);
       std::fill(slope.begin() + count * size, slope.begin() + rows * size, 0.0f);
       product(rows, width, size, queries.data(), size, 1, keys_t.data() + range.low, all, scores.data(), width, false);
@@ -219,7 +221,7 @@ static void attend_one_backward(const Shape &shape, int64_t start, int64_t lengt
       store(count, size, d_queries.data(), turn_c + first * half, turn_s + first * half, shape.scale, dq + at0, q_row);
     }
   store(length, size, d_keys.data(), turn_c, turn_s, 1.0f, dk + start * kv_row + group * size, kv_row);
-  store(length, size, d_values.data(), (const float *)nullptr, nullptr, 1.0f, dv + start * kv_row + group * size, kv_row);
+  store(length, size, d_values.data(), nullptr, nullptr, 1.0f, dv + start * kv_row + group * size, kv_row);
 }
 
 // Documents longest first, so that no thread is left with a long one at the end
@@ -237,10 +239,19 @@ static void attend(int64_t documents, const int64_t *starts, int64_t heads, int6
                    const T *q, const T *k, const T *v, const float *cosine, const float *sine, T *o, float *lse, int threads) {
   const Shape shape{heads, kv_heads, size, window, 1.0f / std::sqrt(float(size))};
   const auto order = by_length(documents, starts);
+  [[maybe_unused]] const bool on_tiles = size % 32 == 0 && may_use_tiles();
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t item = 0; item < documents * kv_heads; item++) {
-    const int64_t document = order[item / kv_heads], start = starts[document];
-    attend_one(shape, start, starts[document + 1] - start, item % kv_heads, q, k, v, cosine, sine, o, lse);
+    const int64_t document = order[item / kv_heads], start = starts[document], length = starts[document + 1] - start;
+#ifdef HAS_TILES
+    if constexpr (std::is_same_v<T, bf16>)
+      if (on_tiles) {
+        Tiles tiles;
+        attend_one_tiles(shape, start, length, item % kv_heads, q, k, v, cosine, sine, o, lse);
+        continue;
+      }
+#endif
+    attend_one(shape, start, length, item % kv_heads, q, k, v, cosine, sine, o, lse);
   }
 }
 #define PARAMETERS(T) (int64_t documents, const int64_t *starts, int64_t heads, int64_t kv_heads, int64_t size, int64_t window, const T *q, const T *k, const T *v, const float *cosine, const float *sine, T *o, float *lse, int threads)
@@ -253,11 +264,19 @@ static void attend_backward(int64_t documents, const int64_t *starts, int64_t he
                             const float *cosine, const float *sine, T *dq, T *dk, T *dv, int threads) {
   const Shape shape{heads, kv_heads, size, window, 1.0f / std::sqrt(float(size))};
   const auto order = by_length(documents, starts);
+  [[maybe_unused]] const bool on_tiles = size % 32 == 0 && may_use_tiles();
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t item = 0; item < documents * kv_heads; item++) {
-    const int64_t document = order[item / kv_heads], start = starts[document];
-    attend_one_backward(shape, start, starts[document + 1] - start, item % kv_heads, q, k, v, d_o, lse, cosine, sine,
-                        dq, dk, dv);
+    const int64_t document = order[item / kv_heads], start = starts[document], length = starts[document + 1] - start;
+#ifdef HAS_TILES
+    if constexpr (std::is_same_v<T, bf16>)
+      if (on_tiles) {
+        Tiles tiles;
+        attend_one_backward_tiles(shape, start, length, item % kv_heads, q, k, v, d_o, lse, cosine, sine, dq, dk, dv);
+        continue;
+      }
+#endif
+    attend_one_backward(shape, start, length, item % kv_heads, q, k, v, d_o, lse, cosine, sine, dq, dk, dv);
   }
 }
 #define PARAMETERS(T) (int64_t documents, const int64_t *starts, int64_t heads, int64_t kv_heads, int64_t size, int64_t window, const T *q, const T *k, const T *v, const T *d_o, const float *lse, const float *cosine, const float *sine, T *dq, T *dk, T *dv, int threads)
