@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo test quick lint format docs types bench clean
+.PHONY: demo test quick lint format docs types bench bugs masks clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -49,6 +49,12 @@ docs: $(VENV)/installed  ## regenerate docs/config.md from the schema
 
 bench: $(VENV)/installed-bench  ## speed and memory beside the classic script and TRL (most of an hour)
 	$(BIN)/python -m benchmarks.speed --work runs/bench --json runs/bench/speed.json
+
+bugs: $(VENV)/installed-dev  ## put 32 known bugs in, one after another, and see each probe fail
+	$(BIN)/python -m tests.bugs
+
+masks: $(VENV)/installed-dev  ## 500 conversations of each chat format with each tokenizer: what is trained is exact
+	$(BIN)/python -m tests.data.masks
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

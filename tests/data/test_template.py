@@ -142,6 +142,7 @@ def _assert_says(renderer: Renderer, row: Rendered, answers: Sequence[str]) -> N
     def bare(text: str) -> str:
         for control in renderer.tokenizer.control:
             text = text.replace(control, "")
+        text = text.removeprefix("<think>\n\n</think>\n\n")  # Qwen 3's answer without thinking
         return unicodedata.normalize("NFC", "".join(text.replace("▁", " ").split()))
 
     texts = trained_texts(renderer, row)
@@ -155,7 +156,7 @@ def _assert_says(renderer: Renderer, row: Rendered, answers: Sequence[str]) -> N
     ("name", "expected"),
     [
         ("qwen", ["The answer.<|im_end|>", "It's 123.\n\n- one<|im_end|>"]),
-        ("qwen3", ["The answer.<|im_end|>", "It's 123.\n\n- one<|im_end|>"]),
+        ("qwen3", ["The answer.<|im_end|>", "<think>\n\n</think>\n\nIt's 123.\n\n- one<|im_end|>"]),
         ("zephyr", ["The answer.</s>", "It's 123.\n\n- one</s>"]),
         ("llama2", [" The answer. </s>", " It's 123.\n\n- one </s>"]),
         ("llama3", ["The answer.</s>", "It's 123.\n\n- one</s>"]),

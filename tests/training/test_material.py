@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from tests.tiny import write_model, write_rows
+from tests.tiny import CHAT_TEMPLATE, byte_tokenizer, write_model, write_rows
 
 from lorafit.config.load import load_config
 from lorafit.data.formats import Instruction
-from lorafit.errors import DataError
+from lorafit.errors import DataError, ModelError
 from lorafit.hub import model_folder
 from lorafit.training.material import Material, read_material
 
@@ -90,3 +92,33 @@ def test_all_that_is_wrong_is_reported_and_a_bad_cache_is_a_warning(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path / "file"))
     assert "not cached" in read(model, paths[1:]).warnings[0]
+
+
+def test_split_and_revision_reach_the_hub(
+    model: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def dataset_files(name: str, **options: object) -> object:
+        asked.append(options)
+        return SimpleNamespace(paths=[paths[0]], revision="abc123")
+
+    monkeypatch.setattr("lorafit.hub.dataset_files", dataset_files)
+    read(model, [Path("owner/rows")], "data.split=validation", "data.revision=v2", "run.offline=true")
+    assert asked == [{"revision": "v2", "split": "validation", "offline": True}]
+
+
+def test_a_row_with_a_token_that_has_no_embedding_is_refused(model: Path, tmp_path: Path) -> None:
+    """The tokenizer was given a token: rows without it train, those with it are named."""
+    added = shutil.copytree(model, tmp_path / "added")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<|pad|>"])
+    tokenizer.save(str(added / "tokenizer.json"))
+    assert len(read(added, [write_rows(tmp_path / "rows.json", 20)]).training) == 18
+    config = json.loads((added / "tokenizer_config.json").read_text())
+    config["chat_template"] = CHAT_TEMPLATE.replace("eos_token", "'<|pad|>'")
+    (added / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ModelError, match=r"token `<\|pad\|>` of row 1 has id 260, but the model has 260 embeddings"
+    ):
+        read(added, [tmp_path / "rows.json"])

@@ -36,7 +36,7 @@ from lorafit.durable import (
 )
 from lorafit.errors import DataError, RunError
 
-ENCODING = 1  # to be raised whenever the same rows would be written as other bytes
+ENCODING = 2  # to be raised whenever the same rows would be written as other bytes
 MAX_BYTES = 20 * 10**9
 _DECIDING_FILES = ("tokens.bin", "offsets.bin", "numbers.bin")
 _BUILDING = ".building-"

@@ -6,6 +6,7 @@ text between the contents; the two are then matched. What does not match exactly
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import traceback
@@ -27,7 +28,8 @@ MAX_CHARACTERS = 4_000_000
 MAX_LOOP_STEPS = 1_000_000
 _MAX_KNOWN_SHAPES = 4096
 _THINK, _END_THINK = "<think>\n", "\n</think>\n\n"
-_HOLE = re.compile(f"(?P<think>{_THINK}{HOLE}r{HOLE}{_END_THINK})?{HOLE}(?P<turn>\\d+){HOLE}")
+_NO_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")
+_HOLE = re.compile(f"(?P<think>{_THINK}{HOLE}r{HOLE}\n</think>(?:\n\n)?)?{HOLE}(?P<turn>\\d+){HOLE}")
 
 Kind = Literal["empty", "plain", "thinking"]
 Shape = tuple[
@@ -61,8 +63,8 @@ class ChatTemplate:
             place = f"chat template line {getattr(error, 'lineno', 1)}"
             raise ModelError(f"the chat template is not valid Jinja: {error}", place=place) from error
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The conversation as text, as transformers' apply_chat_template renders it.
+    def render(self, messages: Sequence[Message], *, ask: bool = False) -> str:
+        """The conversation as text, as transformers' apply_chat_template renders it; `ask`: up to the next answer.
 
         Raises DataError with the template's own message, or with the line of the template that failed.
         """
@@ -72,7 +74,7 @@ class ChatTemplate:
         size = 0
         try:
             for piece in self._template.generate(
-                messages=turns, add_generation_prompt=False, tools=None, documents=None, **self._variables
+                messages=turns, add_generation_prompt=ask, tools=None, documents=None, **self._variables
             ):
                 pieces.append(piece)
                 size += len(piece)
@@ -92,8 +94,10 @@ class ChatTemplate:
     def parts(self, messages: Sequence[Message]) -> list[Part]:
         """The rendered conversation cut into contents and template text; joined they are `render(messages)`.
 
-        A content may be stripped of blanks or, for an assistant turn, of its thinking. Every assistant turn
-        is there exactly once. Raises DataError when the template changes a content in any other way.
+        A content may be stripped of blanks or, for an assistant turn, of its thinking. An empty thought that the
+        template writes before an answer belongs to the answer, because the model will have to say it, unless the
+        template's generation prompt does. Every assistant turn is there exactly once. Raises DataError when the
+        template changes a content in any other way.
         """
         text = self.render(messages)
         holes = self._holes(messages)
@@ -104,21 +108,31 @@ class ChatTemplate:
             following = holes[index + 1][0] if index + 1 < len(holes) else ""
             if not text.startswith(before, at):
                 raise self._lost(messages, turn)
+            thought = ""
+            if turn is not None and messages[turn].role == "assistant":
+                thought = self._said_thought(before)
+                before = before[: len(before) - len(thought)]
+                if with_thinking and self._asks_without_thought:
+                    hint = "take the thinking out of the answer, or give a template that asks for it with data.template"
+                    raise DataError(
+                        f"turn {turn + 1} thinks, but the chat template asks without a thought", hint=hint
+                    )
             parts.append(Part(before, None))
             at += len(before)
             if turn is None:
                 break
+            at += len(thought)
             forms = _forms(messages[turn].content, with_thinking)
             found = next((form for form in forms if text.startswith(form + following, at)), None)
             if found is None:
                 raise self._lost(messages, turn)
-            parts.append(Part(found, messages[turn].role))
+            parts.append(Part(thought + found, messages[turn].role))
             located += [turn] if messages[turn].role == "assistant" else []
             at += len(found)
         answers = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
         if at < len(text) or sorted(located) != answers:
             raise self._lost(messages, None)
-        return [part for part in parts if part.text]
+        return [part for part in parts if part.text or part.role == "assistant"]
 
     def _holes(self, messages: Sequence[Message]) -> list[tuple[str, int | None, bool]]:
         """(template text, number of the turn after it, whether with thinking); the last without a turn."""
@@ -141,6 +155,19 @@ class ChatTemplate:
             self._shapes[shape] = holes
         return holes
 
+    def _said_thought(self, before: str) -> str:
+        """The empty thought at the end of the template's text before an answer, if an answer has to say it."""
+        match = _NO_THOUGHT.search(before)
+        return match.group() if match and not self._asks_without_thought else ""
+
+    @functools.cached_property
+    def _asks_without_thought(self) -> bool:
+        """Whether the generation prompt itself ends in an empty thought."""
+        try:
+            return _NO_THOUGHT.search(self.render([Message("user", "question")], ask=True)) is not None
+        except DataError:
+            return False
+
     @staticmethod
     def _lost(messages: Sequence[Message], turn: int | None) -> DataError:
         which = f"turn {turn + 1} ({messages[turn].role})" if turn is not None else "every turn"
@@ -158,7 +185,7 @@ def _placeholder(turn: int, kind: Kind) -> str:
     if kind == "empty":
         return ""
     hole = f"{HOLE}{turn}{HOLE}"
-    return f"{_THINK}{HOLE}r{HOLE}{_END_THINK}{hole}" if kind == "thinking" else hole
+    return f"{_THINK}{HOLE}r{HOLE}\n</think>{hole}" if kind == "thinking" else hole
 
 
 def _forms(content: str, with_thinking: bool) -> Iterable[str]:

@@ -99,6 +99,13 @@ class Model:
             raise ModelError(
                 f"a prompt has {too_long[0]} tokens, the model reads at most {limit - 1}", hint="shorten it"
             )
+        largest = max(map(max, filter(None, prompts)), default=0)
+        if largest >= self.network.arch.vocab_size:
+            token = self.renderer.tokenizer.decode([largest])
+            raise ModelError(
+                f"token `{token}` has id {largest}, but the model has {self.network.arch.vocab_size} embeddings",
+                hint="tokens were added to the tokenizer and not to the model",
+            )
         if not all(prompts):
             raise ModelError("a prompt has no tokens", hint="ask something, or give a system prompt")
         was_training = self.network.training

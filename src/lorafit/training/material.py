@@ -21,7 +21,7 @@ from lorafit.data.sources import FileSummary, SourceFile, describe, find_files, 
 from lorafit.data.template import Renderer
 from lorafit.data.template import contract as make_contract
 from lorafit.data.tokenizer import Tokenizer
-from lorafit.errors import DataError
+from lorafit.errors import DataError, ModelError
 from lorafit.hub import ModelFolder
 from lorafit.model.architecture import read_architecture
 from lorafit.observe.terminal import progress
@@ -80,7 +80,8 @@ class Material:
 def read_material(config: Config, base: ModelFolder, quiet: bool) -> Material:
     """Rows, rendered and tokenised, with the ledger closed. Raises a LorafitError with all that is wrong."""
     data = config.data
-    longest = read_architecture(base.path).max_position_embeddings
+    arch = read_architecture(base.path)
+    longest = arch.max_position_embeddings
     tokenizer = Tokenizer.from_folder(base.path)
     files, missing = find_files(
         data.path, format=data.format, revision=data.revision, split=data.split, offline=config.run.offline
@@ -112,6 +113,7 @@ def read_material(config: Config, base: ModelFolder, quiet: bool) -> Material:
             place="data.max_length",
             hint=f"data.max_length={longest} with data.too_long=drop or data.too_long=truncate",
         )
+    _check_embedded(encoded, tokenizer, arch.vocab_size)
     training, heldout = map(encoded.take, split_holdout(len(encoded), data.holdout, config.train.seed))
     num_rows = sum(summary.num_rows for summary in found)
     format_name, reason = describe(files, found)
@@ -129,6 +131,20 @@ def read_material(config: Config, base: ModelFolder, quiet: bool) -> Material:
         warnings=entry.notes,
         entry_digest=entry.digest,
     )
+
+
+def _check_embedded(encoded: Encoded, tokenizer: Tokenizer, num_embeddings: int) -> None:
+    """Raise ModelError where a row holds a token that the model has no embedding of."""
+    if tokenizer.vocab_size <= num_embeddings:
+        return
+    for index in range(len(encoded)):
+        if (largest := int(encoded.row(index)[0].max())) >= num_embeddings:
+            raise ModelError(
+                f"token `{tokenizer.decode([largest])}` of row {encoded.number(index) + 1} has id {largest}, but the "
+                f"model has {num_embeddings} embeddings",
+                place="tokenizer.json",
+                hint="tokens were added to the tokenizer and not to the model: lorafit trains no new embeddings",
+            )
 
 
 def _samples(

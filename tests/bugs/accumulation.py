@@ -1,0 +1,133 @@
+"""Losses over pieces of a step: what they are divided by, and steps that teach nothing (bugs 1, 2, 3, 32)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from tests.bugs.catalogue import probe
+from tests.bugs.lab import Lab, Plant, difference, events
+
+from lorafit.errors import TrainingError
+from lorafit.training import loop
+from lorafit.training.run import start_run
+
+RAGGED = [{"instruction": f"Say {n}.", "output": "so " * (4**n % 61) + "it is."} for n in range(6)]
+EVENLY = ("train.max_grad_norm=0", "data.shuffle=false", "train.max_steps=1")
+
+
+def _gradient(lab: Lab, name: str, *overrides: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The gradient of a run's last step, and what the step reported."""
+    lab.gradients.clear()
+    result = lab.run(*EVENLY, f"lora.init_from={lab.adapter()}", "lora.rank=4", *overrides, name=name)
+    return lab.gradients[-1], events(result, "step")[-1]
+
+
+@probe(
+    1,
+    Plant(
+        "training.loop:_gradients", "state.scale.factor / supervised", "1 / len(pack.targets) / len(packs)"
+    ),
+    Plant(
+        "training.loop:_gradients",
+        "sum(map(float, losses)) / supervised",
+        "sum(map(float, losses)) / len(packs)",
+    ),
+)
+def a_gradient_does_not_depend_on_how_its_step_is_cut(lab: Lab) -> None:
+    """One ragged batch in one pass, in several and row by row: one gradient and one reported loss."""
+    lab.watch()
+    rows = f"data.path={lab.rows(RAGGED)}"
+    whole, step = _gradient(lab, "whole", rows)
+    for cut in ("train.micro_batch_tokens=300", "train.micro_batch_tokens=8", "data.packing=false"):
+        other, its_step = _gradient(lab, cut, rows, cut)
+        assert difference(whole, other) < 1e-5, cut
+        assert math.isclose(step["loss"], its_step["loss"], rel_tol=1e-5), cut
+
+
+@probe(
+    2,
+    Plant(
+        "training.loop:_gradients", "state.scale.factor / supervised", "1 / len(pack.targets) / len(packs)"
+    ),
+)
+def every_trained_token_weighs_the_same(lab: Lab) -> None:
+    """A short and a long answer: the batch's gradient is the mean over tokens, not over rows."""
+    lab.watch()
+    rows = [RAGGED[0], RAGGED[2]]
+    (short, one), (long, two) = (
+        _gradient(lab, f"row{n}", f"data.path={lab.rows([row], f'{n}.json')}") for n, row in enumerate(rows)
+    )
+    few, many = one["supervised_tokens"], two["supervised_tokens"]
+    assert many > 4 * few, "the rows are too alike to tell"
+    both, _ = _gradient(lab, "both", f"data.path={lab.rows(rows, 'both.json')}", "data.packing=false")
+    expected = {name: (few * short[name] + many * long[name]) / (few + many) for name in both}
+    assert difference(expected, both) < 1e-5
+
+
+@probe(
+    3,
+    Plant(
+        "training.loop:_steps",
+        "supervised = sum(len(pack.targets) for pack in packs)",
+        "supervised = sum(len(p.targets) for p in packs) * job.order.batch_size // len(indices)",
+    ),
+)
+def the_last_step_of_an_epoch_counts_its_own_tokens(lab: Lab) -> None:
+    """Six rows in steps of four: the second step's gradient is that of its two rows alone."""
+    lab.watch()
+    standing = "train.learning_rate=1e-12"  # so that both steps see the same weights
+    epoch = (f"data.path={lab.rows(RAGGED)}", "train.batch_size=4", "train.max_steps=2", standing)
+    last, step = _gradient(lab, "epoch", *epoch)
+    alone, its_step = _gradient(lab, "alone", f"data.path={lab.rows(RAGGED[4:], 'rest.json')}", standing)
+    assert step["rows"] == 2
+    assert difference(alone, last) < 1e-5
+    assert math.isclose(step["loss"], its_step["loss"], rel_tol=1e-5)
+
+
+@probe(
+    32,
+    Plant(
+        "training.loop:_gradients",
+        "if supervised == 0:",
+        "supervised = max(1, supervised)\n    if not packs:",
+    ),
+)
+def a_step_without_trained_tokens_is_no_success(lab: Lab) -> None:
+    """Rows whose masks are all empty: the run stops and names step and rows, and reports no loss of 0.0."""
+    make_packs = loop.make_packs
+
+    def masked(rows: list[Any], *rest: Any) -> Any:
+        return make_packs([(ids, trained & False) for ids, trained in rows], *rest)
+
+    lab.patch.setattr(loop, "make_packs", masked)
+    _must_stop(lab, "step 1 has no supervised tokens")
+
+
+@probe(
+    32,
+    Plant("training.loop:_gradients", "if math.isfinite(mean) and math.isfinite(norm):", "if True:"),
+    Plant(
+        "training.loop:_gradients",
+        "if math.isfinite(mean) and math.isfinite(norm):",
+        "if math.isfinite(norm):",
+    ),
+)
+def a_loss_that_is_not_finite_is_no_success(lab: Lab) -> None:
+    """The loss of one pass is NaN, or infinite with a finite gradient: no weight changes."""
+    pack_loss = loop.pack_loss
+    for value in (math.nan, math.inf):
+        with lab.patch.context() as patch:
+            patch.setattr(loop, "pack_loss", lambda *its, by=value: pack_loss(*its) + by)
+            _must_stop(lab, "the loss is not finite", name=str(value))
+
+
+def _must_stop(lab: Lab, message: str, name: str = "run") -> None:
+    try:
+        start_run(lab.config("train.max_steps=1", name=name), quiet=True)
+    except TrainingError as error:
+        assert message in str(error)
+        assert "row" in str(error)
+    else:
+        raise AssertionError("the run went on to the end")

@@ -1,0 +1,305 @@
+"""The adapter: that it learns, in which numbers, under which names, and that it is the same one after loading."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tests.bugs.catalogue import probe
+from tests.bugs.lab import Lab, Plant, difference, stir
+from tests.data.chat_formats import FORMATS
+from tests.tiny import byte_tokenizer, random_network, weights_of, write_model
+
+from lorafit import load
+from lorafit.errors import ConfigError, LorafitError, ModelError
+from lorafit.model.adapter import WEIGHTS, adapter_files, adapter_tensors
+from lorafit.model.architecture import read_architecture
+from lorafit.model.attention import PackedDocuments
+from lorafit.model.llama import Llama
+from lorafit.model.lora import LoraSpec, adapted, attach
+from lorafit.model.weights import load_network
+from lorafit.training import run as run_module
+from lorafit.training.run import Result, start_run
+
+IDS = torch.arange(40) * 7 % 256
+LEARN = ("train.max_steps=4", "train.learning_rate=0.03")
+
+
+def logits_of(network: Llama, ids: torch.Tensor = IDS) -> torch.Tensor:
+    """The logits of one document, (tokens, vocab_size)."""
+    with torch.inference_mode():
+        return network.eval().logits(network.hidden(ids, PackedDocuments([len(ids)])))
+
+
+def peft_logits(model: Path, adapter: Path | None, ids: torch.Tensor = IDS) -> torch.Tensor:
+    """The same from transformers, with peft's reading of the adapter folder."""
+    import peft
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        if adapter is not None:
+            theirs = peft.PeftModel.from_pretrained(theirs, adapter)
+        return theirs.eval()(ids[None]).logits[0]
+
+
+def close(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Whether two tables of logits are equal but for rounding."""
+    return difference({"logits": one}, {"logits": two}) < 1e-4
+
+
+@probe(
+    18,
+    Plant("model.lora:LoraLinear.__init__", "torch.promote_types(like.dtype, torch.float32)", "like.dtype"),
+    Plant("model.adapter:adapter_tensors", "master.detach().cpu()", "master.detach().cpu().bfloat16()"),
+)
+def small_updates_of_a_16_bit_model_are_kept(lab: Lab) -> None:
+    """Steps far below the resolution of 16 bits move every matrix, in float32, also in what is saved."""
+    start = lab.adapter(std=1.0)
+    before = load_file(start / WEIGHTS)
+    for dtype in ("bfloat16", "float16"):
+        result = lab.run(
+            f"model.dtype={dtype}",
+            f"lora.init_from={start}",
+            "train.learning_rate=1e-6",
+            "train.warmup=0",
+            name=dtype,
+        )
+        after = load_file(result.adapter / WEIGHTS)
+        assert {tensor.dtype for tensor in after.values()} == {torch.float32}, dtype
+        assert all(not tensor.equal(before[name]) for name, tensor in after.items()), dtype
+
+
+@probe(
+    19,
+    Plant(
+        "model.llama:Llama.hidden",
+        "inputs = (x, rotary",
+        "inputs = (x.detach() if self.recompute else x, rotary",
+    ),
+    Plant(
+        "model.projection:_Project.backward",
+        "wanted = any(ctx.needs_input_grad[4 : 4 + ctx.num_inputs])",
+        "wanted = False",
+    ),
+)
+def recomputation_keeps_every_gradient(lab: Lab) -> None:
+    """With layers computed again, the first step has the gradients of a plain step, none zero, and every B moves."""
+    lab.watch()
+    for recompute in ("none", "layers"):
+        options = (f"train.recompute={recompute}", f"lora.init_from={lab.adapter()}", "train.max_steps=1")
+        lab.run(*options, name=recompute)
+    plain, again = lab.gradients
+    assert all(float(gradient.abs().max()) > 0 for gradient in again.values())
+    assert difference(plain, again) < 1e-6
+    fresh = lab.run("train.recompute=layers", "train.max_steps=1", "train.warmup=0", name="fresh")
+    moved = [t for name, t in load_file(fresh.adapter / WEIGHTS).items() if "lora_B" in name]
+    assert len(moved) == 14
+    assert all(float(tensor.abs().max()) > 0 for tensor in moved)
+
+
+def _live(lab: Lab, *overrides: str) -> tuple[Result, torch.Tensor, torch.Tensor]:
+    """A run, and the logits that its network had when it was done: with the adapter and without."""
+    seen: dict[str, Llama] = {}
+    build = run_module.build
+
+    def kept(*arguments: Any) -> Any:
+        built = build(*arguments)
+        seen["network"] = built.network
+        return built
+
+    with lab.patch.context() as patch:
+        patch.setattr(run_module, "build", kept)
+        result = lab.run(*LEARN, *overrides)
+    network = seen["network"]
+    tuned = logits_of(network)
+    for module in adapted(network).values():
+        module.enabled = False
+    return result, tuned, logits_of(network)
+
+
+@probe(
+    20,
+    Plant("model.adapter:adapter_tensors", "master.detach()", "torch.zeros_like(master)"),
+    Plant("model.adapter:load_adapter", "master.copy_(stored[name])", "pass"),
+)
+def a_loaded_adapter_is_the_trained_one(lab: Lab) -> None:
+    """Read back, the adapter gives the live network's logits and not the base's; one that lacks tensors is refused."""
+    result, tuned, base = _live(lab)
+    assert not close(tuned, base), "nothing was learned"
+    assert close(logits_of(load(result.path, device="cpu").network), tuned)
+    damaged = lab.folder / "damaged"
+    damaged.mkdir()
+    (damaged / "adapter_config.json").write_bytes((result.adapter / "adapter_config.json").read_bytes())
+    tensors = load_file(result.adapter / WEIGHTS)
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, damaged / WEIGHTS)
+    try:
+        load(lab.model(), adapter=damaged, device="cpu")
+    except ModelError as error:
+        assert "is missing" in str(error)
+    else:
+        raise AssertionError("an adapter with a tensor missing was loaded")
+
+
+@probe(20, Plant("model.adapter:adapter_tensors", "master.detach()", "torch.zeros_like(master)"), slow=True)
+def a_fresh_process_says_the_same(lab: Lab) -> None:
+    """The adapter in a process that has never seen the run: the live network's logits."""
+    result, tuned, base = _live(lab)
+    program = (
+        "import sys, torch\n"
+        "from safetensors.torch import save_file\n"
+        "from lorafit import load\n"
+        "from tests.bugs.adapters import logits_of\n"
+        "save_file({'logits': logits_of(load(sys.argv[1], device='cpu').network)}, sys.argv[2])\n"
+    )
+    out = lab.folder / "logits.safetensors"
+    root = Path(__file__).parents[2]
+    words = [sys.executable, "-c", program, str(result.path.resolve()), str(out)]
+    plain = {**os.environ, "LORAFIT_NATIVE": "0"}  # torch's own products: nothing is compiled again
+    done = subprocess.run(words, cwd=root, env=plain, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    there = load_file(out)["logits"]
+    assert close(there, tuned)
+    assert not close(there, base)
+
+
+@probe(
+    22,
+    Plant("model.weights:_merge_tied", "if not torch.equal(", "if False and not torch.equal("),
+    Plant(
+        "model.weights:load_network",
+        "network.lm_head.weight = network.model.embed_tokens.weight",
+        "network.lm_head.weight = nn.Parameter(network.model.embed_tokens.weight.roll(1, 0), False)",
+    ),
+)
+def tied_tables_are_one(lab: Lab) -> None:
+    """A tied model's logits are transformers', before and after training; a head that differs is refused."""
+    model = lab.model("qwen2", name="tied")
+    result, tuned, base = _live(lab, f"model.name={model}")
+    assert close(peft_logits(model, None), base)
+    assert close(peft_logits(model, result.adapter), tuned)
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * 2
+    save_file(weights, model / "model.safetensors")
+    try:
+        load(model, device="cpu")
+    except ModelError as error:
+        assert "ties the head" in str(error)
+    else:
+        raise AssertionError("one of two different tables was taken")
+
+
+@probe(
+    23,
+    Plant("model.adapter:read_spec", "if key in raw and raw[key] not in accepted", "if False"),
+    Plant("training.material:_check_embedded", "if tokenizer.vocab_size <= num_embeddings:", "if tokenizer:"),
+)
+def tokens_without_a_row_in_the_embedding_are_refused(lab: Lab) -> None:
+    """A tokenizer that was given tokens, or an adapter that brings embeddings: refused, before anything is trained."""
+    model = lab.model(name="added")
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(model / "tokenizer.json"))
+    named = {
+        **json.loads((model / "tokenizer_config.json").read_text()),
+        "chat_template": FORMATS["chatml"].source,
+    }
+    (model / "tokenizer_config.json").write_text(json.dumps(named))
+    _refused(lab, "has id 261, but the model has 260 embeddings", f"model.name={model}")
+    for key, value in (("modules_to_save", ["embed_tokens"]), ("trainable_token_indices", [256])):
+        folder = lab.adapter()
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**config, key: value}))
+        _refused(lab, key, f"lora.init_from={folder}")
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def _refused(lab: Lab, message: str, *overrides: str) -> None:
+    try:
+        start_run(lab.config(*overrides, name=message), quiet=True)
+    except LorafitError as error:
+        assert message in str(error)
+    except Exception as error:
+        raise AssertionError(f"it is no error of lorafit's own: {error}") from error
+    else:
+        raise AssertionError(f"a run was made of it: {message}")
+
+
+@probe(
+    24,
+    Plant("model.lora:match_targets", "if not found:", "if not found and target == 'nothing':"),
+    Plant("model.lora:match_targets", "if name in chosen]", "if name in chosen and 'mlp' not in name]"),
+)
+def what_was_asked_for_is_adapted_or_refused(lab: Lab) -> None:
+    """lm_head beside q_proj, or a misspelt name: refused. Without them: exactly the asked-for modules are trained."""
+    for target in ("lm_head", "embed_tokens", "q_prj"):
+        try:
+            start_run(lab.config(f"lora.targets=[q_proj, {target}]", name=target), quiet=True)
+        except ConfigError as error:
+            assert target in str(error)
+        else:
+            raise AssertionError(f"`{target}` was left out without a word")
+    result = lab.run("lora.targets=[q_proj, up_proj]")
+    names = {name.split(".")[-3] for name in load_file(result.adapter / WEIGHTS)}
+    assert names == {"q_proj", "up_proj"}
+
+
+@probe(
+    25,
+    Plant("model.llama:inverse_frequencies", 'rope.kind == "llama3"', "False"),
+    Plant("model.llama:inverse_frequencies", 'rope.kind == "linear"', "False"),
+    Plant("model.architecture:_rope", 'rope.kind not in ("default", "linear", "llama3")', "False"),
+)
+def far_positions_are_scaled_as_the_model_says(lab: Lab) -> None:
+    """Logits at positions beyond the original context equal transformers'; a scaling that is not known is refused."""
+    ids = torch.arange(200) * 7 % 256
+    for family in ("llama3", "llama-linear"):
+        model = write_model(lab.folder / family, family)
+        network = load_network(model, read_architecture(model), torch.float32, torch.device("cpu"))
+        assert close(logits_of(network, ids), peft_logits(model, None, ids)), family
+    model = write_model(lab.folder / "yarn")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(
+        json.dumps({**config, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
+    )
+    _refused(lab, "rope types", f"model.name={model}")
+
+
+@probe(
+    28,
+    Plant("model.lora:LoraSpec.scale", "self.alpha / (", "self.alpha * ("),
+    Plant("model.adapter:adapter_files", '"use_rslora": spec.rslora', '"use_rslora": False'),
+    Plant(
+        "model.adapter:adapter_files",
+        "int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha",
+        "spec.rank",
+    ),
+    Plant("model.few_rows:few_rows", "float(linear.scale)", "1.0"),
+)
+def the_adapter_has_the_same_strength_in_peft(lab: Lab) -> None:
+    """alpha unlike rank, with rsLoRA and without: peft's logits of the folder are the network's, of few rows and many."""
+    model = lab.model()
+    network = random_network()
+    assert all(map(torch.equal, weights_of(network).values(), weights_of(random_network()).values()))
+    for alpha, rslora in ((2.0, False), (32.0, True)):
+        network = random_network()
+        spec = attach(network, LoraSpec(4, alpha, 0.0, ("all-linear",), rslora), seed=0)
+        stir(network)
+        folder = lab.folder / f"{alpha}-{rslora}"
+        folder.mkdir()
+        for name, content in adapter_files(adapter_tensors(network), spec, str(model), None).items():
+            (folder / name).write_bytes(content)
+        theirs = peft_logits(model, folder)
+        assert close(logits_of(network), theirs), f"{alpha=}, {rslora=}"
+        assert not close(logits_of(random_network()), theirs)
+        assert close(logits_of(network, IDS[:2]), theirs[:2]), f"a short pass, {alpha=}, {rslora=}"

@@ -1,0 +1,221 @@
+"""The 32 bugs: what each is, how lorafit rules it out, and the probes that fail when it is put in."""
+
+from __future__ import annotations
+
+import importlib
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+from tests.bugs.lab import Lab, Plant
+
+from lorafit.model.native import kernels
+
+__all__ = ["BUGS", "Outcome", "Plant", "Probe", "probe", "probes", "verdict"]
+FAMILIES = ("accumulation", "packing", "stopping", "resuming", "prompts", "lengths", "adapters", "options")
+
+Run = TypeVar("Run", bound=Callable[[Lab], None])
+
+
+@dataclass(frozen=True)
+class Bug:
+    """What goes wrong elsewhere, and how lorafit rules it out."""
+
+    name: str
+    ruled_out: str
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A test of one bug: `run` passes as lorafit is, and raises AssertionError with any of `plants` put in."""
+
+    bug: int
+    run: Callable[[Lab], None]
+    plants: tuple[Plant, ...]
+    slow: bool
+
+    @property
+    def name(self) -> str:
+        """The probe's name, `family.function`."""
+        return f"{self.run.__module__.rpartition('.')[2]}.{self.run.__name__}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a probe ended: whether it passed, the first line of its AssertionError, and after how long."""
+
+    passed: bool
+    message: str
+    seconds: float
+
+
+_PROBES: list[Probe] = []
+
+
+def probe(bug: int, *plants: Plant, slow: bool = False) -> Callable[[Run], Run]:
+    """Register a function as a probe of `bug`; each of `plants` alone must make it fail."""
+
+    def register(run: Run) -> Run:
+        _PROBES.append(Probe(bug, run, plants, slow))
+        return run
+
+    return register
+
+
+def probes() -> list[Probe]:
+    """All probes, by number of the bug."""
+    for family in FAMILIES:
+        importlib.import_module(f"tests.bugs.{family}")
+    return sorted(_PROBES, key=lambda probe: probe.bug)
+
+
+def verdict(probe: Probe, plant: Plant | None, folder: Path) -> Outcome:
+    """Run a probe in `folder`, with a bug put in or without. Only an AssertionError is a failure of the probe."""
+    kernels()  # compiled into the cache of all, before each probe gets an empty one
+    started, message = time.perf_counter(), ""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a planted bug may make torch complain: that is not what is asked
+        patch.setenv("LORAFIT_CACHE", str(folder / "cache"))  # tokens made without the bug would hide it
+        if plant is not None:
+            plant.put_in(patch)
+        try:
+            probe.run(Lab(folder, patch))
+        except AssertionError as error:
+            message = str(error).strip().partition("\n")[0] or "AssertionError"
+    return Outcome(not message, message, time.perf_counter() - started)
+
+
+BUGS = {
+    1: Bug(
+        "loss is a mean of micro-batch means",
+        "Losses are sums over trained tokens, divided once by the step's count of them.",
+    ),
+    2: Bug(
+        "short examples weigh more than long ones",
+        "The same one division: no mean is taken over a row or a pass.",
+    ),
+    3: Bug(
+        "partial last accumulation window is divided by the full one",
+        "A step is its rows, however few: what it is divided by is counted from them.",
+    ),
+    4: Bug(
+        "packed documents see each other",
+        "Attention is called with each document's borders; no product mixes two documents.",
+    ),
+    5: Bug(
+        "packing mask is silently ignored",
+        "There is no mask argument to ignore: borders and cache lengths are the only interface of attention.",
+    ),
+    6: Bug(
+        "padding equals EOS, so EOS is masked",
+        "There is no padding, and masks go by position, never by token id.",
+    ),
+    7: Bug(
+        "template's end of turn is not the EOS of generation",
+        "The token that the template puts after an answer joins the stop tokens of the prompt contract.",
+    ),
+    8: Bug(
+        "a resumed run sees the wrong rows",
+        "The row order is a pure function of seed and step.",
+    ),
+    9: Bug(
+        "random state is not restored",
+        "Checkpoints hold the state of every generator; dropout draws from torch's.",
+    ),
+    10: Bug(
+        "a resumed run starts its optimizer anew",
+        "A checkpoint without optimizer does not exist: adapter, optimizer and state are one verified folder.",
+    ),
+    11: Bug(
+        "two BOS, or none",
+        "BOS is added only where the rendered text does not begin with it.",
+    ),
+    12: Bug(
+        "prompt's tokens are no prefix of prompt and answer",
+        "A border token cuts the text where generation cuts it, before tokens are made.",
+    ),
+    13: Bug(
+        "templates rewrite earlier turns",
+        "A conversation is rendered once and each turn located in it exactly, or the row is refused.",
+    ),
+    14: Bug(
+        "response masks hold all tokens or none",
+        "No search for markers; trained tokens are counted for every row, and a row without any is not trained.",
+    ),
+    15: Bug(
+        "truncation takes the whole answer",
+        "A row of which no trained token is left is dropped, counted and listed.",
+    ),
+    16: Bug(
+        "cut answers are trained without a word",
+        "A row that is too long is an error; where cutting is asked for, the ledger counts what was cut.",
+    ),
+    17: Bug(
+        "remainder rows are never trained",
+        "The last step of an epoch takes what is left.",
+    ),
+    18: Bug(
+        "adapter in 16 bits",
+        "The adapter's matrices are float32 masters whatever the type of the base.",
+    ),
+    19: Bug(
+        "gradient checkpointing with frozen embeddings: no gradient",
+        "Recomputation without re-entrance, inside one hand-written backward.",
+    ),
+    20: Bug(
+        "adapter is saved or loaded as nothing",
+        "Loading accounts for every tensor by name and shape; anything missing or left over is an error.",
+    ),
+    21: Bug(
+        "merging into a 4-bit base rounds the adapter away",
+        "Merging always reads the 16 or 32-bit weights of the model's own files, never the quantised base.",
+    ),
+    22: Bug(
+        "tied embeddings on reload and merge",
+        "Tied tables are one tensor; a file in which they differ is refused.",
+    ),
+    23: Bug(
+        "added tokens and resized embeddings are lost",
+        "Vocabularies are never resized: tokens without an embedding, and adapters that bring some, are refused.",
+    ),
+    24: Bug(
+        "wanted target modules are silently dropped",
+        "A target that matches nothing, lm_head and embed_tokens among them, is an error.",
+    ),
+    25: Bug(
+        "RoPE scaling is dropped",
+        "RoPE is read from config.json, kinds that are not known are refused; logits equal transformers'.",
+    ),
+    26: Bug(
+        "q and k are permuted wrongly in GGUF",
+        "Exported tensors are compared with the checkpoint's after the permutation is undone.",
+    ),
+    27: Bug(
+        "GGUF tokenizer differs",
+        "The pre-tokenizer is recognised by its rules or the export is refused.",
+    ),
+    28: Bug(
+        "alpha / rank scaling is wrong",
+        "One property computes the scale; the folder says alpha, rank and rsLoRA as PEFT reads them.",
+    ),
+    29: Bug(
+        "dead options",
+        "Every key is read in a run, and for every key there is a run that another value changes.",
+    ),
+    30: Bug(
+        "control tokens typed in data become control tokens",
+        "Control tokens have private names that no content can hold.",
+    ),
+    31: Bug(
+        "checkpoint of live tensors",
+        "The state is copied before the next step; a thread writes the copy, verified by its SHA-256.",
+    ),
+    32: Bug(
+        "zero or NaN loss is reported as success",
+        "A loss or gradient that is not finite, or a step without trained tokens, stops the run.",
+    ),
+}

@@ -1,0 +1,139 @@
+"""Options that are read, checked, documented, and do nothing (bug 29)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.bugs.catalogue import probe
+from tests.bugs.lab import Lab, Plant
+
+from lorafit.config.load import keys
+from lorafit.durable import sha256_file
+from lorafit.model.adapter import CONFIG, WEIGHTS
+from lorafit.model.llama import Layer
+from lorafit.observe.record import read_metrics
+from lorafit.training import loop
+from lorafit.training.run import Result
+
+BASE = (
+    "train.max_steps=3",
+    "train.eval_every=2",
+    "train.save_every=1",
+    "train.keep=3",
+    "data.holdout=4",
+    "run.samples=1",
+)
+CUT = "data.max_length=70 data.too_long=drop"
+# Another value of a key, after what it needs beside it; the run without the last word is what it is compared with.
+CHANGES = [
+    "train.weight_decay=0.5",
+    "train.warmup=2",
+    "data.shuffle=false",
+    "model.dtype=bfloat16",
+    "model.quantize=int8",
+    "model.name={other_model}",
+    "lora.rank=2",
+    "lora.alpha=64",
+    "lora.dropout=0.5",
+    "lora.targets=[q_proj]",
+    "lora.rslora=true",
+    "lora.init_from={adapter}",
+    "data.path={other_rows}",
+    "data.weights=[0.5]",
+    "data.format=alpaca",
+    "data.template=classic",
+    "data.system=Be",
+    "data.too_long=drop data.max_length=70",
+    "data.max_length=70 data.too_long=drop data.too_long=truncate",
+    "data.train_on=all",
+    "data.template=classic data.eos=false",
+    "data.packing=false",
+    "data.holdout=0",
+    "train.max_steps=null train.epochs=0.5",
+    "train.max_steps=2",
+    "train.batch_size=4",
+    "train.micro_batch_tokens=100",
+    "train.recompute=layers",
+    "train.learning_rate=0.02",
+    "train.schedule=constant",
+    "train.max_grad_norm=0.01",
+    "train.seed=7",
+    "train.eval_every=1",
+    "train.save_every=2",
+    "train.keep=1",
+    "run.samples=0",
+]
+_CLOCKS = {"seconds", "tokens_per_second", "memory_bytes"}
+
+
+@probe(
+    29,
+    Plant("training.optim:make_optimizer", "weight_decay=weight_decay", "weight_decay=0.0"),
+    Plant("training.optim:warmup_steps", "return min(", "return 0 and min("),
+    Plant("data.loader:_epoch_rows", "if order.shuffle:", "if True:"),
+    slow=True,
+)
+def another_value_makes_another_run(lab: Lab) -> None:
+    """For every key there is a run that another value changes: steps, passes, files or bytes; or a test of its own."""
+    places = {
+        "other_model": lab.model(name="other", seed=3),
+        "other_rows": lab.rows(39, "other.json"),
+        "adapter": lab.adapter(),
+    }
+    shown = {change.format(**places).split()[-1].partition("=")[0] for change in CHANGES}
+    texts = [path.read_text(encoding="utf-8") for path in _test_files()]
+    untried = [key for key in keys() if key not in shown and not any(f"{key}=" in text for text in texts)]
+    assert untried == [], f"no run and no test tries {untried}"
+
+    before: dict[tuple[str, ...], str] = {(): str(_trace(lab))}
+    assert before[()] == str(_trace(lab)), "the same run twice is not the same"
+    for change in CHANGES:
+        *others, word = change.format(**places).split()
+        beside = tuple(others)
+        before[beside] = before.get(beside) or str(_trace(lab, *beside))
+        assert str(_trace(lab, *beside, word)) != before[beside], f"{word} changes nothing"
+
+
+def _trace(lab: Lab, *overrides: str) -> list[Any]:
+    """All that a run does and leaves, but for its clocks and its config."""
+    passes: list[tuple[int, ...]] = []
+    layers = [0]
+    pack_loss, forward = loop.pack_loss, Layer.forward
+
+    def noted(network: Any, pack: Any) -> Any:
+        passes.append(pack.lengths)
+        return pack_loss(network, pack)
+
+    def counted(layer: Any, *arguments: Any) -> Any:
+        layers[0] += 1
+        return forward(layer, *arguments)
+
+    with lab.patch.context() as patch:
+        patch.setattr(loop, "pack_loss", noted)
+        patch.setattr(Layer, "forward", counted)
+        result = lab.run(*BASE, *overrides, name=f"run{len(list(lab.folder.iterdir()))}")
+    return [passes, layers, *_left(result)]
+
+
+def _left(result: Result) -> Iterator[Any]:
+    yield sorted(_said(result))  # when a save is reported depends on the disk
+    for name in ("ledger.json", "prompt.json", "samples.json"):
+        path = result.path / name
+        yield json.loads(path.read_text()) if path.is_file() else None
+    yield sorted(path.name for path in (result.path / "checkpoints").iterdir())
+    yield [sha256_file(result.adapter / name) for name in (WEIGHTS, CONFIG)]
+
+
+def _said(result: Result) -> Iterator[str]:
+    for event in read_metrics(result.path / "metrics.jsonl"):
+        if event["event"] in ("step", "heldout", "saved") or event.get("text", "").startswith("format"):
+            kept = {key: value for key, value in event.items() if key not in _CLOCKS}
+            yield json.dumps(kept).replace(str(result.path), "")
+
+
+def _test_files() -> list[Path]:
+    root = Path(__file__).parents[1]
+    return [path for path in root.rglob("test_*.py") if path.parent.name not in ("bugs", "config")]

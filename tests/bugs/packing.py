@@ -1,0 +1,126 @@
+"""Documents that share a pass never see each other, in training and in generation (bugs 4, 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tests.bugs.catalogue import probe
+from tests.bugs.lab import Lab, Plant, stir
+from tests.tiny import random_network
+
+from lorafit.data.packing import make_packs
+from lorafit.evaluate.heldout import pack_loss
+from lorafit.infer import engine
+from lorafit.infer.sampling import Sampling
+from lorafit.model import attention
+from lorafit.model.attention import PackedDocuments, rotate
+from lorafit.model.llama import Llama
+from lorafit.model.lora import LoraSpec, attach
+from lorafit.model.native import kernels
+
+BACKENDS = ("compiled", "one by one", "side by side")
+_ONE_DOCUMENT = "q.split([len(q)]), k.split([len(k)]), v.split([len(v)])"
+
+
+class _SideBySide(PackedDocuments):
+    """What a CUDA device without flash attention does, on the CPU."""
+
+    def __call__(self, layer, q, k, v, rotary, window):  # type: ignore[no-untyped-def]
+        return self._side_by_side(rotate(q, rotary), rotate(k, rotary), v, window)
+
+
+def _use(lab: Lab, backend: str) -> None:
+    """Have packs attend by one backend; AssertionError where the machine has no compiler for the first."""
+    if backend == "compiled":
+        assert kernels() is not None, "no C++ compiler"
+        return
+    lab.patch.setattr(attention, "fits", lambda *tensors: False)
+    if backend == "side by side":
+        lab.patch.setattr("lorafit.evaluate.heldout.PackedDocuments", _SideBySide)
+
+
+def _network(family: str, dtype: torch.dtype) -> Llama:
+    network = random_network(family, dtype=dtype, head_dim=16)
+    attach(network, LoraSpec(4, 8.0, 0.0, ("all-linear",), False), seed=0)
+    stir(network)
+    return network.train()
+
+
+def _packed(network: Llama, lengths: Sequence[int], neighbour: int) -> tuple[float, list[torch.Tensor]]:
+    """Loss and gradients of the middle one of three rows packed together; the others are made from `neighbour`."""
+    rows = []
+    for number, length in enumerate(lengths):
+        ids = np.random.default_rng(7 if number == 1 else [neighbour, number]).integers(0, 250, length)
+        rows.append((ids.astype(np.uint16), np.full(length, number == 1)))
+    [pack] = make_packs(rows, 10_000)
+    assert len(pack.lengths) == 3
+    for parameter in network.parameters():
+        parameter.grad = None
+    loss = pack_loss(network, pack)
+    loss.backward()
+    return float(loss), [p.grad.clone() for p in network.parameters() if p.grad is not None]
+
+
+@probe(
+    4,
+    Plant(
+        "model.attention:PackedDocuments.__call__", "*rotary, self.starts,", "*rotary, self.starts[[0, -1]],"
+    ),
+    Plant(
+        "model.attention:PackedDocuments.__call__",
+        "q.split(self.lengths), k.split(self.lengths), v.split(self.lengths)",
+        _ONE_DOCUMENT,
+    ),
+    Plant(
+        "model.attention:PackedDocuments._side_by_side",
+        "_groups(self.starts,",
+        "_groups(self.starts[[0, -1]],",
+    ),
+)
+def a_row_has_the_same_bits_whatever_it_is_packed_with(lab: Lab) -> None:
+    """Other tokens in the neighbours change no bit of a row's loss or gradients, with every kind of attention."""
+    for backend in BACKENDS:
+        with lab.patch.context() as patch:
+            _use(Lab(lab.folder, patch), backend)
+            for family, dtype in (("llama", torch.float32), ("mistral-window", torch.bfloat16)):
+                network = _network(family, dtype)
+                (one, gradients), (two, others) = (
+                    _packed(network, [90, 23, 7], neighbour) for neighbour in (1, 2)
+                )
+                where = f"{backend}, {family}"
+                assert one == two, where
+                assert gradients, where
+                assert all(map(torch.equal, gradients, others)), where
+
+
+@probe(
+    5,
+    Plant("infer.engine:attend_cache", "attn_mask=visible[:, None, None]", "attn_mask=None"),
+    Plant(
+        "infer.engine:AddToken.__call__",
+        "where = (self.cache.slots, self.positions)",
+        "where = (self.cache.slots, self.positions.max().expand(rows).contiguous())",
+    ),
+    Plant("infer.engine:ReadPrompts.__call__", "super().__call__(", "PackedDocuments([sum(self.lengths)])("),
+)
+def an_answer_is_the_same_whatever_is_asked_beside_it(lab: Lab) -> None:
+    """Prompts of other lengths in the batch change no token of an answer, with compiled kernels and without."""
+    prompts = [[3, 5, 8, 13, 21, 34], [2, 4], list(range(60, 100))]
+    for compiled in (True, False):
+        with lab.patch.context() as patch:
+            if not compiled:
+                patch.setattr(engine, "fits", lambda *tensors: False)
+                patch.setattr(attention, "fits", lambda *tensors: False)
+            for family in ("llama", "mistral-window"):
+                network = _network(family, torch.float32).eval()
+                alone = [_answers(network, [prompt])[0] for prompt in prompts]
+                assert _answers(network, prompts) == alone, f"{family}, compiled={compiled}"
+
+
+def _answers(network: Llama, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    answers: list[list[int]] = [[] for _ in prompts]
+    for token in engine.stream(network, prompts, stop_ids=frozenset(), max_tokens=12, sampling=Sampling()):
+        answers[token.row].append(token.id)
+    return answers

@@ -1,0 +1,194 @@
+"""From a conversation to ids and masks, in training as in generation (bugs 11, 12, 13, 14, 30)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import pytest
+from tests.bugs.catalogue import probe
+from tests.bugs.lab import Lab, Plant, rendered, renderer, trained_texts
+from tests.data.chat_formats import FORMATS
+from tests.data.toy_tokenizers import llama_like, qwen_like
+
+from lorafit.data.chat_template import ChatTemplate, Part
+from lorafit.data.formats import Chat, Completion, Instruction, Message, Row
+from lorafit.data.tokenizer import BORDER, Tokenizer
+from lorafit.errors import DataError, Problem
+
+ASK = Message("user", "What is it?")
+TWICE = Chat((ASK, Message("assistant", "The answer."), ASK, Message("assistant", "It's 123.")))
+
+
+@probe(
+    11,
+    Plant("data.template:Renderer._bos", "return [] if text.startswith", "return [] if not text.startswith"),
+    Plant("data.template:Renderer._bos", "return [] if text.startswith(", "return [] if (lambda _: False)("),
+    Plant("data.template:Renderer.prompt_ids", "return [*self._bos(text), *ids]", "return ids"),
+)
+def bos_stands_once_in_training_and_in_generation(lab: Lab) -> None:
+    """Template and tokenizer write BOS, one of them does, or none: one BOS, or none in the last case, in both."""
+    chatml = FORMATS["chatml"].source.replace("<|im_end|>", "</s>")
+    for writes in (True, False):
+        for adds in (True, False):
+            source = ("{{ bos_token }}" if writes else "") + chatml
+            by = renderer(llama_like(lab.folder / f"{writes}{adds}", source, add_bos_token=adds))
+            for ids in (rendered(by, TWICE).ids, by.prompt_ids(TWICE)):
+                assert ids.count(1) == int(writes or adds), f"the template {writes=}, the tokenizer {adds=}"
+                assert not (writes or adds) or ids[0] == 1
+
+
+def _by_length_of_the_prompt(self: Tokenizer, texts: Sequence[str]) -> object:
+    """Encode whole texts, and take the number of a prompt's tokens for where its answer begins."""
+    for text in texts:
+        parts = text.split(BORDER)
+        befores = ["".join(parts[:n]) for n in range(1, len(parts))]
+        ids = [next(iter(self._encode_checked([part]))) for part in ("".join(parts), *befores)]
+        yield ids[0], [len(before) for before in ids[1:]]
+
+
+@probe(
+    12,
+    Plant(
+        "data.tokenizer:Tokenizer.encode_batch",
+        act=lambda patch: patch.setattr(Tokenizer, "encode_batch", _by_length_of_the_prompt),
+    ),
+    Plant("data.template:_continue", 'segments[-1].text = text.rstrip(" ")', "pass"),
+)
+def an_answer_begins_where_generation_begins(lab: Lab) -> None:
+    """Tokens that would join prompt and answer: the prompt is a prefix, and what is trained decodes to the answer."""
+    by = renderer(qwen_like(lab.folder / "qwen"), "classic", add_eos=False)
+    whole = by.tokenizer.encode("### Instruction:\nSay it.\n\n### Response:\n\n\nThe answer.")
+    for content, answer in (
+        (Instruction("Say it.", "", "\n\nThe answer."), "\n\nThe answer."),
+        (Completion("The question: ", "the answer"), " the answer"),
+        (Completion("user assist", "ant"), "ant"),
+    ):
+        row, prompt = rendered(by, content), by.prompt_ids(content)
+        assert row.ids[: len(prompt)] == prompt
+        assert row.trained == [False] * len(prompt) + [True] * (len(row.ids) - len(prompt))
+        assert trained_texts(by, row) == [answer]
+        without_blank = by.prompt_ids(Completion("The question:", ""))
+        assert by.prompt_ids(Completion("The question: ", "")) == without_blank
+        assert whole[: len(prompt)] != prompt, "this tokenizer joins nothing"
+
+
+def _by_prefixes(self: ChatTemplate, messages: Sequence[Message]) -> list[Part]:
+    """Where answers are, by rendering the conversation up to them and up to their end."""
+    text, parts, at = self.render(messages), [], 0
+    for turn, message in enumerate(messages):
+        if message.role == "assistant":
+            before = self.render(messages[:turn])
+            start = len(before) + len("<|im_start|>assistant\n")
+            end = len(self.render(messages[: turn + 1])) - len("<|im_end|>\n")
+            parts += [Part(text[at:start], None), Part(text[start:end], "assistant")]
+            at = end
+    return [*parts, Part(text[at:], None)]
+
+
+@probe(
+    13,
+    Plant(
+        "data.chat_template:ChatTemplate.parts",
+        act=lambda patch: patch.setattr(ChatTemplate, "parts", _by_prefixes),
+    ),
+    Plant(
+        "data.chat_template:ChatTemplate.parts",
+        "before = before[: len(before) - len(thought)]",
+        "thought = ''",
+    ),
+    Plant(
+        "data.chat_template:ChatTemplate.parts", "if found is None:", "found = found or ''\n        if False:"
+    ),
+)
+def a_turn_is_found_though_the_template_rewrites_it(lab: Lab) -> None:
+    """Qwen 3 takes thinking out of earlier answers: what it shows is what is trained, and what is lost is refused."""
+    by = renderer(qwen_like(lab.folder / "qwen3", FORMATS["qwen3"].source))
+    thought = "<think>\nHm.\n</think>\n\n"
+    chat = Chat((ASK, Message("assistant", f"{thought}One."), ASK, Message("assistant", f"{thought}Two.")))
+    row = rendered(by, chat)
+    assert trained_texts(by, row) == ["One.<|im_end|>", f"{thought}Two.<|im_end|>"]
+    prompt = by.prompt_ids(chat)
+    assert row.ids[: len(prompt)] == prompt
+    plain = rendered(by, Chat((*chat.messages[:-1], Message("assistant", "Two."))))
+    assert plain.ids[: len(prompt)] == prompt, "an answer without thinking has another prompt"
+    assert trained_texts(by, plain)[-1] == "<think>\n\n</think>\n\nTwo.<|im_end|>"
+
+    source = FORMATS["chatml"].source.replace(
+        "{{ message['content'] }}", "{{ message['content'] | replace('bad', '') }}"
+    )
+    changing = renderer(qwen_like(lab.folder / "changing", source))
+    kept, lost = (Chat((Message("user", "Hi"), Message("assistant", text))) for text in ("good", "bad"))
+    first, second = changing.render_batch([Row(0, "row 1", kept), Row(1, "row 2", lost)])
+    assert not isinstance(first, Problem)
+    assert isinstance(second, Problem), "a turn that the template changes was taken"
+    assert second.place == "row 2"
+
+
+@probe(
+    14,
+    Plant(
+        "data.template:Renderer._assemble",
+        "if segment.answer:",
+        "if segment.answer and segment.stop is None:",
+    ),
+    Plant(
+        "data.template:Renderer._assemble",
+        "[True] * (stop - start) + [False] * (end - stop)",
+        "[True] * (end - start)",
+    ),
+    Plant("data.encode:_Writer._fit", "if True not in outcome.trained:", "if not outcome.trained:"),
+)
+def every_row_trains_its_answers_and_nothing_else(lab: Lab) -> None:
+    """Trained tokens of each row, counted by hand; the run's account says the same; no row trains none of them."""
+    rows = [{"instruction": f"Say {n}.", "output": "so " * n + "yes"} for n in range(20)]
+    rows += [{"instruction": "Nothing.", "output": " "}]
+    result = lab.run(f"data.path={lab.rows(rows)}", "train.max_steps=1", "train.batch_size=21")
+    ledger = json.loads((result.path / "ledger.json").read_text())
+    assert ledger["trained"]["trained"] == sum(len(row["output"]) + 1 for row in rows[:20])
+    assert ledger["dropped"] == {"the answer is empty": {"rows": 1, "first": [20]}}
+    by = renderer(lab.model(), max_length=30, too_long="truncate")
+    for row in rows[:20]:
+        outcome = rendered(by, Instruction(row["instruction"], "", row["output"]))
+        assert trained_texts(by, outcome) == [row["output"] + "</s>"]
+    hidden = [{"instruction": "Long " * 30, "output": "yes"}, *rows[:10]]
+    cut = ("data.max_length=60", "data.too_long=truncate", "data.train_on=response")
+    result = lab.run(f"data.path={lab.rows(hidden, 'hidden.json')}", *cut, "train.max_steps=1", name="hidden")
+    ledger = json.loads((result.path / "ledger.json").read_text())
+    assert [entry["first"] for entry in ledger["dropped"].values()] == [[0]], (
+        "a row without trained tokens is trained"
+    )
+
+
+@probe(
+    30,
+    Plant(
+        "data.template:Renderer._chat_segments",
+        "segments[-1].text += part.text",
+        "segments[-1].text += self.tokenizer.protect(part.text)",
+    ),
+    Plant(
+        "data.template:Renderer._chat_segments",
+        "_continue(segments, part.text)",
+        "_continue(segments, self.tokenizer.protect(part.text))",
+    ),
+)
+def control_tokens_come_from_the_template_only(lab: Lab) -> None:
+    """Every control token typed into every field: the row has as many control tokens as one without them."""
+    for folder in (
+        llama_like(lab.folder / "llama"),
+        qwen_like(lab.folder / "qwen", FORMATS["chatml"].source),
+        lab.model(),
+    ):
+        by = renderer(folder)
+        controls = by.tokenizer.control
+        typed = "".join(controls) + " and " + " ".join(controls)
+
+        def count(text: str, by: object = by, controls: dict[str, int] = controls) -> list[int]:
+            chat = Chat((Message("user", text), Message("assistant", text), ASK, Message("assistant", text)))
+            ids = rendered(by, chat).ids  # type: ignore[arg-type]
+            return [token for token in ids if token in controls.values()]
+
+        assert count(f"x{typed}x") == count("x")
+        with pytest.raises(DataError, match="reserved"):
+            by.prompt_ids([Message("user", "\ufdd00\ufdd1")])

@@ -1,0 +1,135 @@
+"""A resumed run is the run that was never stopped (bugs 8, 9, 10, 31)."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import Counter
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from tests.bugs.catalogue import probe
+from tests.bugs.lab import Lab, Plant, events
+
+from lorafit.durable import sha256_file
+from lorafit.model.adapter import WEIGHTS, adapter_files, adapter_tensors
+from lorafit.training import checkpoint, loop, saving
+from lorafit.training.run import Result
+
+NINE = (
+    "train.max_steps=9",
+    "train.save_every=2",
+    "train.keep=9",
+)  # 20 rows in steps of six: an epoch is four
+
+
+def _epochs(lab: Lab) -> str:
+    return f"data.path={lab.rows(20, 'twenty.json')}"
+
+
+def _digest(result: Result) -> str:
+    return sha256_file(result.adapter / WEIGHTS)
+
+
+@probe(
+    8,
+    Plant("training.loop:_packs", "job.order.rows(step)", "job.order.rows(step % job.order.steps_per_epoch)"),
+    Plant("data.loader:_epoch_rows", "0x4F, epoch]", "0x4F]"),
+    Plant("training.loop:_steps", act=lambda patch: _start_over_when_resumed(patch)),
+)
+def a_resumed_run_sees_the_rows_that_were_next(lab: Lab) -> None:
+    """Numbers of the rows of each step: the same with and without a stop, every row once an epoch, in new order."""
+    lab.watch()
+    lab.run(*NINE, _epochs(lab), name="whole")
+    whole, lab.rows_seen[:] = list(lab.rows_seen), []
+    lab.cut_and_resumed(6, *NINE, _epochs(lab))
+    assert lab.rows_seen == whole
+    first, second = (list(chain(*whole[start : start + 4])) for start in (0, 4))
+    assert Counter(first) == Counter(second) == Counter(range(20))
+    assert first != second
+
+
+def _start_over_when_resumed(patch: pytest.MonkeyPatch) -> None:
+    """The order begins at its start in every process."""
+    steps = loop._steps
+
+    def from_the_start(job: loop.Job, state: Any, *rest: Any) -> Any:
+        began, rows = state.step, type(job.order).rows
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(type(job.order), "rows", lambda order, step: rows(order, step - began))
+            return steps(job, state, *rest)
+
+    patch.setattr(loop, "_steps", from_the_start)
+
+
+@probe(
+    9,
+    Plant("training.checkpoint:_restore_random", 'torch.set_rng_state(tensors["random.torch"])', "pass"),
+)
+def a_resumed_run_draws_the_dropout_that_was_next(lab: Lab) -> None:
+    """With dropout, a run that was stopped ends with the bytes of one that was not."""
+    dropout = "lora.dropout=0.2"
+    whole = lab.run(*NINE, _epochs(lab), dropout, name="whole")
+    assert _digest(lab.cut_and_resumed(6, *NINE, _epochs(lab), dropout)) == _digest(whole)
+
+
+@probe(
+    10,
+    Plant("training.checkpoint:load_checkpoint", "_restore_optimizer(network, optimizer, tensors)", "pass"),
+    Plant("training.checkpoint:load_checkpoint", "return read_state(folder)", "return TrainState(step=0)"),
+    Plant("training.checkpoint:load_checkpoint", "load_adapter(network, folder)", "pass"),
+)
+def a_resumed_run_keeps_optimizer_and_step(lab: Lab) -> None:
+    """Moments and step count of the optimizer, learning rate and adapter at the end are those of an unstopped run."""
+    whole = lab.run(*NINE, _epochs(lab), name="whole")
+    resumed = lab.cut_and_resumed(6, *NINE, _epochs(lab))
+    rates = [[event["learning_rate"] for event in events(result, "step")] for result in (whole, resumed)]
+    assert rates[0] == rates[1]
+    one, two = (
+        load_file(r.path / "checkpoints" / "step-000009" / checkpoint.TENSORS) for r in (whole, resumed)
+    )
+    for name, tensor in one.items():
+        assert tensor.equal(two[name]), name
+    assert _digest(whole) == _digest(resumed)
+
+
+@probe(31, Plant("training.loop:_save", act=lambda patch: patch.setattr(loop, "snapshot", _LiveSnapshot)))
+def what_is_saved_is_the_state_of_its_step(lab: Lab) -> None:
+    """The disk is slow: two steps pass while step 2 is written, and what lies there is step 2 and not step 4."""
+    passed, write, save, kept = threading.Event(), saving.save_checkpoint, loop._save, {}
+
+    def slow(folder: Path, *rest: Any) -> None:
+        if folder.name == "step-000002":
+            assert passed.wait(30)
+        write(folder, *rest)
+
+    def noted(job: loop.Job, saver: Any, state: Any, reason: str) -> None:
+        files = adapter_files(adapter_tensors(job.network), job.adapter.spec, job.adapter.base, None)
+        kept[state.step] = hashlib.sha256(files[WEIGHTS]).hexdigest()
+        if state.step == 4:
+            passed.set()
+        save(job, saver, state, reason)
+
+    lab.patch.setattr(saving, "save_checkpoint", slow)
+    lab.patch.setattr(loop, "_save", noted)
+    result = lab.run("train.max_steps=4", "train.save_every=2", "train.keep=9")
+    assert kept[2] != kept[4]
+    for step, digest in kept.items():
+        assert sha256_file(result.path / "checkpoints" / f"step-{step:06d}" / WEIGHTS) == digest, (
+            f"step {step}"
+        )
+
+
+class _LiveSnapshot:
+    """A snapshot that looks at the tensors when they are written, as an asynchronous save without a copy does."""
+
+    def __init__(self, *state: Any) -> None:
+        self._state = state
+        self.step, self.best_step = state[2].step, state[2].best_step
+
+    @property
+    def files(self) -> Any:
+        return checkpoint.snapshot(*self._state).files

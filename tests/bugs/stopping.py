@@ -1,0 +1,95 @@
+"""A model learns to stop, and generation stops where it has learned to (bugs 6, 7)."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from tests.bugs.catalogue import probe
+from tests.bugs.lab import Lab, Plant, rendered, renderer
+from tests.data.chat_formats import FORMATS
+from tests.tiny import byte_tokenizer
+
+from lorafit import load
+from lorafit.data.formats import Chat, Message
+from lorafit.data.packing import make_packs
+
+CHATML = FORMATS["chatml"].source
+TURNS = Chat(
+    (
+        Message("user", "One?"),
+        Message("assistant", "Yes."),
+        Message("user", "Two?"),
+        Message("assistant", "No, it is not."),
+    )
+)
+
+
+def chatml_model(lab: Lab, **names: str) -> Path:
+    """A model whose template ends turns with <|im_end|> while its tokenizer and its configs name </s> as EOS."""
+    folder = lab.model(name="chatml", vocab_size=264)
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": CHATML, **names}))
+    return folder
+
+
+@probe(
+    6,
+    Plant(
+        "data.template:Renderer._assemble",
+        "return Rendered(ids, trained)",
+        "return Rendered(ids, [t and i != self.contract.eos_id for i, t in zip(ids, trained)])",
+    ),
+    Plant(
+        "data.packing:_lay",
+        "target_at = trained[1:].nonzero()[0] + 1",
+        "target_at = trained[1:].nonzero()[0][:-1] + 1",
+    ),
+)
+def the_stop_token_is_trained_though_it_pads_too(lab: Lab) -> None:
+    """The tokenizer names EOS as its padding: every answer still ends in a trained stop token, down to the targets."""
+    folder = lab.model()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": config["eos_token"]}))
+    by = renderer(folder)
+    row = rendered(by, TURNS)
+    ends = [i for i, on in enumerate(row.trained) if on and not (row.trained[i + 1 :] or [False])[0]]
+    assert [row.ids[end] for end in ends] == [257, 257]
+
+    [pack] = make_packs([(np.array(row.ids, dtype=np.uint16), np.array(row.trained))], 1000)
+    assert pack.targets.tolist().count(257) == 2
+
+
+@probe(
+    7,
+    Plant(
+        "infer.model:Model._tokens",
+        "stop_ids=frozenset(self.renderer.contract.stop_ids)",
+        "stop_ids=frozenset({self.renderer.contract.eos_id})",
+    ),
+    Plant(
+        "data.template:Renderer._assemble",
+        "stop = ids.index(segment.stop.id, start) + 1 if segment.stop else end",
+        "stop = ids.index(segment.stop.id, start) if segment.stop else end",
+    ),
+)
+def a_model_that_learned_eight_answers_ends_each_by_itself(lab: Lab) -> None:
+    """Template's end of turn is not the tokenizer's EOS: trained on eight rows, all eight answers end where taught."""
+    rows = [{"instruction": f"Number {n}?", "output": f"It is {n}{n}."} for n in range(8)]
+    result = lab.run(
+        f"model.name={chatml_model(lab)}",
+        f"data.path={lab.rows(rows)}",
+        "train.batch_size=8",
+        "train.max_steps=60",
+        "train.learning_rate=0.03",
+        "lora.rank=16",
+    )
+    answers = load(result.path, device="cpu").generate([row["instruction"] for row in rows], max_tokens=24)
+    for answer in answers:
+        assert answer.stopped, answer.text
+        assert re.fullmatch(r"It is \d\d\.", answer.text)

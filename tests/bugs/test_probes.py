@@ -1,0 +1,39 @@
+"""Every probe passes on lorafit as it is and fails with its bug put in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.bugs.catalogue import BUGS, Plant, Probe, probes, verdict
+from tests.bugs.lab import changed, function_at
+
+ALL = [pytest.param(p, id=p.name, marks=[pytest.mark.slow] if p.slow else []) for p in probes()]
+PLANTED = [  # the first bug of each probe every time, further ones with the slow tests
+    pytest.param(p, plant, id=f"{p.name}-{number}", marks=[pytest.mark.slow] if p.slow or number else [])
+    for p in probes()
+    for number, plant in enumerate(p.plants)
+]
+
+
+@pytest.mark.parametrize("probe", ALL)
+def test_lorafit_passes(probe: Probe, tmp_path: Path) -> None:
+    outcome = verdict(probe, None, tmp_path)
+    assert outcome.passed, outcome.message
+
+
+@pytest.mark.parametrize(("probe", "plant"), PLANTED)
+def test_the_probe_sees_its_bug(probe: Probe, plant: Plant, tmp_path: Path) -> None:
+    assert not verdict(probe, plant, tmp_path).passed
+
+
+def test_every_bug_has_a_probe_and_every_probe_a_bug() -> None:
+    assert sorted(BUGS) == list(range(1, 33))
+    assert {probe.bug for probe in probes()} == set(BUGS) - {21, 26, 27}  # there is no export yet
+    assert all(probe.plants for probe in probes())
+
+
+def test_a_plant_that_no_longer_fits_is_an_error_and_no_success() -> None:
+    function = function_at("training.loop:_gradients")
+    with pytest.raises(LookupError, match="0 times"):
+        changed(function, "what is not there", "")

@@ -1,0 +1,62 @@
+"""Masks of generated conversations are exact in every chat format, with every kind of tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.conftest import shared_dir
+from tests.data.chat_formats import FORMATS
+from tests.data.masks import Kind, Tally, check, conversations, kinds
+
+from lorafit.data import chat_template, template
+
+EACH = 6  # conversations of each format with each tokenizer; `make masks` takes 500
+
+
+@pytest.fixture(scope="module")
+def makers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kind]:
+    return kinds(tmp_path_factory.mktemp("masks"), None)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_trained_is_the_answers(makers: dict[str, Kind], name: str) -> None:
+    for title, kind in makers.items():
+        tally = Tally()
+        check(FORMATS[name], kind, name, list(conversations(EACH, FORMATS[name], (title, name))), tally)
+        assert tally.exact + sum(tally.refused.values()) == EACH
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["zephyr", "llama2", "qwen3"])
+def test_what_is_trained_is_the_answers_with_tinyllamas_tokenizer(tmp_path: Path, name: str) -> None:
+    kind, tally = kinds(tmp_path, shared_dir())["TinyLlama"], Tally()
+    check(FORMATS[name], kind, name, list(conversations(25, FORMATS[name], name)), tally)
+    assert tally.exact > 15
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("chatml", lambda p: p.setattr(template, "_continue", _one_character_late)),
+        ("qwen3", lambda p: p.setattr(chat_template.ChatTemplate, "_said_thought", lambda *_: "")),
+        ("llama2", lambda p: p.setattr(template.Renderer, "_ends_in_eos", lambda *_: True)),
+        ("zephyr", lambda p: p.setattr(template.Renderer, "_bos", lambda *_: [])),
+    ],
+)
+def test_the_check_sees_mistakes(
+    makers: dict[str, Kind],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    spoil: Callable[[pytest.MonkeyPatch], None],
+) -> None:
+    spoil(monkeypatch)
+    kind = makers["SentencePiece-like BPE"]
+    with pytest.raises(AssertionError, match=f"^{name}, row"):
+        check(FORMATS[name], kind, name, list(conversations(EACH, FORMATS[name], name)), Tally())
+
+
+def _one_character_late(segments: list[template._Segment], answer: str) -> None:
+    segments[-1].text += answer[:1]
+    segments.append(template._Segment(answer[1:], answer=True))
