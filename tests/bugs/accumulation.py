@@ -10,7 +10,7 @@ from tests.bugs.catalogue import probe
 from tests.bugs.lab import Lab, Plant, difference, events
 
 from lorafit.errors import TrainingError
-from lorafit.training import loop
+from lorafit.training import batch, loop
 from lorafit.training.run import start_run
 
 RAGGED = [{"instruction": f"Say {n}.", "output": "so " * (4**n % 61) + "it is."} for n in range(6)]
@@ -27,12 +27,12 @@ def _gradient(lab: Lab, name: str, *overrides: str) -> tuple[dict[str, torch.Ten
 @probe(
     1,
     Plant(
-        "training.loop:_gradients", "state.scale.factor / supervised", "1 / len(pack.targets) / len(packs)"
+        "training.loop:_passes", "state.scale.factor / batch.supervised", "1 / len(pack.targets) / len(packs)"
     ),
     Plant(
         "training.loop:_gradients",
-        "sum(map(float, losses)) / supervised",
-        "sum(map(float, losses)) / len(packs)",
+        "mean = total / batch.supervised",
+        "mean = total / len(batch.packs)",
     ),
 )
 def a_gradient_does_not_depend_on_how_its_step_is_cut(lab: Lab) -> None:
@@ -49,7 +49,7 @@ def a_gradient_does_not_depend_on_how_its_step_is_cut(lab: Lab) -> None:
 @probe(
     2,
     Plant(
-        "training.loop:_gradients", "state.scale.factor / supervised", "1 / len(pack.targets) / len(packs)"
+        "training.loop:_passes", "state.scale.factor / batch.supervised", "1 / len(pack.targets) / len(packs)"
     ),
 )
 def every_trained_token_weighs_the_same(lab: Lab) -> None:
@@ -69,9 +69,11 @@ def every_trained_token_weighs_the_same(lab: Lab) -> None:
 @probe(
     3,
     Plant(
-        "training.loop:_steps",
-        "supervised = sum(len(pack.targets) for pack in packs)",
-        "supervised = sum(len(p.targets) for p in packs) * job.order.batch_size // len(indices)",
+        "training.loop:_batch",
+        "return job.share.of(job.rows, job.order.rows(step), capacity, job.settings.packing)",
+        "made = job.share.of(job.rows, job.order.rows(step), capacity, job.settings.packing)\n"
+        "    counted = made.supervised * job.order.batch_size // len(made.indices)\n"
+        "    return Batch(made.indices, made.packs, made.tokens, counted, 0.0)",
     ),
 )
 def the_last_step_of_an_epoch_counts_its_own_tokens(lab: Lab) -> None:
@@ -80,7 +82,8 @@ def the_last_step_of_an_epoch_counts_its_own_tokens(lab: Lab) -> None:
     standing = "train.learning_rate=1e-12"  # so that both steps see the same weights
     epoch = (f"data.path={lab.rows(RAGGED)}", "train.batch_size=4", "train.max_steps=2", standing)
     last, step = _gradient(lab, "epoch", *epoch)
-    alone, its_step = _gradient(lab, "alone", f"data.path={lab.rows(RAGGED[4:], 'rest.json')}", standing)
+    rest = (f"data.path={lab.rows(RAGGED[4:], 'rest.json')}", "train.batch_size=2", standing)
+    alone, its_step = _gradient(lab, "alone", *rest)
     assert step["rows"] == 2
     assert difference(alone, last) < 1e-5
     assert math.isclose(step["loss"], its_step["loss"], rel_tol=1e-5)
@@ -89,19 +92,19 @@ def the_last_step_of_an_epoch_counts_its_own_tokens(lab: Lab) -> None:
 @probe(
     32,
     Plant(
-        "training.loop:_gradients",
-        "if supervised == 0:",
-        "supervised = max(1, supervised)\n    if not packs:",
+        "training.batch:Share.of",
+        "sum(len(pack.targets) for pack in packs))",
+        "max(1, sum(len(pack.targets) for pack in packs)))",
     ),
 )
 def a_step_without_trained_tokens_is_no_success(lab: Lab) -> None:
     """Rows whose masks are all empty: the run stops and names step and rows, and reports no loss of 0.0."""
-    make_packs = loop.make_packs
+    make_packs = batch.make_packs
 
     def masked(rows: list[Any], *rest: Any) -> Any:
         return make_packs([(ids, trained & False) for ids, trained in rows], *rest)
 
-    lab.patch.setattr(loop, "make_packs", masked)
+    lab.patch.setattr(batch, "make_packs", masked)
     _must_stop(lab, "step 1 has no supervised tokens")
 
 

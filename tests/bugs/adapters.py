@@ -130,7 +130,7 @@ def _live(lab: Lab, *overrides: str) -> tuple[Result, torch.Tensor, torch.Tensor
 @probe(
     20,
     Plant("model.adapter:adapter_tensors", "master.detach()", "torch.zeros_like(master)"),
-    Plant("model.adapter:load_adapter", "master.copy_(stored[name])", "pass"),
+    Plant("model.adapter:fill_adapter", "master.copy_(stored[name])", "pass"),
 )
 def a_loaded_adapter_is_the_trained_one(lab: Lab) -> None:
     """Read back, the adapter gives the live network's logits and not the base's; one that lacks tensors is refused."""
@@ -287,7 +287,7 @@ def far_positions_are_scaled_as_the_model_says(lab: Lab) -> None:
     Plant("model.few_rows:few_rows", "float(linear.scale)", "1.0"),
 )
 def the_adapter_has_the_same_strength_in_peft(lab: Lab) -> None:
-    """alpha unlike rank, with rsLoRA and without: peft's logits of the folder are the network's, of few rows and many."""
+    """alpha unlike rank, with rsLoRA and without: peft's logits of the folder are its own, of few rows and many."""
     model = lab.model()
     network = random_network()
     assert all(map(torch.equal, weights_of(network).values(), weights_of(random_network()).values()))

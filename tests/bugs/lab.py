@@ -170,9 +170,9 @@ class Lab:
         """Note the gradients and the rows of every step from here on."""
         gradients = loop._gradients
 
-        def noted(job: loop.Job, state: Any, packs: Any, supervised: int, indices: Any) -> Any:
-            self.rows_seen.append(indices.tolist())
-            found = gradients(job, state, packs, supervised, indices)
+        def noted(job: loop.Job, state: Any, batch: Any) -> Any:
+            self.rows_seen.append(batch.indices.tolist())
+            found = gradients(job, state, batch)
             named = job.network.named_parameters()
             self.gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
             return found

@@ -16,6 +16,7 @@ from lorafit.model.adapter import CONFIG, WEIGHTS
 from lorafit.model.llama import Layer
 from lorafit.observe.record import read_metrics
 from lorafit.training import loop
+from lorafit.training.ranks import Ranks
 from lorafit.training.run import Result
 
 BASE = (
@@ -65,6 +66,7 @@ CHANGES = [
     "train.save_every=2",
     "train.keep=1",
     "run.samples=0",
+    "distributed.timeout=7",
 ]
 _CLOCKS = {"seconds", "tokens_per_second", "memory_bytes"}
 
@@ -100,8 +102,12 @@ def another_value_makes_another_run(lab: Lab) -> None:
 def _trace(lab: Lab, *overrides: str) -> list[Any]:
     """All that a run does and leaves, but for its clocks and its config."""
     passes: list[tuple[int, ...]] = []
-    layers = [0]
-    pack_loss, forward = loop.pack_loss, Layer.forward
+    layers, patience = [0], []
+    pack_loss, forward, connect = loop.pack_loss, Layer.forward, Ranks.connect
+
+    def waits(ranks: Any, device: Any, timeout: float) -> Any:
+        patience.append(timeout)
+        return connect(ranks, device, timeout)
 
     def noted(network: Any, pack: Any) -> Any:
         passes.append(pack.lengths)
@@ -114,8 +120,9 @@ def _trace(lab: Lab, *overrides: str) -> list[Any]:
     with lab.patch.context() as patch:
         patch.setattr(loop, "pack_loss", noted)
         patch.setattr(Layer, "forward", counted)
+        patch.setattr(Ranks, "connect", waits)
         result = lab.run(*BASE, *overrides, name=f"run{len(list(lab.folder.iterdir()))}")
-    return [passes, layers, *_left(result)]
+    return [passes, layers, patience, *_left(result)]
 
 
 def _left(result: Result) -> Iterator[Any]:

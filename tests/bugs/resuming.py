@@ -36,7 +36,7 @@ def _digest(result: Result) -> str:
 
 @probe(
     8,
-    Plant("training.loop:_packs", "job.order.rows(step)", "job.order.rows(step % job.order.steps_per_epoch)"),
+    Plant("training.loop:_batch", "job.order.rows(step)", "job.order.rows(step % job.order.steps_per_epoch)"),
     Plant("data.loader:_epoch_rows", "0x4F, epoch]", "0x4F]"),
     Plant("training.loop:_steps", act=lambda patch: _start_over_when_resumed(patch)),
 )
@@ -79,8 +79,10 @@ def a_resumed_run_draws_the_dropout_that_was_next(lab: Lab) -> None:
 @probe(
     10,
     Plant("training.checkpoint:load_checkpoint", "_restore_optimizer(network, optimizer, tensors)", "pass"),
-    Plant("training.checkpoint:load_checkpoint", "return read_state(folder)", "return TrainState(step=0)"),
-    Plant("training.checkpoint:load_checkpoint", "load_adapter(network, folder)", "pass"),
+    Plant("training.checkpoint:load_checkpoint", "return state_of(values)", "return TrainState(step=0)"),
+    Plant(
+        "training.checkpoint:load_checkpoint", "fill_adapter(network, load(files[WEIGHTS]), place)", "pass"
+    ),
 )
 def a_resumed_run_keeps_optimizer_and_step(lab: Lab) -> None:
     """Moments and step count of the optimizer, learning rate and adapter at the end are those of an unstopped run."""

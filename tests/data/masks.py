@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # fmt: off
 PIECES = [
     " ", "  ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u200b", "\ufeff", "▁", "-", "'", '"', "\\n", "{{ x }}",
-    "{% if %}", "The answer", "the answer.", "It's", "123", "1,234.5", "user", "assistant", "system", "Response:\n", "[INST]",
+    "{% if %}", "The answer", "the answer.", "It's", "123", "1,234.5", "user", "assistant", "system", "Response:\n",
+    "[INST]",
     "한국어", "日本", "e\u0301", "é", "ﬁ", "🙂", "👩‍👩‍👧", "\U0001f1f0\U0001f1f7", "Ω", "\u202e", "ß", "</div>",
     "</s>", "<s>", "<unk>", "<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|eot_id|>", "<0x0A>", "<|user|>\n",
     "ASSISTANT: ", "### Response:\n", "<end_of_turn>", "<|end|>", "[/INST]", "<think>", "\n### Human: ",
