@@ -1,0 +1,147 @@
+"""What the compiled CPU kernels take beside torch's own operators, at TinyLlama's shapes.
+
+    python -m benchmarks.kernels [--threads 2] [--json FILE]
+
+Each pair runs in turn in one process; seconds are medians of processor time over all threads, divided by the threads,
+so that other work on the machine counts little. Attention is one layer, forward and backward, over 2,048 packed
+tokens in ten documents; products are those of a layer's weights with 2,048 tokens, scaling and rounding included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lorafit.model.attention import PackedDocuments, causal_attention, rotate
+from lorafit.model.kernels import gated, gated_backward, rms_norm
+from lorafit.model.native import kernels, missing
+from lorafit.model.quant import Int8Linear
+
+LENGTHS = [234, 180, 300, 120, 77, 410, 205, 190, 33, 299]
+HEADS, KV_HEADS, SIZE = 32, 4, 64
+WEIGHTS = [(2048, 2048), (256, 2048), (5632, 2048), (2048, 5632)]  # (out_features, in_features)
+
+
+def attention(compiled: bool) -> Callable[[], object]:
+    """One layer's attention, forward and backward: compiled, or torch's own a document at a time."""
+    generator = torch.Generator().manual_seed(0)
+    documents = PackedDocuments(LENGTHS)
+    angles = documents.positions[:, None] * torch.rand(SIZE // 2, generator=generator)
+    rotary = (angles.cos(), angles.sin())
+    q, k, v, slope = (
+        torch.randn(sum(LENGTHS), heads, SIZE, generator=generator).bfloat16()
+        for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)
+    )
+    for x in (q, k, v):
+        x.requires_grad_()
+
+    def by_torch() -> Tensor:
+        parts = (x.split(LENGTHS) for x in (rotate(q, rotary), rotate(k, rotary), v))
+        return torch.cat([causal_attention(*document, None) for document in zip(*parts, strict=True)])
+
+    def run() -> None:
+        out = documents(0, q, k, v, rotary, None) if compiled else by_torch()
+        torch.autograd.grad(out, (q, k, v), slope)
+
+    return run
+
+
+def products(quantized: bool) -> Callable[[], object]:
+    """Every weight of a layer, forward and for the gradient of the input."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(shape, generator=generator).bfloat16() * 0.02 for shape in WEIGHTS]
+    xs = [torch.randn(2048, shape[1], generator=generator).bfloat16() for shape in WEIGHTS]
+    slopes = [torch.randn(2048, shape[0], generator=generator).bfloat16() for shape in WEIGHTS]
+    linears = [Int8Linear(weight) for weight in weights]
+
+    def run() -> None:
+        for weight, linear, x, slope in zip(weights, linears, xs, slopes, strict=True):
+            if quantized:
+                linear.product(x)
+                linear.input_gradient(slope)
+            else:
+                F.linear(x, weight)
+                slope @ weight
+
+    return run
+
+
+def rows(compiled: bool) -> Callable[[], object]:
+    """Norm, gated product and its gradient."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2048, 2048, generator=generator).bfloat16(), torch.ones(2048).bfloat16()
+    gate, up, slope = (torch.randn(2048, 5632, generator=generator).bfloat16() for _ in range(3))
+
+    def by_torch() -> None:
+        wide = x.float()
+        (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * weight).bfloat16()
+        opened = torch.sigmoid(gate.float())
+        (F.silu(gate.float()) * up).bfloat16()
+        (slope.float() * up * opened * (1 + gate.float() * (1 - opened))).bfloat16()
+        (slope.float() * gate.float() * opened).bfloat16()
+
+    def run() -> None:
+        if compiled:
+            rms_norm(x, weight, 1e-5)
+            gated(gate, up)
+            gated_backward(slope.clone(), gate, up)
+        else:
+            by_torch()
+
+    return run
+
+
+PAIRS = {
+    "attention: compiled, torch's own a document at a time": attention,
+    "products of a layer: int8, bfloat16": products,
+    "norm and gated product: compiled, torch's own": rows,
+}
+
+
+def measure(make: Callable[[bool], Callable[[], object]], runs: int) -> tuple[float, float]:
+    """Median milliseconds of both of a pair, run in turn after a warm-up."""
+    both = (make(True), make(False))
+    taken: tuple[list[float], list[float]] = ([], [])
+    for number in range(runs + 1):
+        for run, times in zip(both, taken, strict=True):
+            started = time.process_time()
+            run()
+            if number:
+                times.append(1000 * (time.process_time() - started) / torch.get_num_threads())
+    return statistics.median(taken[0]), statistics.median(taken[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=9)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    compiled = kernels()
+    if compiled is None:
+        raise SystemExit(f"error: there are no compiled kernels here: {missing()}")
+    tiles = "with" if compiled.has_tiles else "without"
+    print(
+        f"{arguments.threads} threads, {tiles} matrix tiles; medians of {arguments.runs} runs, milliseconds"
+    )
+    found = {}
+    for name, make in PAIRS.items():
+        first, second = found[name] = measure(make, arguments.runs)
+        print(f"{name:<60}{first:>8.1f}{second:>8.1f}{second / first:>7.2f}x")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
