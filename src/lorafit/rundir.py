@@ -33,7 +33,8 @@ class RunDirectory:
     """Paths and small files of one run.
 
     config.yaml (resolved, every key) · env.json · prompt.json · ledger.json · metrics.jsonl ·
-    checkpoints/step-000200/ · adapter/ (the final PEFT folder) · samples.json · proof.json · rows.json · report.html
+    checkpoints/step-000200/ · adapter/ (the final PEFT folder) · samples.json · proof.json · rows.json · report.html ·
+    heartbeat.json (of several ranks, when one stood still)
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,6 +49,7 @@ class RunDirectory:
         self.proof_file = path / "proof.json"
         self.rows_file = path / "rows.json"
         self.report_file = path / "report.html"
+        self.heartbeat_file = path / "heartbeat.json"
         self.lock_file = path / "run.lock"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"

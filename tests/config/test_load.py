@@ -234,7 +234,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "train.keep": st.integers(1),
     "train.keep_best": st.booleans(),
     "run.output": st.none() | TEXT,
-    "distributed.strategy": st.sampled_from(["auto", "single", "ddp"]),
+    "distributed.strategy": st.sampled_from(["auto", "single", "ddp", "fsdp"]),
     "distributed.timeout": st.floats(1, 1e6),
     "run.trackers": st.lists(st.sampled_from(["tensorboard", "wandb", "mlflow", "trackio"]), max_size=2),
     "run.offline": st.booleans(),

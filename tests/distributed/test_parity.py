@@ -9,16 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from tests.distributed.ranks import together
-from tests.tiny import write_model, write_rows
+from tests.tiny import random_network, write_model, write_rows
 from tests.training.test_run import events
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lorafit.config.load import load_config
 from lorafit.errors import ConfigError
+from lorafit.model.lora import LoraSpec, attach
 from lorafit.rundir import RunDirectory
 from lorafit.training import loop
 from lorafit.training.run import start_run
+from lorafit.training.sharding import shard_base
 
 STEPS = 6
 
@@ -89,6 +95,12 @@ def two(bench: Bench, one: Path) -> list[dict[str, Any]]:
             bench.job("stopped-2", stop=[1, 4]),
             {"resume": str(bench["stopped-1"])},
             bench.job("few-2", "train.batch_size=1"),  # a rank without rows
+            bench.job("sharded", "distributed.strategy=fsdp"),
+            bench.job(
+                "sharded-few", "distributed.strategy=fsdp", "train.batch_size=1", "train.recompute=layers"
+            ),
+            bench.job("int8", "model.quantize=int8"),
+            bench.job("sharded-int8", "model.quantize=int8", "distributed.strategy=fsdp"),
         ],
         bench.folder,
     )
@@ -151,6 +163,15 @@ def test_a_run_of_one_goes_on_with_two(bench: Bench, one: Path, two: list[dict[s
     assert_same(bench["stopped-1"], one)
 
 
+@pytest.mark.parametrize(
+    ("sharded", "whole"), [("sharded", "one"), ("sharded-few", "few-1"), ("sharded-int8", "int8")]
+)
+def test_a_base_that_is_shared_out_computes_the_same(
+    bench: Bench, one: Path, two: list[dict[str, Any]], sharded: str, whole: str
+) -> None:
+    assert_same(bench[sharded], bench[whole])
+
+
 @pytest.mark.slow
 def test_four_ranks_compute_what_one_does(bench: Bench, one: Path, more: None) -> None:
     assert_same(bench["four"], one)
@@ -166,17 +187,31 @@ def test_a_run_of_four_goes_on_with_two_and_one_of_two_with_three(
 
 
 def test_ranks_of_one_strategy_only(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {
-        "RANK": "0",
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-    }.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr("lorafit.training.ranks.dist.rendezvous", lambda url: iter([(None, 0, 2)]))
-    monkeypatch.setattr("lorafit.training.ranks.dist.PrefixStore", lambda name, store: None)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="2 processes were started, but distributed.strategy=single is one"):
         start_run(load_config(None, [*bench.material, "distributed.strategy=single"]), quiet=True)
+
+
+def test_only_plain_numbers_are_shared_out(bench: Bench) -> None:
+    words = [*bench.material, "distributed.strategy=fsdp", "model.quantize=nf4"]
+    with pytest.raises(ConfigError, match="a base in nf4 cannot be shared out"):
+        start_run(load_config(None, words), quiet=True)
+
+
+def test_each_rank_keeps_its_part_of_the_base_only(bench: Bench) -> None:
+    """A group of one rank that stands for the first of four: what is left is a quarter."""
+    network = random_network()
+    before = sum(parameter.numel() for parameter in network.parameters())
+    attach(network, LoraSpec(2, 4.0, 0.0, ("all-linear",), False), seed=0)
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        shard_base(network, torch.device("cpu"))
+        held = [p.to_local() for p in network.parameters() if isinstance(p, DTensor)]
+        assert sum(tensor.numel() for tensor in held) == pytest.approx(before / 4, rel=0.01)
+        assert not any(isinstance(p, DTensor) for p in network.parameters() if p.requires_grad)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_run_alone_is_the_same_bytes_twice(bench: Bench, one: Path) -> None:

@@ -11,11 +11,11 @@ from typing import Annotated
 import typer
 
 from lorafit import __version__
-from lorafit.cli import config, generate, plan, report, runs, train
+from lorafit.cli import config, generate, plan, report, runs, sweep, train
 from lorafit.errors import LorafitError
 from lorafit.place import Place, ended_before, ended_for_good
 
-OTHERS_WAIT_SECONDS = 3.0
+OTHERS_WAIT_SECONDS = 10.0
 
 app = typer.Typer(
     name="lorafit",
@@ -30,6 +30,7 @@ app.command("plan")(plan.plan)
 app.command("generate")(generate.generate)
 app.command("report")(report.report)
 app.command("runs")(runs.runs)
+app.command("sweep")(sweep.sweep)
 app.command("config")(config.config)
 
 

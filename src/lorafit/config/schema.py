@@ -148,10 +148,11 @@ class TrainSection(Section):
 class DistributedSection(Section):
     """Several processes on one run: `lorafit train --nproc N`, or torchrun."""
 
-    strategy: Literal["auto", "single", "ddp"] = Field(
+    strategy: Literal["auto", "single", "ddp", "fsdp"] = Field(
         "auto",
-        description="`ddp`: every rank has the base, gradients of the adapter travel; `single`: one process, several "
-        "are an error. `auto` is `ddp` for several and `single` for one.",
+        description="`ddp`: every rank has the base, gradients of the adapter travel; `fsdp`: the base is shared out "
+        "over the ranks, for one that is larger than a device; `single`: one process, several are an error. `auto` "
+        "is `ddp` for several and `single` for one.",
     )
     timeout: float = Field(
         600,

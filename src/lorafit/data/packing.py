@@ -29,6 +29,10 @@ class Pack:
     num_tokens: int
 
 
+# What a process without rows of its own computes in order to take part: its tokens and targets count for nothing.
+BLANK = Pack(np.zeros(1, np.int64), (1,), np.zeros(1, np.int64), np.zeros(1, np.int64), num_tokens=0)
+
+
 def make_packs(rows: Sequence[TokenRow], capacity: int, packing: bool = True) -> list[Pack]:
     """Packs of at most `capacity` tokens that hold every row once; a longer row gets a pack of its own.
 
@@ -37,6 +41,11 @@ def make_packs(rows: Sequence[TokenRow], capacity: int, packing: bool = True) ->
     lengths = [len(ids) for ids, _ in rows]
     bins = best_fit(lengths, capacity) if packing else [[index] for index in range(len(rows))]
     return [_lay(rows[index] for index in members) for members in bins]
+
+
+def num_packs(lengths: Sequence[int], capacity: int, packing: bool = True) -> int:
+    """How many packs `make_packs` makes of rows of `lengths` tokens."""
+    return len(best_fit(lengths, capacity)) if packing else len(lengths)
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafit.data.packing import Pack, spread
+from lorafit.data.packing import BLANK, Pack, spread
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.llama import Llama
 from lorafit.model.loss import loss_sum
@@ -43,11 +43,18 @@ class Ranks(Protocol):
     def sum(self, values: Sequence[float]) -> list[float]: ...
 
 
+class Engine(Protocol):
+    """How they compute: with `lockstep` all make each pass together."""
+
+    lockstep: ClassVar[bool]
+
+
 def heldout_loss(
     network: Llama,
     packs: Sequence[Pack],
     progress: Callable[[int, int], None] | None = None,
     ranks: Ranks | None = None,
+    engine: Engine | None = None,
 ) -> float:
     """Mean loss over all supervised tokens of `packs`; dropout off, nothing of the network changes.
 
@@ -57,13 +64,18 @@ def heldout_loss(
     was_training = network.training
     network.eval()
     rank, world_size = (ranks.rank, ranks.world_size) if ranks is not None else (0, 1)
-    own = spread([len(pack.ids) for pack in packs], world_size)[rank]
-    losses = [0.0] * len(packs)
-    with torch.inference_mode():
+    lockstep = engine is not None and engine.lockstep
+    shares = spread([len(pack.ids) for pack in packs], world_size)
+    own, losses = shares[rank], [0.0] * len(packs)
+    with (
+        torch.no_grad() if lockstep else torch.inference_mode()
+    ):  # weights gathered in a pass serve training too
         for done, at in enumerate(own, 1):
             losses[at] = float(pack_loss(network, packs[at]))
             if progress is not None:
                 progress(done, len(own))
+        for _ in range(max(map(len, shares)) - len(own) if lockstep else 0):
+            pack_loss(network, BLANK)
     network.train(was_training)
     if ranks is not None:
         losses = ranks.sum(losses)

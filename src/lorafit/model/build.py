@@ -16,10 +16,10 @@ from lorafit.model.adapter import load_adapter, read_spec
 from lorafit.model.architecture import read_architecture
 from lorafit.model.device import pick_device, pick_dtype
 from lorafit.model.llama import Llama
-from lorafit.model.lora import LoraSpec, attach
+from lorafit.model.lora import LoraSpec, attach, detach
 from lorafit.model.memory import keep_few_kernels, keep_freed_memory
 from lorafit.model.quant import Quantize, check_quantize
-from lorafit.model.weights import load_network
+from lorafit.model.weights import fingerprint, load_network
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +32,48 @@ class Built:
     dtype: torch.dtype
 
 
-def build(config: Config, folder: Path, progress: Callable[[int, int], None] | None = None) -> Built:
-    """The base model in `folder` with a fresh adapter, or with the one of `lora.init_from` to continue."""
+class LoadedBase:
+    """A base that stays loaded from one run to the next, where it is the same one."""
+
+    def __init__(self) -> None:
+        self._what: tuple[object, ...] = ()
+        self._network: Llama | None = None
+
+    def get(self, what: tuple[object, ...], load: Callable[[], Llama]) -> Llama:
+        """The base that `what` names, without adapter: the one from before, or loaded in its place."""
+        gone = self._network is None or self._network.lm_head.weight.is_meta  # a proof gives the memory up
+        if gone or self._what != what:
+            self._network = None  # never two at a time
+            self._network, self._what = load(), what
+        assert self._network is not None
+        detach(self._network)
+        return self._network.eval()
+
+
+def build(
+    config: Config,
+    folder: Path,
+    progress: Callable[[int, int], None] | None = None,
+    on_host: bool = False,
+    base: LoadedBase | None = None,
+) -> Built:
+    """The base model in `folder` with a fresh adapter, or with the one of `lora.init_from` to continue.
+
+    `on_host` leaves the tensors in the host's memory, whatever the device: somebody else shares them out. `base`
+    keeps what is loaded for the next call.
+    """
     arch = read_architecture(folder)
     device = pick_device(config.model.device)
     dtype = pick_dtype(config.model.dtype, device)
     check_quantize(config.model.quantize, device, dtype)
     spec, initial = wanted_adapter(config)
     keep_few_kernels()
-    network = load_network(folder, arch, dtype, device, progress, config.model.quantize)
+    where = torch.device("cpu") if on_host else device
+    quantize = config.model.quantize
+    network = (base or LoadedBase()).get(
+        (folder.resolve(), fingerprint(folder), dtype, where, quantize),
+        lambda: load_network(folder, arch, dtype, where, progress, quantize),
+    )
     spec = attach(network, spec, config.train.seed)
     if initial is not None:
         load_adapter(network, initial)

@@ -77,6 +77,13 @@ def attach(network: Llama, spec: LoraSpec, seed: int) -> LoraSpec:
     return replace(spec, targets=targets)
 
 
+def detach(network: nn.Module) -> None:
+    """Undo `attach`: every target is its frozen base again, and the next adapter can be attached."""
+    for name, module in adapted(network).items():
+        parent, _, child = name.rpartition(".")
+        setattr(network.get_submodule(parent), child, module.base)
+
+
 def match_targets(network: nn.Module, targets: Sequence[str]) -> list[str]:
     """Full names of the linears that `targets` ask for, in the network's order. Raises ConfigError."""
     linears = _linears(network)

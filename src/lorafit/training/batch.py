@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lorafit.data.packing import Pack, TokenRow, make_packs, spread
+from lorafit.data.packing import BLANK, Pack, TokenRow, make_packs, num_packs, spread
 from lorafit.model.architecture import Architecture
 
 
@@ -46,11 +46,15 @@ def attention_cost(arch: Architecture) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Which part of each step is this rank's. `attention` is what a pair of tokens costs, a token costs 1."""
+    """Which part of each step is this rank's. `attention` is what a pair of tokens costs, a token costs 1.
+
+    With `lockstep` all ranks get equally many passes. A rank always has one, if only a blank one.
+    """
 
     rank: int = 0
     world_size: int = 1
     attention: float = 0.0
+    lockstep: bool = False
 
     def of(self, rows: Rows, indices: NDArray[np.int64], capacity: int, packing: bool) -> Batch:
         """The step of the rows at `indices`; every rank finds the same division by itself."""
@@ -63,10 +67,13 @@ class Share:
         costs = [self.cost(length) for length in lengths]
         shares = spread(costs, self.world_size)
         loads = [sum(costs[at] for at in members) for members in shares]
-        own = [found[at] for at in shares[self.rank]]
+        packs = make_packs([found[at] for at in shares[self.rank]], capacity, packing)
+        rounds = 1
+        if self.lockstep:
+            rounds = max(num_packs([lengths[at] for at in members], capacity, packing) for members in shares)
         return Batch(
             indices,
-            make_packs(own, capacity, packing),
+            packs + [BLANK] * (rounds - len(packs)),
             tokens=sum(lengths),
             supervised=sum(int(np.count_nonzero(trained[1:])) for _, trained in found),
             imbalance=max(loads) * self.world_size / sum(loads) - 1,

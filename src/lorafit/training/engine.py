@@ -2,9 +2,8 @@
 
 import contextlib  # no annotations of the future here: torch reads those of the communication hook
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -12,16 +11,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lorafit.data.packing import Pack
 from lorafit.model.llama import Llama
+from lorafit.training.sharding import shard_base
 
 Compute = Callable[[Llama, Pack], Tensor]  # the summed loss of a pack
 BUCKET_MIB = 25  # torch's own: the first is on its way while the backward pass goes on
 
-# What a rank without rows of its own computes, so that it takes part: its gradient is zero.
-BLANK = Pack(np.zeros(1, np.int64), (1,), np.zeros(1, np.int64), np.zeros(1, np.int64), num_tokens=0)
-
 
 class Engine:
     """A process alone: a pass is a plain call."""
+
+    lockstep: ClassVar = False  # whether all ranks have to make each pass together
 
     def __init__(self, network: Llama) -> None:
         self.network = network
@@ -37,7 +36,7 @@ class Engine:
 
 
 class ReplicatedEngine(Engine):
-    """Every rank has the whole base; the gradients of the adapter, and nothing else, travel.
+    """Every rank has the adapter; its gradients, and of a whole base nothing else, travel.
 
     Gradients are summed, not averaged: the loss is divided by the supervised tokens of all ranks already. Ranks are
     expected to start with the same adapter.
@@ -64,6 +63,16 @@ class ReplicatedEngine(Engine):
         assert work is not None
         future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
         return future
+
+
+class ShardedEngine(ReplicatedEngine):
+    """As above, over a base that is shared out (training/sharding.py): each pass gathers it layer by layer."""
+
+    lockstep: ClassVar = True
+
+    def __init__(self, network: Llama, device: torch.device) -> None:
+        shard_base(network, device)
+        super().__init__(network)
 
 
 class _PassLoss(nn.Module):

@@ -15,7 +15,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from lorafit.training.ranks import num_cores
 
 MAX_RESTARTS = 3  # of all workers, when one is lost; torchrun's own default for a launch from Python
-LAST_SAVE_SECONDS = 600  # what a step and its checkpoint may take once a signal asked to stop
+LAST_SAVE_SECONDS = 120  # what a step and its checkpoint may take once a signal asked to stop
 
 
 def launch(arguments: Sequence[str], num_processes: int) -> int:
@@ -25,7 +25,7 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
     its last checkpoint. A signal is passed on to them, and they are waited for.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_processes)))
-    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    logging.disable(logging.ERROR)  # the workers say themselves why they end
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

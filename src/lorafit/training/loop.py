@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lorafit.data.loader import RowOrder
-from lorafit.data.packing import Pack
+from lorafit.data.packing import BLANK, Pack
 from lorafit.errors import RunError, TrainingError
 from lorafit.evaluate.heldout import heldout_loss, pack_loss
 from lorafit.model.device import device_memory_bytes
@@ -28,7 +28,8 @@ from lorafit.observe.meters import Meter
 from lorafit.rundir import RunDirectory
 from lorafit.training.batch import Batch, Rows, Share
 from lorafit.training.checkpoint import AdapterFacts, TrainState, adapter_digest, snapshot
-from lorafit.training.engine import BLANK, Engine
+from lorafit.training.engine import Engine
+from lorafit.training.heartbeat import BETWEEN, COMPUTING, SHARING, Heartbeat
 from lorafit.training.optim import clip, learning_rate
 from lorafit.training.ranks import RankError, Ranks
 from lorafit.training.saving import Saver
@@ -60,6 +61,7 @@ class Job:
     ranks: Ranks  # the processes that train together: one, or those that torchrun started
     share: Share
     engine: Engine
+    heartbeat: Heartbeat
     network: Llama
     masters: Sequence[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -84,7 +86,7 @@ def train(
     written or memory runs out (then the state before that step is saved).
     """
     job.network.train()
-    with Saver(job.run, job.settings.keep, job.facts, job.observe) as saver:
+    with job.heartbeat, Saver(job.run, job.settings.keep, job.facts, job.observe) as saver:
         if state.measuring_due and _measure(job, saver, state):
             _save(job, saver, state, "best")
         with ThreadPoolExecutor(1, "packs") as ahead:
@@ -108,6 +110,7 @@ def _steps(
     upcoming = ahead.submit(_batch, job, state, state.step)
     while state.step < settings.num_steps:
         started = time.perf_counter()
+        job.heartbeat.at(state.step + 1, COMPUTING)
         batch = upcoming.result()
         upcoming = ahead.submit(_batch, job, state, state.step + 1)
 
@@ -125,6 +128,7 @@ def _steps(
         job.optimizer.step()
         job.optimizer.zero_grad()
         state.step += 1
+        job.heartbeat.at(state.step, BETWEEN)
         state.last_loss = loss
         state.scale.went_well()
         give_back_memory(MUCH_FREE)
@@ -210,8 +214,7 @@ def _gradients(job: Job, state: TrainState, batch: Batch) -> tuple[float, float]
 
 def _passes(job: Job, state: TrainState, batch: Batch) -> tuple[float, bool]:
     """This rank's passes: (sum of their losses, whether memory ran out). The last one adds up the ranks' gradients."""
-    packs = batch.packs or [BLANK]
-    last = len(packs) - 1
+    packs, last = batch.packs, len(batch.packs) - 1
     losses: list[Tensor] = []
     sharing = False  # from then on a rank that gives up leaves the others waiting
     try:
@@ -219,14 +222,15 @@ def _passes(job: Job, state: TrainState, batch: Batch) -> tuple[float, bool]:
             with nullcontext() if at == last else job.engine.accumulating():
                 loss = job.engine.loss(pack_loss, pack)
                 give_back_memory(MUCH_FREE)
-                sharing = at == last
+                if sharing := at == last:
+                    job.heartbeat.at(state.step + 1, SHARING)
                 (loss * (state.scale.factor / batch.supervised)).backward()
                 losses.append(loss.detach())
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         if not job.ranks.alone:
-            if sharing:
+            if sharing or job.engine.lockstep:
                 raise RunError(
                     f"rank {job.ranks.rank} is out of memory in step {state.step + 1}",
                     place=str(job.run.path),
@@ -245,13 +249,14 @@ def _measure(job: Job, saver: Saver, state: TrainState) -> bool:
 
     def measuring(done: int, total: int) -> None:
         job.observe(Busy("measuring held-out rows", done, total))
+        job.heartbeat.at(state.step, BETWEEN)
 
     try:
         if state.base_loss is None:
             set_enabled(job.network, False)
-            state.base_loss = heldout_loss(job.network, job.heldout, measuring, job.ranks)
+            state.base_loss = heldout_loss(job.network, job.heldout, measuring, job.ranks, job.engine)
             set_enabled(job.network, True)
-        loss = heldout_loss(job.network, job.heldout, measuring, job.ranks)
+        loss = heldout_loss(job.network, job.heldout, measuring, job.ranks, job.engine)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or not job.ranks.alone:  # others cannot know, and wait
             raise

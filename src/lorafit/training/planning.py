@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 
@@ -11,6 +12,7 @@ from lorafit.check.formula import Shape, num_trainable
 from lorafit.check.machine import available_bytes, process_seconds
 from lorafit.check.plan import (
     Choice,
+    Memory,
     Plan,
     Rates,
     Schedule,
@@ -139,8 +141,8 @@ class Planner:
             rates = quick_rates(network)
             if calibrated or (calibrated is None and self._is_worth_it(shape, work, schedule, rates)):
                 rates = calibrate(network, shape, work, lambda index: self._pack(work, index))
-        memory = predict_memory(shape, work, self.device, self._process, rates)
-        self._beyond = memory.total - predict_memory(shape, work, self.device, self._process).total
+        memory = self._predicted(config, rates)
+        self._beyond = memory.total - self._predicted(config).total
         on_cpu = self.device.type == "cpu"
         arch = shape.arch
         return Plan(
@@ -189,8 +191,15 @@ class Planner:
 
     def _memory(self, config: Config) -> int:
         """Bytes that training with `config` needs, by the formula and what a real pass added to it."""
-        memory = predict_memory(self._shape(config), self._workload(config), self.device, self._process)
-        return round(memory.total + self._beyond)
+        return round(self._predicted(config).total + self._beyond)
+
+    def _predicted(self, config: Config, rates: Rates | None = None) -> Memory:
+        """The formula's parts; of a base that is shared out over ranks a part of each layer, and one layer whole."""
+        shape = self._shape(config)
+        memory = predict_memory(shape, self._workload(config), self.device, self._process, rates)
+        if config.distributed.strategy != "fsdp" or self._ranks == 1:
+            return memory
+        return replace(memory, base=memory.base * (1 / self._ranks + 1 / shape.arch.num_hidden_layers))
 
     def _shape(self, config: Config) -> Shape:
         arch = read_architecture(self.base.path)

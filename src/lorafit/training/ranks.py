@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import datetime
-import itertools
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -18,7 +18,6 @@ from lorafit.model.device import pick_device
 from lorafit.place import Place
 
 _POLL_SECONDS = 0.05
-_runs = itertools.count()  # of this process, and so of each: one run after the other has names of its own
 
 
 class RankError(LorafitError, RuntimeError):
@@ -139,23 +138,54 @@ def meet(here: Place) -> Iterator[Ranks]:
         yield Ranks(here)
         return
     theirs = dist.is_initialized()
-    name = f"lorafit-{next(_runs)}"
     store = dist.distributed_c10d._get_default_store() if theirs else next(dist.rendezvous("env://"))[0]
     try:
-        yield Ranks(here, dist.PrefixStore(name, store))
+        yield Ranks(here, dist.PrefixStore(_assembled(here, store), store))
+    except RuntimeError as error:
+        if isinstance(error, LorafitError) or not _is_lost_connection(error):
+            raise
+        raise RankError(
+            f"rank {here.rank} lost the connection to another one: {str(error).splitlines()[0]}",
+            hint="that one has said why it ended; torchrun --max-restarts=3 and `--nproc` start all of them again",
+        ) from None
     finally:
         if not theirs and dist.is_initialized():
             dist.destroy_process_group()
 
 
-def is_lost_connection(error: BaseException) -> bool:
+def _assembled(here: Place, store: dist.Store) -> str:
+    """A name that these processes share and no others before them, found by the first rank.
+
+    The store of torchrun's agent outlives the workers, so it may hold what lost ones wrote. Each rank therefore says
+    hello with a word of its own and waits for the answer to that word; the first one answers until all are there.
+    """
+    word, name = uuid.uuid4().hex, uuid.uuid4().hex
+    store.set(f"hello/{here.rank}", word)
+    if not here.first:
+        _wait(lambda: store.check([f"welcome/{word}"]))
+        name = store.get(f"welcome/{word}").decode()
+        store.set(f"{name}/here/{here.rank}", "")
+        return name
+    missing = set(range(1, here.world_size))
+    while missing:
+        for rank in sorted(missing):
+            if store.check([f"hello/{rank}"]):
+                store.set(f"welcome/{store.get(f'hello/{rank}').decode()}", name)
+            if store.check([f"{name}/here/{rank}"]):
+                missing.remove(rank)
+        time.sleep(_POLL_SECONDS)
+    return name
+
+
+def _is_lost_connection(error: BaseException) -> bool:
     """Whether an exception says that another rank is gone."""
     words = (
         "Connection closed by peer",
         "Connection reset",
         "Broken pipe",
-        "Timed out waiting",
+        "imed out",
         "NCCL",
+        "gloo",
         "Gloo",
     )
     return isinstance(error, dist.DistError) or (
@@ -168,11 +198,17 @@ def _wait(there: Callable[[], bool]) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def check_strategy(strategy: str, ranks: Ranks) -> None:
-    """Raise ConfigError when `distributed.strategy` and the processes that were started do not go together."""
-    if strategy == "single" and not ranks.alone:
+def check_strategy(strategy: str, quantize: str, here: Place) -> None:
+    """Raise ConfigError when `distributed.strategy` does not go with the processes that were started, or the base."""
+    if strategy == "fsdp" and quantize not in ("none", "int8"):
         raise ConfigError(
-            f"{ranks.world_size} processes were started, but distributed.strategy=single is one",
+            f"a base in {quantize} cannot be shared out",
+            place="distributed.strategy",
+            hint="use ddp, or model.quantize=int8 or none",
+        )
+    if strategy == "single" and not here.alone:
+        raise ConfigError(
+            f"{here.world_size} processes were started, but distributed.strategy=single is one",
             place="distributed.strategy",
             hint="use ddp or fsdp, or start one process",
         )

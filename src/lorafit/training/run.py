@@ -28,9 +28,10 @@ from lorafit.evaluate.answers import Speaker
 from lorafit.evaluate.proof import tensor_digests
 from lorafit.hub import ModelFolder
 from lorafit.model.adapter import load_adapter
-from lorafit.model.build import Built, build
+from lorafit.model.build import Built, LoadedBase, build
 from lorafit.model.device import describe
 from lorafit.model.fused import fuse
+from lorafit.model.llama import Llama
 from lorafit.model.memory import is_out_of_memory
 from lorafit.model.native import missing
 from lorafit.model.weights import fingerprint
@@ -52,12 +53,13 @@ from lorafit.training.checkpoint import (
     read_checkpoint,
     refuse_changes,
 )
-from lorafit.training.engine import Engine, ReplicatedEngine
+from lorafit.training.engine import Engine, ReplicatedEngine, ShardedEngine
+from lorafit.training.heartbeat import Heartbeat
 from lorafit.training.material import Material
 from lorafit.training.optim import make_optimizer, warmup_steps
 from lorafit.training.planning import Planner
 from lorafit.training.precision import LossScale
-from lorafit.training.ranks import RankError, Ranks, check_strategy, is_lost_connection, meet, share_cores
+from lorafit.training.ranks import Ranks, check_strategy, meet, share_cores
 from lorafit.training.resumption import Resumption, begun_by
 from lorafit.training.saving import wait_for_left
 from lorafit.training.signals import Requests, outside_steps
@@ -77,16 +79,20 @@ class Result:
     proven: bool | None = None  # None where the proof was not asked for or not reached
 
 
-def start_run(config: Config, *, quiet: bool = False) -> Result:
-    """Train a new run. Raises a LorafitError before anything is trained when config, model or data are wrong."""
-    with meet(Place.here()) as ranks, outside_steps(_talk(quiet)):
-        check_strategy(config.distributed.strategy, ranks)
+def start_run(config: Config, *, quiet: bool = False, base: LoadedBase | None = None) -> Result:
+    """Train a new run. Raises a LorafitError before anything is trained when config, model or data are wrong.
+
+    `base` is handed from run to run by those who train several.
+    """
+    here = Place.here()
+    check_strategy(config.distributed.strategy, config.model.quantize, here)
+    with meet(here) as ranks, outside_steps(_talk(quiet)):
         if ranks.decide("begun", lambda: begun_by(ranks.here, config.run.output)):
             assert config.run.output is not None
-            return _resume(ranks, config.run.output, quiet=quiet)
+            return _resume(ranks, config.run.output, quiet=quiet, base=base)
         new = ranks.decide("output", lambda: str(RunDirectory.new(config.run.output, config.model.name).path))
         run = RunDirectory(Path(new))
-        prepared = _prepare(config, ranks, quiet)
+        prepared = _prepare(config, ranks, quiet, base)
         config = prepared.planner.config
         resolved = config.model_copy(update={"run": config.run.model_copy(update={"output": str(run.path)})})
         if not ranks.first:
@@ -101,7 +107,12 @@ def start_run(config: Config, *, quiet: bool = False) -> Result:
 
 
 def resume_run(
-    path: str | Path, overrides: Sequence[str] = (), *, accept_changes: bool = False, quiet: bool = False
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    accept_changes: bool = False,
+    quiet: bool = False,
+    base: LoadedBase | None = None,
 ) -> Result:
     """Go on with a run from its newest checkpoint that verifies; a finished one is left as it is.
 
@@ -109,7 +120,7 @@ def resume_run(
     the mathematics differs from what the checkpoint was made with, unless `accept_changes`.
     """
     with meet(Place.here()) as ranks, outside_steps(_talk(quiet)):
-        return _resume(ranks, path, overrides, accept_changes=accept_changes, quiet=quiet)
+        return _resume(ranks, path, overrides, accept_changes=accept_changes, quiet=quiet, base=base)
 
 
 def _resume(
@@ -119,6 +130,7 @@ def _resume(
     *,
     accept_changes: bool = False,
     quiet: bool = False,
+    base: LoadedBase | None = None,
 ) -> Result:
     """`resume_run` for ranks that have met. Only the first one needs the run directory, or looks into it."""
     run = RunDirectory.open(path) if ranks.first else RunDirectory(Path(path).expanduser())
@@ -128,7 +140,7 @@ def _resume(
             ranks.decide("resumption", lambda: Resumption.of(run, overrides).to_json())
         )
         config, step, skipped = there.config, there.step, there.skipped
-        check_strategy(config.distributed.strategy, ranks)
+        check_strategy(config.distributed.strategy, config.model.quantize, ranks.here)
         if there.finished is not None:
             if overrides:
                 raise RunError(
@@ -138,7 +150,7 @@ def _resume(
             if ranks.first and not quiet:
                 Terminal()(Note(f"`{path}` is finished after {step} steps; nothing was changed"))
             return _result(run, run.adapter, there.finished, finished=True)
-        prepared = _prepare(config, ranks, quiet, resumed=True)
+        prepared = _prepare(config, ranks, quiet, base, resumed=True)
         if not ranks.first:
             return _go(config, prepared, run, ranks, step=step, notes=[], quiet=quiet)
         none = "no checkpoint is whole" if skipped else "no checkpoint yet"
@@ -170,7 +182,9 @@ class Prepared:
     planner: Planner
 
 
-def _prepare(config: Config, ranks: Ranks, quiet: bool, *, resumed: bool = False) -> Prepared:
+def _prepare(
+    config: Config, ranks: Ranks, quiet: bool, base: LoadedBase | None = None, *, resumed: bool = False
+) -> Prepared:
     """Read the rows, load the model, and only then connect the ranks: nobody waits for a slow one against a clock."""
     share_cores(ranks.here, config.model.device)
     quiet = quiet or not ranks.first
@@ -180,9 +194,9 @@ def _prepare(config: Config, ranks: Ranks, quiet: bool, *, resumed: bool = False
             ranks.decide("fitting", lambda: planner.fit().model_dump_json(exclude_unset=True))
         )
     with nullcontext() if quiet else progress("loading the model") as advance:
-        built = build(config, planner.base.path, advance)
+        built = build(config, planner.base.path, advance, _is_shared_out(config, ranks), base)
     prepared = Prepared(planner.base, planner.material, planner.order, built, planner)
-    ranks.connect(built.device, config.distributed.timeout)
+    ranks.connect(built.device, 2 * config.distributed.timeout)  # the heartbeat comes first, and says more
     if not ranks.alone and not ranks.same(_digest(_facts(config, prepared))):
         raise RunError(
             f"rank {ranks.rank} of {ranks.world_size} reads another model or other rows than the first",
@@ -259,6 +273,7 @@ def _go(
         network = built.network
         network.recompute = settings.recompute == "layers"
         initial = tensor_digests(network) if config.run.verify else {}
+        engine = _engine(config, network, built.device, ranks)
         masters = [master for master in network.parameters() if master.requires_grad]
         optimizer = make_optimizer(masters, settings.weight_decay)
         torch.manual_seed(settings.seed)
@@ -289,7 +304,7 @@ def _go(
             )
         )
         if step is None and ranks.first:
-            for line in short_lines(prepared.planner.plan(network)):
+            for line in short_lines(prepared.planner.plan(None if engine.lockstep else network)):
                 observe(Note(line))
         speaker = ending.speaker_of(network, material, observe)
         heldout = [material.heldout.row(index) for index in range(len(material.heldout))]
@@ -305,12 +320,19 @@ def _go(
                 packing=config.data.packing,
                 eval_every=settings.eval_every,
                 save_every=settings.save_every,
-                samples_every=config.run.samples_every,
+                samples_every=None if engine.lockstep else config.run.samples_every,
                 keep=settings.keep,
             ),
             ranks=ranks,
-            share=Share(ranks.rank, ranks.world_size, attention_cost(network.arch)),
-            engine=Engine(network) if ranks.alone else ReplicatedEngine(network),
+            share=Share(ranks.rank, ranks.world_size, attention_cost(network.arch), engine.lockstep),
+            engine=engine,
+            heartbeat=Heartbeat(
+                ranks.store,
+                ranks.rank,
+                ranks.world_size,
+                config.distributed.timeout,
+                run.heartbeat_file,
+            ),
             network=network,
             masters=masters,
             optimizer=optimizer,
@@ -329,11 +351,6 @@ def _go(
             try:
                 reason = loop.train(job, state, requests.stop, requests.save)
             except (RuntimeError, MemoryError) as error:
-                if is_lost_connection(error) and not ranks.alone:
-                    raise RankError(
-                        f"rank {ranks.rank} lost the connection to another one in step {state.step + 1}: {error}",
-                        hint="that one has said why it ended; torchrun --max-restarts goes on by itself",
-                    ) from None
                 if not is_out_of_memory(error):
                     raise
                 raise RunError(
@@ -343,6 +360,17 @@ def _go(
                 ) from None
         seconds = time.perf_counter() - started
         return _finish(config, material, job, state, reason, seconds, initial, speaker)
+
+
+def _engine(config: Config, network: Llama, device: torch.device, ranks: Ranks) -> Engine:
+    if ranks.alone:
+        return Engine(network)
+    return ShardedEngine(network, device) if _is_shared_out(config, ranks) else ReplicatedEngine(network)
+
+
+def _is_shared_out(config: Config, ranks: Ranks) -> bool:
+    """Whether the base is spread over the ranks, instead of whole on each."""
+    return config.distributed.strategy == "fsdp" and not ranks.alone
 
 
 def _facts(config: Config, prepared: Prepared) -> dict[str, Any]:
@@ -415,8 +443,9 @@ def _finish(
         if best != state.step:
             job.observe(Note(f"the adapter is the one of step {best}, the lowest held-out loss"))
             load_adapter(job.network, adapter)
-        ending.speak(run, speaker)
-        if config.run.verify:
+        if not job.engine.lockstep:  # the first rank alone has no whole base to answer or compare with
+            ending.speak(run, speaker)
+        if config.run.verify and not job.engine.lockstep:
             continued = config.lora.init_from is not None
             proof = ending.prove_run(
                 run, job.network, material, initial, step=best, continued=continued, observe=job.observe

@@ -1,0 +1,151 @@
+"""`lorafit train --nproc`: torch's agent, workers that are stopped, killed and frozen, and a run that goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from tests.tiny import write_model, write_rows
+from tests.training.test_run import events
+
+from lorafit.config.load import load_config
+from lorafit.rundir import RunDirectory
+from lorafit.training.run import start_run
+
+STEPS = 90
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds workers by /proc"),
+]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("agent")
+    return [
+        f"model.name={write_model(folder / 'model')}",
+        f"data.path={write_rows(folder / 'rows.json', 60)}",
+        "model.dtype=float32",
+        "model.device=cpu",
+        "train.batch_size=6",
+        f"train.max_steps={STEPS}",
+        "train.eval_every=30",
+        "train.save_every=10",
+        "lora.rank=4",
+        "run.samples=0",
+        "distributed.timeout=12",
+    ]
+
+
+@contextmanager
+def lorafit(*words: str) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lorafit", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.communicate(timeout=150)
+
+
+def wait_for(there: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 240) -> Any:
+    until = time.monotonic() + seconds
+    while not (found := there()):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return found
+
+
+def last_step(run: Path) -> int:
+    try:
+        return max((event["step"] for event in events(run, "step")), default=0)
+    except Exception:
+        return 0
+
+
+def worker(agent: int, rank: int) -> int | None:
+    """The process of a rank below the agent."""
+    for folder in Path("/proc").iterdir():
+        try:
+            if not folder.name.isdigit():
+                continue
+            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            words = (folder / "environ").read_bytes().split(b"\0")
+            if parent == agent and f"RANK={rank}".encode() in words:
+                return int(folder.name)
+        except (OSError, IndexError):
+            continue
+    return None
+
+
+def test_stopped_killed_and_frozen_a_run_of_two_comes_to_the_end_of_a_run_of_one(
+    settings: list[str], tmp_path: Path
+) -> None:
+    whole = start_run(load_config(None, [*settings, f"run.output={tmp_path / 'one'}"]), quiet=True)
+    run = tmp_path / "two"
+    with lorafit("train", "--nproc", "2", *settings, "--output", str(run)) as agent:
+        wait_for(lambda: last_step(run) >= 5, agent)
+        agent.send_signal(signal.SIGTERM)
+        _, said = agent.communicate(timeout=150)
+        assert agent.returncode == 130, said
+    (stopped,) = [event for event in events(run, "saved") if event["reason"] == "stopped"]
+    assert RunDirectory.open(run).newest_checkpoint() == (stopped["step"], {})
+    assert "Traceback" not in said
+
+    with lorafit("train", "--resume", str(run), "--nproc", "2") as agent:
+        at = wait_for(lambda: last_step(run) > stopped["step"] + 10 and last_step(run), agent)
+        os.kill(worker(agent.pid, 1), signal.SIGKILL)
+        wait_for(lambda: last_step(run) < at, agent)  # started again, from a checkpoint before
+        at = wait_for(lambda: last_step(run) > stopped["step"] + 10 and last_step(run), agent)
+        frozen = worker(agent.pid, 1)
+        os.kill(frozen, signal.SIGSTOP)
+        started = time.monotonic()
+        try:
+            wait_for((run / "heartbeat.json").exists, agent)
+        finally:
+            os.kill(frozen, signal.SIGCONT)
+        assert time.monotonic() - started < 12
+        out, said = agent.communicate(timeout=300)
+        assert agent.returncode == 0, said
+    assert out.strip() == str(run / "adapter")
+    verdict = json.loads((run / "heartbeat.json").read_text())
+    assert list(verdict["stands_still"]) == ["1"]
+    assert f"process {frozen}" in verdict["stands_still"]["1"]
+    assert verdict["stands_still"]["1"] in said
+
+    assert [event["step"] for event in events(run, "step")] == list(range(1, STEPS + 1))
+    losses, expected = ([event["loss"] for event in events(path, "step")] for path in (run, whole.path))
+    assert losses == pytest.approx(expected, rel=1e-5)
+    weights, wanted = (load_file(p / "adapter" / "adapter_model.safetensors") for p in (run, whole.path))
+    assert all(float((weights[name] - wanted[name]).abs().max()) < 1e-5 for name in wanted)
+
+
+def test_a_mistake_is_said_once_and_not_tried_again(settings: list[str], tmp_path: Path) -> None:
+    started = time.monotonic()
+    broken = tmp_path / "rows.json"
+    broken.write_text('[{"instruction": "a"}]')
+    words = ["train", "--nproc", "2", *settings, f"data.path={broken}", "--output", str(tmp_path / "run")]
+    with lorafit(*words) as agent:
+        _, said = agent.communicate(timeout=150)
+    assert agent.returncode == 2
+    assert said.count("error:") == 1, said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+    assert time.monotonic() - started < 150
