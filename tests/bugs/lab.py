@@ -138,6 +138,7 @@ class Lab:
             "train.max_steps=2",
             "train.save_every=1000",
             "run.samples=0",
+            "run.verify=false",
         ]
         return load_config(None, [*words, *overrides])
 

@@ -62,6 +62,11 @@ def test_a_value_axis_holds_all_values(values: list[float], log: bool) -> None:
     assert all(-1e-6 <= axis.at(value) <= 1 + 1e-6 for value in values)
 
 
+def test_an_axis_of_tiny_values_has_a_length() -> None:
+    axis = value_axis([1e-13, 1.1e-13])
+    assert axis.low <= 1e-13 < 1.1e-13 <= axis.high
+
+
 def test_a_few_large_values_make_a_logarithmic_axis_only_where_asked() -> None:
     values = [1.0] * 50 + [0.01, 900.0]
     assert value_axis(values, log=True).is_log

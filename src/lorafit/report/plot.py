@@ -202,7 +202,7 @@ def linear_axis(low: float, high: float, about: int, *, whole: bool = False, tig
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
     step = max(1.0, float(round(step))) if whole else step
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    ticks = [round(index * step, 12) for index in range(first, last + 1)]
+    ticks = [float(f"{index * step:.12g}") for index in range(first, last + 1)]
     if tight:
         return Axis(low, high, [tick for tick in ticks if low <= tick <= high])
     return Axis(ticks[0], ticks[-1], ticks)
