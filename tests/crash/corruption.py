@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,8 +12,8 @@ from pathlib import Path
 
 from tests.crash.jobs import run_of
 from tests.crash.kills import calls_of_a_run
-from tests.crash.shim import Strike
-from tests.crash.trial import Bench, Tally
+from tests.crash.shim import Call, Strike
+from tests.crash.trial import Bench, Left, Tally
 
 from lorafit.errors import RunError
 from lorafit.rundir import RunDirectory
@@ -75,6 +76,30 @@ def flipped(folder: Path, every: int) -> Iterator[tuple[Path, int, str]]:
         assert path.read_bytes() == content
 
 
+def lie_in_writes(bench: Bench, every: int = 1) -> Tally:
+    """The disk changes a bit of what a save or the export writes: it is noticed at once, and nothing else is lost."""
+    tally = Tally()
+    saved = re.compile(r"/\.staging-(step|adapter)")
+    writes = [call for call in calls_of_a_run(bench) if call.kind == "w" and saved.search(call.path)]
+
+    def trial(call: Call) -> tuple[Call, list[str]]:
+        root = bench.root(f"lie-{call.thread}-{call.number}")
+        outcome = bench.run("start", root, strike=Strike(call.thread, call.number, "corrupt"))
+        if outcome.answer is None:
+            return call, [f"it broke: {outcome.fault}"]
+        if outcome.answer["finished"]:
+            return call, ["it was not noticed"]
+        problems = [] if "does not read back" in str(outcome.answer["problems"]) else ["it was not said"]
+        left = Left.by(root)
+        if left.newest < left.reported:
+            problems.append(f"the checkpoint of step {left.reported} is gone")
+        return call, problems + bench.finish(root)
+
+    for call, problems in bench.servers.each(trial, writes[::every]):
+        tally.add(f"a write to {call.path}", *problems)
+    return tally
+
+
 def damages(folder: Path) -> Iterator[tuple[str, Damage]]:
     """Ways to damage a checkpoint folder."""
     names = sorted(path.name for path in folder.iterdir())
@@ -100,11 +125,15 @@ def damage_files(bench: Bench, sample: int = 1) -> Tally:
     origin = interrupted(bench, "origin")
     *_, before, newest = run_of(origin).saved_steps()
 
-    def trial(item: tuple[int, tuple[str, Damage]]) -> tuple[str, bool, list[str]]:
+    whole = _contents(run_of(origin).checkpoint(newest))
+
+    def trial(item: tuple[int, tuple[str, Damage]]) -> tuple[str, bool, list[str] | None]:
         number, (name, damage) = item
         with _copied(bench, origin, f"damage-{number}") as root:
             run = run_of(root)
             damage(run.checkpoint(newest), run.checkpoint(before))
+            if _contents(run.checkpoint(newest)) == whole:  # files that two checkpoints have in common
+                return name, False, None
             step, skipped = run.newest_checkpoint()
             problems = [] if step == before else [f"step {step} was taken and not {before}"]
             problems += [] if skipped else ["nothing was said"]
@@ -115,9 +144,14 @@ def damage_files(bench: Bench, sample: int = 1) -> Tally:
     for name, resumed, problems in bench.servers.each(
         trial, enumerate(damages(run_of(origin).checkpoint(newest)))
     ):
-        tally.add(name, *problems)
-        tally.count("resumed to the end", resumed)
+        if problems is not None:
+            tally.add(name, *problems)
+            tally.count("resumed to the end", resumed)
     return tally
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @contextmanager

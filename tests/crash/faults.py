@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.crash.kills import calls_of_a_run
 from tests.crash.server import Outcome
-from tests.crash.shim import Act, Strike
+from tests.crash.shim import Act, Call, Strike
 from tests.crash.trial import Bench, Left, Tally
 
 SHORT_RUN = (
@@ -27,28 +27,36 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _BYTES = re.compile(r"\d[\d,.]* ?(bytes|[kKMGT]i?B)\b")
 
 
-def strikes(bench: Bench) -> list[Strike]:
+def strikes(calls: Sequence[Call]) -> list[Strike]:
     """Each error at each call, once and for good; each write cut short."""
     acts: tuple[Act, ...] = ("fail", "fail for good")
     found = []
-    for call in calls_of_a_run(bench):
+    for call in calls:
         found += [Strike(call.thread, call.number, act, error) for error in ERRORS for act in acts]
         if call.kind == "w":
             found.append(Strike(call.thread, call.number, "shorten"))
     return found
 
 
-def fail_calls(bench: Bench, every: int = 1) -> Tally:
-    """R4 with errors that the operating system is made to give, at every `every`-th of the strikes."""
+def fail_calls(bench: Bench, every: int = 1, kinds: str = "") -> Tally:
+    """R4 with errors that the operating system is made to give, at every `every`-th of the strikes.
+
+    `kinds` are letters of calls (see shim.cpp); all by default.
+    """
     tally = Tally()
+    calls = [call for call in calls_of_a_run(bench) if not kinds or call.kind in kinds]
+    tally.facts["calls that change files"] = len(calls)
+    syncs = {(call.thread, call.number) for call in calls if call.kind == "s" and call.thread}
 
     def trial(strike: Strike) -> tuple[Strike, bool, list[str]]:
         root = bench.root(f"{strike.act}-{strike.error}-{strike.thread}-{strike.call}".replace(" ", "-"))
         outcome = bench.run("start", root, strike=strike)
         stopped, problems = after_fault(bench, root, outcome, strike.error)
+        if (strike.thread, strike.call) in syncs and not stopped:
+            problems.append("a sync of a save failed and it went on")
         return strike, stopped, problems
 
-    for strike, stopped, problems in bench.servers.each(trial, strikes(bench)[::every]):
+    for strike, stopped, problems in bench.servers.each(trial, strikes(calls)[::every]):
         name = f"{strike.act} {errno.errorcode.get(strike.error, '')} at call {strike.call} of thread {strike.thread}"
         tally.add(name, *problems)
         tally.count("stopped with a message" if stopped else "went on to the same bytes")

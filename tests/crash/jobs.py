@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from tests.crash.mutations import mutate
 from tests.tiny import write_model, write_rows
 
 from lorafit.config.load import load_config
-from lorafit.durable import sha256_file
+from lorafit.durable import MANIFEST, sha256_file
 from lorafit.errors import LorafitError
 from lorafit.model.adapter import WEIGHTS
 from lorafit.rundir import RunDirectory
@@ -49,29 +52,35 @@ def run_of(root: Path) -> RunDirectory:
     return RunDirectory(root / "run")
 
 
-def start(root: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """`lorafit train ... --output`."""
+def start(
+    root: Path, overrides: Sequence[str], mutation: str = "", stop_in: int | None = None
+) -> dict[str, Any]:
+    """`lorafit train ... --output`; a SIGTERM arrives in step `stop_in`."""
+    mutate(mutation)
     root.mkdir(parents=True, exist_ok=True)
     os.environ["LORAFIT_CACHE"] = str(root / "cache")
     config = load_config(None, [*overrides, f"run.output={root / 'run'}"])
-    return _answer(root, lambda: start_run(config, quiet=True))
+    return _answer(root, lambda: start_run(config, quiet=True), stop_in)
 
 
-def go_on(root: Path, overrides: Sequence[str]) -> dict[str, Any]:
+def go_on(root: Path, overrides: Sequence[str], mutation: str = "") -> dict[str, Any]:
     """What a person does after a crash: `lorafit train --resume`, or the same command again where no run began."""
     if not run_of(root).config_file.exists():
-        return start(root, overrides)
+        return start(root, overrides, mutation)
+    mutate(mutation)
     os.environ["LORAFIT_CACHE"] = str(root / "cache")
     return _answer(root, lambda: resume_run(root / "run", quiet=True))
 
 
-def _answer(root: Path, work: Callable[[], Result]) -> dict[str, Any]:
+def _answer(root: Path, work: Callable[[], Result], stop_in: int | None = None) -> dict[str, Any]:
     """How it went, and (step, rows) of every step that was trained."""
     rows: list[tuple[int, list[int]]] = []
     gradients = loop._gradients
 
-    def watched(job: loop.Job, state: Any, packs: Any, supervised: Any, indices: Any) -> tuple[float, float]:
+    def watched(job: loop.Job, state: Any, packs: Any, supervised: Any, indices: Any) -> Any:
         rows.append((state.step + 1, indices.tolist()))
+        if state.step + 1 == stop_in:
+            os.kill(os.getpid(), signal.SIGTERM)
         return gradients(job, state, packs, supervised, indices)
 
     loop._gradients = watched
@@ -80,12 +89,21 @@ def _answer(root: Path, work: Callable[[], Result]) -> dict[str, Any]:
     except LorafitError as error:
         problems = [[problem.message, problem.place, problem.hint] for problem in error.problems]
         return {"finished": False, "problems": problems, "rows": rows}
-    return {"finished": result.finished, "adapter": digest(root), "problems": [], "rows": rows}
+    ended = {"adapter": digest(root), "state": state_digest(root)} if result.finished else {}
+    return {"finished": result.finished, **ended, "problems": [], "rows": rows}
 
 
 def digest(root: Path) -> str:
     """SHA-256 of the final adapter."""
     return sha256_file(run_of(root).adapter / WEIGHTS)
+
+
+def state_digest(root: Path) -> str:
+    """SHA-256 of all that the last checkpoint holds: adapter, optimizer, random generators, counts, loss scale."""
+    run = run_of(root)
+    files = sorted(run.checkpoint(run.saved_steps()[-1]).iterdir())
+    digests = [sha256_file(path) for path in files if path.name != MANIFEST]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 JOBS: Mapping[str, Callable[..., dict[str, Any]]] = {"start": start, "go_on": go_on}

@@ -31,11 +31,18 @@ def strikes(calls: Sequence[Call]) -> list[Strike]:
     return before + [Strike(t, number, "tear") for t, number in sorted(writes)]
 
 
-def kill_at_calls(bench: Bench, every: int = 1) -> Tally:
-    """R1, at every `every`-th of these strikes."""
+def kill_at_calls(bench: Bench, every: int = 1, at: str = "") -> Tally:
+    """R1, at every `every`-th of these strikes, or of those at calls whose path contains `at`.
+
+    Saving overlaps with training. So the save under way may be lost, and with it the steps that were made since the
+    one before: up to two intervals where a commit takes as long as an interval, as it does here; never more.
+    """
     tally = Tally()
     calls = calls_of_a_run(bench)
     tally.facts["calls that change files"] = len(calls)
+    tally.facts["saves"] = sum(call.kind == "r" and "checkpoints/step" in call.target for call in calls)
+    wanted = {(call.thread, call.number) for call in calls if at in call.path}
+    chosen = [strike for strike in strikes(calls) if not at or (strike.thread, strike.call) in wanted]
 
     def trial(strike: Strike) -> tuple[Strike, list[str], Left | None]:
         root = bench.root(f"kill-{strike.thread}-{strike.call}-{strike.act}")
@@ -44,15 +51,19 @@ def kill_at_calls(bench: Bench, every: int = 1) -> Tally:
             return strike, bench.end_of(root, outcome), None
         left = Left.by(root)
         problems = [] if left.newest >= left.reported else [f"the checkpoint of step {left.reported} is gone"]
+        if (lost := left.last_step - left.newest) > 2 * SAVE_EVERY:
+            problems.append(f"{lost} steps are lost")
         return strike, problems + bench.finish(root), left
 
-    for strike, problems, left in bench.servers.each(trial, strikes(calls)[::every]):
+    for strike, problems, left in bench.servers.each(trial, chosen[::every]):
         if left is None and not problems:
             tally.count("not reached")
             continue
         tally.add(str(strike), *problems)
         if left:
-            tally.most("most steps lost", left.last_step - left.newest)
+            lost = left.last_step - left.newest
+            tally.most("most steps lost", lost)
+            tally.count("kills that lost more than one interval", lost > SAVE_EVERY)
     return tally
 
 

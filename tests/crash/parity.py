@@ -18,6 +18,7 @@ _EVERY_STEP = (
 )  # an epoch of the rows is 7 steps and a bit
 _TARGETS = ("all-linear", "[q_proj,v_proj]", "re:.*mlp.*", "o_proj")
 _SCHEDULES = ("cosine", "linear", "constant")
+OVERFLOWS = ("model.dtype=float16", "lora.alpha=65536", "train.learning_rate=1e-9")
 _EXTRAS = (
     "lora.rslora=true",
     "train.weight_decay=0.1",
@@ -56,12 +57,13 @@ def configurations() -> Iterator[tuple[str, ...]]:
         )
     for extra in _EXTRAS:
         yield (extra,)
+    yield OVERFLOWS  # at the loss scales that it begins with
 
 
 def resume_everywhere(
-    work: Path, servers: Servers, chosen: Sequence[tuple[str, ...]], every: int = 1
+    work: Path, servers: Servers, chosen: Sequence[tuple[str, ...]], every: int = 1, mutation: str = ""
 ) -> Tally:
-    """R6: each configuration is resumed from every `every`-th step."""
+    """R6: each configuration is resumed from every `every`-th step; `mutation` as in `Bench`."""
     material = write_material(work / "parity")
     tally = Tally()
     servers.learn("start", work / "parity", overrides=[*material, "train.max_steps=1"])
@@ -70,19 +72,19 @@ def resume_everywhere(
         number, changes = item
         overrides = [*material, *_EVERY_STEP, *changes]
         origin = work / "parity" / f"configuration-{number}"
-        whole = servers.run("start", origin, overrides=overrides)
+        whole = servers.run("start", origin, overrides=overrides, mutation=mutation)
         if whole.answer is None or not whole.answer["finished"]:
             return changes, [(0, [f"it does not run: {whole.fault} {whole.answer}"])]
         outcomes = []
         for step in range(number % every, len(whole.answer["rows"]), every):
             root = work / "parity" / f"resumed-{number}-{step}"
             cut(origin, root, step)
-            resumed = servers.run("go_on", root, overrides=overrides)
+            resumed = servers.run("go_on", root, overrides=overrides, mutation=mutation)
             problems = []
             if resumed.answer is None or not resumed.answer["finished"]:
                 problems.append(f"it does not go on: {resumed.fault} {resumed.answer}")
             else:
-                if resumed.answer["adapter"] != whole.answer["adapter"]:
+                if any(resumed.answer[what] != whole.answer[what] for what in ("adapter", "state")):
                     problems.append("other bytes")
                 if resumed.answer["rows"] != whole.answer["rows"][step:]:
                     problems.append("other rows")

@@ -9,13 +9,14 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tests.crash.disk import Disk, Image
 from tests.crash.jobs import JOBS as RUNS
 from tests.crash.jobs import run_of
 from tests.crash.kills import calls_of_a_run
-from tests.crash.shim import Act, Call, Strike, read_log
+from tests.crash.mutations import mutate
+from tests.crash.shim import Call, Strike, read_log
 from tests.crash.trial import Bench, Tally
 
 from lorafit.durable import verify_folder
@@ -45,7 +46,7 @@ def replay(calls: Sequence[Call]) -> Iterator[tuple[int, Disk, Promises]]:
     disk, promises = Disk(), Promises()
     yield 0, disk, promises
     for number, call in enumerate(calls, start=1):
-        if call.kind == "r" and (gone := _STEP.fullmatch(call.path)):
+        if call.kind == "r" and (gone := _STEP.fullmatch(call.path)) and "/.old-" not in call.target:
             promises.due.discard(int(gone[1]))
         disk.feed(call)
         promises.feed(call, disk)
@@ -63,15 +64,16 @@ def put(image: Image, folder: Path) -> None:
             (folder / path).write_bytes(content)
 
 
-def judge(root: Path, image: Image, promises: Promises) -> list[str]:
+def judge(root: Path, promises: Promises) -> list[str]:
     """What is wrong with what lorafit makes of an image that lies at `root`."""
     run, problems = run_of(root), []
+    run.clean()  # as a resume does first
     for step in sorted(promises.due):
         problems += [f"step {step} is lost: {fault}" for fault in verify_folder(run.checkpoint(step))[:1]]
     newest, _ = run.newest_checkpoint()
-    if newest is not None and not _is_as_written(f"run/checkpoints/step-{newest:06d}", image, promises):
+    if newest is not None and not _is_as_written(root, f"run/checkpoints/step-{newest:06d}", promises):
         problems.append(f"step {newest} is accepted and is not what was written")
-    if run.has_adapter() and not _is_as_written("run/adapter", image, promises):
+    if run.has_adapter() and not _is_as_written(root, "run/adapter", promises):
         problems.append("the adapter is accepted and is not what was written")
     if promises.due:
         try:
@@ -81,16 +83,23 @@ def judge(root: Path, image: Image, promises: Promises) -> list[str]:
     return problems
 
 
-def _is_as_written(folder: str, image: Image, promises: Promises) -> bool:
-    inside = f"{folder}/"
-    files = {path.removeprefix(inside): data for path, data in image.items() if path.startswith(inside)}
+def _is_as_written(root: Path, folder: str, promises: Promises) -> bool:
+    files = {path.name: path.read_bytes() for path in (root / folder).iterdir()}
     return files in promises.written.get(folder, [])
 
 
 def open_images(
-    root: Path, record: str, recorded: str, first: int, stride: int, per_moment: int, sample: int
+    root: Path,
+    record: str,
+    recorded: str,
+    first: int,
+    stride: int,
+    per_moment: int,
+    sample: int,
+    mutation: str = "",
 ) -> dict[str, Any]:
     """A child's share: every `stride`-th moment from `first`; every `sample`-th image stays, to be resumed."""
+    mutate(mutation)
     calls = list(read_log(Path(record), Path(recorded)))
     seen: set[str] = set()
     failures, kept = [], []
@@ -103,11 +112,11 @@ def open_images(
                 continue
             seen.add(key)
             put(image, root / "image")
-            if problems := judge(root / "image", image, promises):
+            if problems := judge(root / "image", promises):
                 failures.append(f"after call {number} of {len(calls)}: {'; '.join(problems)}")
             if len(seen) % sample == 0:
                 kept.append(f"image-{number}-{len(seen)}")
-                (root / "image").rename(root / kept[-1])
+                put(image, root / kept[-1])
     return {"images": sorted(seen), "failures": failures, "kept": kept}
 
 
@@ -122,31 +131,39 @@ def _digest(image: Image, due: set[int]) -> str:
 JOBS: Mapping[str, Any] = {**RUNS, "open_images": open_images}
 
 
-def record_of(bench: Bench, name: str, share: float | None, act: Act = "nothing") -> tuple[Path, Path]:
-    """Record a run, killed after a `share` of its calls and resumed to its end; the record and the folder it was in."""
+History = float | Literal["undisturbed", "stopped"]
+
+
+def record_of(bench: Bench, name: str, history: History) -> tuple[Path, Path]:
+    """Record a run to its end; the record and the folder it was in.
+
+    A number: killed after that share of its calls, and resumed. "stopped": by SIGTERM in a step that is to be measured,
+    so that the resume replaces a checkpoint.
+    """
     root, record = bench.root(name), bench.work / f"{name}.log"
     record.unlink(missing_ok=True)
-    strike = Strike(act=act)
-    if share is not None:
+    strike, stop_in = Strike(), 4 if history == "stopped" else None
+    if isinstance(history, float):
         num_calls = sum(call.thread == 0 for call in calls_of_a_run(bench))
-        strike = Strike(0, max(1, int(share * num_calls)), "kill")
-    outcome = bench.run("start", root, log=record, strike=strike)
-    if outcome.killed:
+        strike = Strike(0, max(1, int(history * num_calls)), "kill")
+    outcome = bench.run("start", root, log=record, strike=strike, stop_in=stop_in)
+    if outcome.killed or (outcome.answer and not outcome.answer["finished"]):
         outcome = bench.run("go_on", root, log=record)
     assert not bench.end_of(root, outcome), bench.end_of(root, outcome)
     return record, root
 
 
 def cut_the_power(
-    bench: Bench, histories: Sequence[float | None], per_moment: int, sample: int, stride: int = 1
+    bench: Bench, histories: Sequence[History], per_moment: int, sample: int, stride: int = 1
 ) -> Tally:
     """R3 on every `stride`-th moment of recorded `histories` (see `record_of`), with up to `per_moment` images.
 
     Every `sample`-th image is resumed to the end.
     """
     tally = Tally()
-    for index, share in enumerate(histories):
-        record, root = record_of(bench, f"history-{index}", share)
+    for index, history in enumerate(histories):
+        record, root = record_of(bench, f"history-{index}", history)
+        tally.count("moments", 1 + len(list(read_log(record, root))) // stride)
         open_all(bench, tally, record, root, per_moment, sample, stride)
     return tally
 
@@ -169,6 +186,7 @@ def open_all(
             stride=shares * stride,
             per_moment=per_moment,
             sample=sample,
+            mutation=bench.mutation,
         )
         assert outcome.answer is not None, outcome.fault
         assert not outcome.fault, outcome.fault

@@ -35,7 +35,8 @@ enum Kind : char {
   ATTRIBUTES = 'a', OTHER = '?'
 };
 // What happens at the call that was named. TEAR: half of a write, or the whole of any other call, then the end.
-enum Action { NOTHING, KILL, TEAR, FAIL, SHORTEN, FAIL_FOR_GOOD, LIE_IN_SYNC };
+// CORRUPT: a bit of what is written changes on the way to the disk.
+enum Action { NOTHING, KILL, TEAR, FAIL, SHORTEN, FAIL_FOR_GOOD, CORRUPT };
 
 struct { char root[PATH_MAX]; size_t length; int log, thread; long call; int action, error; } plan;
 pthread_mutex_t one_at_a_time = PTHREAD_MUTEX_INITIALIZER;
@@ -43,6 +44,7 @@ bool armed, broken;
 int num_threads;
 thread_local int thread_number = -1;
 thread_local long num_calls;
+thread_local bool corrupting;
 
 struct Place {  // an absolute path, and whether it lies below the watched folder
   char path[PATH_MAX];
@@ -119,11 +121,11 @@ long make(Call call, Real real) {
   if (action == FAIL_FOR_GOOD) broken = true;
   if (action == FAIL || action == FAIL_FOR_GOOD || (broken && lasts_for(call.kind, plan.error))) {
     errno = plan.error;
-  } else if (call.kind == SYNC && plan.action == LIE_IN_SYNC) {
-    result = 0;
   } else {
     if (action == SHORTEN && call.size > 1) call.size /= 2;
+    corrupting = action == CORRUPT;
     result = real(call.size);
+    corrupting = false;
     if (result >= 0 && plan.log >= 0) {
       if (call.kind == WRITE) call.size = result;
       if (!call.file) call.file = number_of(*call.target ? call.target : call.path);
@@ -153,7 +155,15 @@ long open_at(int folder, const char* name, int flags, mode_t mode) {
 
 long write_to(int descriptor, const void* data, size_t size, off_t offset, bool positioned) {
   auto real = [&](size_t most) {
-    return positioned ? syscall(SYS_pwrite64, descriptor, data, most, offset) : syscall(SYS_write, descriptor, data, most);
+    char* changed = corrupting && most ? (char*)memcpy(malloc(most), data, most) : nullptr;
+    if (changed) changed[most / 2] ^= 4;
+    const void* sent = changed ? changed : data;
+    long written =
+        positioned ? syscall(SYS_pwrite64, descriptor, sent, most, offset) : syscall(SYS_write, descriptor, sent, most);
+    int kept = errno;
+    free(changed);
+    errno = kept;
+    return written;
   };
   Place place(descriptor);
   if (!place.watched) return real(size);

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 SOURCE = Path(__file__).with_name("shim.cpp")
-Act = Literal["nothing", "kill", "tear", "fail", "shorten", "fail for good", "lie in fsync"]
-_ACTS: tuple[Act, ...] = ("nothing", "kill", "tear", "fail", "shorten", "fail for good", "lie in fsync")
+Act = Literal["nothing", "kill", "tear", "fail", "shorten", "fail for good", "corrupt"]
+_ACTS: tuple[Act, ...] = ("nothing", "kill", "tear", "fail", "shorten", "fail for good", "corrupt")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,12 @@ def events_of(root: Path) -> Iterable[dict[str, Any]]:
 
 
 class Bench:
-    """Servers, a tiny run's settings, and how that run ends when nobody disturbs it."""
+    """Servers, a tiny run's settings, and how that run ends when nobody disturbs it.
+
+    `mutation` is a mistake that lorafit is given in the children (see mutations.py), to see that it is found.
+    """
+
+    mutation = ""
 
     def __init__(self, work: Path, servers: Servers, *changes: str) -> None:
         self.work, self.servers = work, servers
@@ -75,6 +81,7 @@ class Bench:
         assert whole.answer is not None
         assert whole.answer["finished"], whole.answer
         self.adapter: str = whole.answer["adapter"]
+        self.state: str = whole.answer["state"]
         self.rows: list[tuple[int, list[int]]] = whole.answer["rows"]
         self.num_steps = len(self.rows)
         self.seconds = self.run("start", self.root("timed")).seconds
@@ -88,7 +95,13 @@ class Bench:
 
     def run(self, job: str, root: Path, **how: Any) -> Outcome:
         """A child that does `job` in `root`."""
-        return self.servers.run(job, root, overrides=self.overrides, **how)
+        return self.servers.run(job, root, overrides=self.overrides, mutation=self.mutation, **how)
+
+    def with_mutation(self, name: str) -> Bench:
+        """The same bench with a mistake in lorafit."""
+        mutated = copy(self)
+        mutated.mutation = name
+        return mutated
 
     def finish(self, root: Path) -> list[str]:
         """Let the run in `root` go on undisturbed; what is wrong with how it ends. Removes `root` if nothing is."""
@@ -106,6 +119,8 @@ class Bench:
         problems = []
         if digest(root) != self.adapter:
             problems.append("the final adapter has other bytes")
+        elif outcome.answer["state"] != self.state:
+            problems.append("the last checkpoint has other bytes")
         steps = [event["step"] for event in events_of(root) if event["event"] == "step"]
         if steps != list(range(1, self.num_steps + 1)):
             problems.append(f"metrics.jsonl has the steps {steps}")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tests.tiny import write_model, write_rows
@@ -345,6 +347,29 @@ def test_a_full_disk_stops_the_run_with_cause_and_size_and_the_last_checkpoint_r
             run(material, tmp_path / "run")
     assert RunDirectory.open(tmp_path / "run").newest_checkpoint() == (3, {})
     assert digest(resume_run(tmp_path / "run", quiet=True)) == digest(whole)
+
+
+def test_a_failing_sync_of_the_metrics_stops_the_run_with_its_cause(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(saving, "sync", failing)
+    with pytest.raises(RunError, match=r"cannot save: Input/output error\n   at: .*metrics\.jsonl"):
+        run(material, tmp_path / "run")
+
+
+def test_two_runs_of_one_seed_hold_the_same_state_and_not_only_the_same_adapter(
+    material: list[str], tmp_path: Path
+) -> None:
+    folders = []
+    for name in ("one", "two"):
+        random.random(), np.random.random()  # what a process had drawn before
+        run(material, tmp_path / name, "train.max_steps=2")
+        folders.append(tmp_path / name / "checkpoints" / "step-000002")
+    for file in ("state.json", "state.safetensors", "adapter_model.safetensors"):
+        assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes(), file
 
 
 def stopped(material: list[str], path: Path, patch: pytest.MonkeyPatch) -> Path:

@@ -195,6 +195,13 @@ def _restore_optimizer(
         }
 
 
+def seed_random(seed: int) -> None:
+    """Begin every generator whose state a checkpoint holds, so that two runs of one seed hold the same."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
 def _random_tensors() -> dict[str, Tensor]:
     """The state of every generator that training may draw from; numpy's legacy one for third-party observers."""
     kind, numbers, *rest = np.random.get_state(legacy=True)

@@ -52,6 +52,7 @@ from lorafit.training.checkpoint import (
     load_checkpoint,
     read_checkpoint,
     refuse_changes,
+    seed_random,
 )
 from lorafit.training.engine import Engine, ReplicatedEngine, ShardedEngine
 from lorafit.training.heartbeat import Heartbeat
@@ -276,7 +277,7 @@ def _go(
         engine = _engine(config, network, built.device, ranks)
         masters = [master for master in network.parameters() if master.requires_grad]
         optimizer = make_optimizer(masters, settings.weight_decay)
-        torch.manual_seed(settings.seed)
+        seed_random(settings.seed)
         state = TrainState(scale=LossScale.for_dtype(built.dtype))
         if step is not None:
             folder = run.checkpoint(step)

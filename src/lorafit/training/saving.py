@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from lorafit.durable import sync
+from lorafit.errors import RunError
 from lorafit.observe.events import Note, Observer, Saved
 from lorafit.rundir import RunDirectory
 from lorafit.training.checkpoint import Snapshot, save_checkpoint
@@ -58,13 +59,22 @@ class Saver:
     def _commit(self, taken: Snapshot, lock: AbstractContextManager[object]) -> None:
         try:
             with lock:  # the thread may outlive the run that began it, where Python goes on after a Ctrl-C
-                if self._run.metrics_file.exists():
-                    sync(
-                        self._run.metrics_file
-                    )  # what is known of the steps before is as durable as they are
+                self._sync_metrics()
                 save_checkpoint(self._run.checkpoint(taken.step), taken, self._facts)
         except BaseException as error:
             self._error = error
+
+    def _sync_metrics(self) -> None:
+        """Make what is known of the steps before as durable as they are."""
+        try:
+            if self._run.metrics_file.exists():
+                sync(self._run.metrics_file)
+        except OSError as error:
+            raise RunError(
+                f"cannot save: {error.strerror or error}",
+                place=str(self._run.metrics_file),
+                hint="free space or fix the disk, then `lorafit train --resume` goes on from the last checkpoint",
+            ) from error
 
     def __enter__(self) -> Saver:
         return self

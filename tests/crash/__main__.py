@@ -1,0 +1,122 @@
+"""The crash campaigns: kill, starve and damage a tiny run, resume it, compare bytes.
+
+    python -m tests.crash [--long] [--only R1 R4 ...] [--jobs N] [--results FILE] [--write docs/reliability.md]
+
+Each campaign that ends is kept in the results file at once. With --write the table of all results goes into that page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.speed import machine
+from tests.crash.campaigns import CAMPAIGNS
+from tests.crash.server import Servers
+from tests.crash.shim import unavailable
+from tests.crash.trainer import versions
+
+import lorafit
+
+BEGIN, END = "<!-- campaigns: begin -->", "<!-- campaigns: end -->"
+_SHOWN = 20  # failures that are kept in words
+
+
+def main() -> int:
+    """Run the campaigns that were asked for; 1 when one of lorafit's has a failure."""
+    parser = argparse.ArgumentParser(prog="python -m tests.crash", description=__doc__)
+    parser.add_argument(
+        "--long", action="store_true", help="the full counts (about an hour on two free cores)"
+    )
+    parser.add_argument("--only", nargs="*", default=list(CAMPAIGNS), choices=list(CAMPAIGNS), metavar="ID")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at the same time")
+    parser.add_argument("--results", type=Path, default=Path("runs/crash/results.json"))
+    parser.add_argument("--again", action="store_true", help="also what is in the results file already")
+    parser.add_argument("--write", type=Path, help="page that takes the table")
+    options = parser.parse_args()
+    if reason := unavailable():
+        sys.exit(reason)
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(options.results.read_text()) if options.results.exists() else {}
+    for name in options.only:
+        if name in results and results[name]["long"] == options.long and not options.again:
+            print(f"{name}: there already", file=sys.stderr)
+        elif reason := CAMPAIGNS[name].missing():
+            print(f"{name}: left out: {reason}", file=sys.stderr)
+        else:
+            results[name] = run(name, options.long, options.jobs)
+            options.results.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+    if options.write:
+        put(options.write, results)
+    return int(any(results.get(name, {}).get("num_failures") for name in options.only if name != "Trainer"))
+
+
+def run(name: str, long: bool, jobs: int) -> dict[str, Any]:
+    """One campaign; its failures are told as well."""
+    campaign, started, here = CAMPAIGNS[name], time.monotonic(), machine()
+    with (
+        tempfile.TemporaryDirectory(prefix="lorafit-crash-") as folder,
+        Servers(Path(folder), campaign.module, jobs) as servers,
+    ):
+        tally = campaign.run(Path(folder), servers, long)
+    for failure in tally.failures[:_SHOWN]:
+        print(f"{name}: {failure}", file=sys.stderr)
+    seconds = time.monotonic() - started
+    print(f"{name}: {tally.tried:,} tried, {len(tally.failures):,} failed, {seconds:.0f} s", file=sys.stderr)
+    return {
+        "long": long,
+        "tried": tally.tried,
+        "num_failures": len(tally.failures),
+        "failures": tally.failures[:_SHOWN],
+        "facts": tally.facts,
+        "seconds": round(seconds),
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "machine": f"{here['cpu']}, {here['cores']} cores, {here['memory_gb']} GB, {platform.system()}",
+        "versions": f"lorafit {lorafit.__version__}, torch {torch.__version__}, {versions()}",
+    }
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The results in Markdown: a row for each campaign, and where and when they were made."""
+    lines = [
+        "| id | what | target | tried | failed | measured |",
+        "| --- | --- | --- | ---: | ---: | --- |",
+    ]
+    found = {name: results[name] for name in CAMPAIGNS if name in results}
+    for name, result in found.items():
+        facts = [f"{fact}: {number:,}" for fact, number in result["facts"].items()]
+        facts += [f"{result['seconds'] / 60:.1f} minutes"] if result["long"] else ["short form"]
+        cells = [
+            name,
+            CAMPAIGNS[name].what,
+            CAMPAIGNS[name].target,
+            f"{result['tried']:,}",
+            f"{result['num_failures']:,}",
+            "; ".join(facts),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    for what in ("date", "machine", "versions"):
+        lines += ["", f"{what.capitalize()}: {'; '.join(sorted({r[what] for r in found.values()}))}."]
+    return "\n".join(lines)
+
+
+def put(page: Path, results: Mapping[str, Any]) -> None:
+    """Put the table between the page's marks."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    page.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""Mistakes that a commit protocol is prone to, put into lorafit one at a time: the campaigns must find each."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorafit import durable, rundir
+from lorafit.data.loader import RowOrder
+from lorafit.observe import record
+from lorafit.rundir import RunDirectory
+from lorafit.training import checkpoint, loop, run, saving
+
+_sync, _write_file, _snapshot, _rows = durable.sync, durable.write_file, loop.snapshot, RowOrder.rows
+
+
+def _sync_only(wanted: Callable[[Path], bool]) -> None:
+    def sync(path: Path) -> None:
+        if wanted(path):
+            _sync(path)
+
+    durable.sync = saving.sync = record.sync = sync
+
+
+def _files_are_not_synced() -> None:
+    _sync_only(lambda path: path.is_dir() or not path.parent.name.startswith(".staging"))
+
+
+def _the_staging_folder_is_not_synced() -> None:
+    _sync_only(lambda path: not path.name.startswith(".staging"))
+
+
+def _the_parent_is_not_synced() -> None:
+    _sync_only(lambda path: path.name != "checkpoints")
+
+
+def _new_folders_are_not_synced_into_the_one_above() -> None:
+    durable.make_folder = lambda folder: folder.mkdir(parents=True, exist_ok=True)
+    record.sync = lambda path: None
+
+
+def _small_files_are_written_in_place() -> None:
+    def write_file(path: Path, text: str) -> None:
+        durable._write_synced(path, text)
+
+    durable.write_file = rundir.write_file = record.write_file = write_file
+
+
+def _older_checkpoints_go_before_the_new_one_is_whole() -> None:
+    save = saving.Saver.save
+
+    def rotate_first(saver: saving.Saver, *rest: Any) -> None:
+        saver.settle(wait=True)
+        saver._run.rotate(saver._keep - 1) if saver._keep > 1 else _remove_all(saver._run)
+        save(saver, *rest)
+
+    saving.Saver.save = rotate_first  # type: ignore[method-assign]
+
+
+def _remove_all(directory: RunDirectory) -> None:
+    for step in directory.saved_steps():
+        directory.set_aside(step)
+
+
+def _orphans_stay() -> None:
+    durable.clean_orphans = rundir.clean_orphans = lambda *_: []
+
+
+def _nothing_is_read_back() -> None:
+    durable.commit_folder.__globals__["verify_folder"] = lambda *_, **__: []
+
+
+def _an_error_of_fsync_is_ignored() -> None:
+    def sync(path: Path) -> None:
+        with contextlib.suppress(OSError):
+            _sync(path)
+
+    durable.sync = sync
+
+
+def _metrics_of_lost_steps_stay() -> None:
+    run.truncate_after = lambda path, step: 0
+
+
+def _random_states_are_not_restored() -> None:
+    checkpoint._restore_random = lambda tensors: None
+
+
+def _the_optimizer_starts_anew() -> None:
+    checkpoint._restore_optimizer = lambda *_: None
+
+
+def _the_loss_scale_starts_anew() -> None:
+    read = checkpoint.read_state
+
+    def forgetful(folder: Path) -> checkpoint.TrainState:
+        state = read(folder)
+        state.scale = checkpoint.LossScale.for_dtype(torch.float16) if state.scale.active else state.scale
+        return state
+
+    checkpoint.read_state = forgetful
+
+
+def _a_resume_begins_its_epoch_again() -> None:
+    load = run.load_checkpoint
+
+    def again(folder: Path, *rest: Any) -> checkpoint.TrainState:
+        state = load(folder, *rest)
+        RowOrder.rows = lambda order, step: _rows(order, step - state.step)  # type: ignore[method-assign]
+        return state
+
+    run.load_checkpoint = again
+
+
+class _Late(Mapping[str, bytes]):
+    """The files of a snapshot, made when they are first asked for."""
+
+    def __init__(self, make: Callable[[], Mapping[str, bytes]]) -> None:
+        self._make = make
+        self._files: Mapping[str, bytes] | None = None
+
+    def _now(self) -> Mapping[str, bytes]:
+        if self._files is None:
+            time.sleep(0.05)
+            self._files = self._make()
+        return self._files
+
+    def __getitem__(self, name: str) -> bytes:
+        return self._now()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._now())
+
+    def __len__(self) -> int:
+        return len(self._now())
+
+
+def _the_state_is_read_while_training_goes_on() -> None:
+    def live(network: Any, optimizer: Any, state: Any, adapter: Any) -> checkpoint.Snapshot:
+        values = checkpoint.asdict(state)
+
+        def files() -> Mapping[str, bytes]:
+            made = dict(_snapshot(network, optimizer, state, adapter).files)
+            plain = values | {"python_random": random.getstate()}
+            made[checkpoint.STATE] = (checkpoint.json.dumps(plain) + "\n").encode()
+            return made
+
+        return checkpoint.Snapshot(state.step, state.best_step, _Late(files))
+
+    loop.snapshot = live
+
+
+MUTATIONS: Mapping[str, Callable[[], None]] = {
+    function.__name__.strip("_").replace("_", " "): function
+    for function in (
+        _files_are_not_synced,
+        _the_staging_folder_is_not_synced,
+        _the_parent_is_not_synced,
+        _new_folders_are_not_synced_into_the_one_above,
+        _small_files_are_written_in_place,
+        _older_checkpoints_go_before_the_new_one_is_whole,
+        _orphans_stay,
+        _nothing_is_read_back,
+        _an_error_of_fsync_is_ignored,
+        _metrics_of_lost_steps_stay,
+        _random_states_are_not_restored,
+        _the_optimizer_starts_anew,
+        _the_loss_scale_starts_anew,
+        _a_resume_begins_its_epoch_again,
+        _the_state_is_read_while_training_goes_on,
+    )
+}
+
+
+def mutate(name: str) -> None:
+    """Put the mistake `name` into this process; none for ""."""
+    if name:
+        MUTATIONS[name]()

@@ -1,0 +1,136 @@
+"""The campaigns in short form: nothing fails, and each mistake that is put into the protocol is found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tests.crash import corruption, faults, kills, parity, power, syscalls
+from tests.crash.mutations import MUTATIONS
+from tests.crash.server import Servers
+from tests.crash.shim import unavailable
+from tests.crash.trial import Bench, Tally
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "there"),
+]
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    with Servers(tmp_path_factory.mktemp("servers"), "tests.crash.power") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def bench(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("bench"), servers)
+
+
+@pytest.fixture(scope="module")
+def short(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """Three saves, of which one stays."""
+    return Bench(tmp_path_factory.mktemp("short"), servers, *faults.SHORT_RUN)
+
+
+def parities(bench: Bench, *chosen: tuple[str, ...], every: int = 3) -> Tally:
+    return parity.resume_everywhere(bench.work, bench.servers, chosen, every, bench.mutation)
+
+
+def test_kills_at_calls(bench: Bench) -> None:
+    tally = kills.kill_at_calls(bench, every=16)
+    assert not tally.failures
+    assert tally.tried > 15
+    assert tally.facts["saves"] >= 6
+
+
+def test_kills_at_random_times(bench: Bench) -> None:
+    tally = kills.kill_at_random_times(bench, 8)
+    assert not tally.failures
+    assert tally.facts["kills"] >= 8
+
+
+def test_power_cuts(bench: Bench) -> None:
+    tally = power.cut_the_power(bench, ["stopped", 0.5], per_moment=12, sample=60, stride=8)
+    assert not tally.failures
+    assert tally.tried > 300
+    assert tally.facts["resumed to the end"] >= 3
+
+
+def test_failing_calls(short: Bench) -> None:
+    tally = faults.fail_calls(short, every=67)
+    assert not tally.failures
+    assert tally.tried > 20
+
+
+@pytest.mark.skipif(bool(faults.mount_fault()), reason=faults.mount_fault() or "there")
+def test_full_disks(short: Bench) -> None:
+    tally = faults.fill_disks(short, 5)
+    assert not tally.failures
+    assert tally.facts["stopped with a message"] >= 3
+
+
+def test_damage(bench: Bench) -> None:
+    flips = corruption.flip_bits(bench, every=61)
+    assert not flips.failures
+    assert flips.tried > 500
+    files = corruption.damage_files(bench, sample=40)
+    assert not files.failures
+    assert files.tried > 100
+    writes = corruption.lie_in_writes(bench, every=9)
+    assert not writes.failures
+    assert writes.tried > 2
+
+
+def test_resumes_from_steps_of_many_configurations(bench: Bench) -> None:
+    tally = parities(bench, *list(parity.configurations())[::13], every=4)
+    assert not tally.failures
+    assert tally.facts["configurations"] >= 5
+
+
+@pytest.mark.skipif(bool(syscalls.strace_fault()), reason=syscalls.strace_fault() or "there")
+def test_the_shim_sees_every_call_that_strace_sees(bench: Bench) -> None:
+    tally = syscalls.compare(bench)
+    assert not tally.failures
+
+
+# mistake -> the campaign that finds it, as small as will do
+FOUND_BY: dict[str, Callable[[Bench, Bench], Tally]] = {
+    "files are not synced": lambda bench, _: power.cut_the_power(bench, ["undisturbed"], 12, 10**6, 9),
+    "the staging folder is not synced": lambda bench, _: power.cut_the_power(
+        bench, ["undisturbed"], 12, 10**6, 9
+    ),
+    "the parent is not synced": lambda bench, _: power.cut_the_power(bench, ["undisturbed"], 12, 10**6, 9),
+    "new folders are not synced into the one above": lambda bench, _: power.cut_the_power(
+        bench, ["undisturbed"], 12, 10**6, 9
+    ),
+    "small files are written in place": lambda bench, _: kills.kill_at_calls(bench, at="config.yaml"),
+    "older checkpoints go before the new one is whole": lambda _, short: faults.fail_calls(short, 29, "c"),
+    "orphans stay": lambda bench, _: kills.kill_at_calls(bench, 7, at="/.staging-step-000002"),
+    "nothing is read back": lambda _, short: corruption.lie_in_writes(short, every=4),
+    "an error of fsync is ignored": lambda _, short: faults.fail_calls(short, 23, "s"),
+    "metrics of lost steps stay": lambda bench, _: kills.kill_at_calls(bench, 9, at="step-000006"),
+    "random states are not restored": lambda bench, _: parities(bench, ("lora.dropout=0.1",)),
+    "the optimizer starts anew": lambda bench, _: parities(bench, ("lora.dropout=0",)),
+    "the loss scale starts anew": lambda bench, _: parities(bench, parity.OVERFLOWS),
+    "a resume begins its epoch again": lambda bench, _: parities(bench, ("lora.dropout=0",)),
+    "the state is read while training goes on": lambda bench, _: parities(bench, ("lora.dropout=0",)),
+}
+
+
+@pytest.mark.parametrize("mistake", MUTATIONS)
+def test_each_mistake_is_found(bench: Bench, short: Bench, mistake: str) -> None:
+    tally = FOUND_BY[mistake](bench.with_mutation(mistake), short.with_mutation(mistake))
+    assert tally.tried
+    assert tally.failures
+
+
+def test_a_manifest_that_is_believed_is_found(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def believe(folder: Path, *, may_have_more: bool = False) -> list[str]:
+        return [] if (folder / "manifest.json").is_file() else ["it is missing"]
+
+    monkeypatch.setattr("lorafit.rundir.verify_folder", believe)
+    tally = corruption.flip_bits(bench, every=4001)
+    assert len(tally.failures) == tally.tried
