@@ -77,11 +77,11 @@ def _answer(root: Path, work: Callable[[], Result], stop_in: int | None = None) 
     rows: list[tuple[int, list[int]]] = []
     gradients = loop._gradients
 
-    def watched(job: loop.Job, state: Any, packs: Any, supervised: Any, indices: Any) -> Any:
-        rows.append((state.step + 1, indices.tolist()))
+    def watched(job: loop.Job, state: Any, batch: Any) -> Any:
+        rows.append((state.step + 1, batch.indices.tolist()))
         if state.step + 1 == stop_in:
             os.kill(os.getpid(), signal.SIGTERM)
-        return gradients(job, state, packs, supervised, indices)
+        return gradients(job, state, batch)
 
     loop._gradients = watched
     try:

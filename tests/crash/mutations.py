@@ -97,21 +97,21 @@ def _the_optimizer_starts_anew() -> None:
 
 
 def _the_loss_scale_starts_anew() -> None:
-    read = checkpoint.read_state
+    state_of = checkpoint.state_of
 
-    def forgetful(folder: Path) -> checkpoint.TrainState:
-        state = read(folder)
+    def forgetful(values: Mapping[str, Any]) -> checkpoint.TrainState:
+        state = state_of(values)
         state.scale = checkpoint.LossScale.for_dtype(torch.float16) if state.scale.active else state.scale
         return state
 
-    checkpoint.read_state = forgetful
+    checkpoint.state_of = forgetful
 
 
 def _a_resume_begins_its_epoch_again() -> None:
     load = run.load_checkpoint
 
-    def again(folder: Path, *rest: Any) -> checkpoint.TrainState:
-        state = load(folder, *rest)
+    def again(*rest: Any) -> checkpoint.TrainState:
+        state = load(*rest)
         RowOrder.rows = lambda order, step: _rows(order, step - state.step)  # type: ignore[method-assign]
         return state
 

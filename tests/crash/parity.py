@@ -35,7 +35,7 @@ _EXTRAS = (
     "train.batch_size=22",
     "model.dtype=float64",
     "data.weights=[2]",
-    "data.template=alpaca",
+    "data.system=Be brief.",
 )
 
 
