@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo test quick lint format docs types bench bugs masks clean
+.PHONY: demo test quick lint format docs types bench bugs masks crash clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -55,6 +55,9 @@ bugs: $(VENV)/installed-dev  ## put 32 known bugs in, one after another, and see
 
 masks: $(VENV)/installed-dev  ## 500 conversations of each chat format with each tokenizer: what is trained is exact
 	$(BIN)/python -m tests.data.masks
+
+crash: $(VENV)/installed-dev  ## kill, starve and damage runs, resume them, compare bytes (about an hour)
+	$(BIN)/python -m tests.crash --long --write docs/reliability.md
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,6 +1,6 @@
 """The crash campaigns: kill, starve and damage a tiny run, resume it, compare bytes.
 
-    python -m tests.crash [--long] [--only R1 R4 ...] [--jobs N] [--results FILE] [--write docs/reliability.md]
+    python -m tests.crash [--long] [--only R1 R4 ...] [--jobs N] [--minutes N] [--write docs/reliability.md]
 
 Each campaign that ends is kept in the results file at once. With --write the table of all results goes into that page.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import sys
@@ -40,6 +41,9 @@ def main() -> int:
     )
     parser.add_argument("--only", nargs="*", default=list(CAMPAIGNS), choices=list(CAMPAIGNS), metavar="ID")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at the same time")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="most for one campaign; it is cut short"
+    )
     parser.add_argument("--results", type=Path, default=Path("runs/crash/results.json"))
     parser.add_argument("--again", action="store_true", help="also what is in the results file already")
     parser.add_argument("--write", type=Path, help="page that takes the table")
@@ -54,7 +58,7 @@ def main() -> int:
         elif reason := CAMPAIGNS[name].missing():
             print(f"{name}: left out: {reason}", file=sys.stderr)
         else:
-            results[name] = run(name, options.long, options.jobs)
+            results[name] = run(name, options.long, options.jobs, options.minutes)
             options.results.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
     if options.write:
@@ -62,12 +66,12 @@ def main() -> int:
     return int(any(results.get(name, {}).get("num_failures") for name in options.only if name != "Trainer"))
 
 
-def run(name: str, long: bool, jobs: int) -> dict[str, Any]:
+def run(name: str, long: bool, jobs: int, minutes: float) -> dict[str, Any]:
     """One campaign; its failures are told as well."""
     campaign, started, here = CAMPAIGNS[name], time.monotonic(), machine()
     with (
         tempfile.TemporaryDirectory(prefix="lorafit-crash-") as folder,
-        Servers(Path(folder), campaign.module, jobs) as servers,
+        Servers(Path(folder), campaign.module, jobs, 60 * minutes) as servers,
     ):
         tally = campaign.run(Path(folder), servers, long)
     for failure in tally.failures[:_SHOWN]:
@@ -76,6 +80,7 @@ def run(name: str, long: bool, jobs: int) -> dict[str, Any]:
     print(f"{name}: {tally.tried:,} tried, {len(tally.failures):,} failed, {seconds:.0f} s", file=sys.stderr)
     return {
         "long": long,
+        "cut_short": servers.cut_short,
         "tried": tally.tried,
         "num_failures": len(tally.failures),
         "failures": tally.failures[:_SHOWN],
@@ -96,7 +101,8 @@ def table(results: Mapping[str, Any]) -> str:
     found = {name: results[name] for name in CAMPAIGNS if name in results}
     for name, result in found.items():
         facts = [f"{fact}: {number:,}" for fact, number in result["facts"].items()]
-        facts += [f"{result['seconds'] / 60:.1f} minutes"] if result["long"] else ["short form"]
+        facts.append(f"{result['seconds'] / 60:.1f} minutes{', then cut short' * result['cut_short']}")
+        facts += [] if result["long"] else ["short form"]
         cells = [
             name,
             CAMPAIGNS[name].what,

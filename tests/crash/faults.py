@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -56,7 +57,9 @@ def fail_calls(bench: Bench, every: int = 1, kinds: str = "") -> Tally:
             problems.append("a sync of a save failed and it went on")
         return strike, stopped, problems
 
-    for strike, stopped, problems in bench.servers.each(trial, strikes(calls)[::every]):
+    chosen = strikes(calls)[::every]
+    random.Random(0).shuffle(chosen)  # one that is cut short is a sample
+    for strike, stopped, problems in bench.servers.each(trial, chosen):
         name = f"{strike.act} {errno.errorcode.get(strike.error, '')} at call {strike.call} of thread {strike.thread}"
         tally.add(name, *problems)
         tally.count("stopped with a message" if stopped else "went on to the same bytes")

@@ -43,6 +43,7 @@ def kill_at_calls(bench: Bench, every: int = 1, at: str = "") -> Tally:
     tally.facts["saves"] = sum(call.kind == "r" and "checkpoints/step" in call.target for call in calls)
     wanted = {(call.thread, call.number) for call in calls if at in call.path}
     chosen = [strike for strike in strikes(calls) if not at or (strike.thread, strike.call) in wanted]
+    random.Random(0).shuffle(chosen)  # one that is cut short is a sample
 
     def trial(strike: Strike) -> tuple[Strike, list[str], Left | None]:
         root = bench.root(f"kill-{strike.thread}-{strike.call}-{strike.act}")
@@ -88,7 +89,7 @@ def kill_at_random_times(bench: Bench, kills: int, seed: int = 0) -> Tally:
         return number, hits, problems + bench.finish(root)
 
     number = 0
-    while tally.facts["kills"] < kills:
+    while tally.facts["kills"] < kills and not bench.servers.cut_short:
         chains = range(number, number + 4 * bench.servers.count)
         for name, hits, problems in bench.servers.each(chain, chains):
             tally.add(f"chain {name}", *problems)

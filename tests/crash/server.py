@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import select
 import signal
@@ -17,8 +18,9 @@ import subprocess
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
@@ -114,10 +116,19 @@ class Server:
 
 
 class Servers:
-    """Several servers that share the work."""
+    """Several servers that share the work; after `seconds` no more of it is begun, and `cut_short` says so."""
 
-    def __init__(self, work: Path, module: str, count: int | None = None, **environment: str) -> None:
+    def __init__(
+        self,
+        work: Path,
+        module: str,
+        count: int | None = None,
+        seconds: float = math.inf,
+        **environment: str,
+    ) -> None:
         self.count = count or max(1, os.cpu_count() or 1)
+        self.cut_short = False
+        self._until = time.monotonic() + seconds
         self._all = [Server(work, module, **environment) for _ in range(self.count)]
         self._free: SimpleQueue[Server] = SimpleQueue()
         for server in self._all:
@@ -140,8 +151,17 @@ class Servers:
 
     def each(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
         """`function` of every item, as many at once as there are servers; results in the order of the items."""
+        begun: deque[Future[R]] = deque()
         with ThreadPoolExecutor(self.count) as pool:
-            yield from pool.map(function, items)
+            for item in items:
+                if time.monotonic() > self._until:
+                    self.cut_short = True
+                    break
+                begun.append(pool.submit(function, item))
+                if len(begun) > self.count:
+                    yield begun.popleft().result()
+            while begun:
+                yield begun.popleft().result()
 
     def __enter__(self) -> Servers:
         return self
