@@ -453,9 +453,7 @@ def _finish(
             )
     else:
         job.observe(Note(f"go on with: lorafit train --resume {run.path}"))
-    with suppress(
-        RunError
-    ):  # an older checkpoint that could not be removed at its time; the next start tries again
+    with suppress(RunError):  # if an older checkpoint still cannot be removed, the next start tries again
         run.clean()
     job.observe(RunEnded(state.step, reason, seconds, str(adapter), state.last_loss or 0.0))
     ending.leave_report(run, job.observe)
