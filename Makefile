@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo test quick lint format docs types bench bugs masks crash clean
+.PHONY: demo test quick lint format docs types bench bugs masks crash fuzz-serve clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -34,6 +34,9 @@ test: $(VENV)/installed-dev  ## the whole test suite
 
 quick: $(VENV)/installed-dev  ## the tests that take seconds
 	$(BIN)/python -m pytest -m 'not slow'
+
+fuzz-serve: $(VENV)/installed-dev  ## the server against many generated requests (minutes)
+	LORAFIT_FUZZ_EXAMPLES=1000 $(BIN)/python -m pytest tests/serve/test_fuzz.py
 
 lint: $(VENV)/installed-dev  ## formatter, linter and strict types, as CI runs them
 	$(BIN)/ruff format --check .

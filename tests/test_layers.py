@@ -30,6 +30,7 @@ LOW_TO_HIGH = [
     "evaluate",
     "check",
     "training",
+    "serve",
     "api",
     "cli",
 ]
@@ -182,7 +183,7 @@ for name in {modules!r}:
     importlib.import_module(name)
     check(name)
 from lorafit.cli.main import main
-helps = [["--help"], *([verb, "--help"] for verb in ("train", "plan", "generate", "report"))]
+helps = [["--help"], *([verb, "--help"] for verb in ("train", "plan", "generate", "report", "serve", "chat"))]
 for words in (*helps, ["config", "lora.rank"], ["runs", "."]):
     sys.argv = ["lorafit", *words]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):

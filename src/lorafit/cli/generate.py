@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from lorafit.infer.model import Model
+    from lorafit.infer.sampling import Sampling
 
 
 def generate(
@@ -37,13 +42,32 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a line: prompt, answer, stopped.")
     ] = False,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="Prompts from a file: JSONL, JSON or text, a prompt a line.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Answers to --file as JSONL; default standard output.", show_default=False),
+    ] = None,
 ) -> None:
-    """Answer prompts; a single answer streams as it is made."""
+    """Answer prompts; a single answer streams as it is made.
+
+    lorafit generate runs/tinyllama "What is a llama?"
+
+    lorafit generate runs/tinyllama --file prompts.jsonl --output answers.jsonl
+    """
     import json
     import sys
 
     from lorafit.errors import ConfigError
 
+    if file is not None and (prompts or compare or as_json):
+        raise ConfigError("--file goes with none of prompts, --compare and --json")
+    if file is None and output is not None:
+        raise ConfigError("--output is for the answers to a --file", hint="add --file prompts.jsonl")
+    if file is not None:
+        prompts = [""]  # they come from the file
     if not prompts:
         if sys.stdin.isatty():
             raise ConfigError("there is no prompt", hint='lorafit generate RUN "What is a llama?"')
@@ -61,6 +85,9 @@ def generate(
             f"`{source}` has no adapter, it is a base model", hint="leave --base and --compare out"
         )
     sampling = Sampling(temperature, top_k, top_p, seed)
+    if file is not None:
+        _answer_file(model, file, output, max_tokens, sampling, base)
+        return
     if len(prompts) == 1 and not (compare or as_json):
         for piece in model.stream(prompts[0], max_tokens=max_tokens, sampling=sampling, base=base):
             typer.echo(printable(piece), nl=False)
@@ -78,3 +105,39 @@ def generate(
             typer.echo(json.dumps(record, ensure_ascii=False))
         else:
             typer.echo(f"> {printable(prompt)}\n{printable(answer.text)}\n")
+
+
+def _answer_file(
+    model: Model, file: Path, output: Path | None, max_tokens: int, sampling: Sampling, base: bool
+) -> None:
+    from lorafit.infer.files import AnswerFile, answers, line_of, purpose_of, read_questions
+    from lorafit.observe.answers import note
+    from lorafit.observe.terminal import progress
+
+    asked = read_questions(file, model)
+    kept = AnswerFile(output, purpose_of(file, model, max_tokens, sampling, base)) if output else None
+    start = len(kept.lines) if kept else 0
+    if start:
+        note(f"going on after {start:,} of {len(asked):,} answers")
+    settings = {"max_tokens": max_tokens, "sampling": sampling, "base": base, "start": start}
+    try:
+        with progress("answering") as advance:
+            made = answers(model, asked, progress=lambda done: advance(done, len(asked)), **settings)  # type: ignore[arg-type]
+            for index, answer in enumerate(made, start):
+                line = line_of(index, asked[index], answer)
+                if kept:
+                    kept.add(line)
+                else:
+                    typer.echo(line)
+    except KeyboardInterrupt:
+        if kept:
+            note(
+                f"{len(kept.lines):,} of {len(asked):,} answers are kept; the same command goes on after them"
+            )
+        raise
+    finally:
+        if kept:
+            kept.close()
+    if kept:
+        kept.finish()
+        typer.echo(output)

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from lorafit import __version__
-from lorafit.cli import config, generate, plan, report, runs, sweep, train
+from lorafit.cli import chat, config, generate, plan, report, runs, serve, sweep, train
 from lorafit.errors import LorafitError
 from lorafit.place import Place, ended_before, ended_for_good
 
@@ -29,6 +29,8 @@ app.command("train")(train.train)
 app.command("plan")(plan.plan)
 app.command("generate")(generate.generate)
 app.command("report")(report.report)
+app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("runs")(runs.runs)
 app.command("sweep")(sweep.sweep)
 app.command("config")(config.config)

@@ -54,19 +54,20 @@ class KeyValueCache:
 
 
 class ReadPrompts(PackedDocuments):
-    """Attention of the first pass: packed prompts that see themselves, and fill the cache."""
+    """Attention of the first pass: packed prompts that see themselves, and fill the cache from row `first` on."""
 
-    def __init__(self, lengths: Sequence[int], cache: KeyValueCache) -> None:
+    def __init__(self, lengths: Sequence[int], cache: KeyValueCache, first: int = 0) -> None:
         super().__init__(lengths, cache.lengths.device)
-        self.cache = cache
-        cache.lengths = torch.tensor(self.lengths, device=cache.lengths.device)
+        self.cache, self.first = cache, first
+        added = torch.tensor(self.lengths, device=cache.lengths.device)
+        cache.lengths = torch.cat([cache.lengths[:first], added])
 
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, window: int | None
     ) -> Tensor:
         turned = rotate(k, rotary)
         for row, (k_doc, v_doc) in enumerate(
-            zip(turned.split(self.lengths), v.split(self.lengths), strict=True)
+            zip(turned.split(self.lengths), v.split(self.lengths), strict=True), self.first
         ):
             self.cache.k[layer][row, :, : len(k_doc)] = k_doc.transpose(0, 1)
             self.cache.v[layer][row, :, : len(v_doc)] = v_doc.transpose(0, 1)
@@ -87,7 +88,7 @@ class AddToken:
     ) -> Tensor:
         k_cache, v_cache, compiled = self.cache.k[layer], self.cache.v[layer], kernels()
         if compiled is None or not fits(q, k, v):
-            seen = (k_cache[:, :, : self.longest], v_cache[:, :, : self.longest])
+            seen = (k_cache[: len(q), :, : self.longest], v_cache[: len(q), :, : self.longest])
             return attend_cache(q, k, v, rotary, window, *seen, self.positions)
         (rows, heads, size), (_, kv_heads, capacity, _), out = q.shape, k_cache.shape, torch.empty_like(q)
         shape = (rows, heads, kv_heads, size, capacity, window or 0)

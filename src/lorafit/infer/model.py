@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from lorafit.errors import ModelError
 from lorafit.hub import adapter_folder, model_folder
 from lorafit.infer.engine import Token, stream
 from lorafit.infer.sampling import Sampling
+from lorafit.infer.text import AnswerText
 from lorafit.model.adapter import CONFIG as ADAPTER_CONFIG
 from lorafit.model.build import build_saved
 from lorafit.model.llama import Llama
@@ -78,17 +79,20 @@ class Model:
         max_tokens: int = 256,
         sampling: Sampling | None = None,
         base: bool = False,
-    ) -> Iterator[str]:
-        """Answer one question piece by piece, as the pieces become whole characters: the text that `generate` gives."""
-        decoder = self.renderer.tokenizer.stream_decoder()
+        watch: Callable[[Token], None] | None = None,
+    ) -> Generator[str]:
+        """Answer one question piece by piece, as the pieces become whole characters: the text that `generate` gives.
 
-        def pieces() -> Iterator[str]:
-            for token in self._tokens([question], max_tokens, sampling, base):
-                if token.end != "stop":
-                    yield decoder.push(token.id)
-            yield decoder.finish()
-
-        yield from _stripped(pieces())
+        `watch` sees every token, also those that show nothing.
+        """
+        text = AnswerText(self.renderer.tokenizer)
+        for token in self._tokens([question], max_tokens, sampling, base):
+            if watch is not None:
+                watch(token)
+            if token.end != "stop" and (piece := text.push(token.id)):
+                yield piece
+        if piece := text.finish():
+            yield piece
 
     def _tokens(
         self, questions: Sequence[Question], max_tokens: int, sampling: Sampling | None, base: bool
@@ -141,6 +145,43 @@ def load(
     `system` replaces the system prompt. `quantize` is how the base's linears are held; where it is not said a run
     is loaded as it was trained, anything else with none. Raises ModelError, RunError or ConfigError.
     """
+    found = find_source(source, adapter=adapter, dtype=dtype, offline=offline, quantize=quantize)
+    base = model_folder(found.base, revision=found.revision, offline=found.offline)
+    tokenizer = Tokenizer.from_folder(base.path)
+    prompt = found.prompt or default_contract(tokenizer)
+    if system is not None:
+        prompt = dataclasses.replace(prompt, system=system)
+    with progress("loading the model") as advance:
+        network, _ = build_saved(base.path, found.adapter, device, found.dtype, advance, found.quantize)
+    return Model(network, Renderer(prompt, tokenizer))
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a run directory, an adapter folder, a model folder or a hub id stands for.
+
+    `base` and `revision` name the base model; `adapter` is the folder of the adapter on it and `prompt` the contract
+    it was trained with, where there are such. `offline`: it was trained so.
+    """
+
+    base: str
+    revision: str | None
+    adapter: Path | None
+    prompt: PromptContract | None
+    dtype: str
+    quantize: Quantize
+    offline: bool
+
+
+def find_source(
+    source: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    dtype: str = "auto",
+    offline: bool = False,
+    quantize: Quantize | None = None,
+) -> Source:
+    """What `source` is, with `adapter` on it; nothing of a base model is read. Raises ModelError or RunError."""
     name, revision, prompt = str(source), None, None
     adapter_path = adapter_folder(str(adapter), offline=offline).path if adapter is not None else None
     folder = Path(source).expanduser()
@@ -161,27 +202,14 @@ def load(
     has_manifest = adapter_path is not None and (adapter_path / MANIFEST).is_file()
     if adapter_path and has_manifest and (faults := verify_folder(adapter_path, may_have_more=True)):
         raise ModelError(f"the adapter is damaged: {faults[0]}", place=str(adapter_path))
-    base = model_folder(name, revision=revision, offline=offline)
-    tokenizer = Tokenizer.from_folder(base.path)
-    if prompt is None:
-        prompt = contract(
-            tokenizer, template="auto", train_on="response", max_length=2048, too_long="error", add_eos=True
-        )
-    if system is not None:
-        prompt = dataclasses.replace(prompt, system=system)
-    with progress("loading the model") as advance:
-        network, _ = build_saved(base.path, adapter_path, device, dtype, advance, quantize or "none")
-    return Model(network, Renderer(prompt, tokenizer))
+    return Source(name, revision, adapter_path, prompt, dtype, quantize or "none", offline)
 
 
-def _stripped(pieces: Iterator[str]) -> Iterator[str]:
-    """The pieces of a text without the white space at its two ends; within it, it waits for what comes after."""
-    held, begun = "", False
-    for piece in pieces:
-        held = held + piece if begun else (held + piece).lstrip()
-        if ready := held.rstrip():
-            begun, held = True, held[len(ready) :]
-            yield ready
+def default_contract(tokenizer: Tokenizer) -> PromptContract:
+    """How a model is asked that no run of ours says anything about."""
+    return contract(
+        tokenizer, template="auto", train_on="response", max_length=2048, too_long="error", add_eos=True
+    )
 
 
 def _as_source(question: Question) -> Content | Sequence[Message]:

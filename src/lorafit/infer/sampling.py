@@ -23,8 +23,12 @@ class Sampling:
 
     def streams(self, num_rows: int) -> list[torch.Generator]:
         """One generator a row, so that a row's answer does not depend on its neighbours."""
-        seeds = [np.random.SeedSequence([self.seed, row]).generate_state(1)[0] for row in range(num_rows)]
-        return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        return [self.stream(row) for row in range(num_rows)]
+
+    def stream(self, row: int) -> torch.Generator:
+        """The generator of one row."""
+        seed = np.random.SeedSequence([self.seed, row]).generate_state(1)[0]
+        return torch.Generator().manual_seed(int(seed))
 
 
 def next_tokens(logits: Tensor, sampling: Sampling, streams: list[torch.Generator]) -> list[int]:

@@ -6,6 +6,7 @@ Nothing but speed depends on it: where it is not the way, model/projection.py do
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,21 @@ from lorafit.model.native import fits, kernels
 from lorafit.model.quant import Int8Linear
 
 MOST_ROWS = 16  # with more of them torch's products are as fast
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """The pairs A, B and scale of several adapters for one linear, and which of them each row takes.
+
+    `which` int64 (rows,) is -1 where a row takes none, `ranks`, `a` and `b` int64 (pairs,), the latter addresses of
+    float32 matrices that someone else keeps, `scales` float32 (pairs,).
+    """
+
+    which: Tensor
+    ranks: Tensor
+    a: Tensor
+    b: Tensor
+    scales: Tensor
 
 
 def are_few(linears: Sequence[nn.Module], x: Tensor) -> bool:
@@ -38,6 +54,8 @@ def few_rows(linear: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
     whole = (x, base.weight, scale, balance, base.bias, residual)
     if base is linear or not linear.enabled:
         return _product(*whole)
+    if (pairs := getattr(linear, "pairs", None)) is not None:  # model/adapters.py
+        return _product_pairs(*whole, pairs)
     return _product(*whole, len(linear.lora_A), linear.lora_A, linear.lora_B, float(linear.scale))
 
 
@@ -73,4 +91,23 @@ def _product(
     out = x.new_empty(rows, weight.shape[0])
     given = (x, weight, scale, balance, bias, addend, rank, a, b, factor)
     compiled.call("few_rows", x.dtype, rows, width, weight.shape[0], *given, out)
+    return out
+
+
+def _product_pairs(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    balance: Tensor | None,
+    bias: Tensor | None,
+    addend: Tensor | None,
+    pairs: Pairs,
+) -> Tensor:
+    compiled = kernels()
+    assert compiled is not None
+    rows, width = x.shape
+    out = x.new_empty(rows, weight.shape[0])
+    given = (x, weight, scale, balance, bias, addend, len(pairs.ranks), pairs.which, pairs.ranks)
+    where = (pairs.a, pairs.b, pairs.scales)
+    compiled.call("few_rows_pairs", x.dtype, rows, width, weight.shape[0], *given, *where, out)
     return out

@@ -89,6 +89,9 @@ def project(
     if are_few(linears, inputs[0]):
         y = source.make(*inputs)
         return tuple(few_rows(linear, y, residual) for linear in linears)
+    if any(getattr(linear, "pairs", None) is not None for linear in linears):
+        y = source.make(*inputs)
+        return tuple(_of_pairs(linear, y, residual) for linear in linears)
     group = _Group(linears, source)
     adapted = group.adapted()
     masters = [master for linear in adapted for master in (linear.lora_A, linear.lora_B)]
@@ -96,6 +99,14 @@ def project(
     if adapted and adapted[0].training and adapted[0].dropout:
         seed = int(torch.randint(2**62, ()))  # from torch's generator, whose state a checkpoint holds
     out: tuple[Tensor, ...] = _Project.apply(group, residual, seed, len(inputs), *inputs, *masters)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _of_pairs(linear: Any, y: Tensor, residual: Tensor | None) -> Tensor:
+    """The output of a linear whose rows take different adapters (model/adapters.py); to answer with only."""
+    out: Tensor = getattr(linear, "base", linear).product(y, None if residual is None else residual.clone())
+    if getattr(linear, "pairs", None) is not None:
+        linear.add_pairs(y, out)
     return out
 
 

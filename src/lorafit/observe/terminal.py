@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TextIO
 
 from rich import box
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -276,18 +276,22 @@ def side_by_side(question: str, base_answer: str, tuned_answer: str, *, stream: 
     Below 80 columns the answers stand under each other.
     """
     console = _console(stream or sys.stdout)
-    base, tuned = (Text(_clean(answer.strip(), console)) for answer in (base_answer, tuned_answer))
     console.print(Text(_clean(question.strip(), console), style="bold"))
-    if console.width < SIDE_BY_SIDE_WIDTH:
-        for title, answer in (("base", base), ("tuned", tuned)):
-            console.print(Group(Text(title, style="cyan"), Padding(answer, (0, 0, 0, 2))))
-    else:
-        answers = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, expand=True)
-        answers.add_column(Text("base", style="cyan"), ratio=1, overflow="fold")
-        answers.add_column(Text("tuned", style="cyan"), ratio=1, overflow="fold")
-        answers.add_row(base, tuned)
-        console.print(answers)
+    console.print(_two_answers(console, base_answer, tuned_answer))
     console.print()
+
+
+def _two_answers(console: Console, base_answer: str, tuned_answer: str) -> RenderableType:
+    base, tuned = (Text(_clean(answer.strip(), console)) for answer in (base_answer, tuned_answer))
+    if console.width < SIDE_BY_SIDE_WIDTH:
+        titles = (Text(title, style="cyan") for title in ("base", "tuned"))
+        answers_below = (Padding(answer, (0, 0, 0, 2)) for answer in (base, tuned))
+        return Group(*(part for pair in zip(titles, answers_below, strict=True) for part in pair))
+    answers = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, expand=True)
+    answers.add_column(Text("base", style="cyan"), ratio=1, overflow="fold")
+    answers.add_column(Text("tuned", style="cyan"), ratio=1, overflow="fold")
+    answers.add_row(base, tuned)
+    return answers
 
 
 def _console(stream: TextIO) -> Console:

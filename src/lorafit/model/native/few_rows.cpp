@@ -1,8 +1,8 @@
 // Products of a few rows with a large frozen weight, with its low-rank path, as in generating.
 //
 // out = x W^T + bias + addend + scale * (x A^T) B^T with x (rows, width), W (columns, width), A (rank, width) and
-// B (columns, rank); bias, addend and the pair may be missing. What it costs is reading W, which is read once. A sum
-// is taken in the same order whatever the other rows and the number of threads.
+// B (columns, rank); bias, addend and the pair may be missing, and each row may have a pair of its own. What it costs
+// is reading W, which is read once. A sum is taken in the same order whatever the other rows and the number of threads.
 //
 // W may be int8: then column_scale multiplies the sums and input_scale x, as in model/quant.py. It is widened on the way,
 // so inputs keep the digits of their type and outliers need no care.
@@ -160,21 +160,40 @@ static const typename Dot<T, W>::Input *interleave(int64_t rows, int64_t width, 
   return all;
 }
 
+// Pairs A and B of several adapters. Row r takes number which[r], none where that is negative; all the only one where
+// `which` is missing.
+struct Pairs {
+  int64_t count;
+  const int64_t *which, *ranks;
+  const float *const *a, *const *b, *scales;
+  int64_t of(int64_t row) const { return which ? which[row] : count - 1; }
+};
+
 template <class T, class W>
 static void product_of(int64_t rows, int64_t width, int64_t columns, const T *x, const W *weight, const float *column_scale,
-                       const float *input_scale, const T *bias, const T *addend, int64_t rank, const float *a, const float *b, float scale, T *out,
-                       int threads) {
+                       const float *input_scale, const T *bias, const T *addend, const Pairs &pairs, T *out, int threads) {
   static thread_local std::vector<float> kept;
+  static thread_local std::vector<int64_t> starts;  // of each pair's share of a row of `low`; -1 where no row takes it
+  int64_t total = 0;
+  starts.assign(pairs.count, -1);
+  for (int64_t row = 0; row < rows; row++) {
+    const int64_t pair = pairs.of(row);
+    if (pair < 0 || starts[pair] >= 0) continue;
+    starts[pair] = total;
+    total += pairs.ranks[pair];
+  }
   const auto *input = interleave<T, W>(rows, width, x, input_scale);
-  const float *wide = rank ? interleave<T, float>(rows, width, x, nullptr) : nullptr;
+  const float *wide = total ? interleave<T, float>(rows, width, x, nullptr) : nullptr;
   const int64_t x_row = padded(width, Dot<T, W>::STEP);
-  float *low = room(kept, rows * rank);
-  const int64_t blocks = (columns + COLUMNS - 1) / COLUMNS;
+  float *low = room(kept, rows * total);
+  const int64_t blocks = (columns + COLUMNS - 1) / COLUMNS, *first_low = starts.data();
 #pragma omp parallel num_threads(threads)
   {
-    if (rank) {
+    for (int64_t pair = 0; pair < pairs.count; pair++) {
+      if (first_low[pair] < 0) continue;
 #pragma omp for schedule(static)
-      for (int64_t j = 0; j < rank; j++) tiles<T, float, 1>(rows, width, wide, a + j * width, low + j, rank);
+      for (int64_t j = 0; j < pairs.ranks[pair]; j++)
+        tiles<T, float, 1>(rows, width, wide, pairs.a[pair] + j * width, low + first_low[pair] + j, total);
     }
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; block++) {
@@ -194,10 +213,15 @@ static void product_of(int64_t rows, int64_t width, int64_t columns, const T *x,
             if (column_scale) sum *= column_scale[column];
             if (bias) sum += get(bias[column]);
             if (addend) sum += get(addend[row * columns + column]);
+            const int64_t pair = pairs.of(row), rank = pair < 0 ? 0 : pairs.ranks[pair];
             float along = 0;
+            if (rank) {
+              const float *from = low + row * total + first_low[pair], *b = pairs.b[pair] + column * rank;
 #pragma omp simd reduction(+ : along)
-            for (int64_t j = 0; j < rank; j++) along += low[row * rank + j] * b[column * rank + j];
-            put(sum + scale * along, out[row * columns + column]);
+              for (int64_t j = 0; j < rank; j++) along += from[j] * b[j];
+              along *= pairs.scales[pair];
+            }
+            put(sum + along, out[row * columns + column]);
           }
       }
     }
@@ -205,13 +229,25 @@ static void product_of(int64_t rows, int64_t width, int64_t columns, const T *x,
 }
 
 template <class T>
+static void few_rows_pairs(int64_t rows, int64_t width, int64_t columns, const T *x, const void *weight,
+                           const float *column_scale, const float *input_scale, const T *bias, const T *addend,
+                           int64_t count, const int64_t *which, const int64_t *ranks, const float *const *a,
+                           const float *const *b, const float *scales, T *out, int threads) {
+  const Pairs pairs{count, which, ranks, a, b, scales};  // a weight with scales is int8, one without of x's type
+  if (column_scale)
+    product_of(rows, width, columns, x, (const int8_t *)weight, column_scale, input_scale, bias, addend, pairs, out, threads);
+  else
+    product_of(rows, width, columns, x, (const T *)weight, column_scale, input_scale, bias, addend, pairs, out, threads);
+}
+#define PARAMETERS(T) (int64_t rows, int64_t width, int64_t columns, const T *x, const void *weight, const float *column_scale, const float *input_scale, const T *bias, const T *addend, int64_t count, const int64_t *which, const int64_t *ranks, const float *const *a, const float *const *b, const float *scales, T *out, int threads)
+FOR_BOTH_TYPES(few_rows_pairs, (rows, width, columns, x, weight, column_scale, input_scale, bias, addend, count, which, ranks, a, b, scales, out, threads))
+#undef PARAMETERS
+
+template <class T>
 static void few_rows(int64_t rows, int64_t width, int64_t columns, const T *x, const void *weight, const float *column_scale,
                      const float *input_scale, const T *bias, const T *addend, int64_t rank, const float *a, const float *b, float scale, T *out,
-                     int threads) {  // a weight with scales is int8, one without of x's type
-  if (column_scale)
-    product_of(rows, width, columns, x, (const int8_t *)weight, column_scale, input_scale, bias, addend, rank, a, b, scale, out, threads);
-  else
-    product_of(rows, width, columns, x, (const T *)weight, column_scale, input_scale, bias, addend, rank, a, b, scale, out, threads);
+                     int threads) {
+  few_rows_pairs(rows, width, columns, x, weight, column_scale, input_scale, bias, addend, rank ? 1 : 0, nullptr, &rank, &a, &b, &scale, out, threads);
 }
 #define PARAMETERS(T) (int64_t rows, int64_t width, int64_t columns, const T *x, const void *weight, const float *column_scale, const float *input_scale, const T *bias, const T *addend, int64_t rank, const float *a, const float *b, float scale, T *out, int threads)
 FOR_BOTH_TYPES(few_rows, (rows, width, columns, x, weight, column_scale, input_scale, bias, addend, rank, a, b, scale, out, threads))

@@ -1,0 +1,234 @@
+"""`lorafit chat` at a terminal and through a pipe, and `lorafit generate` from a file."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tests.tiny import random_network, write_adapter, write_model
+
+from lorafit.cli.main import main
+from lorafit.infer.model import load
+from lorafit.model.lora import LoraSpec
+
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("chat")
+    base = write_model(home / "base", max_position_embeddings=4096)
+    spec = LoraSpec(4, 8.0, 0.0, ("all-linear",), False)
+    return write_adapter(home / "tuned", random_network(max_position_embeddings=4096), spec, base=str(base))
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    def run(*words: object, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lorafit", *map(str, words), "--device", "cpu"])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        try:
+            main()
+            code: object = 0
+        except SystemExit as error:
+            code = error.code or 0
+        assert isinstance(code, int)
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+def asked(out: str) -> list[str]:
+    return re.findall(r"^> (.*)$", out, re.MULTILINE)
+
+
+def test_a_pipe_gets_the_answers_and_stderr_the_rest(cli: Cli, adapter: Path) -> None:
+    lines = [
+        "Hi",
+        "",
+        "/system Be brief.",
+        "And?",
+        "/nope",
+        "/reset",
+        '"""',
+        "one",
+        "two",
+        '"""',
+        "/quit",
+        "never",
+    ]
+    code, out, err = cli("chat", adapter, "--max-tokens", 9, stdin="\n".join(lines) + "\n")
+    assert code == 0
+    assert asked(out) == ["Hi", "And?", "one"]
+    assert "\ntwo\n" in out
+    assert "never" not in out
+    assert "system prompt: Be brief." in err
+    assert "there is no command /nope" in err
+    assert "forgotten" in err
+    assert "cut: --max-tokens" in err
+    assert "\x1b" not in out + err
+
+
+def test_an_answer_is_what_the_model_says_to_all_that_was_said(cli: Cli, adapter: Path) -> None:
+    from lorafit.data.formats import Message
+    from lorafit.observe.terminal import printable
+
+    model = load(adapter, device="cpu")
+    first = model.generate(["Hi"], max_tokens=7)[0].text
+    turns = [Message("user", "Hi"), Message("assistant", first), Message("user", "And?")]
+    second = model.generate([turns], max_tokens=7)[0].text
+    _, out, _ = cli("chat", adapter, "--max-tokens", 7, stdin="Hi\nAnd?\n")
+    assert out == f"> Hi\n{printable(first)}\n\n> And?\n{printable(second)}\n\n"
+    _, base, _ = cli("chat", adapter, "--max-tokens", 7, "--base", stdin="Hi\n")
+    assert base != f"> Hi\n{printable(first)}\n\n"
+    _, both, err = cli("chat", adapter, "--max-tokens", 7, stdin="/base\nHi\n/base\n")
+    assert re.search(r"base +tuned", both)
+    assert "base and tuned side by side" in err
+    assert "tuned alone" in err
+
+
+def test_samples_follow_the_seed_and_differ_when_asked_again(cli: Cli, adapter: Path) -> None:
+    def talk(seed: int) -> str:
+        words = ("chat", adapter, "--max-tokens", 9, "--temperature", 1.5, "--seed", seed)
+        return cli(*words, stdin="Hi\n/reset\nHi\n")[1]
+
+    assert talk(1) == talk(1) != talk(2)
+    one, two = talk(1).split("> Hi\n")[1:]
+    assert one != two
+
+
+def test_turns_that_no_longer_fit_are_left_out_and_said(cli: Cli, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "short", max_position_embeddings=128)
+    questions = [letter * 40 for letter in "abc"]
+    code, _, err = cli(
+        "chat", base, "--max-tokens", 5, stdin="\n".join([*questions, "d" * 500, "/base"]) + "\n"
+    )
+    assert code == 0
+    assert "the oldest turn does not fit any more" in err
+    assert "the question has" in err
+    assert "there is no adapter here" in err
+
+
+def test_a_template_without_conversations_says_so(cli: Cli, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "plain", chat=False, max_position_embeddings=512)
+    code, out, err = cli("chat", base, "--max-tokens", 3, stdin="Hi\nAnd?\n")
+    assert (code, asked(out)) == (0, ["Hi", "And?"])
+    assert "the alpaca template knows no conversations" in err
+    code, _, err = cli("chat", base, "--compare")
+    assert code == 2
+    assert "has no adapter" in err
+
+
+class Terminal:
+    """A pseudo-terminal with a chat in it."""
+
+    def __init__(self, *words: object) -> None:
+        self.screen = ""
+        self.master, slave = pty.openpty()
+        environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "90", "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "lorafit", "chat", *map(str, words)],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+            env=environment,
+        )
+        os.close(slave)
+        os.set_blocking(self.master, False)
+
+    def wait(self, pattern: str, seconds: float = 60) -> str:
+        """Everything up to what matches `pattern`, which is taken off the screen."""
+        deadline = time.monotonic() + seconds
+        while not (match := re.search(pattern, self.screen)):
+            assert time.monotonic() < deadline, self.screen
+            try:
+                self.screen += os.read(self.master, 65536).decode("utf-8", "replace")
+            except BlockingIOError:
+                time.sleep(0.01)
+        before, self.screen = self.screen[: match.end()], self.screen[match.end() :]
+        return before
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+
+@pytest.mark.slow
+def test_control_c_stops_an_answer_and_not_the_chat(adapter: Path) -> None:
+    terminal = Terminal(adapter, "--max-tokens", 4000, "--device", "cpu")
+    try:
+        terminal.wait(r"context; /help lists the commands")
+        terminal.wait("> ")
+        terminal.type("Hi\n")
+        terminal.wait("Hi\r\n")
+        terminal.wait(r"[^\s]{3}")  # it speaks
+        terminal.type("\x03")
+        assert "stopped by Ctrl-C" in terminal.wait(r"\d+ tokens .*Ctrl-C")
+        terminal.wait("> ")
+        terminal.type("\x03")
+        terminal.wait("/quit or Ctrl-D leaves")
+        terminal.type("/help\n")
+        terminal.wait("/reset +forget the conversation")
+        terminal.wait("> ")
+        terminal.type("\x04")
+        assert terminal.process.wait(20) == 0
+    finally:
+        terminal.process.kill()
+        terminal.process.wait()
+        os.close(terminal.master)
+
+
+def test_generate_answers_a_file(cli: Cli, adapter: Path, tmp_path: Path) -> None:
+    file, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    rows = [{"prompt": f"Say {number}.", "id": number} for number in range(20)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("generate", adapter, "--max-tokens", 5, "--file", file)
+    code, out, err = cli(*words, "--output", output)
+    assert (code, out) == (0, f"{output}\n"), err
+    made = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["input"] for row in made] == rows
+    assert [row["index"] for row in made] == list(range(20))
+    assert set(made[0]) == {"index", "input", "answer", "stopped", "num_tokens"}
+    alone = cli("generate", adapter, "--max-tokens", 5, "--json", "Say 3.")[1]
+    assert json.loads(alone)["answer"] == made[3]["answer"]
+    assert cli(*words)[1] == output.read_text()
+    code, _, err = cli(*words, "--output", output)
+    assert code == 2
+    assert "is there already" in err
+    output.rename(output.with_name("answers.jsonl.part"))
+    code, _, err = cli(*words, "--output", output)
+    assert code == 2
+    assert "holds answers to other questions" in err
+
+
+def test_a_file_goes_with_nothing_else(cli: Cli, adapter: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("Hi\n")
+    for words in (
+        ("Hi", "--file", file),
+        ("--file", file, "--compare"),
+        ("Hi", "--output", tmp_path / "a.jsonl"),
+    ):
+        code, _, err = cli("generate", adapter, *words)
+        assert code == 2
+        assert "--file" in err

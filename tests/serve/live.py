@@ -1,0 +1,117 @@
+"""A server on loopback in a thread of the test, and small models to put behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from tests.tiny import random_network, write_adapter, write_model
+
+from lorafit.infer.batching import Batch
+from lorafit.infer.many import Models, load_many
+from lorafit.infer.scheduler import Scheduler
+from lorafit.model.lora import LoraSpec
+from lorafit.serve.server import Place, Server, Token, listen, serve
+
+TOKEN = "a-token-of-the-tests"
+CONTEXT = 2048
+
+
+@dataclass(frozen=True)
+class Live:
+    """A running server; `client` sends the token."""
+
+    url: str
+    client: httpx.Client
+    server: Server
+    batch: Batch
+
+    @property
+    def scheduler(self) -> Scheduler:
+        app = self.server.config.app.app  # type: ignore[union-attr]  the guard's
+        scheduler = app.state.answering.scheduler
+        assert isinstance(scheduler, Scheduler)
+        return scheduler
+
+    def load(self) -> tuple[int, int]:
+        """(active, waiting)"""
+        state = self.client.get("/health").json()
+        return state["active"], state["waiting"]
+
+    def until(self, what: Callable[[], bool], seconds: float = 10) -> None:
+        deadline = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+
+def write_models(folder: Path) -> list[str]:
+    """Words for `load_many`: a base and two adapters on it."""
+    base = write_model(folder / "base", max_position_embeddings=CONTEXT)
+    words = []
+    for seed, name in enumerate(("one", "two"), 1):
+        spec = LoraSpec(4, 8.0, 0.0, ("all-linear",), False)
+        network = random_network(max_position_embeddings=CONTEXT)
+        words.append(str(write_adapter(folder / name, network, spec, seed, base=str(base))))
+    return words
+
+
+def write_and_load(folder: Path) -> Models:
+    """The models of `write_models`, in float32."""
+    from lorafit.model.device import DTYPES
+
+    models = load_many(write_models(folder), device="cpu", offline=True)
+    models.network.to(DTYPES["float32"])
+    return models
+
+
+@contextlib.contextmanager
+def live(
+    models: Models,
+    *,
+    slots: int = 4,
+    queue: int = 8,
+    timeout: float = 60.0,
+    hosts: tuple[str, ...] = (),
+    context: int = CONTEXT,
+) -> Iterator[Live]:
+    """A server for `models` while the block runs."""
+    batch = Batch(models.network, slots, context, models.adapters)
+    place = Place("127.0.0.1", 0, hosts)
+    listening = listen(place)
+    port = listening.getsockname()[1]
+    started: list[Server] = []
+
+    def run() -> None:
+        token = Token(TOKEN, is_new=False)
+        serve(
+            models,
+            batch,
+            place,
+            listening,
+            token,
+            max_waiting=queue,
+            timeout=timeout,
+            ready=started.append,
+        )
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{port}"
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60) as client:
+        deadline = time.monotonic() + 120  # kernels are compiled at first
+        while not (started and started[0].started):
+            assert time.monotonic() < deadline
+            assert thread.is_alive()
+            time.sleep(0.005)
+        try:
+            yield Live(url, client, started[0], batch)
+        finally:
+            started[0].should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()

@@ -1,0 +1,345 @@
+"""What the real openai client gets from a live server: its own types, the tokens that `lorafit generate` gives."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import openai
+import pytest
+import torch
+from tests.serve.live import TOKEN, Live, live, write_and_load
+
+from lorafit.data.formats import Completion, Message
+from lorafit.infer.engine import stream
+from lorafit.infer.many import Models
+from lorafit.infer.sampling import Sampling
+
+QUESTIONS = [
+    "What is a llama?",
+    "라마가 뭐야?",
+    "Say 7.",
+    "And then, what else is there to be said of llamas?",
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return write_and_load(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def there(models: Models) -> Iterator[Live]:
+    with live(models, slots=4, queue=64) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(there: Live) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{there.url}/v1", api_key=TOKEN, max_retries=0) as made:
+        yield made
+
+
+def generated(
+    models: Models, name: str, question: str, most: int = 12, sampling: Sampling | None = None
+) -> str:
+    """As infer/model.py answers, with the adapter alone."""
+    named = models.named[name]
+    ids = []
+    models.adapters.take([named.adapter])
+    prompt = named.renderer.prompt_ids([Message("user", question)])
+    stops = frozenset(named.renderer.contract.stop_ids)
+    for token in stream(
+        models.network, [prompt], stop_ids=stops, max_tokens=most, sampling=sampling or Sampling()
+    ):
+        ids += [token.id] if token.end != "stop" else []
+    return named.renderer.tokenizer.decode(ids, skip_special=True).strip()
+
+
+@pytest.fixture(scope="module")
+def answers(models: Models) -> dict[tuple[str, str], str]:
+    """Of all models to all questions, made before anything is asked over HTTP."""
+    return {
+        (name, question): generated(models, name, question) for name in models.named for question in QUESTIONS
+    }
+
+
+def test_models_are_listed(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["one", "two", "base"]
+    assert client.models.retrieve("two").owned_by == "lorafit"
+    with pytest.raises(
+        openai.NotFoundError, match="there is no model `three`; there are `one`, `two`, `base`"
+    ):
+        client.models.retrieve("three")
+
+
+def test_greedy_answers_are_those_of_generate_alone_and_among_strangers(
+    answers: dict[tuple[str, str], str], client: openai.OpenAI
+) -> None:
+    def ask(name: str, question: str) -> str:
+        done = client.chat.completions.create(
+            model=name, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=12
+        )
+        return done.choices[0].message.content or ""
+
+    assert len(set(answers.values())) == len(answers)
+    assert {key: ask(*key) for key in answers} == answers
+    together: dict[tuple[str, str], str] = {}
+    threads = [
+        threading.Thread(target=lambda key=key: together.update({key: ask(*key)}))  # type: ignore[misc]
+        for key in answers
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == answers
+
+
+def test_a_stream_is_the_same_answer_in_pieces(
+    answers: dict[tuple[str, str], str], client: openai.OpenAI
+) -> None:
+    with client.chat.completions.create(
+        model="one",
+        messages=[{"role": "user", "content": QUESTIONS[0]}],
+        temperature=0,
+        max_tokens=12,
+        stream=True,
+        stream_options={"include_usage": True},
+    ) as chunks:
+        *parts, last = chunks
+    assert parts[0].choices[0].delta.role == "assistant"
+    texts = [part.choices[0].delta.content or "" for part in parts]
+    assert "".join(texts) == answers["one", QUESTIONS[0]]
+    assert len([text for text in texts if text]) > 3
+    assert [part.choices[0].finish_reason for part in parts] == [None] * (len(parts) - 1) + ["length"]
+    assert {part.usage for part in parts} == {None}
+    assert last.choices == []
+    assert last.usage is not None
+    assert last.usage.completion_tokens == 12
+    assert last.usage.total_tokens == last.usage.prompt_tokens + 12
+    assert len({part.id for part in (*parts, last)}) == 1
+
+
+def test_several_choices_are_the_rows_of_one_seed(models: Models, client: openai.OpenAI) -> None:
+    def ask(number: int | None, seed: int | None, name: str = "two") -> list[str]:
+        done = client.chat.completions.create(
+            model=name,
+            messages=[{"role": "user", "content": QUESTIONS[2]}],
+            temperature=1.4,
+            top_p=0.95,
+            max_tokens=10,
+            n=number,
+            seed=seed,
+        )
+        assert [choice.index for choice in done.choices] == list(range(number or 1))
+        return [choice.message.content or "" for choice in done.choices]
+
+    four = ask(4, 5)
+    assert len(set(four)) == 4
+    assert ask(4, 5) == four
+    assert ask(None, 5) == four[:1]
+    assert ask(4, 6) != four
+    assert ask(1, None) != ask(1, None)
+    assert ask(1, -1) == ask(1, -1)
+
+
+def test_a_stream_of_several_choices_holds_each_whole(client: openai.OpenAI) -> None:
+    question = {"role": "user", "content": QUESTIONS[2]}
+    whole = client.chat.completions.create(model="one", messages=[question], n=3, seed=9, max_tokens=9)  # type: ignore[list-item]
+    texts = ["", "", ""]
+    for part in client.chat.completions.create(
+        model="one",
+        messages=[question],
+        n=3,
+        seed=9,
+        max_tokens=9,
+        stream=True,  # type: ignore[list-item]
+    ):
+        for choice in part.choices:
+            texts[choice.index] += choice.delta.content or ""
+    assert texts == [choice.message.content for choice in whole.choices]
+
+
+def test_a_stop_text_ends_the_answer_before_it(
+    answers: dict[tuple[str, str], str], client: openai.OpenAI
+) -> None:
+    full = answers["one", QUESTIONS[0]]
+    stop = full[4:6]
+    done = client.chat.completions.create(
+        model="one",
+        messages=[{"role": "user", "content": QUESTIONS[0]}],
+        temperature=0,
+        max_tokens=12,
+        stop=["never said", stop],
+    ).choices[0]
+    assert done.message.content == full[: full.index(stop)].strip()
+    assert done.finish_reason == "stop"
+
+
+def test_log_probabilities_come_with_their_tokens(client: openai.OpenAI) -> None:
+    done = client.chat.completions.create(
+        model="one",
+        messages=[{"role": "user", "content": "Hi"}],
+        temperature=0,
+        max_tokens=5,
+        logprobs=True,
+        top_logprobs=3,
+    )
+    logprobs = done.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert len(logprobs.content) == 5
+    for entry in logprobs.content:
+        assert len(entry.top_logprobs) == 3
+        assert entry.top_logprobs[0].token == entry.token  # greedy
+        assert entry.logprob == entry.top_logprobs[0].logprob <= 0
+        values = [other.logprob for other in entry.top_logprobs]
+        assert values == sorted(values, reverse=True)
+        assert entry.bytes is None or bytes(entry.bytes).decode() == entry.token
+    plain = client.chat.completions.create(
+        model="one", messages=[{"role": "user", "content": "Hi"}], max_tokens=2
+    )
+    assert plain.choices[0].logprobs is None
+
+
+def test_a_conversation_is_rendered_whole(models: Models, client: openai.OpenAI) -> None:
+    turns = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "text", "text": " there"}]},
+        {"role": "assistant", "content": "Hello", "refusal": None, "tool_calls": []},
+        {"role": "user", "content": "And?"},
+    ]
+    done = client.chat.completions.create(model="one", messages=turns, max_tokens=1)  # type: ignore[arg-type]
+    rendered = models.named["one"].renderer.prompt_ids(
+        [
+            Message("system", "Be brief."),
+            Message("user", "Hi there"),
+            Message("assistant", "Hello"),
+            Message("user", "And?"),
+        ]
+    )
+    assert done.usage is not None
+    assert done.usage.prompt_tokens == len(rendered)
+
+
+def test_plain_completions_go_on_from_texts_and_tokens(models: Models, client: openai.OpenAI) -> None:
+    named = models.named["base"]
+    texts = ["The llama", "Once "]
+    ids = [named.renderer.prompt_ids(Completion(text, "")) for text in texts]
+    done = client.completions.create(model="base", prompt=texts, temperature=0, max_tokens=6, n=2, logprobs=2)
+    assert [choice.index for choice in done.choices] == [0, 1, 2, 3]
+    assert done.choices[0].text == done.choices[1].text != done.choices[2].text == done.choices[3].text
+    assert done.usage is not None
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens) == (sum(map(len, ids)), 24)
+    by_ids = client.completions.create(model="base", prompt=ids, temperature=0, max_tokens=6)
+    assert [choice.text for choice in by_ids.choices] == [done.choices[0].text, done.choices[2].text]
+    one = client.completions.create(model="base", prompt=ids[0], temperature=0)
+    assert one.choices[0].text.startswith(done.choices[0].text)
+    assert one.usage is not None
+    assert one.usage.completion_tokens == 16
+    logprobs = done.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.tokens is not None
+    assert logprobs.text_offset == [len("".join(logprobs.tokens[:at])) for at in range(6)]
+    assert [len(top) for top in logprobs.top_logprobs or []] == [2] * 6
+    parts = client.completions.create(model="base", prompt=texts[0], temperature=0, max_tokens=6, stream=True)
+    assert "".join(part.choices[0].text for part in parts) == done.choices[0].text
+
+
+def test_top_k_is_taken_from_the_body(client: openai.OpenAI) -> None:
+    def ask(**more: object) -> str | None:
+        return (
+            client.chat.completions.create(
+                model="one",
+                messages=[{"role": "user", "content": "Hi"}],
+                temperature=2,
+                seed=1,
+                max_tokens=8,
+                extra_body=more,
+            )
+            .choices[0]
+            .message.content
+        )
+
+    greedy = client.chat.completions.create(
+        model="one", messages=[{"role": "user", "content": "Hi"}], temperature=0, max_tokens=8
+    )
+    assert ask(top_k=1) == greedy.choices[0].message.content != ask()
+
+
+def test_an_answer_may_fill_the_context_and_a_prompt_may_not(client: openai.OpenAI) -> None:
+    long = client.completions.create(model="base", prompt=[65] * 2040, temperature=0, max_tokens=5000)
+    assert long.usage is not None
+    assert long.usage.total_tokens == 2048
+    assert long.choices[0].finish_reason == "length"
+    with pytest.raises(openai.BadRequestError, match="has 2,048 tokens; with its answer it may have 2,048"):
+        client.completions.create(model="base", prompt=[65] * 2048)
+
+
+BAD = {
+    "model": ({"model": "none"}, openai.NotFoundError, "there is no model `none`"),
+    "unknown key": ({"extra_body": {"tempature": 1}}, openai.BadRequestError, "tempature: Extra inputs"),
+    "type": ({"temperature": "1"}, openai.BadRequestError, "temperature: Input should be a valid number"),
+    "range": ({"temperature": 3}, openai.BadRequestError, "less than or equal to 2"),
+    "not done here": ({"presence_penalty": 0.5}, openai.BadRequestError, "presence_penalty"),
+    "tools": ({"tools": [{"type": "function"}]}, openai.BadRequestError, "tools"),
+    "empty": ({"messages": []}, openai.BadRequestError, "messages"),
+    "last": (
+        {"messages": [{"role": "assistant", "content": "x"}]},
+        openai.BadRequestError,
+        "the last message must be the user's",
+    ),
+    "late system": (
+        {"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}] * 2},
+        openai.BadRequestError,
+        "the last message must be the user's",
+    ),
+    "system": (
+        {
+            "messages": [
+                {"role": "user", "content": "x"},
+                {"role": "system", "content": "y"},
+                {"role": "user", "content": "z"},
+            ]
+        },
+        openai.BadRequestError,
+        "a system message is only taken as the first one",
+    ),
+    "lonely": ({"top_logprobs": 2}, openai.BadRequestError, "`top_logprobs` is for `logprobs: true` only"),
+    "usage": (
+        {"stream_options": {"include_usage": True}},
+        openai.BadRequestError,
+        "`stream_options` is for `stream: true` only",
+    ),
+    "noncharacter": (
+        {"messages": [{"role": "user", "content": "a\ufdd0b"}]},
+        openai.BadRequestError,
+        "noncharacter",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_cannot_be_honoured_is_refused_in_openais_words(name: str, client: openai.OpenAI) -> None:
+    changes, kind, message = BAD[name]
+    request = {"model": "one", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, **changes}
+    with pytest.raises(kind) as refused:
+        client.chat.completions.create(**request)
+    assert message in refused.value.message
+    assert isinstance(refused.value.body, dict)
+    assert set(refused.value.body) == {"message", "type", "param", "code"}
+
+
+def test_the_wrong_token_is_an_authentication_error(there: Live) -> None:
+    stranger = openai.OpenAI(base_url=f"{there.url}/v1", api_key="wrong", max_retries=0)
+    with stranger, pytest.raises(openai.AuthenticationError):
+        stranger.models.list()
