@@ -31,6 +31,7 @@ def commit_folder(
     write: Callable[[Path], Mapping[str, str] | None],
     facts: Mapping[str, Any],
     num_bytes: int | None = None,
+    hint: str = "free space or fix the disk, then `lorafit train --resume` goes on from the last checkpoint",
 ) -> None:
     """Make `folder` hold exactly what `write(staging)` writes, all of it or nothing.
 
@@ -68,7 +69,7 @@ def commit_folder(
         raise RunError(
             f"cannot save `{folder.name}`: {reason or error}{needed}",
             place=str(getattr(error, "filename", None) or folder),
-            hint="free space or fix the disk, then `lorafit train --resume` goes on from the last checkpoint",
+            hint=hint,
         ) from error
     if faults := verify_folder(folder):
         _go_back(folder, staging, old, placed)

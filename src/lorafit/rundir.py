@@ -34,7 +34,7 @@ class RunDirectory:
 
     config.yaml (resolved, every key) · env.json · prompt.json · ledger.json · metrics.jsonl ·
     checkpoints/step-000200/ · adapter/ (the final PEFT folder) · samples.json · proof.json · rows.json · report.html ·
-    heartbeat.json (of several ranks, when one stood still)
+    heartbeat.json (of several ranks, when one stood still) · exports/
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,6 +53,7 @@ class RunDirectory:
         self.lock_file = path / "run.lock"
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
+        self.exports = path / "exports"
         self._held: BinaryIO | None = None
 
     @classmethod

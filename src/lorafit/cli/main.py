@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from lorafit import __version__
-from lorafit.cli import chat, config, generate, plan, report, runs, serve, sweep, train
+from lorafit.cli import chat, config, evaluate, export, generate, plan, report, runs, serve, sweep, train
 from lorafit.errors import LorafitError
 from lorafit.place import Place, ended_before, ended_for_good
 
@@ -31,6 +31,8 @@ app.command("generate")(generate.generate)
 app.command("report")(report.report)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
+app.command("export")(export.export)
+app.command("eval")(evaluate.evaluate)
 app.command("runs")(runs.runs)
 app.command("sweep")(sweep.sweep)
 app.command("config")(config.config)

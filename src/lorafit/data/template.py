@@ -239,6 +239,17 @@ class Renderer:
         """The ids after which the answer begins: of a row without its last answer, or of a conversation that
         ends in a user turn. Raises DataError if it cannot be rendered.
         """
+        text = self._prompt(source)
+        ids = next(self.tokenizer.encode_batch([text]))[0] if text else []
+        return [*self._bos(text), *ids]
+
+    def prompt_text(self, source: Row | Content | Sequence[Message]) -> tuple[str, str]:
+        """What `prompt_ids` are the ids of, by public names: (BOS where it goes before the text, the text)."""
+        text = self._prompt(source)
+        return (self.contract.bos or "") if self._bos(text) else "", self.tokenizer.public(text)
+
+    def _prompt(self, source: Row | Content | Sequence[Message]) -> str:
+        """The protected text after which the answer begins."""
         content = self._asked(source.content if isinstance(source, Row) else source)
         if fault := _reserved_in(content):
             raise DataError(fault, hint="remove that character")
@@ -252,10 +263,7 @@ class Renderer:
                 answered = dataclasses.replace(content, completion="answer")
             case Text():
                 answered = Text("answer")
-        segments = self._segments(answered)
-        text = self._joined(segments[:-1])
-        ids = next(self.tokenizer.encode_batch([text]))[0] if text else []
-        return [*self._bos(text), *ids]
+        return self._joined(self._segments(answered)[:-1])
 
     def _asked(self, source: Content | Sequence[Message]) -> Content:
         """The question in `source` as content: a conversation without its last answer, or an instruction."""

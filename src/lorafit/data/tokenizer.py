@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tokenizers import Tokenizer as RustTokenizer
 
@@ -52,8 +52,8 @@ class Tokenizer:
 
     Attributes: `bos` and `eos` (None where the model has none), `adds_bos` (whether texts start with BOS),
     `stop_ids` (the ids that end an answer according to the model), `control` (text to id of every special
-    token but the unknown one), `vocab_size`, `chat_template` (Jinja source or None), `sha256` (of the files
-    that decide tokenisation).
+    token but the unknown one), `unknown_id` (what stands for characters outside of the vocabulary, if there is
+    one), `vocab_size`, `chat_template` (Jinja source or None), `sha256` (of the files that decide tokenisation).
     """
 
     def __init__(
@@ -85,6 +85,8 @@ class Tokenizer:
         self._border_id = self._id(BORDER)
 
         self.control = {text: self._id(private) for text, private in self._private.items() if text != unknown}
+        unknown_id = self._rust.token_to_id(self._private.get(unknown, unknown)) if unknown else None
+        self.unknown_id: int | None = unknown_id
         self._control_ids = frozenset(self.control.values())
         self._protected: dict[str, str] = {}
         self._control_pattern = _either(self.control)
@@ -182,6 +184,13 @@ class Tokenizer:
     def stream_decoder(self) -> StreamDecoder:
         """A decoder to be fed the ids of one answer as they come."""
         return StreamDecoder(self)
+
+    @property
+    def blank(self) -> Literal["none", "first", "each"]:
+        """Where a blank is put before text: nowhere, before the start of a text, or after control tokens too."""
+        if self._prefix is None:
+            return "none"
+        return "first" if self._prefix.first_only else "each"
 
     def _id(self, token: str) -> int:
         number = self._rust.token_to_id(token)

@@ -1,0 +1,75 @@
+"""`lorafit export`: what was trained, for other programs; read back and compared before it counts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+
+def export(
+    run: Annotated[str, typer.Argument(help="Run directory.")],
+    kind: Annotated[
+        Literal["adapter", "merged", "gguf", "gguf-lora", "ollama"],
+        typer.Argument(
+            help="PEFT adapter, merged model for transformers, GGUF for llama.cpp, the adapter alone in GGUF, or a "
+            "folder for `ollama create`."
+        ),
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option(help="Folder to write; by default in the run's exports/.", show_default=False),
+    ] = None,
+    type_name: Annotated[
+        str | None,
+        typer.Option(
+            "--type",
+            help="merged: auto (the base's), f32, bf16, f16. gguf, ollama: q8_0 (default), q4_0, f16, bf16, f32.",
+            show_default=False,
+        ),
+    ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Upload to the hub too, privately.", show_default=False),
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: everybody may see it.")] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not compare the export with the adapter; it is marked so.")
+    ] = False,
+    offline: Annotated[bool, typer.Option("--offline", help="Never open a connection.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object: path, files, parity.")] = False,
+) -> None:
+    """Export a run and prove that the export answers like the adapter.
+
+    lorafit export runs/demo merged
+
+    lorafit export runs/demo gguf --type q4_0 --output demo-gguf
+    """
+    import json
+
+    from lorafit.errors import ConfigError
+
+    if public and push is None:
+        raise ConfigError("--public says who may see a --push", hint="add --push OWNER/NAME")
+    if push is not None and offline:
+        raise ConfigError("--push needs a connection", hint="leave --offline out")
+
+    from lorafit.export.run import export_run
+
+    done = export_run(run, kind, output=output, type_name=type_name, verify=not no_verify, offline=offline)
+    result = done.parity
+    if result["verified"]:
+        typer.echo(
+            f"verified by {result['program']}: {result['prompts']} prompts, same text, tokens and ends; logits within "
+            f"{result['largest_logit_difference']:.2g} (bound {result['bound']:.2g})",
+            err=True,
+        )
+    else:
+        typer.echo(f"warning: not verified: {result['why']}", err=True)
+    summary = done.as_dict()
+    if push is not None:
+        from lorafit.export.push import push as push_folder
+
+        summary["pushed"] = push_folder(done.path, push, private=not public)
+        typer.echo(f"pushed to {summary['pushed']}", err=True)
+    typer.echo(json.dumps(summary) if as_json else str(done.path))

@@ -1,0 +1,1 @@
+"""Taking what was trained elsewhere: adapter, merged model, GGUF and Ollama folders, each read back and compared."""

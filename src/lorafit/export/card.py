@@ -1,0 +1,226 @@
+"""README.md of an export: where it comes from, what it was trained on and how, what came of it, how to ask it.
+
+Written from the run's files. It holds no row of the data, no secret and no path of the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import yaml
+
+from lorafit import __version__
+from lorafit.data.ledger import Ledger
+from lorafit.export.source import Source
+from lorafit.hub import token
+from lorafit.observe.record import read_metrics
+
+FILE = "README.md"
+MOST_ROWS = 10
+_BARS = "▁▂▃▄▅▆▇█"
+_SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+_SECRET = re.compile(r"\b(?:hf|sk|ghp|gho|glpat|xox[abp]|AKIA)[_-]?[A-Za-z0-9_-]{12,}")
+_LOGIN = re.compile(r"(?<=://)[^/\s@]+@")
+_LIBRARIES = {
+    "adapter": "peft",
+    "merged": "transformers",
+    "gguf": "gguf",
+    "gguf-lora": "gguf",
+    "ollama": "gguf",
+}
+_TITLES = {
+    "adapter": "LoRA adapter",
+    "merged": "merged model",
+    "gguf": "GGUF",
+    "gguf-lora": "LoRA adapter in GGUF",
+    "ollama": "model for Ollama",
+}
+
+
+def card(source: Source, kind: str, type_name: str, files: Sequence[str], parity: Mapping[str, Any]) -> str:
+    """The model card of an export of `kind`, whose weights are `type_name`, in `files`."""
+    header: dict[str, Any] = {"library_name": _LIBRARIES[kind], "tags": ["lora", "lorafit"]}
+    if source.base.revision is not None:
+        header["base_model"] = source.base_name
+        header["base_model_relation"] = "adapter" if "lora" in kind or kind == "adapter" else "finetune"
+    front = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
+    revision = f" at `{source.base.revision}`" if source.base.revision else ""
+    parts = [
+        f"---\n{front}---\n\n# {source.name}",
+        f"A {_TITLES[kind]} ({type_name}) of `{source.base_name}`{revision}, fine-tuned with LoRA by lorafit "
+        f"{__version__}.",
+        f"## How to ask it\n\n{_usage(source, kind, files)}",
+        f"## Prompt\n\n{_prompt(source)}",
+        f"## Data\n\n{_data(source)}",
+        f"## Recipe\n\n{_recipe(source)}",
+        f"## Results\n\n{_results(source)}",
+        f"## Is it the adapter that was trained?\n\n{_parity(parity)}",
+        "## Licence\n\n"
+        f"The licence of the base model, `{source.base_name}`, applies to this export too: it is derived from it. "
+        "Whether the data's licence allows what is planned is for whoever publishes this to say: lorafit does not "
+        "know it. State it as `license:` in the header of this file.",
+    ]
+    return redacted("\n\n".join(parts) + "\n")
+
+
+def redacted(text: str) -> str:
+    """`text` without tokens, passwords and the names of this machine's home and working folders."""
+    secrets = {value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 6}
+    secrets |= {known} if (known := token()) else set()
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, "[secret]")
+    text = _LOGIN.sub("", _SECRET.sub("[secret]", text))
+    for folder in sorted({str(Path.cwd()), str(Path.home())} - {"/"}, key=len, reverse=True):
+        text = text.replace(folder + os.sep, "").replace(folder, "")
+    return text
+
+
+def nameless(word: str) -> str:
+    """A word of a command or config in which an absolute path, also after `=`, has become its last part."""
+    key, equals, value = word.rpartition("=")
+    path = PureWindowsPath(value) if re.match(r"[A-Za-z]:[\\/]", value) else PurePosixPath(value)
+    is_local = path.is_absolute() or value.startswith(("~", "../"))
+    return f"{key}{equals}{path.name or '.'}" if is_local else word
+
+
+def _usage(source: Source, kind: str, files: Sequence[str]) -> str:
+    base = source.base_name
+    gguf = next((file for file in files if file.endswith(".gguf")), "")
+    text = {
+        "adapter": (
+            "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer, "
+            f'GenerationConfig\n\nfolder = "."\nmodel = AutoModelForCausalLM.from_pretrained("{base}")\n'
+            "model = PeftModel.from_pretrained(model, folder)\n"
+            "model.generation_config = GenerationConfig.from_pretrained(folder)  # its stop tokens\n"
+            "tokenizer = AutoTokenizer.from_pretrained(folder)  # its chat template\n```"
+        ),
+        "merged": (
+            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'model = AutoModelForCausalLM.from_pretrained(".")\ntokenizer = AutoTokenizer.from_pretrained(".")\n```'
+        ),
+        "gguf": f"```bash\nllama-cli -m {gguf} --jinja -cnv\n```",
+        "gguf-lora": f"```bash\nllama-cli -m BASE.gguf --lora {gguf} --jinja -cnv\n```\n\n"
+        f"`BASE.gguf` is `{base}` in GGUF.",
+        "ollama": f"```bash\nollama create {source.name.lower()} -f Modelfile\nollama run {source.name.lower()}\n```",
+    }[kind]
+    if kind in ("adapter", "merged"):
+        text += (
+            "\n\n```python\n"
+            'messages = [{"role": "user", "content": "..."}]\n'
+            'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", '
+            "return_dict=True)\nanswer = model.generate(**inputs, max_new_tokens=256)[0]\n"
+            'print(tokenizer.decode(answer[inputs["input_ids"].shape[1]:], skip_special_tokens=True))\n```'
+        )
+    return text
+
+
+def _prompt(source: Source) -> str:
+    contract, tokenizer = source.contract, source.renderer.tokenizer
+    stops = ", ".join(f"`{tokenizer.decode([token])}` ({token})" for token in contract.stop_ids) or "none"
+    rows = [
+        ["template", contract.template],
+        ["system prompt", json.dumps(contract.system, ensure_ascii=False) if contract.system else "none"],
+        ["begins with", f"`{contract.bos}`" if contract.add_bos else "no BOS"],
+        ["ends an answer", stops],
+        ["trained on", "the answers" if contract.train_on == "response" else "the whole text"],
+        ["longest row", f"{contract.max_length:,} tokens"],
+        ["contract", f"`prompt.json`, SHA-256 {contract.hash[:16]}"],
+    ]
+    return _table(["", ""], rows)
+
+
+def _data(source: Source) -> str:
+    paths = ", ".join(f"`{nameless(path)}`" for path in source.config.data.path)
+    ledger = Ledger.from_json(source.run.read_json(source.run.ledger_file))
+    return f"{paths}\n\n```text\n" + "\n".join(ledger.lines()) + "\n```"
+
+
+def _recipe(source: Source) -> str:
+    config = source.config.model_dump(mode="json")
+    kept = {
+        section: {key: _nameless(value) for key, value in config[section].items() if value is not None}
+        for section in ("model", "lora", "data", "train")
+    }
+    text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=100)
+    command = str(source.run.read_json(source.run.env_file).get("command", ""))
+    try:
+        command = shlex.join(map(nameless, shlex.split(command)))
+    except ValueError:  # not a shell's line; nothing is shown rather than half of it
+        command = ""
+    shown = f"```bash\n{command}\n```\n\n" if command else ""
+    return f"{shown}Every key, as the run resolved it:\n\n```yaml\n{text}```"
+
+
+def _nameless(value: Any) -> Any:
+    if isinstance(value, str):
+        return nameless(value)
+    return [_nameless(item) for item in value] if isinstance(value, list) else value
+
+
+def _results(source: Source) -> str:
+    events = read_metrics(source.run.metrics_file) if source.run.metrics_file.is_file() else []
+    steps = [event for event in events if event.get("event") == "step" and event.get("loss") is not None]
+    heldout = [event for event in events if event.get("event") == "heldout"]
+    lines = []
+    base = next((event["base_loss"] for event in reversed(heldout) if event.get("base_loss")), None)
+    best = min((event["loss"] for event in heldout if event.get("loss") is not None), default=None)
+    if best is not None:
+        before = f" (base {base:.4f})" if base is not None else ""
+        lines.append(
+            f"Lowest loss on held-out rows: {best:.4f}{before}. The adapter is that of step {source.step}."
+        )
+    if steps:
+        every = max(1, -(-len(steps) // 60))
+        means = [
+            _mean([step["loss"] for step in steps[at : at + every]]) for at in range(0, len(steps), every)
+        ]
+        lines.append(f"Training loss, each bar the mean of {every} steps:\n\n`{_curve(means)}`")
+        held = {event["step"]: event["loss"] for event in heldout}
+        shown = sorted({*_thinned([step["step"] for step in steps]), *_thinned(list(held))})
+        losses = {step["step"]: step["loss"] for step in steps}
+        rows = [[str(step), _number(losses.get(step)), _number(held.get(step))] for step in shown]
+        lines.append(_table(["step", "loss", "held-out loss"], rows))
+    return "\n\n".join(lines) or "Nothing was measured."
+
+
+def _parity(parity: Mapping[str, Any]) -> str:
+    if not parity["verified"]:
+        return f"Not verified: {parity['why']}."
+    return (
+        f"Read back in a fresh process by {parity['program']} and compared with the adapter as it was trained, on "
+        f"{parity['prompts']} prompts: same text, same token ids, same ends; {parity['same_greedy_answers']} of "
+        f"{parity['prompts']} greedy answers equal to the token; logits within "
+        f"{parity['largest_logit_difference']:.2g} (bound {parity['bound']:.2g}; they span "
+        f"{parity['logit_spread']:.3g}). `parity.json` has the numbers."
+    )
+
+
+def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    lines = [headers, ["---"] * len(headers), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _curve(values: Sequence[float]) -> str:
+    low, high = min(values), max(values)
+    scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BARS[round((value - low) * scale)] for value in values)
+
+
+def _thinned(steps: Sequence[int]) -> list[int]:
+    every = max(1, -(-len(steps) // MOST_ROWS))
+    return [*steps[::every], *steps[-1:]]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

@@ -1,0 +1,183 @@
+"""GGUF files for llama.cpp and what is built on it: the merged model, or the adapter alone for a base already there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from lorafit.errors import ModelError
+from lorafit.export.gguf_types import byte_shape, file_type, stored, tensor_type
+from lorafit.export.gguf_vocabulary import Vocabulary, vocabulary
+from lorafit.export.prompt import chat_template
+from lorafit.export.source import Source
+from lorafit.model.architecture import Architecture, Rope
+from lorafit.model.llama import inverse_frequencies
+
+_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
+
+
+def write_gguf(
+    source: Source, path: Path, kind: str, progress: Callable[[int, int], None], *, merged: bool = True
+) -> None:
+    """Write the merged model (or, not `merged`, the base) as one file of type `kind`, a tensor at a time.
+
+    Raises OSError, and ModelError for a network or tokenizer that llama.cpp has no counterpart of.
+    """
+    arch = source.arch
+    if arch.model_type == "qwen3" and arch.qkv_bias:
+        raise ModelError("llama.cpp's qwen3 has no attention biases", place=str(source.base.path))
+    writer = gguf.GGUFWriter(path, _ARCHITECTURES[arch.model_type])
+    try:
+        writer.add_type("model")
+        writer.add_name(source.name)
+        writer.add_file_type(file_type(kind))
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        _add_shape(writer, arch)
+        _add_tokenizer(
+            writer, source, vocabulary(source.base.path, source.renderer.tokenizer, arch.vocab_size)
+        )
+        extra = {"rope_freqs.weight": _rope_factors(arch)} if arch.rope.kind == "llama3" else {}
+        for name, factors in extra.items():
+            writer.add_tensor_info(name, factors.shape, factors.dtype, factors.nbytes)
+        for name, weight in source.weights.items():
+            dtype = tensor_type(kind, name, weight.shape)
+            shape, element, num_bytes = byte_shape(weight.shape, dtype)
+            writer.add_tensor_info(gguf_name(name), shape, np.dtype(element), num_bytes, raw_dtype=dtype)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for factors in extra.values():
+            writer.write_tensor_data(factors)
+        for done, (name, weight) in enumerate(source.weights.items(), 1):
+            tensor = permuted(source.tensor(name, merged=merged), name, arch)
+            writer.write_tensor_data(stored(tensor, tensor_type(kind, name, weight.shape)))
+            progress(done, len(source.weights))
+    finally:
+        writer.close()
+
+
+def write_lora(source: Source, path: Path) -> None:
+    """Write the adapter alone, float32, for `llama-cli --lora` and the like. Raises OSError."""
+    arch = source.arch
+    writer = gguf.GGUFWriter(path, _ARCHITECTURES[arch.model_type])
+    try:
+        writer.add_type("adapter")
+        writer.add_name(source.name)
+        writer.add_string("adapter.type", "lora")
+        # llama.cpp divides by the rank
+        writer.add_float32("adapter.lora.alpha", source.spec.scale * source.spec.rank)
+        for name in source.weights:
+            if name in source.adapted:
+                a, b = source.factors(name)
+                b = permuted(b, name, arch)
+                writer.add_tensor(f"{gguf_name(name)}.lora_a", a.contiguous().numpy())
+                writer.add_tensor(f"{gguf_name(name)}.lora_b", b.contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of a weight."""
+    if match := _LAYER.fullmatch(name):
+        return f"blk.{match[1]}.{_NAMES[match[2]]}.{match[3]}"
+    module, _, part = name.rpartition(".")
+    return f"{_NAMES[module]}.{part}"
+
+
+def permuted(weight: Tensor, name: str, arch: Architecture) -> Tensor:
+    """A weight, bias or B of a q or k projection in the row order of llama.cpp's `llama`, anything else as it is.
+
+    Hugging Face turns the halves of a head against each other, llama.cpp neighbouring rows; qwen's is not changed.
+    """
+    module = name.rpartition(".")[0]
+    if _ARCHITECTURES[arch.model_type] != "llama" or not module.endswith((".q_proj", ".k_proj")):
+        return weight
+    heads = arch.num_attention_heads if module.endswith(".q_proj") else arch.num_key_value_heads
+    rows = weight.unflatten(0, (heads, 2, arch.head_dim // 2))
+    turned: Tensor = rows.transpose(1, 2).flatten(0, 2)
+    return turned
+
+
+def context_length(arch: Architecture) -> int:
+    """Tokens up to which llama.cpp, which gives these networks no sliding window, computes the same."""
+    return min([arch.max_position_embeddings, *(window for window in arch.windows if window is not None)])
+
+
+def _add_shape(writer: gguf.GGUFWriter, arch: Architecture) -> None:
+    writer.add_context_length(context_length(arch))
+    writer.add_embedding_length(arch.hidden_size)
+    writer.add_block_count(arch.num_hidden_layers)
+    writer.add_feed_forward_length(arch.intermediate_size)
+    writer.add_head_count(arch.num_attention_heads)
+    writer.add_head_count_kv(arch.num_key_value_heads)
+    writer.add_key_length(arch.head_dim)
+    writer.add_value_length(arch.head_dim)
+    writer.add_layer_norm_rms_eps(arch.rms_norm_eps)
+    writer.add_rope_dimension_count(arch.head_dim)
+    writer.add_rope_freq_base(arch.rope.theta)
+    writer.add_vocab_size(arch.vocab_size)
+    if arch.rope.kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(arch.rope.factor)
+
+
+def _rope_factors(arch: Architecture) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    """What each frequency is divided by, float32 (head_dim / 2,)."""
+    plain = inverse_frequencies(Rope(theta=arch.rope.theta), arch.head_dim)
+    factors = plain.double() / inverse_frequencies(arch.rope, arch.head_dim).double()
+    return factors.to(torch.float32).numpy()
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, source: Source, vocab: Vocabulary) -> None:
+    contract = source.contract
+    writer.add_tokenizer_model(vocab.model)
+    writer.add_tokenizer_pre(vocab.pre)
+    writer.add_token_list(vocab.tokens)
+    writer.add_token_types(vocab.kinds)
+    if vocab.scores:
+        writer.add_token_scores(vocab.scores)
+    if vocab.merges:
+        writer.add_token_merges(vocab.merges)
+    writer.add_add_space_prefix(vocab.add_space_prefix)
+    writer.add_add_bos_token(contract.add_bos)
+    writer.add_add_eos_token(False)
+    if vocab.nfc:
+        writer.add_bool("tokenizer.ggml.normalizer.nfc", True)
+    if contract.bos_id is not None:
+        writer.add_bos_token_id(contract.bos_id)
+    ends = [contract.eos_id, *contract.stop_ids] if contract.eos_id is not None else contract.stop_ids
+    ends = list(dict.fromkeys(ends))
+    if len(ends) > 3:
+        raise ModelError(
+            f"the adapter ends on {len(ends)} tokens, a GGUF file names three", place="generation_config.json"
+        )
+    keys = (writer.add_eos_token_id, writer.add_eot_token_id, writer.add_eom_token_id)
+    for add, token in zip(keys, ends, strict=False):
+        add(token)
+    writer.add_chat_template(chat_template(source.renderer))

@@ -1,0 +1,162 @@
+"""llama.cpp, through the Python package that is there: prompts, tokens, probabilities and ends of a GGUF file.
+
+Imported in the process that reads an export back, never by the program itself. Two packages are known:
+`llama-cpp-python`, which most people have and which is compiled when it is installed, and `xllamacpp`, llama.cpp's own
+server in a wheel (extra `gguf`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import secrets
+import urllib.request
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from numpy.typing import NDArray
+
+MODULES = ("llama_cpp", "xllamacpp")
+_FORCED = 1e4  # a bias of the logits that no other token comes near
+
+
+class Program(Protocol):
+    """A loaded GGUF file."""
+
+    name: str
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt of a conversation by the template in the file."""
+        ...
+
+    def tokenize(self, text: str) -> list[int]:
+        """The ids of a rendered prompt, with whatever the program puts before it."""
+        ...
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Logits of the token after `ids`, up to a constant, (vocab_size,)."""
+        ...
+
+    def ends(self, token: int) -> bool:
+        """Whether the program stops at this token."""
+        ...
+
+
+def installed() -> str | None:
+    """The module of the package to use, None where neither is installed."""
+    return next((module for module in MODULES if importlib.util.find_spec(module)), None)
+
+
+def open_program(module: str, path: Path, lora: Path | None, length: int, threads: int) -> Program:
+    """The GGUF file `path`, with an adapter on it, for texts of up to `length` tokens, on the CPU."""
+    return (_Bindings if module == "llama_cpp" else _Server)(path, lora, length, threads)
+
+
+class _Server:
+    """llama.cpp's server, inside this process, behind a random key on the loopback interface.
+
+    Its HTTP interface: https://github.com/ggml-org/llama.cpp/tree/master/tools/server
+    """
+
+    def __init__(self, path: Path, lora: Path | None, length: int, threads: int) -> None:
+        import xllamacpp
+
+        self.name = f"llama.cpp (xllamacpp {version('xllamacpp')})"
+        self._key = secrets.token_hex(16)
+        wanted = xllamacpp.CommonParams()
+        wanted.model.path = str(path)
+        wanted.api_keys = [self._key]
+        wanted.n_ctx = wanted.n_batch = wanted.n_ubatch = max(length + 8, 64)
+        wanted.n_parallel = 1
+        wanted.n_gpu_layers = 0
+        wanted.fit_params = False
+        wanted.cpuparams.n_threads = wanted.cpuparams_batch.n_threads = threads
+        wanted.cache_type_k = wanted.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        wanted.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if lora is not None:
+            wanted.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
+        self._server = xllamacpp.Server(wanted)
+        self._size = int(self._ask("/v1/models")["data"][0]["meta"]["n_vocab"])
+        self._letter = self.tokenize("a")[-1]
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        return str(self._ask("/apply-template", messages=messages)["prompt"])
+
+    def tokenize(self, text: str) -> list[int]:
+        asked = {"content": text, "add_special": True, "parse_special": True}
+        return [int(token) for token in self._ask("/tokenize", **asked)["tokens"]]
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        # The server is silent on the likeliest token where it ends an answer or is a part of a character. What it is
+        # made to choose does not change the probabilities that it reports: those are from before the choice.
+        answer = self._complete(ids, n_predict=1, n_probs=self._size, logit_bias=[[self._letter, _FORCED]])
+        found = np.full(self._size, -np.inf, np.float32)
+        for entry in answer["completion_probabilities"][0]["top_logprobs"]:
+            found[entry["id"]] = entry["logprob"]
+        return found
+
+    def ends(self, token: int) -> bool:
+        answer = self._complete([token], n_predict=2, logit_bias=[[token, _FORCED]])
+        return bool(answer["stop_type"] == "eos")
+
+    def _complete(self, ids: Sequence[int], **settings: Any) -> dict[str, Any]:
+        settings |= {"temperature": 0, "samplers": ["temperature"], "cache_prompt": True}
+        return self._ask("/completion", prompt=list(ids), **settings)
+
+    def _ask(self, path: str, **body: Any) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
+        data = json.dumps(body).encode() if body else None
+        request = urllib.request.Request(self._server.listening_address + path, data, headers)  # noqa: S310
+        with urllib.request.urlopen(request) as answer:  # noqa: S310 (http to this very process)
+            found = json.loads(answer.read())
+        assert isinstance(found, dict)
+        return found
+
+
+class _Bindings:
+    """llama-cpp-python's `Llama`."""
+
+    def __init__(self, path: Path, lora: Path | None, length: int, threads: int) -> None:
+        import llama_cpp
+
+        self.name = f"llama.cpp (llama-cpp-python {version('llama-cpp-python')})"
+        self._low: Any = llama_cpp
+        self._llama: Any = llama_cpp.Llama(
+            str(path),
+            lora_path=str(lora) if lora else None,
+            n_ctx=length,
+            n_batch=length,
+            n_ubatch=length,
+            n_threads=threads,
+            n_gpu_layers=0,
+            type_k=llama_cpp.GGML_TYPE_F32,
+            type_v=llama_cpp.GGML_TYPE_F32,
+            logits_all=True,
+            verbose=False,
+        )
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """As its Jinja2ChatFormatter does."""
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        template = environment.from_string(self._llama.metadata["tokenizer.chat_template"])
+        bos, eos = (
+            self._llama.detokenize([token], special=True).decode() if token >= 0 else ""
+            for token in (self._llama.token_bos(), self._llama.token_eos())
+        )
+        return template.render(messages=messages, add_generation_prompt=True, bos_token=bos, eos_token=eos)
+
+    def tokenize(self, text: str) -> list[int]:
+        return list(self._llama.tokenize(text.encode(), add_bos=False, special=True))
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        self._llama.reset()
+        self._llama.eval(list(ids))
+        return np.array(self._llama.scores[len(ids) - 1], np.float32)
+
+    def ends(self, token: int) -> bool:
+        vocab = self._low.llama_model_get_vocab(self._llama.model)
+        return bool(self._low.llama_vocab_is_eog(vocab, token))

@@ -1,0 +1,163 @@
+"""The adapter merged into its 16- or 32-bit base, as a Hugging Face model folder, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafit.export.prompt import chat_template
+from lorafit.export.source import Source
+from lorafit.model.weights import INDEX, SINGLE
+
+MAX_SHARD = 5_000_000_000  # bytes, as transformers cuts
+TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_TOKENIZER_FILES = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One weight file: its name, and the weights in it in their order."""
+
+    file: str
+    names: Sequence[str]
+
+
+def merged_type(source: Source, asked: str) -> torch.dtype:
+    """The type to merge into: `asked` (f32, bf16, f16), or with `auto` the base's own."""
+    if asked == "auto":
+        return torch.float32 if source.dtype == torch.float64 else source.dtype
+    return TYPES[asked]
+
+
+def write_merged(
+    source: Source,
+    staging: Path,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None],
+    max_shard: int = MAX_SHARD,
+) -> dict[str, str]:
+    """Write weights, index, config, generation config and tokenizer; the SHA-256 of each weight file as it was made.
+
+    Sums are formed in float32 and rounded once. Raises OSError.
+    """
+    shards = plan_shards(source, dtype, max_shard)
+    total = sum(_num_bytes(source, name, dtype) for name in source.weights)
+    done = 0
+    sums = {}
+    for shard in shards:
+
+        def tell(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            progress(done, total)
+
+        sums[shard.file] = _write_shard(source, staging / shard.file, shard.names, dtype, tell)
+    if len(shards) > 1:
+        where = {name: shard.file for shard in shards for name in shard.names}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        _write_json(staging / INDEX, index)
+    config = _read_json(source.base.path / "config.json")
+    config.pop("dtype", None)
+    config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    _write_json(staging / "config.json", config)
+    _write_json(staging / "generation_config.json", generation_config(source))
+    write_tokenizer(source, staging)
+    return sums
+
+
+def plan_shards(source: Source, dtype: torch.dtype, max_shard: int) -> list[Shard]:
+    """The weight files to write, each at most `max_shard` bytes unless one tensor alone is more."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name in source.weights:
+        num_bytes = _num_bytes(source, name, dtype)
+        if groups[-1] and size + num_bytes > max_shard:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += num_bytes
+    if len(groups) == 1:
+        return [Shard(SINGLE, groups[0])]
+    count = len(groups)
+    return [
+        Shard(f"model-{number:05}-of-{count:05}.safetensors", names) for number, names in enumerate(groups, 1)
+    ]
+
+
+def generation_config(source: Source) -> dict[str, Any]:
+    """The base's generation config, with the stop tokens that the adapter was trained to end on."""
+    config = _read_json(source.base.path / "generation_config.json")
+    config.pop("_from_model_config", None)  # else transformers makes it anew, with the base's stop token
+    stops = list(source.contract.stop_ids)
+    if stops:
+        config["eos_token_id"] = stops if len(stops) > 1 else stops[0]
+        config.setdefault("pad_token_id", stops[0])
+    if source.contract.bos_id is not None:
+        config["bos_token_id"] = source.contract.bos_id
+    return config
+
+
+def write_tokenizer(source: Source, staging: Path) -> None:
+    """The base's tokenizer, with the chat template that renders what the adapter was trained on. Raises OSError."""
+    for name in _TOKENIZER_FILES:
+        if (source.base.path / name).is_file():
+            (staging / name).write_bytes((source.base.path / name).read_bytes())
+    config = _read_json(source.base.path / "tokenizer_config.json")
+    config["chat_template"] = chat_template(source.renderer)
+    _write_json(staging / "tokenizer_config.json", config)
+
+
+def _write_shard(
+    source: Source, path: Path, names: Sequence[str], dtype: torch.dtype, tell: Callable[[int], None]
+) -> str:
+    """A safetensors file (https://github.com/huggingface/safetensors#format), written tensor by tensor; its SHA-256.
+
+    The library's own writers want all tensors of a file in memory.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        start, end = end, end + _num_bytes(source, name, dtype)
+        shape = list(source.weights[name].shape)
+        header[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for content in (len(text).to_bytes(8, "little"), text):
+            file.write(content)
+            digest.update(content)
+        for name in names:
+            numbers = _bytes(source.tensor(name).to(dtype))
+            file.write(numbers)
+            digest.update(numbers)
+            tell(numbers.nbytes)
+    return digest.hexdigest()
+
+
+def _num_bytes(source: Source, name: str, dtype: torch.dtype) -> int:
+    return torch.Size(source.weights[name].shape).numel() * dtype.itemsize
+
+
+def _bytes(tensor: Tensor) -> memoryview[int]:
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    value = json.loads(path.read_text(encoding="utf-8"))
+    assert isinstance(value, dict)
+    return value
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

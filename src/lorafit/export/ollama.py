@@ -1,0 +1,123 @@
+"""A folder for `ollama create`: a Modelfile made from the prompt contract, to lie beside the GGUF file.
+
+Ollama renders prompts by a template in Go's syntax, and puts BOS before them itself. The template is made by asking
+the contract: what stands around the system prompt, the question and the answer of one turn is copied as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lorafit.data.formats import Chat, Message, Row
+from lorafit.data.formats import Instruction as InstructionRow
+from lorafit.data.template import Renderer
+from lorafit.errors import DataError, ModelError
+from lorafit.export.prompt import written_prompt
+from lorafit.export.reference import Prompt
+from lorafit.export.source import Source
+
+FILE, MODEL = "Modelfile", "model.gguf"
+_SYSTEM, _QUESTION, _ANSWER = "the-system-prompt", "the-question", "the-answer"
+_QUOTES = '"""'
+_ACTION = re.compile(r"\{\{ (.*?) \}\}", re.DOTALL)
+
+
+def write_modelfile(source: Source, staging: Path) -> None:
+    """Write the Modelfile. Raises OSError, and ModelError where a prompt cannot be cut at its question."""
+    renderer, contract = source.renderer, source.contract
+    lines = [f"FROM ./{MODEL}", f"TEMPLATE {_QUOTES}{go_template(renderer)}{_QUOTES}"]
+    if contract.system and _QUOTES not in contract.system and not contract.system.endswith('"'):
+        lines.append(f"SYSTEM {_QUOTES}{contract.system}{_QUOTES}")
+    for token in contract.stop_ids:
+        lines.append(f"PARAMETER stop {json.dumps(renderer.tokenizer.decode([token]), ensure_ascii=False)}")
+    (staging / FILE).write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+
+
+def go_template(renderer: Renderer) -> str:
+    """The template of one turn; Ollama lays turns one after the other."""
+    before, end = _cut(_prompt(renderer, [Message("user", _QUESTION)]), _QUESTION)
+    opening = _go(before)
+    try:
+        asked = _prompt(renderer, [Message("system", _SYSTEM), Message("user", _QUESTION)])
+        before_system, rest = _cut(asked, _SYSTEM)
+        between, same_end = _cut(rest, _QUESTION)
+        if same_end == end:
+            with_system = f"{_go(before_system)}{{{{ .System }}}}{_go(between)}"
+            opening = f"{{{{ if .System }}}}{with_system}{{{{ else }}}}{opening}{{{{ end }}}}"
+    except DataError:  # a chat template that takes no system prompt
+        pass
+    _, closing = _cut(_answered(renderer), _ANSWER)
+    return f"{opening}{{{{ .Prompt }}}}{_go(end)}{{{{ .Response }}}}{_go(closing)}"
+
+
+def check_modelfile(source: Source, prompts: Sequence[Prompt], folder: Path) -> list[str]:
+    """In what the Modelfile as it was written renders otherwise than the contract, or does not stop."""
+    text = (folder / FILE).read_text(encoding="utf-8")
+    template = re.search(r'^TEMPLATE """(.*?)"""$', text, re.MULTILINE | re.DOTALL)
+    system = re.search(r'^SYSTEM """(.*?)"""$', text, re.MULTILINE | re.DOTALL)
+    if template is None:
+        return ["the Modelfile has no template"]
+    faults = []
+    stops = [json.loads(stop) for stop in re.findall(r"^PARAMETER stop (.*)$", text, re.MULTILINE)]
+    for token in source.contract.stop_ids:
+        if (name := source.renderer.tokenizer.decode([token])) not in stops:
+            faults.append(f"the stop token {name!r} is not among the Modelfile's")
+    bos = (source.contract.bos or "") if source.contract.add_bos else ""
+    for number, prompt in enumerate(prompts, 1):
+        question = prompt.messages[-1].content
+        if (made := bos + render_go(template[1], system[1] if system else "", question)) != prompt.text:
+            faults.append(f"prompt {number} is rendered otherwise by the Modelfile: {made!r}")
+    return faults
+
+
+def render_go(template: str, system: str, question: str) -> str:
+    """What Ollama makes of a question, up to where the answer begins: the few actions that `go_template` writes."""
+    out, shown, at = [], True, 0
+    for action in _ACTION.finditer(template):
+        if shown:
+            out.append(template[at : action.start()])
+        at = action.end()
+        match action[1]:
+            case "if .System":
+                shown = bool(system)
+            case "else":
+                shown = not shown
+            case "end":
+                shown = True
+            case ".Response":
+                break
+            case ".System" | ".Prompt" | _ as name:
+                values = {".System": system, ".Prompt": question}
+                out.append((values[name] if name in values else json.loads(name)) if shown else "")
+    return "".join(out)
+
+
+def _prompt(renderer: Renderer, messages: Sequence[Message]) -> str:
+    """The written prompt without the BOS that Ollama adds."""
+    text = written_prompt(renderer, messages)
+    return text.removeprefix(renderer.contract.bos or "") if renderer.contract.add_bos else text
+
+
+def _answered(renderer: Renderer) -> str:
+    """A whole turn, question and answer, as it was trained."""
+    content = (
+        Chat((Message("user", _QUESTION), Message("assistant", _ANSWER)))
+        if renderer.contract.template == "chat"
+        else InstructionRow(_QUESTION, "", _ANSWER)
+    )
+    return "".join(span.text for span in renderer.text(Row(0, "", content)))
+
+
+def _cut(text: str, hole: str) -> tuple[str, str]:
+    if text.count(hole) != 1:
+        raise ModelError("the chat template does not show each message once: Ollama has no counterpart of it")
+    before, _, after = text.partition(hole)
+    return before, after
+
+
+def _go(text: str) -> str:
+    """Text that neither Go's template language nor the Modelfile takes for its own."""
+    return text.replace("{{", '{{ "{{" }}').replace(_QUOTES, r'{{ "\"\"\"" }}')

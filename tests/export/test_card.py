@@ -1,0 +1,105 @@
+"""The model card says what the run's files say, and nothing of the machine, its user or the rows."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from tests.export.made import make_run, source_of
+
+from lorafit.export.card import card, nameless, redacted
+from lorafit.export.run import TYPES, export_run
+from lorafit.observe.record import read_metrics
+
+SECRETS = {
+    "HF_TOKEN": "hf_canaryCANARYcanary1234",
+    "WANDB_API_KEY": "canary-wandb-0123456789",
+    "MY_PASSWORD": "correct horse battery",
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("canary-folder")
+    made = make_run(folder, train__max_steps=30, train__eval_every=10, data__system="Be kind.")
+    env = json.loads((made / "env.json").read_text())
+    env["command"] = (
+        f"lorafit train --model {folder / 'model'} --data={folder / 'rows.json'} train.max_steps=30 "
+        "run.output=/home/canary-user/runs/x hf_canaryCANARYcanary1234 https://u:canary-pw@example.org/m"
+    )
+    (made / "env.json").write_text(json.dumps(env))
+    return made
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_card_tells_the_run(run: Path, kind: str) -> None:
+    source = source_of(run)
+    text = card(source, kind, TYPES[kind][0], ["x.gguf"], {"verified": False, "why": "a reason"})
+    header = yaml.safe_load(text.split("---\n")[1])
+    assert "lora" in header["tags"]
+    assert "base_model" not in header  # a folder here is no model of the hub
+    for told in ("`model`", "contract", "`</s>` (257)", '"Be kind."', "Not verified: a reason.", "rank: 4"):
+        assert told in text
+    assert "40 = 36 trained + 4 held out + 0 dropped" in text
+    assert "lorafit train --model model --data=rows.json train.max_steps=30" in text
+    heldout = [event for event in read_metrics(run / "metrics.jsonl") if event["event"] == "heldout"]
+    for event in heldout:
+        assert f"| {event['step']} |" in text
+        assert f"{event['loss']:.4f}" in text
+    curve = re.search("`([▁▂▃▄▅▆▇█]+)`", text)
+    assert curve
+    assert len(curve[1]) == 30
+    assert (curve[1][0], "▁" in curve[1]) == ("█", True)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_nothing_of_machine_user_or_rows_is_told(
+    run: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    text = card(source_of(run), kind, TYPES[kind][0], ["x.gguf"], {"verified": False, "why": "x"})
+    assert "canary" not in text.lower()
+    assert str(Path.home()) not in text
+    assert "/tmp" not in text
+    assert "Say the number" not in text  # a row
+
+
+def test_no_file_of_an_export_names_a_path(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+    for kind in ("adapter", "merged", "gguf", "gguf-lora", "ollama"):
+        done = export_run(run, kind, output=tmp_path / kind, verify=False, offline=True)
+        for path in done.path.iterdir():
+            content = path.read_bytes()
+            assert b"canary" not in content.lower(), (kind, path.name)
+            assert str(tmp_path.parent).encode() not in content, (kind, path.name)
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("/home/a/models/llama", "llama"),
+        ("--data=/mnt/x/rows.json", "--data=rows.json"),
+        ("~/rows.json", "rows.json"),
+        ("../up/rows.json", "rows.json"),
+        (r"C:\Users\a\rows.json", "rows.json"),
+        ("owner/name", "owner/name"),
+        ("demo/rows.json", "demo/rows.json"),
+        ("train.max_steps=3", "train.max_steps=3"),
+        ("/", "."),
+    ],
+)
+def test_of_a_path_only_the_last_part_is_shown(word: str, shown: str) -> None:
+    assert nameless(word) == shown
+
+
+def test_redacting_leaves_plain_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMPTY_TOKEN", "")
+    plain = "A token is a piece of text; sk is short; see https://huggingface.co/a/b and half / half."
+    assert redacted(plain) == plain

@@ -1,0 +1,125 @@
+"""GGUF files: every family read by llama.cpp as our engine computes it, and every tensor where it belongs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from tests.export.made import make_run, source_of
+from tests.tiny import FAMILIES, config_of, write_model
+
+from lorafit.export.gguf_model import gguf_name, permuted, write_gguf, write_lora
+from lorafit.export.gguf_types import rounded, tensor_type
+from lorafit.export.run import export_run
+from lorafit.model.architecture import parse_architecture
+from lorafit.model.attention import rotate
+from lorafit.model.llama import rotary_table
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_llama_cpp_computes_every_family_as_we_do(family: str, tmp_path: Path) -> None:
+    """Float32 throughout: what differs is the order of sums, so a name, norm, bias or angle at fault shows."""
+    window = {"sliding_window": 100} if "window" in family else {}
+    run = make_run(tmp_path, model=write_model(tmp_path / "model", family, **window))
+    done = export_run(run, "gguf", output=tmp_path / "gguf", type_name="f32", offline=True)
+    assert done.parity["verified"]
+    assert done.parity["largest_logit_difference"] < 2e-4
+    assert done.parity["same_greedy_answers"] == done.parity["prompts"]
+
+
+@pytest.mark.parametrize("family", ["llama-biases", "qwen3"])
+def test_llama_cpp_adds_the_adapter_as_we_do(family: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path, family, lora__rslora="true")
+    done = export_run(run, "gguf-lora", output=tmp_path / "lora", offline=True)
+    assert done.parity["largest_logit_difference"] < 2e-4
+
+
+@pytest.mark.parametrize("type_name", ["f32", "f16", "bf16", "q8_0", "q4_0"])
+def test_every_tensor_is_the_merged_weight_in_its_type(type_name: str, tmp_path: Path) -> None:
+    """The reader of the `gguf` package gives back each weight, its rows put back in order, rounded as it says."""
+    run = make_run(tmp_path)
+    source = source_of(run)
+    write_gguf(source, tmp_path / "model.gguf", type_name, lambda done, total: None)
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert found.keys() == {gguf_name(name) for name in source.weights}
+    for name in source.weights:
+        wanted = source.tensor(name).float()
+        kind = tensor_type(type_name, name, tuple(wanted.shape))
+        tensor = found[gguf_name(name)]
+        assert tensor.tensor_type == kind
+        numbers = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            heads = 4 if "q_proj" in name else 2
+            numbers = numbers.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+        torch.testing.assert_close(numbers, rounded(wanted, kind), rtol=0, atol=0)
+        most = {"f32": 0, "f16": 1e-3, "bf16": 4e-3, "q8_0": 0.02, "q4_0": 0.25}[type_name]
+        assert (numbers - wanted).norm() <= most * wanted.norm()
+    kinds = {tensor.tensor_type for tensor in found.values()}
+    wide = {"q8_0": {Type.Q8_0, Type.F16}, "q4_0": {Type.Q4_0, Type.Q8_0, Type.F16}}
+    assert kinds == {Type.F32} | wide.get(type_name, {getattr(Type, type_name.upper())})
+
+
+def test_permuted_rows_turn_neighbours_as_ours_turn_halves() -> None:
+    """The property that the order of rows must have, said without llama.cpp: rotating gives the same scores."""
+    arch = parse_architecture(config_of("llama"), "test")
+    x = torch.randn(7, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight = torch.randn(32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ours = (x @ weight.t()).unflatten(-1, (4, 8))
+    theirs = (x @ permuted(weight, "model.layers.0.self_attn.q_proj.weight", arch).t()).unflatten(
+        -1, (4, 4, 2)
+    )
+    rotary = rotary_table(torch.arange(7), arch.rope, 8)
+    cos, sin = (table.double()[:, None] for table in rotary)
+    halves = rotate(ours, (rotary[0].double(), rotary[1].double()))
+    a, b = theirs.unbind(-1)
+    neighbours = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+    scores = [torch.einsum("qhd,khd->hqk", turned, turned) for turned in (halves, neighbours)]
+    torch.testing.assert_close(*scores)
+
+
+def test_the_file_says_what_it_is(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "mistral-window")
+    source = source_of(run)
+    write_gguf(source, tmp_path / "model.gguf", "q8_0", lambda done, total: None)
+    fields = {key: field.contents() for key, field in gguf.GGUFReader(tmp_path / "model.gguf").fields.items()}
+    wanted: dict[str, Any] = {
+        "general.architecture": "llama",
+        "general.type": "model",
+        "general.file_type": gguf.LlamaFileType.MOSTLY_Q8_0,
+        "llama.context_length": 5,  # the window: llama.cpp has none for this architecture
+        "llama.attention.head_count_kv": 2,
+        "llama.rope.freq_base": 10000.0,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.bos_token_id": 256,
+        "tokenizer.ggml.eos_token_id": 257,
+        "tokenizer.ggml.add_bos_token": True,
+    }
+    assert {key: fields[key] for key in wanted} == wanted
+    assert len(fields["tokenizer.ggml.tokens"]) == 260
+    assert fields["tokenizer.chat_template"].startswith("{{- bos_token }}")
+
+
+def test_an_adapter_file_holds_factors_and_alpha_only(tmp_path: Path) -> None:
+    run = make_run(tmp_path, lora__targets="[q_proj, v_proj]")
+    source = source_of(run)
+    write_lora(source, tmp_path / "lora.gguf")
+    reader = gguf.GGUFReader(tmp_path / "lora.gguf")
+    names = [f"blk.{layer}.attn_{part}.weight" for layer in (0, 1) for part in ("q", "v")]
+    assert {t.name for t in reader.tensors} == {f"{name}.lora_{half}" for name in names for half in "ab"}
+    assert reader.fields["adapter.lora.alpha"].contents() == 8.0
+    assert reader.fields["general.type"].contents() == "adapter"
