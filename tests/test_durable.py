@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -298,6 +299,39 @@ def test_the_lock_excludes_other_processes_and_dies_with_its_holder(tmp_path: Pa
         assert is_locked(path)
         assert path.read_text() == str(os.getpid())
     assert not is_locked(path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="patches flock")
+def test_without_locks_of_the_file_system_a_claim_excludes_others_and_a_dead_one_is_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    def unsupported(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    path, claim = tmp_path / "run.lock", tmp_path / "run.lock.holder"
+    with lock(path) as held:
+        assert held is None
+        assert is_locked(path)
+        held_by_us = f"another process is writing this run .process {os.getpid()} on"
+        with pytest.raises(RunError, match=held_by_us), lock(path):
+            pass
+        assert claim.exists()
+    assert not claim.exists()
+    assert not is_locked(path)
+
+    dead = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
+    )
+    claim.write_text(f"{dead.stdout.strip()} on {platform.node()}")
+    assert not is_locked(path)
+    with lock(path):
+        assert claim.read_text() == f"{os.getpid()} on {platform.node()}"
+    claim.write_text("1 on another-machine")
+    with pytest.raises(RunError, match=f"remove {claim}"), lock(path):
+        pass
 
 
 def test_a_run_that_cannot_be_locked_is_an_error_with_its_place(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -212,33 +213,85 @@ def write_file(path: Path, text: str) -> None:
 def lock(path: Path) -> Iterator[BinaryIO | None]:
     """Hold the file `path` for this process alone; the operating system frees it when the process ends.
 
-    Yields the open file: a duplicate of its descriptor holds the lock as well, until it is closed. Raises RunError
-    when another living process holds it.
+    Yields the open file: a duplicate of its descriptor holds the lock as well, until it is closed. None where the
+    system or the file system has no locks: then a file beside it says which process holds it. Raises RunError when
+    another living process does.
     """
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system: no lock, nothing else changes
-        yield None
-        return
     try:
         file = path.open("ab+", buffering=0)
     except OSError as error:
         raise RunError(f"cannot write here: {error.strerror or error}", place=str(path.parent)) from None
     with file:
         try:
+            import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
-            holder = file.read(32).decode(errors="replace").strip()
-            raise RunError(
-                "another process is writing this run" + (f" (process {holder})" if holder else ""),
-                place=str(path.parent),
-                hint="wait for it, stop it, or give another --output",
-            ) from None
+            raise _held(path, file.read(32).decode(errors="replace").strip()) from None
+        except (ImportError, OSError):  # Windows, or a network file system
+            with _claimed(path):
+                yield None
+            return
         with contextlib.suppress(OSError):  # who holds it is a courtesy: a full disk is met where it matters
             file.truncate(0)
             file.write(str(os.getpid()).encode())
         yield file
+
+
+def _held(path: Path, holder: str) -> RunError:
+    return RunError(
+        "another process is writing this run" + (f" (process {holder})" if holder else ""),
+        place=str(path.parent),
+        hint="wait for it, stop it, or give another --output",
+    )
+
+
+@contextlib.contextmanager
+def _claimed(path: Path) -> Iterator[None]:
+    """Hold `path` by a file beside it that names this process and its machine.
+
+    What a dead process of this machine has left is taken over. Of another machine nothing is known: RunError says
+    which file to remove.
+    """
+    claim, mine = _claim_of(path), f"{os.getpid()} on {platform.node()}"
+    try:
+        if claim.exists() and not _is_claimed(path):
+            claim.unlink()
+        with claim.open("x", encoding="utf-8") as file:
+            file.write(mine)
+    except FileExistsError:
+        holder = claim.read_text(encoding="utf-8", errors="replace")
+        raise _held(path, f"{holder}; if there is none any more, remove {claim}") from None
+    except OSError as error:
+        raise RunError(f"cannot write here: {error.strerror or error}", place=str(path.parent)) from None
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            claim.unlink()
+
+
+def _claim_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.holder")
+
+
+def _is_claimed(path: Path) -> bool:
+    """Whether the file beside `path` names a process that lives, or one of which that cannot be known."""
+    try:
+        number, _, machine = _claim_of(path).read_text(encoding="utf-8").partition(" on ")
+        if machine != platform.node():
+            return True
+        if os.name == "nt":
+            import psutil
+
+            return bool(psutil.pid_exists(int(number)))
+        os.kill(int(number), 0)
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    except (OSError, ValueError, OverflowError):
+        return True
+    return True
 
 
 @contextlib.contextmanager
@@ -267,7 +320,7 @@ def is_locked(path: Path) -> bool:
         return True
     except (ImportError, OSError):
         pass
-    return False
+    return _is_claimed(path)
 
 
 def sha256_file(path: Path) -> str:

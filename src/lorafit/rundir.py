@@ -81,7 +81,13 @@ class RunDirectory:
 
     def _is_vacant(self) -> bool:
         """Whether nothing is here, or only what a run leaves that was killed before it had begun."""
-        own = {self.lock_file.name, self.prompt_file.name, self.ledger_file.name, self.env_file.name}
+        own = {
+            self.lock_file.name,
+            f"{self.lock_file.name}.holder",
+            self.prompt_file.name,
+            self.ledger_file.name,
+            self.env_file.name,
+        }
         own.add(self.rows_file.name)
         return self.path.is_dir() and all(
             path.name in own or is_orphan(path.name) for path in self.path.iterdir()
