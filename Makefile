@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
 
-.PHONY: demo test quick lint format docs types bench bugs masks crash fuzz-serve clean
+.PHONY: demo test quick lint format docs types bench bugs masks crash fuzz-serve hosts scale clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -61,6 +61,12 @@ masks: $(VENV)/installed-dev  ## 500 conversations of each chat format with each
 
 crash: $(VENV)/installed-dev  ## kill, starve and damage runs, resume them, compare bytes (about an hour)
 	$(BIN)/python -m tests.crash --long --write docs/reliability.md
+
+hosts: $(VENV)/installed-dev  ## two machines made of network namespaces: a link cut, a host killed (needs root)
+	LORAFIT_LONG=1 $(BIN)/python -m pytest tests/distributed/test_hosts.py -s
+
+scale: $(VENV)/installed-dev  ## a step of two ranks beside the predicted one, on a calm machine
+	$(BIN)/python -m benchmarks.scaling
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

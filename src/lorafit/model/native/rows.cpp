@@ -151,10 +151,11 @@ FOR_BOTH_TYPES(dequantize, (rows, width, sums, row_scale, column_scale, addend, 
 
 // y = x / (1 - p) where a hash of seed, row and column is at least p * 2^32, else 0 (the mixing is Wellons' lowbias32)
 template <class T>
-static void dropout(int64_t rows, int64_t width, int64_t seed, int64_t threshold, float scale, const T *x, T *y, int threads) {
+static void dropout(int64_t rows, int64_t width, int64_t seed, const int64_t *keys, int64_t threshold, float scale, const T *x,
+                    T *y, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; row++) {
-    uint64_t key = uint64_t(seed) + uint64_t(row + 1) * 0x9e3779b97f4a7c15;
+    uint64_t key = uint64_t(seed) + uint64_t((keys ? keys[row] : row) + 1) * 0x9e3779b97f4a7c15;
     key = (key ^ (key >> 30)) * 0xbf58476d1ce4e5b9;
     key = (key ^ (key >> 27)) * 0x94d049bb133111eb;
     const uint32_t start = uint32_t(key >> 32), bound = uint32_t(threshold);
@@ -170,8 +171,9 @@ static void dropout(int64_t rows, int64_t width, int64_t seed, int64_t threshold
     }
   }
 }
-#define PARAMETERS(T) (int64_t rows, int64_t width, int64_t seed, int64_t threshold, float scale, const T *x, T *y, int threads)
-FOR_BOTH_TYPES(dropout, (rows, width, seed, threshold, scale, x, y, threads))
+#define PARAMETERS(T) \
+  (int64_t rows, int64_t width, int64_t seed, const int64_t *keys, int64_t threshold, float scale, const T *x, T *y, int threads)
+FOR_BOTH_TYPES(dropout, (rows, width, seed, keys, threshold, scale, x, y, threads))
 #undef PARAMETERS
 
 // losses = log sum exp(logits) - logits[target]; with slope set the logits become softmax(logits) - [i = target].
