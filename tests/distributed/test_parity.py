@@ -83,6 +83,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 def one(bench: Bench) -> Path:
     bench.alone("stopped-1", stop=4)
     bench.alone("few-1", "train.batch_size=1")
+    bench.alone("dropped-1", "lora.dropout=0.2")
     return bench.alone("one")
 
 
@@ -95,6 +96,7 @@ def two(bench: Bench, one: Path) -> list[dict[str, Any]]:
             bench.job("stopped-2", stop=[1, 4]),
             {"resume": str(bench["stopped-1"])},
             bench.job("few-2", "train.batch_size=1"),  # a rank without rows
+            bench.job("dropped-2", "lora.dropout=0.2", "train.micro_batch_tokens=200"),
             bench.job("sharded", "distributed.strategy=fsdp"),
             bench.job(
                 "sharded-few", "distributed.strategy=fsdp", "train.batch_size=1", "train.recompute=layers"
@@ -145,6 +147,14 @@ def test_the_held_out_loss_of_the_same_adapter_has_the_same_bits(
 
 def test_a_rank_without_rows_takes_part(bench: Bench, one: Path, two: list[dict[str, Any]]) -> None:
     assert_same(bench["few-2"], bench["few-1"])
+
+
+def test_dropout_takes_the_same_from_a_row_whoever_computes_it(
+    bench: Bench, one: Path, two: list[dict[str, Any]]
+) -> None:
+    assert_same(bench["dropped-2"], bench["dropped-1"])
+    losses = [events(bench[name], "step")[-1]["loss"] for name in ("one", "dropped-1")]
+    assert losses[0] != losses[1]
 
 
 def test_only_the_gradient_of_the_adapter_travels(bench: Bench, two: list[dict[str, Any]]) -> None:

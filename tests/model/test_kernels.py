@@ -116,6 +116,17 @@ def test_int8_kernels_equal_their_definition(dtype: torch.dtype, by_torch: Calla
         close(got, exact, dtype)
 
 
+@needs_compiler
+def test_what_is_dropped_from_a_token_goes_by_its_key_and_the_kernel_and_torch_agree(
+    by_torch: Callable[..., object],
+) -> None:
+    x, keys = torch.ones(40, 300), torch.randperm(40, generator=torch.Generator().manual_seed(0)) * 2**24 + 5
+    whole = kernels.dropout(x, 0.3, 2**61 + 7, keys)
+    assert torch.equal(whole, by_torch(kernels.dropout, x, 0.3, 2**61 + 7, keys))
+    assert torch.equal(kernels.dropout(x[10:20], 0.3, 2**61 + 7, keys[10:20]), whole[10:20])
+    assert not torch.equal(kernels.dropout(x[10:20], 0.3, 2**61 + 7), whole[10:20])
+
+
 @pytest.mark.parametrize("compiled", [pytest.param(True, marks=needs_compiler), False])
 @DTYPES
 def test_dropout_is_a_function_of_its_seed(
@@ -258,6 +269,9 @@ def test_a_compiler_that_fails_is_told_and_not_fatal(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 @needs_compiler
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)  # torch's own import
 def test_fused_definitions_equal_the_plain_ones(
     by_torch: Callable[..., object], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ class Pack:
     `ids` (tokens,) are the inputs, `lengths` the documents' token counts in order, `predict` (targets,) the
     positions whose next token is supervised, `targets` (targets,) those next tokens. A row's last trained token
     is a target only, so it and what follows it are no inputs: `num_tokens` counts the rows' tokens in full.
+    `slots` are the documents' numbers among the rows that were given.
     """
 
     ids: NDArray[np.int64]
@@ -27,20 +28,25 @@ class Pack:
     predict: NDArray[np.int64]
     targets: NDArray[np.int64]
     num_tokens: int
+    slots: tuple[int, ...] = ()
 
 
 # What a process without rows of its own computes in order to take part: its tokens and targets count for nothing.
 BLANK = Pack(np.zeros(1, np.int64), (1,), np.zeros(1, np.int64), np.zeros(1, np.int64), num_tokens=0)
 
 
-def make_packs(rows: Sequence[TokenRow], capacity: int, packing: bool = True) -> list[Pack]:
+def make_packs(
+    rows: Sequence[TokenRow], capacity: int, packing: bool = True, slots: Sequence[int] | None = None
+) -> list[Pack]:
     """Packs of at most `capacity` tokens that hold every row once; a longer row gets a pack of its own.
 
-    Without `packing` each row is a pack. How rows are laid out never changes the sum of the losses.
+    Without `packing` each row is a pack. How rows are laid out never changes the sum of the losses. `slots` are the
+    rows' numbers where they are only some of more.
     """
     lengths = [len(ids) for ids, _ in rows]
     bins = best_fit(lengths, capacity) if packing else [[index] for index in range(len(rows))]
-    return [_lay(rows[index] for index in members) for members in bins]
+    numbers = range(len(rows)) if slots is None else slots
+    return [_lay([(rows[i], numbers[i]) for i in members]) for members in bins]
 
 
 def num_packs(lengths: Sequence[int], capacity: int, packing: bool = True) -> int:
@@ -64,10 +70,10 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def _lay(rows: Iterable[TokenRow]) -> Pack:
+def _lay(rows: Sequence[tuple[TokenRow, int]]) -> Pack:
     inputs, lengths, predict, targets = [], [], [], []
     at = num_tokens = 0
-    for ids, trained in rows:
+    for (ids, trained), _ in rows:
         # The first token has nothing before it to predict it from.
         target_at = trained[1:].nonzero()[0] + 1
         length = int(target_at[-1]) if len(target_at) else len(ids)
@@ -83,6 +89,7 @@ def _lay(rows: Iterable[TokenRow]) -> Pack:
         np.concatenate(predict),
         np.concatenate(targets, dtype=np.int64),
         num_tokens,
+        tuple(slot for _, slot in rows),
     )
 
 

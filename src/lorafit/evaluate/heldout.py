@@ -15,6 +15,7 @@ from lorafit.model.llama import Llama
 from lorafit.model.loss import loss_sum
 
 FILL = 32
+_LONGEST = 2**24  # tokens of a row: beyond any
 
 
 def pack_loss(network: Llama, pack: Pack) -> Tensor:
@@ -25,11 +26,15 @@ def pack_loss(network: Llama, pack: Pack) -> Tensor:
     """
     device = network.lm_head.weight.device
     ids, lengths = torch.from_numpy(pack.ids), pack.lengths
+    slots = pack.slots or tuple(range(len(lengths)))
     if filler := -len(ids) % FILL:
-        ids, lengths = F.pad(ids, (0, filler)), (*lengths, filler)
+        ids, lengths, slots = F.pad(ids, (0, filler)), (*lengths, filler), (*slots, -1)
+    keys = None
+    if network.training and device.type == "cpu":
+        keys = torch.cat([slot * _LONGEST + torch.arange(n) for slot, n in zip(slots, lengths, strict=True)])
     attend = PackedDocuments(lengths, device)
     predict = torch.from_numpy(pack.predict).to(device)
-    supervised = network.hidden(ids.to(device), attend, predict)
+    supervised = network.hidden(ids.to(device), attend, predict, keys)
     targets = torch.from_numpy(pack.targets).to(device)
     return loss_sum(network.model.norm(supervised), network.lm_head.weight, targets)
 

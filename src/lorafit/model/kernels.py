@@ -145,20 +145,41 @@ def dequantize(
     out.copy_(scaled if addend is None else scaled + addend)
 
 
-def dropout(x: Tensor, probability: float, seed: int) -> Tensor:
-    """x with some elements at zero and the others larger; which ones is a function of `seed` and the shape.
+def dropout(x: Tensor, probability: float, seed: int, keys: Tensor | None = None) -> Tensor:
+    """x with some elements at zero and the others larger; which ones of a row is a function of `seed` and its key.
 
-    So no mask has to be kept: the backward pass drops the same elements again. The compiled kernel and torch draw
-    differently.
+    So no mask has to be kept: the backward pass drops the same elements again. `keys` int64 (rows,) are the rows'
+    numbers where they are not given: a token drops the same ones wherever it lies. On other devices than the CPU
+    which ones is a function of `seed` and the shape alone.
     """
     scale = 1 / (1 - probability)
+    threshold = round(probability * 2**32)
     if fits(x):
         y = torch.empty_like(x)
-        _call("dropout", x, *x.shape, seed, round(probability * 2**32), scale, x, y)
+        _call("dropout", x, *x.shape, seed, keys, threshold, scale, x, y)
         return y
+    if x.device.type == "cpu":
+        return (x * (_hashes(seed, keys, x) >= threshold)).mul_(scale)
     generator = torch.Generator(x.device).manual_seed(seed)
     keep = torch.rand(x.shape, generator=generator, device=x.device) >= probability
     return (x * keep).mul_(scale)
+
+
+def _hashes(seed: int, keys: Tensor | None, x: Tensor) -> Tensor:
+    """A number below 2**32 for each element of x, as the compiled kernel finds it: int64 products that wrap around."""
+
+    def signed(number: int) -> int:
+        return (number & (2**64 - 1)) - ((number & 2**63) << 1)
+
+    rows = torch.arange(x.shape[0]) if keys is None else keys
+    key = signed(seed) + (rows + 1) * signed(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        key = (key ^ ((key >> shift) & (2 ** (64 - shift) - 1))) * signed(factor)
+    low = 2**32 - 1
+    h = ((key[:, None] >> 32) + torch.arange(x.shape[1]) * 0x9E3779B9) & low
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        h = ((h ^ (h >> shift)) * factor) & low
+    return h ^ (h >> 16)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, slope: bool) -> Tensor:

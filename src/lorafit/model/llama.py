@@ -49,9 +49,11 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(arch.head_dim, arch.rms_norm_eps) if arch.qk_norm else None
         self.k_norm = RMSNorm(arch.head_dim, arch.rms_norm_eps) if arch.qk_norm else None
 
-    def forward(self, x: Tensor, before: Normed, rotary: Rotary, attend: Attend) -> Tensor:
+    def forward(
+        self, x: Tensor, before: Normed, rotary: Rotary, attend: Attend, keys: Tensor | None = None
+    ) -> Tensor:
         """The heads' outputs side by side, (tokens, heads * head_dim), before `o_proj`."""
-        projected = project((self.q_proj, self.k_proj, self.v_proj), before, x)
+        projected = project((self.q_proj, self.k_proj, self.v_proj), before, x, keys=keys)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in projected)  # (tokens, heads, head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -67,9 +69,9 @@ class MLP(nn.Module):
         self.up_proj = Linear(arch.hidden_size, arch.intermediate_size, bias=arch.mlp_bias)
         self.down_proj = Linear(arch.intermediate_size, arch.hidden_size, bias=arch.mlp_bias)
 
-    def forward(self, x: Tensor, before: Normed) -> Tensor:
-        gate, up = project((self.gate_proj, self.up_proj), before, x)
-        return project((self.down_proj,), Gated(), gate, up, residual=x)[0]
+    def forward(self, x: Tensor, before: Normed, keys: Tensor | None = None) -> Tensor:
+        gate, up = project((self.gate_proj, self.up_proj), before, x, keys=keys)
+        return project((self.down_proj,), Gated(), gate, up, residual=x, keys=keys)[0]
 
 
 class Layer(nn.Module):
@@ -82,13 +84,21 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(arch.hidden_size, arch.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(arch.hidden_size, arch.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotary: Rotary, attend: Attend, rows: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        attend: Attend,
+        rows: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> Tensor:
         """x (tokens, hidden_size) -> the same, or only `rows` of it: what they attend to is all tokens."""
-        mixed = self.self_attn(x, _normed(self.input_layernorm), rotary, attend)
+        mixed = self.self_attn(x, _normed(self.input_layernorm), rotary, attend, keys)
         if rows is not None:
             mixed, x = mixed[rows], x[rows]
-        x = project((self.self_attn.o_proj,), Plain(), mixed, residual=x)[0]
-        out: Tensor = self.mlp(x, _normed(self.post_attention_layernorm))
+            keys = None if keys is None else keys[rows]
+        x = project((self.self_attn.o_proj,), Plain(), mixed, residual=x, keys=keys)[0]
+        out: Tensor = self.mlp(x, _normed(self.post_attention_layernorm), keys)
         return out
 
 
@@ -123,13 +133,18 @@ class Llama(nn.Module):
         if arch.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def hidden(self, ids: Tensor, attend: Attend, rows: Tensor | None = None) -> Tensor:
-        """ids int64 (tokens,) -> the stream after the last layer (tokens, hidden_size), or `rows` of it."""
+    def hidden(
+        self, ids: Tensor, attend: Attend, rows: Tensor | None = None, keys: Tensor | None = None
+    ) -> Tensor:
+        """ids int64 (tokens,) -> the stream after the last layer (tokens, hidden_size), or `rows` of it.
+
+        `keys` int64 (tokens,) name the tokens for dropout, wherever in a pass they lie.
+        """
         x: Tensor = self.model.embed_tokens(ids)
         rotary = rotary_table(attend.positions, self.arch.rope, self.arch.head_dim)
         last = len(self.model.layers) - 1
         for number, layer in enumerate(self.model.layers):
-            inputs = (x, rotary, attend, rows if number == last else None)
+            inputs = (x, rotary, attend, rows if number == last else None, keys)
             x = checkpoint(layer, *inputs, use_reentrant=False) if self.recompute else layer(*inputs)
             if torch.is_grad_enabled():
                 give_back_memory(MUCH_FREE)  # what is kept lies between what was freed: the peak would grow

@@ -79,12 +79,16 @@ class Gated:
 
 
 def project(
-    linears: Sequence[nn.Module], source: Source, *inputs: Tensor, residual: Tensor | None = None
+    linears: Sequence[nn.Module],
+    source: Source,
+    *inputs: Tensor,
+    residual: Tensor | None = None,
+    keys: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The outputs of `linears` (each Frozen or adapted) for the shared input that `source` makes of `inputs`.
 
     inputs (tokens, width), outputs (tokens, out_features). `residual` is added to the output of the one linear.
-    Adapted linears that share an input share what dropout takes from it.
+    Adapted linears that share an input share what dropout takes from it; `keys` int64 (tokens,) name the tokens.
     """
     if are_few(linears, inputs[0]):
         y = source.make(*inputs)
@@ -95,10 +99,11 @@ def project(
     group = _Group(linears, source)
     adapted = group.adapted()
     masters = [master for linear in adapted for master in (linear.lora_A, linear.lora_B)]
-    seed = None
+    drop = None
     if adapted and adapted[0].training and adapted[0].dropout:
         seed = int(torch.randint(2**62, ()))  # from torch's generator, whose state a checkpoint holds
-    out: tuple[Tensor, ...] = _Project.apply(group, residual, seed, len(inputs), *inputs, *masters)  # type: ignore[no-untyped-call]
+        drop = _Drop(adapted[0].dropout, seed, keys)
+    out: tuple[Tensor, ...] = _Project.apply(group, residual, drop, len(inputs), *inputs, *masters)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -128,7 +133,7 @@ class _Project(torch.autograd.Function):
         ctx: Any,
         group: _Group,
         residual: Tensor | None,
-        seed: int | None,
+        drop: _Drop | None,
         num_inputs: int,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -137,7 +142,7 @@ class _Project(torch.autograd.Function):
         low = None
         if adapted := group.adapted():
             a = torch.cat(masters[::2]).to(y.dtype)  # (all ranks, in_features)
-            low = F.linear(_dropped(y, adapted[0].dropout, seed), a).mul_(adapted[0].scale)
+            low = F.linear(_dropped(y, drop), a).mul_(adapted[0].scale)
         lows = iter(zip(_split(low, adapted), masters[1::2], strict=True))
         outs = []
         for base, linear in zip(group.bases, group.low_ranks, strict=True):
@@ -149,7 +154,7 @@ class _Project(torch.autograd.Function):
             elif residual is not None:
                 into = residual.clone()
             outs.append(base.product(y, into))
-        ctx.group, ctx.num_inputs, ctx.seed = group, num_inputs, seed
+        ctx.group, ctx.num_inputs, ctx.drop = group, num_inputs, drop
         needs_inputs = adapted or not isinstance(group.source, Plain)
         ctx.save_for_backward(low, *(inputs if needs_inputs else [None] * num_inputs), *masters)
         return tuple(outs)
@@ -158,7 +163,7 @@ class _Project(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         group: _Group = ctx.group
-        seed: int | None = ctx.seed
+        drop: _Drop | None = ctx.drop
         low, *tensors = ctx.saved_tensors
         inputs, masters = tensors[: ctx.num_inputs], tensors[ctx.num_inputs :]
         wanted = any(ctx.needs_input_grad[4 : 4 + ctx.num_inputs])
@@ -179,14 +184,14 @@ class _Project(torch.autograd.Function):
         if adapted:
             d_low = torch.cat(d_lows, dim=1).mul_(adapted[0].scale)  # (tokens, all ranks)
             y = group.source.make(*inputs)
-            d_a = (d_low.t() @ _dropped(y, adapted[0].dropout, seed)).to(masters[0].dtype)
+            d_a = (d_low.t() @ _dropped(y, drop)).to(masters[0].dtype)
             del y
             if dy is not None:
                 a = torch.cat(masters[::2]).to(dy.dtype)
-                if seed is None:
+                if drop is None:
                     dy.addmm_(d_low, a)
                 else:
-                    dy += _dropped(d_low @ a, adapted[0].dropout, seed)
+                    dy += _dropped(d_low @ a, drop)
             for part, b in zip(d_a.split([m.shape[0] for m in masters[::2]]), d_b, strict=True):
                 d_masters += [part, b]
         d_inputs: Sequence[Tensor | None] = [None] * ctx.num_inputs
@@ -200,5 +205,14 @@ def _split(low: Tensor | None, adapted: Sequence[LowRank]) -> Sequence[Tensor]:
     return low.split([linear.lora_A.shape[0] for linear in adapted], dim=1) if low is not None else ()
 
 
-def _dropped(x: Tensor, probability: float, seed: int | None) -> Tensor:
-    return x if seed is None else dropout(x, probability, seed)
+@dataclass(frozen=True, slots=True)
+class _Drop:
+    """What dropout takes from the input of one group, in both directions."""
+
+    probability: float
+    seed: int
+    keys: Tensor | None
+
+
+def _dropped(x: Tensor, drop: _Drop | None) -> Tensor:
+    return x if drop is None else dropout(x, drop.probability, drop.seed, drop.keys)

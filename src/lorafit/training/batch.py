@@ -67,7 +67,8 @@ class Share:
         costs = [self.cost(length) for length in lengths]
         shares = spread(costs, self.world_size)
         loads = [sum(costs[at] for at in members) for members in shares]
-        packs = make_packs([found[at] for at in shares[self.rank]], capacity, packing)
+        own = shares[self.rank]
+        packs = make_packs([found[at] for at in own], capacity, packing, own)
         rounds = 1
         if self.lockstep:
             rounds = max(num_packs([lengths[at] for at in members], capacity, packing) for members in shares)

@@ -213,12 +213,18 @@ def _gradients(job: Job, state: TrainState, batch: Batch) -> tuple[float, float]
 
 
 def _passes(job: Job, state: TrainState, batch: Batch) -> tuple[float, bool]:
-    """This rank's passes: (sum of their losses, whether memory ran out). The last one adds up the ranks' gradients."""
+    """This rank's passes: (sum of their losses, whether memory ran out). The last one adds up the ranks' gradients.
+
+    All passes, of all ranks, take the same random numbers: what dropout takes from a row is a function of the step
+    and the row's place in it.
+    """
+    random = torch.get_rng_state()
     packs, last = batch.packs, len(batch.packs) - 1
     losses: list[Tensor] = []
     sharing = False  # from then on a rank that gives up leaves the others waiting
     try:
         for at, pack in enumerate(packs):
+            torch.set_rng_state(random)
             with nullcontext() if at == last else job.engine.accumulating():
                 loss = job.engine.loss(pack_loss, pack)
                 give_back_memory(MUCH_FREE)
