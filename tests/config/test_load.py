@@ -183,7 +183,7 @@ def test_recipes_are_found_by_name_or_path(tmp_path: Path) -> None:
         with pytest.raises(ConfigError) as caught:
             recipe_file(name)
         assert caught.value.problems[0].hint == "did you mean `classic`?"
-    with pytest.raises(ConfigError, match="recipes that ship with lorafit: .*classic, default"):
+    with pytest.raises(ConfigError, match="recipes that ship with lorafit: .*classic, ddp, default"):
         recipe_file("qqqq")
 
 
