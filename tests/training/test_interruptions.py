@@ -372,6 +372,24 @@ def test_two_runs_of_one_seed_hold_the_same_state_and_not_only_the_same_adapter(
         assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes(), file
 
 
+def test_a_run_that_is_stopped_after_its_adapter_was_written_still_gets_its_report(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(material, tmp_path / "whole")
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("lorafit.training.ending.write_report", stop)
+        run(material, tmp_path / "run")
+    directory = RunDirectory.open(tmp_path / "run")
+    assert directory.has_adapter()
+    assert not directory.report_file.exists()
+    assert digest(resume_run(tmp_path / "run", quiet=True)) == digest(whole)
+    assert directory.report_file.exists()
+
+
 def stopped(material: list[str], path: Path, patch: pytest.MonkeyPatch) -> Path:
     with patch.context() as context:
         interrupt_after(4, context)

@@ -35,8 +35,9 @@ class Resumption:
         config = load_config(run.config_file, overrides)
         step, skipped = run.newest_checkpoint()
         finished = None
-        if step is not None and read_facts(run.checkpoint(step)).get("steps") == step and run.has_adapter():
-            finished = read_state(run.checkpoint(step))
+        if step is not None and run.has_adapter() and run.report_file.exists():  # the report comes last
+            folder = run.checkpoint(step)
+            finished = read_state(folder) if read_facts(folder).get("steps") == step else None
         return cls(config, step, skipped, finished)
 
     def to_json(self) -> str:
