@@ -19,6 +19,7 @@ import torch
 
 from lorafit import __version__
 from lorafit.check.report import short_lines
+from lorafit.check.verdict import Verdict
 from lorafit.config.schema import Config, mathematics
 from lorafit.data.loader import RowOrder
 from lorafit.data.packing import make_packs
@@ -35,14 +36,16 @@ from lorafit.model.llama import Llama
 from lorafit.model.memory import is_out_of_memory
 from lorafit.model.native import missing
 from lorafit.model.weights import fingerprint
+from lorafit.observe.diagnosis import Watch, diagnosing
 from lorafit.observe.events import Note, Observer, RunEnded, RunStarted, fan_out
-from lorafit.observe.record import Record, truncate_after
+from lorafit.observe.record import Record, read_metrics, truncate_after
 from lorafit.observe.terminal import Terminal, progress
 from lorafit.observe.trackers import tracker
 from lorafit.place import Place
 from lorafit.rundir import RunDirectory
 from lorafit.training import ending, loop
 from lorafit.training.batch import Share, attention_cost
+from lorafit.training.checking import rows_before_training
 from lorafit.training.checkpoint import (
     AdapterFacts,
     TrainState,
@@ -60,6 +63,7 @@ from lorafit.training.material import Material
 from lorafit.training.optim import make_optimizer, warmup_steps
 from lorafit.training.planning import Planner
 from lorafit.training.precision import LossScale
+from lorafit.training.probing import trial_before_training
 from lorafit.training.ranks import Ranks, check_strategy, meet, share_cores
 from lorafit.training.resumption import Resumption, begun_by
 from lorafit.training.saving import wait_for_left
@@ -181,6 +185,7 @@ class Prepared:
     order: RowOrder
     built: Built
     planner: Planner
+    verdicts: Sequence[Verdict]
 
 
 def _prepare(
@@ -190,13 +195,17 @@ def _prepare(
     share_cores(ranks.here, config.model.device)
     quiet = quiet or not ranks.first
     planner = Planner(config, quiet, ranks.here)
-    if not resumed:  # what began here is not refused
+    looks = ranks.first and not resumed and config.run.check != "none"  # what began here is not refused
+    verdicts = rows_before_training(config, planner.material, quiet) if looks else []
+    if not resumed:
         planner.config = config = Config.model_validate_json(
             ranks.decide("fitting", lambda: planner.fit().model_dump_json(exclude_unset=True))
         )
     with nullcontext() if quiet else progress("loading the model") as advance:
         built = build(config, planner.base.path, advance, _is_shared_out(config, ranks), base)
-    prepared = Prepared(planner.base, planner.material, planner.order, built, planner)
+    if looks and not _is_shared_out(config, ranks):  # one rank alone cannot compute with its share
+        verdicts += trial_before_training(config, planner, built.network)
+    prepared = Prepared(planner.base, planner.material, planner.order, built, planner, verdicts)
     ranks.connect(built.device, 2 * config.distributed.timeout)  # the heartbeat comes first, and says more
     if not ranks.alone and not ranks.same(_digest(_facts(config, prepared))):
         raise RunError(
@@ -222,6 +231,8 @@ def _write_origin(run: RunDirectory, prepared: Prepared) -> None:
     run.write_json(run.prompt_file, prepared.material.renderer.contract.to_json())
     run.write_json(run.ledger_file, prepared.material.ledger.to_json())
     run.write_json(run.rows_file, ending.excerpt_of(prepared.material))
+    if prepared.verdicts:
+        run.write_json(run.check_file, [verdict.as_dict() for verdict in prepared.verdicts])
 
 
 def _prompt_changes(run: RunDirectory, step: int, prepared: Prepared) -> list[str]:
@@ -262,8 +273,9 @@ def _go(
             watcher = tracker(name, run.path.name, run.path, config.model_dump(mode="json"))
             stack.callback(watcher.close)
             observers.append(watcher)
-        observe = fan_out(observers)
-        _introduce(config, material, observe)
+        past = read_metrics(run.metrics_file) if step is not None else []
+        observe = diagnosing(fan_out(observers), Watch.over(past))
+        _introduce(prepared, observe)
         for note in notes:
             observe(note)
         if lost:
@@ -323,6 +335,7 @@ def _go(
                 save_every=settings.save_every,
                 samples_every=None if engine.lockstep else config.run.samples_every,
                 keep=settings.keep,
+                patience=settings.patience,
             ),
             ranks=ranks,
             share=Share(ranks.rank, ranks.world_size, attention_cost(network.arch), engine.lockstep),
@@ -401,20 +414,18 @@ def _other_machine(checkpoint: Path, device: torch.device) -> list[str]:
     ]
 
 
-def _introduce(config: Config, material: Material, observe: Observer) -> None:
+def _introduce(prepared: Prepared, observe: Observer) -> None:
     """Say what was read and what deserves a warning, before the first step."""
+    material = prepared.material
     contract = material.renderer.contract
     observe(Note(f"format {material.format}: {material.reason}; template {contract.template}"))
     for line in material.ledger.lines():
         observe(Note(line))
     for warning in material.warnings:
         observe(Note(warning, "warning"))
-    if not contract.add_eos and contract.template != "chat":
-        observe(
-            Note("answers have no stop token (data.eos=false): the model will not learn to stop", "warning")
-        )
-    if config.data.holdout and not len(material.heldout):
-        observe(Note("too few rows to hold any out: the loss on unseen rows is not measured", "warning"))
+    for verdict in prepared.verdicts:
+        if verdict.verdict != "pass":
+            observe(Note(f"{verdict.name}: {verdict.text}", "warning"))
 
 
 def _finish(
@@ -422,7 +433,7 @@ def _finish(
     material: Material,
     job: loop.Job,
     state: TrainState,
-    reason: Literal["finished", "interrupted"],
+    reason: Literal["finished", "ended early", "interrupted"],
     seconds: float,
     initial: Mapping[str, str],
     speaker: Speaker,
@@ -431,11 +442,14 @@ def _finish(
     run = job.run
     if not job.ranks.first:
         job.ranks.gather_at("finished")
-        return _result(run, run.adapter, state, finished=reason == "finished")
+        return _result(run, run.adapter, state, finished=reason != "interrupted")
     best = state.best_step if config.train.keep_best and state.best_step else state.step
-    adapter = run.checkpoint(best if reason == "finished" else state.step)
+    finished = reason != "interrupted"
+    adapter = run.checkpoint(best if finished else state.step)
+    if reason == "ended early":
+        job.observe(Note(f"ended early: {state.num_worse} held-out measurements in a row were no better"))
     proof = None
-    if reason == "finished":
+    if finished:
         if best != state.step and (faults := verify_folder(adapter)):
             job.observe(Note(f"the best step, {best}, is lost ({faults[0]}): the last one counts", "warning"))
             best, adapter = state.step, run.checkpoint(state.step)
@@ -459,7 +473,7 @@ def _finish(
     ending.leave_report(run, job.observe)
     job.ranks.gather_at("finished")
     proven = None if proof is None else proof.verdict != "fail"
-    return _result(run, adapter, state, finished=reason == "finished", proven=proven)
+    return _result(run, adapter, state, finished=finished, proven=proven)
 
 
 def _result(
