@@ -273,7 +273,7 @@ def _go(
             watcher = tracker(name, run.path.name, run.path, config.model_dump(mode="json"))
             stack.callback(watcher.close)
             observers.append(watcher)
-        past = read_metrics(run.metrics_file) if step is not None else []
+        past = read_metrics(run.metrics_file) if step is not None and ranks.first else []
         observe = diagnosing(fan_out(observers), Watch.over(past))
         _introduce(prepared, observe)
         for note in notes:
