@@ -35,6 +35,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "train.max_steps=8",
         "lora.rank=4",
         "run.samples=0",
+        "run.verify=false",
     ]
 
 
@@ -131,6 +132,8 @@ def test_a_real_run_that_diverges_is_told_so(tmp_path: Path) -> None:
         f"data.path={demo / 'rows.json'}",
         "model.dtype=float32",
         "run.samples=0",
+        "run.verify=false",
+        "run.verify=false",
     ]
     words += [
         "model.device=cpu",

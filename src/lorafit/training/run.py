@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 import shlex
 import sys
@@ -19,33 +17,28 @@ import torch
 
 from lorafit import __version__
 from lorafit.check.report import short_lines
-from lorafit.check.verdict import Verdict
-from lorafit.config.schema import Config, mathematics
-from lorafit.data.loader import RowOrder
+from lorafit.config.schema import Config
 from lorafit.data.packing import make_packs
 from lorafit.durable import read_facts, verify_folder
 from lorafit.errors import RunError
 from lorafit.evaluate.answers import Speaker
 from lorafit.evaluate.proof import tensor_digests
-from lorafit.hub import ModelFolder
 from lorafit.model.adapter import load_adapter
-from lorafit.model.build import Built, LoadedBase, build
+from lorafit.model.build import LoadedBase
 from lorafit.model.device import describe
 from lorafit.model.fused import fuse
 from lorafit.model.llama import Llama
 from lorafit.model.memory import is_out_of_memory
 from lorafit.model.native import missing
-from lorafit.model.weights import fingerprint
 from lorafit.observe.diagnosis import Watch, diagnosing
 from lorafit.observe.events import Note, Observer, RunEnded, RunStarted, fan_out
 from lorafit.observe.record import Record, read_metrics, truncate_after
-from lorafit.observe.terminal import Terminal, progress
+from lorafit.observe.terminal import Terminal
 from lorafit.observe.trackers import tracker
 from lorafit.place import Place
 from lorafit.rundir import RunDirectory
 from lorafit.training import ending, loop
 from lorafit.training.batch import Share, attention_cost
-from lorafit.training.checking import rows_before_training
 from lorafit.training.checkpoint import (
     AdapterFacts,
     TrainState,
@@ -61,10 +54,9 @@ from lorafit.training.engine import Engine, ReplicatedEngine, ShardedEngine
 from lorafit.training.heartbeat import Heartbeat
 from lorafit.training.material import Material
 from lorafit.training.optim import make_optimizer, warmup_steps
-from lorafit.training.planning import Planner
 from lorafit.training.precision import LossScale
-from lorafit.training.probing import trial_before_training
-from lorafit.training.ranks import Ranks, check_strategy, meet, share_cores
+from lorafit.training.preparation import Prepared, facts_of, introduce, is_shared_out, prepare
+from lorafit.training.ranks import Ranks, check_strategy, meet
 from lorafit.training.resumption import Resumption, begun_by
 from lorafit.training.saving import wait_for_left
 from lorafit.training.signals import Requests, outside_steps
@@ -97,7 +89,7 @@ def start_run(config: Config, *, quiet: bool = False, base: LoadedBase | None = 
             return _resume(ranks, config.run.output, quiet=quiet, base=base)
         new = ranks.decide("output", lambda: str(RunDirectory.new(config.run.output, config.model.name).path))
         run = RunDirectory(Path(new))
-        prepared = _prepare(config, ranks, quiet, base)
+        prepared = prepare(config, ranks, quiet, base)
         config = prepared.planner.config
         resolved = config.model_copy(update={"run": config.run.model_copy(update={"output": str(run.path)})})
         if not ranks.first:
@@ -155,13 +147,13 @@ def _resume(
             if ranks.first and not quiet:
                 Terminal()(Note(f"`{path}` is finished after {step} steps; nothing was changed"))
             return _result(run, run.adapter, there.finished, finished=True)
-        prepared = _prepare(config, ranks, quiet, base, resumed=True)
+        prepared = prepare(config, ranks, quiet, base, resumed=True)
         if not ranks.first:
             return _go(config, prepared, run, ranks, step=step, notes=[], quiet=quiet)
         none = "no checkpoint is whole" if skipped else "no checkpoint yet"
         notes = [Note(fault, "warning") for fault in skipped.values()]
         notes.append(Note(f"going on from step {step}" if step is not None else f"{none}: starting over"))
-        facts = _facts(config, prepared)
+        facts = facts_of(config, prepared)
         if step is not None:
             found = changes(run.checkpoint(step), facts) + _prompt_changes(run, step, prepared)
             if not accept_changes:
@@ -174,46 +166,6 @@ def _resume(
         if config != run.config():
             run.write_config(config)
         return _go(config, prepared, run, ranks, step=step, notes=notes, quiet=quiet)
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """All that a run needs and that can fail before there is one: rows, their order, network, adapter."""
-
-    base: ModelFolder
-    material: Material
-    order: RowOrder
-    built: Built
-    planner: Planner
-    verdicts: Sequence[Verdict]
-
-
-def _prepare(
-    config: Config, ranks: Ranks, quiet: bool, base: LoadedBase | None = None, *, resumed: bool = False
-) -> Prepared:
-    """Read the rows, load the model, and only then connect the ranks: nobody waits for a slow one against a clock."""
-    share_cores(ranks.here, config.model.device)
-    quiet = quiet or not ranks.first
-    planner = Planner(config, quiet, ranks.here)
-    looks = ranks.first and not resumed and config.run.check != "none"  # what began here is not refused
-    verdicts = rows_before_training(config, planner.material, quiet) if looks else []
-    if not resumed:
-        planner.config = config = Config.model_validate_json(
-            ranks.decide("fitting", lambda: planner.fit().model_dump_json(exclude_unset=True))
-        )
-    with nullcontext() if quiet else progress("loading the model") as advance:
-        built = build(config, planner.base.path, advance, _is_shared_out(config, ranks), base)
-    if looks and not _is_shared_out(config, ranks):  # one rank alone cannot compute with its share
-        verdicts += trial_before_training(config, planner, built.network)
-    prepared = Prepared(planner.base, planner.material, planner.order, built, planner, verdicts)
-    ranks.connect(built.device, 2 * config.distributed.timeout)  # the heartbeat comes first, and says more
-    if not ranks.alone and not ranks.same(_digest(_facts(config, prepared))):
-        raise RunError(
-            f"rank {ranks.rank} of {ranks.world_size} reads another model or other rows than the first",
-            place=str(planner.base.path),
-            hint="every machine needs the same model and data files",
-        )
-    return prepared
 
 
 def _talk(quiet: bool) -> Observer:
@@ -259,7 +211,7 @@ def _go(
     settings, base, material, built = config.train, prepared.base, prepared.material, prepared.built
     order = prepared.order
     num_steps = order.num_steps(settings.epochs, settings.max_steps)
-    facts = _facts(config, prepared)
+    facts = facts_of(config, prepared)
     lost = 0
     if ranks.first and run.metrics_file.exists():
         lost = truncate_after(run.metrics_file, step or 0)
@@ -275,7 +227,7 @@ def _go(
             observers.append(watcher)
         past = read_metrics(run.metrics_file) if step is not None and ranks.first else []
         observe = diagnosing(fan_out(observers), Watch.over(past))
-        _introduce(prepared, observe)
+        introduce(prepared, observe)
         for note in notes:
             observe(note)
         if lost:
@@ -379,24 +331,7 @@ def _go(
 def _engine(config: Config, network: Llama, device: torch.device, ranks: Ranks) -> Engine:
     if ranks.alone:
         return Engine(network)
-    return ShardedEngine(network, device) if _is_shared_out(config, ranks) else ReplicatedEngine(network)
-
-
-def _is_shared_out(config: Config, ranks: Ranks) -> bool:
-    """Whether the base is spread over the ranks, instead of whole on each."""
-    return config.distributed.strategy == "fsdp" and not ranks.alone
-
-
-def _facts(config: Config, prepared: Prepared) -> dict[str, Any]:
-    """What decides the bytes of a run, for the manifests of its checkpoints."""
-    train = config.train
-    return {
-        "base_model": fingerprint(prepared.base.path),
-        "data": prepared.material.digest(),
-        "prompt_contract": prepared.material.renderer.contract.hash,
-        "steps": prepared.order.num_steps(train.epochs, train.max_steps),
-        "config": mathematics(config),
-    }
+    return ShardedEngine(network, device) if is_shared_out(config, ranks) else ReplicatedEngine(network)
 
 
 def _machine(device: torch.device) -> dict[str, str]:
@@ -412,20 +347,6 @@ def _other_machine(checkpoint: Path, device: torch.device) -> list[str]:
         for name, value in _machine(device).items()
         if stored.get(name, value) != value
     ]
-
-
-def _introduce(prepared: Prepared, observe: Observer) -> None:
-    """Say what was read and what deserves a warning, before the first step."""
-    material = prepared.material
-    contract = material.renderer.contract
-    observe(Note(f"format {material.format}: {material.reason}; template {contract.template}"))
-    for line in material.ledger.lines():
-        observe(Note(line))
-    for warning in material.warnings:
-        observe(Note(warning, "warning"))
-    for verdict in prepared.verdicts:
-        if verdict.verdict != "pass":
-            observe(Note(f"{verdict.name}: {verdict.text}", "warning"))
 
 
 def _finish(
@@ -489,10 +410,6 @@ def _result(
         base_loss=state.base_loss,
         proven=proven,
     )
-
-
-def _digest(facts: Mapping[str, Any]) -> bytes:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
 
 
 def _environment(here: Place) -> dict[str, Any]:
