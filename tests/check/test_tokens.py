@@ -13,6 +13,7 @@ from tests.data.test_template import NAMES, contents, swallows_system
 from tests.data.toy_tokenizers import load, toys
 
 from lorafit.check.tokens import Tokens
+from lorafit.data import encode
 from lorafit.data.encode import encode_chunks, open_encoded
 from lorafit.data.formats import Chat, Content, Instruction, Message, Row
 from lorafit.data.sources import Chunk
@@ -165,3 +166,14 @@ def test_a_cut_row_is_no_wrong_row(tokenizers: dict[str, Tokenizer]) -> None:
     for limit in range(40, 60):
         assert faults(looked_at(make(tokenizers["zephyr"], max_length=limit), long))["cut"][0] == 0
         assert set(faults(looked_at(make(tokenizers["zephyr"], max_length=limit), long))) == {"cut"}
+
+
+def test_a_row_of_which_nothing_is_trained_is_named(
+    tokenizers: dict[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The encoder drops such rows; that it did not is a fault to be named, not one to fall over."""
+    monkeypatch.setattr(encode._Writer, "_fit", lambda self, row, outcome: (outcome, 0), raising=True)
+    found = faults(
+        looked_at(make(tokenizers["zephyr"]), ROWS, lambda row: Rendered(row.ids, [False] * len(row.ids)))
+    )
+    assert found == {"wrong": [3]}

@@ -59,6 +59,10 @@ class Tokens:
                 continue
             ids, trained = self._encoded.row(at)
             self._beginning(row, ids)
+            if not trained.any():
+                self.wrong.add(row.number, "nothing is trained")
+                at += 1
+                continue
             spans = [self._all(ids)] if self._is_whole(row) else self._spans(ids, trained.nonzero()[0])
             self._endings(row, at, spans)
             seen.append((row, len(spans)))
