@@ -74,6 +74,7 @@ class Terminal:
         self._losses: deque[float] = deque(maxlen=log_every)
         self._meter = Meter()
         self._started = time.monotonic()
+        self._answer: str | None = None  # the last one that was shown
 
     def __call__(self, event: Event) -> None:
         if self._is_gone:
@@ -99,7 +100,7 @@ class Terminal:
             case Sample():
                 self._sample(event)
             case Answers():
-                self._say(_answers(event))
+                self._answers(event)
             case Proved():
                 self._proved(event)
             case Note(level="warning"):
@@ -157,6 +158,13 @@ class Terminal:
     def _sample(self, event: Sample) -> None:
         self.close()
         side_by_side(event.prompt, _beginning(event.base), _beginning(event.tuned), stream=self._stream)
+
+    def _answers(self, event: Answers) -> None:
+        """The first prompt and its answer in a line, unless it is the same as before; the report has all of them."""
+        if event.prompts and event.tuned[0] != self._answer:
+            self._answer = event.tuned[0]
+            prompt, answer = (" ".join(text.split()) for text in (event.prompts[0], self._answer))
+            self._say(f"step {event.step}  {_short(prompt)} -> {_short(answer)}")
 
     def _proved(self, event: Proved) -> None:
         self.close()
@@ -379,14 +387,6 @@ def _started(event: RunStarted) -> str:
 def _heldout(event: Heldout) -> str:
     base = "" if event.base_loss is None else f" (base {event.base_loss:.3f})"
     return f"step {event.step}  held-out loss {event.loss:.3f}{base}{'  best so far' if event.best else ''}"
-
-
-def _answers(event: Answers) -> str:
-    """The first prompt and its answer in a line; the report has all of them."""
-    if not event.prompts:
-        return f"step {event.step}  no prompts"
-    prompt, answer = (" ".join(text.split()) for text in (event.prompts[0], event.tuned[0]))
-    return f"step {event.step}  {_short(prompt)} -> {_short(answer)}"
 
 
 def _short(text: str, most: int = 60) -> str:

@@ -129,7 +129,7 @@ def _tiles(facts: Facts) -> Sequence[tuple[str, str]]:
             )
         )
         speed = f"{sum(tokens) / sum(seconds):,.0f} tokens/s"
-        tiles.append((f"{duration(sum(seconds))} <small>{speed}</small>", "in steps"))
+        tiles.append((duration(sum(seconds)), f"at {speed}"))
     if memory:
         tiles.append((memory_size(memory), "peak memory"))
     return tiles

@@ -24,6 +24,7 @@ PROMPT_KEYS = {
 VERDICTS = ("pass", "warn", "fail", "skip")
 MOST_PROMPTS, MOST_MOMENTS, MOST_NOTES, MOST_DROPS = 50, 12, 100, 20
 ANSWER_CHARACTERS, MOMENT_CHARACTERS = 3000, 500
+_GOING_ON = '<span class="badge small warn">did not end</span>'
 
 
 def proof(facts: Facts) -> str:
@@ -77,7 +78,7 @@ def progress(facts: Facts) -> str:
     norms = facts.series("step", "grad_norm")
     charts = [
         plot.line_chart("Learning rate", [_one(facts.series("step", "learning_rate"))], _short),
-        plot.line_chart("Gradient norm, before clipping", _smooth(norms), _short, log=True),
+        plot.line_chart("Gradient norm", _smooth(norms), _short, log=True),
         plot.line_chart("Tokens a second", _smooth(speed), lambda value: f"{value:,.0f}"),
         plot.line_chart("Peak memory", [_one(facts.series("step", "memory_bytes"))], memory_size),
     ]
@@ -114,11 +115,10 @@ def data(facts: Facts) -> str:
             f'<td class="n">{rows.rows:,}</td></tr>'
             for reason, rows in list(ledger.dropped.items())[:MOST_DROPS]
         )
-        parts.append('<div class="two">' + _account("Rows", buckets, ledger.num_rows, drops))
+        parts.append(_account("Rows", buckets, ledger.num_rows, drops))
         parts.append(_tokens("Tokens of the trained rows", ledger.trained))
         if ledger.held_out.rows:
             parts.append(_tokens("Tokens of the held-out rows", ledger.held_out))
-        parts.append("</div>")
     lengths = facts.rows.get("lengths")
     if isinstance(lengths, Mapping):
         edges, training, heldout = (_numbers(lengths.get(key)) for key in ("edges", "training", "heldout"))
@@ -127,8 +127,9 @@ def data(facts: Facts) -> str:
             ("held out", "held", [int(n) for n in heldout]),
         ]
         chart = plot.bars("Rows by their length in tokens", edges, counts)
-        parts.append(f'<div class="two">{chart}</div>' if chart else "")
-    return "".join(parts)
+        parts.append(chart)
+    shown = "".join(parts)
+    return f'<div class="two">{shown}</div>' if shown else ""
 
 
 def rows(facts: Facts) -> str:
@@ -146,10 +147,8 @@ def rows(facts: Facts) -> str:
         )
     if not shown:
         return ""
-    return (
-        "<p class='sub'>The tokens of a row, decoded. <mark>Marked</mark> is what carries loss.</p><br>"
-        + "".join(shown)
-    )
+    said = "The tokens of a row, decoded. <mark>Marked</mark> is what carries loss."
+    return f'<p class="lead">{said}</p><div class="two">{"".join(shown)}</div>'
 
 
 def notes(facts: Facts) -> str:
@@ -234,7 +233,7 @@ def _sample(sample: Mapping[str, Any], moments: Sequence[Mapping[str, Any]]) -> 
 def _card(prompt: str, given: Sequence[tuple[str, str, object]], after: str) -> str:
     columns = "".join(
         f'<div class="{"base" if name == "base" else "tuned" if name == "tuned" else ""}"><h3>{name}'
-        + (' <span class="badge small warn">did not end</span>' if stopped is False else "")
+        + (f" {_GOING_ON}" if stopped is False else "")
         + f"</h3>{_say(text, ANSWER_CHARACTERS)}</div>"
         for name, text, stopped in given
     )
@@ -244,17 +243,17 @@ def _card(prompt: str, given: Sequence[tuple[str, str, object]], after: str) -> 
 
 def _over_time(index: int, moments: Sequence[Mapping[str, Any]]) -> str:
     """The answer to one prompt while training, at up to MOST_MOMENTS moments; an unchanged one is shown once."""
-    said: list[tuple[int, int, str]] = []  # first and last step of an answer
+    said: list[tuple[int, int, tuple[str, bool]]] = []  # first and last step of an answer
     for event in moments:
-        step, text = int(number(event.get("step")) or 0), _at(event.get("tuned"), index)
-        if said and said[-1][2] == text:
-            said[-1] = (said[-1][0], step, text)
-        else:
-            said.append((step, step, text))
+        stopped = _sequence(event.get("stopped"))
+        going = index < len(stopped) and stopped[index] is False
+        step, answer = int(number(event.get("step")) or 0), (_at(event.get("tuned"), index), going)
+        first = said.pop()[0] if said and said[-1][2] == answer else step
+        said.append((first, step, answer))
     lines = "".join(
         f"<dt>step {first:,}{f' – {last:,}' if last != first else ''}</dt>"
-        f"<dd>{_say(text, MOMENT_CHARACTERS)}</dd>"
-        for first, last, text in plot.thinned(said, MOST_MOMENTS)
+        f"<dd>{_say(text, MOMENT_CHARACTERS)}{_GOING_ON if going else ''}</dd>"
+        for first, last, (text, going) in plot.thinned(said, MOST_MOMENTS)
     )
     return (
         f'<details open><summary>while training</summary><dl class="time">{lines}</dl></details>'
