@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -115,20 +115,14 @@ def read_facts(run: RunDirectory) -> Facts:
     facts.samples = (
         [sample for sample in samples if isinstance(sample, dict)] if isinstance(samples, list) else []
     )
-    try:
-        facts.ledger = Ledger.from_json(_mapping(run.ledger_file, facts))
-        facts.ledger.check()
-    except (KeyError, TypeError, ValueError, AttributeError, AssertionError):
-        facts.ledger = None
-        if run.ledger_file.name not in facts.missing:
-            facts.missing.append(run.ledger_file.name)
+    facts.ledger = _ledger(run.ledger_file, facts)
     facts.hashes = _hashes(run)
     return facts
 
 
 def number(value: object) -> float | None:
-    """`value` where it is a finite number, and no more than a float holds."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300:
+    """`value` where it is a number that a chart can show: finite, and below 10^100."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e100:
         return None
     return float(value) if math.isfinite(value) else None
 
@@ -156,6 +150,24 @@ def _json(path: Path, facts: Facts, *, expected: bool = True) -> Any:
 def _mapping(path: Path, facts: Facts, *, expected: bool = True) -> Mapping[str, Any]:
     value = _json(path, facts, expected=expected)
     return value if isinstance(value, dict) else {}
+
+
+def _ledger(path: Path, facts: Facts) -> Ledger | None:
+    """The ledger, where it is one whose sums close."""
+    value = _mapping(path, facts)
+    try:
+        ledger = Ledger.from_json(value)
+        ledger.check()
+        halves = (ledger.trained, ledger.held_out)
+        counts = [ledger.num_rows, *(n for half in halves for n in asdict(half).values())]
+        counts += [n for rows in ledger.dropped.values() for n in (rows.rows, *rows.first)]
+        if all(type(count) is int and 0 <= count < 10**15 for count in counts):
+            return ledger
+    except (KeyError, TypeError, ValueError, AttributeError, AssertionError, OverflowError):
+        pass
+    if path.name not in facts.missing:
+        facts.missing.append(path.name)
+    return None
 
 
 def _told(value: object) -> list[Told]:

@@ -87,10 +87,10 @@ def _head(facts: Facts) -> str:
         said.append(f"{short_count(parameters)} parameters, {short_count(trained)} trained")
     said += [f"{start[key]}" for key in ("device", "dtype") if start.get(key)]
     said.append(f"started {facts.started}")
-    verdict = facts.proof.get("verdict")
+    verdict = str(facts.proof.get("verdict"))
     badges = [(facts.state, facts.state)]
     if verdict in sections.PROOF_WORDS:
-        badges.append((str(verdict), sections.PROOF_WORDS[str(verdict)]))
+        badges.append((verdict, sections.PROOF_WORDS[verdict]))
     shown = " ".join(f'<span class="badge {style}">{html(text)}</span>' for style, text in badges)
     tiles = "".join(
         f'<div class="tile"><b>{value}</b><span>{label}</span></div>' for value, label in _tiles(facts)

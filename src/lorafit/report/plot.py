@@ -194,7 +194,7 @@ def value_axis(values: Sequence[float], *, log: bool = False) -> Axis:
 
 def linear_axis(low: float, high: float, about: int, *, whole: bool = False, tight: bool = False) -> Axis:
     """Round ticks, about so many; the axis ends at ticks, or (`tight`) at the values themselves."""
-    if not high > low:
+    if not high - low > max(1e-12 * abs(low), 1e-100):
         room = abs(low) * 0.1 or 1.0
         low, high = (low - (0 if tight else room), high + room)
     raw = (high - low) / about

@@ -73,7 +73,7 @@ def progress(facts: Facts) -> str:
         for (step, tokens), (_, seconds) in zip(
             facts.series("step", "tokens"), facts.series("step", "seconds"), strict=False
         )
-        if seconds > 0
+        if seconds > 1e-9
     ]
     norms = facts.series("step", "grad_norm")
     charts = [
