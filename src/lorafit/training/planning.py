@@ -47,6 +47,7 @@ from lorafit.training.material import read_material, row_order
 
 LEAST_STEPS, LEAST_SECONDS = 20, 30.0  # shorter runs start at once, with a rougher plan
 MOST_SHARE = 0.025  # of a run's time that its calibration may take
+_ENDED_TOKENS = 32  # of an answer that ends by itself, on average
 MOST_IMPORT_SECONDS = 20.0  # a process older than that did something else before
 
 
@@ -130,7 +131,9 @@ class Planner:
         shape = self._shape(config)
         schedule = self._schedule(config, work)
         rates = None
-        start = self._imports + time.perf_counter() - self._started - (self._once if calibrated else 0.0)
+        elapsed = self._imports + time.perf_counter() - self._started
+        start = elapsed - (self._once if calibrated else 0.0)
+        start += elapsed - self._once if config.run.verify else 0.0  # a fresh process loads the model again
         loading_peak = Meter.memory_bytes() if network is not None else 0
         if network is not None:
             network.recompute = shape.recompute
@@ -240,9 +243,9 @@ class Planner:
         measured = _times(work.steps, train.eval_every or every) if len(held) else set()
         saved = _times(work.steps, train.save_every or every) | measured
         speaks = config.run.samples_every
-        spoken = 2 + (len(_times(work.steps, speaks or every)) if speaks is not None else 0)
-        asked = SAMPLE_TOKENS * spoken * len(self.material.samples)
-        asked += SAMPLE_TOKENS * min(STOP_PROMPTS, len(held)) if config.run.verify else 0
+        spoken = len(_times(work.steps, speaks or every)) if speaks is not None else 0
+        asked = (2 * SAMPLE_TOKENS + spoken * _ENDED_TOKENS) * len(self.material.samples)
+        asked += _ENDED_TOKENS * min(STOP_PROMPTS, len(held)) if config.run.verify else 0
         return Schedule(len(measured) + bool(measured), passes, len(saved), asked)
 
     def _pack(self, work: Workload, index: int) -> Pack:

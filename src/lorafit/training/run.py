@@ -379,7 +379,11 @@ def _finish(
         if best != state.step:
             job.observe(Note(f"the adapter is the one of step {best}, the lowest held-out loss"))
             load_adapter(job.network, adapter)
-        if not job.engine.lockstep:  # the first rank alone has no whole base to answer or compare with
+        if job.engine.lockstep:  # the first rank alone has no whole base to answer or compare with
+            job.observe(
+                Note("no rank holds the whole base: no answers are shown, and nothing is proven", "warning")
+            )
+        else:
             ending.speak(run, speaker)
         if config.run.verify and not job.engine.lockstep:
             continued = config.lora.init_from is not None
