@@ -62,8 +62,8 @@ masks: $(VENV)/installed-dev  ## 500 conversations of each chat format with each
 crash: $(VENV)/installed-dev  ## kill, starve and damage runs, resume them, compare bytes (about an hour)
 	$(BIN)/python -m tests.crash --long --write docs/reliability.md
 
-hosts: $(VENV)/installed-dev  ## two machines made of network namespaces: a link cut, a host killed (needs root)
-	LORAFIT_LONG=1 $(BIN)/python -m pytest tests/distributed/test_hosts.py -s
+hosts: $(VENV)/installed-dev  ## two machines made of network namespaces: a link cut, a host killed (root); Ray if there
+	LORAFIT_LONG=1 $(BIN)/python -m pytest tests/distributed/test_hosts.py tests/distributed/test_ray.py -s
 
 scale: $(VENV)/installed-dev  ## a step of two ranks beside the predicted one, on a calm machine
 	$(BIN)/python -m benchmarks.scaling

@@ -1,6 +1,6 @@
 """Two hosts: network namespaces with an address each, an agent each, and a link between them that can be cut.
 
-`make hosts` runs the long form: the link is cut and comes back, and a host is killed.
+`make hosts` runs them: undisturbed, with the link cut for a while, and with one host killed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from lorafit.training.run import start_run
 STEPS = 60
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 LONG = bool(os.environ.get("LORAFIT_LONG"))
-long_form = pytest.mark.skipif(not LONG, reason="takes minutes: `make hosts`")
 
 
 def ip(*words: str) -> None:
@@ -48,7 +47,12 @@ def can_make_hosts() -> str:
     return ""
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(reason := can_make_hosts()), reason=reason)]
+REASON = can_make_hosts() if LONG else ""
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not LONG, reason="takes minutes: `make hosts`"),
+    pytest.mark.skipif(bool(REASON), reason=REASON),
+]
 
 
 class Hosts:
@@ -206,7 +210,6 @@ def test_two_hosts_compute_what_one_does(hosts: Hosts, one: Path, tmp_path: Path
     )
 
 
-@long_form
 def test_a_host_that_is_cut_off_and_comes_back_goes_on(hosts: Hosts, one: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for host in (0, 1):
@@ -227,7 +230,6 @@ def test_a_host_that_is_cut_off_and_comes_back_goes_on(hosts: Hosts, one: Path, 
     publish(run, "link cut for 10 s", seconds_from_cut_to_next_step=waited)
 
 
-@long_form
 def test_when_a_host_is_killed_the_other_goes_on_from_the_last_checkpoint(
     hosts: Hosts, one: Path, tmp_path: Path
 ) -> None:
