@@ -95,6 +95,8 @@ def test_a_token_may_not_be_sent_twice(there: Live) -> None:
         ("evil.example", 403),
         ("localhost.evil.example", 403),
         ("127.0.0.1.evil.example", 403),
+        ("evil.localhost", 403),
+        ("evil-localhost", 403),
         ("10.0.0.7", 403),
         ("[::2]", 403),
         ("", 403),
