@@ -16,7 +16,17 @@ from tests.bugs.lab import Lab, Plant
 from lorafit.model.native import kernels
 
 __all__ = ["BUGS", "Outcome", "Plant", "Probe", "probe", "probes", "verdict"]
-FAMILIES = ("accumulation", "packing", "stopping", "resuming", "prompts", "lengths", "adapters", "options")
+FAMILIES = (
+    "accumulation",
+    "packing",
+    "stopping",
+    "resuming",
+    "prompts",
+    "lengths",
+    "adapters",
+    "exports",
+    "options",
+)
 
 Run = TypeVar("Run", bound=Callable[[Lab], None])
 
@@ -116,7 +126,7 @@ BUGS = {
     ),
     7: Bug(
         "template's end of turn is not the EOS of generation",
-        "The token that the template puts after an answer joins the stop tokens of the prompt contract.",
+        "The token that the template puts after an answer joins the stop tokens, in generation and in exports.",
     ),
     8: Bug(
         "a resumed run sees the wrong rows",
@@ -180,7 +190,7 @@ BUGS = {
     ),
     23: Bug(
         "added tokens and resized embeddings are lost",
-        "Vocabularies are never resized: tokens without an embedding, and adapters that bring some, are refused.",
+        "Vocabularies are never resized: rows with a token that has none, and adapters that bring some, are refused.",
     ),
     24: Bug(
         "wanted target modules are silently dropped",
@@ -192,11 +202,11 @@ BUGS = {
     ),
     26: Bug(
         "q and k are permuted wrongly in GGUF",
-        "Exported tensors are compared with the checkpoint's after the permutation is undone.",
+        "One function turns rows, by heads or key heads; llama.cpp reads the file back and has to agree.",
     ),
     27: Bug(
         "GGUF tokenizer differs",
-        "The pre-tokenizer is recognised by its rules or the export is refused.",
+        "The way texts are cut is recognised by its pattern, or the export is refused.",
     ),
     28: Bug(
         "alpha / rank scaling is wrong",
@@ -204,7 +214,7 @@ BUGS = {
     ),
     29: Bug(
         "dead options",
-        "Every key is read in a run, and for every key there is a run that another value changes.",
+        "For every key there is a run that another value changes, or a test that sets it; a new key without one fails.",
     ),
     30: Bug(
         "control tokens typed in data become control tokens",

@@ -97,6 +97,7 @@ class Lab:
     patch: pytest.MonkeyPatch
     gradients: list[dict[str, torch.Tensor]] = field(default_factory=list)
     rows_seen: list[list[int]] = field(default_factory=list)
+    num_passes: list[int] = field(default_factory=list)
 
     def model(self, family: str = "llama", name: str = "model", **changes: Any) -> Path:
         """A model folder with random weights and the byte tokenizer."""
@@ -168,11 +169,12 @@ class Lab:
             raise AssertionError(f"lorafit refuses: {error}") from error
 
     def watch(self) -> None:
-        """Note the gradients and the rows of every step from here on."""
+        """Note the gradients, the rows and the number of passes of every step from here on."""
         gradients = loop._gradients
 
         def noted(job: loop.Job, state: Any, batch: Any) -> Any:
             self.rows_seen.append(batch.indices.tolist())
+            self.num_passes.append(len(batch.packs))
             found = gradients(job, state, batch)
             named = job.network.named_parameters()
             self.gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
