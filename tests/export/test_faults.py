@@ -200,10 +200,25 @@ FAULTS: list[tuple[Plant, str, str, str]] = [
 ]
 
 
+SLOW = {
+    (other_template, "gguf"),
+    (eight_bit_base, "gguf"),
+    (alpha_alone, "gguf"),
+    (permutation_for_as_many_key_heads, "gguf"),
+    (template_of_another_model, "ollama"),
+}
+
+
 @pytest.mark.parametrize(
     ("plant", "kind", "type_name", "said"),
-    FAULTS,
-    ids=[f"{plant.__name__}-{kind}-{type_name}" for plant, kind, type_name, _ in FAULTS],
+    [
+        pytest.param(
+            *fault,
+            id=f"{fault[0].__name__}-{fault[1]}-{fault[2]}",
+            marks=pytest.mark.slow if fault[:2] in SLOW else (),
+        )
+        for fault in FAULTS
+    ],
 )
 def test_every_planted_fault_is_refused(
     plant: Plant, kind: str, type_name: str, said: str, run: Path, tmp_path: Path, patch: pytest.MonkeyPatch
@@ -255,7 +270,13 @@ def test_a_second_stop_token_that_is_left_out_of_a_gguf_file_is_missed(
 
 @pytest.mark.parametrize(
     ("kind", "type_name"),
-    [("adapter", "f32"), ("merged", "f32"), ("gguf", "q8_0"), ("gguf-lora", "f32"), ("ollama", "f16")],
+    [
+        ("adapter", "f32"),
+        ("merged", "f32"),
+        ("gguf", "q8_0"),
+        pytest.param("gguf-lora", "f32", marks=pytest.mark.slow),
+        ("ollama", "f16"),
+    ],
 )
 def test_without_a_fault_nothing_is_refused(
     kind: str, type_name: str, run: Path, tmp_path: Path, patch: pytest.MonkeyPatch

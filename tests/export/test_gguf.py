@@ -30,7 +30,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+ALSO_QUICK = ("llama-tied", "llama3", "qwen3")
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name in ALSO_QUICK else pytest.mark.slow) for name in FAMILIES]
+)
 def test_llama_cpp_computes_every_family_as_we_do(family: str, tmp_path: Path) -> None:
     """Float32 throughout: what differs is the order of sums, so a name, norm, bias or angle at fault shows."""
     window = {"sliding_window": 100} if "window" in family else {}

@@ -125,7 +125,7 @@ def test_ids_of_generated_strings_are_llama_cpps(opened: tuple[Source, _Server])
 
 @pytest.mark.slow
 def test_ids_of_ten_thousand_strings_are_llama_cpps(opened: tuple[Source, _Server]) -> None:
-    check(opened, 10_000)
+    check(opened, 10_000 if opened[0].arch.vocab_size != 700 else 1_000)  # 700: the toys
 
 
 def test_ids_of_whole_prompts_are_llama_cpps(opened: tuple[Source, _Server]) -> None:

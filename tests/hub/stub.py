@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -22,6 +23,7 @@ class Repository:
     commits: dict[str, dict[str, bytes]]
     refs: dict[str, str]
     is_gated: bool = False
+    is_private: bool = False
 
 
 @dataclass
@@ -81,6 +83,47 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        """What an upload asks for: a repository, which files are large (none is), and one commit."""
+        path = unquote(urlsplit(self.path).path).strip("/")
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.stub.requests.append(f"POST {path}")
+        if self.stub.failing_on is not None and self.stub.failing_on in path:
+            return self._send(self.stub.failing_with)
+        if path == "api/validate-yaml":
+            return self._send(200, json.dumps({"errors": [], "warnings": []}).encode())
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token != GOOD_TOKEN:
+            return self._send(403 if token == STRANGER_TOKEN else 401, message="no right to write")
+        if path == "api/repos/create":
+            wanted = json.loads(body)
+            route = f"{wanted['organization']}/{wanted['name']}"
+            made = json.dumps({"url": f"{self.stub.url}/{route}"}).encode()
+            if route in self.stub.repositories:
+                return self._send(409, made, message="You already created this model repo")
+            repository = self.stub.repositories[route] = Repository({"0" * 40: {}}, {"main": "0" * 40})
+            repository.is_private = wanted.get("visibility") == "private"
+            return self._send(200, made)
+        route, verb = path.removeprefix("api/models/").rsplit("/", 2)[:2]
+        repository = self.stub.repositories[route]
+        if verb == "preupload":
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
+            return self._send(200, json.dumps({"files": files}).encode())
+        lines = [json.loads(line) for line in body.splitlines()]
+        added = {
+            line["value"]["path"]: base64.b64decode(line["value"]["content"])
+            for line in lines
+            if line["key"] == "file"
+        }
+        commit = hashlib.sha1(body).hexdigest()
+        repository.commits[commit] = {**repository.commits[repository.refs["main"]], **added}
+        repository.refs["main"] = commit
+        done = {"commitUrl": f"{self.stub.url}/{route}/commit/{commit}", "commitOid": commit, "success": True}
+        return self._send(200, json.dumps(done).encode())
+
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path).strip("/")
         self.stub.requests.append(f"{self.command} {path}")
@@ -110,6 +153,7 @@ class _Handler(BaseHTTPRequestHandler):
                     return self._send(200, json.dumps(tree).encode())
                 siblings = [{"rfilename": name} for name in files]
                 info = {"id": route.removeprefix("datasets/"), "sha": commit, "siblings": siblings}
+                info["private"] = repository.is_private
                 return self._send(200, json.dumps(info).encode())
         return self._send(404, error="RepoNotFound")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from lorafit.evaluate.heldout import heldout_loss
 from lorafit.evaluate.tasks import Score, Task, read_tasks, score
 from lorafit.hub import model_folder
 from lorafit.infer.model import Model, load
+from lorafit.model.device import DTYPES
 from lorafit.model.lora import set_enabled
 from lorafit.model.quant import Quantize
 from lorafit.observe.terminal import progress
@@ -69,7 +71,7 @@ def evaluate_run(
     renderer = model.renderer
     del model
     for folder in folders:
-        network = load(folder, offline=True).network
+        network = load(folder, dtype=_type(folder), offline=True).network
         measured.append(_measure(Model(network, renderer), str(folder), packs, read, max_tokens))
     return measured
 
@@ -84,6 +86,12 @@ def _merged(folder: Path) -> Path:
             hint="`lorafit export RUN merged` makes one; GGUF files and adapters are compared when they are exported",
         )
     return folder
+
+
+def _type(folder: Path) -> str:
+    """The type that a merged export is in."""
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("torch_dtype")
+    return found if found in DTYPES else "auto"
 
 
 def _heldout(run: RunDirectory, offline: bool) -> list[Pack]:
