@@ -174,6 +174,8 @@ def test_what_needs_no_tensor_loads_no_torch() -> None:
         "lorafit.observe.summary",
         "lorafit.report.page",
         *(f"lorafit.data.{path.stem}" for path in (SOURCE / "data").glob("[a-z]*.py")),
+        "lorafit.check.preflight",
+        "lorafit.training.checking",
         "lorafit.cli.main",
     ]
     source = f"""
@@ -185,7 +187,8 @@ for name in {modules!r}:
     importlib.import_module(name)
     check(name)
 from lorafit.cli.main import main
-helps = [["--help"], *([verb, "--help"] for verb in ("train", "plan", "generate", "report", "serve", "chat"))]
+verbs = ("train", "plan", "check", "show", "generate", "report", "serve", "chat")
+helps = [["--help"], *([verb, "--help"] for verb in verbs)]
 for words in (*helps, ["config", "lora.rank"], ["runs", "."]):
     sys.argv = ["lorafit", *words]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):

@@ -90,6 +90,11 @@ def model_folder(name: str, *, revision: str | None = None, offline: bool = Fals
     return _folder(name, revision, offline, _model_files)
 
 
+def tokenizer_folder(name: str, *, revision: str | None = None, offline: bool = False) -> ModelFolder:
+    """The folder of the tokenizer of the model `name`, as `model_folder` finds the model: no weights are fetched."""
+    return _folder(name, revision, offline, _tokenizer_files)
+
+
 def adapter_folder(name: str, *, revision: str | None = None, offline: bool = False) -> ModelFolder:
     """The folder of the PEFT adapter `name`, as `model_folder` finds a model's."""
     return _folder(name, revision, offline, _adapter_files)
@@ -231,6 +236,11 @@ def _model_files(files: list[str], place: str) -> list[str]:
     if "config.json" not in files:
         raise ModelError("the model has no config.json", place=place)
     return [file for file in files if any(fnmatchcase(file, known) for known in MODEL_FILES)] + weights
+
+
+def _tokenizer_files(files: list[str], place: str) -> list[str]:
+    """Which of a model's files to read for its tokenizer alone; a folder that has no weights will do."""
+    return [file for file in files if any(fnmatchcase(file, known) for known in MODEL_FILES)]
 
 
 def _adapter_files(files: list[str], place: str) -> list[str]:

@@ -32,7 +32,7 @@ _CHECKPOINT = re.compile(r"step-(\d{6,})")
 class RunDirectory:
     """Paths and small files of one run.
 
-    config.yaml (resolved, every key) · env.json · prompt.json · ledger.json · metrics.jsonl ·
+    config.yaml (resolved, every key) · env.json · prompt.json · ledger.json · check.json · metrics.jsonl ·
     checkpoints/step-000200/ · adapter/ (the final PEFT folder) · samples.json · proof.json · rows.json · report.html ·
     heartbeat.json (of several ranks, when one stood still) · exports/
     """
@@ -87,6 +87,7 @@ class RunDirectory:
             self.prompt_file.name,
             self.ledger_file.name,
             self.env_file.name,
+            self.check_file.name,
         }
         own.add(self.rows_file.name)
         return self.path.is_dir() and all(

@@ -25,7 +25,7 @@ from lorafit.model.attention import PackedDocuments
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, adapted, attach
 from lorafit.model.weights import load_network
-from lorafit.training import run as run_module
+from lorafit.training import preparation
 from lorafit.training.run import Result, start_run
 
 IDS = torch.arange(40) * 7 % 256
@@ -110,7 +110,7 @@ def recomputation_keeps_every_gradient(lab: Lab) -> None:
 def _live(lab: Lab, *overrides: str) -> tuple[Result, torch.Tensor, torch.Tensor]:
     """A run, and the logits that its network had when it was done: with the adapter and without."""
     seen: dict[str, Llama] = {}
-    build = run_module.build
+    build = preparation.build
 
     def kept(*arguments: Any) -> Any:
         built = build(*arguments)
@@ -118,7 +118,7 @@ def _live(lab: Lab, *overrides: str) -> tuple[Result, torch.Tensor, torch.Tensor
         return built
 
     with lab.patch.context() as patch:
-        patch.setattr(run_module, "build", kept)
+        patch.setattr(preparation, "build", kept)
         result = lab.run(*LEARN, *overrides)
     network = seen["network"]
     tuned = logits_of(network)

@@ -111,7 +111,7 @@ def test_help_is_there_at_once(words: list[str], record_property: Callable[[str,
 def test_help_names_every_verb_and_flag(cli: Cli) -> None:
     done = cli("--help")
     assert done.code == 0
-    for verb in ("train", "plan", "generate", "runs", "config"):
+    for verb in ("train", "check", "show", "plan", "generate", "runs", "config"):
         assert re.search(rf"\b{verb}\b", done.out)
         assert cli(verb, "-h").code == 0
     for flag in ("--model", "--data", "--output", "--recipe", "--auto", "--resume"):

@@ -11,7 +11,21 @@ from typing import Annotated
 import typer
 
 from lorafit import __version__
-from lorafit.cli import chat, config, evaluate, export, generate, plan, report, runs, serve, sweep, train
+from lorafit.cli import (
+    chat,
+    check,
+    config,
+    evaluate,
+    export,
+    generate,
+    plan,
+    report,
+    runs,
+    serve,
+    show,
+    sweep,
+    train,
+)
 from lorafit.errors import LorafitError
 from lorafit.place import Place, ended_before, ended_for_good
 
@@ -26,6 +40,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
+app.command("check")(check.check)
+app.command("show")(show.show)
 app.command("plan")(plan.plan)
 app.command("generate")(generate.generate)
 app.command("report")(report.report)

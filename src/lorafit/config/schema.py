@@ -143,6 +143,11 @@ class TrainSection(Section):
     keep_best: bool = Field(
         True, description="The final adapter is the one with the lowest held-out loss (needs `data.holdout`)."
     )
+    patience: int = Field(
+        0,
+        ge=0,
+        description="End the run after so many held-out measurements in a row without a better one; 0 for never.",
+    )
 
 
 class DistributedSection(Section):
@@ -173,6 +178,11 @@ class RunSection(Section):
         "error",
         description="When the plan says that memory is short: `error` says what would fit, `auto` (the flag "
         "`--auto`) picks `train.micro_batch_tokens`, `train.recompute` and `model.quantize`, `try` starts.",
+    )
+    check: Literal["error", "warn", "none"] = Field(
+        "error",
+        description="What `lorafit check` finds wrong before the run: `error` refuses to start, `warn` says it and "
+        "starts, `none` does not look.",
     )
     samples: int = Field(
         3, ge=0, le=50, description="Held-out prompts answered by base and tuned at the end."
@@ -226,7 +236,7 @@ _NOT_MATHEMATICS = {
         "train_on",
     }
     | {"eos", "packing"},
-    "train": {"micro_batch_tokens", "recompute", "log_every", "eval_every", "save_every", "keep"},
+    "train": {"micro_batch_tokens", "recompute", "log_every", "eval_every", "save_every", "keep", "patience"},
     "distributed": set(DistributedSection.model_fields),
     "run": set(RunSection.model_fields),
 }

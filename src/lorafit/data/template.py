@@ -190,6 +190,15 @@ class Span:
     trained: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of a rendered row: text, whether it is trained, and whether it is one control token."""
+
+    text: str
+    trained: bool
+    control: bool
+
+
 @dataclass(slots=True)
 class _Segment:
     """A stretch of protected text that is encoded as the continuation of what precedes it.
@@ -224,15 +233,20 @@ class Renderer:
 
     def text(self, row: Row) -> list[Span]:
         """The row as the model reads it, cut where training begins and ends; DataError if that fails."""
+        groups = groupby(self.pieces(row), lambda piece: piece.trained)
+        return [Span("".join(piece.text for piece in pieces), trained) for trained, pieces in groups]
+
+    def pieces(self, row: Row) -> list[Piece]:
+        """The row as the model reads it, control tokens apart; DataError if it cannot be rendered or is dropped."""
         segments = self._segments_or_fault(row)
         if isinstance(segments, Problem):
             raise DataError.of([segments])
         if isinstance(segments, Dropped):
             raise DataError(segments.reason, place=row.place)
-        groups = groupby((span for span in self._spans(segments) if span.text), lambda span: span.trained)
         return [
-            Span(self.tokenizer.public("".join(span.text for span in spans)), trained)
-            for trained, spans in groups
+            Piece(text, span.trained, control)
+            for span in self._spans(segments)
+            for text, control in self.tokenizer.cut(span.text)
         ]
 
     def prompt_ids(self, source: Row | Content | Sequence[Message]) -> list[int]:
@@ -303,7 +317,7 @@ class Renderer:
             case Chat(messages):
                 return self._chat_segments(messages)
             case Instruction() if self.contract.template == "chat":
-                return self._chat_segments(_conversation(content))
+                return self._chat_segments(conversation(content))
             case Instruction():
                 return _continued(self._instruction_prompt(content), content.output)
             case Completion(prompt, completion):
@@ -375,14 +389,16 @@ class Renderer:
     def _spans(self, segments: Sequence[_Segment]) -> Iterator[Span]:
         """The protected text cut where training begins and ends, with BOS and EOS."""
         bos, everything = self.contract.bos, self.contract.train_on == "all"
-        yield Span((bos or "") if self._bos(segments[0].text) else "", False)
+        yield Span(self.tokenizer.protect(bos or "") if self._bos(segments[0].text) else "", False)
         for segment in segments:
             cut = len(segment.text)
             if segment.stop:
                 cut = segment.text.index(name := self.tokenizer.protect(segment.stop.text)) + len(name)
             yield Span(segment.text[:cut], segment.answer or everything)
             yield Span(segment.text[cut:], everything)
-        yield Span((self.contract.eos or "") if self._ends_in_eos(segments) else "", True)
+        yield Span(
+            self.tokenizer.protect(self.contract.eos or "") if self._ends_in_eos(segments) else "", True
+        )
 
     def _bos(self, text: str) -> list[int]:
         """BOS, if it goes before the protected `text`: once, also where the template writes it itself."""
@@ -412,7 +428,8 @@ def _continued(prompt: str, answer: str) -> list[_Segment]:
     return segments
 
 
-def _conversation(row: Instruction) -> list[Message]:
+def conversation(row: Instruction) -> list[Message]:
+    """An instruction as the turns that a chat template renders."""
     question = f"{row.instruction}\n\n{row.input}" if row.input else row.instruction
     system = [Message("system", row.system)] if row.system else []
     return [*system, Message("user", question), Message("assistant", row.output)]

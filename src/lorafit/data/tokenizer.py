@@ -144,6 +144,12 @@ class Tokenizer:
             return text
         return re.sub(f"{_OPEN}\\d+{_CLOSE}", lambda match: self._public[match.group()], text)
 
+    def cut(self, protected: str) -> Iterator[tuple[str, bool]]:
+        """A protected text as public texts, each with whether it is a control token; empty ones are left out."""
+        for part in re.split(f"({_OPEN}\\d+{_CLOSE})", protected.replace(BORDER, "")):
+            if part:
+                yield self.public(part), part[0] == _OPEN
+
     def leading_control(self, protected: str) -> Control | None:
         """The control token that a protected text starts with, blanks aside."""
         match = re.match(f"\\s*({_OPEN}\\d+{_CLOSE})", protected)
@@ -181,6 +187,10 @@ class Tokenizer:
         text: str = self._rust.decode(list(ids), skip_special_tokens=skip_special)
         return self.public(text)
 
+    def decode_batch(self, texts: Sequence[list[int]]) -> list[str]:
+        """The text of each list of ids, on all cores."""
+        return [self.public(text) for text in self._rust.decode_batch(texts, skip_special_tokens=False)]
+
     def stream_decoder(self) -> StreamDecoder:
         """A decoder to be fed the ids of one answer as they come."""
         return StreamDecoder(self)
@@ -202,10 +212,13 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Turns ids into text piece by piece; a character spread over several ids comes out when it is whole."""
+    """Turns ids into text piece by piece; a character spread over several ids comes out when it is whole.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    Control tokens come out as nothing, or with `skip_special=False` by their public text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
+        self._tokenizer, self._skip = tokenizer, skip_special
         self._ids: list[
             int
         ] = []  # from the last id shown before the newest piece: decoding depends on neighbours
@@ -221,8 +234,8 @@ class StreamDecoder:
         return self._piece(final=True)
 
     def _piece(self, final: bool) -> str:
-        shown = self._tokenizer.decode(self._ids[: self._num_shown], skip_special=True)
-        text = self._tokenizer.decode(self._ids, skip_special=True)
+        shown = self._tokenizer.decode(self._ids[: self._num_shown], skip_special=self._skip)
+        text = self._tokenizer.decode(self._ids, skip_special=self._skip)
         if len(text) <= len(shown) or (text.endswith("\ufffd") and not final):
             return ""
         del self._ids[: self._num_shown]

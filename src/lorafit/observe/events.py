@@ -135,18 +135,29 @@ class Note(_Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Diagnosis(_Event):
+    """Something in the curves up to `step` that deserves a look (see `diagnosis`), in plain words, and what to do."""
+
+    kind = "diagnosis"
+    step: int
+    what: str
+    text: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True)
 class RunEnded(_Event):
     """The run is over; `loss` is the last step's, `adapter` the folder to load."""
 
     kind = "run_ended"
     step: int
-    reason: Literal["finished", "interrupted"]
+    reason: Literal["finished", "ended early", "interrupted"]
     seconds: float
     adapter: str
     loss: float
 
 
-Event = RunStarted | Step | Heldout | Saved | Busy | Sample | Answers | Proved | Note | RunEnded
+Event = RunStarted | Step | Heldout | Saved | Busy | Sample | Answers | Proved | Note | Diagnosis | RunEnded
 Observer = Callable[[Event], None]
 
 

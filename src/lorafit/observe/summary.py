@@ -10,7 +10,7 @@ from lorafit.errors import LorafitError
 from lorafit.observe.record import read_metrics
 from lorafit.rundir import RunDirectory
 
-ENDS = ("finished", "interrupted")
+ENDS = ("finished", "ended early", "interrupted")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Summary:
     """One run in a line. Losses are None where nothing was measured yet."""
 
     model: str
-    state: str  # running, finished, interrupted, stopped (ended without a word), unreadable
+    state: str  # running, finished, ended early, interrupted, stopped (ended without a word), unreadable
     step: int
     num_steps: int | None
     loss: float | None

@@ -28,7 +28,20 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from .events import Answers, Busy, Event, Heldout, Note, Proved, RunEnded, RunStarted, Sample, Saved, Step
+from .events import (
+    Answers,
+    Busy,
+    Diagnosis,
+    Event,
+    Heldout,
+    Note,
+    Proved,
+    RunEnded,
+    RunStarted,
+    Sample,
+    Saved,
+    Step,
+)
 from .meters import Meter
 
 QUIET_SECONDS = 0.5  # work that is done sooner than this shows no progress
@@ -94,6 +107,8 @@ class Terminal:
                 self._say(f"warning: {event.text}", style="yellow")
             case Note():
                 self._say(event.text)
+            case Diagnosis():
+                self._say(f"step {event.step}  {event.text}: {event.hint}", style="yellow")
             case RunEnded():
                 self.close()
                 self._say(_ended(event))
@@ -276,6 +291,28 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, stream: Text
     for row in rows:
         grid.add_row(*(Text(_clean(cell, console)) for cell in row))
     console.print(grid)
+
+
+STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
+
+
+def print_verdicts(lines: Sequence[tuple[str, str, str]], *, stream: TextIO | None = None) -> None:
+    """Print (pass, warn or fail; what was looked at; what was found), one a line and unbroken."""
+    width = max((len(name) for _, name, _ in lines), default=0)
+    for outcome, name, text in lines:
+        print_styled([(outcome, STYLES[outcome]), (f"  {name:<{width}}  {text}", "")], stream=stream)
+
+
+def has_colours(stream: TextIO | None = None) -> bool:
+    """Whether `stream` is a terminal that shows colours, and the user wants them."""
+    console = _console(stream or sys.stdout)
+    return console.color_system is not None and not console.no_color
+
+
+def print_styled(parts: Sequence[tuple[str, str]], *, stream: TextIO | None = None) -> None:
+    """Print (text, style) one after the other, unbroken; the text alone where there are no colours."""
+    console = _console(stream or sys.stdout)
+    console.print(Text.assemble(*((_clean(text, console), style) for text, style in parts)), soft_wrap=True)
 
 
 def side_by_side(question: str, base_answer: str, tuned_answer: str, *, stream: TextIO | None = None) -> None:

@@ -130,7 +130,7 @@ def number(value: object) -> float | None:
 def _state(run: RunDirectory, events: Sequence[Mapping[str, Any]]) -> str:
     acts = [event for event in events if event.get("event") in ("run_started", "step", "run_ended")]
     if acts and acts[-1].get("event") == "run_ended":
-        return "finished" if acts[-1].get("reason") == "finished" else "interrupted"
+        return "interrupted" if acts[-1].get("reason") == "interrupted" else "finished"
     return "running" if is_locked(run.lock_file) else "stopped"
 
 

@@ -37,6 +37,7 @@ class TrainState:
     base_loss: float | None = None
     best_loss: float | None = None
     best_step: int | None = None
+    num_worse: int = 0  # held-out measurements since the best one
     measuring_due: bool = False  # stopped between a step and its held-out measurement
     micro_batch_tokens: int | None = None  # smaller than the config's since memory ran out
     scale: LossScale = field(default_factory=LossScale)

@@ -51,6 +51,7 @@ class Settings:
     save_every: int
     samples_every: int | None
     keep: int
+    patience: int  # measurements in a row without a better one that end the run; 0 for never
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +79,9 @@ class Job:
 
 def train(
     job: Job, state: TrainState, stop: Callable[[], bool], save_now: Callable[[], bool] = lambda: False
-) -> Literal["finished", "interrupted"]:
-    """Train from `state` to the end, or until `stop()` asks to end after the current step; both are saved.
+) -> Literal["finished", "ended early", "interrupted"]:
+    """Train from `state` to the end, or until `stop()` asks to end after the current step; both are saved. Held-out
+    measurements without a better one end it early where the settings say so.
 
     `save_now()` asks for a checkpoint after the current step. Raises TrainingError, before any weight changes, when
     a step's loss or gradient is not finite or it has no supervised tokens; RunError when a checkpoint cannot be
@@ -87,8 +89,8 @@ def train(
     """
     job.network.train()
     with job.heartbeat, Saver(job.run, job.settings.keep, job.facts, job.observe) as saver:
-        if state.measuring_due and _measure(job, saver, state):
-            _save(job, saver, state, "best")
+        if state.measuring_due and (_measure(job, saver, state) or _gave_up(job, state)):
+            _save(job, saver, state, "ended early" if _gave_up(job, state) else "best")
         with ThreadPoolExecutor(1, "packs") as ahead:
             reason = _steps(job, state, saver, ahead, stop, save_now)
         saver.settle(wait=True)
@@ -102,13 +104,13 @@ def _steps(
     ahead: ThreadPoolExecutor,
     stop: Callable[[], bool],
     save_now: Callable[[], bool],
-) -> Literal["finished", "interrupted"]:
+) -> Literal["finished", "ended early", "interrupted"]:
     """The steps; the rows of the next one are laid out by `ahead` while the device works."""
     settings = job.settings
     meter = Meter()
     device = job.network.lm_head.weight.device
     upcoming = ahead.submit(_batch, job, state, state.step)
-    while state.step < settings.num_steps:
+    while state.step < settings.num_steps and not _gave_up(job, state):
         started = time.perf_counter()
         job.heartbeat.at(state.step + 1, COMPUTING)
         batch = upcoming.result()
@@ -159,15 +161,17 @@ def _steps(
         stopping = state.measuring_due and job.ranks.any(stop())[0]
         better = state.measuring_due and not stopping and _measure(job, saver, state)
         stopping, asked = job.ranks.any(stop(), save_now())  # a signal to one rank is one to all
-        speaks = settings.samples_every is not None and job.ranks.first and not (stopping or ended)
+        early = _gave_up(job, state) and not ended
+        speaks = settings.samples_every is not None and job.ranks.first and not (stopping or ended or early)
         if speaks and _due(state.step, settings.samples_every or 0, job.order):
             job.speak(state.step)
-        if stopping or ended or better or asked or _due(state.step, settings.save_every, job.order):
+        if stopping or ended or early or better or asked or _due(state.step, settings.save_every, job.order):
             reason = "stopped" if stopping else "best" if better else "finished" if ended else "due"
+            reason = "ended early" if early else reason
             _save(job, saver, state, "asked for" if asked and reason == "due" else reason)
         if stopping and (not ended or state.measuring_due):
             return "interrupted"
-    return "finished"
+    return "finished" if state.step == settings.num_steps else "ended early"
 
 
 def _batch(job: Job, state: TrainState, step: int) -> Batch:
@@ -269,10 +273,16 @@ def _measure(job: Job, saver: Saver, state: TrainState) -> bool:
         _out_of_memory(job, saver, state, "measuring held-out rows", job.heldout)
     state.measuring_due = False
     better = state.best_loss is None or loss < state.best_loss
+    state.num_worse = 0 if better else state.num_worse + 1
     if better:
         state.best_loss, state.best_step = loss, state.step
     job.observe(Heldout(state.step, loss, state.base_loss, better))
     return better
+
+
+def _gave_up(job: Job, state: TrainState) -> bool:
+    """Whether the held-out loss has not fallen for as many measurements as the settings wait."""
+    return 0 < job.settings.patience <= state.num_worse
 
 
 def _shrink(job: Job, saver: Saver, state: TrainState, batch: Batch) -> None:

@@ -15,7 +15,7 @@ from lorafit.data.cache import encode_files
 from lorafit.data.encode import Encoded
 from lorafit.data.formats import Row
 from lorafit.data.ledger import Ledger
-from lorafit.data.loader import split_holdout
+from lorafit.data.loader import RowOrder, split_holdout
 from lorafit.data.readers import place_of
 from lorafit.data.sources import FileSummary, SourceFile, describe, find_files, refuse, rows_at
 from lorafit.data.template import Renderer
@@ -23,7 +23,7 @@ from lorafit.data.template import contract as make_contract
 from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import DataError, ModelError
 from lorafit.hub import ModelFolder
-from lorafit.model.architecture import read_architecture
+from lorafit.model.architecture import Architecture, read_architecture
 from lorafit.observe.terminal import progress
 
 
@@ -31,8 +31,9 @@ from lorafit.observe.terminal import progress
 class Material:
     """The rows of a run as tokens, and everything said about them.
 
-    `files` and what was `found` in them are in the order of the rows. `samples` are the first held-out rows that
-    ask something, as many as the config wants. `warnings` is what a person should know about the cache.
+    `files` and what was `found` in them are in the order of the rows. `encoded` are all of them that are not dropped,
+    training and held-out. `samples` are the first held-out rows that ask something, as many as the config wants.
+    `warnings` is what a person should know about the cache. `architecture` is None for a tokenizer without a model.
     """
 
     files: Sequence[SourceFile]
@@ -41,6 +42,8 @@ class Material:
     reason: str
     tokenizer: Tokenizer
     renderer: Renderer
+    architecture: Architecture | None
+    encoded: Encoded
     training: Encoded
     heldout: Encoded
     ledger: Ledger
@@ -69,33 +72,28 @@ class Material:
 
     def place(self, index: int) -> str:
         """Where a person finds the row at `index` of the training rows."""
-        row = self.training.number(index)
-        for file, summary in zip(self.files, self.found, strict=True):
-            if row < summary.num_rows:
-                return place_of(file.name, row + 1, self.training.line(index))
-            row -= summary.num_rows
-        raise AssertionError("a row without a file")
+        return _place(self.files, self.found, self.training, index)
+
+
+def _place(files: Sequence[SourceFile], found: Sequence[FileSummary], rows: Encoded, index: int) -> str:
+    """Where a person finds the row at `index` of `rows`."""
+    number = rows.number(index)
+    for file, summary in zip(files, found, strict=True):
+        if number < summary.num_rows:
+            return place_of(file.name, number + 1, rows.line(index))
+        number -= summary.num_rows
+    raise AssertionError("a row without a file")
 
 
 def read_material(config: Config, base: ModelFolder, quiet: bool) -> Material:
     """Rows, rendered and tokenised, with the ledger closed. Raises a LorafitError with all that is wrong."""
     data = config.data
-    arch = read_architecture(base.path)
-    longest = arch.max_position_embeddings
+    architecture = read_architecture(base.path) if (base.path / "config.json").is_file() else None
     tokenizer = Tokenizer.from_folder(base.path)
     files, missing = find_files(
         data.path, format=data.format, revision=data.revision, split=data.split, offline=config.run.offline
     )
-    contract = make_contract(
-        tokenizer,
-        template=data.template,
-        system=data.system,
-        train_on=data.train_on,
-        max_length=data.max_length,
-        too_long=data.too_long,
-        add_eos=data.eos,
-    )
-    renderer = Renderer(contract, tokenizer)
+    renderer = make_renderer(config, tokenizer)
     if missing:
         refuse(files, data.format, missing)
     with nullcontext() if quiet else progress("tokenising") as advance:
@@ -107,13 +105,15 @@ def read_material(config: Config, base: ModelFolder, quiet: bool) -> Material:
         raise DataError(
             f"no row is left to train on: {reasons}", hint="mend the rows, or see data.max_length"
         )
-    if (most := int(encoded.lengths.max())) > longest:
+    longest = architecture.max_position_embeddings if architecture else None
+    if longest is not None and (most := int(encoded.lengths.max())) > longest:
         raise DataError(
             f"the longest row has {most:,} tokens, but the model reads at most {longest:,}",
-            place="data.max_length",
+            place=_place(files, found, encoded, int(encoded.lengths.argmax())),
             hint=f"data.max_length={longest} with data.too_long=drop or data.too_long=truncate",
         )
-    _check_embedded(encoded, tokenizer, arch.vocab_size)
+    if architecture is not None:
+        _check_embedded(encoded, tokenizer, architecture.vocab_size)
     training, heldout = map(encoded.take, split_holdout(len(encoded), data.holdout, config.train.seed))
     num_rows = sum(summary.num_rows for summary in found)
     format_name, reason = describe(files, found)
@@ -124,6 +124,8 @@ def read_material(config: Config, base: ModelFolder, quiet: bool) -> Material:
         reason=reason,
         tokenizer=tokenizer,
         renderer=renderer,
+        architecture=architecture,
+        encoded=encoded,
         training=training,
         heldout=heldout,
         ledger=Ledger.of(num_rows, training, heldout, encoded.dropped),
@@ -145,6 +147,35 @@ def _check_embedded(encoded: Encoded, tokenizer: Tokenizer, num_embeddings: int)
                 place="tokenizer.json",
                 hint="tokens were added to the tokenizer and not to the model: lorafit trains no new embeddings",
             )
+
+
+def make_renderer(config: Config, tokenizer: Tokenizer) -> Renderer:
+    """What renders the rows of a run. Raises ModelError."""
+    data = config.data
+    contract = make_contract(
+        tokenizer,
+        template=data.template,
+        system=data.system,
+        train_on=data.train_on,
+        max_length=data.max_length,
+        too_long=data.too_long,
+        add_eos=data.eos,
+    )
+    return Renderer(contract, tokenizer)
+
+
+def row_order(config: Config, material: Material) -> RowOrder:
+    """Which rows each step trains on. Raises DataError when the weights leave none."""
+    order = RowOrder(
+        material.groups(config.data.path),
+        config.data.weights or [1.0] * len(config.data.path),
+        config.train.batch_size,
+        config.train.seed,
+        config.data.shuffle,
+    )
+    if order.rows_per_epoch == 0:
+        raise DataError("no row is left to train on at these weights", place="data.weights")
+    return order
 
 
 def _samples(

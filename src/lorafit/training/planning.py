@@ -27,9 +27,8 @@ from lorafit.check.plan import (
 )
 from lorafit.check.workload import Workload, heldout_passes, survey
 from lorafit.config.schema import Config
-from lorafit.data.loader import RowOrder
 from lorafit.data.packing import Pack, make_packs
-from lorafit.errors import DataError, RunError
+from lorafit.errors import RunError
 from lorafit.evaluate.answers import SAMPLE_TOKENS
 from lorafit.evaluate.proof import STOP_PROMPTS
 from lorafit.hub import model_folder
@@ -44,7 +43,7 @@ from lorafit.model.quant import check_quantize
 from lorafit.observe.meters import Meter
 from lorafit.observe.terminal import memory_size, progress
 from lorafit.place import Place
-from lorafit.training.material import read_material
+from lorafit.training.material import read_material, row_order
 
 LEAST_STEPS, LEAST_SECONDS = 20, 30.0  # shorter runs start at once, with a rougher plan
 MOST_SHARE = 0.025  # of a run's time that its calibration may take
@@ -73,15 +72,7 @@ class Planner:
         self._once = (
             time.perf_counter() - started
         )  # rows and compiled kernels are cached: the next run finds them
-        self.order = RowOrder(
-            self.material.groups(config.data.path),
-            config.data.weights or [1.0] * len(config.data.path),
-            config.train.batch_size,
-            config.train.seed,
-            config.data.shuffle,
-        )
-        if self.order.rows_per_epoch == 0:
-            raise DataError("no row is left to train on at these weights", place="data.weights")
+        self.order = row_order(config, self.material)
         self.device = pick_device(config.model.device)
         self._picked = ""
         self._process = resident_bytes()
@@ -91,6 +82,11 @@ class Planner:
             self._available //= here.local_world_size
         self._beyond = 0.0  # bytes that a real pass took beyond the formula
         self._workloads: dict[int, Workload] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self._workload(self.config).tokens
 
     def fit(self) -> Config:
         """The config to run: as it is where it fits, else as `run.too_large` says. Raises RunError."""

@@ -36,8 +36,10 @@ class Resumption:
         step, skipped = run.newest_checkpoint()
         finished = None
         if step is not None and run.has_adapter() and run.report_file.exists():  # the report comes last
-            folder = run.checkpoint(step)
-            finished = read_state(folder) if read_facts(folder).get("steps") == step else None
+            state = read_state(run.checkpoint(step))
+            gave_up = 0 < config.train.patience <= state.num_worse
+            ended = gave_up or read_facts(run.checkpoint(step)).get("steps") == step
+            finished = state if ended else None
         return cls(config, step, skipped, finished)
 
     def to_json(self) -> str:

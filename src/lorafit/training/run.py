@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 import shlex
 import sys
@@ -19,25 +17,23 @@ import torch
 
 from lorafit import __version__
 from lorafit.check.report import short_lines
-from lorafit.config.schema import Config, mathematics
-from lorafit.data.loader import RowOrder
+from lorafit.config.schema import Config
 from lorafit.data.packing import make_packs
 from lorafit.durable import read_facts, verify_folder
 from lorafit.errors import RunError
 from lorafit.evaluate.answers import Speaker
 from lorafit.evaluate.proof import tensor_digests
-from lorafit.hub import ModelFolder
 from lorafit.model.adapter import load_adapter
-from lorafit.model.build import Built, LoadedBase, build
+from lorafit.model.build import LoadedBase
 from lorafit.model.device import describe
 from lorafit.model.fused import fuse
 from lorafit.model.llama import Llama
 from lorafit.model.memory import is_out_of_memory
 from lorafit.model.native import missing
-from lorafit.model.weights import fingerprint
+from lorafit.observe.diagnosis import Watch, diagnosing
 from lorafit.observe.events import Note, Observer, RunEnded, RunStarted, fan_out
-from lorafit.observe.record import Record, truncate_after
-from lorafit.observe.terminal import Terminal, progress
+from lorafit.observe.record import Record, read_metrics, truncate_after
+from lorafit.observe.terminal import Terminal
 from lorafit.observe.trackers import tracker
 from lorafit.place import Place
 from lorafit.rundir import RunDirectory
@@ -58,9 +54,9 @@ from lorafit.training.engine import Engine, ReplicatedEngine, ShardedEngine
 from lorafit.training.heartbeat import Heartbeat
 from lorafit.training.material import Material
 from lorafit.training.optim import make_optimizer, warmup_steps
-from lorafit.training.planning import Planner
 from lorafit.training.precision import LossScale
-from lorafit.training.ranks import Ranks, check_strategy, meet, share_cores
+from lorafit.training.preparation import Prepared, facts_of, introduce, is_shared_out, prepare
+from lorafit.training.ranks import Ranks, check_strategy, meet
 from lorafit.training.resumption import Resumption, begun_by
 from lorafit.training.saving import wait_for_left
 from lorafit.training.signals import Requests, outside_steps
@@ -93,7 +89,7 @@ def start_run(config: Config, *, quiet: bool = False, base: LoadedBase | None = 
             return _resume(ranks, config.run.output, quiet=quiet, base=base)
         new = ranks.decide("output", lambda: str(RunDirectory.new(config.run.output, config.model.name).path))
         run = RunDirectory(Path(new))
-        prepared = _prepare(config, ranks, quiet, base)
+        prepared = prepare(config, ranks, quiet, base)
         config = prepared.planner.config
         resolved = config.model_copy(update={"run": config.run.model_copy(update={"output": str(run.path)})})
         if not ranks.first:
@@ -151,13 +147,13 @@ def _resume(
             if ranks.first and not quiet:
                 Terminal()(Note(f"`{path}` is finished after {step} steps; nothing was changed"))
             return _result(run, run.adapter, there.finished, finished=True)
-        prepared = _prepare(config, ranks, quiet, base, resumed=True)
+        prepared = prepare(config, ranks, quiet, base, resumed=True)
         if not ranks.first:
             return _go(config, prepared, run, ranks, step=step, notes=[], quiet=quiet)
         none = "no checkpoint is whole" if skipped else "no checkpoint yet"
         notes = [Note(fault, "warning") for fault in skipped.values()]
         notes.append(Note(f"going on from step {step}" if step is not None else f"{none}: starting over"))
-        facts = _facts(config, prepared)
+        facts = facts_of(config, prepared)
         if step is not None:
             found = changes(run.checkpoint(step), facts) + _prompt_changes(run, step, prepared)
             if not accept_changes:
@@ -170,41 +166,6 @@ def _resume(
         if config != run.config():
             run.write_config(config)
         return _go(config, prepared, run, ranks, step=step, notes=notes, quiet=quiet)
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """All that a run needs and that can fail before there is one: rows, their order, network, adapter."""
-
-    base: ModelFolder
-    material: Material
-    order: RowOrder
-    built: Built
-    planner: Planner
-
-
-def _prepare(
-    config: Config, ranks: Ranks, quiet: bool, base: LoadedBase | None = None, *, resumed: bool = False
-) -> Prepared:
-    """Read the rows, load the model, and only then connect the ranks: nobody waits for a slow one against a clock."""
-    share_cores(ranks.here, config.model.device)
-    quiet = quiet or not ranks.first
-    planner = Planner(config, quiet, ranks.here)
-    if not resumed:  # what began here is not refused
-        planner.config = config = Config.model_validate_json(
-            ranks.decide("fitting", lambda: planner.fit().model_dump_json(exclude_unset=True))
-        )
-    with nullcontext() if quiet else progress("loading the model") as advance:
-        built = build(config, planner.base.path, advance, _is_shared_out(config, ranks), base)
-    prepared = Prepared(planner.base, planner.material, planner.order, built, planner)
-    ranks.connect(built.device, 2 * config.distributed.timeout)  # the heartbeat comes first, and says more
-    if not ranks.alone and not ranks.same(_digest(_facts(config, prepared))):
-        raise RunError(
-            f"rank {ranks.rank} of {ranks.world_size} reads another model or other rows than the first",
-            place=str(planner.base.path),
-            hint="every machine needs the same model and data files",
-        )
-    return prepared
 
 
 def _talk(quiet: bool) -> Observer:
@@ -222,6 +183,8 @@ def _write_origin(run: RunDirectory, prepared: Prepared) -> None:
     run.write_json(run.prompt_file, prepared.material.renderer.contract.to_json())
     run.write_json(run.ledger_file, prepared.material.ledger.to_json())
     run.write_json(run.rows_file, ending.excerpt_of(prepared.material))
+    if prepared.verdicts:
+        run.write_json(run.check_file, [verdict.as_dict() for verdict in prepared.verdicts])
 
 
 def _prompt_changes(run: RunDirectory, step: int, prepared: Prepared) -> list[str]:
@@ -248,7 +211,7 @@ def _go(
     settings, base, material, built = config.train, prepared.base, prepared.material, prepared.built
     order = prepared.order
     num_steps = order.num_steps(settings.epochs, settings.max_steps)
-    facts = _facts(config, prepared)
+    facts = facts_of(config, prepared)
     lost = 0
     if ranks.first and run.metrics_file.exists():
         lost = truncate_after(run.metrics_file, step or 0)
@@ -262,8 +225,9 @@ def _go(
             watcher = tracker(name, run.path.name, run.path, config.model_dump(mode="json"))
             stack.callback(watcher.close)
             observers.append(watcher)
-        observe = fan_out(observers)
-        _introduce(config, material, observe)
+        past = read_metrics(run.metrics_file) if step is not None and ranks.first else []
+        observe = diagnosing(fan_out(observers), Watch.over(past))
+        introduce(prepared, observe)
         for note in notes:
             observe(note)
         if lost:
@@ -323,6 +287,7 @@ def _go(
                 save_every=settings.save_every,
                 samples_every=None if engine.lockstep else config.run.samples_every,
                 keep=settings.keep,
+                patience=settings.patience,
             ),
             ranks=ranks,
             share=Share(ranks.rank, ranks.world_size, attention_cost(network.arch), engine.lockstep),
@@ -366,24 +331,7 @@ def _go(
 def _engine(config: Config, network: Llama, device: torch.device, ranks: Ranks) -> Engine:
     if ranks.alone:
         return Engine(network)
-    return ShardedEngine(network, device) if _is_shared_out(config, ranks) else ReplicatedEngine(network)
-
-
-def _is_shared_out(config: Config, ranks: Ranks) -> bool:
-    """Whether the base is spread over the ranks, instead of whole on each."""
-    return config.distributed.strategy == "fsdp" and not ranks.alone
-
-
-def _facts(config: Config, prepared: Prepared) -> dict[str, Any]:
-    """What decides the bytes of a run, for the manifests of its checkpoints."""
-    train = config.train
-    return {
-        "base_model": fingerprint(prepared.base.path),
-        "data": prepared.material.digest(),
-        "prompt_contract": prepared.material.renderer.contract.hash,
-        "steps": prepared.order.num_steps(train.epochs, train.max_steps),
-        "config": mathematics(config),
-    }
+    return ShardedEngine(network, device) if is_shared_out(config, ranks) else ReplicatedEngine(network)
 
 
 def _machine(device: torch.device) -> dict[str, str]:
@@ -401,28 +349,12 @@ def _other_machine(checkpoint: Path, device: torch.device) -> list[str]:
     ]
 
 
-def _introduce(config: Config, material: Material, observe: Observer) -> None:
-    """Say what was read and what deserves a warning, before the first step."""
-    contract = material.renderer.contract
-    observe(Note(f"format {material.format}: {material.reason}; template {contract.template}"))
-    for line in material.ledger.lines():
-        observe(Note(line))
-    for warning in material.warnings:
-        observe(Note(warning, "warning"))
-    if not contract.add_eos and contract.template != "chat":
-        observe(
-            Note("answers have no stop token (data.eos=false): the model will not learn to stop", "warning")
-        )
-    if config.data.holdout and not len(material.heldout):
-        observe(Note("too few rows to hold any out: the loss on unseen rows is not measured", "warning"))
-
-
 def _finish(
     config: Config,
     material: Material,
     job: loop.Job,
     state: TrainState,
-    reason: Literal["finished", "interrupted"],
+    reason: Literal["finished", "ended early", "interrupted"],
     seconds: float,
     initial: Mapping[str, str],
     speaker: Speaker,
@@ -431,11 +363,14 @@ def _finish(
     run = job.run
     if not job.ranks.first:
         job.ranks.gather_at("finished")
-        return _result(run, run.adapter, state, finished=reason == "finished")
+        return _result(run, run.adapter, state, finished=reason != "interrupted")
     best = state.best_step if config.train.keep_best and state.best_step else state.step
-    adapter = run.checkpoint(best if reason == "finished" else state.step)
+    finished = reason != "interrupted"
+    adapter = run.checkpoint(best if finished else state.step)
+    if reason == "ended early":
+        job.observe(Note(f"ended early: {state.num_worse} held-out measurements in a row were no better"))
     proof = None
-    if reason == "finished":
+    if finished:
         if best != state.step and (faults := verify_folder(adapter)):
             job.observe(Note(f"the best step, {best}, is lost ({faults[0]}): the last one counts", "warning"))
             best, adapter = state.step, run.checkpoint(state.step)
@@ -463,7 +398,7 @@ def _finish(
     ending.leave_report(run, job.observe)
     job.ranks.gather_at("finished")
     proven = None if proof is None else proof.verdict != "fail"
-    return _result(run, adapter, state, finished=reason == "finished", proven=proven)
+    return _result(run, adapter, state, finished=finished, proven=proven)
 
 
 def _result(
@@ -479,10 +414,6 @@ def _result(
         base_loss=state.base_loss,
         proven=proven,
     )
-
-
-def _digest(facts: Mapping[str, Any]) -> bytes:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
 
 
 def _environment(here: Place) -> dict[str, Any]:
