@@ -46,7 +46,7 @@ def whats(events: Iterable[Event]) -> list[str]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("noise", [0.02, 0.1, 0.3])
+@pytest.mark.parametrize("noise", [0.02, 0.1, 0.3, 0.7])
 def test_a_healthy_run_is_left_in_peace(seed: int, noise: float) -> None:
     assert whats(curves(falling, heldout=lambda n: falling(n) + 0.05, noise=noise, seed=seed)) == []
 
