@@ -152,6 +152,13 @@ def _events(steps: int, say: Say, ended: str) -> list[dict[str, Any]]:
                     "seconds": 0.2,
                 }
             )
+    seen = {
+        "step": steps,
+        "what": "plateau",
+        "text": say("the loss stands still"),
+        "hint": say("lower the rate"),
+    }
+    events.append({"event": "diagnosis", **seen})
     last = {
         "step": steps,
         "reason": ended,

@@ -82,6 +82,7 @@ def test_every_section_is_there_and_says_what_the_files_hold(tmp_path: Path) -> 
         "sum100",
         "30 tokens, 12 trained",
         "two rows were dropped",
+        "step 60: the loss stands still: lower the rate",
         "lorafit train --model demo/model",
         "22" * 32,
         "learning_rate: 0.0002",

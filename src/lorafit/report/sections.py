@@ -152,14 +152,22 @@ def rows(facts: Facts) -> str:
 
 
 def notes(facts: Facts) -> str:
-    """Warnings first, then what else was said."""
+    """What the curves deserve, warnings, then what else was said."""
     said = [
         (str(event.get("level", "info")), str(event.get("text", "")))
         for event in facts.events.get("note", ())
     ]
     wrong = list(dict.fromkeys(text for level, text in said if level != "info"))
     other = [text for level, text in said if level == "info"]
+    found = [
+        f"step {number(event.get('step')) or 0:,.0f}: {event.get('text', '')}: {event.get('hint', '')}"
+        for event in facts.events.get("diagnosis", ())
+    ]
     inner = "".join(
+        f'<li><span class="badge small warn">curve</span><span>{html(cut(text, 1000))}</span></li>'
+        for text in found[:MOST_NOTES]
+    )
+    inner += "".join(
         f'<li><span class="badge small warn">warning</span><span>{html(cut(text, 1000))}</span></li>'
         for text in wrong[:MOST_NOTES]
     )
@@ -167,7 +175,7 @@ def notes(facts: Facts) -> str:
     if other:
         lines = html("\n".join(cut(text, 1000) for text in other[:MOST_NOTES]))
         inner += f"<details><summary>everything that was said</summary><br><pre>{lines}</pre></details>"
-    return f'<div class="card">{inner}</div>' if said else ""
+    return f'<div class="card">{inner}</div>' if said or found else ""
 
 
 def reproduce(facts: Facts) -> str:
