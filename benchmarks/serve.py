@@ -168,7 +168,7 @@ def main() -> None:
     facts = machine()
     found = run(folder, arguments.requests, arguments.tokens)
     answers = [reply for one in found for reply in one.replies]
-    given = " ".join(sys.argv[1:]).split(" --into")[0]
+    given = " ".join(["", *sys.argv[1:]]).split(" --into")[0].strip()
     command = f"python -m benchmarks.serve {given}".strip()
     mean = statistics.mean(reply.tokens for reply in answers)
     text = (
