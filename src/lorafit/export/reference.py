@@ -144,7 +144,9 @@ def _questions(source: Source, longest: int) -> list[tuple[Message, ...]]:
             found.append(messages)
     if not found:
         raise DataError(
-            f"no prompt that the tokenizer knows is shorter than the {longest} tokens of the context"
+            f"no prompt can be compared: each is longer than {longest} tokens, or has characters outside of the "
+            "tokenizer's vocabulary, which programs treat each in its own way",
+            hint="train with a template that the tokenizer knows; --no-verify exports all the same, marked so",
         )
     return found
 
