@@ -460,12 +460,13 @@ def table() -> str:
                 with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
                     warnings.simplefilter("ignore")
                     answers.append(question(tool, lab))
-            lines.append(f"| {question.__doc__} | " + " | ".join(answers) + " |")
+            cells = [str(cell).replace("|", "\\|") for cell in (question.__doc__, *answers)]
+            lines.append(f"| {' | '.join(cells)} |")
             print(lines[-1], file=sys.stderr, flush=True)
     names = ("transformers", "peft", "trl", "torch")
     versions = ", ".join(f"{name} {version(name)}" for name in names)
     when = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return "\n".join([*lines, "", f"{when}, {versions}, on a CPU: `python -m tests.bugs.others`."])
+    return "\n".join([*lines, "", f"{when}, {versions}, on a CPU:\n`python -m tests.bugs.others`."])
 
 
 def main() -> int:
