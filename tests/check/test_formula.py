@@ -111,16 +111,16 @@ def test_flops_are_four_a_frozen_weight_and_token() -> None:
     """But for the vocabulary, attention, the adapter and the rows that the last layer leaves out."""
     network, shape = network_and_shape("llama", ("all-linear",), torch.float32)
     linears = sum(p.numel() for n, p in network.named_parameters() if "base.weight" in n)
-    work = Pass(1000, 1000, 0)
-    head = 4 * 1000 * 64 * network.arch.vocab_size
-    low_rank = 6 * 1000 * num_trainable(shape)
-    expected = 4 * 1000 * linears + head + low_rank
+    work = Pass(1024, 1024, 0)
+    head = 4 * 1024 * 64 * network.arch.vocab_size
+    low_rank = 6 * 1024 * num_trainable(shape)
+    expected = 4 * 1024 * linears + head + low_rank
     first = (
-        2 * 1000 * 64 * (64 + 2 * 32)
+        2 * 1024 * 64 * (64 + 2 * 32)
     )  # before the first linears nothing is trained: no gradient goes there
     assert training_flops(shape, work) == pytest.approx(expected - first, rel=1e-9)
     assert training_flops(replace(shape, recompute=True), work) > 1.2 * training_flops(shape, work)
-    assert training_flops(shape, Pass(1000, 10, 0)) < training_flops(shape, work)
+    assert training_flops(shape, Pass(1024, 10, 0)) < training_flops(shape, work)
     assert 0.4 < forward_flops(shape, work) / training_flops(shape, work) < 0.6
 
 

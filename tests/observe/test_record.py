@@ -34,7 +34,7 @@ def test_a_step_has_the_keys_that_others_rely_on(path: Path) -> None:
         record(step(1))
     (event,) = read_metrics(path)
     required = "event step loss learning_rate grad_norm supervised_tokens tokens tokens_per_second seconds"
-    assert set(event) == {*required.split(), "epoch", "rows", "memory_bytes"}
+    assert set(event) == {*required.split(), "epoch", "rows", "memory_bytes", "ranks", "imbalance"}
 
 
 def test_events_are_there_at_once_and_appended_to(path: Path) -> None:

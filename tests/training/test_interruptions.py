@@ -22,7 +22,7 @@ from lorafit import durable
 from lorafit.durable import read_facts, sha256_file
 from lorafit.errors import RunError
 from lorafit.rundir import RunDirectory
-from lorafit.training import loop, saving
+from lorafit.training import loop, preparation, saving
 from lorafit.training import run as training_run
 from lorafit.training.run import resume_run, start_run
 
@@ -226,8 +226,8 @@ def test_signals_outside_of_steps_are_answered_and_none_kills_without_a_word(
 ) -> None:
     from lorafit.config.load import load_config
 
-    place = "build" if when == "loading" else "export_adapter"
-    real = getattr(training_run, place)
+    module, place = (preparation, "build") if when == "loading" else (training_run, "export_adapter")
+    real = getattr(module, place)
 
     def signalled(*rest: Any) -> Any:
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -236,7 +236,7 @@ def test_signals_outside_of_steps_are_answered_and_none_kills_without_a_word(
 
     config = load_config(None, [*material, "train.max_steps=2", f"run.output={tmp_path / 'run'}"])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training_run, place, signalled)
+        patch.setattr(module, place, signalled)
         start_run(config)
     said = capsys.readouterr().err
     assert "SIGUSR1: no step is under way" in said
