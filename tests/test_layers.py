@@ -15,7 +15,9 @@ import lorafit
 SOURCE = Path(lorafit.__file__).parent
 FILES = {path.relative_to(SOURCE).as_posix(): path for path in sorted(SOURCE.rglob("*.py"))}
 LOW_TO_HIGH = [
+    "shown",
     "errors",
+    "untrusted",
     "config",
     "durable",
     "place",

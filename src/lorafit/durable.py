@@ -8,21 +8,25 @@ leave the old state or the new one, never a mixture (Pillai et al., OSDI 2014, o
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import platform
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from safetensors import SafetensorError
 
 from lorafit.errors import RunError
+from lorafit.untrusted import MB, parse_json, read_bytes
 
 MANIFEST = "manifest.json"
+MAX_MANIFEST = 64 * MB
 SCHEMA = 1
 _STAGING, _OLD = ".staging-", ".old-"
 
@@ -117,10 +121,11 @@ def verify_folder(folder: Path, *, may_have_more: bool = False) -> list[str]:
     A file that the manifest does not list is a fault unless the folder `may_have_more`.
     """
     try:
-        text = (folder / MANIFEST).read_bytes().decode()
-        manifest = json.loads(text)
+        text = read_bytes(folder / MANIFEST, MAX_MANIFEST).decode()
+        manifest = parse_json(text)
         schema, listed = manifest["schema"], manifest["files"]
         entries = {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()}
+        manifest["facts"].keys()
     except FileNotFoundError:
         return [f"`{MANIFEST}` is missing"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -199,6 +204,7 @@ def write_file(path: Path, text: str) -> None:
     """Replace one small text file atomically and durably. Raises RunError."""
     temporary = path.with_name(_STAGING + path.name)
     try:
+        temporary.unlink(missing_ok=True)  # it might be a link
         _write_synced(temporary, text)
         temporary.replace(path)
         sync(path.parent)
@@ -207,6 +213,21 @@ def write_file(path: Path, text: str) -> None:
             temporary.unlink()
         reason = f"{error.strerror or error} ({len(text.encode()):,} bytes are needed)"
         raise RunError(f"cannot write `{path.name}`: {reason}", place=str(path)) from error
+
+
+def open_own(path: Path, mode: str) -> BinaryIO:
+    """A file of ours, opened without a buffer and without waiting. Raises OSError where somebody put a link, a pipe or
+    a device in its place.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+
+    file = open(path, mode, buffering=0, opener=opener)  # noqa: SIM115 (Path.open takes no opener)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is not a plain file", str(path))
+    return cast(BinaryIO, file)
 
 
 @contextlib.contextmanager
@@ -218,7 +239,7 @@ def lock(path: Path) -> Iterator[BinaryIO | None]:
     another living process does.
     """
     try:
-        file = path.open("ab+", buffering=0)
+        file = open_own(path, "ab+")
     except OSError as error:
         raise RunError(f"cannot write here: {error.strerror or error}", place=str(path.parent)) from None
     with file:
@@ -314,7 +335,7 @@ def is_locked(path: Path) -> bool:
     try:
         import fcntl
 
-        with path.open("rb") as file:
+        with open_own(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -351,7 +372,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
+    with path.open("x", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         _fsync(file.fileno())

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lorafit.shown import one_line
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -19,11 +21,11 @@ class Problem:
     hint: str = ""
 
     def __str__(self) -> str:
-        lines = [f"error: {self.message}"]
+        lines = [f"error: {one_line(self.message)}"]
         if self.place:
-            lines.append(f"   at: {self.place}")
+            lines.append(f"   at: {one_line(self.place)}")
         if self.hint:
-            lines.append(f" hint: {self.hint}")
+            lines.append(f" hint: {one_line(self.hint)}")
         return "\n".join(lines)
 
 

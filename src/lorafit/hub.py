@@ -37,6 +37,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from lorafit.errors import ConfigError, DataError, LorafitError, ModelError
 from lorafit.observe.terminal import progress
+from lorafit.shown import dotenv
 from lorafit.splits import (
     DATA_FORMATS,
     ManyConfigurationsError,
@@ -138,26 +139,13 @@ def token() -> str | None:
 
     Raises ConfigError for one that cannot be sent, without showing it.
     """
-    found = (
-        os.environ.get("HF_TOKEN", "").strip() or _dotenv_token(Path(".env")) or huggingface_hub.get_token()
-    )
+    found = os.environ.get("HF_TOKEN", "").strip() or dotenv().get("HF_TOKEN") or huggingface_hub.get_token()
     if found and not re.fullmatch(r"[!-~]+", found):
         raise ConfigError(
             "HF_TOKEN is not a token: it has spaces or characters outside ASCII in it",
             hint=f"copy it again from {TOKENS_PAGE}",
         )
     return found
-
-
-def _dotenv_token(path: Path) -> str | None:
-    """The value of the line HF_TOKEN=... in a .env file; nothing in it is executed or expanded."""
-    if not path.is_file():
-        return None
-    line = re.compile(
-        r"""^[ \t]*(?:export[ \t]+)?HF_TOKEN[ \t]*=[ \t]*(?:"([^"]*)"|'([^']*)'|([^\s#]*))""", re.MULTILINE
-    )
-    found = line.search(path.read_text(encoding="utf-8", errors="replace"))
-    return next(filter(None, found.groups()), None) if found else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,9 @@ from lorafit.durable import (
     write_file,
 )
 from lorafit.errors import RunError
+from lorafit.untrusted import MB, read_json
 
+MAX_JSON = 64 * MB
 _CHECKPOINT = re.compile(r"step-(\d{6,})")
 
 
@@ -91,7 +93,8 @@ class RunDirectory:
         }
         own.add(self.rows_file.name)
         return self.path.is_dir() and all(
-            path.name in own or is_orphan(path.name) for path in self.path.iterdir()
+            (path.name in own or is_orphan(path.name)) and not path.is_symlink()
+            for path in self.path.iterdir()
         )
 
     def create(self, num_bytes: int = 0) -> None:
@@ -132,9 +135,27 @@ class RunDirectory:
             )
         return run
 
+    def refuse_links(self) -> None:
+        """Raise RunError if anything here or among the checkpoints is a link: what is written stays in the run."""
+        for folder in (self.path, self.checkpoints):
+            for path in folder.iterdir() if folder.is_dir() else ():
+                if path.is_symlink():
+                    raise RunError(
+                        f"`{path.name}` is a link, and a run is written in its own folder only",
+                        place=str(path),
+                        hint="put what it points to in its place, or move the whole run",
+                    )
+
     def config(self) -> Config:
         """The resolved config that the run was started with."""
         return load_config(self.config_file)
+
+    def started(self) -> float:
+        """When the run was begun, in seconds since 1970; 0 where its config is a link to nothing."""
+        try:
+            return self.config_file.stat().st_mtime
+        except OSError:
+            return 0.0
 
     def write_config(self, config: Config) -> None:
         """Freeze the resolved config."""
@@ -147,7 +168,7 @@ class RunDirectory:
     def read_json(self, file: Path) -> Any:
         """One of the run's JSON files. Raises RunError naming it when it is missing or damaged."""
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            return read_json(file, MAX_JSON)
         except FileNotFoundError:
             raise RunError(f"the run has no `{file.name}`", place=str(self.path)) from None
         except (OSError, ValueError):
@@ -201,7 +222,7 @@ class RunDirectory:
         steps = self.saved_steps()
         kept: set[int | None] = set(steps[-keep:])
         for step in steps[-keep:]:
-            with contextlib.suppress(OSError, ValueError, KeyError):  # a damaged one names nothing
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a damaged one names nothing
                 kept.add(read_facts(self.checkpoint(step)).get("best_step"))
         for step in steps:
             if step not in kept:
@@ -235,4 +256,4 @@ def find_runs(folder: Path) -> list[RunDirectory]:
     """The run directories at `folder` and up to two levels below it, newest first."""
     found = {path.parent for pattern in ("", "*/", "*/*/") for path in folder.glob(f"{pattern}config.yaml")}
     runs = [RunDirectory(path) for path in found]
-    return sorted(runs, key=lambda run: run.config_file.stat().st_mtime, reverse=True)
+    return sorted(runs, key=RunDirectory.started, reverse=True)

@@ -9,6 +9,8 @@ import yaml
 
 # Format of the data files by suffix; where two are as frequent, the first wins.
 DATA_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+MAX_HEADER = 100_000  # characters of a card's YAML
+MAX_WILDCARDS = 8  # of a pattern: matching takes its time for each
 METADATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -53,8 +55,8 @@ def splits_of_card(card: str, files: list[str]) -> dict[str, list[str]]:
     """The splits that the dataset card's YAML header gives its default configuration, if any."""
     header = re.match(r"---\s*\n(.*?)\n---\s*$", card, re.DOTALL | re.MULTILINE)
     try:
-        fields = yaml.safe_load(header[1]) if header else None
-    except yaml.YAMLError:
+        fields = yaml.safe_load(header[1]) if header and len(header[1]) <= MAX_HEADER else None
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, RecursionError):
         return {}
     listed = fields.get("configs") if isinstance(fields, dict) else None
     configs = [config for config in listed if isinstance(config, dict)] if isinstance(listed, list) else []
@@ -99,6 +101,8 @@ def _texts(value: object) -> list[str]:
 
 def _glob(pattern: str, path: str) -> bool:
     """Whether `path` matches: `*` and `?` stay within a folder, `**` does not."""
+    if pattern.count("*") > MAX_WILDCARDS:
+        return False
     wild = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     pieces = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.removeprefix("./"))
     return re.fullmatch("".join(wild.get(piece) or re.escape(piece) for piece in pieces), path) is not None

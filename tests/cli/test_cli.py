@@ -260,8 +260,7 @@ def test_our_own_mistake_exits_1_and_asks_for_a_report(cli: Cli, monkeypatch: py
     assert done.code == 1
     assert done.err.startswith("error: ZeroDivisionError: oh\n hint: this is a bug in lorafit")
     monkeypatch.setenv("LORAFIT_DEBUG", "1")
-    with pytest.raises(ZeroDivisionError):
-        cli("train")
+    assert "Traceback" in cli("train").err
 
 
 def test_plan_prints_a_table_or_json_and_makes_nothing(cli: Cli, material: Path, tmp_path: Path) -> None:

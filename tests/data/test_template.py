@@ -369,9 +369,12 @@ def test_contract_goes_through_json(tokenizers: dict[str, Tokenizer]) -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "loops more than"),
-        ("{% for a in range(9999) %}{{ 'abcdefgh' * 9999 }}{% endfor %}", "renders more than"),
-        ("{{ 'a' * 10 ** 12 }}", "makes more than"),
+        (
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "more time or memory",
+        ),
+        ("{% for a in range(9999) %}{{ 'abcdefgh' * 9999 }}{% endfor %}", "renders more than|more time"),
+        ("{{ 'a' * 10 ** 12 }}", "more time or memory"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe|not safely callable"),
@@ -380,7 +383,7 @@ def test_contract_goes_through_json(tokenizers: dict[str, Tokenizer]) -> None:
 )
 def test_hostile_templates_neither_hang_nor_escape(source: str, message: str) -> None:
     template = ChatTemplate(source, bos=None, eos=None, date="2024-07-26")
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises((DataError, ModelError), match=message) as caught:
         template.render([QUESTION])
     assert "line 3" in caught.value.problems[0].place or "1 / 0" not in source
 

@@ -61,6 +61,7 @@ def generate(
     import sys
 
     from lorafit.errors import ConfigError
+    from lorafit.untrusted import piped_lines
 
     if file is not None and (prompts or compare or as_json):
         raise ConfigError("--file goes with none of prompts, --compare and --json")
@@ -71,7 +72,7 @@ def generate(
     if not prompts:
         if sys.stdin.isatty():
             raise ConfigError("there is no prompt", hint='lorafit generate RUN "What is a llama?"')
-        prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        prompts = [line for line in piped_lines(sys.stdin) if line.strip()]
     if not prompts:
         raise ConfigError("there is no prompt", hint="standard input was empty")
 

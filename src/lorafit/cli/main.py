@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import time
+import traceback
 from typing import Annotated
 
 import typer
@@ -26,8 +27,9 @@ from lorafit.cli import (
     sweep,
     train,
 )
-from lorafit.errors import LorafitError
+from lorafit.errors import LorafitError, Problem
 from lorafit.place import Place, ended_before, ended_for_good
+from lorafit.shown import without_secrets
 
 OTHERS_WAIT_SECONDS = 10.0
 
@@ -77,16 +79,7 @@ def main() -> None:
     if (code := ended_before(here)) is not None:
         sys.exit(code)
     try:
-        app()
-    except LorafitError as error:
-        if os.environ.get("LORAFIT_DEBUG"):
-            raise
-        if error.exit_code == 2:
-            ended_for_good(here, error.exit_code)
-        if not here.first:  # what all ranks have met the first one says; the agent ends the others with it
-            time.sleep(OTHERS_WAIT_SECONDS)
-        _talk(str(error))
-        sys.exit(error.exit_code)
+        code = app(standalone_mode=False)
     except KeyboardInterrupt:
         ended_for_good(here, 130)
         _talk("interrupted")
@@ -95,13 +88,33 @@ def main() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
         sys.exit(141)
     except Exception as error:
-        if os.environ.get("LORAFIT_DEBUG"):
-            raise
-        _talk(
-            f"error: {type(error).__name__}: {error}\n"
-            " hint: this is a bug in lorafit; run with `lorafit --debug ...` and report it"
-        )
-        sys.exit(1)
+        code, said = _explained(error)
+        if code == 2:
+            ended_for_good(here, code)
+        if not here.first:  # what all ranks have met the first one says; the agent ends the others with it
+            time.sleep(OTHERS_WAIT_SECONDS)
+        _talk(without_secrets(traceback.format_exc()) if os.environ.get("LORAFIT_DEBUG") else said)
+        sys.exit(code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _explained(error: Exception) -> tuple[int, str]:
+    """The exit code for what went wrong, and what is said about it."""
+    match error:
+        case LorafitError():
+            return error.exit_code, str(error)
+        case OSError():
+            return 2, str(Problem(error.strerror or str(error), str(error.filename or "")))
+        case MemoryError():
+            return 2, str(Problem("out of memory", hint="see `lorafit plan` for what a run takes"))
+        case _ if type(error).__name__ == "NoArgsIsHelpError":
+            return 2, str(error)
+        case _ if hasattr(error, "format_message"):  # click's errors, of which typer brings a copy
+            context = getattr(error, "ctx", None)
+            hint = f"see `{context.command_path} --help`" if context else ""
+            return 2, str(Problem(error.format_message(), hint=hint))
+    hint = "this is a bug in lorafit; run with `lorafit --debug ...` and report it"
+    return 1, str(Problem(f"{type(error).__name__}: {error}", hint=hint))
 
 
 def _talk(text: str) -> None:

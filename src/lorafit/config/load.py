@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,11 +11,17 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from yaml.composer import ComposerError
 
 from lorafit.config.schema import Config
 from lorafit.errors import ConfigError, Problem
+from lorafit.shown import without_secrets
+from lorafit.untrusted import read_text
 
 KeyPath = tuple[str, ...]
+MAX_RECIPE = 100_000  # bytes
+# What PyYAML raises for dates, numbers and keys that Python does not have, and for endless nesting.
+_OF_VALUES = (ValueError, TypeError, LookupError, RecursionError)
 FLAGS: dict[KeyPath, str] = {
     ("model", "name"): "--model NAME",
     ("data", "path"): "--data FILE",
@@ -62,7 +69,7 @@ def validate(
     """The Config that nested `values` spell out. Raises ConfigError with `problems` found before and all new ones;
     `places` says where each key was given.
     """
-    found, config = list(problems), None
+    found, config = [*problems, *_unusable_texts(values, (), places or {})], None
     known_bad = {problem.place for problem in problems}
     try:
         config = Config.model_validate(dict(values))
@@ -120,17 +127,15 @@ def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
 
 def _read_recipe(path: Path, places: dict[KeyPath, str], problems: list[Problem]) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, MAX_RECIPE + 1)
     except (OSError, UnicodeDecodeError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EFBIG:
+            message = f"a recipe has at most {MAX_RECIPE:,} bytes"
+            raise ConfigError(message, place=str(path), hint="is this the data file?") from None
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"cannot read the recipe: {reason}", place=str(path)) from None
-    if len(text) > 1_000_000:
-        raise ConfigError("a recipe is at most 1 MB", place=str(path), hint="is this the data file?")
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise ConfigError("aliases (`*name`) are not allowed in a recipe", place=str(path))
-        values = yaml.safe_load(text)
+        node, values = _parse(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -139,9 +144,7 @@ def _read_recipe(path: Path, places: dict[KeyPath, str], problems: list[Problem]
             place=place,
             hint="a recipe is sections of `key: value` lines, see `lorafit config`",
         ) from None
-    except ConfigError:
-        raise
-    except (ValueError, RecursionError):
+    except _OF_VALUES:
         raise ConfigError("the recipe is not valid YAML", place=str(path)) from None
     if values is None:
         return {}
@@ -152,6 +155,23 @@ def _read_recipe(path: Path, places: dict[KeyPath, str], problems: list[Problem]
     return {
         key: {} if value is None else value for key, value in values.items()
     }  # `lora:` alone says nothing
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader without aliases, which make much out of little."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise ComposerError(None, None, "aliases (`*name`) are not allowed in a recipe", mark)
+        return super().compose_node(parent, index)
+
+
+def _parse(text: str) -> tuple[yaml.Node | None, Any]:
+    """The one YAML document in `text`, and its value. Raises yaml.YAMLError or one of _OF_VALUES."""
+    loader = _Loader(text)
+    node = loader.get_single_node()
+    return node, None if node is None else loader.construct_document(node)
 
 
 def _note_lines(
@@ -179,14 +199,39 @@ def _apply(
         problems.append(Problem("an override is `section.key=value`", place, "for example `lora.rank=8`"))
         return
     try:
-        value = yaml.safe_load(text) if text.strip() else ""
-    except (yaml.YAMLError, ValueError, RecursionError):
+        value = _parse(text)[1] if text.strip() else ""
+    except (yaml.YAMLError, *_OF_VALUES):
         value = text
     section = values.setdefault(key[0], {})
     if not isinstance(section, dict):  # the schema will say that it is no section
         return
     section[key[1]] = value
     places[key] = place
+
+
+def _unusable_texts(value: object, at: KeyPath, places: Mapping[KeyPath, str]) -> Iterator[Problem]:
+    """What is wrong with the texts in `value`: characters that no file or tokenizer takes, and secrets."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _unusable_texts(item, (*at, str(key)), places)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _unusable_texts(item, at, places)
+    elif isinstance(value, str):
+        place = next((places[at[:n]] for n in range(len(at), 0, -1) if at[:n] in places), "")
+        if "\0" in value or not _is_unicode(value):
+            yield Problem(f"`{'.'.join(at)}` holds a character that is no text", place, "write it as UTF-8")
+        elif without_secrets(value) != value:
+            hint = "give it in the environment: HF_TOKEN, or what the tracker asks for"
+            yield Problem(f"`{'.'.join(at)}` holds a secret, which would be stored with the run", place, hint)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _problem(detail: Mapping[str, Any], places: Mapping[KeyPath, str]) -> Problem:
@@ -208,8 +253,10 @@ def _problem(detail: Mapping[str, Any], places: Mapping[KeyPath, str]) -> Proble
     if not where:
         return Problem(message, hint="see `lorafit config`")
     message = message[:1].lower() + message[1:]
-    if isinstance(detail.get("input"), str | int | float):
-        message += f", not {detail['input']!r}"[:80]
+    if isinstance(given := detail.get("input"), str | float) or (
+        isinstance(given, int) and given.bit_length() < 999  # Python does not write out any longer ones
+    ):
+        message += f", not {given!r}"[:80]
     if detail["type"] == "model_type":
         message = "it is a section of `key: value` lines"
     return Problem(f"`{name}`: {message}", place, f"`lorafit config {'.'.join(where[:2])}` explains it")

@@ -7,25 +7,19 @@ text between the contents; the two are then matched. What does not match exactly
 from __future__ import annotations
 
 import functools
-import json
 import re
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date as Date
-from typing import Any, Literal
-
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import Literal
 
 from lorafit.data.formats import Message
+from lorafit.data.sandbox import OverdrawnError, Sandbox
 from lorafit.data.tokenizer import HOLE
 from lorafit.errors import DataError, ModelError
 
 MAX_CHARACTERS = 4_000_000
-MAX_LOOP_STEPS = 1_000_000
 _MAX_KNOWN_SHAPES = 4096
 _THINK, _END_THINK = "<think>\n", "\n</think>\n\n"
 _NO_THOUGHT = re.compile(r"<think>\s*</think>\s*\Z")
@@ -50,7 +44,10 @@ class ChatTemplate:
 
     def __init__(self, source: str, *, bos: str | None, eos: str | None, date: str) -> None:
         """Raises ModelError with the line of a syntax error."""
-        self._environment = _Environment(Date.fromisoformat(date))
+        try:
+            self._environment = Sandbox(Date.fromisoformat(date))
+        except ValueError:
+            raise ModelError("the date for the chat template is none", place="prompt.json") from None
         self._variables = {
             name: text for name, text in (("bos_token", bos), ("eos_token", eos)) if text is not None
         }
@@ -66,10 +63,11 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], *, ask: bool = False) -> str:
         """The conversation as text, as transformers' apply_chat_template renders it; `ask`: up to the next answer.
 
-        Raises DataError with the template's own message, or with the line of the template that failed.
+        Raises DataError with the template's own message, or with the line of the template that failed, and ModelError
+        for a template that is out to take all time or memory.
         """
         turns = [{"role": message.role, "content": message.content} for message in messages]
-        self._environment.steps = 0
+        self._environment.begin(sum(len(message.content) for message in messages))
         pieces: list[str] = []
         size = 0
         try:
@@ -79,7 +77,7 @@ class ChatTemplate:
                 pieces.append(piece)
                 size += len(piece)
                 if size > MAX_CHARACTERS:
-                    raise TemplateError(f"renders more than {MAX_CHARACTERS:,} characters")
+                    raise OverdrawnError(f"it renders more than {MAX_CHARACTERS:,} characters")
         except Exception as error:  # a template is a program: anything may come out of it
             lines = [
                 frame.lineno
@@ -87,6 +85,8 @@ class ChatTemplate:
                 if "<template>" in frame.filename
             ]
             place = f"chat template line {lines[-1]}" if lines else "chat template"
+            if isinstance(error, OverdrawnError):  # the template is to blame, not the row
+                raise ModelError(f"the chat template is refused: {error}", place=place) from error
             hint = "change the conversation to what the template accepts, or give another with data.template"
             raise DataError(f"the chat template refuses the row: {error}", place=place, hint=hint) from error
         return "".join(pieces)
@@ -200,68 +200,3 @@ def _forms(content: str, with_thinking: bool) -> Iterable[str]:
             )
         else:
             yield from (answer, answer.lstrip("\n"), answer.strip())
-
-
-class _Generation(Extension):
-    """`{% generation %}` blocks: accepted; what the assistant says is found by position instead."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as an instance attribute)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(
-            line
-        )
-
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """The sandbox that templates of the field expect, with limits on loops and on multiplied text."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def __init__(self, date: Date) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        self.steps = 0
-        self.filters["tojson"] = _to_json
-        self.filters["_counted"] = self._counted
-        self.globals["raise_exception"] = _raise
-        self.globals["strftime_now"] = date.strftime
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = super()._parse(source, name, filename)
-        for loop in tree.find_all(nodes.For):
-            loop.iter = nodes.Filter(loop.iter, "_counted", [], [], None, None, lineno=loop.lineno)
-        return tree
-
-    def _counted(self, items: Iterable[Any]) -> Iterator[Any]:
-        for item in items:
-            self.steps += 1
-            if self.steps > MAX_LOOP_STEPS:
-                raise TemplateError(f"loops more than {MAX_LOOP_STEPS:,} times")
-            yield item
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Products and powers, as long as they stay small: `"a" * 10 ** 12` is no way to end a run."""
-        sizes = [
-            float(len(value) if isinstance(value, str | list | tuple) else value) for value in (left, right)
-        ]
-        if abs(sizes[0] * sizes[1] if operator == "*" else sizes[0] ** sizes[1]) > MAX_CHARACTERS:
-            raise TemplateError(f"`{operator}` makes more than {MAX_CHARACTERS:,}")
-        return super().call_binop(context, operator, left, right)
-
-
-def _raise(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """transformers' filter: Jinja's own escapes HTML characters."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )

@@ -20,7 +20,7 @@ from lorafit.data.formats import Row
 from lorafit.data.packing import Ids, TokenRow
 from lorafit.data.sources import Chunk
 from lorafit.data.template import Dropped, Rendered, Renderer
-from lorafit.errors import DataError, Problem, Problems, RunError
+from lorafit.errors import DataError, ModelError, Problem, Problems, RunError
 
 _NUM_LISTED = 5  # too long rows that an error names one by one
 _WIDE = 1 << 16  # vocabularies from here on need 32 bits an id
@@ -220,7 +220,10 @@ class _Writer:
                 lines.append(line)
         # Through `array` and `bytes`: several times faster than numpy on lists of millions of tokens.
         trained = [bytes(row.trained) for row in fitting]
-        ids = [array(self._code, row.ids).tobytes() for row in fitting]
+        try:
+            ids = [array(self._code, row.ids).tobytes() for row in fitting]
+        except OverflowError:
+            raise ModelError("gives ids beyond its own vocabulary", place="tokenizer.json") from None
         self._files["tokens"].write(b"".join(chain.from_iterable(zip(ids, trained, strict=True))))
         ends = np.cumsum([len(row) for row in trained], dtype=np.int64) + self._num_tokens
         self._num_tokens = int(ends[-1]) if len(ends) else self._num_tokens

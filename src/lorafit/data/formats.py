@@ -144,9 +144,8 @@ def _fits(keys: set[str], name: str) -> bool:
 
 def _nothing_fits(found: Sequence[set[str]]) -> Problem:
     keys = sorted(set().union(*found))
-    have = (
-        f"the rows have {', '.join(f'`{key}`' for key in keys)}" if keys else "no row is an object with keys"
-    )
+    named = ", ".join(f"`{key[:40]}`" for key in keys[:20]) + (", ..." if len(keys) > 20 else "")
+    have = f"the rows have {named}" if keys else "no row is an object with keys"
     needs = "; ".join(
         f"{name} needs " + " and ".join(" or ".join(f"`{key}`" for key in choice) for choice in choices)
         for name, choices in _NEEDS.items()
@@ -213,7 +212,7 @@ class _Fields:
             self.wrong(field, "is null", f"write the text of `{field}`, or remove the row")
         elif not isinstance(value, str):
             self.wrong(field, f"is {_kind(value)}, not text", f'write `{field}` as text, in "quotes"')
-        elif fault := _undecodable(value):
+        elif fault := undecodable(value):
             self.wrong(field, f"holds {fault}", "remove that character from the text")
         else:
             return value
@@ -238,7 +237,7 @@ class _Fields:
         return []
 
 
-def _undecodable(text: str) -> str:
+def undecodable(text: str) -> str:
     """What in `text` no tokenizer can take, "" if nothing."""
     if "\0" in text:
         return f"a NUL character at position {text.index(chr(0))}"

@@ -15,9 +15,16 @@ from lorafit.errors import DataError
 
 BLOCK = 1 << 20  # characters read at a time
 MAX_OBJECT = 1 << 24  # characters up to which an object at the top is decoded whole
+MAX_ROW = 1 << 25  # characters of a row: far more than any model reads
 _CUT = 64  # no fault that the cut makes is further from the end, strings without an end aside
 _BLANKS = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
+
+
+def too_long(place: str) -> DataError:
+    """The error for a row of more than MAX_ROW characters."""
+    hint = "remove the row, or cut it into several"
+    return DataError(f"a row has more than {MAX_ROW:,} characters", place=place, hint=hint)
 
 
 class SeveralValuesError(Exception):
@@ -108,9 +115,11 @@ class _Window:
                 value, end = _DECODER.raw_decode(self._text, self.at)
             except json.JSONDecodeError as error:
                 near_end = error.pos + _CUT >= len(self._text) or error.msg.startswith("Unterminated string")
-                too_long = longest is not None and len(self._text) - self.at > longest
-                if near_end and too_long:
+                long = longest is not None and len(self._text) - self.at > longest
+                if near_end and long:
                     raise _TooLongError from None
+                if near_end and len(self._text) - self.at > MAX_ROW:
+                    raise too_long(f"{self._name} line {self.line()}") from None
                 if not near_end or not self._more():
                     raise self.fault(error.msg, error.pos) from None
                 continue

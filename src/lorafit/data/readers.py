@@ -13,15 +13,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
-from lorafit.data.json_rows import SeveralValuesError, json_rows
+from lorafit.data.json_rows import MAX_ROW, SeveralValuesError, json_rows, too_long
 from lorafit.errors import DataError, Problem, Problems
+from lorafit.untrusted import MB
 
 SUFFIXES = (
     ".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz", ".csv", ".tsv",
     ".parquet", ".arrow", ".feather",
 )  # fmt: skip
+LEAST_UNPACKED, MAX_RATIO = 64 * MB, 100
 _BLOCK = 1 << 20
-_BATCH = 2048  # rows of a Parquet or Arrow file that are Python objects at a time
+_BATCH = 64  # rows of a Parquet or Arrow file that are Python objects at a time
+_THRIFT = 16 * MB  # bytes of a text, or items of a list, in the description of a Parquet file
 
 RawRow = tuple[int, object]  # the line it starts in, 0 where the file has no lines, and the row
 
@@ -76,8 +79,8 @@ def _text(path: Path, name: str, newline: str | None, position: Position) -> Ite
     `newline` is that of `open`, but None is like "\\n": nothing is translated.
     """
     try:
-        with path.open("rb") as file, _unpacked(file, path) as raw:
-            size = max(path.stat().st_size, 1)
+        size = max(path.stat().st_size, 1)
+        with path.open("rb") as file, _unpacked(file, path, size) as raw:
             position.share = lambda: file.tell() / size
             text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n" if newline is None else newline)
             while (block := text.read(1 << 16)) and block.isspace():
@@ -89,26 +92,59 @@ def _text(path: Path, name: str, newline: str | None, position: Position) -> Ite
             yield text
     except UnicodeDecodeError as error:
         raise DataError(_bad_byte(path), place=name, hint="save the file as UTF-8") from error
+    except _BombError as error:
+        raise _too_much(name) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         message = f"is not a whole gzip file: {error}"
         raise DataError(message, place=name, hint="pack the file again") from error
     except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", place=name) from error
+        raise DataError(f"cannot be read: {error.strerror or error}", place=name) from error
     finally:
         position.share = lambda: 1.0
 
 
-def _unpacked(file: BinaryIO, path: Path) -> BinaryIO:
-    if not path.name.lower().endswith(".gz"):
-        return file
-    return cast(BinaryIO, gzip.GzipFile(fileobj=file))
+class _BombError(Exception):
+    """Far more came out of a packed file than went into it."""
+
+
+class _Unpacked(gzip.GzipFile):
+    """A gzip file out of which comes no more than MOST_UNPACKED allows."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        super().__init__(fileobj=file)
+        self._most = most_unpacked(size)
+
+    def read(self, size: int | None = -1) -> bytes:
+        return self._checked(super().read(size))
+
+    def read1(self, size: int = -1) -> bytes:
+        return self._checked(super().read1(size))
+
+    def _checked(self, content: bytes) -> bytes:
+        if self.tell() > self._most:
+            raise _BombError
+        return content
+
+
+def most_unpacked(size: int) -> int:
+    """Bytes that may come out of a packed file of `size` bytes: rows are text, which packs to a twentieth at best."""
+    return LEAST_UNPACKED + MAX_RATIO * size
+
+
+def _too_much(name: str) -> DataError:
+    hint = "unpack it yourself and look at it, if you trust where it comes from"
+    return DataError(f"unpacks to more than {MAX_RATIO} times its size", place=name, hint=hint)
+
+
+def _unpacked(file: BinaryIO, path: Path, size: int) -> BinaryIO:
+    return cast(BinaryIO, _Unpacked(file, size)) if path.name.lower().endswith(".gz") else file
 
 
 def _bad_byte(path: Path) -> str:
     """What is wrong with the first byte of a file that is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     done = 0
-    with path.open("rb") as file, _unpacked(file, path) as raw:
+    with path.open("rb") as file, _unpacked(file, path, path.stat().st_size) as raw:
         while True:
             block = raw.read(_BLOCK)
             try:
@@ -123,7 +159,7 @@ def _bad_byte(path: Path) -> str:
 def _json_lines(path: Path, name: str, problems: Problems, position: Position) -> Iterator[RawRow]:
     number = 0
     with _text(path, name, "\n", position) as text:
-        for line_number, line in enumerate(text, 1):
+        for line_number, line in enumerate(_lines(text, name), 1):
             if line.isspace():
                 continue
             number += 1
@@ -140,11 +176,20 @@ def _json_lines(path: Path, name: str, problems: Problems, position: Position) -
             yield line_number, row
 
 
+def _lines(text: TextIO, name: str) -> Iterator[str]:
+    """The lines of a file. Raises DataError for one that is longer than any row."""
+    for number, line in enumerate(iter(lambda: text.readline(MAX_ROW + 1), ""), 1):
+        if len(line) > MAX_ROW:
+            raise too_long(f"{name} line {number}")
+        yield line
+
+
 def _csv(path: Path, name: str, delimiter: str, problems: Problems, position: Position) -> Iterator[RawRow]:
-    limit = csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a long answer
+    limit = csv.field_size_limit(MAX_ROW)  # the default of 128 KiB is less than a long answer
     try:
         with _text(path, name, "", position) as text:
-            yield from _csv_rows(csv.reader(text, delimiter=delimiter, strict=True), name, problems)
+            lines = _lines(text, name)
+            yield from _csv_rows(csv.reader(lines, delimiter=delimiter, strict=True), name, problems)
     finally:
         csv.field_size_limit(limit)
 
@@ -180,8 +225,11 @@ def _parquet(path: Path, name: str, position: Position) -> Iterator[object]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
-            yield from _rows_of(file.iter_batches(_BATCH), file.metadata.num_rows, position)
+        with pyarrow.parquet.ParquetFile(
+            path, pre_buffer=False, thrift_string_size_limit=_THRIFT, thrift_container_size_limit=_THRIFT
+        ) as file:
+            batches = file.iter_batches(_BATCH)
+            yield from _rows_of(batches, file.metadata.num_rows, position, path, name)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"is not usable Parquet: {error}", place=name, hint="write the file again") from error
 
@@ -198,16 +246,23 @@ def _arrow(path: Path, name: str, position: Position) -> Iterator[object]:
             except pyarrow.ArrowInvalid:
                 source.seek(0)
                 batches = iter(pyarrow.ipc.open_stream(source))
-            yield from _rows_of(batches, 0, position)
+            yield from _rows_of(batches, 0, position, path, name)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"is not usable Arrow: {error}", place=name, hint="write the file again") from error
 
 
-def _rows_of(batches: Iterator[Any], num_rows: int, position: Position) -> Iterator[object]:
+def _rows_of(
+    batches: Iterator[Any], num_rows: int, position: Position, path: Path, name: str
+) -> Iterator[object]:
     """The rows of Arrow record batches; columns that are no text show up when the rows are parsed."""
     done = 0
+    left = most_unpacked(path.stat().st_size)
     position.share = lambda: done / num_rows if num_rows else 0.0
     for batch in batches:
+        batch.validate(full=True)  # an offset that points elsewhere would be followed
+        left -= batch.nbytes
+        if left < 0:
+            raise _too_much(name)
         for start in range(0, batch.num_rows, _BATCH):
             rows = batch.slice(start, _BATCH).to_pylist()
             yield from rows

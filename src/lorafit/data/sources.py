@@ -192,12 +192,20 @@ def data_files(path: Path) -> list[Path]:
         raise DataError("no such file or folder", place=str(path), hint=_nearest(path))
     known = f"data files end in {', '.join(SUFFIXES)}"
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if suffix_of(file) and file.name not in _NOT_DATA)
+        files = sorted(
+            file
+            for file in path.iterdir()
+            if suffix_of(file) and file.name not in _NOT_DATA and file.is_file()
+        )
         if not files:
             raise DataError("the folder holds no data files", place=str(path), hint=known)
         return files
     if not suffix_of(path):
         raise DataError(f"unsupported kind of file {path.suffix!r}", place=str(path), hint=known)
+    if not path.is_file():  # it would be read for ever
+        raise DataError(
+            "a pipe or a device is no data file", place=str(path), hint="write the rows to a file first"
+        )
     return [path]
 
 

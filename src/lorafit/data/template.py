@@ -10,15 +10,19 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
+
 from lorafit.data.chat_template import ChatTemplate, Part
-from lorafit.data.formats import Chat, Completion, Content, Instruction, Message, Row, Text
+from lorafit.data.formats import Chat, Completion, Content, Instruction, Message, Row, Text, undecodable
 from lorafit.data.tokenizer import BORDER, Control, Tokenizer, reserved
 from lorafit.errors import DataError, ModelError, Problem
+from lorafit.untrusted import MB, read_text
 
 TrainOn = Literal["all", "response"]
 TooLong = Literal["error", "truncate", "drop"]
@@ -70,14 +74,18 @@ class PromptContract:
         return {"schema": _SCHEMA, **dataclasses.asdict(self), "stop_ids": list(self.stop_ids)}
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> PromptContract:
-        """The inverse of `to_json`; ModelError for another schema or other fields."""
+    def from_json(cls, value: Any) -> PromptContract:
+        """The inverse of `to_json`; ModelError for another schema, other fields or values of another type."""
+        value = value if isinstance(value, dict) else {}
         fields = {name: item for name, item in value.items() if name != "schema"}
         known = {field.name for field in dataclasses.fields(cls)}
-        if value.get("schema") != _SCHEMA or set(fields) != known:
-            hint = "it was written by another version of lorafit, or changed by hand"
-            raise ModelError("is not a prompt contract of this version", place="prompt.json", hint=hint)
-        return cls(**{**fields, "stop_ids": tuple(fields["stop_ids"])})
+        if value.get("schema") == _SCHEMA and set(fields) == known:
+            with suppress(ValidationError):
+                made = TypeAdapter(cls).validate_python(fields)
+                if made.template in TEMPLATES and (made.template != "chat" or made.chat_template):
+                    return made
+        hint = "it was written by another version of lorafit, or changed by hand"
+        raise ModelError("is not a prompt contract of this version", place="prompt.json", hint=hint)
 
     @property
     def hash(self) -> str:
@@ -142,9 +150,10 @@ def contract(
 
 def _read_template(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path, MB)
     except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"the chat template cannot be read: {error}", place=str(path)) from error
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ModelError(f"the chat template cannot be read: {reason}", place=str(path)) from error
 
 
 def _chat_template(contract: PromptContract) -> ChatTemplate | None:
@@ -265,7 +274,7 @@ class Renderer:
     def _prompt(self, source: Row | Content | Sequence[Message]) -> str:
         """The protected text after which the answer begins."""
         content = self._asked(source.content if isinstance(source, Row) else source)
-        if fault := _reserved_in(content):
+        if fault := _unusable_in(content):
             raise DataError(fault, hint="remove that character")
         answered: Content
         match content:
@@ -302,7 +311,7 @@ class Renderer:
         needs_answer = self.contract.train_on == "response" or self.contract.template == "chat"
         if needs_answer and isinstance(content, Instruction) and not content.output.strip():
             return Dropped("the answer is empty")
-        if fault := _reserved_in(content):
+        if fault := _unusable_in(content):
             return Problem(fault, row.place, "remove that character")
         try:
             return self._segments(content)
@@ -435,8 +444,8 @@ def conversation(row: Instruction) -> list[Message]:
     return [*system, Message("user", question), Message("assistant", row.output)]
 
 
-def _reserved_in(content: Content) -> str:
-    """What is wrong if a text of `content` holds a character reserved for control tokens, else ""."""
+def _unusable_in(content: Content) -> str:
+    """What is wrong if a text of `content` holds a character that no tokenizer takes or that is reserved, else ""."""
     match content:
         case Chat(messages):
             texts = {f"messages[{index}]": message.content for index, message in enumerate(messages)}
@@ -447,6 +456,8 @@ def _reserved_in(content: Content) -> str:
         case Text(text):
             texts = {"text": text}
     for field, text in texts.items():
+        if fault := undecodable(text):
+            return f"`{field}` holds {fault}"
         if character := reserved(text):
             return f"`{field}` holds the noncharacter {character}, which is reserved for use inside programs"
     return ""

@@ -10,6 +10,7 @@ continuation.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -22,12 +23,16 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from lorafit.data.words import Words, can_go_by_words
 from lorafit.errors import ModelError
+from lorafit.untrusted import MB, read_json, read_text
 
 # Noncharacters that Unicode reserves for use inside a program; data that holds one is refused.
 _OPEN, _CLOSE, BORDER, HOLE = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
 _RESERVED = re.compile("[\ufdd0-\ufdd3]")
 _DECIDING_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _MAX_PROTECTED = 4096
+MAX_JSON = 64 * MB
+MAX_SPECIALS = 20_000
+MAX_GROWTH = 64  # times that normalizers or decoders may lengthen a text
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -71,6 +76,12 @@ class Tokenizer:
         specials = _specials(spec, config, [name for name in names.values() if name])
         self._private = {text: f"{_OPEN}{index}{_CLOSE}" for index, text in enumerate(specials)}
         self._public = {private: text for text, private in self._private.items()}
+        if len(specials) > MAX_SPECIALS:
+            raise ModelError(f"it has more than {MAX_SPECIALS:,} special tokens", place="tokenizer.json")
+        for part in ("normalizer", "decoder"):
+            if _growth(spec.get(part)) > MAX_GROWTH:
+                message = f"its {part} makes texts more than {MAX_GROWTH} times as long"
+                raise ModelError(message, place="tokenizer.json")
         unknown = _unknown(spec["model"])
         adds_bos = config.get("add_bos_token")
         self.adds_bos = (
@@ -94,7 +105,9 @@ class Tokenizer:
         self.eos = self._named(names["eos_token"])
         self.adds_bos = self.adds_bos and self.bos is not None
         declared = generation.get("eos_token_id")
-        also = [declared] if isinstance(declared, int) else list(declared or [])
+        also = declared if isinstance(declared, list) else [] if declared is None else [declared]
+        if not all(isinstance(number, int) and number >= 0 for number in also):
+            raise ModelError("`eos_token_id` is no token id", place="generation_config.json")
         self.stop_ids = tuple(dict.fromkeys([*([self.eos.id] if self.eos else []), *also]))
         self.chat_template = chat_template
         self.sha256 = sha256
@@ -121,10 +134,13 @@ class Tokenizer:
             )
         except ModelError:
             raise
-        except Exception as error:  # the Rust library raises plain Exception
+        except BaseException as error:  # the Rust library raises plain Exception, or panics
+            if not isinstance(error, Exception) and not _is_panic(error):
+                raise
             hint = "download the model again, or save it with transformers' save_pretrained"
+            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise ModelError(
-                f"cannot be used: {error}", place=str(path / "tokenizer.json"), hint=hint
+                f"cannot be used: {what}", place=str(path / "tokenizer.json"), hint=hint
             ) from error
 
     def protect(self, template_text: str) -> str:
@@ -174,9 +190,13 @@ class Tokenizer:
 
     def _encode_checked(self, inputs: Sequence[str]) -> Iterator[list[int]]:
         """The ids of each text, BORDERs and all; ModelError if the control tokens are not those of the text."""
-        for text, encoding in zip(
-            inputs, self._rust.encode_batch_fast(inputs, add_special_tokens=False), strict=True
-        ):
+        try:
+            encodings = self._rust.encode_batch_fast(inputs, add_special_tokens=False)
+        except BaseException as error:
+            if not isinstance(error, Exception) and not _is_panic(error):
+                raise
+            raise ModelError(f"the tokenizer fails: {error}", place="tokenizer.json") from error
+        for text, encoding in zip(inputs, encodings, strict=True):
             ids: list[int] = encoding.ids
             if sum(map(self._control_ids.__contains__, ids)) != text.count(_OPEN):
                 raise ModelError("the tokenizer does not read the template's control tokens one by one")
@@ -287,11 +307,26 @@ def _steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
     """A normalizer, pre-tokenizer or post-processor as its plain steps."""
     if part is None:
         return
-    nested = part.get("normalizers") or part.get("pretokenizers") or part.get("processors")
+    lists = ("normalizers", "pretokenizers", "processors", "decoders")
+    nested = next((part[name] for name in lists if part.get(name)), None)
     if nested is None:
         yield part
     for step in nested or []:
         yield from _steps(step)
+
+
+def _growth(part: dict[str, Any] | None) -> int:
+    """How many times as long the steps of a normalizer or decoder can make a text."""
+    growth = 1
+    for step in _steps(part):
+        if step["type"] == "Replace":
+            always_takes_some = bool(step["pattern"].get("String"))
+            growth *= max(1, len(step["content"]) + (not always_takes_some))
+        elif step["type"] == "Precompiled":
+            chars = base64.b64decode(step["precompiled_charsmap"])
+            texts = chars[4 + int.from_bytes(chars[:4], "little") :]  # after a trie that points to them
+            growth *= max(1, *map(len, texts.split(b"\0")))
+    return growth
 
 
 def _adds(post_processor: dict[str, Any] | None, bos: str | None) -> bool:
@@ -348,6 +383,11 @@ def _rename(spec: dict[str, Any], names: Mapping[str, str]) -> None:
     spec.update(post_processor=None, truncation=None, padding=None)
 
 
+def _is_panic(error: BaseException) -> bool:
+    """Whether Rust code ended in a way that its author did not foresee; the exception derives from none of Python's."""
+    return type(error).__name__ == "PanicException"
+
+
 def _either(texts: Iterable[str]) -> re.Pattern[str]:
     """Matches any of `texts`, the longest first; nothing if there are none."""
     return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or r"(?!)")
@@ -364,7 +404,9 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_bytes())
+        value = read_json(path, MAX_JSON)
+    except OSError as error:
+        raise ModelError(f"cannot be read: {error.strerror}", place=str(path)) from error
     except ValueError as error:
         raise ModelError(f"is not JSON: {error}", place=str(path), hint="download the model again") from error
     if not isinstance(value, dict):
@@ -375,7 +417,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
     """The model's chat template: its own file, else the one in the config; of several, the default."""
     if (path / "chat_template.jinja").is_file():
-        return (path / "chat_template.jinja").read_text(encoding="utf-8")
+        return read_text(path / "chat_template.jinja", MB)
     template = _json(path / "chat_template.json").get("chat_template") or config.get("chat_template")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,14 @@ from lorafit.infer.engine import Token, stream
 from lorafit.infer.sampling import Sampling
 from lorafit.infer.text import AnswerText
 from lorafit.model.adapter import CONFIG as ADAPTER_CONFIG
+from lorafit.model.adapter import MAX_CONFIG
 from lorafit.model.build import build_saved
 from lorafit.model.llama import Llama
 from lorafit.model.lora import adapted, set_enabled
 from lorafit.model.quant import Quantize
 from lorafit.observe.terminal import progress
 from lorafit.rundir import RunDirectory
+from lorafit.untrusted import read_json
 
 Question = str | Content | Sequence[Message]
 _AT_ONCE = 16  # prompts that share a batch
@@ -228,7 +229,7 @@ def _contract_beside(adapter: Path) -> PromptContract | None:
 def _base_of(folder: Path) -> tuple[str, str | None]:
     """(name, revision) of the base model that a PEFT adapter names."""
     try:
-        raw = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        raw = read_json(folder / ADAPTER_CONFIG, MAX_CONFIG)
         name, revision = raw["base_model_name_or_path"], raw.get("revision")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         name = revision = None

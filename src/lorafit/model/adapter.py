@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from lorafit.errors import ModelError, Problem
 from lorafit.model.lora import LoraSpec, adapted
+from lorafit.untrusted import MB, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MAX_CONFIG = 16 * MB
 _PREFIX = "base_model.model."
 # keys of a PEFT config that change the mathematics in ways that lorafit does not do, with the values it accepts
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
@@ -72,14 +74,14 @@ def read_spec(folder: Path) -> LoraSpec:
     """What a PEFT adapter folder holds. Raises ModelError naming each key that lorafit cannot honour."""
     path = folder / CONFIG
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path, MAX_CONFIG)
         if not isinstance(raw, dict):
             raise TypeError
     except FileNotFoundError:
         raise ModelError(
             f"there is no {CONFIG}", place=str(folder), hint="give a PEFT adapter folder"
         ) from None
-    except (OSError, ValueError, TypeError, RecursionError):
+    except (OSError, ValueError, TypeError):
         raise ModelError(f"{CONFIG} cannot be read", place=str(path)) from None
     problems = [
         Problem(f"`{key}` is {raw[key]!r}, which lorafit does not train", str(path))
@@ -93,8 +95,10 @@ def read_spec(folder: Path) -> LoraSpec:
         problems.append(Problem(f"`r` is {rank!r}, not a rank", str(path)))
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e9:
         problems.append(Problem(f"`lora_alpha` is {alpha!r}, not a positive number", str(path)))
-    if isinstance(targets, str):
-        targets = [targets if targets == "all-linear" else f"re:{targets}"]
+    if isinstance(targets, str) and targets != "all-linear":
+        targets = _adapted_modules(folder)  # not by that regular expression: it may take forever
+    elif isinstance(targets, str):
+        targets = [targets]
     if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
         problems.append(Problem("`target_modules` names no modules", str(path)))
     if problems:
@@ -112,6 +116,29 @@ def read_spec(folder: Path) -> LoraSpec:
     )
 
 
+def _adapted_modules(folder: Path) -> list[str]:
+    """The full names of the modules that an adapter has tensors for."""
+    with _opened(folder) as file:
+        names = {name.removeprefix(_PREFIX) for name in file.keys()}  # noqa: SIM118, not a mapping
+    return sorted({name.partition(".lora_")[0] for name in names})
+
+
+def _opened(folder: Path) -> safe_open:
+    """The weights of an adapter folder. Raises ModelError when there are none that can be read."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        hint = (
+            "lorafit reads safetensors only, never pickled adapters"
+            if (folder / "adapter_model.bin").exists()
+            else ""
+        )
+        raise ModelError(f"there is no {WEIGHTS}", place=str(folder), hint=hint)
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"the adapter cannot be read: {error}", place=str(path)) from None
+
+
 def load_adapter(network: nn.Module, folder: Path) -> None:
     """Fill the attached adapter of `network` from a PEFT folder.
 
@@ -120,15 +147,9 @@ def load_adapter(network: nn.Module, folder: Path) -> None:
     """
     path = folder / WEIGHTS
     try:
-        stored = load_file(path)
-    except FileNotFoundError:
-        hint = (
-            "lorafit reads safetensors only, never pickled adapters"
-            if (folder / "adapter_model.bin").exists()
-            else ""
-        )
-        raise ModelError(f"there is no {WEIGHTS}", place=str(folder), hint=hint) from None
-    except (SafetensorError, OSError) as error:
+        with _opened(folder) as file:
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
+    except SafetensorError as error:
         raise ModelError(f"the adapter cannot be read: {error}", place=str(path)) from None
     fill_adapter(network, stored, path)
 

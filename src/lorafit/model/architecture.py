@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorafit.errors import ModelError, Problem
+from lorafit.untrusted import MB, read_json
 
+MAX_CONFIG = 16 * MB
+MAX_PARAMETERS = 10**13
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -63,18 +65,16 @@ def read_architecture(folder: Path) -> Architecture:
     """The Architecture of a model folder. Raises ModelError naming each field that cannot be used."""
     path = folder / "config.json"
     try:
-        text = path.read_text(encoding="utf-8")
+        raw = read_json(path, MAX_CONFIG)
     except FileNotFoundError:
         raise ModelError(
             "there is no config.json",
             place=str(folder),
             hint="a model folder holds config.json, tokenizer.json and *.safetensors",
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelError(f"config.json cannot be read: {error}", place=str(path)) from None
-    try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError):
+    except OSError as error:
+        raise ModelError(f"config.json cannot be read: {error.strerror}", place=str(path)) from None
+    except ValueError:
         raise ModelError("config.json is not valid JSON", place=str(path)) from None
     if not isinstance(raw, dict):
         raise ModelError("config.json is not an object", place=str(path))
@@ -121,6 +121,9 @@ def parse_architecture(raw: Mapping[str, Any], place: str) -> Architecture:
         fields.wrong("head_dim", "it must be even")
     if raw.get("quantization_config"):
         fields.wrong("quantization_config", "the checkpoint is quantised; give the 16-bit original")
+    if architecture.num_parameters > MAX_PARAMETERS:
+        message = f"config.json describes a network of {architecture.num_parameters:,} parameters"
+        fields.problems.append(Problem(message, place))
     fields.check()
     return architecture
 

@@ -96,7 +96,9 @@ def match_targets(network: nn.Module, targets: Sequence[str]) -> list[str]:
         elif target.startswith("re:"):
             try:
                 pattern = re.compile(target[3:])
-            except re.error as error:
+                if not _ends_soon(target[3:]):
+                    raise re.error("it may take forever; repeat single characters only, three times at most")
+            except (re.error, RecursionError, OverflowError) as error:
                 problems.append(Problem(f"`{target}` is not a regular expression: {error}", "lora.targets"))
                 continue
             found = {name for name in linears if pattern.fullmatch(name)}
@@ -128,6 +130,16 @@ def set_enabled(network: nn.Module, enabled: bool) -> None:
     """Switch the adapter on or off: off is the base model to the bit."""
     for module in adapted(network).values():
         module.enabled = enabled
+
+
+def _ends_soon(pattern: str) -> bool:
+    """Whether a regular expression cannot try more ways through a name than there is time for: backtracking comes from
+    repetitions, of groups above all, and from alternatives.
+    """
+    bare = re.sub(r"\\.|\[\^?\]?(?:[^\]\\]|\\.)*\]|\(\?", "x", pattern)  # no escapes, sets, `(?:`
+    return (
+        not re.search(r"\)[*+?{]", bare) and len(re.findall(r"[*+?{]", bare)) <= 3 and bare.count("|") <= 100
+    )
 
 
 def _linears(network: nn.Module) -> list[str]:

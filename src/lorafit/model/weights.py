@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,8 +16,10 @@ from lorafit.model.architecture import Architecture
 from lorafit.model.frozen import Frozen
 from lorafit.model.llama import Llama
 from lorafit.model.quant import Quantize, quantized
+from lorafit.untrusted import MB, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_INDEX = 64 * MB
 
 
 def load_network(
@@ -84,9 +85,9 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, single or sharded. Raises ModelError when some are missing."""
     if (folder / INDEX).is_file():
         try:
-            weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            weight_map = read_json(folder / INDEX, MAX_INDEX)["weight_map"]
             names = sorted({str(name) for name in weight_map.values()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise ModelError(f"`{INDEX}` cannot be read", place=str(folder)) from None
         if wrong := [name for name in names if Path(name).name != name]:
             raise ModelError(f"`{INDEX}` points outside its folder: `{wrong[0]}`", place=str(folder))

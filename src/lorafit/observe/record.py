@@ -9,10 +9,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lorafit.durable import sync, write_file
+from lorafit.durable import open_own, sync, write_file
 from lorafit.errors import RunError
+from lorafit.untrusted import MB, parse_json, read_bytes
 
 from .events import Busy, Event, Step
+
+MAX_BYTES = 4096 * MB  # of the file: ten million steps take half of it
 
 
 class Record:
@@ -25,7 +28,7 @@ class Record:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = path.open("ab", buffering=0)
+            self._file = open_own(path, "ab")
             self._file.truncate(_whole(path.read_bytes()))
             sync(path.parent)  # whoever syncs the file later relies on its name
         except OSError as error:
@@ -133,12 +136,12 @@ def _read(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     """The whole lines of `path`, each with its event; None where it is none."""
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, MAX_BYTES)
     except OSError as error:
         raise RunError(f"cannot read the run's metrics: {error.strerror}", place=str(path)) from error
     for line in content[: _whole(content)].splitlines(keepends=True):
         try:
-            event = json.loads(line.decode())
-        except (ValueError, RecursionError):  # not UTF-8 or not JSON
+            event = parse_json(line.decode())
+        except ValueError:  # not UTF-8 or not JSON
             event = None
         yield line, event if isinstance(event, dict) else None

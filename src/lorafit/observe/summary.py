@@ -42,7 +42,7 @@ class Summary:
 
 def summarize(run: RunDirectory) -> Summary:
     """The summary of a run directory; one that cannot be read says so in its state."""
-    started = datetime.fromtimestamp(run.config_file.stat().st_mtime).isoformat(" ", "minutes")
+    started = datetime.fromtimestamp(run.started()).isoformat(" ", "minutes")
     try:
         model = run.config().model.name
         events = read_metrics(run.metrics_file) if run.metrics_file.exists() else []

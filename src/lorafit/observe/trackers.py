@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lorafit.errors import ConfigError
+from lorafit.shown import one_line
 
 from .events import Event, Heldout, Step
 
@@ -60,7 +61,7 @@ class Tracker:
             act(self._backend)
         except Exception as error:  # whatever the library raises, the run goes on
             self._backend = None
-            logger.warning("%s failed and is left out from here on: %s", self._name, error)
+            logger.warning("%s failed and is left out from here on: %s", self._name, one_line(str(error)))
 
 
 def tracker(name: str, run_name: str, folder: Path, config: Mapping[str, object]) -> Tracker:

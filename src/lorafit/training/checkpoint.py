@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -21,8 +23,21 @@ from lorafit.model.adapter import CONFIG, WEIGHTS, adapter_files, adapter_tensor
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, adapted
 from lorafit.training.precision import LossScale
+from lorafit.untrusted import MB, parse_json, read_json
 
 STATE, TENSORS = "state.json", "state.safetensors"
+MAX_STATE = MB
+# What reading and restoring raise where files were made up to look like a checkpoint.
+_OF_OTHER_VALUES = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+    OverflowError,
+    SafetensorError,
+)
 
 
 @dataclass(slots=True)
@@ -41,6 +56,9 @@ class TrainState:
     measuring_due: bool = False  # stopped between a step and its held-out measurement
     micro_batch_tokens: int | None = None  # smaller than the config's since memory ran out
     scale: LossScale = field(default_factory=LossScale)
+
+
+_STATE = TypeAdapter(TrainState)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,26 +116,43 @@ def read_checkpoint(folder: Path) -> dict[str, bytes]:
 def load_checkpoint(
     files: Mapping[str, bytes], place: Path, network: Llama, optimizer: torch.optim.Optimizer
 ) -> TrainState:
-    """Put a checkpoint's files, read at `place`, into network, optimizer and random generators; returns the rest."""
-    fill_adapter(network, load(files[WEIGHTS]), place)
-    tensors = load(files[TENSORS])
-    _restore_optimizer(network, optimizer, tensors)
-    values = json.loads(files[STATE])
-    version, numbers, gauss = values["python_random"]
-    random.setstate((version, tuple(numbers), gauss))
-    _restore_random(tensors)
-    return state_of(values)
+    """Put a checkpoint's files, read at `place`, into network, optimizer and random generators; returns the rest.
+
+    Raises RunError where they are not what a checkpoint holds.
+    """
+    try:
+        weights, tensors, values = load(files[WEIGHTS]), load(files[TENSORS]), parse_json(files[STATE])
+        _restore_optimizer(network, optimizer, tensors)
+        version, numbers, gauss = values["python_random"]
+        random.setstate((version, tuple(numbers), gauss))
+        _restore_random(tensors)
+        state = state_of(values)
+    except _OF_OTHER_VALUES as error:
+        raise _other_values(place) from error
+    fill_adapter(network, weights, place)
+    return state
 
 
 def read_state(folder: Path) -> TrainState:
-    """The plain values of a verified checkpoint."""
-    return state_of(json.loads((folder / STATE).read_text(encoding="utf-8")))
+    """The plain values of a verified checkpoint. Raises RunError where they are not what a checkpoint holds."""
+    try:
+        return state_of(read_json(folder / STATE, MAX_STATE))
+    except _OF_OTHER_VALUES as error:
+        raise _other_values(folder) from error
 
 
 def state_of(values: Mapping[str, Any]) -> TrainState:
-    """The state that JSON values spell out."""
-    rest = {key: value for key, value in values.items() if key != "python_random"}
-    return TrainState(**rest | {"scale": LossScale(**values["scale"])})
+    """The state that JSON values spell out. Raises ValueError or TypeError where they are others."""
+    state = _STATE.validate_python({key: value for key, value in values.items() if key != "python_random"})
+    if state.step < 1 or (state.micro_batch_tokens or 1) < 1:
+        raise ValueError
+    return state
+
+
+def _other_values(folder: Path) -> RunError:
+    """The error for a checkpoint that verifies, because somebody signed it anew, and does not hold a run's state."""
+    hint = "remove it; the one before is taken then, or start a new run"
+    return RunError("the checkpoint does not hold what lorafit writes", place=str(folder), hint=hint)
 
 
 def changes(folder: Path, facts: Mapping[str, Any]) -> list[str]:
@@ -189,10 +224,11 @@ def _restore_optimizer(
 ) -> None:
     for name, master in _masters(network).items():
         prefix = f"optimizer.{name}."
+        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if any(value.ndim and value.shape != master.shape for value in state.values()):
+            raise ValueError(name)
         optimizer.state[master] = {
-            key.removeprefix(prefix): value.to(value.device if value.ndim == 0 else master.device)
-            for key, value in tensors.items()
-            if key.startswith(prefix)
+            key: value.to(value.device if value.ndim == 0 else master.device) for key, value in state.items()
         }
 
 
