@@ -1,0 +1,45 @@
+"""Everything that reads a file which somebody else may have written: command lines by what the file is.
+
+A new command that reads one of these kinds is added here; every hostile file of the kind is then given to it.
+{it} is the hostile file or folder, {model}, {rows} and {run} are good ones, {out} is a run directory to make.
+"""
+
+from __future__ import annotations
+
+SETTINGS = (
+    "model.dtype=float32", "model.device=cpu", "lora.rank=2", "data.holdout=0", "train.max_steps=1", "run.samples=0",
+)  # fmt: skip
+START = ("--model", "{model}", "--data", "{rows}", "--output", "{out}", *SETTINGS)
+ASK = ("--max-tokens", "2", "--device", "cpu", "--offline")
+
+READERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "recipe": {
+        "train": ("train", "{it}", *START),
+        "plan": ("plan", "{it}", *START),
+    },
+    "data": {
+        "train": ("train", "--model", "{model}", "--data", "{it}", "--output", "{out}", *SETTINGS),
+        "plan": ("plan", "--model", "{model}", "--data", "{it}", *SETTINGS),
+    },
+    "template": {
+        "train": ("train", *START, "data.template={it}"),
+    },
+    "model": {
+        "train": ("train", "--model", "{it}", "--data", "{rows}", "--output", "{out}", *SETTINGS),
+        "plan": ("plan", "--model", "{it}", "--data", "{rows}", *SETTINGS),
+        "generate": ("generate", "{it}", "hi", *ASK),
+    },
+    "adapter": {
+        "generate": ("generate", "{it}", "hi", *ASK),
+        "put on": ("generate", "{model}", "hi", "--adapter", "{it}", *ASK),
+        "continue": ("train", *START, "lora.init_from={it}"),
+    },
+    "run": {
+        "resume": ("train", "--resume", "{it}"),
+        "generate": ("generate", "{it}", "hi", *ASK),
+        "runs": ("runs", "{it}"),
+    },
+    "prompts": {
+        "generate": ("generate", "{model}", *ASK),
+    },
+}  # fmt: skip
