@@ -22,12 +22,12 @@ def read_bytes(path: Path, limit: int) -> bytes:
     Raises OSError, also for a pipe or a device, which might never end, and for a longer file.
     """
     with open(path, "rb", opener=_without_waiting) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is not a plain file", str(path))
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise OSError(errno.EFBIG, f"it is larger than {limit // MB or 1} MB", str(path))
-    return content
+        if status.st_size > limit:
+            raise OSError(errno.EFBIG, f"it is larger than {limit // MB or 1} MB", str(path))
+        return file.read(status.st_size)
 
 
 def read_text(path: Path, limit: int) -> str:

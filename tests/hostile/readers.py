@@ -8,6 +8,7 @@ from __future__ import annotations
 
 SETTINGS = (
     "model.dtype=float32", "model.device=cpu", "lora.rank=2", "data.holdout=0", "train.max_steps=1", "run.samples=0",
+    "run.verify=false",
 )  # fmt: skip
 START = ("--model", "{model}", "--data", "{rows}", "--output", "{out}", *SETTINGS)
 ASK = ("--max-tokens", "2", "--device", "cpu", "--offline")
@@ -38,8 +39,12 @@ READERS: dict[str, dict[str, tuple[str, ...]]] = {
         "resume": ("train", "--resume", "{it}"),
         "generate": ("generate", "{it}", "hi", *ASK),
         "runs": ("runs", "{it}"),
+        "report": ("report", "{it}"),
     },
     "prompts": {
         "generate": ("generate", "{model}", *ASK),
     },
 }  # fmt: skip
+
+# These show of a run what they can, and need not refuse one that is damaged.
+SHOWING = frozenset({"runs", "report"})

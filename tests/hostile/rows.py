@@ -163,7 +163,7 @@ TEXTS: dict[str, Case | Callable[[Place], Path]] = {
     "json: UTF-16": file("rows.json", f"[{row()}]".encode("utf-16")),
     "json: not UTF-8": file("rows.json", b'[{"instruction": "\xff\xfe", "output": "b"}]'),
     "json: overlong UTF-8": file("rows.json", b'[{"instruction": "\xc0\xaf", "output": "b"}]'),
-    "json: zeros": sparse("rows.json", b"", 1 << 36),
+    "json: zeros": sparse("rows.json", b"", 1 << 28),
     "json: a text without end": sparse("rows.json", b'[{"instruction": "', 200 * MB),
     "jsonl: a line without end": sparse("rows.jsonl", b'{"instruction": "', 200 * MB),
     "jsonl: a pickle": file("rows.jsonl", PICKLE),

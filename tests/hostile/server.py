@@ -57,6 +57,7 @@ WRITES = (
     "os.chmod",
     "os.chown",
 )
+FOLLOWING = ("os.truncate", "os.chmod", "os.chown")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 OFFLINE = {
     "OMP_NUM_THREADS": "1",
@@ -222,10 +223,12 @@ def _watch(allowed: list[Path], acts: list[str]) -> None:
     """Note every act in `acts` that is none of a reader's."""
     roots = tuple(os.path.realpath(path) + os.sep for path in allowed)
 
-    def inside(path: object) -> bool:
+    def inside(path: object, followed: bool) -> bool:
         if isinstance(path, int):
             return True
-        real = os.path.realpath(os.fsdecode(path))  # type: ignore[arg-type]
+        name = os.fsdecode(path)  # type: ignore[arg-type]
+        folder, last = os.path.split(name.rstrip(os.sep))
+        real = os.path.realpath(name) if followed else os.path.join(os.path.realpath(folder), last)
         return real == os.devnull or (real + os.sep).startswith(roots)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -233,7 +236,7 @@ def _watch(allowed: list[Path], acts: list[str]) -> None:
             acts.append(f"{event} {str(arguments)[:200]}")
         elif event == "open":
             path, _, flags = arguments
-            if flags & WRITING and not inside(path):
+            if flags & WRITING and not inside(path, followed=True):
                 acts.append(f"opened for writing: {path}")
         elif event in WRITES and not all(
             inside(path) for path in arguments[: 2 if event in WRITES[1:6] else 1]

@@ -82,7 +82,9 @@ class PromptContract:
         if value.get("schema") == _SCHEMA and set(fields) == known:
             with suppress(ValidationError):
                 made = TypeAdapter(cls).validate_python(fields)
-                if made.template in TEMPLATES and (made.template != "chat" or made.chat_template):
+                ids = (made.bos_id or 0, made.eos_id or 0, *made.stop_ids)
+                knows = made.template in TEMPLATES and (made.template != "chat" or made.chat_template)
+                if knows and min(ids) >= 0:
                     return made
         hint = "it was written by another version of lorafit, or changed by hand"
         raise ModelError("is not a prompt contract of this version", place="prompt.json", hint=hint)
