@@ -249,7 +249,8 @@ CASES = cases(
         "metrics: other types": Case(
             raw(
                 "metrics.jsonl",
-                '{"event": ["step"], "step": {}}\n{"event": "heldout", "loss": "x", "base_loss": []}\n{"event": "run_started", "num_steps": "x"}\n',
+                '{"event": ["step"], "step": {}}\n{"event": "heldout", "loss": "x", "base_loss": []}\n'
+                '{"event": "run_started", "num_steps": "x"}\n',
             ),
             harmless=EVERYWHERE,
         ),

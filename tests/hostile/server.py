@@ -71,8 +71,8 @@ OFFLINE = {
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a command line ended. `acts` are things that it must not do; `seconds` of processor time and `megabytes` beyond
-    those of the server are what it took.
+    """How a command line ended. `acts` are what it must not do; it took `seconds` of processor time, and `megabytes`
+    beyond those of the server.
     """
 
     code: int
@@ -228,7 +228,7 @@ def _watch(allowed: list[Path], acts: list[str]) -> None:
             return True
         name = os.fsdecode(path)  # type: ignore[arg-type]
         folder, last = os.path.split(name.rstrip(os.sep))
-        real = os.path.realpath(name) if followed else os.path.join(os.path.realpath(folder), last)
+        real = os.path.realpath(name) if followed else f"{os.path.realpath(folder)}{os.sep}{last}"
         return real == os.devnull or (real + os.sep).startswith(roots)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -238,10 +238,10 @@ def _watch(allowed: list[Path], acts: list[str]) -> None:
             path, _, flags = arguments
             if flags & WRITING and not inside(path, followed=True):
                 acts.append(f"opened for writing: {path}")
-        elif event in WRITES and not all(
-            inside(path) for path in arguments[: 2 if event in WRITES[1:6] else 1]
-        ):
-            acts.append(f"{event} {str(arguments)[:200]}")
+        elif event in WRITES:
+            paths = {"os.rename": arguments[:2], "os.link": arguments[:2], "os.symlink": arguments[1:2]}
+            if not all(inside(path, followed=event in FOLLOWING) for path in paths.get(event, arguments[:1])):
+                acts.append(f"{event} {str(arguments)[:200]}")
 
     sys.addaudithook(hook)
 

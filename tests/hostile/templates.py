@@ -56,10 +56,11 @@ ENDLESS = {
     "macro": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
     "two macros": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(90) }}",
     "recursive loop": "{% for x in [[1]] recursive %}{{ loop([[1]]) }}{{ loop([[1]]) }}{% endfor %}",
-    "recursive loop of ranges": "{% for x in range(99) recursive %}{{ loop(range(99999)) if loop.depth < 90 }}{% endfor %}",
+    "recursive loop of ranges": "{% for x in range(99) recursive %}{{ loop(range(99999)) if loop.depth < 90 }}"
+    "{% endfor %}",
     "blocks": "{% block a %}{{ self.a() }}{{ self.a() }}{% endblock %}",
-    "callers": "{% macro m() %}{{ caller() }}{{ caller() }}{% endmacro %}{% call m() %}{% call m() %}{% endcall %}{% endcall %}"
-    + often("{{ x.upper() }}"),
+    "callers": "{% macro m() %}{{ caller() }}{{ caller() }}{% endmacro %}"
+    "{% call m() %}{% call m() %}{% endcall %}{% endcall %}" + often("{{ x.upper() }}"),
     "long body": "{% for i in range(99999) %}" + "{% set x = 1 %}" * 5_000 + "{% endfor %}",
     "searches": often("{{ 'aab' in x }}"),
     "copies": often("{% set y = x[1:] %}"),
@@ -77,7 +78,8 @@ LARGE = {
     "product": "{{ 'a' * 10 ** 10 }}",
     "product of lists": "{{ ([1] * 10 ** 9)|length }}",
     "power": "{{ 9 ** 9 ** 9 ** 9 }}",
-    "repeated squares": "{% set ns = namespace(x=9 ** 9) %}{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+    "repeated squares": "{% set ns = namespace(x=9 ** 9) %}"
+    "{% for i in range(99) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
     "hexadecimal": "{{ ('f' * 4000000)|int(0, 16) }}",
     "long literal": "{{ 0x" + "f" * 90_000 + " // 3 }}",
     "center": "{{ 'a'|center(10 ** 10) }}",
