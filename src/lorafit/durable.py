@@ -23,10 +23,10 @@ from typing import Any, BinaryIO, cast
 from safetensors import SafetensorError
 
 from lorafit.errors import RunError
-from lorafit.untrusted import MB, parse_json, read_bytes
+from lorafit.untrusted import MB, parse_json, read_bytes, read_text
 
 MANIFEST = "manifest.json"
-MAX_MANIFEST = 64 * MB
+MAX_MANIFEST, MAX_CLAIM = 64 * MB, 1000
 SCHEMA = 1
 _STAGING, _OLD = ".staging-", ".old-"
 
@@ -282,10 +282,11 @@ def _claimed(path: Path) -> Iterator[None]:
         with claim.open("x", encoding="utf-8") as file:
             file.write(mine)
     except FileExistsError:
-        holder = claim.read_text(encoding="utf-8", errors="replace")
+        holder = read_text(claim, MAX_CLAIM)
         raise _held(path, f"{holder}; if there is none any more, remove {claim}") from None
-    except OSError as error:
-        raise RunError(f"cannot write here: {error.strerror or error}", place=str(path.parent)) from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise RunError(f"cannot write here: {reason}", place=str(claim)) from None
     try:
         yield
     finally:
@@ -300,7 +301,7 @@ def _claim_of(path: Path) -> Path:
 def _is_claimed(path: Path) -> bool:
     """Whether the file beside `path` names a process that lives, or one of which that cannot be known."""
     try:
-        number, _, machine = _claim_of(path).read_text(encoding="utf-8").partition(" on ")
+        number, _, machine = read_text(_claim_of(path), MAX_CLAIM).partition(" on ")
         if machine != platform.node():
             return True
         if os.name == "nt":

@@ -161,7 +161,7 @@ CASES = cases(
         "link: into a log": Case(outside("logs", "."), harmless=READ),
         **{
             f"pipe: {name}": Case(pipe(name), harmless=EVERYWHERE)
-            for name in ("ledger.json", "env.json", "samples.json")
+            for name in ("ledger.json", "env.json", "samples.json", "run.lock.holder")
         },
         "pipe: metrics.jsonl": Case(pipe("metrics.jsonl"), harmless=READ),
         "pipe: run.lock": Case(pipe("run.lock"), harmless=READ),
