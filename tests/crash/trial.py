@@ -121,8 +121,9 @@ class Bench:
             problems.append("the final adapter has other bytes")
         elif outcome.answer["state"] != self.state:
             problems.append("the last checkpoint has other bytes")
-        if not run_of(root).report_file.exists():
-            problems.append("there is no report")
+        said = any("no report" in event.get("text", "") for event in events_of(root))
+        if not run_of(root).report_file.exists() and not said:
+            problems.append("there is no report, and nothing was said")
         steps = [event["step"] for event in events_of(root) if event["event"] == "step"]
         if steps != list(range(1, self.num_steps + 1)):
             problems.append(f"metrics.jsonl has the steps {steps}")

@@ -356,7 +356,9 @@ def test_a_failing_sync_of_the_metrics_stops_the_run_with_its_cause(
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(saving, "sync", failing)
-    with pytest.raises(RunError, match=r"cannot save: Input/output error\n   at: .*metrics\.jsonl"):
+    with pytest.raises(
+        RunError, match=r"cannot save: Input/output error \([\d,]+ bytes.*\n   at: .*metrics\.jsonl"
+    ):
         run(material, tmp_path / "run")
 
 

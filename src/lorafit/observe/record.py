@@ -16,6 +16,7 @@ from lorafit.untrusted import MB, parse_json, read_bytes
 from .events import Busy, Event, Step
 
 MAX_BYTES = 4096 * MB  # of the file: ten million steps take half of it
+BLOCK = 4096  # bytes that a file takes at least
 
 
 class Record:
@@ -32,7 +33,7 @@ class Record:
             self._file.truncate(_whole(path.read_bytes()))
             sync(path.parent)  # whoever syncs the file later relies on its name
         except OSError as error:
-            raise self._cannot_write(error) from error
+            raise self._cannot_write(error, BLOCK) from error
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Busy):
@@ -43,7 +44,7 @@ class Record:
             if written < len(line):  # the disk filled up within the line: the rest of it says why
                 self._file.write(line[written:])
         except OSError as error:
-            raise self._cannot_write(error, f" ({len(line):,} bytes are needed)") from error
+            raise self._cannot_write(error, len(line)) from error
 
     def close(self) -> None:
         self._file.close()
@@ -56,9 +57,9 @@ class Record:
     ) -> None:
         self.close()
 
-    def _cannot_write(self, error: OSError, needed: str = "") -> RunError:
+    def _cannot_write(self, error: OSError, num_bytes: int) -> RunError:
         return RunError(
-            f"cannot write the run's metrics: {error.strerror or error}{needed}",
+            f"cannot write the run's metrics: {error.strerror or error} ({num_bytes:,} bytes are needed)",
             place=str(self.path),
             hint="free some space or choose another output folder, then resume the run",
         )

@@ -66,12 +66,14 @@ class Saver:
 
     def _sync_metrics(self) -> None:
         """Make what is known of the steps before as durable as they are."""
+        num_bytes = 0
         try:
             if self._run.metrics_file.exists():
+                num_bytes = self._run.metrics_file.stat().st_size
                 sync(self._run.metrics_file)
         except OSError as error:
             raise RunError(
-                f"cannot save: {error.strerror or error}",
+                f"cannot save: {error.strerror or error} ({num_bytes:,} bytes are needed)",
                 place=str(self._run.metrics_file),
                 hint="free space or fix the disk, then `lorafit train --resume` goes on from the last checkpoint",
             ) from error
