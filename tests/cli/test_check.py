@@ -159,7 +159,7 @@ def test_a_run_that_fails_a_check_does_not_begin(cli: Cli, material: Path, tmp_p
     assert verdicts["BOS"]["verdict"] == "fail"
     assert verdicts["gradients"]["verdict"] == "pass"
     silent = cli(*words[:-1], "--output", tmp_path / "none", words[-1], "run.check=none")
-    assert silent.code == 0
+    assert silent.code == 0, silent.err
     assert "BOS" not in silent.err
     assert not RunDirectory.open(tmp_path / "none").check_file.exists()
 
