@@ -12,7 +12,6 @@ import random
 import sys
 import tempfile
 import time
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tests.data.chat_formats import FORMATS, Format
 from tests.data.toy_tokenizers import llama_like, qwen_like
+from tokenizers.normalizers import NFC  # Python's knows another version of Unicode
 
 from lorafit.data.formats import Chat, Message, Row, parse
 from lorafit.data.template import Rendered, Renderer, contract
@@ -77,9 +77,7 @@ def kinds(folder: Path, shared: Path | None) -> dict[str, Kind]:
         return Kind(lambda name, chat: _with_tokens(source, folder / f"{source.name}-{name}", chat), readable)
 
     found = {
-        "byte-level BPE": toy(
-            qwen_like, lambda text: unicodedata.normalize("NFC", text), bos_token="<|endoftext|>"
-        ),
+        "byte-level BPE": toy(qwen_like, NFC().normalize_str, bos_token="<|endoftext|>"),
         "SentencePiece-like BPE": toy(llama_like, _with_blanks),
         "the same, older": toy(llama_like, _with_blanks, legacy=True),
         "demo": real(ROOT / "demo" / "model", str),
