@@ -28,6 +28,7 @@ from lorafit.untrusted import MB, parse_json, read_bytes, read_text
 MANIFEST = "manifest.json"
 MAX_MANIFEST, MAX_CLAIM = 64 * MB, 1000
 SCHEMA = 1
+BLOCK = 4096  # bytes that a file takes at least
 _STAGING, _OLD = ".staging-", ".old-"
 
 
@@ -241,7 +242,7 @@ def lock(path: Path) -> Iterator[BinaryIO | None]:
     try:
         file = open_own(path, "ab+")
     except OSError as error:
-        raise RunError(f"cannot write here: {error.strerror or error}", place=str(path.parent)) from None
+        raise _cannot_write(path, error) from None
     with file:
         try:
             import fcntl
@@ -258,6 +259,11 @@ def lock(path: Path) -> Iterator[BinaryIO | None]:
             file.truncate(0)
             file.write(str(os.getpid()).encode())
         yield file
+
+
+def _cannot_write(path: Path, error: OSError) -> RunError:
+    reason = f"{error.strerror or error} ({BLOCK:,} bytes are needed)"
+    return RunError(f"cannot write here: {reason}", place=str(path.parent))
 
 
 def _held(path: Path, holder: str) -> RunError:
@@ -282,11 +288,12 @@ def _claimed(path: Path) -> Iterator[None]:
         with claim.open("x", encoding="utf-8") as file:
             file.write(mine)
     except FileExistsError:
-        holder = read_text(claim, MAX_CLAIM)
-        raise _held(path, f"{holder}; if there is none any more, remove {claim}") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise RunError(f"cannot write here: {reason}", place=str(claim)) from None
+        holder = ""
+        with contextlib.suppress(OSError, ValueError):  # it may have gone by now, or be no text
+            holder = f"{read_text(claim, MAX_CLAIM)}; "
+        raise _held(path, f"{holder}if there is none any more, remove {claim}") from None
+    except OSError as error:
+        raise _cannot_write(path, error) from None
     try:
         yield
     finally:

@@ -9,14 +9,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from lorafit.durable import open_own, sync, write_file
+from lorafit.durable import BLOCK, open_own, sync, write_file
 from lorafit.errors import RunError
 from lorafit.untrusted import MB, parse_json, read_bytes
 
 from .events import Busy, Event, Step
 
 MAX_BYTES = 4096 * MB  # of the file: ten million steps take half of it
-BLOCK = 4096  # bytes that a file takes at least
 
 
 class Record:
