@@ -79,10 +79,8 @@ def a_resumed_run_draws_the_dropout_that_was_next(lab: Lab) -> None:
 @probe(
     10,
     Plant("training.checkpoint:load_checkpoint", "_restore_optimizer(network, optimizer, tensors)", "pass"),
-    Plant("training.checkpoint:load_checkpoint", "return state_of(values)", "return TrainState(step=0)"),
-    Plant(
-        "training.checkpoint:load_checkpoint", "fill_adapter(network, load(files[WEIGHTS]), place)", "pass"
-    ),
+    Plant("training.checkpoint:load_checkpoint", "state = state_of(values)", "state = TrainState(step=0)"),
+    Plant("training.checkpoint:load_checkpoint", "fill_adapter(network, weights, place)", "pass"),
 )
 def a_resumed_run_keeps_optimizer_and_step(lab: Lab) -> None:
     """Moments and step count of the optimizer, learning rate and adapter at the end are those of an unstopped run."""
