@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
+# Two files of tests at a time, each on one thread.
+SUITE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .PHONY: demo test quick lint format docs types bench bugs masks crash fuzz-serve hosts scale clean
 .DEFAULT_GOAL := help
@@ -30,10 +32,10 @@ demo: $(VENV)/installed  ## fine-tune the small model that ships with the projec
 	$(BIN)/lorafit train demo/recipe.yaml --output $(DEMO)
 
 test: $(VENV)/installed-dev  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(SUITE)
 
 quick: $(VENV)/installed-dev  ## the tests that take seconds
-	$(BIN)/python -m pytest -m 'not slow'
+	$(SUITE) -m 'not slow'
 
 fuzz-serve: $(VENV)/installed-dev  ## the server against many generated requests (minutes)
 	LORAFIT_FUZZ_EXAMPLES=1000 $(BIN)/python -m pytest tests/serve/test_fuzz.py

@@ -44,6 +44,7 @@ def write_material(folder: Path) -> list[str]:
         "train.save_every=2",
         "run.samples=0",
         "run.verify=false",
+        "run.check=none",
     ]
 
 

@@ -19,7 +19,8 @@ def write_run(
 ) -> Path:
     """A run of `steps` steps; `say` gets every text that may come from rows, models or file names."""
     folder.mkdir(parents=True)
-    model, rows = (say(text).encode(errors="replace").decode() for text in ("demo/model", "rows.json"))
+    names = (say(text).replace("\0", "") for text in ("demo/model", "rows.json"))  # a config refuses the rest
+    model, rows = (name.encode(errors="replace").decode() for name in names)
     config = validate({"model": {"name": model}, "data": {"path": rows}})
     (folder / "config.yaml").write_text(dump_config(config))
     (folder / "metrics.jsonl").write_text(
