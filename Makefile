@@ -6,7 +6,7 @@ DEMO := runs/demo
 # Two files of tests at a time, each on one thread.
 SUITE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test quick lint format docs types bench bugs masks crash fuzz-serve hosts scale clean
+.PHONY: demo test quick lint format docs types bench bugs masks crash fuzz-serve hostile hosts scale clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -63,6 +63,9 @@ masks: $(VENV)/installed-dev  ## 500 conversations of each chat format with each
 
 crash: $(VENV)/installed-dev  ## kill, starve and damage runs, resume them, compare bytes (about an hour)
 	$(BIN)/python -m tests.crash --long --write docs/reliability.md
+
+hostile: $(VENV)/installed-dev  ## every hostile file with everything that reads it (minutes)
+	LORAFIT_LONG=1 $(BIN)/python -m pytest tests/hostile
 
 hosts: $(VENV)/installed-dev  ## two machines made of network namespaces: a link cut, a host killed (root); Ray if there
 	LORAFIT_LONG=1 $(BIN)/python -m pytest tests/distributed/test_hosts.py tests/distributed/test_ray.py -s

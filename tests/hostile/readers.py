@@ -46,5 +46,40 @@ READERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }  # fmt: skip
 
+# In the long form only. `like` another reader: harmless to it, harmless to this one.
+WITHOUT_RUN = ("--model", "{model}", "--data", "{rows}", "model.dtype=float32", "model.device=cpu", "data.holdout=0")
+MORE_READERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "recipe": {
+        "check": ("check", "{it}", *WITHOUT_RUN, "--json"),
+        "show": ("show", "{it}", *WITHOUT_RUN, "--row", "1"),
+    },
+    "data": {
+        "check": ("check", "--model", "{model}", "--data", "{it}", *SETTINGS, "--json"),
+        "show": ("show", "--model", "{model}", "--data", "{it}", "--row", "1"),
+    },
+    "template": {
+        "check": ("check", *WITHOUT_RUN, "data.template={it}", "--json"),
+        "show": ("show", *WITHOUT_RUN, "data.template={it}", "--row", "1"),
+    },
+    "model": {
+        "check": ("check", "--model", "{it}", "--data", "{rows}", *SETTINGS, "--json"),
+        "chat": ("chat", "{it}", *ASK),
+    },
+    "adapter": {
+        "chat": ("chat", "{it}", *ASK),
+    },
+    "run": {
+        "export": ("export", "{it}", "merged", "--output", "{out}", "--no-verify", "--offline"),
+        "export gguf": ("export", "{it}", "gguf", "--output", "{out}", "--no-verify", "--offline"),
+        "eval": ("eval", "{it}", "--offline"),
+        "chat": ("chat", "{it}", *ASK),
+    },
+    "prompts": {
+        "file": ("generate", "{model}", "--file", "{it}", *ASK),
+        "chat": ("chat", "{model}", *ASK),
+    },
+}  # fmt: skip
+LIKE = {"check": "plan", "show": "plan", "export": "generate", "export gguf": "generate", "chat": "generate"}
+
 # These show of a run what they can, and need not refuse one that is damaged.
 SHOWING = frozenset({"runs", "report"})
