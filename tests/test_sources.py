@@ -1,0 +1,173 @@
+"""What no Python file that comes with the project does, in src, demo, benchmarks and examples: run what it reads."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+FOLDERS = ("src", "demo", "benchmarks", "examples")
+FILES = sorted(
+    path.relative_to(PROJECT).as_posix() for folder in FOLDERS for path in (PROJECT / folder).rglob("*.py")
+)
+EXECUTES_DATA = {
+    "pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "code", "codeop", "runpy",
+}  # fmt: skip
+LOADS_PICKLES = {
+    "torch.load",
+    "torch.hub.load",
+    "numpy.load",
+    "np.load",
+    "pandas.read_pickle",
+    "pd.read_pickle",
+}
+RUNS_TEXT = {
+    "eval", "exec", "compile", "builtins.eval", "builtins.exec", "builtins.compile", "os.system", "os.popen",
+    "subprocess.getoutput", "subprocess.getstatusoutput", "asyncio.create_subprocess_shell",
+}  # fmt: skip
+UNSAFE_YAML = {
+    "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.unsafe_load_all", "yaml.full_load", "yaml.full_load_all",
+}  # fmt: skip
+FORBIDDEN = LOADS_PICKLES | RUNS_TEXT | UNSAFE_YAML
+KEYWORDS = {"allow_pickle", "trust_remote_code"}
+SAFE_LOADERS = {"yaml.SafeLoader", "SafeLoader", "yaml.CSafeLoader", "CSafeLoader"}
+# The libraries that lorafit is compared with: they open pickles where they find any, so only these files have them.
+COMPARED_WITH = {"transformers", "peft", "datasets", "accelerate", "trl"}
+MAY_COMPARE = {
+    "src/lorafit/export/readback.py": "reads an export back as people will, in a process of its own and offline",
+    "benchmarks/generation.py": "measures transformers and peft beside lorafit, on models that it was given",
+}
+
+
+def faults(source: str) -> Iterator[str]:
+    """What a module does and must not."""
+    tree = ast.parse(source)
+    names = full_names(tree)
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=modules):
+                yield from (f"imports {each.name}" for each in modules if top(each.name) in EXECUTES_DATA)
+            case ast.ImportFrom(module=str(module), names=given, level=0):
+                if top(module) in EXECUTES_DATA:
+                    yield f"imports {module}"
+                yield from (
+                    f"imports {module}.{each.name}" for each in given if f"{module}.{each.name}" in FORBIDDEN
+                )
+            case ast.Call():
+                yield from faults_of_call(node, names)
+            case ast.Constant(value="trust_remote_code"):
+                yield "names trust_remote_code"
+
+
+def faults_of_call(call: ast.Call, names: dict[str, str]) -> Iterator[str]:
+    written = ast.unparse(call.func)
+    head, _, rest = written.partition(".")
+    name = ".".join(filter(None, [names.get(head, head), rest]))
+    if name in FORBIDDEN:
+        yield f"calls {name}"
+    if name == "numpy.load" and len(call.args) > 2:  # without it, pickles are refused
+        yield "may give allow_pickle"
+    if name in ("importlib.import_module", "__import__"):
+        match call.args:
+            case [ast.Constant(value=str(module)), *_]:
+                if top(module) in EXECUTES_DATA:
+                    yield f"imports {module}"
+    for keyword in call.keywords:
+        value = keyword.value
+        if keyword.arg in KEYWORDS:
+            yield f"gives {keyword.arg}"
+        if keyword.arg == "shell" and not (isinstance(value, ast.Constant) and value.value is False):
+            yield "gives shell"
+        if keyword.arg == "Loader" and ast.unparse(value) not in SAFE_LOADERS:
+            yield "gives an unsafe Loader"
+
+
+def full_names(tree: ast.AST) -> dict[str, str]:
+    """What names in the module stand for, where an import says it."""
+    names: dict[str, str] = {}
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=modules):
+                names |= {each.asname: each.name for each in modules if each.asname}
+            case ast.ImportFrom(module=str(module), names=given, level=0):
+                names |= {each.asname or each.name: f"{module}.{each.name}" for each in given}
+    return names
+
+
+def compared(source: str) -> set[str]:
+    """The libraries of COMPARED_WITH that a module imports."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=modules):
+                found |= {top(each.name) for each in modules}
+            case ast.ImportFrom(module=str(module), level=0):
+                found.add(top(module))
+    return found & COMPARED_WITH
+
+
+def top(module: str) -> str:
+    return module.split(".")[0]
+
+
+def test_all_folders_are_looked_at() -> None:
+    assert {file.split("/")[0] for file in FILES} == set(FOLDERS)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_nothing_runs_what_it_reads(file: str) -> None:
+    source = (PROJECT / file).read_text(encoding="utf-8")
+    assert list(faults(source)) == []
+    if file not in MAY_COMPARE:
+        assert not compared(source)
+
+
+def test_every_exception_is_needed() -> None:
+    for file in MAY_COMPARE:
+        assert compared((PROJECT / file).read_text(encoding="utf-8")), f"{file} needs no exception"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "def f():\n    from pickle import loads",
+        "import numpy.random, dill as d",
+        "importlib.import_module('marshal')",
+        "__import__('shelve')",
+        "import torch as t\nt.load('x')",
+        "from torch import load",
+        "from torch import load as read\nread('x')",
+        "eval('1')",
+        "exec('1')",
+        "import os\nos.system('ls')",
+        "from os import system",
+        "subprocess.run('ls', shell=True)",
+        "subprocess.run('ls', shell=flag)",
+        "yaml.load(text, Loader=yaml.Loader)",
+        "yaml.safe_load_all(text, Loader=yaml.UnsafeLoader)",
+        "AutoModel.from_pretrained('x', trust_remote_code=True)",
+        "options = {'trust_remote_code': True}",
+        "import numpy as np\nnp.load('x.npy', None, True)",
+        "numpy.load('x.npy', allow_pickle=True)",
+    ],
+)
+def test_this_test_sees_it(source: str) -> None:
+    assert list(faults(source))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "network.eval()",
+        "torch.compile(f)",
+        "re.compile('x')",
+        "subprocess.run(['ls'], shell=False)",
+        "json.load(f)",
+    ],
+)
+def test_this_test_lets_the_rest_be(source: str) -> None:
+    assert not list(faults(source))
