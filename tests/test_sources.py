@@ -16,14 +16,7 @@ FILES = sorted(
 EXECUTES_DATA = {
     "pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "code", "codeop", "runpy",
 }  # fmt: skip
-LOADS_PICKLES = {
-    "torch.load",
-    "torch.hub.load",
-    "numpy.load",
-    "np.load",
-    "pandas.read_pickle",
-    "pd.read_pickle",
-}
+LOADS_PICKLES = {"torch.load", "torch.hub.load", "pandas.read_pickle"}
 RUNS_TEXT = {
     "eval", "exec", "compile", "builtins.eval", "builtins.exec", "builtins.compile", "os.system", "os.popen",
     "subprocess.getoutput", "subprocess.getstatusoutput", "asyncio.create_subprocess_shell",

@@ -47,7 +47,15 @@ READERS: dict[str, dict[str, tuple[str, ...]]] = {
 }  # fmt: skip
 
 # In the long form only. `like` another reader: harmless to it, harmless to this one.
-WITHOUT_RUN = ("--model", "{model}", "--data", "{rows}", "model.dtype=float32", "model.device=cpu", "data.holdout=0")
+WITHOUT_RUN = (
+    "--model",
+    "{model}",
+    "--data",
+    "{rows}",
+    "model.dtype=float32",
+    "model.device=cpu",
+    "data.holdout=0",
+)
 MORE_READERS: dict[str, dict[str, tuple[str, ...]]] = {
     "recipe": {
         "check": ("check", "{it}", *WITHOUT_RUN, "--json"),

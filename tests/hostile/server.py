@@ -13,6 +13,7 @@ import io
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,11 +87,15 @@ class Outcome:
 class Server:
     """The client's end; where the system allows it, the server is in a network without any route."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, *, environment: Mapping[str, str] = os.environ, network: bool = False, careless: bool = False
+    ) -> None:
+        """`network`: with this machine's; `careless`: what is shown keeps its secrets, to see that it is noticed."""
+        words = [] if network else isolated()
         self._lock = threading.Lock()
         self._process = subprocess.Popen(
-            [*isolated(), sys.executable, "-m", "tests.hostile.server"],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **OFFLINE},
+            [*words, sys.executable, "-m", "tests.hostile.server", *(["careless"] if careless else [])],
+            env={**environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **OFFLINE},
             cwd=Path(__file__).parents[2],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -113,6 +118,12 @@ class Server:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             return Outcome(**json.loads(self._process.stdout.readline()))
+
+    def interrupt(self) -> None:
+        """Ctrl-C for the command that is running."""
+        process = self._process.pid
+        for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():
+            os.kill(int(child), signal.SIGINT)
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -139,8 +150,13 @@ def _serve() -> None:
     import lorafit.cli.main
     import lorafit.infer.model
     import lorafit.training.planning
-    import lorafit.training.run  # noqa: F401
+    import lorafit.training.run
 
+    if "careless" in sys.argv:
+        import lorafit.shown
+
+        lorafit.shown._secrets = lambda: iter(())
+        lorafit.shown._TOKEN = lorafit.shown._LOGIN_IN_URL = re.compile("(?!)")
     torch.set_num_threads(1)
     # What their first use does once and for all: torch makes a folder of its own, platform asks `uname`.
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).step()

@@ -21,7 +21,9 @@ from typing import Any
 from lorafit.data.formats import Instruction
 from lorafit.errors import DataError, Problem, Problems
 from lorafit.infer.model import Model
+from lorafit.untrusted import MB, read_text
 
+MAX_FILE = 256 * MB
 _KEYS = {"prompt", "instruction", "input", "answer", "pattern", "system"}
 
 
@@ -74,7 +76,7 @@ def score(model: Model, tasks: Sequence[Task], *, max_tokens: int, base: bool = 
 def _objects(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
     """(place, value) of each task."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, MAX_FILE)
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the tasks cannot be read: {error}", place=str(path)) from None
     lines = enumerate(text.splitlines(), 1)

@@ -22,8 +22,10 @@ from lorafit.infer.model import Answer, Model, Question
 from lorafit.infer.sampling import Sampling
 from lorafit.model.adapter import adapter_tensors
 from lorafit.model.lora import set_enabled
+from lorafit.untrusted import MB, read_text
 
 AT_ONCE = 16
+MAX_TEXT = 256 * MB  # of a file with a prompt a line
 _SYNC_SECONDS = 2.0
 _KINDS = ("messages", "prompt", "instruction")
 _ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
@@ -214,7 +216,7 @@ def _rows(path: Path, problems: Problems) -> Iterator[tuple[int, object]]:
             yield from read_file(file, file.name, problems)
         return
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, MAX_TEXT).removeprefix("\ufeff")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot be read: {error}", place=str(path)) from None
     for line, prompt in enumerate(text.split("\n"), 1):

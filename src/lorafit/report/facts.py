@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from lorafit.durable import MANIFEST, is_locked
 from lorafit.errors import LorafitError
 from lorafit.observe.record import read_whole_events
 from lorafit.rundir import RunDirectory
+from lorafit.untrusted import read_bytes, read_json
 
 MOST_JSON_BYTES = 20_000_000  # of one of the small files: what is larger is not ours
 
@@ -102,7 +102,7 @@ def read_facts(run: RunDirectory) -> Facts:
     if num_damaged:
         facts.missing.append(f"{num_damaged:,} damaged lines of {run.metrics_file.name}")
     try:
-        facts.config = run.config_file.read_text(encoding="utf-8", errors="replace")
+        facts.config = read_bytes(run.config_file, MOST_JSON_BYTES).decode(errors="replace")
         facts.model = run.config().model.name
     except (OSError, LorafitError):
         facts.missing.append(run.config_file.name)
@@ -136,13 +136,11 @@ def _state(run: RunDirectory, events: Sequence[Mapping[str, Any]]) -> str:
 
 def _json(path: Path, facts: Facts, *, expected: bool = True) -> Any:
     try:
-        if path.stat().st_size > MOST_JSON_BYTES:
-            raise ValueError(path)
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path, MOST_JSON_BYTES)
     except FileNotFoundError:
         if expected:
             facts.missing.append(path.name)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         facts.missing.append(path.name)
     return None
 
@@ -192,7 +190,7 @@ def _hashes(run: RunDirectory) -> dict[str, str]:
     folders = [run.adapter, *(run.checkpoint(step) for step in steps[-1:])]
     for folder in folders:
         try:
-            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            manifest = read_json(folder / MANIFEST, MOST_JSON_BYTES)
             stored = manifest["facts"]
             found = {
                 "base model": stored.get("base_model"),
@@ -200,7 +198,7 @@ def _hashes(run: RunDirectory) -> dict[str, str]:
                 "prompt contract": stored.get("prompt_contract"),
                 "adapter": manifest["files"]["adapter_model.safetensors"]["sha256"],
             }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
         return {name: str(value) for name, value in found.items() if value}
     return {}
