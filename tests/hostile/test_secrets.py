@@ -108,6 +108,7 @@ def failures(model: Path, rows: Path) -> Iterator[tuple[object, ...]]:
     yield (*good, f"train.schedule={DOTENV['COMET_API_KEY']}")
     yield ("train", "--resume", ENVIRONMENT["AWS_SECRET_ACCESS_KEY"])
     yield ("check", "--model", model, "--data", url)
+    yield ("check", "--model", model, "--data", url, "--json")
     yield ("plan", "--model", ENVIRONMENT["OPENAI_API_KEY"], "--data", rows, "run.offline=true")
     yield ("generate", url, "hi", *ASK, "--offline")
     yield ("generate", model, "hi", "--adapter", DOTENV["GITHUB_TOKEN"], *ASK, "--offline")

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from lorafit.errors import ConfigError, DataError, LorafitError, ModelError, Problem
+from lorafit.shown import one_line
 
 Outcome = Literal["pass", "warn", "fail"]
 OUTCOMES: tuple[Outcome, ...] = ("pass", "warn", "fail")
@@ -37,11 +38,12 @@ class Verdict:
         """Message, place and hint in one sentence."""
         place = f" ({self.place})" if self.place else ""
         hint = f": {self.hint}" if self.hint else ""
-        return f"{self.message}{place}{hint}".replace("\n", " ")
+        return one_line(f"{self.message}{place}{hint}")
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return {**asdict(self), "rows": list(self.rows)}
+        """As JSON values, fit to be shown and stored."""
+        said = {key: one_line(getattr(self, key)) for key in ("message", "place", "hint")}
+        return {**asdict(self), **said, "rows": list(self.rows)}
 
 
 def of_error(error: LorafitError) -> list[Verdict]:
