@@ -6,7 +6,7 @@ DEMO := runs/demo
 # Two files of tests at a time, each on one thread.
 SUITE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test quick lint format docs types bench bugs masks crash fuzz-serve hostile hosts scale clean
+.PHONY: demo test quick lint format docs types bench bugs masks crash fuzz fuzz-serve hostile hosts scale clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -36,6 +36,9 @@ test: $(VENV)/installed-dev  ## the whole test suite
 
 quick: $(VENV)/installed-dev  ## the tests that take seconds
 	$(SUITE) -m 'not slow'
+
+fuzz: $(VENV)/installed-dev  ## 200,000 hostile rows, files, texts, configs, commands, templates and runs (most of an hour)
+	$(BIN)/python -m tests.hostile.fuzz --examples 200000 --into docs/security.md
 
 fuzz-serve: $(VENV)/installed-dev  ## the server against many generated requests (minutes)
 	LORAFIT_FUZZ_EXAMPLES=1000 $(BIN)/python -m pytest tests/serve/test_fuzz.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -330,3 +331,16 @@ def test_any_yaml_is_a_config_or_an_error(values: dict[Any, Any]) -> None:
 )
 def test_any_overrides_are_a_config_or_an_error(overrides: list[str]) -> None:
     config_or_error(lambda: load_config(None, [*NEEDED, *overrides]))
+
+
+def test_many_unknown_keys_are_all_counted_and_the_first_ones_explained(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("".join(f"modl{index}: 1\n" for index in range(6000)))
+    started = time.process_time()
+    with pytest.raises(ConfigError) as caught:
+        load_config(recipe, ["model.name=m", "data.path=d.json"])
+    assert time.process_time() - started < 2
+    hints = [problem.hint for problem in caught.value.problems]
+    assert len(hints) == 6000
+    assert hints[:50] == ["did you mean `model`?"] * 50
+    assert not any(hints[50:])

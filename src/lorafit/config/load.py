@@ -20,6 +20,7 @@ from lorafit.untrusted import read_text
 
 KeyPath = tuple[str, ...]
 MAX_RECIPE = 100_000  # bytes
+_MOST_HINTS = 50  # as many as are shown: to look for the nearest key takes time, and a recipe may have 20,000
 # What PyYAML raises for dates, numbers and keys that Python does not have, and for endless nesting.
 _OF_VALUES = (ValueError, TypeError, LookupError, RecursionError)
 FLAGS: dict[KeyPath, str] = {
@@ -74,7 +75,10 @@ def validate(
     try:
         config = Config.model_validate(dict(values))
     except ValidationError as error:
-        fresh = [_problem(detail, places or {}) for detail in error.errors(include_url=False)]
+        details = error.errors(include_url=False)
+        fresh = [
+            _problem(detail, places or {}, number < _MOST_HINTS) for number, detail in enumerate(details)
+        ]
         found += [problem for problem in fresh if not problem.place or problem.place not in known_bad]
     if found or config is None:
         raise ConfigError.of(found)
@@ -234,14 +238,14 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _problem(detail: Mapping[str, Any], places: Mapping[KeyPath, str]) -> Problem:
-    """One pydantic complaint in our words: key, place, and what would be right."""
+def _problem(detail: Mapping[str, Any], places: Mapping[KeyPath, str], near: bool) -> Problem:
+    """One pydantic complaint in our words: key, place, and what would be right; `near`: also for an unknown key."""
     where = tuple(str(part) for part in detail["loc"])
     place = next((places[where[:n]] for n in range(len(where), 0, -1) if where[:n] in places), "")
     name = ".".join(where)
     if detail["type"] == "extra_forbidden":
         known = list(keys()) + list(Config.model_fields)
-        return Problem(f"unknown key `{name}`", place, _nearest(name, known))
+        return Problem(f"unknown key `{name}`", place, _nearest(name, known) if near else "")
     if detail["type"] == "missing":
         section_missing = where in {("model",), ("data",)}
         key = (*where, "name" if where == ("model",) else "path") if section_missing else where

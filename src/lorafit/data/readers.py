@@ -83,15 +83,18 @@ def _text(path: Path, name: str, newline: str | None, position: Position) -> Ite
         with path.open("rb") as file, _unpacked(file, path, size) as raw:
             position.share = lambda: file.tell() / size
             text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n" if newline is None else newline)
-            while (block := text.read(1 << 16)) and block.isspace():
-                pass
-            if not block:
-                hint = "give a file with at least one row"
-                raise DataError("the file is empty", place=name, hint=hint)
-            text.seek(0)
-            yield text
-    except UnicodeDecodeError as error:
-        raise DataError(_bad_byte(path), place=name, hint="save the file as UTF-8") from error
+            try:
+                while (block := text.read(1 << 16)) and block.isspace():
+                    pass
+                if not block:
+                    hint = "give a file with at least one row"
+                    raise DataError("the file is empty", place=name, hint=hint)
+                text.seek(0)
+                yield text
+            except (
+                UnicodeDecodeError
+            ) as error:  # to look for the byte, a packed file is read on and may end badly
+                raise DataError(_bad_byte(path), place=name, hint="save the file as UTF-8") from error
     except _BombError as error:
         raise _too_much(name) from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:

@@ -1,0 +1,122 @@
+"""Hostile values of every kind, some hundred of each; `make fuzz` tries 200,000."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+from tests.hostile import fuzz_targets
+from tests.hostile.fuzz import BEGIN, END, Tally, campaign, example, fuzz, markdown, put_into
+from tests.hostile.fuzz_targets import TARGETS, Scene, read
+
+from lorafit.data.formats import Completion, Row
+from lorafit.data.readers import read_file
+from lorafit.data.template import Rendered
+from lorafit.errors import DataError, Problems
+
+SHORT = {"rows": 400, "bytes": 400, "texts": 300, "configs": 150, "recipes": 150, "overrides": 150}
+SHORT |= {"templates": 250, "arguments": 60, "runs": 60}
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    return Scene(tmp_path_factory.mktemp("fuzz"))
+
+
+def test_every_target_is_in_the_short_form() -> None:
+    assert SHORT.keys() == TARGETS.keys()
+    assert sum(target.share for target in TARGETS.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_no_value_breaks_it(name: str, scene: Scene) -> None:
+    fuzz(scene, TARGETS[name], SHORT[name], Tally())
+
+
+# Where each target is hit: a function that its every good example calls.
+PLANTS = {
+    "rows": ("lorafit.data.sources.parse", 60),
+    "bytes": ("lorafit.data.sources.place_of", 200),
+    "texts": ("lorafit.data.template._unusable_in", 20),
+    "configs": ("lorafit.config.load._unusable_texts", 20),
+    "recipes": ("lorafit.config.load._note_lines", 200),
+    "overrides": ("lorafit.config.load._apply", 20),
+    "templates": ("lorafit.data.chat_template._kind", 200),
+    "arguments": ("lorafit.config.load.config_of_words", 400),
+    "runs": ("lorafit.report.facts._told", 20),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_bug_is_found(name: str, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A KeyError where there should be an error of ours."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("planted")
+
+    place, count = PLANTS[name]
+    monkeypatch.setattr(place, broken)
+    with pytest.raises((KeyError, AssertionError), match="planted"):
+        fuzz(scene, TARGETS[name], count, Tally(), number=1)
+
+
+def test_what_never_ends_is_ended(scene: Scene) -> None:
+    def never_ends(_: Scene, drawn: int) -> None:
+        while drawn:
+            with contextlib.suppress(Exception):  # what is fuzzed may catch a lot
+                list(range(1000))
+
+    with pytest.raises(AssertionError, match="more than 0.2 s"):
+        example(scene, never_ends, 1, Tally(), seconds=0.2)
+
+
+def test_an_error_without_a_place_or_message_is_a_failure() -> None:
+    for error in (
+        DataError("it is wrong"),
+        DataError(" ", place="x.json row 1"),
+        DataError("x", place="y.json"),
+    ):
+        with pytest.raises(AssertionError):
+            fuzz_targets.refused(error, "x.json")
+    fuzz_targets.refused(DataError("it is wrong", place="x.json row 1"), "x.json")
+
+
+def test_another_answer_than_the_one_asked_for_is_a_failure(scene: Scene) -> None:
+    renderer = scene.answering[0]
+    row = Row(0, "x.json row 1", Completion("two and two", "four"))
+    [outcome] = renderer.render_batch([row])
+    assert isinstance(outcome, Rendered)
+    fuzz_targets.says(renderer, outcome, ["four"])
+    with pytest.raises(AssertionError, match="is trained, not"):
+        fuzz_targets.says(renderer, outcome, ["five"])
+
+
+def test_the_campaign_counts_and_goes_on_after_a_failure(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("planted")
+
+    monkeypatch.setattr("lorafit.config.load._apply", broken)
+    tallies = campaign(scene, ["overrides", "configs"], 40, None, 0)
+    assert tallies["overrides"].failures
+    assert "planted" in tallies["overrides"].failures[0]
+    assert tallies["configs"].failures == []
+    assert tallies["configs"].examples >= 20
+    page = tmp_path / "security.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    put_into(page, markdown(tallies))
+    text = page.read_text()
+    assert text.startswith(f"before\n{BEGIN}\n| fuzzed")
+    assert text.endswith(f"\n{END}\nafter\n")
+    assert "old" not in text
+
+
+def test_bytes_that_are_no_text_in_a_cut_gzip_file(scene: Scene) -> None:
+    """The search for the bad byte met the end of the file, and nobody expected it."""
+    cut = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x00j\x00"
+    path = scene.file("data.json.gz", cut)
+    read(scene, path, "auto", 0)
+    with pytest.raises(DataError, match="not a whole gzip file"):
+        list(read_file(path, "data.json.gz", Problems()))
