@@ -48,34 +48,36 @@ json_values = st.recursive(
 
 
 def mostly(good: st.SearchStrategy[Any], bad: st.SearchStrategy[Any] = json_values) -> st.SearchStrategy[Any]:
-    """Four times in five `good`."""
-    return st.integers(0, 4).flatmap(lambda number: bad if number == 4 else good)
+    """Nine times in ten `good`."""
+    return st.integers(0, 9).flatmap(lambda number: bad if number == 9 else good)
 
 
+_said_text = mostly(hostile_text, any_text)
 _names = ["instruction", "input", "output", "system", "messages", "conversations", "conversation", "prompt"]
 _names += ["completion", "text", "role", "content", "from", "value", "tools", "name"]
 _roles = st.sampled_from(
     ["system", "user", "assistant", "human", "gpt", "tool", "function_call", "ipython", "USER", ""]
 )
-_turn = st.fixed_dictionaries({"role": mostly(_roles), "content": mostly(any_text)})
-_said = st.fixed_dictionaries({"from": mostly(_roles), "value": mostly(any_text)})
+_turn = st.fixed_dictionaries({"role": mostly(_roles), "content": mostly(_said_text)})
+_said = st.fixed_dictionaries({"from": mostly(_roles), "value": mostly(_said_text)})
 _alpaca = st.fixed_dictionaries(
-    {"instruction": mostly(any_text), "output": mostly(any_text)},
-    optional={"input": mostly(any_text), "system": mostly(any_text)},
+    {"instruction": mostly(_said_text), "output": mostly(_said_text)},
+    optional={"input": mostly(_said_text), "system": mostly(_said_text)},
 )
 _rows = [
     _alpaca,
     st.fixed_dictionaries({"messages": mostly(st.lists(mostly(_turn), max_size=5))}),
     st.fixed_dictionaries({"conversations": mostly(st.lists(mostly(_said), max_size=5))}),
-    st.fixed_dictionaries({"prompt": mostly(any_text), "completion": mostly(any_text)}),
-    st.fixed_dictionaries({"text": mostly(any_text)}),
+    st.fixed_dictionaries({"prompt": mostly(_said_text), "completion": mostly(_said_text)}),
+    st.fixed_dictionaries({"text": mostly(_said_text)}),
     st.dictionaries(st.sampled_from(_names) | any_text, json_values, max_size=5),
     json_values,
 ]
 rows = st.one_of(_rows)
+_formats = mostly(st.just("auto"), st.sampled_from(FORMATS)) | st.sampled_from(FORMATS)
 _which = st.integers(0, 255)  # of the renderers
 row_files = st.tuples(
-    st.sampled_from(("auto", *FORMATS)),
+    _formats,
     st.lists(rows, max_size=3)
     | st.one_of([st.lists(kind, min_size=1, max_size=3) for kind in _rows])
     | json_values,
@@ -121,14 +123,28 @@ _contents = st.one_of(
     st.sampled_from(["utf-16", "utf-8-sig", "utf-32"]).map(lambda name: '[{"text": "x"}]'.encode(name)),
 )
 _packed = _contents.map(lambda content: gzip.compress(content, 1, mtime=0))
-files = st.tuples(
-    st.sampled_from(SUFFIXES),
-    st.sampled_from(("auto", *FORMATS)),
-    st.one_of(
-        _contents, spoilt(_contents), _packed, spoilt(_packed), st.tuples(_packed, _packed).map(b"".join)
-    ),
-    _which,
+_mixed = st.one_of(
+    _contents, spoilt(_contents), _packed, spoilt(_packed), st.tuples(_packed, _packed).map(b"".join)
 )
+_objects = st.one_of([st.lists(kind, min_size=1, max_size=3) for kind in _rows[:5]])
+
+
+def _file(suffix: str) -> st.SearchStrategy[bytes]:
+    """A file that is what its name says."""
+    if suffix in (".csv", ".tsv"):
+        cell = hostile_text.map(lambda text: '"' + text.replace('"', '""') + '"')
+        lines = st.lists(st.lists(cell, min_size=2, max_size=2), min_size=1, max_size=3)
+        separator = "," if suffix == ".csv" else "\t"
+        return lines.map(lambda table: _csv([["instruction", "output"], *table], separator))
+    one = ".jsonl" not in suffix and ".ndjson" not in suffix
+    made = _objects.map(lambda value: json.dumps(value).encode() if one else _lines(value))
+    return made.map(lambda content: gzip.compress(content, 1, mtime=0)) if suffix.endswith(".gz") else made
+
+
+_whole = st.sampled_from(SUFFIXES).flatmap(
+    lambda suffix: st.tuples(st.just(suffix), _formats, _file(suffix) | spoilt(_file(suffix)), _which)
+)
+files = _whole | st.tuples(st.sampled_from(SUFFIXES), _formats, _mixed, _which)
 
 KEYS = sorted(keys())
 _near = st.tuples(st.sampled_from(KEYS), st.integers(0, 40), st.sampled_from(["", ".", "x", "_", " "])).map(
@@ -177,14 +193,24 @@ WORDS += [
     "../..",
 ]
 setting_values = st.sampled_from(WORDS) | st.floats().map(str) | st.integers().map(str) | any_text
+_fine = ["lora.rank=8", "train.epochs=0.5", "data.max_length=64", "run.samples=0", "train.schedule=linear"]
+_fine += [
+    "data.holdout=0.1",
+    "train.eval_every=epoch",
+    "data.template=chat",
+    "lora.alpha=3",
+    "data.weights=[2]",
+]
 overrides = st.lists(
-    st.tuples(
+    st.sampled_from(_fine)
+    | st.sampled_from(_fine)
+    | st.tuples(
         mostly(st.sampled_from(KEYS), _near | any_text),
         st.sampled_from(["=", "=", "=", "", "=="]),
         setting_values,
     ).map("".join)
     | any_text,
-    max_size=5,
+    max_size=3,
 ).map(lambda given: ["model.name=m", "data.path=d.json", *given])
 
 _sections: dict[str, list[str]] = {}
@@ -261,5 +287,5 @@ recipes = st.one_of(
     st.lists(st.sampled_from(_yaml_words) | st.sampled_from(WORDS) | st.sampled_from(KEYS), max_size=16).map(
         "".join
     ),
-    st.integers(1, 4000).map(lambda depth: "[" * depth),
+    st.sampled_from([9, 300, 4000]).map(lambda depth: "[" * depth) | any_text,
 )
