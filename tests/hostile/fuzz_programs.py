@@ -87,9 +87,9 @@ _word = (
     | st.sampled_from(KEYS)
     | any_text
 )
-# No argument of a process holds NUL; `/` would have `runs` look through this machine.
+# No argument of a process holds NUL; `/` and `../` would have `runs` look through this machine.
 _argument = _word.map(lambda text: text.encode(errors="surrogatepass").decode(errors="surrogateescape")).map(
-    lambda text: text.replace("\0", "").lstrip("/~")
+    lambda text: text.replace("\0", "").replace("../", "").lstrip("/~")
 )
 arguments = st.tuples(
     st.sampled_from(_verbs) | any_text.map(lambda text: text.replace("\0", "")),
