@@ -14,7 +14,7 @@ import torch
 if sys.platform == "win32":
     import psutil
 
-MUCH_FREE = 128 * 10**6  # bytes: giving back less is not worth the page faults
+MUCH_FREE = 192 * 10**6
 MOST_KERNELS = 64  # compiled products that torch's CPU library keeps
 
 
@@ -53,22 +53,39 @@ def resident_bytes() -> int:
 
 
 def give_back_memory(least: int = 0) -> None:
-    """Give memory that was freed back to the system, where at least so many bytes lie free (and the library is glibc).
+    """Give memory that was freed back to the system, where so many bytes of it take room (and the library is glibc).
 
-    Packs differ, so what one pass frees does not quite fit the next one, and the peak grows. To be called between
-    passes when their tensors are gone, and before a backward pass, where most is in use.
+    Packs differ, and what a layer keeps lies between what it freed: what one pass frees does not quite fit the next,
+    and the peak grows. To be called between layers and passes, when their tensors are gone.
     """
     libc = _glibc()
     if libc is not None and (least == 0 or _free_bytes(libc) >= least):
         libc.malloc_trim(0)
+        _given_back[:] = [_own_bytes() - _used_bytes(libc)]
+
+
+_given_back = [0]  # of the process's own memory what was not in use when it last gave all back
 
 
 def _free_bytes(libc: ctypes.CDLL) -> int:
-    """What the C library holds of freed memory; 0 where it is too old to say."""
+    """What was freed since memory was last given back and still takes room. The library's own count has no end: it
+    goes on counting what it has given back."""
+    return _own_bytes() - _used_bytes(libc) - _given_back[0]
+
+
+def _used_bytes(libc: ctypes.CDLL) -> int:
+    """What is allocated; 0 where the C library is too old to say, and then it is given back more often."""
     if not hasattr(libc, "mallinfo2"):
         return 0
     libc.mallinfo2.restype = _Mallinfo
-    return int(libc.mallinfo2().fordblks)
+    said = libc.mallinfo2()
+    return int(said.uordblks + said.hblkhd)
+
+
+def _own_bytes() -> int:
+    """Resident memory of this process that no file stands behind."""
+    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()
+    return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE")
 
 
 class _Mallinfo(ctypes.Structure):
