@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.hostile import fuzz_targets
@@ -15,8 +17,8 @@ from lorafit.data.readers import read_file
 from lorafit.data.template import Rendered
 from lorafit.errors import DataError, Problems
 
-SHORT = {"rows": 400, "bytes": 400, "texts": 300, "configs": 150, "recipes": 150, "overrides": 150}
-SHORT |= {"templates": 250, "arguments": 60, "runs": 60}
+SHORT = {"rows": 300, "bytes": 300, "texts": 250, "configs": 150, "recipes": 150, "overrides": 150}
+SHORT |= {"templates": 200, "arguments": 50, "runs": 50}
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +122,17 @@ def test_bytes_that_are_no_text_in_a_cut_gzip_file(scene: Scene) -> None:
     read(scene, path, "auto", 0)
     with pytest.raises(DataError, match="not a whole gzip file"):
         list(read_file(path, "data.json.gz", Problems()))
+
+
+def test_a_server_without_its_model_lets_go_of_the_port(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, create = [], socket.create_server
+
+    def recorded(*given: Any, **options: Any) -> socket.socket:
+        made.append(create(*given, **options))
+        return made[-1]
+
+    monkeypatch.setattr(socket, "create_server", recorded)
+    fuzz_targets.any_arguments(scene, ["serve", "missing", "--port", "0"])
+    assert [one.fileno() for one in made] == [-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated, Literal
 
 import typer
@@ -57,11 +58,10 @@ def serve(
         raise ConfigError(f"`{error.name}` is missing", hint="pip install 'lorafit[serve]'") from None
     place = Place(host, port, tuple(allow_host or ()))
     token = find_token()
-    listening = listen(place)
+    with contextlib.closing(listen(place)) as listening:
+        from lorafit.infer.batching import Batch
+        from lorafit.infer.many import check_context, load_many
 
-    from lorafit.infer.batching import Batch
-    from lorafit.infer.many import check_context, load_many
-
-    models = load_many(sources, device=device, offline=offline, quantize=quantize)
-    batch = Batch(models.network, slots, check_context(context, models.network), models.adapters)
-    serve(models, batch, place, listening, token, max_waiting=queue, timeout=timeout)
+        models = load_many(sources, device=device, offline=offline, quantize=quantize)
+        batch = Batch(models.network, slots, check_context(context, models.network), models.adapters)
+        serve(models, batch, place, listening, token, max_waiting=queue, timeout=timeout)
