@@ -43,6 +43,8 @@ READERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "prompts": {
         "generate": ("generate", "{model}", *ASK),
+        "file": ("generate", "{model}", "--file", "{it}", *ASK),
+        "chat": ("chat", "{model}", *ASK),
     },
 }  # fmt: skip
 
@@ -82,12 +84,15 @@ MORE_READERS: dict[str, dict[str, tuple[str, ...]]] = {
         "eval": ("eval", "{it}", "--offline"),
         "chat": ("chat", "{it}", *ASK),
     },
-    "prompts": {
-        "file": ("generate", "{model}", "--file", "{it}", *ASK),
-        "chat": ("chat", "{model}", *ASK),
-    },
 }  # fmt: skip
-LIKE = {"check": "plan", "show": "plan", "export": "generate", "export gguf": "generate", "chat": "generate"}
+LIKE = {
+    "show": "plan", "export": "generate", "export gguf": "generate", "eval": "generate", "chat": "generate",
+    "file": "generate",
+}  # fmt: skip
 
 # These show of a run what they can, and need not refuse one that is damaged.
 SHOWING = frozenset({"runs", "report"})
+# These end well where nothing is asked, or a question or a part is left out; `show` shows one row of many.
+PATIENT = frozenset({"chat", "show", "eval"})
+# These say what they refuse on standard output.
+TELLING = frozenset({"check"})

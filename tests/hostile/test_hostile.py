@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 from tests.hostile import adapters, models, prompts, recipes, rows, runs, templates
 from tests.hostile.case import Case, Place
-from tests.hostile.readers import ASK, LIKE, MORE_READERS, READERS, SETTINGS, SHOWING
+from tests.hostile.readers import ASK, LIKE, MORE_READERS, PATIENT, READERS, SETTINGS, SHOWING, TELLING
 from tests.hostile.server import Outcome, Server
 from tests.tiny import write_model, write_rows
 
@@ -143,10 +144,16 @@ def judge(done: Outcome, case: Case, reader: str) -> Iterator[str]:
         yield f"it took {done.megabytes} MB"
     if any(character in done.err + done.out for character in "\x1b\x07\u202e"):
         yield f"it steers the terminal: {done.err!r}"
-    if done.code == 0 and {reader, LIKE.get(reader, reader)} & (case.harmless | SHOWING):
+    if done.code == 0 and reader in TELLING and case.harmless:
+        return
+    if done.code == 0 and {reader, LIKE.get(reader, reader)} & (case.harmless | SHOWING | PATIENT):
         return
     if done.code != 2:
         yield f"exit code {done.code}: {done.err[-600:]}"
+    elif reader in TELLING:
+        found = json.loads(done.out)["verdicts"]
+        if all(verdict["verdict"] != "fail" for verdict in found):
+            yield f"nothing is wrong: {found}"
     elif case.many:
         if not all(LINES.match(line) for line in refusal(done.err).splitlines()):
             yield f"not an error a line: {done.err[:600]}"

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from lorafit.untrusted import piped_lines
+
 if TYPE_CHECKING:
     from lorafit.infer.conversation import Asked, Conversation
     from lorafit.infer.engine import Token
@@ -89,6 +91,7 @@ class Session:
         self.sampling, self.max_tokens = sampling, max_tokens
         self.base, self.compare = base, compare
         self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self._lines = piped_lines(sys.stdin)
         self._num_asked = 0
 
     def run(self, source: str) -> None:
@@ -140,10 +143,10 @@ class Session:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  (input() then edits lines and has a history)
             return input(prompt or "> ")
-        line = sys.stdin.readline()
-        if not line:
+        line = next(self._lines, None)
+        if line is None:
             raise EOFError
-        return line.rstrip("\n")
+        return line
 
     def _command(self, line: str) -> bool:
         """Do what a command says; False to leave."""
