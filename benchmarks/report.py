@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,7 +63,7 @@ def report(record: Mapping[str, Any]) -> str:
         + f". `{record['command']}`"
     )
     parts = [
-        measured_on,
+        textwrap.fill(measured_on, 110, break_long_words=False, break_on_hyphens=False),
         table(["target", "goal", "measured", ""], [target.row(results) for target in TARGETS]),
         table(head, figures),
         table(["products, GFLOP/s", "forward", "input gradient", "both"], rates),
