@@ -66,6 +66,7 @@ def test_twenty_steps_equal_the_script_that_people_start_from(shared: Path, tmp_
         "lora.dropout=0",
         "data.shuffle=false",
         f"train.max_steps={STEPS}",
+        "run.check=none",  # this vocabulary lacks characters of the rows, which a check would refuse
         "model.dtype=float32",
         "model.device=cpu",
     ]
