@@ -38,7 +38,7 @@ def test_extreme_logits_stay_finite() -> None:
 
 def test_no_table_of_all_tokens_times_the_vocabulary() -> None:
     """Allocations during forward and backward stay below a quarter of such a table in float32."""
-    rows, vocab, width = 4096, 8192, 8
+    rows, vocab, width = 8192, 8192, 8
     hidden = torch.randn(rows, width, requires_grad=True)
     head = torch.randn(vocab, width)
     with torch.profiler.profile(
@@ -46,4 +46,4 @@ def test_no_table_of_all_tokens_times_the_vocabulary() -> None:
     ) as profile:
         loss_sum(hidden, head, torch.zeros(rows, dtype=torch.int64)).backward()
     largest = max(event.cpu_memory_usage for event in profile.events())
-    assert largest < rows * vocab * 4 / 2
+    assert 0 < largest < rows * vocab * 4 / 2

@@ -6,8 +6,11 @@ Nothing here ever forms a weight gradient. model/quant.py has the same interface
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lorafit.model.native import fits, kernels
+
+_MANY = 32  # rows from which laying the weight out for the tiles pays
 
 
 class Frozen(nn.Module):
@@ -38,6 +41,30 @@ class Frozen(nn.Module):
         return f"{self.in_features} -> {self.out_features}"
 
 
+def times(x: Tensor, weight: Tensor, into: Tensor | None = None, *, turned: bool = False) -> Tensor:
+    """x W^T, or with `turned` x W, for a frozen W (out_features, in_features); added to `into`, in place, or new.
+
+    No gradient goes through it. Where the processor has matrix tiles they make many rows of bfloat16 at a time.
+    """
+    rows, depth = x.shape
+    if rows >= _MANY and x.dtype == torch.bfloat16 and depth % 32 == 0 and fits(x, weight):
+        compiled = kernels()
+        if compiled is not None and compiled.has_tiles:
+            out = x.new_empty(rows, weight.shape[1 if turned else 0]) if into is None else into
+            shape = rows, depth, out.shape[1]
+            compiled.call(
+                "product", x.dtype, *shape, x, weight, int(turned), into, out, strips(rows, 2 * depth)
+            )
+            return out
+    factor = weight if turned else weight.t()
+    return x @ factor if into is None else into.addmm_(x, factor)
+
+
+def strips(rows: int, row_bytes: int) -> Tensor:
+    """Room for rows laid out for the tiles (model/native/products.cpp)."""
+    return torch.empty((rows + 31) // 32 * 32 * row_bytes, dtype=torch.uint8)
+
+
 class Linear(Frozen):
     """The weight as it is."""
 
@@ -47,13 +74,11 @@ class Linear(Frozen):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def product(self, x: Tensor, into: Tensor | None = None) -> Tensor:
-        if into is None:
-            return F.linear(x, self.weight, self.bias)
-        into.addmm_(x, self.weight.t())
-        return into if self.bias is None else into.add_(self.bias)
+        out = times(x, self.weight, into)
+        return out if self.bias is None else out.add_(self.bias)
 
     def input_gradient(self, slope: Tensor, into: Tensor | None = None) -> Tensor:
-        return slope @ self.weight if into is None else into.addmm_(slope, self.weight)
+        return times(slope, self.weight, into, turned=True)
 
     def dequantize(self) -> Tensor:
         return self.weight

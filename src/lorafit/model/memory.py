@@ -11,6 +11,8 @@ from typing import ClassVar
 
 import torch
 
+from lorafit.model.native import blocks
+
 if sys.platform == "win32":
     import psutil
 
@@ -22,8 +24,13 @@ def keep_freed_memory() -> None:
     """Let the process reuse the memory of freed tensors instead of giving each back to the system at once.
 
     A step allocates and frees the same large tensors for every layer, and fresh pages cost as much as the
-    arithmetic of a norm. `give_back_memory` is the other half. Does nothing where the C library is not glibc.
+    arithmetic of a norm. Torch takes large tensors from blocks that are kept (model/native/blocks.cpp); where these
+    cannot be compiled the C library keeps what is freed, if it is glibc, and `give_back_memory` bounds it.
     """
+    held = blocks()
+    if held is not None:
+        held.keep_blocks()
+        return
     libc = _glibc()
     if libc is not None:
         most = 2**31 - 1
@@ -53,11 +60,17 @@ def resident_bytes() -> int:
 
 
 def give_back_memory(least: int = 0) -> None:
-    """Give memory that was freed back to the system, where so many bytes of it take room (and the library is glibc).
+    """Give memory that was freed back to the system, where so many bytes of it take room.
 
-    Packs differ, and what a layer keeps lies between what it freed: what one pass frees does not quite fit the next,
-    and the peak grows. To be called between layers and passes, when their tensors are gone.
+    In glibc's heap what a layer keeps lies between what it freed: what one pass frees does not quite fit the next, and
+    the peak grows. To be called between layers and passes, when their tensors are gone. Blocks bound themselves: they
+    are given back only when all is.
     """
+    held = blocks()
+    if held is not None:
+        if least:
+            return
+        held.release_blocks()
     libc = _glibc()
     if libc is not None and (least == 0 or _free_bytes(libc) >= least):
         libc.malloc_trim(0)

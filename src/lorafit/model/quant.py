@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafit.errors import ConfigError
-from lorafit.model.frozen import Frozen
+from lorafit.model.frozen import Frozen, strips
 from lorafit.model.kernels import column_peaks, dequantize, quantize_rows
 from lorafit.model.native import fits, kernels
 
@@ -105,7 +105,7 @@ def _int8_product(
     out = torch.empty(rows, columns, dtype=x.dtype, device=w.device) if into is None else into
     if fits(out, x.scale) and (compiled := kernels()) and compiled.has_tiles and depth % 64 == 0:
         given = (x.q, x.scale, weight, int(turned), column_scale, into)
-        compiled.call("int8_product", x.dtype, rows, depth, columns, *given, out)
+        compiled.call("int8_product", x.dtype, rows, depth, columns, *given, out, strips(rows, depth))
         return out
     step = max(64, _SUMS // columns // 64 * 64)  # a few rows of sums at a time
     for start in range(0, rows, step):

@@ -14,7 +14,9 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,12 +24,10 @@ from torch import Tensor
 
 from lorafit.durable import cache_folder
 
-_SOURCES = ("rows.cpp", "attention.cpp", "few_rows.cpp", "decode.cpp", "int8.cpp")
+_SOURCES = ("rows.cpp", "attention.cpp", "few_rows.cpp", "decode.cpp", "products.cpp")
 _HEADERS = ("common.h", "tiles.h", "attention_tiles.h")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
-_X86_FLAGS = (
-    "-mprefer-vector-width=512",
-)  # where there are such vectors; the compiler would take half of one
+_X86_FLAGS = ("-mprefer-vector-width=512",)  # where there are such; the compiler would take half of one
 _SUFFIX = {torch.float32: "_f32", torch.bfloat16: "_bf16"}
 
 
@@ -64,27 +64,45 @@ def missing() -> str:
 
 
 @functools.cache
+def blocks() -> ctypes.CDLL | None:
+    """`keep_blocks` and `release_blocks` of model/native/blocks.cpp; None where they cannot be had."""
+    if sys.platform != "linux":
+        return None
+    torch_folder = Path(torch.__file__).parent
+    flags = ("-std=c++20", "-O2", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
+    links = (f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-lc10")
+    return _compiled(("blocks.cpp",), flags, links)[0]
+
+
+@functools.cache
 def _build() -> tuple[Kernels | None, str]:
+    flags = _FLAGS + (_X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ())
+    library, why = _compiled((*_SOURCES, *_HEADERS), flags)
+    return (None if library is None else Kernels(library)), why
+
+
+def _compiled(
+    files: Sequence[str], flags: Sequence[str], links: Sequence[str] = ()
+) -> tuple[ctypes.CDLL | None, str]:
+    """The library of these sources and headers, from the cache or the compiler, or why there is none."""
     if os.environ.get("LORAFIT_NATIVE") == "0":
         return None, "LORAFIT_NATIVE=0"
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
     if not compiler:
         return None, "there is no C++ compiler"
-    command = [*shlex.split(compiler), *_FLAGS]
-    if platform.machine() in ("x86_64", "AMD64"):
-        command += _X86_FLAGS
-    folder = Path(__file__).parent
-    sources = [folder / name for name in _SOURCES]
-    digest = hashlib.sha256(" ".join([*command, _machine()]).encode())
-    for source in (*sources, *(folder / name for name in _HEADERS)):
-        digest.update(source.read_bytes())
+    command = [*shlex.split(compiler), *flags]
+    paths = [Path(__file__).parent / name for name in files]
+    digest = hashlib.sha256(" ".join([*command, *links, _machine()]).encode())
+    for path in paths:
+        digest.update(path.read_bytes())
     try:
         library = cache_folder("native") / f"{digest.hexdigest()[:32]}.so"
         if not library.is_file():
+            sources = [str(path) for path in paths if path.suffix == ".cpp"]
             with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
                 made = Path(scratch) / "kernels.so"
                 done = subprocess.run(  # noqa: S603 (the user's own compiler on our own sources)
-                    [*command, "-shared", "-fPIC", "-o", str(made), *map(str, sources)],
+                    [*command, "-shared", "-fPIC", "-o", str(made), *sources, *links],
                     capture_output=True,
                     text=True,
                     timeout=300,
@@ -93,14 +111,15 @@ def _build() -> tuple[Kernels | None, str]:
                 if done.returncode:
                     return None, f"`{compiler}` failed: {done.stderr.strip().splitlines()[:1]}"
                 made.replace(library)
-        return Kernels(ctypes.CDLL(str(library))), ""
+        return ctypes.CDLL(str(library)), ""
     except (OSError, subprocess.SubprocessError) as error:
         return None, str(error)
 
 
 def _machine() -> str:
-    """What decides which instructions the compiler may use: a cache can be shared by different machines."""
-    return f"{platform.machine()} {platform.system()} {sorted(torch.cpu.get_capabilities().items())}"
+    """What a library fits: torch, and the instructions that the compiler may use. Machines can share a cache."""
+    instructions = sorted(torch.cpu.get_capabilities().items())
+    return f"{torch.__version__} {platform.machine()} {platform.system()} {instructions}"
 
 
 def _as_c(argument: Tensor | int | float | None) -> object:

@@ -4,7 +4,7 @@
 
 #include <new>
 
-#if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__linux__)
+#if defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #define HAS_TILES 1
 #include <immintrin.h>
 #include <sys/syscall.h>
@@ -27,6 +27,7 @@ struct Tiles {
       uint8_t rows[16] = {};
     } shape;
     for (int tile = 0; tile < 8; tile++) shape.bytes[tile] = TILE_BYTES, shape.rows[tile] = TILE_ROWS;
+    asm volatile("" : : "r"(&shape) : "memory");  // GCC 12 takes the first bytes alone for what the next line reads
     _tile_loadconfig(&shape);
   }
   ~Tiles() { _tile_release(); }

@@ -1,0 +1,215 @@
+// Products of rows with a frozen weight in either direction on matrix tiles, in bfloat16 or in 8 bit.
+//
+// out[r, c] = addend[r, c] + sum_k a[r, k] * w(k, c), in 8 bit times a_scale[r] * c_scale[c]; sums in float32 and int32.
+// a is (rows, depth); w(k, c) is weight[c, k] of a (columns, depth) weight (forward), or with `turned` weight[k, c] of a
+// (depth, columns) one (input gradient). depth is a multiple of 64 bytes. addend may be null, or out itself.
+//
+// All rows are laid out in strips of 32, in `strips` (rows rounded up to 32, times the bytes of depth). Each core takes a
+// group of columns that stays in its cache, laid out in panels of 32, and lets the strips pass by. What is deeper than
+// CHUNK is done in chunks, with the sums kept in between.
+#include "tiles.h"
+
+#include <optional>
+
+extern "C" void has_tiles(int64_t *answer, int) { *answer = may_use_tiles(); }
+
+#ifdef HAS_TILES
+constexpr int64_t PANEL = 2 * TILE_ROWS;      // columns of a panel, rows of a strip
+constexpr int64_t CHUNK = 4096;               // bytes of depth that are multiplied at a time
+constexpr int64_t GROUP_BYTES = 1 << 20;      // of a group of columns
+
+// Words (32 bits) w[i][c] = from[c][i] of 16 rows, of which those from `count` on are zero
+static void turn_words(const uint8_t *from, int64_t pitch, int64_t count, uint8_t *to) {
+  __m512i a[16], b[16];
+  for (int64_t i = 0; i < 16; i++) a[i] = i < count ? _mm512_loadu_si512(from + i * pitch) : _mm512_setzero_si512();
+  for (int64_t i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int64_t i = 0; i < 16; i += 4)
+    for (int64_t j = 0; j < 2; j++) {
+      a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+      a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+    }
+  for (int64_t i = 0; i < 4; i++) {  // a[4 q + i]: words i, i + 4, i + 8, i + 12 of rows 4 q ..
+    const __m512i low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88), high = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd);
+    const __m512i low2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88), high2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
+    _mm512_store_si512(to + i * 64, _mm512_shuffle_i32x4(low, low2, 0x88));
+    _mm512_store_si512(to + (i + 8) * 64, _mm512_shuffle_i32x4(low, low2, 0xdd));
+    _mm512_store_si512(to + (i + 4) * 64, _mm512_shuffle_i32x4(high, high2, 0x88));
+    _mm512_store_si512(to + (i + 12) * 64, _mm512_shuffle_i32x4(high, high2, 0xdd));
+  }
+}
+
+// 64 bytes deep of a panel into two tiles, neighbours in depth side by side, as the tile product wants them
+static void lay_out(const int8_t *weight, int64_t columns, int64_t count, uint8_t *to) {
+  const __mmask32 mask = count < 32 ? (1u << count) - 1 : ~0u;
+  for (int64_t i = 0; i < 16; i++) {
+    __m256i row[4];
+    for (int64_t j = 0; j < 4; j++) row[j] = _mm256_maskz_loadu_epi8(mask, weight + (4 * i + j) * columns);
+    const __m256i low = _mm256_unpacklo_epi8(row[0], row[1]), high = _mm256_unpackhi_epi8(row[0], row[1]);
+    const __m256i low2 = _mm256_unpacklo_epi8(row[2], row[3]), high2 = _mm256_unpackhi_epi8(row[2], row[3]);
+    const __m256i quarter[4] = {_mm256_unpacklo_epi16(low, low2), _mm256_unpackhi_epi16(low, low2),
+                                _mm256_unpacklo_epi16(high, high2), _mm256_unpackhi_epi16(high, high2)};
+    for (int64_t j = 0; j < 4; j++) {
+      _mm_store_si128((__m128i *)(to + i * TILE_BYTES) + j, _mm256_castsi256_si128(quarter[j]));
+      _mm_store_si128((__m128i *)(to + TILE + i * TILE_BYTES) + j, _mm256_extracti128_si256(quarter[j], 1));
+    }
+  }
+}
+static void lay_out(const bf16 *weight, int64_t columns, int64_t count, uint8_t *to) {
+  const __mmask32 mask = count < 32 ? (1u << count) - 1 : ~0u;
+  alignas(64) uint16_t order[2][32];
+  for (int64_t i = 0; i < 32; i++) order[0][i] = i / 2 + i % 2 * 32, order[1][i] = order[0][i] + 16;
+  const __m512i first = _mm512_load_si512(order[0]), second = _mm512_load_si512(order[1]);
+  for (int64_t i = 0; i < 16; i++) {
+    const __m512i even = _mm512_maskz_loadu_epi16(mask, weight + 2 * i * columns);
+    const __m512i odd = _mm512_maskz_loadu_epi16(mask, weight + (2 * i + 1) * columns);
+    _mm512_store_si512(to + i * TILE_BYTES, _mm512_permutex2var_epi16(even, first, odd));
+    _mm512_store_si512(to + TILE + i * TILE_BYTES, _mm512_permutex2var_epi16(even, second, odd));
+  }
+}
+
+#define MULTIPLY(DOT)                                                                  \
+  for (int64_t step = 0; step < steps; step++, strip += 2 * TILE, panel += 2 * TILE) { \
+    _tile_loadd(4, strip, TILE_BYTES);                                                 \
+    _tile_loadd(6, panel, TILE_BYTES);                                                 \
+    _tile_loadd(5, strip + TILE, TILE_BYTES);                                          \
+    _tile_loadd(7, panel + TILE, TILE_BYTES);                                          \
+    DOT(0, 4, 6);                                                                      \
+    DOT(1, 4, 7);                                                                      \
+    DOT(2, 5, 6);                                                                      \
+    DOT(3, 5, 7);                                                                      \
+  }
+
+// Adds the product of a strip of rows and a panel of columns to sums (32, 32), or with `anew` puts it there
+template <class In, class Sum>
+static void multiply(int64_t steps, const uint8_t *strip, const uint8_t *panel, bool anew, Sum *sums) {
+  Sum *const corners[] = {sums, sums + TILE_ROWS, sums + TILE_ROWS * PANEL, sums + TILE_ROWS * PANEL + TILE_ROWS};
+  if (anew) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, corners[0], PANEL * 4);
+    _tile_loadd(1, corners[1], PANEL * 4);
+    _tile_loadd(2, corners[2], PANEL * 4);
+    _tile_loadd(3, corners[3], PANEL * 4);
+  }
+  if constexpr (sizeof(In) == 1) {
+    MULTIPLY(_tile_dpbssd)
+  } else {
+    MULTIPLY(_tile_dpbf16ps)
+  }
+  _tile_stored(0, corners[0], PANEL * 4);
+  _tile_stored(1, corners[1], PANEL * 4);
+  _tile_stored(2, corners[2], PANEL * 4);
+  _tile_stored(3, corners[3], PANEL * 4);
+}
+
+static __m512 sixteen(const int32_t *from) { return _mm512_cvtepi32_ps(_mm512_load_si512(from)); }
+static __m512 sixteen(const float *from) { return _mm512_load_ps(from); }
+static __m512 sixteen(const float *from, __mmask16 mask) { return _mm512_maskz_loadu_ps(mask, from); }
+static __m512 sixteen(const bf16 *from, __mmask16 mask) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
+}
+static void put(__m512 values, float *to, __mmask16 mask) { _mm512_mask_storeu_ps(to, mask, values); }
+static void put(__m512 values, bf16 *to, __mmask16 mask) {
+  _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(values));
+}
+
+// out (rows, width) of sums (32, 32)
+template <class In, class Sum, class T>
+static void finish(int64_t rows, int64_t width, int64_t columns, const Sum *sums, const float *row_scale, const float *scale,
+                   const T *addend, T *out) {
+  for (int64_t row = 0; row < rows; row++, sums += PANEL, out += columns)
+    for (int64_t half = 0; half < width; half += 16) {
+      const __mmask16 mask = width - half < 16 ? (1u << (width - half)) - 1 : 0xffff;
+      __m512 values = sixteen(sums + half);
+      if constexpr (sizeof(In) == 1)
+        values = _mm512_mul_ps(_mm512_mul_ps(values, _mm512_set1_ps(row_scale[row])), sixteen(scale + half, mask));
+      if (addend) values = _mm512_add_ps(values, sixteen(addend + row * columns + half, mask));
+      put(values, out + half, mask);
+    }
+}
+
+struct Space {  // of a thread, kept from call to call
+  std::optional<Aligned> held;
+  size_t size = 0;
+  uint8_t *of(size_t bytes) {
+    if (size < bytes) held.emplace(size = bytes);
+    return held->at;
+  }
+};
+
+template <class In, class Sum, class T>
+static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, const float *a_scale, const In *weight,
+                    bool turned, const float *c_scale, const T *addend, T *out, uint8_t *strips, int threads) {
+  constexpr int64_t UNIT = TILE_BYTES / sizeof(In);  // of depth, in a step
+  const int64_t all_steps = depth / UNIT, chunks = (depth * sizeof(In) + CHUNK - 1) / CHUNK;
+  const int64_t most_steps = (all_steps + chunks - 1) / chunks, panel_bytes = PANEL * most_steps * TILE_BYTES;
+  const int64_t panels = (columns + PANEL - 1) / PANEL, num_strips = (rows + PANEL - 1) / PANEL;
+  const int64_t turns = (panels * panel_bytes + threads * GROUP_BYTES - 1) / (threads * GROUP_BYTES);
+  const int64_t group = (panels + turns * threads - 1) / (turns * threads), strip_bytes = PANEL * all_steps * TILE_BYTES;
+#pragma omp parallel num_threads(threads)
+  {
+    static thread_local Space laid_out_space, sums_space;
+    Tiles tiles;
+    uint8_t *const laid_out = laid_out_space.of(group * panel_bytes);
+    Sum *const kept = (Sum *)sums_space.of((chunks > 1 ? num_strips * group : 1) * PANEL * PANEL * sizeof(Sum));
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < num_strips * PANEL; row++)
+      for (int64_t step = 0; step < all_steps; step++) {
+        const int64_t tile = row / PANEL * strip_bytes + (2 * step + row % PANEL / TILE_ROWS) * TILE;
+        const __m512i line = row < rows ? _mm512_loadu_si512(a + row * depth + step * UNIT) : _mm512_setzero_si512();
+        _mm512_store_si512(strips + tile + row % TILE_ROWS * TILE_BYTES, line);
+      }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t begin = 0; begin < panels; begin += group) {
+      const int64_t end = std::min(begin + group, panels);
+      for (int64_t from = 0; from < all_steps; from += most_steps) {
+        const int64_t steps = std::min(most_steps, all_steps - from);
+        for (int64_t panel = begin; panel < end; panel++)
+          for (int64_t step = 0; step < steps; step++) {
+            const int64_t column = panel * PANEL, width = std::min(PANEL, columns - column), k = (from + step) * UNIT;
+            uint8_t *const to = laid_out + (panel - begin) * panel_bytes + 2 * step * TILE;
+            if (turned) {
+              lay_out(weight + k * columns + column, columns, width, to);
+            } else {
+              const uint8_t *at = (const uint8_t *)(weight + column * depth + k);
+              turn_words(at, depth * sizeof(In), width, to);
+              turn_words(at + TILE_ROWS * depth * sizeof(In), depth * sizeof(In), width - TILE_ROWS, to + TILE);
+            }
+          }
+        for (int64_t strip = 0; strip < num_strips; strip++)
+          for (int64_t panel = begin; panel < end; panel++) {
+            const int64_t column = panel * PANEL, width = std::min(PANEL, columns - column), first = strip * PANEL;
+            const int64_t count = std::min(PANEL, rows - first), start = first * columns + column;
+            const bool last = from + steps == all_steps;
+            Sum *const sums = chunks > 1 ? kept + (strip * group + panel - begin) * PANEL * PANEL : kept;
+            if (last)
+              for (int64_t row = 0; row < count; row++) {
+                __builtin_prefetch(out + start + row * columns, 1);
+                if (addend != out) __builtin_prefetch(addend + start + row * columns);
+              }
+            multiply<In>(steps, strips + strip * strip_bytes + from * 2 * TILE, laid_out + (panel - begin) * panel_bytes, from == 0, sums);
+            if (last) finish<In>(count, width, columns, sums, a_scale + first, c_scale + column, addend ? addend + start : nullptr, out + start);
+          }
+      }
+    }
+  }
+}
+#else
+template <class In, class Sum, class T>
+static void product(int64_t, int64_t, int64_t, const In *, const float *, const In *, bool, const float *, const T *, T *, uint8_t *, int) {}
+#endif
+
+extern "C" void product_bf16(int64_t rows, int64_t depth, int64_t columns, const bf16 *a, const bf16 *weight, int64_t turned,
+                             const bf16 *addend, bf16 *out, uint8_t *strips, int threads) {
+  product<bf16, float>(rows, depth, columns, a, nullptr, weight, turned, nullptr, addend, out, strips, threads);
+}
+#define PARAMETERS(T) (int64_t rows, int64_t depth, int64_t columns, const int8_t *a, const float *a_scale, const int8_t *weight, int64_t turned, const float *c_scale, const T *addend, T *out, uint8_t *strips, int threads)
+extern "C" void int8_product_f32 PARAMETERS(float) { product<int8_t, int32_t>(rows, depth, columns, a, a_scale, weight, turned, c_scale, addend, out, strips, threads); }
+extern "C" void int8_product_bf16 PARAMETERS(bf16) { product<int8_t, int32_t>(rows, depth, columns, a, a_scale, weight, turned, c_scale, addend, out, strips, threads); }
+#undef PARAMETERS
