@@ -23,10 +23,18 @@ def test_a_bfloat16_product_is_the_exact_one_rounded_once(
     rounding = 2.0**-8 * (1 + exact.abs()) + 1e-6 * depth
     assert bool(((times(x, weight, turned=turned).double() - exact).abs() <= rounding).all())
     into = addend.clone()
-    got = times(x, weight, into, turned=turned)
+    got = times(x, weight, into, turned=turned, in_place=True)
     assert got.data_ptr() == into.data_ptr()
     rounding += 2.0**-8 * addend.double().abs()
     assert bool(((got.double() - exact - addend.double()).abs() <= rounding).all())
+    for rank in (8, 33):
+        p = torch.randn(rows, rank, generator=generator).bfloat16()
+        q = torch.randn((rank, columns) if turned else (columns, rank), generator=generator).bfloat16()
+        more = addend.double() + p.double() @ (q if turned else q.t()).double()
+        got = times(x, weight, addend, (p, q), turned=turned)
+        assert got.data_ptr() != addend.data_ptr()
+        bound = rounding + 2.0**-7 * (more.abs() + exact.abs())
+        assert bool(((got.double() - exact - more).abs() <= bound).all())
 
 
 def test_a_row_has_the_same_bits_whatever_the_threads_and_the_rows_beside_it() -> None:
@@ -53,6 +61,7 @@ def test_a_linear_with_a_bias_adds_it_once() -> None:
     with torch.no_grad():
         linear.weight.normal_()
         linear.bias.fill_(3.0)
-    x, into = torch.zeros(40, 64, dtype=torch.bfloat16), torch.ones(40, 96, dtype=torch.bfloat16)
+    x, addend = torch.zeros(40, 64, dtype=torch.bfloat16), torch.ones(40, 96, dtype=torch.bfloat16)
     assert bool((linear.product(x) == 3).all())
-    assert bool((linear.product(x, into) == 4).all())
+    assert bool((linear.product(x, addend) == 4).all())
+    assert bool((addend == 1).all())

@@ -23,7 +23,7 @@ from lorafit.infer.engine import stream
 from lorafit.infer.sampling import Sampling
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.build import build_saved
-from lorafit.model.frozen import Frozen
+from lorafit.model.frozen import Frozen, LowRank, with_low_rank
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraLinear
 
@@ -203,6 +203,7 @@ class _Rounded(Frozen):
         self.bias = bias
         self._into = into
 
-    def product(self, x: Tensor, into: Tensor | None = None) -> Tensor:
+    def product(self, x: Tensor, addend: Tensor | None = None, low: LowRank | None = None) -> Tensor:
+        start = with_low_rank(addend, low, turned=False, in_place=False)
         made = F.linear(self._into(x), self.weight, self.bias)
-        return made if into is None else into.add_(made)
+        return made if start is None else made.add_(start)

@@ -13,6 +13,9 @@ from lorafit.model.native import fits, kernels
 _MANY = 32  # rows from which laying the weight out for the tiles pays
 
 
+LowRank = tuple[Tensor, Tensor]  # two factors, contiguous, in the type of the tokens
+
+
 class Frozen(nn.Module):
     """A frozen linear of `in_features` to `out_features`, y = x W^T + b, for x (tokens, in_features)."""
 
@@ -22,12 +25,15 @@ class Frozen(nn.Module):
         self.out_features = out_features
         self.bias: nn.Parameter | None = None
 
-    def product(self, x: Tensor, into: Tensor | None = None) -> Tensor:
-        """x W^T + b; with `into` (tokens, out_features) added to it, in place."""
+    def product(self, x: Tensor, addend: Tensor | None = None, low: LowRank | None = None) -> Tensor:
+        """x W^T + b + addend + P Q^T for `low` = (P (tokens, rank), Q (out_features, rank)); a new tensor."""
         raise NotImplementedError
 
-    def input_gradient(self, slope: Tensor, into: Tensor | None = None) -> Tensor:
-        """slope W for a slope (tokens, out_features); with `into` (tokens, in_features) added to it, in place."""
+    def input_gradient(self, slope: Tensor, into: Tensor | None = None, low: LowRank | None = None) -> Tensor:
+        """slope W + P Q for a slope (tokens, out_features) and `low` = (P (tokens, rank), Q (rank, in_features)).
+
+        With `into` (tokens, in_features) added to it, in place.
+        """
         raise NotImplementedError
 
     def dequantize(self) -> Tensor:
@@ -41,8 +47,16 @@ class Frozen(nn.Module):
         return f"{self.in_features} -> {self.out_features}"
 
 
-def times(x: Tensor, weight: Tensor, into: Tensor | None = None, *, turned: bool = False) -> Tensor:
-    """x W^T, or with `turned` x W, for a frozen W (out_features, in_features); added to `into`, in place, or new.
+def times(
+    x: Tensor,
+    weight: Tensor,
+    addend: Tensor | None = None,
+    low: LowRank | None = None,
+    *,
+    turned: bool = False,
+    in_place: bool = False,
+) -> Tensor:
+    """x W^T, or with `turned` x W, for a frozen W (out_features, in_features), plus what Frozen's products add.
 
     No gradient goes through it. Where the processor has matrix tiles they make many rows of bfloat16 at a time.
     """
@@ -50,19 +64,35 @@ def times(x: Tensor, weight: Tensor, into: Tensor | None = None, *, turned: bool
     if rows >= _MANY and x.dtype == torch.bfloat16 and depth % 32 == 0 and fits(x, weight):
         compiled = kernels()
         if compiled is not None and compiled.has_tiles:
-            out = x.new_empty(rows, weight.shape[1 if turned else 0]) if into is None else into
-            shape = rows, depth, out.shape[1]
-            compiled.call(
-                "product", x.dtype, *shape, x, weight, int(turned), into, out, strips(rows, 2 * depth)
-            )
+            columns = weight.shape[1 if turned else 0]
+            out = addend if in_place and addend is not None else x.new_empty(rows, columns)
+            rank, *factors = (0, None, None) if low is None else (low[0].shape[1], *low)
+            given = (x, weight, int(turned), rank, *factors, addend, out, strips(rows, 2 * (depth + rank)))
+            compiled.call("product", x.dtype, rows, depth, columns, *given)
             return out
+    start = with_low_rank(addend, low, turned=turned, in_place=in_place)
     factor = weight if turned else weight.t()
-    return x @ factor if into is None else into.addmm_(x, factor)
+    if start is None:
+        return x @ factor
+    own = in_place or low is not None
+    return start.addmm_(x, factor) if own else torch.addmm(start, x, factor)
+
+
+def with_low_rank(
+    addend: Tensor | None, low: LowRank | None, *, turned: bool, in_place: bool
+) -> Tensor | None:
+    """addend + P Q^T, or with `turned` addend + P Q: a new tensor where there is a `low`, unless `in_place`."""
+    if low is None:
+        return addend
+    p, q = low[0], low[1] if turned else low[1].t()
+    if addend is None:
+        return p @ q
+    return addend.addmm_(p, q) if in_place else torch.addmm(addend, p, q)
 
 
 def strips(rows: int, row_bytes: int) -> Tensor:
     """Room for rows laid out for the tiles (model/native/products.cpp)."""
-    return torch.empty((rows + 31) // 32 * 32 * row_bytes, dtype=torch.uint8)
+    return torch.empty((rows + 31) // 32 * 32 * ((row_bytes + 63) // 64 * 64), dtype=torch.uint8)
 
 
 class Linear(Frozen):
@@ -73,12 +103,12 @@ class Linear(Frozen):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
-    def product(self, x: Tensor, into: Tensor | None = None) -> Tensor:
-        out = times(x, self.weight, into)
+    def product(self, x: Tensor, addend: Tensor | None = None, low: LowRank | None = None) -> Tensor:
+        out = times(x, self.weight, addend, low)
         return out if self.bias is None else out.add_(self.bias)
 
-    def input_gradient(self, slope: Tensor, into: Tensor | None = None) -> Tensor:
-        return times(slope, self.weight, into, turned=True)
+    def input_gradient(self, slope: Tensor, into: Tensor | None = None, low: LowRank | None = None) -> Tensor:
+        return times(slope, self.weight, into, low, turned=True, in_place=True)
 
     def dequantize(self) -> Tensor:
         return self.weight

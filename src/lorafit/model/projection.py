@@ -109,7 +109,7 @@ def project(
 
 def _of_pairs(linear: Any, y: Tensor, residual: Tensor | None) -> Tensor:
     """The output of a linear whose rows take different adapters (model/adapters.py); to answer with only."""
-    out: Tensor = getattr(linear, "base", linear).product(y, None if residual is None else residual.clone())
+    out: Tensor = getattr(linear, "base", linear).product(y, residual)
     if getattr(linear, "pairs", None) is not None:
         linear.add_pairs(y, out)
     return out
@@ -146,14 +146,11 @@ class _Project(torch.autograd.Function):
         lows = iter(zip(_split(low, adapted), masters[1::2], strict=True))
         outs = []
         for base, linear in zip(group.bases, group.low_ranks, strict=True):
-            into = residual
+            pair = None
             if linear is not None:
                 part, b = next(lows)
-                b = b.t().to(y.dtype)
-                into = part @ b if residual is None else torch.addmm(residual, part, b)
-            elif residual is not None:
-                into = residual.clone()
-            outs.append(base.product(y, into))
+                pair = part.contiguous(), b.to(y.dtype)
+            outs.append(base.product(y, residual, pair))
         ctx.group, ctx.num_inputs, ctx.drop = group, num_inputs, drop
         needs_inputs = adapted or not isinstance(group.source, Plain)
         ctx.save_for_backward(low, *(inputs if needs_inputs else [None] * num_inputs), *masters)
@@ -169,29 +166,27 @@ class _Project(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad[4 : 4 + ctx.num_inputs])
         give_back_memory(MUCH_FREE)
         adapted = group.adapted()
-        lows = iter(zip(_split(low, adapted), masters[1::2], strict=True))
+        lows = iter(zip(_split(low, adapted), masters[::2], masters[1::2], strict=True))
         dy: Tensor | None = None
         d_b, d_lows = [], []
         for base, linear, slope in zip(group.bases, group.low_ranks, slopes, strict=True):
-            slope = slope.contiguous()
-            if wanted:
-                dy = base.input_gradient(slope, dy)
+            slope, pair = slope.contiguous(), None
             if linear is not None:
-                part, b = next(lows)
+                part, a, b = next(lows)
                 d_b.append((slope.t() @ part).to(b.dtype))
-                d_lows.append(slope @ b.to(slope.dtype))
+                d_lows.append((slope @ b.to(slope.dtype)).mul_(linear.scale))
+                if drop is None:
+                    pair = d_lows[-1], a.to(slope.dtype)
+            if wanted:
+                dy = base.input_gradient(slope, dy, pair)
         d_masters: list[Tensor] = []
         if adapted:
-            d_low = torch.cat(d_lows, dim=1).mul_(adapted[0].scale)  # (tokens, all ranks)
+            d_low = torch.cat(d_lows, dim=1)  # (tokens, all ranks)
             y = group.source.make(*inputs)
             d_a = (d_low.t() @ _dropped(y, drop)).to(masters[0].dtype)
             del y
-            if dy is not None:
-                a = torch.cat(masters[::2]).to(dy.dtype)
-                if drop is None:
-                    dy.addmm_(d_low, a)
-                else:
-                    dy += _dropped(d_low @ a, drop)
+            if dy is not None and drop is not None:
+                dy += _dropped(d_low @ torch.cat(masters[::2]).to(dy.dtype), drop)
             for part, b in zip(d_a.split([m.shape[0] for m in masters[::2]]), d_b, strict=True):
                 d_masters += [part, b]
         d_inputs: Sequence[Tensor | None] = [None] * ctx.num_inputs

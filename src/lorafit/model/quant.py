@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafit.errors import ConfigError
-from lorafit.model.frozen import Frozen, strips
+from lorafit.model.frozen import Frozen, LowRank, strips, times, with_low_rank
 from lorafit.model.kernels import column_peaks, dequantize, quantize_rows
 from lorafit.model.native import fits, kernels
 
@@ -63,17 +63,19 @@ class Int8Linear(Frozen):
         for name, buffer in (("weight", q), ("scale", scale), ("balance", balance)):
             self.register_buffer(name, buffer)
 
-    def product(self, x: Tensor, into: Tensor | None = None) -> Tensor:
+    def product(self, x: Tensor, addend: Tensor | None = None, low: LowRank | None = None) -> Tensor:
         x8 = _quantized(x, self.balance)
-        out = _int8_product(x8, self.weight, self.scale, into)
+        start = with_low_rank(addend, low, turned=False, in_place=False)
+        out = _int8_product(x8, self.weight, self.scale, start, start if low is not None else None)
         if x8.columns is not None and x8.values is not None:
             few = self.weight[:, x8.columns].to(x.dtype) * self.scale[:, None].to(x.dtype)
             out.addmm_(x8.values * self.balance[x8.columns].to(x.dtype), few.t())
         return out if self.bias is None else out.add_(self.bias)
 
-    def input_gradient(self, slope: Tensor, into: Tensor | None = None) -> Tensor:
+    def input_gradient(self, slope: Tensor, into: Tensor | None = None, low: LowRank | None = None) -> Tensor:
         slope8 = _quantized(slope, self.scale)
-        out = _int8_product(slope8, self.weight, self.balance, into, turned=True)
+        start = with_low_rank(into, low, turned=True, in_place=True)
+        out = _int8_product(slope8, self.weight, self.balance, start, start, turned=True)
         if slope8.columns is not None and slope8.values is not None:
             few = self.weight[slope8.columns].to(slope.dtype) * self.balance.to(slope.dtype)
             out.addmm_(slope8.values * self.scale[slope8.columns].to(slope.dtype), few)
@@ -97,21 +99,27 @@ def _quantized(x: Tensor, factor: Tensor) -> _Quantized:
 
 
 def _int8_product(
-    x: _Quantized, weight: Tensor, column_scale: Tensor, into: Tensor | None, *, turned: bool = False
+    x: _Quantized,
+    weight: Tensor,
+    column_scale: Tensor,
+    addend: Tensor | None,
+    out: Tensor | None,
+    *,
+    turned: bool = False,
 ) -> Tensor:
-    """x W^T, or with `turned` x W, for int8 W (out_features, in_features): scaled, added to `into` or new."""
+    """x W^T, or with `turned` x W, for int8 W (out_features, in_features): scaled, plus `addend`, to `out` or new."""
     w = weight if turned else weight.t()  # (depth, columns)
     rows, (depth, columns) = x.q.shape[0], w.shape
-    out = torch.empty(rows, columns, dtype=x.dtype, device=w.device) if into is None else into
+    out = torch.empty(rows, columns, dtype=x.dtype, device=w.device) if out is None else out
     if fits(out, x.scale) and (compiled := kernels()) and compiled.has_tiles and depth % 64 == 0:
-        given = (x.q, x.scale, weight, int(turned), column_scale, into)
+        given = (x.q, x.scale, weight, int(turned), column_scale, addend)
         compiled.call("int8_product", x.dtype, rows, depth, columns, *given, out, strips(rows, depth))
         return out
     step = max(64, _SUMS // columns // 64 * 64)  # a few rows of sums at a time
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        addend = None if into is None else into[part]
-        dequantize(_sums(x.q[part], w), x.scale[part], column_scale, out[part], addend)
+        part_addend = None if addend is None else addend[part]
+        dequantize(_sums(x.q[part], w), x.scale[part], column_scale, out[part], part_addend)
     return out
 
 
@@ -138,14 +146,16 @@ class Fp8Linear(Frozen):
             self.register_buffer(name or "weight", q)
             self.register_buffer(f"{name}_scale".strip("_"), scale)
 
-    def product(self, x: Tensor, into: Tensor | None = None) -> Tensor:
+    def product(self, x: Tensor, addend: Tensor | None = None, low: LowRank | None = None) -> Tensor:
         out = _fp8_product(*_fp8(x), x.dtype, self.weight, self.scale)
-        out = out if into is None else into.add_(out)
+        start = with_low_rank(addend, low, turned=False, in_place=False)
+        out = out if start is None else out.add_(start)
         return out if self.bias is None else out.add_(self.bias)
 
-    def input_gradient(self, slope: Tensor, into: Tensor | None = None) -> Tensor:
+    def input_gradient(self, slope: Tensor, into: Tensor | None = None, low: LowRank | None = None) -> Tensor:
         out = _fp8_product(*_fp8(slope), slope.dtype, self.turned, self.turned_scale)
-        return out if into is None else into.add_(out)
+        start = with_low_rank(into, low, turned=True, in_place=True)
+        return out if start is None else start.add_(out)
 
     def dequantize(self) -> Tensor:
         return self.weight.to(torch.float32) * self.scale
@@ -175,14 +185,12 @@ class Nf4Linear(Frozen):
         )
         self.register_buffer("weight", packed)
 
-    def product(self, x: Tensor, into: Tensor | None = None) -> Tensor:
-        weight = self.dequantize().to(x.dtype)
-        out = x @ weight.t() if into is None else into.addmm_(x, weight.t())
+    def product(self, x: Tensor, addend: Tensor | None = None, low: LowRank | None = None) -> Tensor:
+        out = times(x, self.dequantize().to(x.dtype), addend, low)
         return out if self.bias is None else out.add_(self.bias)
 
-    def input_gradient(self, slope: Tensor, into: Tensor | None = None) -> Tensor:
-        weight = self.dequantize().to(slope.dtype)
-        return slope @ weight if into is None else into.addmm_(slope, weight)
+    def input_gradient(self, slope: Tensor, into: Tensor | None = None, low: LowRank | None = None) -> Tensor:
+        return times(slope, self.dequantize().to(slope.dtype), into, low, turned=True, in_place=True)
 
     def dequantize(self) -> Tensor:
         out: Tensor = _bitsandbytes().dequantize_4bit(self.weight, self._state)

@@ -2,7 +2,8 @@
 //
 // out[r, c] = addend[r, c] + sum_k a[r, k] * w(k, c), in 8 bit times a_scale[r] * c_scale[c]; sums in float32 and int32.
 // a is (rows, depth); w(k, c) is weight[c, k] of a (columns, depth) weight (forward), or with `turned` weight[k, c] of a
-// (depth, columns) one (input gradient). depth is a multiple of 64 bytes. addend may be null, or out itself.
+// (depth, columns) one (input gradient). depth is a multiple of 64 bytes. addend may be null, or out itself. In bfloat16
+// a low-rank product of the same shape is added on the way: `rank` deep, of any depth, with factors low and factor.
 //
 // All rows are laid out in strips of 32, in `strips` (rows rounded up to 32, times the bytes of depth). Each core takes a
 // group of columns that stays in its cache, laid out in panels of 32, and lets the strips pass by. What is deeper than
@@ -18,10 +19,11 @@ constexpr int64_t PANEL = 2 * TILE_ROWS;      // columns of a panel, rows of a s
 constexpr int64_t CHUNK = 4096;               // bytes of depth that are multiplied at a time
 constexpr int64_t GROUP_BYTES = 1 << 20;      // of a group of columns
 
-// Words (32 bits) w[i][c] = from[c][i] of 16 rows, of which those from `count` on are zero
-static void turn_words(const uint8_t *from, int64_t pitch, int64_t count, uint8_t *to) {
+// Words (32 bits) w[i][c] = from[c][i] of 16 rows; those from `count` on are zero, and what is behind `bytes`
+static void turn_words(const uint8_t *from, int64_t pitch, int64_t count, int64_t bytes, uint8_t *to) {
+  const __mmask64 mask = bytes < 64 ? (1ull << bytes) - 1 : ~0ull;
   __m512i a[16], b[16];
-  for (int64_t i = 0; i < 16; i++) a[i] = i < count ? _mm512_loadu_si512(from + i * pitch) : _mm512_setzero_si512();
+  for (int64_t i = 0; i < 16; i++) a[i] = _mm512_maskz_loadu_epi8(i < count ? mask : 0, from + i * pitch);
   for (int64_t i = 0; i < 16; i += 2) {
     b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
     b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
@@ -41,12 +43,13 @@ static void turn_words(const uint8_t *from, int64_t pitch, int64_t count, uint8_
   }
 }
 
-// 64 bytes deep of a panel into two tiles, neighbours in depth side by side, as the tile product wants them
-static void lay_out(const int8_t *weight, int64_t columns, int64_t count, uint8_t *to) {
+// 64 bytes deep of a panel into two tiles, neighbours in depth side by side, as the tile product wants them; columns
+// from `count` on are zero, and what is deeper than `deep`
+static void lay_out(const int8_t *weight, int64_t columns, int64_t count, int64_t deep, uint8_t *to) {
   const __mmask32 mask = count < 32 ? (1u << count) - 1 : ~0u;
   for (int64_t i = 0; i < 16; i++) {
     __m256i row[4];
-    for (int64_t j = 0; j < 4; j++) row[j] = _mm256_maskz_loadu_epi8(mask, weight + (4 * i + j) * columns);
+    for (int64_t j = 0; j < 4; j++) row[j] = _mm256_maskz_loadu_epi8(4 * i + j < deep ? mask : 0, weight + (4 * i + j) * columns);
     const __m256i low = _mm256_unpacklo_epi8(row[0], row[1]), high = _mm256_unpackhi_epi8(row[0], row[1]);
     const __m256i low2 = _mm256_unpacklo_epi8(row[2], row[3]), high2 = _mm256_unpackhi_epi8(row[2], row[3]);
     const __m256i quarter[4] = {_mm256_unpacklo_epi16(low, low2), _mm256_unpackhi_epi16(low, low2),
@@ -57,14 +60,14 @@ static void lay_out(const int8_t *weight, int64_t columns, int64_t count, uint8_
     }
   }
 }
-static void lay_out(const bf16 *weight, int64_t columns, int64_t count, uint8_t *to) {
+static void lay_out(const bf16 *weight, int64_t columns, int64_t count, int64_t deep, uint8_t *to) {
   const __mmask32 mask = count < 32 ? (1u << count) - 1 : ~0u;
   alignas(64) uint16_t order[2][32];
   for (int64_t i = 0; i < 32; i++) order[0][i] = i / 2 + i % 2 * 32, order[1][i] = order[0][i] + 16;
   const __m512i first = _mm512_load_si512(order[0]), second = _mm512_load_si512(order[1]);
   for (int64_t i = 0; i < 16; i++) {
-    const __m512i even = _mm512_maskz_loadu_epi16(mask, weight + 2 * i * columns);
-    const __m512i odd = _mm512_maskz_loadu_epi16(mask, weight + (2 * i + 1) * columns);
+    const __m512i even = _mm512_maskz_loadu_epi16(2 * i < deep ? mask : 0, weight + 2 * i * columns);
+    const __m512i odd = _mm512_maskz_loadu_epi16(2 * i + 1 < deep ? mask : 0, weight + (2 * i + 1) * columns);
     _mm512_store_si512(to + i * TILE_BYTES, _mm512_permutex2var_epi16(even, first, odd));
     _mm512_store_si512(to + TILE + i * TILE_BYTES, _mm512_permutex2var_epi16(even, second, odd));
   }
@@ -145,9 +148,11 @@ struct Space {  // of a thread, kept from call to call
 
 template <class In, class Sum, class T>
 static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, const float *a_scale, const In *weight,
-                    bool turned, const float *c_scale, const T *addend, T *out, uint8_t *strips, int threads) {
+                    bool turned, const float *c_scale, int64_t rank, const In *low, const In *factor, const T *addend, T *out,
+                    uint8_t *strips, int threads) {
   constexpr int64_t UNIT = TILE_BYTES / sizeof(In);  // of depth, in a step
-  const int64_t all_steps = depth / UNIT, chunks = (depth * sizeof(In) + CHUNK - 1) / CHUNK;
+  const int64_t own_steps = depth / UNIT, all_steps = own_steps + (rank + UNIT - 1) / UNIT;
+  const int64_t chunks = std::max<int64_t>(1, (all_steps * TILE_BYTES + CHUNK * 7 / 8) / CHUNK);
   const int64_t most_steps = (all_steps + chunks - 1) / chunks, panel_bytes = PANEL * most_steps * TILE_BYTES;
   const int64_t panels = (columns + PANEL - 1) / PANEL, num_strips = (rows + PANEL - 1) / PANEL;
   const int64_t turns = (panels * panel_bytes + threads * GROUP_BYTES - 1) / (threads * GROUP_BYTES);
@@ -162,7 +167,9 @@ static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, c
     for (int64_t row = 0; row < num_strips * PANEL; row++)
       for (int64_t step = 0; step < all_steps; step++) {
         const int64_t tile = row / PANEL * strip_bytes + (2 * step + row % PANEL / TILE_ROWS) * TILE;
-        const __m512i line = row < rows ? _mm512_loadu_si512(a + row * depth + step * UNIT) : _mm512_setzero_si512();
+        const int64_t deep = (step - own_steps) * UNIT, left = (rank - deep) * sizeof(In);  // in the low-rank factor
+        const __mmask64 mask = row >= rows ? 0 : deep < 0 || left >= TILE_BYTES ? ~0ull : (1ull << left) - 1;
+        const __m512i line = _mm512_maskz_loadu_epi8(mask, deep < 0 ? a + row * depth + step * UNIT : low + row * rank + deep);
         _mm512_store_si512(strips + tile + row % TILE_ROWS * TILE_BYTES, line);
       }
 #pragma omp for schedule(dynamic, 1)
@@ -172,14 +179,18 @@ static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, c
         const int64_t steps = std::min(most_steps, all_steps - from);
         for (int64_t panel = begin; panel < end; panel++)
           for (int64_t step = 0; step < steps; step++) {
-            const int64_t column = panel * PANEL, width = std::min(PANEL, columns - column), k = (from + step) * UNIT;
+            const int64_t column = panel * PANEL, width = std::min(PANEL, columns - column);
+            const bool own = from + step < own_steps;
+            const int64_t k = (from + step - (own ? 0 : own_steps)) * UNIT, whole = own ? depth : rank;
+            const In *const of = own ? weight : factor;
             uint8_t *const to = laid_out + (panel - begin) * panel_bytes + 2 * step * TILE;
             if (turned) {
-              lay_out(weight + k * columns + column, columns, width, to);
+              lay_out(of + k * columns + column, columns, width, whole - k, to);
             } else {
-              const uint8_t *at = (const uint8_t *)(weight + column * depth + k);
-              turn_words(at, depth * sizeof(In), width, to);
-              turn_words(at + TILE_ROWS * depth * sizeof(In), depth * sizeof(In), width - TILE_ROWS, to + TILE);
+              const int64_t pitch = whole * sizeof(In), bytes = (whole - k) * sizeof(In);
+              const uint8_t *at = (const uint8_t *)(of + column * whole + k);
+              turn_words(at, pitch, width, bytes, to);
+              turn_words(at + TILE_ROWS * pitch, pitch, width - TILE_ROWS, bytes, to + TILE);
             }
           }
         for (int64_t strip = 0; strip < num_strips; strip++)
@@ -202,14 +213,14 @@ static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, c
 }
 #else
 template <class In, class Sum, class T>
-static void product(int64_t, int64_t, int64_t, const In *, const float *, const In *, bool, const float *, const T *, T *, uint8_t *, int) {}
+static void product(int64_t, int64_t, int64_t, const In *, const float *, const In *, bool, const float *, int64_t, const In *, const In *, const T *, T *, uint8_t *, int) {}
 #endif
 
 extern "C" void product_bf16(int64_t rows, int64_t depth, int64_t columns, const bf16 *a, const bf16 *weight, int64_t turned,
-                             const bf16 *addend, bf16 *out, uint8_t *strips, int threads) {
-  product<bf16, float>(rows, depth, columns, a, nullptr, weight, turned, nullptr, addend, out, strips, threads);
+                             int64_t rank, const bf16 *low, const bf16 *factor, const bf16 *addend, bf16 *out, uint8_t *strips, int threads) {
+  product<bf16, float>(rows, depth, columns, a, nullptr, weight, turned, nullptr, rank, low, factor, addend, out, strips, threads);
 }
 #define PARAMETERS(T) (int64_t rows, int64_t depth, int64_t columns, const int8_t *a, const float *a_scale, const int8_t *weight, int64_t turned, const float *c_scale, const T *addend, T *out, uint8_t *strips, int threads)
-extern "C" void int8_product_f32 PARAMETERS(float) { product<int8_t, int32_t>(rows, depth, columns, a, a_scale, weight, turned, c_scale, addend, out, strips, threads); }
-extern "C" void int8_product_bf16 PARAMETERS(bf16) { product<int8_t, int32_t>(rows, depth, columns, a, a_scale, weight, turned, c_scale, addend, out, strips, threads); }
+extern "C" void int8_product_f32 PARAMETERS(float) { product<int8_t, int32_t>(rows, depth, columns, a, a_scale, weight, turned, c_scale, 0, nullptr, nullptr, addend, out, strips, threads); }
+extern "C" void int8_product_bf16 PARAMETERS(bf16) { product<int8_t, int32_t>(rows, depth, columns, a, a_scale, weight, turned, c_scale, 0, nullptr, nullptr, addend, out, strips, threads); }
 #undef PARAMETERS
