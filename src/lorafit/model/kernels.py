@@ -107,14 +107,14 @@ def _gated_backward(slope: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Te
     return d_gate.to(gate.dtype), (slope_wide * gate_wide * open_).to(up.dtype)
 
 
-def column_peaks(x: Tensor, factor: Tensor | None = None) -> Tensor:
-    """Largest |x * factor| of each column, float32 (width,)."""
+def column_peaks(x: Tensor, factor: Tensor | None = None, every: int = 1) -> Tensor:
+    """Largest |x * factor| of each column, float32 (width,), of the first row and each `every`-th after it."""
     if fits(x):
         room, peaks = x.new_empty(torch.get_num_threads(), x.shape[1], dtype=torch.float32), None
         peaks = torch.empty_like(room[0])
-        _call("column_peaks", x, *x.shape, x, factor, room, peaks)
+        _call("column_peaks", x, -(-x.shape[0] // every), x.shape[1], every, x, factor, room, peaks)
         return peaks
-    peaks = x.abs().amax(0).to(torch.float32)
+    peaks = x[::every].abs().amax(0).to(torch.float32)
     return peaks if factor is None else peaks * factor
 
 

@@ -90,7 +90,7 @@ def _quantized(x: Tensor, factor: Tensor) -> _Quantized:
     if x.is_cuda:  # finding them would wait for the device
         return _Quantized(*quantize_rows(x, factor), x.dtype, None, None)
     every = max(1, x.shape[0] // _SAMPLED_ROWS)
-    peaks = column_peaks(x[::every].contiguous(), factor)
+    peaks = column_peaks(x, factor, every)
     columns = (peaks > _OUTLIER * peaks.median()).nonzero()[:, 0]
     if not len(columns):
         return _Quantized(*quantize_rows(x, factor), x.dtype, None, None)

@@ -15,6 +15,7 @@
 namespace {
 constexpr size_t LARGE = 1 << 20;   // smaller ones stay in the heap
 constexpr size_t SPARE = 64 << 20;  // for sizes that come in turns
+constexpr size_t MOST_TIMES = 2;    // a block is given for a size that is so many times smaller at most
 constexpr int CLASSES = 8;          // sizes to a doubling: at most an eighth is too much, and its pages are never touched
 
 struct Free {
@@ -58,13 +59,15 @@ class Blocks final : public c10::Allocator {
  private:
   void *take(size_t size) {
     const std::lock_guard<std::mutex> guard(lock);
-    for (auto block = free_.rbegin(); block != free_.rend(); ++block)  // the last freed first: it may be in the cache
-      if (block->size == size) {
-        void *at = block->at;
-        free_.erase(std::next(block).base());
-        held -= size;
-        return taken(at, size);
-      }
+    auto best = free_.end();  // of those that are large enough the smallest, of these the last freed: it may be in the cache
+    for (auto block = free_.begin(); block != free_.end(); ++block)
+      if (block->size >= size && block->size <= MOST_TIMES * size && (best == free_.end() || block->size <= best->size)) best = block;
+    if (best != free_.end()) {
+      const Free block = *best;
+      free_.erase(best);
+      held -= block.size;
+      return taken(block.at, block.size);
+    }
     if (used + held + size > most + SPARE) release(used + held + size - most - SPARE);
     void *at = map(size);
     if (at == MAP_FAILED) {

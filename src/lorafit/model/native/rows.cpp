@@ -82,16 +82,19 @@ FOR_BOTH_TYPES(gated_backward, (rows, width, dout, gate, up, dgate, dup, threads
 
 // Largest |x * factor| of every column; `highest` (threads, width) is room for each thread's share.
 template <class T>
-static void column_peaks(int64_t rows, int64_t width, const T *x, const float *factor, float *highest, float *peaks,
+static void column_peaks(int64_t rows, int64_t width, int64_t every, const T *x, const float *factor, float *highest, float *peaks,
                          int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int part = 0; part < threads; part++) {
     float *high = highest + part * width;
     std::fill(high, high + width, 0.0f);
     for (int64_t row = rows * part / threads; row < rows * (part + 1) / threads; row++) {
-      const T *in = x + row * width;
+      const T *in = x + row * every * width;
 #pragma omp simd
-      for (int64_t i = 0; i < width; i++) high[i] = std::max(high[i], std::fabs(get(in[i])));
+      for (int64_t i = 0; i < width; i++) {
+        const float size = std::fabs(get(in[i]));
+        high[i] = size > high[i] ? size : high[i];
+      }
     }
   }
   for (int64_t i = 0; i < width; i++) {
@@ -100,8 +103,8 @@ static void column_peaks(int64_t rows, int64_t width, const T *x, const float *f
     peaks[i] = factor ? high * factor[i] : high;
   }
 }
-#define PARAMETERS(T) (int64_t rows, int64_t width, const T *x, const float *factor, float *highest, float *peaks, int threads)
-FOR_BOTH_TYPES(column_peaks, (rows, width, x, factor, highest, peaks, threads))
+#define PARAMETERS(T) (int64_t rows, int64_t width, int64_t every, const T *x, const float *factor, float *highest, float *peaks, int threads)
+FOR_BOTH_TYPES(column_peaks, (rows, width, every, x, factor, highest, peaks, threads))
 #undef PARAMETERS
 
 // q = round(x * factor / scale) with scale = max |x * factor| / 127 of the row; factor is one number a column.
