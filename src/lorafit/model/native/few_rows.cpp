@@ -6,8 +6,9 @@
 //
 // W may be int8: then column_scale multiplies the sums and input_scale x, as in model/quant.py. It is widened on the way,
 // so inputs keep the digits of their type and outliers need no care.
-#include "common.h"
+#include "tiles.h"
 
+#include <type_traits>
 #include <vector>
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
@@ -160,6 +161,61 @@ static const typename Dot<T, W>::Input *interleave(int64_t rows, int64_t width, 
   return all;
 }
 
+#ifdef HAS_TILES
+// Where there are matrix tiles, 16 rows of the weight are the rows of one and up to 16 rows of x the columns of the other.
+
+// 16 rows of w, 32 deep, as rows of a tile
+static const void *as_tile(const bf16 *w, int64_t, void *) { return w; }
+static const void *as_tile(const int8_t *w, int64_t width, void *scratch) {
+  for (int64_t row = 0; row < TILE_ROWS; row++) _mm512_store_si512((char *)scratch + row * TILE_BYTES, (__m512i)pairs(w + row * width));
+  return scratch;
+}
+
+// Rows of x, 16 at most, 32 deep at a time as columns of tiles
+template <class W>
+static const uint8_t *turned(int64_t rows, int64_t width, const bf16 *x, const float *scale) {
+  static thread_local std::vector<bf16> kept_rows;
+  static thread_local std::vector<uint8_t> kept;
+  bf16 *all = room(kept_rows, rows * width);
+  uint8_t *to = room(kept, width / 32 * TILE + 64);
+  to += (64 - (uintptr_t)to % 64) % 64;
+  for (int64_t row = 0; row < rows; row++) PairsDot<W>::prepare(width, x + row * width, scale, all + row * width);
+  for (int64_t k = 0; k < width; k += 32) turn_words((const uint8_t *)(all + k), width * 2, rows, TILE_BYTES, to + k / 32 * TILE);
+  return to;
+}
+
+// sums[n][m] = the products of 16 rows of w with the rows of x
+template <class W>
+static void sixteen_columns(int64_t width, const uint8_t *x, const W *w, float *sums) {
+  alignas(64) uint8_t scratch[2 * TILE];
+  _tile_zero(0);
+  _tile_zero(1);
+  for (int64_t k = 0; k < width; k += 64) {
+    const bool both = k + 32 < width;
+    for (int64_t row = 0; row < TILE_ROWS; row++) __builtin_prefetch(w + (row + TILE_ROWS) * width + k, 0, 2);  // the next ones
+    if (sizeof(W) == 1) {
+      _tile_loadd(4, as_tile(w + k, width, scratch), TILE_BYTES);
+    } else {
+      _tile_loadd(4, w + k, width * sizeof(W));
+      for (int64_t row = 0; both && row < TILE_ROWS; row++) __builtin_prefetch(w + (row + TILE_ROWS) * width + k + 32, 0, 2);
+    }
+    _tile_loadd(6, x + k / 32 * TILE, TILE_BYTES);
+    _tile_dpbf16ps(0, 4, 6);
+    if (!both) break;
+    if (sizeof(W) == 1)
+      _tile_loadd(5, as_tile(w + k + 32, width, scratch + TILE), TILE_BYTES);
+    else
+      _tile_loadd(5, w + k + 32, width * sizeof(W));
+    _tile_loadd(7, x + (k / 32 + 1) * TILE, TILE_BYTES);
+    _tile_dpbf16ps(1, 5, 7);
+  }
+  alignas(64) float odd[TILE_ROWS * TILE_ROWS];
+  _tile_stored(0, sums, TILE_BYTES);
+  _tile_stored(1, odd, TILE_BYTES);
+  for (int64_t i = 0; i < TILE_ROWS * TILE_ROWS; i++) sums[i] += odd[i];
+}
+#endif
+
 // Pairs A and B of several adapters. Row r takes number which[r], none where that is negative; all the only one where
 // `which` is missing.
 struct Pairs {
@@ -182,11 +238,35 @@ static void product_of(int64_t rows, int64_t width, int64_t columns, const T *x,
     starts[pair] = total;
     total += pairs.ranks[pair];
   }
-  const auto *input = interleave<T, W>(rows, width, x, input_scale);
   const float *wide = total ? interleave<T, float>(rows, width, x, nullptr) : nullptr;
   const int64_t x_row = padded(width, Dot<T, W>::STEP);
   float *low = room(kept, rows * total);
-  const int64_t blocks = (columns + COLUMNS - 1) / COLUMNS, *first_low = starts.data();
+  const int64_t *first_low = starts.data();
+  const auto finish = [&](int64_t row, int64_t column, float sum) {
+    if (column_scale) sum *= column_scale[column];
+    if (bias) sum += get(bias[column]);
+    if (addend) sum += get(addend[row * columns + column]);
+    const int64_t pair = pairs.of(row), rank = pair < 0 ? 0 : pairs.ranks[pair];
+    float along = 0;
+    if (rank) {
+      const float *from = low + row * total + first_low[pair], *b = pairs.b[pair] + column * rank;
+#pragma omp simd reduction(+ : along)
+      for (int64_t j = 0; j < rank; j++) along += from[j] * b[j];
+      along *= pairs.scales[pair];
+    }
+    put(sum + along, out[row * columns + column]);
+  };
+  int64_t done = 0;  // columns that the tiles make
+  const uint8_t *tiled = nullptr;
+#ifdef HAS_TILES
+  if constexpr (std::is_same<T, bf16>::value)
+    if (may_use_tiles() && width % 32 == 0 && rows <= TILE_ROWS) {
+      done = columns / TILE_ROWS * TILE_ROWS;
+      tiled = turned<W>(rows, width, x, input_scale);
+    }
+#endif
+  const auto *input = done < columns ? interleave<T, W>(rows, width, x, input_scale) : nullptr;
+  const int64_t blocks = (columns - done + COLUMNS - 1) / COLUMNS;
 #pragma omp parallel num_threads(threads)
   {
     for (int64_t pair = 0; pair < pairs.count; pair++) {
@@ -195,9 +275,21 @@ static void product_of(int64_t rows, int64_t width, int64_t columns, const T *x,
       for (int64_t j = 0; j < pairs.ranks[pair]; j++)
         tiles<T, float, 1>(rows, width, wide, pairs.a[pair] + j * width, low + first_low[pair] + j, total);
     }
+#ifdef HAS_TILES
+    if constexpr (std::is_same<T, bf16>::value) if (tiled) {
+      Tiles shapes;
+      alignas(64) float sums[TILE_ROWS * TILE_ROWS];
+#pragma omp for schedule(static)
+      for (int64_t first = 0; first < done; first += TILE_ROWS) {
+        sixteen_columns(width, tiled, weight + first * width, sums);
+        for (int64_t row = 0; row < rows; row++)
+          for (int64_t n = 0; n < TILE_ROWS; n++) finish(row, first + n, sums[n * TILE_ROWS + row]);
+      }
+    }
+#endif
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; block++) {
-      const int64_t first = block * COLUMNS, count = std::min<int64_t>(COLUMNS, columns - first);
+      const int64_t first = done + block * COLUMNS, count = std::min<int64_t>(COLUMNS, columns - first);
       float sums[MOST * COLUMNS];
       for (int64_t top = 0; top < rows; top += MOST) {
         const int64_t here = std::min<int64_t>(MOST, rows - top);
@@ -207,22 +299,7 @@ static void product_of(int64_t rows, int64_t width, int64_t columns, const T *x,
           for (int64_t n = 0; n < count; n++)
             tiles<T, W, 1>(here, width, input + top * x_row, weight + (first + n) * width, sums + n, COLUMNS);
         for (int64_t m = 0; m < here; m++)
-          for (int64_t n = 0; n < count; n++) {
-            const int64_t row = top + m, column = first + n;
-            float sum = sums[m * COLUMNS + n];
-            if (column_scale) sum *= column_scale[column];
-            if (bias) sum += get(bias[column]);
-            if (addend) sum += get(addend[row * columns + column]);
-            const int64_t pair = pairs.of(row), rank = pair < 0 ? 0 : pairs.ranks[pair];
-            float along = 0;
-            if (rank) {
-              const float *from = low + row * total + first_low[pair], *b = pairs.b[pair] + column * rank;
-#pragma omp simd reduction(+ : along)
-              for (int64_t j = 0; j < rank; j++) along += from[j] * b[j];
-              along *= pairs.scales[pair];
-            }
-            put(sum + along, out[row * columns + column]);
-          }
+          for (int64_t n = 0; n < count; n++) finish(top + m, first + n, sums[m * COLUMNS + n]);
       }
     }
   }

@@ -1,4 +1,5 @@
-// The processor's matrix tiles (Intel AMX): leave to use them and their shape. Empty where there are none.
+// The processor's matrix tiles (Intel AMX): leave to use them, their shape, and rows laid out for them. Empty where
+// there are none.
 #pragma once
 #include "common.h"
 
@@ -32,6 +33,30 @@ struct Tiles {
   }
   ~Tiles() { _tile_release(); }
 };
+// Words (32 bits) w[i][c] = from[c][i] of 16 rows; those from `count` on are zero, and what is behind `bytes`
+inline void turn_words(const uint8_t *from, int64_t pitch, int64_t count, int64_t bytes, uint8_t *to) {
+  const __mmask64 mask = bytes < 64 ? (1ull << bytes) - 1 : ~0ull;
+  __m512i a[16], b[16];
+  for (int64_t i = 0; i < 16; i++) a[i] = _mm512_maskz_loadu_epi8(i < count ? mask : 0, from + i * pitch);
+  for (int64_t i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int64_t i = 0; i < 16; i += 4)
+    for (int64_t j = 0; j < 2; j++) {
+      a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+      a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+    }
+  for (int64_t i = 0; i < 4; i++) {  // a[4 q + i]: words i, i + 4, i + 8, i + 12 of rows 4 q ..
+    const __m512i low = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88), high = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd);
+    const __m512i low2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88), high2 = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
+    _mm512_store_si512(to + i * 64, _mm512_shuffle_i32x4(low, low2, 0x88));
+    _mm512_store_si512(to + (i + 8) * 64, _mm512_shuffle_i32x4(low, low2, 0xdd));
+    _mm512_store_si512(to + (i + 4) * 64, _mm512_shuffle_i32x4(high, high2, 0x88));
+    _mm512_store_si512(to + (i + 12) * 64, _mm512_shuffle_i32x4(high, high2, 0xdd));
+  }
+}
+
 #else
 inline bool may_use_tiles() { return false; }
 #endif
