@@ -164,8 +164,7 @@ static const typename Dot<T, W>::Input *interleave(int64_t rows, int64_t width, 
 #ifdef HAS_TILES
 // Where there are matrix tiles, 16 rows of the weight are the rows of one and up to 16 rows of x the columns of the other.
 
-// 16 rows of w, 32 deep, as rows of a tile
-static const void *as_tile(const bf16 *w, int64_t, void *) { return w; }
+// 16 rows of w, 32 deep, widened to the rows of a tile
 static const void *as_tile(const int8_t *w, int64_t width, void *scratch) {
   for (int64_t row = 0; row < TILE_ROWS; row++) _mm512_store_si512((char *)scratch + row * TILE_BYTES, (__m512i)pairs(w + row * width));
   return scratch;
@@ -193,7 +192,7 @@ static void sixteen_columns(int64_t width, const uint8_t *x, const W *w, float *
   for (int64_t k = 0; k < width; k += 64) {
     const bool both = k + 32 < width;
     for (int64_t row = 0; row < TILE_ROWS; row++) __builtin_prefetch(w + (row + TILE_ROWS) * width + k, 0, 2);  // the next ones
-    if (sizeof(W) == 1) {
+    if constexpr (sizeof(W) == 1) {
       _tile_loadd(4, as_tile(w + k, width, scratch), TILE_BYTES);
     } else {
       _tile_loadd(4, w + k, width * sizeof(W));
@@ -202,7 +201,7 @@ static void sixteen_columns(int64_t width, const uint8_t *x, const W *w, float *
     _tile_loadd(6, x + k / 32 * TILE, TILE_BYTES);
     _tile_dpbf16ps(0, 4, 6);
     if (!both) break;
-    if (sizeof(W) == 1)
+    if constexpr (sizeof(W) == 1)
       _tile_loadd(5, as_tile(w + k + 32, width, scratch + TILE), TILE_BYTES);
     else
       _tile_loadd(5, w + k + 32, width * sizeof(W));

@@ -5,7 +5,8 @@
 // (depth, columns) one (input gradient). depth is a multiple of 64 bytes. addend may be null, or out itself. In bfloat16
 // a low-rank product of the same shape is added on the way: `rank` deep, of any depth, with factors low and factor.
 //
-// All rows are laid out in strips of 32, in `strips` (rows rounded up to 32, times the bytes of depth). Each core takes a
+// All rows are laid out in strips of 32, in `strips` (rows rounded up to 32, times the bytes of depth and rank, each in
+// whole steps of 64). Each core takes a
 // group of columns that stays in its cache, laid out in panels of 32, and lets the strips pass by. What is deeper than
 // CHUNK is done in chunks, with the sums kept in between.
 #include "tiles.h"
