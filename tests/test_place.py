@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from lorafit.errors import RunError
 from lorafit.place import Place, ended_before, ended_for_good
 
 TORCHRUN = {
@@ -20,12 +24,39 @@ TORCHRUN = {
 
 def test_a_place_is_read_from_what_torchrun_sets_and_alone_without_it() -> None:
     assert Place.here(TORCHRUN) == Place(5, 8, 1, 4, "job/7", 2)
-    for environment in ({}, {"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}):
+    for environment in ({}, {"RANK": "1"}, {"WORLD_SIZE": "2"}):
         assert Place.here(environment) == Place()
     assert Place().alone
     assert Place().first
     assert not Place().has_agent
     assert not Place.here(TORCHRUN).alone
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+@pytest.mark.parametrize("value", ["x", "", "-1", "1.5"])
+def test_what_is_no_number_is_named_with_all_others(name: str, value: str) -> None:
+    with pytest.raises(RunError) as caught:
+        Place.here({**TORCHRUN, name: value, "TORCHELASTIC_RESTART_COUNT": "often"})
+    first, second = caught.value.problems
+    assert f"{name}={value} is" in first.message
+    assert "TORCHELASTIC_RESTART_COUNT=often" in second.message
+
+
+def test_a_rank_beyond_the_world_is_refused_by_the_command_line() -> None:
+    with pytest.raises(RunError, match="RANK=8 of WORLD_SIZE=8"):
+        Place.here({**TORCHRUN, "RANK": "8"})
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "lorafit", "--version"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr.splitlines()[0]) == (
+        2,
+        "error: WORLD_SIZE=0 is no whole number from 1",
+    )
 
 
 def test_what_ended_for_good_ends_its_restarts_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorafit.errors import Problem, RunError
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -27,19 +29,35 @@ class Place:
 
     @classmethod
     def here(cls, environment: Mapping[str, str] = os.environ) -> Place:
-        """This process's place: that of RANK and WORLD_SIZE where both are set, else alone."""
-        try:
-            rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-        except (KeyError, ValueError):
+        """This process's place: that of RANK and WORLD_SIZE where both are set, else alone.
+
+        RunError names every variable that is no such number.
+        """
+        if not {"RANK", "WORLD_SIZE"} <= environment.keys():
             return cls()
-        return cls(
-            rank=rank,
-            world_size=world_size,
-            local_rank=int(environment.get("LOCAL_RANK", 0)),
-            local_world_size=int(environment.get("LOCAL_WORLD_SIZE", 1)),
+        wrong: list[Problem] = []
+
+        def number(name: str, *, otherwise: str = "", least: int = 0) -> int:
+            said = environment.get(name, otherwise)
+            if said.isdecimal() and int(said) >= least:
+                return int(said)
+            hint = "the launcher sets it (torchrun); to run one process alone, unset RANK and WORLD_SIZE"
+            wrong.append(Problem(f"{name}={said} is no whole number from {least}", "the environment", hint))
+            return least
+
+        here = cls(
+            rank=number("RANK"),
+            world_size=number("WORLD_SIZE", least=1),
+            local_rank=number("LOCAL_RANK", otherwise="0"),
+            local_world_size=number("LOCAL_WORLD_SIZE", otherwise="1", least=1),
             launch=environment.get("TORCHELASTIC_RUN_ID", ""),
-            restarts=int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)),
+            restarts=number("TORCHELASTIC_RESTART_COUNT", otherwise="0"),
         )
+        if not wrong and here.rank >= here.world_size:
+            wrong.append(Problem(f"RANK={here.rank} of WORLD_SIZE={here.world_size}", "the environment"))
+        if wrong:
+            raise RunError.of(wrong)
+        return here
 
     @property
     def alone(self) -> bool:

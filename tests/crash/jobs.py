@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tests.crash.mutations import mutate
 from tests.tiny import write_model, write_rows
 
@@ -20,8 +19,6 @@ from lorafit.model.adapter import WEIGHTS
 from lorafit.rundir import RunDirectory
 from lorafit.training import loop
 from lorafit.training.run import Result, resume_run, start_run
-
-torch.set_num_threads(1)
 
 
 def write_material(folder: Path) -> list[str]:

@@ -14,7 +14,6 @@ import math
 import os
 import select
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -28,6 +27,7 @@ from queue import SimpleQueue
 from types import ModuleType, TracebackType
 from typing import Any, TypeVar
 
+from tests.asked import Asked
 from tests.crash.shim import Strike, build, watch
 
 T = TypeVar("T")
@@ -45,29 +45,22 @@ class Outcome:
     seconds: float
 
 
-class Server:
+class Server(Asked):
     """The client's end: one server process, one child at a time."""
 
     def __init__(self, work: Path, module: str, *, prefix: Sequence[str] = (), **environment: str) -> None:
-        library = build(work)
-        self._log = (work / f"{module}.err").open("a")
-        self._process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "tests.crash.server", module],
-            env={
-                **os.environ,
-                "LD_PRELOAD": str(library),
-                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-                "OMP_NUM_THREADS": "1",
-                "TOKENIZERS_PARALLELISM": "false",
-                "LORAFIT_NATIVE": "0",
-                "PYTHONWARNINGS": "ignore",
-                **environment,
-            },
-            cwd=Path(__file__).parents[2],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
+        own = {
+            "LD_PRELOAD": str(build(work)),
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "LORAFIT_NATIVE": "0",
+            "PYTHONWARNINGS": "ignore",
+        }
+        super().__init__(
+            ["tests.crash.server", module],
+            {**os.environ, **own, **environment},
+            prefix=prefix,
+            log=work / f"{module}.err",
         )
 
     def run(
@@ -96,23 +89,7 @@ class Server:
             "timeout": timeout,
             "arguments": arguments,
         }
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            status, words = self._process.wait(), Path(self._log.name).read_text()[-2000:]
-            raise RuntimeError(f"the server ended with status {status}: {words}")
-        return Outcome(**json.loads(line))
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
-        self._log.close()
+        return Outcome(**self.ask(request))
 
 
 class Servers:

@@ -19,12 +19,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.asked import Asked
 
 MEMORY = 2 << 30  # bytes of address space beyond what the server has
 SECONDS, PATIENCE = 20, 200  # of processor time, and of any, until it counts as hanging
@@ -84,22 +85,17 @@ class Outcome:
     megabytes: int
 
 
-class Server:
+class Server(Asked):
     """The client's end; where the system allows it, the server is in a network without any route."""
 
     def __init__(
         self, *, environment: Mapping[str, str] = os.environ, network: bool = False, careless: bool = False
     ) -> None:
         """`network`: with this machine's; `careless`: what is shown keeps its secrets, to see that it is noticed."""
-        words = [] if network else isolated()
-        self._lock = threading.Lock()
-        self._process = subprocess.Popen(
-            [*words, sys.executable, "-m", "tests.hostile.server", *(["careless"] if careless else [])],
-            env={**environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **OFFLINE},
-            cwd=Path(__file__).parents[2],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+        super().__init__(
+            ["tests.hostile.server", *(["careless"] if careless else [])],
+            {**environment, **OFFLINE},
+            prefix=[] if network else isolated(),
         )
 
     def run(
@@ -112,25 +108,13 @@ class Server:
             "allowed": [str(path) for path in allowed],
             "stdin": str(stdin or os.devnull),
         }
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with self._lock:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            return Outcome(**json.loads(self._process.stdout.readline()))
+        return Outcome(**self.ask(request))
 
     def interrupt(self) -> None:
         """Ctrl-C for the command that is running."""
         process = self._process.pid
         for child in Path(f"/proc/{process}/task/{process}/children").read_text().split():
             os.kill(int(child), signal.SIGINT)
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
 
 
 def isolated() -> list[str]:

@@ -12,6 +12,7 @@ from tests.tiny import FAMILIES, config_of, random_network, weights_of, write_mo
 
 from lorafit.errors import ModelError
 from lorafit.model.architecture import read_architecture
+from lorafit.model.quant import Quantize
 from lorafit.model.weights import fingerprint, load_network, weight_files
 
 CPU = torch.device("cpu")
@@ -65,6 +66,23 @@ def test_tensors_stay_mapped_to_the_file_where_the_type_matches(tmp_path: Path) 
     ]
     addresses = [parameter.data_ptr() for parameter in network.parameters()]
     assert all(any(start <= address < end for start, end in ranges) for address in addresses)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+@pytest.mark.parametrize(("dtype", "quantize"), [(torch.float32, "int8"), (torch.bfloat16, "none")])
+def test_the_file_takes_no_memory_while_its_tensors_are_copied(
+    tmp_path: Path, dtype: torch.dtype, quantize: Quantize
+) -> None:
+    write_model(tmp_path)
+
+    def look(done: int, of: int) -> None:
+        assert "model.safetensors" not in Path("/proc/self/maps").read_text()
+        seen.append(done)
+
+    seen: list[int] = []
+    network = load_network(tmp_path, read_architecture(tmp_path), dtype, CPU, look, quantize)
+    assert len(seen) == len(random_network().state_dict())
+    assert network.model.norm.weight.dtype == dtype
 
 
 def test_a_tied_table_under_either_name(tmp_path: Path) -> None:

@@ -47,16 +47,17 @@ def test_handles_and_memory_stay_flat(
     gradients = loop._gradients
 
     def watched(job: loop.Job, state: Any, *rest: Any) -> Any:
-        if state.step % 25 == 24:
-            handles.append(len(list(Path("/proc/self/fd").iterdir())))
-            memory.append(resident_bytes())
+        handles.append(len(list(Path("/proc/self/fd").iterdir())))
+        memory.append(resident_bytes())
         return gradients(job, state, *rest)
 
     monkeypatch.setattr(loop, "_gradients", watched)
     run(material, tmp_path / "run", f"train.max_steps={steps}", "train.save_every=20", "train.eval_every=20")
-    settled = len(handles) // 4
-    assert max(handles[settled:]) <= handles[settled] + 1  # a save may be under way
-    assert max(memory[settled:]) - memory[settled] < 24e6
+    # What leaks is never given back, so it lifts the least of a window; a save under way only the most.
+    quarter = steps // 4
+    early, late = slice(quarter, 2 * quarter), slice(3 * quarter, None)
+    assert min(handles[late]) <= min(handles[early]) + 2
+    assert min(memory[late]) - min(memory[early]) < 24e6
 
 
 def test_a_clock_that_is_set_back_changes_nothing(

@@ -476,6 +476,21 @@ def test_another_machine_is_said(
     assert any("device was cpu and is abacus" in text for text in warnings(path))
 
 
+def test_another_number_of_threads_is_said(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch's float32 products split their sums by threads: seen on a processor of AMD."""
+    path = stopped(material, tmp_path / "run", monkeypatch)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        resume_run(path, quiet=True)
+    finally:
+        torch.set_num_threads(threads)
+    was, now = (f"CPU, {number} threads" for number in (threads, threads + 1))
+    assert any(f"machine was {was}" in text and f"is {now}" in text for text in warnings(path))
+
+
 def test_damaged_checkpoints_are_set_aside(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,7 +75,11 @@ def _options(
 
 def main() -> None:
     """Run the command line and exit."""
-    here = Place.here()
+    try:
+        here = Place.here()
+    except LorafitError as error:
+        _talk(str(error))
+        sys.exit(error.exit_code)
     if (code := ended_before(here)) is not None:
         sys.exit(code)
     try:

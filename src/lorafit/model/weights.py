@@ -20,6 +20,7 @@ from lorafit.untrusted import MB, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_INDEX = 64 * MB
+_STORED = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def load_network(
@@ -43,7 +44,7 @@ def load_network(
         where: dict[str, tuple[safe_open, str]] = {}  # parameter -> open file and the tensor's name in it
         for path in weight_files(folder):
             try:
-                file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+                file = stack.enter_context(_open(path, dtype, device, quantize))
             except (SafetensorError, OSError) as error:
                 raise ModelError(
                     f"weights cannot be read: {error}", place=str(path), hint="download the file again"
@@ -79,6 +80,15 @@ def load_network(
     if arch.tie_word_embeddings:
         network.lm_head.weight = network.model.embed_tokens.weight
     return network.requires_grad_(False).eval()
+
+
+def _open(path: Path, dtype: torch.dtype, device: torch.device, quantize: Quantize) -> safe_open:
+    """The file mapped where tensors stay as they are in it; else read one by one, as mapped pages would stay too."""
+    mapped = safe_open(path, framework="pt", device="cpu")
+    kept = device.type == "cpu" and quantize == "none"
+    if kept and any(mapped.get_slice(name).get_dtype() == _STORED[dtype] for name in mapped.keys()):  # noqa: SIM118
+        return mapped
+    return safe_open(path, framework="pt", device="cpu", backend="pread")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -144,6 +154,4 @@ def _place(network: nn.Module, name: str, tensor: Tensor, quantize: Quantize) ->
         above, _, own = parent.rpartition(".")
         setattr(network.get_submodule(above), own, few)
     else:
-        if quantize != "none":
-            tensor = tensor.clone()  # a single tensor left in the mapped file would keep all of it in memory
         setattr(module, child, nn.Parameter(tensor, requires_grad=False))

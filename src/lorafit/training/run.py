@@ -336,7 +336,7 @@ def _engine(config: Config, network: Llama, device: torch.device, ranks: Ranks) 
 
 def _machine(device: torch.device) -> dict[str, str]:
     """What of a machine decides the last bits."""
-    return {"device": device.type, "torch": torch.__version__}
+    return {"device": device.type, "torch": torch.__version__, "machine": describe(device)}
 
 
 def _other_machine(checkpoint: Path, device: torch.device) -> list[str]:
