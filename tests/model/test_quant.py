@@ -145,7 +145,7 @@ def test_int8_on_matrix_tiles_is_exact(
     rows: int, depth: int, columns: int, turned: bool, dtype: torch.dtype
 ) -> None:
     compiled = kernels()
-    if compiled is None or not compiled.has_tiles:
+    if compiled is None or not compiled.has_products:
         pytest.skip("the processor has no matrix tiles")
     generator = torch.Generator().manual_seed(rows)
     x = _Quantized(

@@ -63,7 +63,7 @@ def times(
     rows, depth = x.shape
     if rows >= _MANY and x.dtype == torch.bfloat16 and depth % 32 == 0 and fits(x, weight):
         compiled = kernels()
-        if compiled is not None and compiled.has_tiles:
+        if compiled is not None and compiled.has_products:
             columns = weight.shape[1 if turned else 0]
             out = addend if in_place and addend is not None else x.new_empty(rows, columns)
             rank, *factors = (0, None, None) if low is None else (low[0].shape[1], *low)

@@ -111,7 +111,7 @@ def _int8_product(
     w = weight if turned else weight.t()  # (depth, columns)
     rows, (depth, columns) = x.q.shape[0], w.shape
     out = torch.empty(rows, columns, dtype=x.dtype, device=w.device) if out is None else out
-    if fits(out, x.scale) and (compiled := kernels()) and compiled.has_tiles and depth % 64 == 0:
+    if fits(out, x.scale) and (compiled := kernels()) and compiled.has_products and depth % 64 == 0:
         given = (x.q, x.scale, weight, int(turned), column_scale, addend)
         compiled.call("int8_product", x.dtype, rows, depth, columns, *given, out, strips(rows, depth))
         return out

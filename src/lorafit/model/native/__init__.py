@@ -25,7 +25,7 @@ from torch import Tensor
 from lorafit.durable import cache_folder
 
 _SOURCES = ("rows.cpp", "attention.cpp", "few_rows.cpp", "decode.cpp", "products.cpp")
-_HEADERS = ("common.h", "tiles.h", "attention_tiles.h")
+_HEADERS = ("common.h", "dots.h", "attention_dots.h")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 _X86_FLAGS = ("-mprefer-vector-width=512",)  # where there are such; the compiler would take half of one
 _SUFFIX = {torch.float32: "_f32", torch.bfloat16: "_bf16"}
@@ -36,16 +36,21 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        granted = ctypes.c_int64(0)
-        library.has_tiles(ctypes.byref(granted), ctypes.c_int(1))
-        self.has_tiles = bool(granted.value)
+        self.has_tiles = self._says("has_tiles")
         """Whether the processor multiplies matrix tiles and the system lets this process use them."""
+        self.has_products = self._says("has_products")
+        """Whether the kernels `product` and `int8_product` are there: on tiles, or in vectors of dot products."""
 
     def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
         """Run the kernel `name` of `dtype` on all of torch's threads. Scalars are int64 or float32."""
         getattr(self._library, name + _SUFFIX[dtype])(
             *(_as_c(argument) for argument in arguments), ctypes.c_int(torch.get_num_threads())
         )
+
+    def _says(self, name: str) -> bool:
+        answer = ctypes.c_int64(0)
+        getattr(self._library, name)(ctypes.byref(answer), ctypes.c_int(1))
+        return bool(answer.value)
 
 
 def fits(*tensors: Tensor) -> bool:

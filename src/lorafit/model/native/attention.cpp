@@ -5,7 +5,7 @@
 // document up to itself, and with window > 0 only the last `window` of them. Scores exist for one block of queries
 // at a time, in float32 (the scheme of FlashAttention, Dao 2023). One thread does one document and one key-value
 // head, so results depend neither on the number of threads nor on the neighbours in the pack.
-#include "tiles.h"
+#include "dots.h"
 
 #include <cstdlib>
 #include <numeric>
@@ -121,7 +121,7 @@ struct Range {
       : low(window ? std::max<int64_t>(0, first - window + 1) / PAD * PAD : 0), high(padded(first + count, PAD)) {}
 };
 
-#include "attention_tiles.h"
+#include "attention_dots.h"
 
 template <class T>
 static void attend_one(const Shape &shape, int64_t start, int64_t length, int64_t group, const T *q, const T *k,
@@ -239,15 +239,15 @@ static void attend(int64_t documents, const int64_t *starts, int64_t heads, int6
                    const T *q, const T *k, const T *v, const float *cosine, const float *sine, T *o, float *lse, int threads) {
   const Shape shape{heads, kv_heads, size, window, 1.0f / std::sqrt(float(size))};
   const auto order = by_length(documents, starts);
-  [[maybe_unused]] const bool on_tiles = size % 32 == 0 && may_use_tiles();
+  [[maybe_unused]] const bool on_tiles = may_use_tiles();
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t item = 0; item < documents * kv_heads; item++) {
     const int64_t document = order[item / kv_heads], start = starts[document], length = starts[document + 1] - start;
-#ifdef HAS_TILES
+#ifdef HAS_DOTS
     if constexpr (std::is_same_v<T, bf16>)
-      if (on_tiles) {
-        Tiles tiles;
-        attend_one_tiles(shape, start, length, item % kv_heads, q, k, v, cosine, sine, o, lse);
+      if (size % 32 == 0) {
+        const Tiles tiles(on_tiles);
+        attend_one_dots(on_tiles, shape, start, length, item % kv_heads, q, k, v, cosine, sine, o, lse);
         continue;
       }
 #endif
@@ -264,15 +264,15 @@ static void attend_backward(int64_t documents, const int64_t *starts, int64_t he
                             const float *cosine, const float *sine, T *dq, T *dk, T *dv, int threads) {
   const Shape shape{heads, kv_heads, size, window, 1.0f / std::sqrt(float(size))};
   const auto order = by_length(documents, starts);
-  [[maybe_unused]] const bool on_tiles = size % 32 == 0 && may_use_tiles();
+  [[maybe_unused]] const bool on_tiles = may_use_tiles();
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t item = 0; item < documents * kv_heads; item++) {
     const int64_t document = order[item / kv_heads], start = starts[document], length = starts[document + 1] - start;
-#ifdef HAS_TILES
+#ifdef HAS_DOTS
     if constexpr (std::is_same_v<T, bf16>)
-      if (on_tiles) {
-        Tiles tiles;
-        attend_one_backward_tiles(shape, start, length, item % kv_heads, q, k, v, d_o, lse, cosine, sine, dq, dk, dv);
+      if (size % 32 == 0) {
+        const Tiles tiles(on_tiles);
+        attend_one_backward_dots(on_tiles, shape, start, length, item % kv_heads, q, k, v, d_o, lse, cosine, sine, dq, dk, dv);
         continue;
       }
 #endif

@@ -6,7 +6,7 @@
 //
 // W may be int8: then column_scale multiplies the sums and input_scale x, as in model/quant.py. It is widened on the way,
 // so inputs keep the digits of their type and outliers need no care.
-#include "tiles.h"
+#include "dots.h"
 
 #include <type_traits>
 #include <vector>
@@ -276,7 +276,7 @@ static void product_of(int64_t rows, int64_t width, int64_t columns, const T *x,
     }
 #ifdef HAS_TILES
     if constexpr (std::is_same<T, bf16>::value) if (tiled) {
-      Tiles shapes;
+      const Tiles shapes(true);
       alignas(64) float sums[TILE_ROWS * TILE_ROWS];
 #pragma omp for schedule(static)
       for (int64_t first = 0; first < done; first += TILE_ROWS) {

@@ -1,4 +1,4 @@
-// Products of rows with a frozen weight in either direction on matrix tiles, in bfloat16 or in 8 bit.
+// Products of rows with a frozen weight in either direction, in bfloat16 or in 8 bit, on matrix tiles or in vectors.
 //
 // out[r, c] = addend[r, c] + sum_k a[r, k] * w(k, c), in 8 bit times a_scale[r] * c_scale[c]; sums in float32 and int32.
 // a is (rows, depth); w(k, c) is weight[c, k] of a (columns, depth) weight (forward), or with `turned` weight[k, c] of a
@@ -6,19 +6,19 @@
 // a low-rank product of the same shape is added on the way: `rank` deep, of any depth, with factors low and factor.
 //
 // All rows are laid out in strips of 32, in `strips` (rows rounded up to 32, times the bytes of depth and rank, each in
-// whole steps of 64). Each core takes a
-// group of columns that stays in its cache, laid out in panels of 32, and lets the strips pass by. What is deeper than
-// CHUNK is done in chunks, with the sums kept in between.
-#include "tiles.h"
+// whole steps of 64). Each core takes a group of columns that stays in its cache, laid out in panels of 32, and lets the
+// strips pass by. What is deeper than a chunk is done in chunks, with the sums kept in between.
+#include "dots.h"
 
 #include <optional>
 
 extern "C" void has_tiles(int64_t *answer, int) { *answer = may_use_tiles(); }
 
-#ifdef HAS_TILES
-constexpr int64_t PANEL = 2 * TILE_ROWS;      // columns of a panel, rows of a strip
-constexpr int64_t CHUNK = 4096;               // bytes of depth that are multiplied at a time
-constexpr int64_t GROUP_BYTES = 1 << 20;      // of a group of columns
+#ifdef HAS_DOTS
+extern "C" void has_products(int64_t *answer, int) { *answer = 1; }
+
+constexpr int64_t PANEL = 2 * TILE_ROWS;  // columns of a panel, rows of a strip
+constexpr int64_t NEAR = 16;              // steps of a panel that stay in the nearest cache meanwhile
 
 // 64 bytes deep of a panel into two tiles, neighbours in depth side by side, as the tile product wants them; columns
 // from `count` on are zero, and what is deeper than `deep`
@@ -50,6 +50,7 @@ static void lay_out(const bf16 *weight, int64_t columns, int64_t count, int64_t 
   }
 }
 
+#ifdef HAS_TILES
 #define MULTIPLY(DOT)                                                                  \
   for (int64_t step = 0; step < steps; step++, strip += 2 * TILE, panel += 2 * TILE) { \
     _tile_loadd(4, strip, TILE_BYTES);                                                 \
@@ -64,7 +65,7 @@ static void lay_out(const bf16 *weight, int64_t columns, int64_t count, int64_t 
 
 // Adds the product of a strip of rows and a panel of columns to sums (32, 32), or with `anew` puts it there
 template <class In, class Sum>
-static void multiply(int64_t steps, const uint8_t *strip, const uint8_t *panel, bool anew, Sum *sums) {
+static void multiply_tiles(int64_t steps, const uint8_t *strip, const uint8_t *panel, bool anew, Sum *sums) {
   Sum *const corners[] = {sums, sums + TILE_ROWS, sums + TILE_ROWS * PANEL, sums + TILE_ROWS * PANEL + TILE_ROWS};
   if (anew) {
     _tile_zero(0);
@@ -86,6 +87,58 @@ static void multiply(int64_t steps, const uint8_t *strip, const uint8_t *panel, 
   _tile_stored(1, corners[1], PANEL * 4);
   _tile_stored(2, corners[2], PANEL * 4);
   _tile_stored(3, corners[3], PANEL * 4);
+}
+#endif
+
+static __m512i vector_of(const int32_t *from) { return _mm512_load_si512(from); }
+static __m512 vector_of(const float *from) { return _mm512_load_ps(from); }
+static __m512i plus(__m512i a, __m512i b) { return _mm512_add_epi32(a, b); }
+static __m512 plus(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+static void keep(__m512i sums, int32_t *to) { _mm512_store_si512(to, sums); }
+static void keep(__m512 sums, float *to) { _mm512_store_ps(to, sums); }
+
+// The same in vectors of 16 columns, with `start` of each column; `ahead` comes into the second cache meanwhile
+template <class Sum>
+static void multiply(int64_t rows, int64_t steps, const uint8_t *strip, const uint8_t *panel, const Sum *start, bool anew, Sum *sums, const uint8_t *ahead) {
+  typedef decltype(vector_of(start)) Vector;
+  for (int64_t from = 0; from < steps; from += NEAR, anew = false, start = nullptr) {
+    const int64_t end = std::min(from + NEAR, steps);
+    for (int64_t top = 0; top < rows; top += DOT_ROWS) {
+      Sum *const its = sums + top * PANEL;
+      const uint8_t *const a = strip + top / TILE_ROWS * TILE + top % TILE_ROWS * TILE_BYTES;
+      Vector left[DOT_ROWS], right[DOT_ROWS];
+#pragma GCC unroll 16
+      for (int64_t row = 0; row < DOT_ROWS; row++) {
+        if (from == 0) __builtin_prefetch(its + row * PANEL, 1), __builtin_prefetch(its + row * PANEL + 16, 1);
+        left[row] = right[row] = Vector{};
+      }
+      add_dots(end - from, a + from * 2 * TILE, TILE_BYTES, 2 * TILE, panel + from * 2 * TILE, 2 * TILE, TILE, ahead, left, right);
+      ahead += (end - from) * 2 * TILE_BYTES;
+      if (start) {
+#pragma GCC unroll 16
+        for (int64_t row = 0; row < DOT_ROWS; row++) left[row] = plus(left[row], vector_of(start)), right[row] = plus(right[row], vector_of(start + 16));
+      }
+      if (!anew) {
+#pragma GCC unroll 16
+        for (int64_t row = 0; row < DOT_ROWS; row++) {
+          left[row] = plus(left[row], vector_of(its + row * PANEL));
+          right[row] = plus(right[row], vector_of(its + row * PANEL + 16));
+        }
+      }
+#pragma GCC unroll 16
+      for (int64_t row = 0; row < DOT_ROWS; row++) keep(left[row], its + row * PANEL), keep(right[row], its + row * PANEL + 16);
+    }
+  }
+}
+
+// Vectors multiply int8 with what is unsigned: a + 128. What that adds to the sums of a panel's 32 columns, negated
+static void offsets(int64_t steps, const uint8_t *panel, int32_t *to) {
+  __m512i sums[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+  for (int64_t step = 0; step < steps; step++)
+    for (int64_t half = 0; half < 2; half++, panel += TILE)
+      for (int64_t word = 0; word < TILE_BYTES; word += 4)
+        sums[half] = dot(sums[half], _mm512_set1_epi8(-128), _mm512_load_si512(panel + word * TILE_ROWS));
+  for (int64_t half = 0; half < 2; half++) keep(_mm512_sub_epi32(_mm512_setzero_si512(), sums[half]), to + half * 16);
 }
 
 static __m512 sixteen(const int32_t *from) { return _mm512_cvtepi32_ps(_mm512_load_si512(from)); }
@@ -129,15 +182,20 @@ static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, c
                     uint8_t *strips, int threads) {
   constexpr int64_t UNIT = TILE_BYTES / sizeof(In);  // of depth, in a step
   const int64_t own_steps = depth / UNIT, all_steps = own_steps + (rank + UNIT - 1) / UNIT;
-  const int64_t chunks = std::max<int64_t>(1, (all_steps * TILE_BYTES + CHUNK * 7 / 8) / CHUNK);
-  const int64_t most_steps = (all_steps + chunks - 1) / chunks, panel_bytes = PANEL * most_steps * TILE_BYTES;
+  const bool on_tiles = may_use_tiles();
+  // bytes of depth that are multiplied at a time, and of a group of columns: measured
+  const int64_t chunk = on_tiles ? 4096 : 2048, group_bytes = on_tiles ? 1 << 20 : 1 << 19;
+  const int64_t chunks = std::max<int64_t>(1, (all_steps * TILE_BYTES + chunk * 7 / 8) / chunk);
+  const int64_t most_steps = (all_steps + chunks - 1) / chunks;
+  const int64_t start_at = PANEL * most_steps * TILE_BYTES, panel_bytes = start_at + PANEL * sizeof(Sum);
+  const int64_t flips = sizeof(In) == 1 && !on_tiles ? -128 : 0;  // of the signs of a (see offsets)
   const int64_t panels = (columns + PANEL - 1) / PANEL, num_strips = (rows + PANEL - 1) / PANEL;
-  const int64_t turns = (panels * panel_bytes + threads * GROUP_BYTES - 1) / (threads * GROUP_BYTES);
+  const int64_t turns = (panels * panel_bytes + threads * group_bytes - 1) / (threads * group_bytes);
   const int64_t group = (panels + turns * threads - 1) / (turns * threads), strip_bytes = PANEL * all_steps * TILE_BYTES;
 #pragma omp parallel num_threads(threads)
   {
     static thread_local Space laid_out_space, sums_space;
-    Tiles tiles;
+    const Tiles tiles(on_tiles);
     uint8_t *const laid_out = laid_out_space.of(group * panel_bytes);
     Sum *const kept = (Sum *)sums_space.of((chunks > 1 ? num_strips * group : 1) * PANEL * PANEL * sizeof(Sum));
 #pragma omp for schedule(static)
@@ -147,20 +205,21 @@ static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, c
         const int64_t deep = (step - own_steps) * UNIT, left = (rank - deep) * sizeof(In);  // in the low-rank factor
         const __mmask64 mask = row >= rows ? 0 : deep < 0 || left >= TILE_BYTES ? ~0ull : (1ull << left) - 1;
         const __m512i line = _mm512_maskz_loadu_epi8(mask, deep < 0 ? a + row * depth + step * UNIT : low + row * rank + deep);
-        _mm512_store_si512(strips + tile + row % TILE_ROWS * TILE_BYTES, line);
+        _mm512_store_si512(strips + tile + row % TILE_ROWS * TILE_BYTES, _mm512_xor_si512(line, _mm512_set1_epi8(flips)));
       }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t begin = 0; begin < panels; begin += group) {
       const int64_t end = std::min(begin + group, panels);
       for (int64_t from = 0; from < all_steps; from += most_steps) {
         const int64_t steps = std::min(most_steps, all_steps - from);
-        for (int64_t panel = begin; panel < end; panel++)
+        for (int64_t panel = begin; panel < end; panel++) {
+          uint8_t *const its = laid_out + (panel - begin) * panel_bytes;
           for (int64_t step = 0; step < steps; step++) {
             const int64_t column = panel * PANEL, width = std::min(PANEL, columns - column);
             const bool own = from + step < own_steps;
             const int64_t k = (from + step - (own ? 0 : own_steps)) * UNIT, whole = own ? depth : rank;
             const In *const of = own ? weight : factor;
-            uint8_t *const to = laid_out + (panel - begin) * panel_bytes + 2 * step * TILE;
+            uint8_t *const to = its + 2 * step * TILE;
             if (turned) {
               lay_out(of + k * columns + column, columns, width, whole - k, to);
             } else {
@@ -170,6 +229,10 @@ static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, c
               turn_words(at + TILE_ROWS * pitch, pitch, width - TILE_ROWS, bytes, to + TILE);
             }
           }
+          std::memset(its + start_at, 0, PANEL * sizeof(Sum));
+          if constexpr (sizeof(In) == 1)
+            if (!on_tiles) offsets(steps, its, (int32_t *)(its + start_at));
+        }
         for (int64_t strip = 0; strip < num_strips; strip++)
           for (int64_t panel = begin; panel < end; panel++) {
             const int64_t column = panel * PANEL, width = std::min(PANEL, columns - column), first = strip * PANEL;
@@ -181,7 +244,14 @@ static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, c
                 __builtin_prefetch(out + start + row * columns, 1);
                 if (addend != out) __builtin_prefetch(addend + start + row * columns);
               }
-            multiply<In>(steps, strips + strip * strip_bytes + from * 2 * TILE, laid_out + (panel - begin) * panel_bytes, from == 0, sums);
+            const uint8_t *const own = strips + strip * strip_bytes + from * 2 * TILE, *const its = laid_out + (panel - begin) * panel_bytes;
+#ifdef HAS_TILES
+            if (on_tiles)
+              multiply_tiles<In>(steps, own, its, from == 0, sums);
+            else
+#endif
+              multiply(count, steps, own, its, (const Sum *)(its + start_at), from == 0, sums,
+                       own + strip_bytes + (panel - begin) * steps * 2 * TILE / (end - begin));
             if (last) finish<In>(count, width, columns, sums, a_scale + first, c_scale + column, addend ? addend + start : nullptr, out + start);
           }
       }
@@ -189,6 +259,7 @@ static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, c
   }
 }
 #else
+extern "C" void has_products(int64_t *answer, int) { *answer = 0; }
 template <class In, class Sum, class T>
 static void product(int64_t, int64_t, int64_t, const In *, const float *, const In *, bool, const float *, int64_t, const In *, const In *, const T *, T *, uint8_t *, int) {}
 #endif

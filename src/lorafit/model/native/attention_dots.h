@@ -1,16 +1,17 @@
-// Attention of one document and one key-value head on matrix tiles: products of bfloat16, sums and softmax in float32.
+// Attention of one document and one key-value head by products of bfloat16, on matrix tiles or in vectors; sums and
+// softmax are float32.
 //
-// A tile product takes its first factor in rows of 32 numbers and the second laid out: 32 deep of 16 columns, two
+// A product takes its first factor in rows of 32 numbers and the second laid out: 32 deep of 16 columns, two
 // neighbours in depth side by side. Scores of the backward pass are formed turned, (keys, queries), because then
 // probabilities and their slopes are first factors of the products that follow. Included by attention.cpp.
 #pragma once
-#include "tiles.h"
+#include "dots.h"
 
-#ifdef HAS_TILES
+#ifdef HAS_DOTS
 constexpr int64_t DEEP = TILE_BYTES / 2;  // numbers of depth in a tile
 constexpr int64_t EDGE = 2 * TILE_ROWS;   // rows and columns of C that are formed at a time
 
-// C (rows, columns) (+)= A (rows, depth) B; b is laid out, columns after depth. All are multiples of 32.
+#ifdef HAS_TILES
 static void tile_product(int64_t rows, int64_t columns, int64_t depth, const bf16 *a, int64_t a_row, const bf16 *b,
                          int64_t b_depth, float *c, int64_t c_row, bool add) {
   const int64_t steps = depth / DEEP, next = b_depth / DEEP * (TILE / 2);  // next: from 16 columns of B to the next
@@ -45,16 +46,39 @@ static void tile_product(int64_t rows, int64_t columns, int64_t depth, const bf1
       _tile_stored(3, below + TILE_ROWS, c_row * 4);
     }
 }
+#endif
+
+// C (rows, columns) (+)= A (rows, depth) B; b is laid out, columns after depth. All are multiples of 32.
+static void product(bool on_tiles, int64_t rows, int64_t columns, int64_t depth, const bf16 *a, int64_t a_row, const bf16 *b,
+                    int64_t b_depth, float *c, int64_t c_row, bool add) {
+#ifdef HAS_TILES
+  if (on_tiles) return tile_product(rows, columns, depth, a, a_row, b, b_depth, c, c_row, add);
+#endif
+  const int64_t next = b_depth / DEEP * (TILE / 2);  // from 16 columns of B to the next
+  for (int64_t n = 0; n < columns; n += EDGE)
+    for (int64_t m = 0; m < rows; m += DOT_ROWS) {
+      float *const to = c + m * c_row + n;
+      __m512 left[DOT_ROWS], right[DOT_ROWS];
+#pragma GCC unroll 16
+      for (int64_t row = 0; row < DOT_ROWS; row++) {
+        left[row] = add ? _mm512_loadu_ps(to + row * c_row) : __m512{};
+        right[row] = add ? _mm512_loadu_ps(to + row * c_row + TILE_ROWS) : __m512{};
+      }
+      const uint8_t *const from = (const uint8_t *)(a + m * a_row);
+      add_dots(depth / DEEP, from, a_row * 2, TILE_BYTES, (const uint8_t *)(b + n / TILE_ROWS * next), TILE, next * 2, from, left, right);
+#pragma GCC unroll 16
+      for (int64_t row = 0; row < DOT_ROWS; row++) {
+        _mm512_storeu_ps(to + row * c_row, left[row]);
+        _mm512_storeu_ps(to + row * c_row + TILE_ROWS, right[row]);
+      }
+    }
+}
 
 // x (rows, depth) as the second factor x^T: its rows become columns
 static void lay_out_turned(int64_t rows, int64_t depth, const bf16 *x, bf16 *to) {
   for (int64_t n = 0; n < rows; n += TILE_ROWS)
     for (int64_t k = 0; k < depth; k += DEEP, to += TILE / 2)
-      for (int64_t c = 0; c < TILE_ROWS; c++) {
-        uint32_t words[TILE_ROWS];
-        std::memcpy(words, x + (n + c) * depth + k, TILE_BYTES);
-        for (int64_t i = 0; i < TILE_ROWS; i++) ((uint32_t *)to)[i * TILE_ROWS + c] = words[i];
-      }
+      turn_words((const uint8_t *)(x + n * depth + k), depth * 2, TILE_ROWS, TILE_BYTES, (uint8_t *)to);
 }
 
 // x (rows, columns) as the second factor: its rows are the depth
@@ -75,7 +99,7 @@ struct Buffer {  // zeros of one type on a cache line
 static Buffer floats(int64_t count) { return Buffer(count * 4); }
 static Buffer halves(int64_t count) { return Buffer(count * 2); }
 
-static void attend_one_tiles(const Shape &shape, int64_t start, int64_t length, int64_t group, const bf16 *q, const bf16 *k,
+static void attend_one_dots(bool on_tiles, const Shape &shape, int64_t start, int64_t length, int64_t group, const bf16 *q, const bf16 *k,
                              const bf16 *v, const float *cosine, const float *sine, bf16 *o, float *lse) {
   const int64_t size = shape.size, half = size / 2, all = padded(length, EDGE), shared = shape.heads / shape.kv_heads;
   const int64_t q_row = shape.heads * size, kv_row = shape.kv_heads * size;
@@ -96,7 +120,7 @@ static void attend_one_tiles(const Shape &shape, int64_t start, int64_t length, 
       load(count, size, q + (start + first) * q_row + head * size, q_row, turn_c + first * half, turn_s + first * half,
            shape.scale, query);
       std::memset(query + count * size, 0, (filled - count) * size * 2);
-      tile_product(filled, width, size, query, size, (bf16 *)keys + range.low * size, size, score, width, false);
+      product(on_tiles, filled, width, size, query, size, (bf16 *)keys + range.low * size, size, score, width, false);
       std::memset(chance, 0, filled * width * 2);
       for (int64_t t = 0; t < count; t++) {
         float *row = score + t * width, sum = 0;
@@ -111,13 +135,13 @@ static void attend_one_tiles(const Shape &shape, int64_t start, int64_t length, 
         lse[(start + at) * shape.heads + head] = high + std::log(sum);
         inverse[t] = 1.0f / sum;
       }
-      tile_product(filled, size, width, chance, width, (bf16 *)values + range.low * TILE_ROWS, all, mix, size, false);
+      product(on_tiles, filled, size, width, chance, width, (bf16 *)values + range.low * TILE_ROWS, all, mix, size, false);
       for (int64_t t = 0; t < count; t++)
         store(1, size, mix + t * size, nullptr, nullptr, inverse[t], o + (start + first + t) * q_row + head * size, q_row);
     }
 }
 
-static void attend_one_backward_tiles(const Shape &shape, int64_t start, int64_t length, int64_t group, const bf16 *q,
+static void attend_one_backward_dots(bool on_tiles, const Shape &shape, int64_t start, int64_t length, int64_t group, const bf16 *q,
                                       const bf16 *k, const bf16 *v, const bf16 *d_o, const float *lse, const float *cosine,
                                       const float *sine, bf16 *dq, bf16 *dk, bf16 *dv) {
   const int64_t size = shape.size, half = size / 2, all = padded(length, EDGE), shared = shape.heads / shape.kv_heads;
@@ -145,9 +169,9 @@ static void attend_one_backward_tiles(const Shape &shape, int64_t start, int64_t
       std::memset(slope + count * size, 0, (wide - count) * size * 2);
       for (int64_t t = 0; t < count; t++) total[t] = lse[(start + first + t) * shape.heads + head];
       lay_out_turned(wide, size, query, laid_out);
-      tile_product(width, wide, size, (bf16 *)keys + range.low * size, size, laid_out, size, score, wide, false);
+      product(on_tiles, width, wide, size, (bf16 *)keys + range.low * size, size, laid_out, size, score, wide, false);
       lay_out_turned(wide, size, slope, laid_out);
-      tile_product(width, wide, size, (bf16 *)values + range.low * size, size, laid_out, size, d_score, wide, false);
+      product(on_tiles, width, wide, size, (bf16 *)values + range.low * size, size, laid_out, size, d_score, wide, false);
       for (int64_t j = 0; j < width; j++) {
         float *row = score + j * wide, *d_row = d_score + j * wide;
         const int32_t key = int32_t(range.low + j - first);  // the queries begin .. end see it
@@ -171,11 +195,11 @@ static void attend_one_backward_tiles(const Shape &shape, int64_t start, int64_t
           }
       }
       lay_out(wide, size, slope, laid_out);
-      tile_product(width, size, wide, chance, wide, laid_out, wide, (float *)d_values + range.low * size, size, true);
+      product(on_tiles, width, size, wide, chance, wide, laid_out, wide, (float *)d_values + range.low * size, size, true);
       lay_out(wide, size, query, laid_out);
-      tile_product(width, size, wide, d_chance, wide, laid_out, wide, (float *)d_keys + range.low * size, size, true);
+      product(on_tiles, width, size, wide, d_chance, wide, laid_out, wide, (float *)d_keys + range.low * size, size, true);
       lay_out(width, wide, d_chance, d_laid_out);
-      tile_product(size, wide, width, (bf16 *)keys_t + range.low, all, d_laid_out, width, d_queries_t, wide, false);
+      product(on_tiles, size, wide, width, (bf16 *)keys_t + range.low, all, d_laid_out, width, d_queries_t, wide, false);
       transpose(size, wide, d_queries_t, d_queries, size);
       store(count, size, (float *)d_queries, turn_c + first * half, turn_s + first * half, shape.scale, dq + at0, q_row);
     }
