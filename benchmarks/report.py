@@ -84,13 +84,5 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def put_between_marks(page: str, part: str) -> str:
-    """`page` with what stands between the two `speed` marks replaced by `part`."""
-    begin, end = "<!-- speed: begin -->", "<!-- speed: end -->"
-    if begin not in page or end not in page:
-        raise SystemExit(f"error: the page has no `{begin}` and `{end}`")
-    return page[: page.index(begin) + len(begin)] + f"\n\n{part}\n" + page[page.index(end) :]
-
-
 def _number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}"

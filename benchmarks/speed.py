@@ -31,6 +31,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.marks import put_between
 from benchmarks.programs import (
     PACK_ROWS,
     PACK_TOKENS,
@@ -42,7 +43,7 @@ from benchmarks.programs import (
     command,
     run,
 )
-from benchmarks.report import put_between_marks, report
+from benchmarks.report import report
 from benchmarks.rows import write_rows
 from benchmarks.targets import head_parameters, linear_parameters
 
@@ -206,12 +207,12 @@ def main() -> None:
         "--markdown", type=Path, metavar="FILE", help="only print the tables of an earlier --json"
     )
     parser.add_argument("--into", type=Path, help="with --markdown: put them between the marks of this page")
+    parser.add_argument("--marks", default="speed", metavar="NAME", help="with --into: which marks")
     arguments = parser.parse_args()
     if arguments.markdown:
         part = report(json.loads(arguments.markdown.read_text(encoding="utf-8")))
         if arguments.into:
-            page = arguments.into.read_text(encoding="utf-8")
-            arguments.into.write_text(put_between_marks(page, part), encoding="utf-8")
+            put_between(arguments.into, arguments.marks, part)
         else:
             print(part, end="")
         return

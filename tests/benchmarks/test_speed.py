@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.marks import put_between
 from benchmarks.profile import group_of
 from benchmarks.programs import PROGRAMS, Outcome, Program, Step, command, parse_steps, watch
 from benchmarks.targets import TARGETS, Results, Target, linear_parameters, model_flops
@@ -178,12 +179,19 @@ def test_the_report_comes_from_the_record_alone() -> None:
     text = report.report(json.loads(json.dumps(record)))
     assert "| classic, bfloat16 |     1 |     8.00 |       9.00 |  0.500 |    100.0 |" in text
     assert "2030-01-01, a processor, 2 threads, 24 GB; 22 layers; torch 2.13.0." in text
-    page = "before\n<!-- speed: begin -->\nold\n<!-- speed: end -->\nafter\n"
-    assert report.put_between_marks(page, "new") == (
-        "before\n<!-- speed: begin -->\n\nnew\n<!-- speed: end -->\nafter\n"
+
+
+def test_what_stands_between_the_marks_is_replaced(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- a: begin -->\nold\n<!-- a: end -->\n<!-- b: begin -->\n<!-- b: end -->\n")
+    put_between(page, "a", "new\n")
+    assert page.read_text() == (
+        "before\n<!-- a: begin -->\n\nnew\n\n<!-- a: end -->\n<!-- b: begin -->\n<!-- b: end -->\n"
     )
-    with pytest.raises(SystemExit, match="the page has no"):
-        report.put_between_marks("nothing", "new")
+    with pytest.raises(SystemExit, match="page.md has no `<!-- c: begin -->`"):
+        put_between(page, "c", "new")
+    with pytest.raises(SystemExit, match="missing.md has no"):
+        put_between(tmp_path / "missing.md", "a", "new")
 
 
 def test_a_record_names_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,7 @@ import peft
 import torch
 import transformers
 import trl
+from benchmarks.marks import put_between
 from datasets import Dataset
 from tests.bugs.accumulation import RAGGED
 from tests.bugs.stopping import chatml_model
@@ -38,7 +39,6 @@ from tests.data.toy_tokenizers import qwen_like
 from tests.tiny import write_model
 from torch.utils.data import SequentialSampler
 
-BEGIN, END = "<!-- others: begin -->", "<!-- others: end -->"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Rows = Sequence[dict[str, Any]]
 
@@ -478,9 +478,7 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     made = table()
     if wanted.write:
-        before, _, rest = wanted.write.read_text(encoding="utf-8").partition(BEGIN)
-        after = rest.partition(END)[2]
-        wanted.write.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
+        put_between(wanted.write, "others", made)
     else:
         print(made)
     return 0

@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from benchmarks.marks import put_between
 from tests.bugs.catalogue import BUGS, probes
-
-BEGIN, END = "<!-- bugs: begin -->", "<!-- bugs: end -->"
 
 
 def table() -> str:
@@ -21,9 +20,7 @@ def table() -> str:
 
 def main() -> int:
     """Write the table into the page that is named."""
-    page = Path(sys.argv[1])
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n{table()}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    put_between(Path(sys.argv[1]), "bugs", table())
     return 0
 
 

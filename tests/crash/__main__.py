@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from benchmarks.marks import put_between
 from benchmarks.speed import machine
 from tests.crash.campaigns import CAMPAIGNS
 from tests.crash.server import Servers
@@ -29,7 +30,6 @@ from tests.crash.trainer import versions
 
 import lorafit
 
-BEGIN, END = "<!-- campaigns: begin -->", "<!-- campaigns: end -->"
 _SHOWN = 20  # failures that are kept in words
 
 
@@ -62,7 +62,7 @@ def main() -> int:
             options.results.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
     if options.write:
-        put(options.write, results)
+        put_between(options.write, "campaigns", table(results))
     return int(any(results.get(name, {}).get("num_failures") for name in options.only if name != "Trainer"))
 
 
@@ -115,13 +115,6 @@ def table(results: Mapping[str, Any]) -> str:
     for what in ("date", "machine", "versions"):
         lines += ["", f"{what.capitalize()}: {'; '.join(sorted({r[what] for r in found.values()}))}."]
     return "\n".join(lines)
-
-
-def put(page: Path, results: Mapping[str, Any]) -> None:
-    """Put the table between the page's marks."""
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.marks import put_between
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from tests.hostile.fuzz_targets import TARGETS, Scene, Target
 
 SECONDS = 2.0  # of the processor: a busy machine is slow, not wrong
 BATCH = 2000  # examples with one seed; hypothesis remembers all of them
-BEGIN, END = "<!-- fuzz: begin -->", "<!-- fuzz: end -->"
 
 
 class TooSlowError(BaseException):
@@ -130,16 +130,6 @@ def markdown(tallies: dict[str, Tally]) -> str:
     return "\n".join(lines)
 
 
-def put_into(path: Path, table: str) -> None:
-    """Put the table between the marks in `path`, or write a file of just that where there is none."""
-    text = path.read_text(encoding="utf-8") if path.exists() else f"{BEGIN}\n{END}\n"
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not (begin and end):
-        sys.exit(f"{path} has no lines `{BEGIN}` and `{END}`")
-    path.write_text(f"{head}{BEGIN}\n{table}\n{END}{tail}", encoding="utf-8")
-
-
 def main() -> int:
     """Run the campaign; exit code 1 where something failed."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -158,7 +148,7 @@ def main() -> int:
     for name, tally in tallies.items():
         print(f"{name}: {tally.seconds:.0f} s; slowest {tally.slowest:.2f} s: {tally.slowest_example[:300]}")
     if wanted.into:
-        put_into(wanted.into, table)
+        put_between(wanted.into, "fuzz", table)
     return 1 if any(tally.failures for tally in tallies.values()) else 0
 
 
