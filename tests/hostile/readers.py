@@ -94,5 +94,5 @@ LIKE = {
 SHOWING = frozenset({"runs", "report"})
 # These end well where nothing is asked, or a question or a part is left out; `show` shows one row of many.
 PATIENT = frozenset({"chat", "show", "eval"})
-# These say what they refuse on standard output.
+# These say what is wrong with what they could begin with on standard output.
 TELLING = frozenset({"check"})

@@ -4,6 +4,7 @@
 #include "common.h"
 
 #include <new>
+#include <optional>
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define HAS_DOTS 1
@@ -104,4 +105,14 @@ struct Aligned {  // memory on a cache line; not initialised
   ~Aligned() { ::operator delete(at, std::align_val_t(64)); }
   Aligned(const Aligned &) = delete;
   Aligned &operator=(const Aligned &) = delete;
+};
+
+struct Space {  // of a thread, kept from call to call: fresh pages cost more than a row
+  std::optional<Aligned> held;
+  size_t size = 0;
+  template <class Item>
+  Item *of(int64_t count) {
+    if (size < count * sizeof(Item)) held.emplace(size = count * sizeof(Item));
+    return size ? (Item *)held->at : nullptr;
+  }
 };

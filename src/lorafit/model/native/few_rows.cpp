@@ -19,8 +19,13 @@ constexpr int LANES = 16;
 #else
 constexpr int LANES = 8;
 #endif
-constexpr int ROWS = 8, COLUMNS = 3;  // of one tile: their sums fill the registers
-constexpr int64_t MOST = 4 * ROWS;    // rows whose sums are held at a time
+// Rows and columns of one tile: their sums fill the registers. Few rows of x stay in the nearest cache, but int8 is widened
+// anew for each group of them.
+constexpr int SUMS = 24;
+template <class W>
+constexpr int ROWS = sizeof(W) == 1 ? 8 : 4;
+constexpr int64_t LINE = 64;  // bytes that the cache takes at a time
+constexpr int64_t MOST = 32;  // rows whose sums are held at a time
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4)));
 typedef uint32_t words __attribute__((vector_size(LANES * 4)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(2)));
@@ -90,29 +95,23 @@ template <>
 struct Dot<bf16, int8_t> : PairsDot<int8_t> {};
 #endif
 
-template <class Item>
-static Item *room(std::vector<Item> &kept, int64_t count) {  // kept from call to call: fresh pages cost more than a row
-  if (int64_t(kept.size()) < count) kept.resize(count);
-  return kept.data();
-}
-
 static int64_t padded(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// The rows of x lie in groups of ROWS, and in a group step by step: the STEP numbers of each row side by side.
+// The rows of x lie in groups of ROWS<W>, and in a group step by step: the STEP numbers of each row side by side.
 
-// out[m * stride + n] = the products of a group of M rows of x with N rows of w
+// out[m * stride + n] = the products of a group of M rows of x with N rows of w; `lines` a step from `ahead` on come into
+// the second cache meanwhile
 template <class T, class W, int M, int N>
-static inline void tile(int64_t width, const typename Dot<T, W>::Input *x, const W *w, float *out, int64_t stride) {
+static inline void tile(int64_t width, const typename Dot<T, W>::Input *x, const W *w, float *out, int64_t stride, const char *ahead,
+                        int64_t lines) {
   typedef Dot<T, W> D;
   typename D::Sums sums[M][N] = {};
   int64_t k = 0;
   for (; k + D::STEP <= width; k += D::STEP) {
+    for (int64_t line = 0; line < lines; line++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
     typename D::Line weights[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; n++) {
-      weights[n] = D::weights(w + n * width + k);
-      __builtin_prefetch(w + (n + N) * width + k, 0, 2);  // the next tile's; the CPU itself stops at a page's end
-    }
+    for (int n = 0; n < N; n++) weights[n] = D::weights(w + n * width + k);
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
       const typename D::Line inputs = D::inputs(x + k * M + m * D::STEP);
@@ -128,33 +127,44 @@ static inline void tile(int64_t width, const typename Dot<T, W>::Input *x, const
     }
 }
 
-// out (rows, N), N rows of w
+// out (rows, N) of N rows of w, as `tile`; each group of rows has its own share of what lies ahead
+template <class T, class W, int N>
+static inline void groups(int64_t rows, int64_t width, const typename Dot<T, W>::Input *x, const W *w, float *out, int64_t stride,
+                          const char *ahead, int64_t lines) {
+  const int64_t x_row = padded(width, Dot<T, W>::STEP), share = lines * LINE * (width / Dot<T, W>::STEP);
+  constexpr int most = std::min(ROWS<W>, SUMS / N);
+  for (; rows > 0; rows -= most, x += most * x_row, out += most * stride, ahead += share) switch (rows) {
+      case 1: tile<T, W, 1, N>(width, x, w, out, stride, ahead, lines); break;
+      case 2: tile<T, W, 2, N>(width, x, w, out, stride, ahead, lines); break;
+      case 3: tile<T, W, 3, N>(width, x, w, out, stride, ahead, lines); break;
+      case 4: tile<T, W, 4, N>(width, x, w, out, stride, ahead, lines); break;
+      case 5: tile<T, W, std::min(5, most), N>(width, x, w, out, stride, ahead, lines); break;
+      case 6: tile<T, W, std::min(6, most), N>(width, x, w, out, stride, ahead, lines); break;
+      case 7: tile<T, W, std::min(7, most), N>(width, x, w, out, stride, ahead, lines); break;
+      default: tile<T, W, most, N>(width, x, w, out, stride, ahead, lines);
+    }
+}
+
+// out (rows, N) of N rows of w. The CPU itself stops reading ahead at a page's end, so the next N rows are asked for.
 template <class T, class W, int N>
 static inline void tiles(int64_t rows, int64_t width, const typename Dot<T, W>::Input *x, const W *w, float *out,
                          int64_t stride) {
-  const int64_t x_row = padded(width, Dot<T, W>::STEP);
-  for (; rows > 0; rows -= ROWS, x += ROWS * x_row, out += ROWS * stride) switch (rows) {
-      case 1: tile<T, W, 1, N>(width, x, w, out, stride); break;
-      case 2: tile<T, W, 2, N>(width, x, w, out, stride); break;
-      case 3: tile<T, W, 3, N>(width, x, w, out, stride); break;
-      case 4: tile<T, W, 4, N>(width, x, w, out, stride); break;
-      case 5: tile<T, W, 5, N>(width, x, w, out, stride); break;
-      case 6: tile<T, W, 6, N>(width, x, w, out, stride); break;
-      case 7: tile<T, W, 7, N>(width, x, w, out, stride); break;
-      default: tile<T, W, ROWS, N>(width, x, w, out, stride);
-    }
+  constexpr int64_t step_lines = (N * Dot<T, W>::STEP * sizeof(W) + LINE - 1) / LINE;
+  const int64_t turns = (rows + ROWS<W> - 1) / ROWS<W>, lines = (step_lines + turns - 1) / turns;
+  const char *const ahead = (const char *)(w + N * width);
+  groups<T, W, N>(rows, width, x, w, out, stride, ahead, lines);
 }
 
 // x as `tiles` takes it
 template <class T, class W>
 static const typename Dot<T, W>::Input *interleave(int64_t rows, int64_t width, const T *x, const float *scale) {
   typedef Dot<T, W> D;
-  static thread_local std::vector<typename D::Input> kept_line, kept;
+  static thread_local Space line_space, space;
   const int64_t x_row = padded(width, D::STEP);
-  typename D::Input *line = room(kept_line, x_row), *all = room(kept, rows * x_row);
+  typename D::Input *line = line_space.of<typename D::Input>(x_row), *all = space.of<typename D::Input>(rows * x_row);
   for (int64_t row = 0; row < rows; row++) {
     D::prepare(width, x + row * width, scale, line);
-    const int64_t group = row / ROWS * ROWS, together = std::min<int64_t>(ROWS, rows - group);
+    const int64_t group = row / ROWS<W> * ROWS<W>, together = std::min<int64_t>(ROWS<W>, rows - group);
     typename D::Input *to = all + group * x_row + (row - group) * D::STEP;
     for (int64_t k = 0; k < width; k += D::STEP) std::memcpy(to + k * together, line + k, D::STEP * sizeof(*line));
   }
@@ -173,11 +183,9 @@ static const void *as_tile(const int8_t *w, int64_t width, void *scratch) {
 // Rows of x, 16 at most, 32 deep at a time as columns of tiles
 template <class W>
 static const uint8_t *turned(int64_t rows, int64_t width, const bf16 *x, const float *scale) {
-  static thread_local std::vector<bf16> kept_rows;
-  static thread_local std::vector<uint8_t> kept;
-  bf16 *all = room(kept_rows, rows * width);
-  uint8_t *to = room(kept, width / 32 * TILE + 64);
-  to += (64 - (uintptr_t)to % 64) % 64;
+  static thread_local Space rows_space, space;
+  bf16 *all = rows_space.of<bf16>(rows * width);
+  uint8_t *to = space.of<uint8_t>(width / 32 * TILE);
   for (int64_t row = 0; row < rows; row++) PairsDot<W>::prepare(width, x + row * width, scale, all + row * width);
   for (int64_t k = 0; k < width; k += 32) turn_words((const uint8_t *)(all + k), width * 2, rows, TILE_BYTES, to + k / 32 * TILE);
   return to;
@@ -227,7 +235,7 @@ struct Pairs {
 template <class T, class W>
 static void product_of(int64_t rows, int64_t width, int64_t columns, const T *x, const W *weight, const float *column_scale,
                        const float *input_scale, const T *bias, const T *addend, const Pairs &pairs, T *out, int threads) {
-  static thread_local std::vector<float> kept;
+  static thread_local Space space;
   static thread_local std::vector<int64_t> starts;  // of each pair's share of a row of `low`; -1 where no row takes it
   int64_t total = 0;
   starts.assign(pairs.count, -1);
@@ -239,7 +247,7 @@ static void product_of(int64_t rows, int64_t width, int64_t columns, const T *x,
   }
   const float *wide = total ? interleave<T, float>(rows, width, x, nullptr) : nullptr;
   const int64_t x_row = padded(width, Dot<T, W>::STEP);
-  float *low = room(kept, rows * total);
+  float *low = space.of<float>(rows * total);
   const int64_t *first_low = starts.data();
   const auto finish = [&](int64_t row, int64_t column, float sum) {
     if (column_scale) sum *= column_scale[column];
@@ -265,7 +273,8 @@ static void product_of(int64_t rows, int64_t width, int64_t columns, const T *x,
     }
 #endif
   const auto *input = done < columns ? interleave<T, W>(rows, width, x, input_scale) : nullptr;
-  const int64_t blocks = (columns - done + COLUMNS - 1) / COLUMNS;
+  constexpr int few = SUMS / 4, fewer = SUMS / ROWS<W>;  // columns of a tile of four rows, and of one with all
+  const int64_t together = rows <= 4 ? few : fewer, blocks = (columns - done + together - 1) / together;
 #pragma omp parallel num_threads(threads)
   {
     for (int64_t pair = 0; pair < pairs.count; pair++) {
@@ -288,17 +297,19 @@ static void product_of(int64_t rows, int64_t width, int64_t columns, const T *x,
 #endif
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; block++) {
-      const int64_t first = done + block * COLUMNS, count = std::min<int64_t>(COLUMNS, columns - first);
-      float sums[MOST * COLUMNS];
+      const int64_t first = done + block * together, count = std::min(together, columns - first);
+      float sums[MOST * few];
       for (int64_t top = 0; top < rows; top += MOST) {
-        const int64_t here = std::min<int64_t>(MOST, rows - top);
-        if (count == COLUMNS)
-          tiles<T, W, COLUMNS>(here, width, input + top * x_row, weight + first * width, sums, COLUMNS);
+        const int64_t here = std::min(MOST, rows - top);
+        const auto *from = input + top * x_row;
+        if (count < together)
+          for (int64_t n = 0; n < count; n++) tiles<T, W, 1>(here, width, from, weight + (first + n) * width, sums + n, together);
+        else if (together == few)
+          tiles<T, W, few>(here, width, from, weight + first * width, sums, together);
         else
-          for (int64_t n = 0; n < count; n++)
-            tiles<T, W, 1>(here, width, input + top * x_row, weight + (first + n) * width, sums + n, COLUMNS);
+          tiles<T, W, fewer>(here, width, from, weight + first * width, sums, together);
         for (int64_t m = 0; m < here; m++)
-          for (int64_t n = 0; n < count; n++) finish(top + m, first + n, sums[m * COLUMNS + n]);
+          for (int64_t n = 0; n < count; n++) finish(top + m, first + n, sums[m * together + n]);
       }
     }
   }

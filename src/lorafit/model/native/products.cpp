@@ -10,8 +10,6 @@
 // strips pass by. What is deeper than a chunk is done in chunks, with the sums kept in between.
 #include "dots.h"
 
-#include <optional>
-
 extern "C" void has_tiles(int64_t *answer, int) { *answer = may_use_tiles(); }
 
 #ifdef HAS_DOTS
@@ -167,15 +165,6 @@ static void finish(int64_t rows, int64_t width, int64_t columns, const Sum *sums
     }
 }
 
-struct Space {  // of a thread, kept from call to call
-  std::optional<Aligned> held;
-  size_t size = 0;
-  uint8_t *of(size_t bytes) {
-    if (size < bytes) held.emplace(size = bytes);
-    return held->at;
-  }
-};
-
 template <class In, class Sum, class T>
 static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, const float *a_scale, const In *weight,
                     bool turned, const float *c_scale, int64_t rank, const In *low, const In *factor, const T *addend, T *out,
@@ -196,8 +185,8 @@ static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, c
   {
     static thread_local Space laid_out_space, sums_space;
     const Tiles tiles(on_tiles);
-    uint8_t *const laid_out = laid_out_space.of(group * panel_bytes);
-    Sum *const kept = (Sum *)sums_space.of((chunks > 1 ? num_strips * group : 1) * PANEL * PANEL * sizeof(Sum));
+    uint8_t *const laid_out = laid_out_space.of<uint8_t>(group * panel_bytes);
+    Sum *const kept = sums_space.of<Sum>((chunks > 1 ? num_strips * group : 1) * PANEL * PANEL);
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < num_strips * PANEL; row++)
       for (int64_t step = 0; step < all_steps; step++) {
