@@ -18,7 +18,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Literal, cast
 
 from safetensors import SafetensorError
 
@@ -216,19 +216,24 @@ def write_file(path: Path, text: str) -> None:
         raise RunError(f"cannot write `{path.name}`: {reason}", place=str(path)) from error
 
 
-def open_own(path: Path, mode: str) -> BinaryIO:
+_FLAGS = {
+    "rb": os.O_RDONLY,
+    "ab": os.O_WRONLY | os.O_APPEND | os.O_CREAT,
+    "ab+": os.O_RDWR | os.O_APPEND | os.O_CREAT,
+}
+
+
+def open_own(path: Path, mode: Literal["rb", "ab", "ab+"]) -> BinaryIO:
     """A file of ours, opened without a buffer and without waiting. Raises OSError where somebody put a link, a pipe or
     a device in its place.
     """
 
-    def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
-
-    file = open(path, mode, buffering=0, opener=opener)  # noqa: SIM115 (Path.open takes no opener)
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, _FLAGS[mode] | flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a plain file", str(path))
-    return cast(BinaryIO, file)
+    return cast(BinaryIO, os.fdopen(descriptor, mode, buffering=0))
 
 
 @contextlib.contextmanager

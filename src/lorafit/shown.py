@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 MAX_CHARACTERS = 1000
 _HIDDEN = "***"
@@ -26,6 +28,11 @@ def one_line(text: str) -> str:
     if len(words) > MAX_CHARACTERS:
         words = f"{words[:MAX_CHARACTERS]} ... ({len(words) - MAX_CHARACTERS:,} more characters)"
     return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), words)
+
+
+def json_line(value: Any) -> str:
+    """`value` in one line of JSON in which what steers a terminal is escaped; everything else stays readable."""
+    return _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
 
 
 def without_secrets(text: str) -> str:

@@ -344,3 +344,13 @@ def test_many_unknown_keys_are_all_counted_and_the_first_ones_explained(tmp_path
     assert len(hints) == 6000
     assert hints[:50] == ["did you mean `model`?"] * 50
     assert not any(hints[50:])
+
+
+def test_bytes_in_yaml_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model:\n  name: !!binary AAAA\ndata:\n  path: rows.json\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    (problem,) = caught.value.problems
+    assert problem.message == "`model.name` is bytes and no text"
+    assert problem.place == f"{path}:2"

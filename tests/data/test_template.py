@@ -146,10 +146,10 @@ def _assert_says(renderer: Renderer, row: Rendered, answers: Sequence[str]) -> N
         return unicodedata.normalize("NFC", "".join(text.replace("▁", " ").split()))
 
     texts = trained_texts(renderer, row)
-    if renderer.tokenizer.chat_template == VICUNA or "" in map(bare, answers):
+    if renderer.tokenizer.chat_template == VICUNA:
         assert bare("".join(texts)) == bare("".join(answers))
     else:
-        assert [bare(text) for text in texts] == [bare(answer) for answer in answers]
+        assert list(filter(None, map(bare, texts))) == list(filter(None, map(bare, answers)))
 
 
 @pytest.mark.parametrize(

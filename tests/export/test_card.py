@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 from tests.export.made import make_run, source_of
 
+from lorafit.errors import RunError
 from lorafit.export.card import card, nameless, redacted
 from lorafit.export.run import TYPES, export_run
 from lorafit.observe.record import read_metrics
@@ -53,6 +55,29 @@ def test_the_card_tells_the_run(run: Path, kind: str) -> None:
     assert curve
     assert len(curve[1]) == 30
     assert (curve[1][0], "▁" in curve[1]) == ("█", True)
+
+
+def test_metrics_of_any_values_are_told_as_far_as_they_are_numbers(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    with (copy / "metrics.jsonl").open("a") as file:
+        for event in (
+            {"event": ["step"], "step": {}},
+            {"event": "step", "step": 1e999, "loss": 10**4000},
+            {"event": "heldout", "step": 40, "loss": "x", "base_loss": []},
+        ):
+            file.write(json.dumps(event).replace("Infinity", "1e999") + "\n")
+    told = [
+        card(source_of(path), "merged", "f32", ["x"], {"verified": False, "why": "-"}) for path in (run, copy)
+    ]
+    assert told[0] == told[1]
+
+
+def test_a_prompt_contract_of_tokens_that_the_model_lacks_is_refused(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    prompt = json.loads((copy / "prompt.json").read_text())
+    (copy / "prompt.json").write_text(json.dumps({**prompt, "bos_id": 10**9}))
+    with pytest.raises(RunError, match="token 1000000000 has no embedding"):
+        export_run(copy, "merged", verify=False, offline=True)
 
 
 @pytest.mark.parametrize("kind", TYPES)

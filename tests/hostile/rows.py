@@ -100,7 +100,8 @@ def listening(place: Place) -> Path:
     before = Path.cwd()
     os.chdir(place.folder)  # the path of a socket is short
     try:
-        socket.socket(socket.AF_UNIX).bind("rows.json")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind("rows.json")
     finally:
         os.chdir(before)
     return path

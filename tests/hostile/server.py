@@ -236,7 +236,7 @@ def _watch(allowed: list[Path], acts: list[str]) -> None:
             acts.append(f"{event} {str(arguments)[:200]}")
         elif event == "open":
             path, _, flags = arguments
-            if flags & WRITING and not inside(path, followed=True):
+            if flags & WRITING and not inside(path, followed=not flags & os.O_NOFOLLOW):
                 acts.append(f"opened for writing: {path}")
         elif event in WRITES:
             paths = {"os.rename": arguments[:2], "os.link": arguments[:2], "os.symlink": arguments[1:2]}

@@ -11,7 +11,7 @@ from lorafit.shown import one_line
 
 Outcome = Literal["pass", "warn", "fail"]
 OUTCOMES: tuple[Outcome, ...] = ("pass", "warn", "fail")
-MAX_LISTED = 1000  # row numbers that a verdict lists
+MAX_LISTED = 1000  # row numbers that a verdict lists, and verdicts that an error becomes
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +57,10 @@ def of_error(error: LorafitError) -> list[Verdict]:
             name = "model"
         case _:
             name = "machine"
-    found = [
-        Verdict(name, "fail", problem.message, problem.place, problem.hint) for problem in error.problems
-    ]
-    if error.num_more:
-        found.append(Verdict(name, "fail", f"{error.num_more:,} more problems of the same kind"))
+    listed = error.problems[:MAX_LISTED]
+    found = [Verdict(name, "fail", problem.message, problem.place, problem.hint) for problem in listed]
+    if num_more := error.num_more + len(error.problems) - len(listed):
+        found.append(Verdict(name, "fail", f"{num_more:,} more problems of the same kind"))
     return found
 
 

@@ -41,12 +41,11 @@ def check(
 
     lorafit check --model TinyLlama/TinyLlama-1.1B-Chat-v1.0 --data alpaca_data.json
     """
-    import json
-
     from lorafit.check.preflight import histogram
     from lorafit.check.verdict import summary
     from lorafit.config.load import config_of_words, flag_overrides
     from lorafit.errors import ConfigError, LorafitError
+    from lorafit.shown import json_line
     from lorafit.training import checking
 
     flags = flag_overrides(model=model, data=data, output=output)
@@ -64,7 +63,7 @@ def check(
     except LorafitError as error:
         checked = checking.refused(error)
     if as_json:
-        typer.echo(json.dumps(checked.as_dict(), ensure_ascii=False))
+        typer.echo(json_line(checked.as_dict()))
     else:
         from lorafit.observe.terminal import print_verdicts
 

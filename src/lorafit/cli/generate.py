@@ -57,10 +57,10 @@ def generate(
 
     lorafit generate runs/tinyllama --file prompts.jsonl --output answers.jsonl
     """
-    import json
     import sys
 
     from lorafit.errors import ConfigError
+    from lorafit.shown import json_line
     from lorafit.untrusted import piped_lines
 
     if file is not None and (prompts or compare or as_json):
@@ -103,7 +103,7 @@ def generate(
     for prompt, answer in zip(prompts, answers, strict=True):
         if as_json:
             record = {"prompt": prompt, "answer": answer.text, "stopped": answer.stopped}
-            typer.echo(json.dumps(record, ensure_ascii=False))
+            typer.echo(json_line(record))
         else:
             typer.echo(f"> {printable(prompt)}\n{printable(answer.text)}\n")
 

@@ -19,11 +19,10 @@ def report(
     ] = False,
 ) -> None:
     """Write a run's report: one HTML page that opens offline, with curves, answers, ledger and proof."""
-    import json
-
     from lorafit.observe.summary import summarize
     from lorafit.report.page import write_report
     from lorafit.rundir import RunDirectory
+    from lorafit.shown import json_line
 
     directory = RunDirectory.open(run)
     path = write_report(directory, output)
@@ -37,4 +36,4 @@ def report(
         **summarize(directory).as_dict(),
         "proof": proof,
     }
-    typer.echo(json.dumps(found, ensure_ascii=False))
+    typer.echo(json_line(found))

@@ -221,9 +221,11 @@ def _unusable_texts(value: object, at: KeyPath, places: Mapping[KeyPath, str]) -
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _unusable_texts(item, at, places)
-    elif isinstance(value, str):
+    elif isinstance(value, str | bytes):
         place = next((places[at[:n]] for n in range(len(at), 0, -1) if at[:n] in places), "")
-        if "\0" in value or not _is_unicode(value):
+        if isinstance(value, bytes):  # YAML's !!binary
+            yield Problem(f"`{'.'.join(at)}` is bytes and no text", place, "write it as text")
+        elif "\0" in value or not _is_unicode(value):
             yield Problem(f"`{'.'.join(at)}` holds a character that is no text", place, "write it as UTF-8")
         elif without_secrets(value) != value:
             hint = "give it in the environment: HF_TOKEN, or what the tracker asks for"

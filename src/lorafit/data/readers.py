@@ -21,7 +21,7 @@ SUFFIXES = (
     ".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz", ".csv", ".tsv",
     ".parquet", ".arrow", ".feather",
 )  # fmt: skip
-LEAST_UNPACKED, MAX_RATIO = 64 * MB, 100
+LEAST_UNPACKED, MAX_RATIO = 16 * MB, 100
 _BLOCK = 1 << 20
 _BATCH = 64  # rows of a Parquet or Arrow file that are Python objects at a time
 _THRIFT = 16 * MB  # bytes of a text, or items of a list, in the description of a Parquet file
@@ -254,6 +254,13 @@ def _arrow(path: Path, name: str, position: Position) -> Iterator[object]:
         raise DataError(f"is not usable Arrow: {error}", place=name, hint="write the file again") from error
 
 
+def _unpacked_bytes(column: Any) -> int:
+    """Bytes of an Arrow column, without references to texts that stand there once."""
+    import pyarrow
+
+    return int((column.dictionary_decode() if pyarrow.types.is_dictionary(column.type) else column).nbytes)
+
+
 def _rows_of(
     batches: Iterator[Any], num_rows: int, position: Position, path: Path, name: str
 ) -> Iterator[object]:
@@ -263,7 +270,7 @@ def _rows_of(
     position.share = lambda: done / num_rows if num_rows else 0.0
     for batch in batches:
         batch.validate(full=True)  # an offset that points elsewhere would be followed
-        left -= batch.nbytes
+        left -= sum(_unpacked_bytes(column) for column in batch.columns)
         if left < 0:
             raise _too_much(name)
         for start in range(0, batch.num_rows, _BATCH):

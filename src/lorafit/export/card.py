@@ -19,7 +19,7 @@ from lorafit import __version__
 from lorafit.data.ledger import Ledger
 from lorafit.export.source import Source
 from lorafit.hub import token
-from lorafit.observe.record import read_metrics
+from lorafit.observe.record import read_metrics, series
 
 FILE = "README.md"
 MOST_ROWS = 10
@@ -165,25 +165,23 @@ def _nameless(value: Any) -> Any:
 
 def _results(source: Source) -> str:
     events = read_metrics(source.run.metrics_file) if source.run.metrics_file.is_file() else []
-    steps = [event for event in events if event.get("event") == "step" and event.get("loss") is not None]
-    heldout = [event for event in events if event.get("event") == "heldout"]
+    steps, heldout = (
+        [event for event in events if event.get("event") == kind] for kind in ("step", "heldout")
+    )
+    losses, held = ({int(step): loss for step, loss in series(found, "loss")} for found in (steps, heldout))
+    base = series(heldout, "base_loss")
     lines = []
-    base = next((event["base_loss"] for event in reversed(heldout) if event.get("base_loss")), None)
-    best = min((event["loss"] for event in heldout if event.get("loss") is not None), default=None)
-    if best is not None:
-        before = f" (base {base:.4f})" if base is not None else ""
+    if held:
+        before = f" (base {base[-1][1]:.4f})" if base else ""
+        best = min(held.values())
         lines.append(
             f"Lowest loss on held-out rows: {best:.4f}{before}. The adapter is that of step {source.step}."
         )
-    if steps:
-        every = max(1, -(-len(steps) // 60))
-        means = [
-            _mean([step["loss"] for step in steps[at : at + every]]) for at in range(0, len(steps), every)
-        ]
+    if losses:
+        every, values = max(1, -(-len(losses) // 60)), [*losses.values()]
+        means = [_mean(values[at : at + every]) for at in range(0, len(values), every)]
         lines.append(f"Training loss, each bar the mean of {every} steps:\n\n`{_curve(means)}`")
-        held = {event["step"]: event["loss"] for event in heldout}
-        shown = sorted({*_thinned([step["step"] for step in steps]), *_thinned(list(held))})
-        losses = {step["step"]: step["loss"] for step in steps}
+        shown = sorted({*_thinned([*losses]), *_thinned([*held])})
         rows = [[str(step), _number(losses.get(step)), _number(held.get(step))] for step in shown]
         lines.append(_table(["step", "loss", "held-out loss"], rows))
     return "\n\n".join(lines) or "Nothing was measured."

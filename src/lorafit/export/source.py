@@ -118,6 +118,12 @@ def open_source(path: str | Path, *, offline: bool = False) -> Source:
         )
     arch = read_architecture(base.path)
     prompt = PromptContract.from_json(run.read_json(run.prompt_file))
+    if (largest := max(prompt.bos_id or 0, prompt.eos_id or 0, *prompt.stop_ids, 0)) >= arch.vocab_size:
+        raise RunError(
+            f"token {largest} has no embedding: the model has {arch.vocab_size}",
+            place=str(run.prompt_file),
+            hint="the file was changed by something else; train the run anew",
+        )
     weights = _weights(base.path, arch)
     return Source(
         run=run,

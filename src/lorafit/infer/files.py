@@ -22,6 +22,7 @@ from lorafit.infer.model import Answer, Model, Question
 from lorafit.infer.sampling import Sampling
 from lorafit.model.adapter import adapter_tensors
 from lorafit.model.lora import set_enabled
+from lorafit.shown import json_line
 from lorafit.untrusted import MB, read_text
 
 AT_ONCE = 16
@@ -113,7 +114,7 @@ def line_of(index: int, asked: Asked, answer: Answer) -> str:
         "stopped": answer.stopped,
         "num_tokens": answer.num_tokens,
     }
-    return json.dumps(value, ensure_ascii=False)
+    return json_line(value)
 
 
 class AnswerFile:

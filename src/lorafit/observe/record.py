@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -91,6 +91,19 @@ def truncate_after(path: Path, step: int) -> int:
     kept = [line for line, event in events if event is not None and _step_of(event) <= step]
     write_file(path, b"".join(kept).decode())
     return sum(event is None for _, event in events)
+
+
+def number(value: object) -> float | None:
+    """`value` where it is a number that can be shown: finite, and below 10^100. The file may hold anything."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e100:
+        return None
+    return float(value)
+
+
+def series(events: Iterable[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    """(step, value) of the events in order, where both are numbers that can be shown."""
+    pairs = ((number(event.get("step")), number(event.get(name))) for event in events)
+    return [(step, value) for step, value in pairs if step is not None and value is not None]
 
 
 def _step_of(event: dict[str, Any]) -> float:

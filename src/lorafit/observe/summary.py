@@ -7,7 +7,7 @@ from datetime import datetime
 
 from lorafit.durable import is_locked
 from lorafit.errors import LorafitError
-from lorafit.observe.record import read_metrics
+from lorafit.observe.record import number, read_metrics
 from lorafit.rundir import RunDirectory
 
 ENDS = ("finished", "ended early", "interrupted")
@@ -54,10 +54,6 @@ def summarize(run: RunDirectory) -> Summary:
 
     def last(kind: str, field: str) -> object:
         return by_kind[kind][-1].get(field) if by_kind.get(kind) else None
-
-    def number(value: object) -> float | None:
-        # not infinite, and no integer beyond float: the file may hold anything
-        return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else None
 
     acts = [event for event in events if event.get("event") in ("run_started", "step", "run_ended")]
     if is_locked(run.lock_file):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -12,7 +11,7 @@ from typing import Any
 from lorafit.data.ledger import Ledger
 from lorafit.durable import MANIFEST, is_locked
 from lorafit.errors import LorafitError
-from lorafit.observe.record import read_whole_events
+from lorafit.observe.record import number, read_whole_events, series
 from lorafit.rundir import RunDirectory
 from lorafit.untrusted import read_bytes, read_json
 
@@ -50,9 +49,8 @@ class Facts:
     missing: list[str] = field(default_factory=list)
 
     def series(self, kind: str, name: str) -> list[tuple[float, float]]:
-        """(step, value) of the events of `kind` in order, where both are finite numbers."""
-        pairs = ((number(event.get("step")), number(event.get(name))) for event in self.events.get(kind, ()))
-        return [(step, value) for step, value in pairs if step is not None and value is not None]
+        """(step, value) of the events of `kind` in order, where both are numbers that can be shown."""
+        return series(self.events.get(kind, ()), name)
 
     def last(self, kind: str) -> Mapping[str, Any]:
         """The newest event of `kind`, empty where there is none."""
@@ -118,13 +116,6 @@ def read_facts(run: RunDirectory) -> Facts:
     facts.ledger = _ledger(run.ledger_file, facts)
     facts.hashes = _hashes(run)
     return facts
-
-
-def number(value: object) -> float | None:
-    """`value` where it is a number that a chart can show: finite, and below 10^100."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e100:
-        return None
-    return float(value) if math.isfinite(value) else None
 
 
 def _state(run: RunDirectory, events: Sequence[Mapping[str, Any]]) -> str:

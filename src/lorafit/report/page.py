@@ -9,9 +9,10 @@ from pathlib import Path
 
 from lorafit import __version__
 from lorafit.durable import write_file
+from lorafit.observe.record import number
 from lorafit.observe.terminal import duration, memory_size, short_count
 from lorafit.report import sections
-from lorafit.report.facts import Facts, number, read_facts
+from lorafit.report.facts import Facts, read_facts
 from lorafit.report.text import html
 from lorafit.rundir import RunDirectory
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorafit.data.ledger import Tokens
+from lorafit.observe.record import number
 from lorafit.observe.terminal import memory_size
 from lorafit.report import plot
-from lorafit.report.facts import Facts, Told, number
+from lorafit.report.facts import Facts, Told
 from lorafit.report.text import cut, html
 
 PROOF_WORDS = {"pass": "proven", "warn": "proven, with warnings", "fail": "proof failed"}
