@@ -22,6 +22,7 @@ SUFFIXES = (
     ".parquet", ".arrow", ".feather",
 )  # fmt: skip
 LEAST_UNPACKED, MAX_RATIO = 16 * MB, 100
+_LEAST_ROW = 8  # bytes of a row of text
 _BLOCK = 1 << 20
 _BATCH = 64  # rows of a Parquet or Arrow file that are Python objects at a time
 _THRIFT = 16 * MB  # bytes of a text, or items of a list, in the description of a Parquet file
@@ -231,6 +232,8 @@ def _parquet(path: Path, name: str, position: Position) -> Iterator[object]:
         with pyarrow.parquet.ParquetFile(
             path, pre_buffer=False, thrift_string_size_limit=_THRIFT, thrift_container_size_limit=_THRIFT
         ) as file:
+            if file.metadata.num_rows * _LEAST_ROW > most_unpacked(path.stat().st_size):
+                raise _too_much(name)
             batches = file.iter_batches(_BATCH)
             yield from _rows_of(batches, file.metadata.num_rows, position, path, name)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
