@@ -30,7 +30,8 @@ from lorafit.data.packing import Pack
 from lorafit.evaluate.heldout import FILL, pack_loss
 from lorafit.model.frozen import Frozen
 from lorafit.model.llama import Llama
-from lorafit.model.memory import give_back_memory
+from lorafit.model.memory import SPARE_BYTES, give_back_memory
+from lorafit.model.native import blocks
 from lorafit.model.quant import Quantize
 
 _PASS_SECONDS = 1e-3  # what a pass costs a layer however small it is, where nothing was measured
@@ -70,6 +71,7 @@ class Memory:
     activations: float  # what the heaviest pack keeps for its backward pass
     working: float  # what is alive for a moment: a layer's slopes, the chunk of logits
     kernels: float  # products compiled for the sizes of the passes, kept by torch's CPU library
+    spare: float  # freed blocks that are kept for passes of other sizes
     rest: float
 
     @property
@@ -82,6 +84,7 @@ class Memory:
             + self.activations
             + self.working
             + self.kernels
+            + self.spare
             + self.rest
         )
 
@@ -197,19 +200,24 @@ def predict_memory(
     on_cpu = device.type == "cpu"
     kernel_bytes = _KERNEL_BYTES if on_cpu and (shape.width == 2 or shape.quantize != "none") else 0
     sizes = len(np.unique(work.passes[:, :2], axis=0)) * work.weight
+    activations, working = saved_bytes(shape, work.at(index)), working_bytes(shape, work.at(index))
+    several = on_cpu and sizes > 1 and blocks() is not None
     found = Memory(
         process=process if on_cpu else CONTEXT_BYTES,
         base=base_bytes(shape),
         adapter=trainable * (4 if work.most_in_a_step > 1 else 3),
-        activations=saved_bytes(shape, work.at(index)),
-        working=working_bytes(shape, work.at(index)),
+        activations=activations,
+        working=working,
         kernels=min(kernel_bytes * sizes, _MOST_KERNEL_BYTES),
+        spare=min(SPARE_BYTES, activations + working) if several else 0,
         rest=_LIBRARIES_BYTES if on_cpu else 0,
     )
     if rates is None or rates.peak_bytes is None:
         return found
     # one pass without an optimizer step: of the adapter only its masters were there, of the sizes one or two
-    expected = found.total - found.rest - found.adapter + trainable - found.kernels + 2 * kernel_bytes
+    expected = (
+        found.total - found.rest - found.adapter + trainable - found.kernels + 2 * kernel_bytes - found.spare
+    )
     measured = rates.peak_bytes + (0 if on_cpu else CONTEXT_BYTES)
     return replace(found, rest=measured - expected)
 

@@ -55,6 +55,7 @@ def _of_memory(plan: Plan) -> str:
         "activations": memory.activations,
         "working": memory.working,
         "kernels": memory.kernels,
+        "spare blocks": memory.spare,
         "process": memory.process,
         "the rest": memory.rest,
     }

@@ -17,6 +17,9 @@ if sys.platform == "win32":
     import psutil
 
 MUCH_FREE = 192 * 10**6
+SPARE_BYTES = (
+    64 * 2**20
+)  # blocks that are kept beyond what was once in use together, for sizes that come in turns
 MOST_KERNELS = 64  # compiled products that torch's CPU library keeps
 
 
@@ -29,7 +32,7 @@ def keep_freed_memory() -> None:
     """
     held = blocks()
     if held is not None:
-        held.keep_blocks()
+        held.keep_blocks(ctypes.c_size_t(SPARE_BYTES))
         return
     libc = _glibc()
     if libc is not None:

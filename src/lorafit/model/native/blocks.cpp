@@ -2,7 +2,7 @@
 //
 // A step makes and frees the same large tensors in every layer. In the heap what is kept comes to lie between what was
 // freed, so the peak grows; given back and faulted in again, pages cost as much as a tenth of the step. Blocks of one
-// size fit each other whatever order they come in. Before more is held than was once in use together, and SPARE, free
+// size fit each other whatever order they come in. Before more is held than was once in use together, and `spare`, free
 // blocks go back to the system, the longest free first.
 #include <c10/core/CPUAllocator.h>
 #include <sys/mman.h>
@@ -14,7 +14,6 @@
 
 namespace {
 constexpr size_t LARGE = 1 << 20;   // smaller ones stay in the heap
-constexpr size_t SPARE = 64 << 20;  // for sizes that come in turns
 constexpr size_t MOST_TIMES = 2;    // a block is given for a size that is so many times smaller at most
 constexpr int CLASSES = 8;          // sizes to a doubling: at most an eighth is too much, and its pages are never touched
 
@@ -31,7 +30,7 @@ size_t rounded(size_t size) {
 
 class Blocks final : public c10::Allocator {
  public:
-  explicit Blocks(c10::Allocator *heap) : heap(heap) {}
+  Blocks(c10::Allocator *heap, size_t spare) : heap(heap), spare(spare) {}
 
   c10::DataPtr allocate(size_t size) override {
     if (size < LARGE) return heap->allocate(size);
@@ -68,7 +67,7 @@ class Blocks final : public c10::Allocator {
       held -= block.size;
       return taken(block.at, block.size);
     }
-    if (used + held + size > most + SPARE) release(used + held + size - most - SPARE);
+    if (used + held + size > most + spare) release(used + held + size - most - spare);
     void *at = map(size);
     if (at == MAP_FAILED) {
       release(held);
@@ -92,6 +91,7 @@ class Blocks final : public c10::Allocator {
   static void give(void *at);
 
   c10::Allocator *heap;
+  const size_t spare;
   std::mutex lock;
   std::deque<Free> free_;  // in the order in which they were freed
   std::unordered_map<void *, size_t> sizes;  // of the blocks in use
@@ -115,9 +115,9 @@ void Blocks::give(void *at) {
 }
 }  // namespace
 
-extern "C" void keep_blocks() {
+extern "C" void keep_blocks(size_t spare) {
   if (blocks) return;
-  blocks = new Blocks(c10::GetCPUAllocator());
+  blocks = new Blocks(c10::GetCPUAllocator(), spare);
   c10::SetCPUAllocator(blocks, 1);
 }
 extern "C" void release_blocks() {
