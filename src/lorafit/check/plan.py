@@ -200,16 +200,16 @@ def predict_memory(
     on_cpu = device.type == "cpu"
     kernel_bytes = _KERNEL_BYTES if on_cpu and (shape.width == 2 or shape.quantize != "none") else 0
     sizes = len(np.unique(work.passes[:, :2], axis=0)) * work.weight
-    activations, working = saved_bytes(shape, work.at(index)), working_bytes(shape, work.at(index))
+    activations = saved_bytes(shape, work.at(index))
     several = on_cpu and sizes > 1 and blocks() is not None
     found = Memory(
         process=process if on_cpu else CONTEXT_BYTES,
         base=base_bytes(shape),
         adapter=trainable * (4 if work.most_in_a_step > 1 else 3),
         activations=activations,
-        working=working,
+        working=working_bytes(shape, work.at(index)),
         kernels=min(kernel_bytes * sizes, _MOST_KERNEL_BYTES),
-        spare=min(SPARE_BYTES, activations + working) if several else 0,
+        spare=min(SPARE_BYTES, activations) if several else 0,
         rest=_LIBRARIES_BYTES if on_cpu else 0,
     )
     if rates is None or rates.peak_bytes is None:
