@@ -273,10 +273,11 @@ def _rows_of(
     position.share = lambda: done / num_rows if num_rows else 0.0
     for batch in batches:
         batch.validate(full=True)  # an offset that points elsewhere would be followed
-        left -= sum(_unpacked_bytes(column) for column in batch.columns)
-        if left < 0:
-            raise _too_much(name)
         for start in range(0, batch.num_rows, _BATCH):
-            rows = batch.slice(start, _BATCH).to_pylist()
+            part = batch.slice(start, _BATCH)  # one batch of an Arrow file may be all of it
+            left -= sum(_unpacked_bytes(column) for column in part.columns)
+            if left < 0:
+                raise _too_much(name)
+            rows = part.to_pylist()
             yield from rows
             done += len(rows)
