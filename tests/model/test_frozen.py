@@ -40,7 +40,7 @@ def test_a_bfloat16_product_is_the_exact_one_rounded_once(
 def test_a_row_has_the_same_bits_whatever_the_threads_and_the_rows_beside_it() -> None:
     compiled = kernels()
     if compiled is None or not compiled.has_products:
-        pytest.skip("the processor has no matrix tiles")
+        pytest.skip("the processor has no dot products of short numbers")
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 4160, generator=generator).bfloat16()
     weight = torch.randn(1000, 4160, generator=generator).bfloat16()

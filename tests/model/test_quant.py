@@ -146,7 +146,7 @@ def test_int8_on_matrix_tiles_is_exact(
 ) -> None:
     compiled = kernels()
     if compiled is None or not compiled.has_products:
-        pytest.skip("the processor has no matrix tiles")
+        pytest.skip("the processor has no dot products of short numbers")
     generator = torch.Generator().manual_seed(rows)
     x = _Quantized(
         torch.randint(-127, 128, (rows, depth), generator=generator, dtype=torch.int8),
