@@ -31,9 +31,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         total = torch.zeros((), dtype=wide(hidden.dtype), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        rows = max(1, CHUNK_ELEMENTS // head.shape[0])
-        for start in range(0, hidden.shape[0], rows):
-            chunk = slice(start, start + rows)
+        most = max(1, CHUNK_ELEMENTS // head.shape[0])
+        chunks = -(-hidden.shape[0] // most)
+        for number in range(chunks):  # of all but equal length: a short one would be slow
+            chunk = slice(number * hidden.shape[0] // chunks, (number + 1) * hidden.shape[0] // chunks)
             logits = times(hidden[chunk], head)  # (rows, vocab_size); becomes its own slope
             total += cross_entropy(logits, targets[chunk], slope=gradient is not None).sum()
             if gradient is not None:

@@ -179,8 +179,9 @@ static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, c
   const int64_t start_at = PANEL * most_steps * TILE_BYTES, panel_bytes = start_at + PANEL * sizeof(Sum);
   const int64_t flips = sizeof(In) == 1 && !on_tiles ? -128 : 0;  // of the signs of a (see offsets)
   const int64_t panels = (columns + PANEL - 1) / PANEL, num_strips = (rows + PANEL - 1) / PANEL;
-  const int64_t turns = (panels * panel_bytes + threads * group_bytes - 1) / (threads * group_bytes);
-  const int64_t group = (panels + turns * threads - 1) / (turns * threads), strip_bytes = PANEL * all_steps * TILE_BYTES;
+  const int64_t turns = std::max<int64_t>(1, (panels * panel_bytes / threads + group_bytes / 4) / group_bytes);
+  const int64_t groups = std::min(turns * threads, panels), group = (panels + groups - 1) / groups;
+  const int64_t strip_bytes = PANEL * all_steps * TILE_BYTES;
 #pragma omp parallel num_threads(threads)
   {
     static thread_local Space laid_out_space, sums_space;
@@ -188,36 +189,42 @@ static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, c
     uint8_t *const laid_out = laid_out_space.of<uint8_t>(group * panel_bytes);
     Sum *const kept = sums_space.of<Sum>((chunks > 1 ? num_strips * group : 1) * PANEL * PANEL);
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < num_strips * PANEL; row++)
-      for (int64_t step = 0; step < all_steps; step++) {
-        const int64_t tile = row / PANEL * strip_bytes + (2 * step + row % PANEL / TILE_ROWS) * TILE;
-        const int64_t deep = (step - own_steps) * UNIT, left = (rank - deep) * sizeof(In);  // in the low-rank factor
-        const __mmask64 mask = row >= rows ? 0 : deep < 0 || left >= TILE_BYTES ? ~0ull : (1ull << left) - 1;
-        const __m512i line = _mm512_maskz_loadu_epi8(mask, deep < 0 ? a + row * depth + step * UNIT : low + row * rank + deep);
-        _mm512_store_si512(strips + tile + row % TILE_ROWS * TILE_BYTES, _mm512_xor_si512(line, _mm512_set1_epi8(flips)));
-      }
+    for (int64_t top = 0; top < num_strips * PANEL; top += TILE_ROWS)
+      for (int64_t step = 0; step < all_steps; step++)
+        for (int64_t row = top; row < top + TILE_ROWS; row++) {
+          const int64_t tile = row / PANEL * strip_bytes + (2 * step + row % PANEL / TILE_ROWS) * TILE;
+          const int64_t deep = (step - own_steps) * UNIT, left = (rank - deep) * sizeof(In);  // in the low-rank factor
+          const __mmask64 mask = row >= rows ? 0 : deep < 0 || left >= TILE_BYTES ? ~0ull : (1ull << left) - 1;
+          const __m512i line = _mm512_maskz_loadu_epi8(mask, deep < 0 ? a + row * depth + step * UNIT : low + row * rank + deep);
+          _mm512_store_si512(strips + tile + row % TILE_ROWS * TILE_BYTES, _mm512_xor_si512(line, _mm512_set1_epi8(flips)));
+        }
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t begin = 0; begin < panels; begin += group) {
-      const int64_t end = std::min(begin + group, panels);
+    for (int64_t which = 0; which < groups; which++) {
+      const int64_t begin = which * panels / groups, end = (which + 1) * panels / groups;
       for (int64_t from = 0; from < all_steps; from += most_steps) {
         const int64_t steps = std::min(most_steps, all_steps - from);
+        const auto lay = [&](int64_t panel, int64_t step) {
+          const int64_t column = panel * PANEL, width = std::min(PANEL, columns - column);
+          const bool own = from + step < own_steps;
+          const int64_t k = (from + step - (own ? 0 : own_steps)) * UNIT, whole = own ? depth : rank;
+          const In *const of = own ? weight : factor;
+          uint8_t *const to = laid_out + (panel - begin) * panel_bytes + 2 * step * TILE;
+          if (turned) {
+            lay_out(of + k * columns + column, columns, width, whole - k, to);
+          } else {
+            const int64_t pitch = whole * sizeof(In), bytes = (whole - k) * sizeof(In);
+            const uint8_t *at = (const uint8_t *)(of + column * whole + k);
+            turn_words(at, pitch, width, bytes, to);
+            turn_words(at + TILE_ROWS * pitch, pitch, width - TILE_ROWS, bytes, to + TILE);
+          }
+        };
+        if (turned)  // along the rows of the weight
+          for (int64_t step = 0; step < steps; step++)
+            for (int64_t panel = begin; panel < end; panel++) lay(panel, step);
         for (int64_t panel = begin; panel < end; panel++) {
           uint8_t *const its = laid_out + (panel - begin) * panel_bytes;
-          for (int64_t step = 0; step < steps; step++) {
-            const int64_t column = panel * PANEL, width = std::min(PANEL, columns - column);
-            const bool own = from + step < own_steps;
-            const int64_t k = (from + step - (own ? 0 : own_steps)) * UNIT, whole = own ? depth : rank;
-            const In *const of = own ? weight : factor;
-            uint8_t *const to = its + 2 * step * TILE;
-            if (turned) {
-              lay_out(of + k * columns + column, columns, width, whole - k, to);
-            } else {
-              const int64_t pitch = whole * sizeof(In), bytes = (whole - k) * sizeof(In);
-              const uint8_t *at = (const uint8_t *)(of + column * whole + k);
-              turn_words(at, pitch, width, bytes, to);
-              turn_words(at + TILE_ROWS * pitch, pitch, width - TILE_ROWS, bytes, to + TILE);
-            }
-          }
+          if (!turned)
+            for (int64_t step = 0; step < steps; step++) lay(panel, step);
           std::memset(its + start_at, 0, PANEL * sizeof(Sum));
           if constexpr (sizeof(In) == 1)
             if (!on_tiles) offsets(steps, its, (int32_t *)(its + start_at));
