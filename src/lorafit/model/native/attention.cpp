@@ -6,22 +6,16 @@
 // at a time, in float32 (the scheme of FlashAttention, Dao 2023). One thread does one document and one key-value
 // head, so results depend neither on the number of threads nor on the neighbours in the pack.
 #include "dots.h"
+#include "vectors.h"
 
 #include <cstdlib>
 #include <numeric>
 #include <type_traits>
 #include <vector>
 
-#ifdef __AVX512F__
-constexpr int LANES = 16, ROWS = 8;
-#else
-constexpr int LANES = 8, ROWS = 4;
-#endif
-typedef float vec __attribute__((vector_size(LANES * 4), aligned(4)));
+constexpr int ROWS = LANES / 2;
 constexpr int64_t QUERIES = 64;      // queries of one block
 constexpr int64_t PAD = 2 * LANES;   // columns come in multiples of this
-
-static int64_t padded(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // C[m, n] (+)= sum_k A[m * a_row + k * a_column] * B[k, n] for ROWS rows and COLUMNS vectors
 template <int COLUMNS>

@@ -7,38 +7,25 @@
 // W may be int8: then column_scale multiplies the sums and input_scale x, as in model/quant.py. It is widened on the way,
 // so inputs keep the digits of their type and outliers need no care.
 #include "dots.h"
+#include "vectors.h"
 
 #include <type_traits>
 #include <vector>
-#if defined(__AVX2__) || defined(__AVX512F__)
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
-#ifdef __AVX512F__
-constexpr int LANES = 16;
-#else
-constexpr int LANES = 8;
-#endif
 // Rows and columns of one tile: their sums fill the registers. Few rows of x stay in the nearest cache, but int8 is widened
 // anew for each group of them.
 constexpr int SUMS = 24;
 template <class W>
 constexpr int ROWS = sizeof(W) == 1 ? 8 : 4;
 constexpr int64_t LINE = 64;  // bytes that the cache takes at a time
-constexpr int64_t MOST = 32;  // rows whose sums are held at a time
-typedef float vec __attribute__((vector_size(LANES * 4), aligned(4)));
+constexpr int64_t MOST = 32, SPAN = 2 * SUMS;  // rows and columns whose sums are held at a time
 typedef uint32_t words __attribute__((vector_size(LANES * 4)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(2)));
 typedef int32_t integers __attribute__((vector_size(LANES * 4)));
 typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1)));
-
-static inline float total(vec sum) {
-  float lanes[LANES];
-  std::memcpy(lanes, &sum, sizeof(lanes));
-  for (int width = LANES / 2; width; width /= 2)
-    for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
-  return lanes[0];
-}
 
 static inline vec widen(const float *w) { return *(const vec *)w; }
 static inline vec widen(const bf16 *w) { return (vec)(__builtin_convertvector(*(const halves *)w, words) << 16); }
@@ -95,8 +82,6 @@ template <>
 struct Dot<bf16, int8_t> : PairsDot<int8_t> {};
 #endif
 
-static int64_t padded(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 // The rows of x lie in groups of ROWS<W>, and in a group step by step: the STEP numbers of each row side by side.
 
 // out[m * stride + n] = the products of a group of M rows of x with N rows of w; `lines` a step from `ahead` on come into
@@ -107,6 +92,7 @@ static inline void tile(int64_t width, const typename Dot<T, W>::Input *x, const
   typedef Dot<T, W> D;
   typename D::Sums sums[M][N] = {};
   int64_t k = 0;
+#pragma GCC unroll 2  // one step at a time GCC makes a slower loop
   for (; k + D::STEP <= width; k += D::STEP) {
     for (int64_t line = 0; line < lines; line++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
     typename D::Line weights[N];
@@ -119,11 +105,18 @@ static inline void tile(int64_t width, const typename Dot<T, W>::Input *x, const
       for (int n = 0; n < N; n++) D::add(sums[m][n], weights[n], inputs);
     }
   }
+  vec lanes[M * N];
+  float whole[M * N];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; n++) lanes[m * N + n] = (vec)sums[m][n];
+  totals(lanes, M * N, whole);
   for (int m = 0; m < M; m++)
     for (int n = 0; n < N; n++) {
       float rest = 0;
       for (int64_t i = k; i < width; i++) rest += get(x[k * M + m * D::STEP + i - k]) * get(w[n * width + i]);
-      out[m * stride + n] = total((vec)sums[m][n]) + rest;
+      out[m * stride + n] = whole[m * N + n] + rest;
     }
 }
 
@@ -249,19 +242,28 @@ static void product_of(int64_t rows, int64_t width, int64_t columns, const T *x,
   const int64_t x_row = padded(width, Dot<T, W>::STEP);
   float *low = space.of<float>(rows * total);
   const int64_t *first_low = starts.data();
-  const auto finish = [&](int64_t row, int64_t column, float sum) {
-    if (column_scale) sum *= column_scale[column];
-    if (bias) sum += get(bias[column]);
-    if (addend) sum += get(addend[row * columns + column]);
+  const auto finish = [&](int64_t row, int64_t first, int64_t count, float *sums) {  // of neighbouring columns
+    const T *const its = addend ? addend + row * columns + first : nullptr;
+    if (column_scale)
+#pragma omp simd
+      for (int64_t n = 0; n < count; n++) sums[n] *= column_scale[first + n];
+    if (bias)
+#pragma omp simd
+      for (int64_t n = 0; n < count; n++) sums[n] += get(bias[first + n]);
+    if (its)
+#pragma omp simd
+      for (int64_t n = 0; n < count; n++) sums[n] += get(its[n]);
     const int64_t pair = pairs.of(row), rank = pair < 0 ? 0 : pairs.ranks[pair];
-    float along = 0;
-    if (rank) {
-      const float *from = low + row * total + first_low[pair], *b = pairs.b[pair] + column * rank;
+    for (int64_t n = 0; n < (rank ? count : 0); n++) {
+      const float *from = low + row * total + first_low[pair], *b = pairs.b[pair] + (first + n) * rank;
+      float along = 0;
 #pragma omp simd reduction(+ : along)
       for (int64_t j = 0; j < rank; j++) along += from[j] * b[j];
-      along *= pairs.scales[pair];
+      sums[n] += along * pairs.scales[pair];
     }
-    put(sum + along, out[row * columns + column]);
+    T *const to = out + row * columns + first;
+#pragma omp simd
+    for (int64_t n = 0; n < count; n++) put(sums[n], to[n]);
   };
   int64_t done = 0;  // columns that the tiles make
   const uint8_t *tiled = nullptr;
@@ -274,7 +276,7 @@ static void product_of(int64_t rows, int64_t width, int64_t columns, const T *x,
 #endif
   const auto *input = done < columns ? interleave<T, W>(rows, width, x, input_scale) : nullptr;
   constexpr int few = SUMS / 4, fewer = SUMS / ROWS<W>;  // columns of a tile of four rows, and of one with all
-  const int64_t together = rows <= 4 ? few : fewer, blocks = (columns - done + together - 1) / together;
+  const int64_t together = rows <= 4 ? few : fewer, blocks = (columns - done + SPAN - 1) / SPAN;
 #pragma omp parallel num_threads(threads)
   {
     for (int64_t pair = 0; pair < pairs.count; pair++) {
@@ -290,26 +292,32 @@ static void product_of(int64_t rows, int64_t width, int64_t columns, const T *x,
 #pragma omp for schedule(static)
       for (int64_t first = 0; first < done; first += TILE_ROWS) {
         sixteen_columns(width, tiled, weight + first * width, sums);
-        for (int64_t row = 0; row < rows; row++)
-          for (int64_t n = 0; n < TILE_ROWS; n++) finish(row, first + n, sums[n * TILE_ROWS + row]);
+        for (int64_t row = 0; row < rows; row++) {
+          float its[TILE_ROWS];
+          for (int64_t n = 0; n < TILE_ROWS; n++) its[n] = sums[n * TILE_ROWS + row];
+          finish(row, first, TILE_ROWS, its);
+        }
       }
     }
 #endif
 #pragma omp for schedule(static)
     for (int64_t block = 0; block < blocks; block++) {
-      const int64_t first = done + block * together, count = std::min(together, columns - first);
-      float sums[MOST * few];
+      const int64_t first = done + block * SPAN, count = std::min(SPAN, columns - first);
+      float sums[MOST * SPAN];
       for (int64_t top = 0; top < rows; top += MOST) {
         const int64_t here = std::min(MOST, rows - top);
         const auto *from = input + top * x_row;
-        if (count < together)
-          for (int64_t n = 0; n < count; n++) tiles<T, W, 1>(here, width, from, weight + (first + n) * width, sums + n, together);
-        else if (together == few)
-          tiles<T, W, few>(here, width, from, weight + first * width, sums, together);
-        else
-          tiles<T, W, fewer>(here, width, from, weight + first * width, sums, together);
-        for (int64_t m = 0; m < here; m++)
-          for (int64_t n = 0; n < count; n++) finish(top + m, first + n, sums[m * together + n]);
+        for (int64_t n = 0; n < count;) {
+          const W *const w = weight + (first + n) * width;
+          const int64_t left = count - n;
+          if (left < together)
+            tiles<T, W, 1>(here, width, from, w, sums + n, SPAN), n++;
+          else if (together == few)
+            tiles<T, W, few>(here, width, from, w, sums + n, SPAN), n += few;
+          else
+            tiles<T, W, fewer>(here, width, from, w, sums + n, SPAN), n += fewer;
+        }
+        for (int64_t m = 0; m < here; m++) finish(top + m, first, count, sums + m * SPAN);
       }
     }
   }
