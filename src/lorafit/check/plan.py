@@ -30,23 +30,25 @@ from lorafit.data.packing import Pack
 from lorafit.evaluate.heldout import FILL, pack_loss
 from lorafit.model.frozen import Frozen
 from lorafit.model.llama import Llama
-from lorafit.model.memory import SPARE_BYTES, give_back_memory
+from lorafit.model.memory import MOST_KERNELS, SPARE_BYTES, give_back_memory
 from lorafit.model.native import blocks
 from lorafit.model.quant import Quantize
 
 _PASS_SECONDS = 1e-3  # what a pass costs a layer however small it is, where nothing was measured
-_STEP_SECONDS = 16e-3  # AdamW's calls, clipping, laying packs, recording: per optimizer step
+_STEP_SECONDS = 6e-3  # AdamW's calls, clipping, laying packs, recording: per optimizer step
 _ENDS_SECONDS = 1.0  # making the run directory, digests, exporting the adapter, leaving the process
 _OPTIMIZER_SECONDS = 8e-9  # AdamW and clipping, per parameter of the adapter
 _SAVE_SECONDS, _SAVED_BYTES_PER_SECOND = 0.05, 2.5e8  # a checkpoint: synced, then read back
+_PROOF_PASSES = 4  # base and tuned, trained and loaded
 _USUAL_SHARE = 0.7  # a whole pass beside one large product, in FLOPs a second
 _SHORT_PACK = 0.2  # a second, shorter pack is timed twice where it costs less than this share of the heaviest
 _MOST_PACKS, _SEVERAL_SECONDS = 12, 2.0  # more packs are timed as long as all take less than so long
 _MIN_MICRO_BATCH = 128  # smaller ones save nothing worth their time
 _LIBRARIES_BYTES = 80 * 10**6  # what torch loads and allocates once at the first products
-# On a CPU, 16-bit and 8-bit products are compiled anew for every number of rows, and the library (oneDNN) keeps some
-# of them (model/memory.py). Measured: about 14 MB a pass of a new size, until 45 MB are reached.
-_KERNEL_BYTES, _MOST_KERNEL_BYTES = 14 * 10**6, 45 * 10**6
+# On a CPU, torch's library (oneDNN) compiles small 16-bit products anew for every number of rows and keeps some of them
+# (model/memory.py). Measured: about four for a pass of a new size.
+_ONE_KERNEL = 125 * 10**4
+_KERNEL_BYTES, _MOST_KERNEL_BYTES = 4 * _ONE_KERNEL, MOST_KERNELS * _ONE_KERNEL
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +99,13 @@ class Times:
     steps: float
     measuring: float
     saving: float
-    answering: float  # held-out prompts at the end; at most
+    answering: float  # held-out prompts, also those of the proof; at most
+    proving: float  # a fresh process that loads the run, and the texts that it is asked
 
     @property
     def total(self) -> float:
         """All parts."""
-        return self.start + self.steps + self.measuring + self.saving + self.answering
+        return self.start + self.steps + self.measuring + self.saving + self.answering + self.proving
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +113,12 @@ class Rates:
     """What this machine makes of the formula.
 
     `measured` is whether by real passes; then `peak_bytes` is the most memory of the heaviest one. `pass_seconds`
-    is what a pass costs beside its FLOPs, `seconds` what finding this out took.
+    is what a pass costs beside its FLOPs, `seconds` what finding this out took. `bytes_per_second` of the weights
+    are read where a row at a time goes through them.
     """
 
     flops_per_second: float
+    bytes_per_second: float
     pass_seconds: float
     measured: bool
     seconds: float
@@ -122,15 +127,17 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How often a run measures and saves, and the tokens it answers with at the end.
+    """How often a run measures and saves, and what it answers and proves.
 
-    `heldout` are the passes of one measurement, `answer_tokens` the longest answer's times the times it is asked.
+    `heldout` are the passes of one measurement. `answers` are the batches of prompts that it answers: their rows, and
+    the most tokens of one. `proof` is the pass of which the proof compares the logits, None without one.
     """
 
     measurements: int
     heldout: Sequence[Pass]
     saves: int
-    answer_tokens: int
+    answers: Sequence[tuple[int, int]]
+    proof: Pass | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,9 +230,16 @@ def predict_memory(
 
 
 def predict_times(
-    shape: Shape, work: Workload, schedule: Schedule, rates: Rates, start: float, ranks: int = 1
+    shape: Shape,
+    work: Workload,
+    schedule: Schedule,
+    rates: Rates,
+    start: float,
+    fresh: float = 0.0,
+    ranks: int = 1,
 ) -> Times:
-    """The parts of the run's wall time; `start` is the seconds until the first step.
+    """The parts of the run's wall time; `start` is the seconds until the first step, `fresh` those that a fresh process
+    takes to load the run.
 
     Of several `ranks` each is as fast as this process; what travels between them is not counted.
     """
@@ -238,16 +252,16 @@ def predict_times(
     training = training_flops(shape, work.mean) * work.num_passes / rates.flops_per_second
     number = 4 if shape.width < 8 else 8
     one_save = _SAVE_SECONDS + trainable * number * 3 / _SAVED_BYTES_PER_SECOND
-    one_token = (
-        forward_flops(shape, Pass(FILL, 1, 0)) / FILL / rates.flops_per_second + rates.pass_seconds / 3
-    )
+    one_token = base_bytes(shape) / rates.bytes_per_second + rates.pass_seconds / 3  # of every row of a batch
+    one_row = forward_flops(shape, Pass(FILL, FILL, 0)) / FILL / rates.flops_per_second
     return Times(
         start=start + _ENDS_SECONDS,
         steps=(training + work.num_passes * rates.pass_seconds) / ranks
         + work.steps * (_STEP_SECONDS + trainable * _OPTIMIZER_SECONDS),
         measuring=schedule.measurements * forward(schedule.heldout) / ranks,
         saving=schedule.saves * one_save,
-        answering=schedule.answer_tokens * one_token,
+        answering=sum(tokens * (one_token + rows * one_row) for rows, tokens in schedule.answers),
+        proving=fresh + _PROOF_PASSES * forward([schedule.proof]) if schedule.proof is not None else 0.0,
     )
 
 
@@ -258,16 +272,29 @@ def quick_rates(network: Llama) -> Rates:
     weight = network.lm_head.weight
     rows = 256
     x = torch.ones(rows, base.in_features, dtype=weight.dtype, device=weight.device)
+    seconds = _best_seconds(lambda: base(x), weight.device)
+    rate = 2 * rows * base.in_features * base.out_features / seconds * _USUAL_SHARE
+    constant = _PASS_SECONDS * len(network.model.layers)
+    return Rates(rate, _reading_rate(network), constant, False, time.perf_counter() - started)
+
+
+def _reading_rate(network: Llama) -> float:
+    """Bytes a second of the head's weight where one row goes through it."""
+    weight = network.lm_head.weight
+    x = torch.ones(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    return weight.nbytes / _best_seconds(lambda: network.logits(x), weight.device)
+
+
+def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
     best = float("inf")
     with torch.inference_mode():
         for _ in range(3):
-            _wait(weight.device)
+            _wait(device)
             before = time.perf_counter()
-            base(x)
-            _wait(weight.device)
+            work()
+            _wait(device)
             best = min(best, time.perf_counter() - before)
-    rate = 2 * rows * base.in_features * base.out_features / best * _USUAL_SHARE
-    return Rates(rate, _PASS_SECONDS * len(network.model.layers), False, time.perf_counter() - started)
+    return best
 
 
 def calibrate(network: Llama, shape: Shape, work: Workload, pack_of: Callable[[int], Pack]) -> Rates:
@@ -309,7 +336,8 @@ def calibrate(network: Llama, shape: Shape, work: Workload, pack_of: Callable[[i
         if states[1] is not None:
             torch.cuda.set_rng_state(states[1], device)
     rate, constant = _line(points)
-    return Rates(rate, constant, True, time.perf_counter() - started, peak.num_bytes)
+    reading = _reading_rate(network)
+    return Rates(rate, reading, constant, True, time.perf_counter() - started, peak.num_bytes)
 
 
 def calibration_share(shape: Shape, work: Workload) -> float:

@@ -80,7 +80,8 @@ def _of_time(plan: Plan) -> str:
         "steps": times.steps,
         "held-out rows": times.measuring,
         "saving": times.saving,
-        "answers at the end, at most": times.answering,
+        "answers, at most": times.answering,
+        "the proof": times.proving,
     }
     listed = ", ".join(f"{name} {duration(num)}" for name, num in parts.items() if num >= 0.5)
     return listed + ("" if _is_measured(plan) else " (estimated, nothing was measured)")

@@ -217,11 +217,11 @@ def compare_logits(
 def stop(model: Model, prompts: Callable[[int], Sequence[Row]]) -> Check:
     """How many greedy answers to held-out prompts end by themselves, given twice the tokens of a right answer."""
     asked = [(row, _answer_tokens(model, row)) for row in prompts(STOP_PROMPTS)]
-    fair = [(row, length) for row, length in asked if 2 * length <= MOST_ANSWER]
+    fair = [(row, length) for row, length in asked if _is_fair(length)]
     if not fair:
         why = "right answers are too long to wait for" if asked else "no held-out row asks something"
         return Check("stop", "skip", f"whether answers end is not measured: {why}")
-    limit = max(LEAST_ANSWER, 2 * max(length for _, length in fair))
+    _, limit = stop_prompts([length for _, length in fair])
     answers = model.generate([row.content for row, _ in fair], max_tokens=limit)
     going = [row.place for (row, _), answer in zip(fair, answers, strict=True) if not answer.stopped]
     ended = len(fair) - len(going)
@@ -230,6 +230,17 @@ def stop(model: Model, prompts: Callable[[int], Sequence[Row]]) -> Check:
     if ended < STOP_SHARE * len(fair):
         return Check("stop", "warn", f"only {text} within {limit} tokens", values)
     return Check("stop", "pass", text, values)
+
+
+def stop_prompts(lengths: Sequence[int]) -> tuple[int, int]:
+    """How many prompts are asked whether they end, and the most tokens of an answer; `lengths` are right answers'."""
+    fair = [length for length in lengths[:STOP_PROMPTS] if _is_fair(length)]
+    return len(fair), max(LEAST_ANSWER, 2 * max(fair, default=0))
+
+
+def _is_fair(length: int) -> bool:
+    """Whether an answer may be waited for whose right one has `length` tokens."""
+    return 2 * length <= MOST_ANSWER
 
 
 def heldout(base: float | None, tuned: float | None) -> Check:

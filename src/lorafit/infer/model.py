@@ -27,7 +27,7 @@ from lorafit.rundir import RunDirectory
 from lorafit.untrusted import read_json
 
 Question = str | Content | Sequence[Message]
-_AT_ONCE = 16  # prompts that share a batch
+AT_ONCE = 16  # prompts that share a batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +57,8 @@ class Model:
     ) -> list[Answer]:
         """Answer every question, in order; `base` leaves the adapter out. Greedy unless `sampling` says otherwise."""
         answers: list[Answer] = []
-        for start in range(0, len(questions), _AT_ONCE):
-            batch = questions[start : start + _AT_ONCE]
+        for start in range(0, len(questions), AT_ONCE):
+            batch = questions[start : start + AT_ONCE]
             ids: list[list[int]] = [[] for _ in batch]
             stopped = [False] * len(batch)
             draws = sampling or Sampling()

@@ -6,9 +6,10 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 
+import numpy as np
 import torch
 
-from lorafit.check.formula import Shape, num_trainable
+from lorafit.check.formula import Pass, Shape, num_trainable
 from lorafit.check.machine import available_bytes, process_seconds
 from lorafit.check.plan import (
     Choice,
@@ -30,8 +31,10 @@ from lorafit.config.schema import Config
 from lorafit.data.packing import Pack, make_packs
 from lorafit.errors import RunError
 from lorafit.evaluate.answers import SAMPLE_TOKENS
-from lorafit.evaluate.proof import STOP_PROMPTS
+from lorafit.evaluate.fresh import MOST_POSITIONS, MOST_TOKENS, PROBE_ROWS
+from lorafit.evaluate.proof import stop_prompts
 from lorafit.hub import model_folder
+from lorafit.infer.model import AT_ONCE
 from lorafit.model.architecture import read_architecture
 from lorafit.model.build import build, wanted_adapter
 from lorafit.model.device import DTYPES, describe, pick_device, pick_dtype
@@ -132,8 +135,8 @@ class Planner:
         schedule = self._schedule(config, work)
         rates = None
         elapsed = self._imports + time.perf_counter() - self._started
-        start = elapsed - (self._once if calibrated else 0.0)
-        start += elapsed - self._once if config.run.verify else 0.0  # a fresh process loads the model again
+        fresh = elapsed - self._once  # a process that loads the model again
+        start = fresh if calibrated else elapsed
         loading_peak = Meter.memory_bytes() if network is not None else 0
         if network is not None:
             network.recompute = shape.recompute
@@ -161,7 +164,7 @@ class Planner:
             memory=memory,
             peak_bytes=max(memory.total, loading_peak) if on_cpu else memory.total,
             available_bytes=self._available,
-            times=predict_times(shape, work, schedule, rates, start, self._ranks)
+            times=predict_times(shape, work, schedule, rates, start, fresh, self._ranks)
             if rates is not None
             else None,
             rates=rates,
@@ -170,7 +173,7 @@ class Planner:
 
     def _is_worth_it(self, shape: Shape, work: Workload, schedule: Schedule, rates: Rates) -> bool:
         """Whether calibrating takes next to nothing of the run's time and says something of use."""
-        seconds = predict_times(shape, work, schedule, rates, 0.0, self._ranks).total
+        seconds = predict_times(shape, work, schedule, rates, 0.0, ranks=self._ranks).total
         share = calibration_share(shape, work)
         return work.steps >= LEAST_STEPS and seconds >= LEAST_SECONDS and share <= MOST_SHARE
 
@@ -237,16 +240,25 @@ class Planner:
 
     def _schedule(self, config: Config, work: Workload) -> Schedule:
         """When the loop measures and saves: every so many steps, at the end, and at most once for each best."""
-        held, train = self.material.heldout, config.train
+        training, held, train = self.material.training, self.material.heldout, config.train
         passes = heldout_passes(held.lengths, held.targets, train.micro_batch_tokens, config.data.packing)
         every = self.order.steps_per_epoch
         measured = _times(work.steps, train.eval_every or every) if len(held) else set()
         saved = _times(work.steps, train.save_every or every) | measured
-        speaks = config.run.samples_every
-        spoken = len(_times(work.steps, speaks or every)) if speaks is not None else 0
-        asked = (2 * SAMPLE_TOKENS + spoken * _ENDED_TOKENS) * len(self.material.samples)
-        asked += _ENDED_TOKENS * min(STOP_PROMPTS, len(held)) if config.run.verify else 0
-        return Schedule(len(measured) + bool(measured), passes, len(saved), asked)
+        answers: list[tuple[int, int]] = []
+        if count := len(self.material.samples):
+            speaks = config.run.samples_every
+            spoken = len(_times(work.steps, speaks or every)) if speaks is not None else 0
+            answers += [(count, SAMPLE_TOKENS)] * 2 + [(count, _ENDED_TOKENS)] * spoken
+        proof = None
+        if config.run.verify:
+            fixed = held if len(held) else training
+            lengths = np.minimum(fixed.lengths[:PROBE_ROWS], MOST_TOKENS).astype(np.float64)
+            looked_at = np.minimum(lengths, MOST_POSITIONS)
+            proof = Pass(float(lengths.sum()), float(looked_at.sum()), float(np.square(lengths).sum()))
+            count, limit = stop_prompts(held.targets.tolist())
+            answers += [(min(AT_ONCE, count - first), limit) for first in range(0, count, AT_ONCE)]
+        return Schedule(len(measured) + bool(measured), passes, len(saved), answers, proof)
 
     def _pack(self, work: Workload, index: int) -> Pack:
         rows = [self.material.training.row(row) for row in work.pack_of[index]]
