@@ -28,6 +28,7 @@ from lorafit.check.machine import CONTEXT_BYTES, watch_peak
 from lorafit.check.workload import Workload
 from lorafit.data.packing import Pack
 from lorafit.evaluate.heldout import FILL, pack_loss
+from lorafit.model.attention import PackedDocuments
 from lorafit.model.frozen import Frozen
 from lorafit.model.llama import Llama
 from lorafit.model.memory import MOST_KERNELS, SPARE_BYTES, give_back_memory
@@ -113,13 +114,13 @@ class Rates:
     """What this machine makes of the formula.
 
     `measured` is whether by real passes; then `peak_bytes` is the most memory of the heaviest one. `pass_seconds`
-    is what a pass costs beside its FLOPs, `seconds` what finding this out took. `bytes_per_second` of the weights
-    are read where a row at a time goes through them.
+    is what a pass costs beside its FLOPs, `token_seconds` what one token of one answer takes, `seconds` what finding
+    this out took.
     """
 
     flops_per_second: float
-    bytes_per_second: float
     pass_seconds: float
+    token_seconds: float
     measured: bool
     seconds: float
     peak_bytes: int | None = None
@@ -252,15 +253,18 @@ def predict_times(
     training = training_flops(shape, work.mean) * work.num_passes / rates.flops_per_second
     number = 4 if shape.width < 8 else 8
     one_save = _SAVE_SECONDS + trainable * number * 3 / _SAVED_BYTES_PER_SECOND
-    one_token = base_bytes(shape) / rates.bytes_per_second + rates.pass_seconds / 3  # of every row of a batch
-    one_row = forward_flops(shape, Pass(FILL, FILL, 0)) / FILL / rates.flops_per_second
+    one_more = (
+        forward_flops(shape, Pass(FILL, FILL, 0)) / FILL / rates.flops_per_second
+    )  # row of a batch of answers
     return Times(
         start=start + _ENDS_SECONDS,
         steps=(training + work.num_passes * rates.pass_seconds) / ranks
         + work.steps * (_STEP_SECONDS + trainable * _OPTIMIZER_SECONDS),
         measuring=schedule.measurements * forward(schedule.heldout) / ranks,
         saving=schedule.saves * one_save,
-        answering=sum(tokens * (one_token + rows * one_row) for rows, tokens in schedule.answers),
+        answering=sum(
+            tokens * (rates.token_seconds + (rows - 1) * one_more) for rows, tokens in schedule.answers
+        ),
         proving=fresh + _PROOF_PASSES * forward([schedule.proof]) if schedule.proof is not None else 0.0,
     )
 
@@ -272,28 +276,33 @@ def quick_rates(network: Llama) -> Rates:
     weight = network.lm_head.weight
     rows = 256
     x = torch.ones(rows, base.in_features, dtype=weight.dtype, device=weight.device)
-    seconds = _best_seconds(lambda: base(x), weight.device)
+    with torch.inference_mode():
+        seconds = _best_seconds(lambda: base(x), weight.device)
     rate = 2 * rows * base.in_features * base.out_features / seconds * _USUAL_SHARE
-    constant = _PASS_SECONDS * len(network.model.layers)
-    return Rates(rate, _reading_rate(network), constant, False, time.perf_counter() - started)
+    constant, token = _PASS_SECONDS * len(network.model.layers), _token_seconds(network)
+    return Rates(rate, constant, token, False, time.perf_counter() - started)
 
 
-def _reading_rate(network: Llama) -> float:
-    """Bytes a second of the head's weight where one row goes through it."""
-    weight = network.lm_head.weight
-    x = torch.ones(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    return weight.nbytes / _best_seconds(lambda: network.logits(x), weight.device)
+@torch.inference_mode()
+def _token_seconds(network: Llama) -> float:
+    """Seconds of a pass of one token, as an answer takes it: all weights are read for it."""
+    device, was_training = network.lm_head.weight.device, network.training
+    network.eval()
+    try:
+        ids, attend = torch.zeros(1, dtype=torch.int64, device=device), PackedDocuments([1], device)
+        return _best_seconds(lambda: network.logits(network.hidden(ids, attend)), device)
+    finally:
+        network.train(was_training)
 
 
 def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
     best = float("inf")
-    with torch.inference_mode():
-        for _ in range(3):
-            _wait(device)
-            before = time.perf_counter()
-            work()
-            _wait(device)
-            best = min(best, time.perf_counter() - before)
+    for _ in range(3):
+        _wait(device)
+        before = time.perf_counter()
+        work()
+        _wait(device)
+        best = min(best, time.perf_counter() - before)
     return best
 
 
@@ -336,8 +345,8 @@ def calibrate(network: Llama, shape: Shape, work: Workload, pack_of: Callable[[i
         if states[1] is not None:
             torch.cuda.set_rng_state(states[1], device)
     rate, constant = _line(points)
-    reading = _reading_rate(network)
-    return Rates(rate, reading, constant, True, time.perf_counter() - started, peak.num_bytes)
+    token = _token_seconds(network)
+    return Rates(rate, constant, token, True, time.perf_counter() - started, peak.num_bytes)
 
 
 def calibration_share(shape: Shape, work: Workload) -> float:
