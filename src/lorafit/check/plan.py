@@ -37,7 +37,7 @@ from lorafit.model.quant import Quantize
 
 _PASS_SECONDS = 1e-3  # what a pass costs a layer however small it is, where nothing was measured
 _STEP_SECONDS = 6e-3  # AdamW's calls, clipping, laying packs, recording: per optimizer step
-_ENDS_SECONDS = 1.0  # making the run directory, digests, exporting the adapter, leaving the process
+_ENDS_SECONDS = 2.0  # making the run directory, digests, exporting the adapter, leaving the process
 _OPTIMIZER_SECONDS = 8e-9  # AdamW and clipping, per parameter of the adapter
 _SAVE_SECONDS, _SAVED_BYTES_PER_SECOND = 0.05, 2.5e8  # a checkpoint: synced, then read back
 _PROOF_PASSES = 4  # base and tuned, trained and loaded
@@ -48,7 +48,7 @@ _MIN_MICRO_BATCH = 128  # smaller ones save nothing worth their time
 _LIBRARIES_BYTES = 80 * 10**6  # what torch loads and allocates once at the first products
 # On a CPU, torch's library (oneDNN) compiles small 16-bit products anew for every number of rows and keeps some of them
 # (model/memory.py). Measured: about four for a pass of a new size.
-_ONE_KERNEL = 125 * 10**4
+_ONE_KERNEL = 14 * 10**5
 _KERNEL_BYTES, _MOST_KERNEL_BYTES = 4 * _ONE_KERNEL, MOST_KERNELS * _ONE_KERNEL
 
 
