@@ -239,10 +239,10 @@ def predict_times(
     fresh: float = 0.0,
     ranks: int = 1,
 ) -> Times:
-    """The parts of the run's wall time; `start` is the seconds until the first step, `fresh` those that a fresh process
-    takes to load the run.
+    """The parts of the run's wall time.
 
-    Of several `ranks` each is as fast as this process; what travels between them is not counted.
+    `start` is the seconds until the first step, `fresh` those that a fresh process takes to load the run. Of several
+    `ranks` each is as fast as this process; what travels between them is not counted.
     """
 
     def forward(passes: Sequence[Pass]) -> float:
@@ -253,9 +253,8 @@ def predict_times(
     training = training_flops(shape, work.mean) * work.num_passes / rates.flops_per_second
     number = 4 if shape.width < 8 else 8
     one_save = _SAVE_SECONDS + trainable * number * 3 / _SAVED_BYTES_PER_SECOND
-    one_more = (
-        forward_flops(shape, Pass(FILL, FILL, 0)) / FILL / rates.flops_per_second
-    )  # row of a batch of answers
+    # what each further row of a batch of answers takes
+    one_row = forward_flops(shape, Pass(FILL, FILL, 0)) / FILL / rates.flops_per_second
     return Times(
         start=start + _ENDS_SECONDS,
         steps=(training + work.num_passes * rates.pass_seconds) / ranks
@@ -263,7 +262,7 @@ def predict_times(
         measuring=schedule.measurements * forward(schedule.heldout) / ranks,
         saving=schedule.saves * one_save,
         answering=sum(
-            tokens * (rates.token_seconds + (rows - 1) * one_more) for rows, tokens in schedule.answers
+            tokens * (rates.token_seconds + (rows - 1) * one_row) for rows, tokens in schedule.answers
         ),
         proving=fresh + _PROOF_PASSES * forward([schedule.proof]) if schedule.proof is not None else 0.0,
     )

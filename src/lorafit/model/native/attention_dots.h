@@ -83,10 +83,15 @@ static void lay_out_turned(int64_t rows, int64_t depth, const bf16 *x, bf16 *to)
 
 // x (rows, columns) as the second factor: its rows are the depth
 static void lay_out(int64_t rows, int64_t columns, const bf16 *x, bf16 *to) {
+  alignas(64) uint16_t order[EDGE];
+  for (int64_t i = 0; i < EDGE; i++) order[i] = uint16_t(i / 2 + i % 2 * EDGE);
+  const __m512i neighbours = _mm512_load_si512(order);
   for (int64_t n = 0; n < columns; n += TILE_ROWS)
     for (int64_t k = 0; k < rows; k += 2, to += EDGE) {
-      const bf16 *one = x + k * columns + n, *other = one + columns;
-      for (int64_t c = 0; c < TILE_ROWS; c++) to[2 * c] = one[c], to[2 * c + 1] = other[c];
+      const bf16 *const one = x + k * columns + n;
+      const __m512i even = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)one));
+      const __m512i odd = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(one + columns)));
+      _mm512_storeu_si512(to, _mm512_permutex2var_epi16(even, neighbours, odd));
     }
 }
 
@@ -99,10 +104,13 @@ struct Buffer {  // zeros of one type on a cache line
 static Buffer floats(int64_t count) { return Buffer(count * 4); }
 static Buffer halves(int64_t count) { return Buffer(count * 2); }
 
+// Queries of a block: half as many come nearer to the half of the square that is seen, but add to the keys' slopes more often
+static int64_t queries_of(bool on_tiles) { return on_tiles ? QUERIES : QUERIES / 2; }
+
 static void attend_one_dots(bool on_tiles, const Shape &shape, int64_t start, int64_t length, int64_t group, const bf16 *q, const bf16 *k,
                              const bf16 *v, const float *cosine, const float *sine, bf16 *o, float *lse) {
   const int64_t size = shape.size, half = size / 2, all = padded(length, EDGE), shared = shape.heads / shape.kv_heads;
-  const int64_t q_row = shape.heads * size, kv_row = shape.kv_heads * size;
+  const int64_t q_row = shape.heads * size, kv_row = shape.kv_heads * size, block = queries_of(on_tiles);
   Buffer rows = halves(all * size), keys = halves(all * size), values = halves(all * size), queries = halves(QUERIES * size),
          chances = halves(QUERIES * all), scores = floats(QUERIES * all), mixed = floats(QUERIES * size);
   const float *turn_c = cosine + start * half, *turn_s = sine + start * half;
@@ -111,8 +119,8 @@ static void attend_one_dots(bool on_tiles, const Shape &shape, int64_t start, in
   load(length, size, v + start * kv_row + group * size, kv_row, nullptr, nullptr, 1.0f, (bf16 *)rows);
   lay_out(all, size, rows, values);
   for (int64_t head = group * shared; head < (group + 1) * shared; head++)
-    for (int64_t first = 0; first < length; first += QUERIES) {
-      const int64_t count = std::min(QUERIES, length - first), filled = padded(count, EDGE);
+    for (int64_t first = 0; first < length; first += block) {
+      const int64_t count = std::min(block, length - first), filled = padded(count, EDGE);
       const Range range(first, count, shape.window);
       const int64_t width = range.high - range.low;
       bf16 *query = queries, *chance = chances;
@@ -145,7 +153,7 @@ static void attend_one_backward_dots(bool on_tiles, const Shape &shape, int64_t 
                                       const bf16 *k, const bf16 *v, const bf16 *d_o, const float *lse, const float *cosine,
                                       const float *sine, bf16 *dq, bf16 *dk, bf16 *dv) {
   const int64_t size = shape.size, half = size / 2, all = padded(length, EDGE), shared = shape.heads / shape.kv_heads;
-  const int64_t q_row = shape.heads * size, kv_row = shape.kv_heads * size;
+  const int64_t q_row = shape.heads * size, kv_row = shape.kv_heads * size, block = queries_of(on_tiles);
   Buffer keys = halves(all * size), values = halves(all * size), keys_t = halves(all * size), queries = halves(QUERIES * size),
          slopes = halves(QUERIES * size), second = halves(QUERIES * size), chances = halves(QUERIES * all),
          d_chances = halves(QUERIES * all), d_laid_out = halves(QUERIES * all), scores = floats(QUERIES * all),
@@ -157,8 +165,8 @@ static void attend_one_backward_dots(bool on_tiles, const Shape &shape, int64_t 
   for (int64_t t = 0; t < length; t++)
     for (int64_t i = 0; i < size; i++) ((bf16 *)keys_t)[i * all + t] = ((bf16 *)keys)[t * size + i];
   for (int64_t head = group * shared; head < (group + 1) * shared; head++)
-    for (int64_t first = 0; first < length; first += QUERIES) {
-      const int64_t count = std::min(QUERIES, length - first), wide = padded(count, EDGE);  // columns of what is turned
+    for (int64_t first = 0; first < length; first += block) {
+      const int64_t count = std::min(block, length - first), wide = padded(count, EDGE);  // columns of what is turned
       const Range range(first, count, shape.window);
       const int64_t width = range.high - range.low, at0 = (start + first) * q_row + head * size;
       bf16 *query = queries, *slope = slopes, *laid_out = second, *chance = chances, *d_chance = d_chances;
@@ -176,9 +184,9 @@ static void attend_one_backward_dots(bool on_tiles, const Shape &shape, int64_t 
         float *row = score + j * wide, *d_row = d_score + j * wide;
         const int32_t key = int32_t(range.low + j - first);  // the queries begin .. end see it
         const int32_t begin = std::max(0, key), end = shape.window ? std::min<int32_t>(count, key + shape.window) : count;
-        for (int32_t block = 0; block < wide; block += EDGE)
+        for (int32_t some = 0; some < wide; some += EDGE)
 #pragma omp simd
-          for (int32_t t = block; t < block + EDGE; t++) {
+          for (int32_t t = some; t < some + EDGE; t++) {
             const float chance_of = fast_exp(row[t] - total[t]);
             row[t] = (t >= begin) & (t < end) ? chance_of : 0.0f;
             along[t] += row[t] * d_row[t];
@@ -187,9 +195,9 @@ static void attend_one_backward_dots(bool on_tiles, const Shape &shape, int64_t 
       for (int64_t j = 0; j < width; j++) {
         const float *row = score + j * wide, *d_row = d_score + j * wide;
         bf16 *out = chance + j * wide, *d_out = d_chance + j * wide;
-        for (int32_t block = 0; block < wide; block += EDGE)
+        for (int32_t some = 0; some < wide; some += EDGE)
 #pragma omp simd
-          for (int32_t t = block; t < block + EDGE; t++) {
+          for (int32_t t = some; t < some + EDGE; t++) {
             put(row[t], out[t]);
             put(row[t] * (d_row[t] - along[t]), d_out[t]);
           }
