@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.tiny import write_model, write_rows
 from tests.training.test_run import digest, events, run
 
@@ -92,11 +93,12 @@ def test_a_closed_terminal_saves_and_the_run_resumes(material: list[str], tmp_pa
     whole = run(words, tmp_path / "whole")
     output = tmp_path / "run"
     command = [sys.executable, "-m", "lorafit", "train", *words, f"run.output={output}"]
+    as_here = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # the same bits
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads: the child only execs
         child, terminal = pty.fork()
     if child == 0:
-        os.execv(command[0], command)
+        os.execve(command[0], command, as_here)
     metrics, deadline = output / "metrics.jsonl", time.monotonic() + 180
     while not (metrics.exists() and b'"event": "step"' in metrics.read_bytes()):
         assert time.monotonic() < deadline
