@@ -44,6 +44,7 @@ _PROOF_PASSES = 4  # base and tuned, trained and loaded
 _USUAL_SHARE = 0.7  # a whole pass beside one large product, in FLOPs a second
 _SHORT_PACK = 0.2  # a second, shorter pack is timed twice where it costs less than this share of the heaviest
 _MOST_PACKS, _SEVERAL_SECONDS = 12, 2.0  # more packs are timed as long as all take less than so long
+_LONG_SECONDS = 1.0  # what is timed several times is not begun again after so long
 _MIN_MICRO_BATCH = 128  # smaller ones save nothing worth their time
 _LIBRARIES_BYTES = 80 * 10**6  # what torch loads and allocates once at the first products
 # On a CPU, torch's library (oneDNN) compiles small 16-bit products anew for every number of rows and keeps some of them
@@ -295,8 +296,11 @@ def _token_seconds(network: Llama) -> float:
 
 
 def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
-    best = float("inf")
+    """The least of three times; of fewer where they take long."""
+    best, started = float("inf"), time.perf_counter()
     for _ in range(3):
+        if time.perf_counter() - started > _LONG_SECONDS:
+            break
         _wait(device)
         before = time.perf_counter()
         work()
@@ -305,11 +309,13 @@ def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
     return best
 
 
-def calibrate(network: Llama, shape: Shape, work: Workload, pack_of: Callable[[int], Pack]) -> Rates:
+def calibrate(
+    network: Llama, shape: Shape, work: Workload, quick: Rates, pack_of: Callable[[int], Pack]
+) -> Rates:
     """Rates and peak from real forward and backward passes over the heaviest pack and, where cheap, others.
 
-    `pack_of(i)` makes the pack of the workload's pass i. Gradients are thrown away and the random state is put
-    back: a run goes on as if this had not been. Masters must have no gradients.
+    `quick` are the rates without. `pack_of(i)` makes the pack of the workload's pass i. Gradients are thrown away and
+    the random state is put back: a run goes on as if this had not been. Masters must have no gradients.
     """
     started = time.perf_counter()
     device = network.lm_head.weight.device
@@ -344,8 +350,7 @@ def calibrate(network: Llama, shape: Shape, work: Workload, pack_of: Callable[[i
         if states[1] is not None:
             torch.cuda.set_rng_state(states[1], device)
     rate, constant = _line(points)
-    token = _token_seconds(network)
-    return Rates(rate, constant, token, True, time.perf_counter() - started, peak.num_bytes)
+    return Rates(rate, constant, quick.token_seconds, True, time.perf_counter() - started, peak.num_bytes)
 
 
 def calibration_share(shape: Shape, work: Workload) -> float:

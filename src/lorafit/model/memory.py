@@ -17,9 +17,8 @@ if sys.platform == "win32":
     import psutil
 
 MUCH_FREE = 192 * 10**6
-SPARE_BYTES = (
-    64 * 2**20
-)  # blocks that are kept beyond what was once in use together, for sizes that come in turns
+# Blocks that are kept beyond what was once in use together, for sizes that come in turns
+SPARE_BYTES = 64 * 2**20
 MOST_KERNELS = 64  # compiled products that torch's CPU library keeps
 
 

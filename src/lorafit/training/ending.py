@@ -7,7 +7,6 @@ from typing import Any
 
 from lorafit.data.excerpt import excerpt
 from lorafit.data.formats import Row
-from lorafit.data.packing import TokenRow
 from lorafit.errors import LorafitError
 from lorafit.evaluate.answers import Speaker
 from lorafit.evaluate.fresh import PROBE_ROWS
@@ -48,8 +47,6 @@ def prove_run(
     observe: Observer,
 ) -> Proof:
     """Prove the final adapter, of `step`, and store the proof in proof.json; the network's memory is given up."""
-    fixed = material.heldout if len(material.heldout) else material.training
-    rows: list[TokenRow] = [fixed.row(index) for index in range(min(PROBE_ROWS, len(fixed)))]
 
     def prompts(count: int) -> Sequence[Row]:
         try:
@@ -63,7 +60,7 @@ def prove_run(
         step=step,
         initial=initial,
         continued=continued,
-        rows=rows,
+        rows=material.fixed_rows(PROBE_ROWS),
         prompts=prompts,
         losses=_losses(run, step),
         observe=observe,

@@ -16,6 +16,7 @@ from lorafit.data.encode import Encoded
 from lorafit.data.formats import Row
 from lorafit.data.ledger import Ledger
 from lorafit.data.loader import RowOrder, split_holdout
+from lorafit.data.packing import TokenRow
 from lorafit.data.readers import place_of
 from lorafit.data.sources import FileSummary, SourceFile, describe, find_files, refuse, rows_at
 from lorafit.data.template import Renderer
@@ -69,6 +70,11 @@ class Material:
     def prompts(self, count: int) -> list[Row]:
         """The first `count` held-out rows that ask something, read from their files once more."""
         return _samples(self.files, self.found, self.heldout.numbers, count)
+
+    def fixed_rows(self, count: int) -> list[TokenRow]:
+        """The first `count` held-out rows, training rows where none are held out: what a proof looks at."""
+        fixed = self.heldout if len(self.heldout) else self.training
+        return [fixed.row(index) for index in range(min(count, len(fixed)))]
 
     def place(self, index: int) -> str:
         """Where a person finds the row at `index` of the training rows."""

@@ -6,7 +6,6 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 from lorafit.check.formula import Pass, Shape, num_trainable
@@ -31,7 +30,7 @@ from lorafit.config.schema import Config
 from lorafit.data.packing import Pack, make_packs
 from lorafit.errors import RunError
 from lorafit.evaluate.answers import SAMPLE_TOKENS
-from lorafit.evaluate.fresh import MOST_POSITIONS, MOST_TOKENS, PROBE_ROWS
+from lorafit.evaluate.fresh import PROBE_ROWS, Probe
 from lorafit.evaluate.proof import stop_prompts
 from lorafit.hub import model_folder
 from lorafit.infer.model import AT_ONCE
@@ -142,7 +141,7 @@ class Planner:
             network.recompute = shape.recompute
             rates = quick_rates(network)
             if calibrated or (calibrated is None and self._is_worth_it(shape, work, schedule, rates)):
-                rates = calibrate(network, shape, work, lambda index: self._pack(work, index))
+                rates = calibrate(network, shape, work, rates, lambda index: self._pack(work, index))
         memory = self._predicted(config, rates)
         self._beyond = memory.total - self._predicted(config).total
         on_cpu = self.device.type == "cpu"
@@ -240,7 +239,7 @@ class Planner:
 
     def _schedule(self, config: Config, work: Workload) -> Schedule:
         """When the loop measures and saves: every so many steps, at the end, and at most once for each best."""
-        training, held, train = self.material.training, self.material.heldout, config.train
+        held, train = self.material.heldout, config.train
         passes = heldout_passes(held.lengths, held.targets, train.micro_batch_tokens, config.data.packing)
         every = self.order.steps_per_epoch
         measured = _times(work.steps, train.eval_every or every) if len(held) else set()
@@ -252,10 +251,8 @@ class Planner:
             answers += [(count, SAMPLE_TOKENS)] * 2 + [(count, _ENDED_TOKENS)] * spoken
         proof = None
         if config.run.verify:
-            fixed = held if len(held) else training
-            lengths = np.minimum(fixed.lengths[:PROBE_ROWS], MOST_TOKENS).astype(np.float64)
-            looked_at = np.minimum(lengths, MOST_POSITIONS)
-            proof = Pass(float(lengths.sum()), float(looked_at.sum()), float(np.square(lengths).sum()))
+            probe = Probe.of(self.material.fixed_rows(PROBE_ROWS))
+            proof = Pass(len(probe.ids), len(probe.positions), float(probe.lengths.square().sum()))
             count, limit = stop_prompts(held.targets.tolist())
             answers += [(min(AT_ONCE, count - first), limit) for first in range(0, count, AT_ONCE)]
         return Schedule(len(measured) + bool(measured), passes, len(saved), answers, proof)

@@ -83,9 +83,7 @@ static void lay_out_turned(int64_t rows, int64_t depth, const bf16 *x, bf16 *to)
 
 // x (rows, columns) as the second factor: its rows are the depth
 static void lay_out(int64_t rows, int64_t columns, const bf16 *x, bf16 *to) {
-  alignas(64) uint16_t order[EDGE];
-  for (int64_t i = 0; i < EDGE; i++) order[i] = uint16_t(i / 2 + i % 2 * EDGE);
-  const __m512i neighbours = _mm512_load_si512(order);
+  const __m512i neighbours = side_by_side(0);
   for (int64_t n = 0; n < columns; n += TILE_ROWS)
     for (int64_t k = 0; k < rows; k += 2, to += EDGE) {
       const bf16 *const one = x + k * columns + n;

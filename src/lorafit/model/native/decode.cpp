@@ -43,7 +43,8 @@ static inline void mix(int64_t size, const float *weights, const float *rows, fl
   for (int n = 0; n < N; n++) *(vec *)(to + n * LANES) = sums[n];
 }
 
-// `shared` heads of queries against one head of the cache, of `width` numbers each; rows of scores are `pitch` apart
+// `shared` heads of queries against one head of the cache, of `width` numbers each; rows of scores are `pitch` apart.
+// `mixed` comes as zeros, and so does what is behind `width` in a row.
 template <class T>
 static void attend_one(int64_t shared, int64_t width, int64_t seen, int64_t pitch, const float *queries, const T *keys,
                        const T *values, float *scores, float *rows, float *mixed, T *out) {
@@ -70,7 +71,6 @@ static void attend_one(int64_t shared, int64_t width, int64_t seen, int64_t pitc
     for (int64_t j = 0; j < seen; j++) row[j] *= inverse;
     std::fill(row + seen, row + pitch, 0.0f);
   }
-  std::fill(mixed, mixed + shared * size, 0.0f);
   for (int64_t first = 0; first < seen; first += TOGETHER) {
     load(std::min(TOGETHER, seen - first), width, size, values + first * width, rows);
     for (int64_t head = 0; head < shared; head++) {

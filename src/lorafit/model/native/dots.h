@@ -36,6 +36,13 @@ inline void turn_words(const uint8_t *from, int64_t pitch, int64_t count, int64_
   }
 }
 
+// The order that lays numbers of 16 bits of two vectors side by side, from `first` on in each
+inline __m512i side_by_side(int64_t first) {
+  alignas(64) uint16_t order[32];
+  for (int64_t i = 0; i < 32; i++) order[i] = uint16_t(first + i / 2 + i % 2 * 32);
+  return _mm512_load_si512(order);
+}
+
 inline __m512i dot(__m512i sums, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(sums, a, b); }  // a is unsigned
 inline __m512 dot(__m512 sums, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b); }
 

@@ -254,13 +254,14 @@ static void product_of(int64_t rows, int64_t width, int64_t columns, const T *x,
 #pragma omp simd
       for (int64_t n = 0; n < count; n++) sums[n] += get(its[n]);
     const int64_t pair = pairs.of(row), rank = pair < 0 ? 0 : pairs.ranks[pair];
-    for (int64_t n = 0; n < (rank ? count : 0); n++) {
-      const float *from = low + row * total + first_low[pair], *b = pairs.b[pair] + (first + n) * rank;
-      float along = 0;
+    if (rank)
+      for (int64_t n = 0; n < count; n++) {
+        const float *from = low + row * total + first_low[pair], *b = pairs.b[pair] + (first + n) * rank;
+        float along = 0;
 #pragma omp simd reduction(+ : along)
-      for (int64_t j = 0; j < rank; j++) along += from[j] * b[j];
-      sums[n] += along * pairs.scales[pair];
-    }
+        for (int64_t j = 0; j < rank; j++) along += from[j] * b[j];
+        sums[n] += along * pairs.scales[pair];
+      }
     T *const to = out + row * columns + first;
 #pragma omp simd
     for (int64_t n = 0; n < count; n++) put(sums[n], to[n]);

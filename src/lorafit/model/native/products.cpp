@@ -37,9 +37,7 @@ static void lay_out(const int8_t *weight, int64_t columns, int64_t count, int64_
 }
 static void lay_out(const bf16 *weight, int64_t columns, int64_t count, int64_t deep, uint8_t *to) {
   const __mmask32 mask = count < 32 ? (1u << count) - 1 : ~0u;
-  alignas(64) uint16_t order[2][32];
-  for (int64_t i = 0; i < 32; i++) order[0][i] = i / 2 + i % 2 * 32, order[1][i] = order[0][i] + 16;
-  const __m512i first = _mm512_load_si512(order[0]), second = _mm512_load_si512(order[1]);
+  const __m512i first = side_by_side(0), second = side_by_side(16);
   for (int64_t i = 0; i < 16; i++) {
     const __m512i even = _mm512_maskz_loadu_epi16(2 * i < deep ? mask : 0, weight + 2 * i * columns);
     const __m512i odd = _mm512_maskz_loadu_epi16(2 * i + 1 < deep ? mask : 0, weight + (2 * i + 1) * columns);
@@ -172,7 +170,7 @@ static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, c
   constexpr int64_t UNIT = TILE_BYTES / sizeof(In);  // of depth, in a step
   const int64_t own_steps = depth / UNIT, all_steps = own_steps + (rank + UNIT - 1) / UNIT;
   const bool on_tiles = may_use_tiles();
-  // bytes of depth that are multiplied at a time, and of a group of columns: measured
+  // bytes of depth that are multiplied at a time, and of a group of columns, which may be a little larger: measured
   const int64_t chunk = on_tiles ? 4096 : 2048, group_bytes = on_tiles ? 1 << 20 : 1 << 19;
   const int64_t chunks = std::max<int64_t>(1, (all_steps * TILE_BYTES + chunk * 7 / 8) / chunk);
   const int64_t most_steps = (all_steps + chunks - 1) / chunks;
