@@ -15,7 +15,7 @@ from lorafit.evaluate.heldout import pack_loss
 from lorafit.infer import engine
 from lorafit.infer.sampling import Sampling
 from lorafit.model import attention
-from lorafit.model.attention import PackedDocuments, rotate
+from lorafit.model.attention import PackedDocuments
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, attach
 from lorafit.model.native import kernels
@@ -27,8 +27,8 @@ _ONE_DOCUMENT = "q.split([len(q)]), k.split([len(k)]), v.split([len(v)])"
 class _SideBySide(PackedDocuments):
     """What a CUDA device without flash attention does, on the CPU."""
 
-    def __call__(self, layer, q, k, v, rotary, window):  # type: ignore[no-untyped-def]
-        return self._side_by_side(rotate(q, rotary), rotate(k, rotary), v, window)
+    def _attend(self, q, k, v, window):  # type: ignore[no-untyped-def]
+        return self._side_by_side(q, k, v, window)
 
 
 def _use(lab: Lab, backend: str) -> None:
@@ -66,10 +66,12 @@ def _packed(network: Llama, lengths: Sequence[int], neighbour: int) -> tuple[flo
 @probe(
     4,
     Plant(
-        "model.attention:PackedDocuments.__call__", "*rotary, self.starts,", "*rotary, self.starts[[0, -1]],"
+        "model.attention:PackedDocuments.__call__",
+        "documents = self.starts,",
+        "documents = self.starts[[0, -1]],",
     ),
     Plant(
-        "model.attention:PackedDocuments.__call__",
+        "model.attention:PackedDocuments._attend",
         "q.split(self.lengths), k.split(self.lengths), v.split(self.lengths)",
         _ONE_DOCUMENT,
     ),

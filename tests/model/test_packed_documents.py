@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from tests.tiny import FAMILIES, random_network
 from torch import Tensor
 
+from lorafit.data.packing import TokenRow, make_packs
+from lorafit.evaluate.heldout import pack_loss
 from lorafit.model.attention import PackedDocuments, causal_attention, has_flash
+from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, attach
 from lorafit.model.loss import loss_sum
 
@@ -56,6 +60,63 @@ def test_a_pack_equals_its_documents_alone(family: str) -> None:
 
 def test_positions_start_over_in_every_document() -> None:
     assert PackedDocuments([3, 1, 2]).positions.tolist() == [0, 1, 2, 0, 0, 1]
+    shared = PackedDocuments([3, 4, 2], index=torch.tensor([0, 1, 2, 0, 1, 3, 4, 0, 5]))
+    assert shared.positions.tolist() == [0, 1, 2, 2, 3, 1]
+
+
+# Two that begin alike, one that is another's beginning, one twice, one within those, one of its own.
+BEGINNINGS = [range(40), [*range(35), *range(60, 130)], range(20), range(40), [*range(70), 9, 9], [3, 200, 1]]
+
+
+def loss_and_gradients(network: Llama, rows: list[TokenRow], packing: bool) -> list[Tensor]:
+    for parameter in network.parameters():
+        parameter.grad = None
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    losses = []
+    for pack in make_packs(rows, 1000, packing):
+        torch.set_rng_state(state)  # as in a step
+        losses.append(pack_loss(network, pack))
+        losses[-1].backward()
+    return [torch.stack(losses).sum().detach()] + [
+        p.grad.clone() for p in network.parameters() if p.grad is not None
+    ]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-11), (torch.float32, 2e-5), (torch.bfloat16, 0.02)],
+    ids=["float64", "float32", "bfloat16"],
+)
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "qwen3"])
+def test_what_rows_share_gives_the_loss_and_gradients_of_each_alone(
+    family: str, dtype: torch.dtype, tolerance: float, dropout: float
+) -> None:
+    """In float64 torch attends; the compiled kernels do in the two others, in their three ways."""
+    network = random_network(family, dtype=dtype, head_dim=32).train()
+    attach(network, LoraSpec(4, 8.0, dropout, ("all-linear",), False), seed=0)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.normal_(std=0.1)
+    rows = [(np.array(ids, np.uint16), np.arange(len(ids)) >= len(ids) // 3) for ids in BEGINNINGS]
+    (pack,) = make_packs(rows, 1000)
+    assert len(pack.ids) < 0.6 * sum(pack.lengths)
+    together, alone = (loss_and_gradients(network, rows, packing) for packing in (True, False))
+    assert len(together) == 29
+    for one, other in zip(together, alone, strict=True):
+        assert float((one - other).norm()) <= tolerance * float(other.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_shared_beginning_changes_no_bit_of_a_document(dtype: torch.dtype) -> None:
+    network = random_network("llama", dtype=dtype, head_dim=32)
+    ids = torch.randint(0, 256, (96,))
+    # 64 tokens twice, once with 32 others behind them: as one pass of 160 tokens and as one of 96
+    apart = network.hidden(torch.cat([ids[:64], ids]), PackedDocuments([64, 96]))[64:]
+    index = torch.cat([torch.arange(64), torch.arange(96)])
+    assert torch.equal(network.hidden(ids, PackedDocuments([64, 96], index=index)), apart)
 
 
 @pytest.mark.parametrize("window", [None, 20])

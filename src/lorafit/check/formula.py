@@ -44,8 +44,8 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One pack: its input tokens, how many of them predict a supervised one, and the sum of squares of its
-    documents' lengths.
+    """One pack: its input tokens, how many predictions are supervised, and the sum of squares of its documents'
+    lengths, less that of what they share: tokens seen by a token, twice.
     """
 
     tokens: float

@@ -146,6 +146,8 @@ class Schedule:
 class Plan:
     """What a run will take. Tokens and steps are exact, memory and time predicted; see the parts.
 
+    `shared_tokens` are, about, those with which rows of a pass begin alike: computed once, not for each row.
+
     `peak_bytes` is the process's most resident memory (on CUDA the device's), loading included; `available_bytes`
     is None where unknown. `picked` says what was chosen to make it fit.
     """
@@ -159,6 +161,7 @@ class Plan:
     supervised_tokens_per_epoch: int
     tokens: int
     supervised_tokens: int
+    shared_tokens: int
     longest_pack_tokens: int
     device: str
     dtype: str

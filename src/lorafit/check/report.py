@@ -17,7 +17,7 @@ def table_rows(plan: Plan) -> list[list[str]]:
             f"{short_count(plan.trainable)} trained ({share:.2g} %), {plan.dtype}, {plan.device}",
         ],
         ["rows", f"{plan.rows:,}", ""],
-        ["tokens", f"{plan.tokens:,}", "of the whole run"],
+        ["tokens", f"{plan.tokens:,}", _shared(plan)],
         ["supervised tokens", f"{plan.supervised_tokens:,}", per_epoch],
         [
             "steps",
@@ -41,6 +41,11 @@ def short_lines(plan: Plan) -> list[str]:
     if plan.times is not None:
         lines[-1] += f", {duration(plan.times.total)}"
     return ([plan.picked] if plan.picked else []) + [", ".join(lines)]
+
+
+def _shared(plan: Plan) -> str:
+    share = 100 * plan.shared_tokens / max(plan.tokens, 1)
+    return f"{share:.1f} % begin rows that begin alike: computed once a pass" if share >= 0.05 else ""
 
 
 def _is_measured(plan: Plan) -> bool:

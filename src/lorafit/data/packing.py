@@ -12,41 +12,42 @@ from numpy.typing import NDArray
 Ids = NDArray[np.uint16] | NDArray[np.uint32]
 TokenRow = tuple[Ids, NDArray[np.bool_]]  # ids and which of them are trained, one row
 
+_ODD, _MIX = 0xD1342543DE82EF95, 0x9E3779B97F4A7C15  # multipliers with bits all over
+
 
 @dataclass(frozen=True, slots=True)
 class Pack:
     """The arrays of one forward pass.
 
-    `ids` (tokens,) are the inputs, `lengths` the documents' token counts in order, `predict` (targets,) the
-    positions whose next token is supervised, `targets` (targets,) those next tokens. A row's last trained token
-    is a target only, so it and what follows it are no inputs: `num_tokens` counts the rows' tokens in full.
-    `slots` are the documents' numbers among the rows that were given.
+    `ids` (tokens,) are the inputs; what documents begin alike with is there once. `lengths` are the documents' token
+    counts in order, `index` (sum of lengths,) the places of their tokens in `ids`. `keys` (tokens,) stand for an input
+    and all before it in its document. `predict` (targets,) are the places whose next token is supervised, `targets`
+    (targets,) those next tokens. A row's last trained token is a target only, so it and what follows it are no
+    inputs: `num_tokens` counts the rows' tokens in full.
     """
 
     ids: NDArray[np.int64]
     lengths: tuple[int, ...]
+    index: NDArray[np.int64]
+    keys: NDArray[np.int64]
     predict: NDArray[np.int64]
     targets: NDArray[np.int64]
     num_tokens: int
-    slots: tuple[int, ...] = ()
 
 
+_ZERO = np.zeros(1, np.int64)
 # What a process without rows of its own computes in order to take part: its tokens and targets count for nothing.
-BLANK = Pack(np.zeros(1, np.int64), (1,), np.zeros(1, np.int64), np.zeros(1, np.int64), num_tokens=0)
+BLANK = Pack(_ZERO, (1,), _ZERO, _ZERO, _ZERO, _ZERO, num_tokens=0)
 
 
-def make_packs(
-    rows: Sequence[TokenRow], capacity: int, packing: bool = True, slots: Sequence[int] | None = None
-) -> list[Pack]:
+def make_packs(rows: Sequence[TokenRow], capacity: int, packing: bool = True) -> list[Pack]:
     """Packs of at most `capacity` tokens that hold every row once; a longer row gets a pack of its own.
 
-    Without `packing` each row is a pack. How rows are laid out never changes the sum of the losses. `slots` are the
-    rows' numbers where they are only some of more.
+    Without `packing` each row is a pack. How rows are laid out never changes the sum of the losses.
     """
     lengths = [len(ids) for ids, _ in rows]
     bins = best_fit(lengths, capacity) if packing else [[index] for index in range(len(rows))]
-    numbers = range(len(rows)) if slots is None else slots
-    return [_lay([(rows[i], numbers[i]) for i in members]) for members in bins]
+    return [_lay([rows[i] for i in members]) for members in bins]
 
 
 def num_packs(lengths: Sequence[int], capacity: int, packing: bool = True) -> int:
@@ -70,10 +71,10 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def _lay(rows: Sequence[tuple[TokenRow, int]]) -> Pack:
+def _lay(rows: Sequence[TokenRow]) -> Pack:
     inputs, lengths, predict, targets = [], [], [], []
     at = num_tokens = 0
-    for (ids, trained), _ in rows:
+    for ids, trained in rows:
         # The first token has nothing before it to predict it from.
         target_at = trained[1:].nonzero()[0] + 1
         length = int(target_at[-1]) if len(target_at) else len(ids)
@@ -83,14 +84,55 @@ def _lay(rows: Sequence[tuple[TokenRow, int]]) -> Pack:
         lengths.append(length)
         at += length
         num_tokens += len(ids)
+    ids_of_all = np.concatenate(inputs, dtype=np.int64)
+    keys = prefix_keys(ids_of_all, lengths)
+    first, index = share(ids_of_all, lengths, keys)
     return Pack(
-        np.concatenate(inputs, dtype=np.int64),
+        ids_of_all[first],
         tuple(lengths),
-        np.concatenate(predict),
+        index,
+        keys[first],
+        index[np.concatenate(predict)],
         np.concatenate(targets, dtype=np.int64),
         num_tokens,
-        tuple(slot for _, slot in rows),
     )
+
+
+def prefix_keys(ids: NDArray[np.int64], lengths: Sequence[int]) -> NDArray[np.int64]:
+    """A number for each token of documents laid end to end, made of it and all before it in its document.
+
+    The sum over the tokens of a mixed id times a power of an odd number, modulo 2**64.
+    """
+    ends = np.cumsum(lengths)
+    starts = np.repeat(ends - lengths, lengths)
+    powers = np.full(max(lengths), _ODD, np.uint64).cumprod()
+    mixed = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(_MIX)
+    mixed = (mixed ^ (mixed >> np.uint64(29))) * powers[np.arange(len(ids)) - starts]
+    sums = np.concatenate([np.zeros(1, np.uint64), mixed.cumsum()])
+    keys: NDArray[np.int64] = (sums[1:] - sums[starts]).view(np.int64)
+    return keys
+
+
+def share(
+    ids: NDArray[np.int64], lengths: Sequence[int], keys: NDArray[np.int64] | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """What documents laid end to end have in common from their beginning, once: what a causal network computes for a
+    token depends on nothing but it and those before it.
+
+    Returns where each different token first occurs, ascending, and for each token which of those it is. `keys` are
+    those of `prefix_keys`; where two of them are equal by chance nothing is shared.
+    """
+    keys = prefix_keys(ids, lengths) if keys is None else keys
+    _, first, place = np.unique(keys, return_index=True, return_inverse=True)
+    order = first.argsort()
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    first, index = first[order], rank[place]
+    before = np.concatenate([[-1], index[:-1]])  # the token before, -1 at the beginning of a document
+    before[np.cumsum(lengths)[:-1]] = -1
+    if (ids[first][index] != ids).any() or (before[first][index] != before).any():
+        first = index = np.arange(len(ids))
+    return first, index
 
 
 def spread(costs: Sequence[float], parts: int) -> list[list[int]]:

@@ -14,8 +14,7 @@ from lorafit.model.attention import PackedDocuments
 from lorafit.model.llama import Llama
 from lorafit.model.loss import loss_sum
 
-FILL = 32
-_LONGEST = 2**24  # tokens of a row: beyond any
+FILL = 16
 
 
 def pack_loss(network: Llama, pack: Pack) -> Tensor:
@@ -25,16 +24,14 @@ def pack_loss(network: Llama, pack: Pack) -> Tensor:
     memory that the ones before freed, and products that are compiled for a size are compiled less often.
     """
     device = network.lm_head.weight.device
-    ids, lengths = torch.from_numpy(pack.ids), pack.lengths
-    slots = pack.slots or tuple(range(len(lengths)))
+    ids, index, keys = (torch.from_numpy(numbers) for numbers in (pack.ids, pack.index, pack.keys))
+    lengths = pack.lengths
     if filler := -len(ids) % FILL:
-        ids, lengths, slots = F.pad(ids, (0, filler)), (*lengths, filler), (*slots, -1)
-    keys = None
-    if network.training and device.type == "cpu":
-        keys = torch.cat([slot * _LONGEST + torch.arange(n) for slot, n in zip(slots, lengths, strict=True)])
-    attend = PackedDocuments(lengths, device)
+        index = torch.cat([index, torch.arange(len(ids), len(ids) + filler)])
+        ids, keys, lengths = F.pad(ids, (0, filler)), F.pad(keys, (0, filler)), (*lengths, filler)
+    attend = PackedDocuments(lengths, device, index)
     predict = torch.from_numpy(pack.predict).to(device)
-    supervised = network.hidden(ids.to(device), attend, predict, keys)
+    supervised = network.hidden(ids.to(device), attend, predict, keys if device.type == "cpu" else None)
     targets = torch.from_numpy(pack.targets).to(device)
     return loss_sum(network.model.norm(supervised), network.lm_head.weight, targets)
 

@@ -15,11 +15,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lm_eval.api.model import LM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lorafit.data.formats import Message
+from lorafit.data.packing import share
 from lorafit.data.tokenizer import BORDER
 from lorafit.errors import ModelError
 from lorafit.infer.engine import stream
@@ -163,9 +165,12 @@ class LorafitLM(LM):  # type: ignore[misc]
         for ids, count in zip(given, counts, strict=True):
             at += len(ids)
             rows += range(at - count, at)
-        tokens = torch.tensor([token for ids in given for token in ids], device=device)
-        attend = PackedDocuments([len(ids) for ids in given], device)
-        hidden = self._network.hidden(tokens, attend, torch.tensor(rows, device=device))
+        tokens, lengths = np.array([token for ids in given for token in ids]), [len(ids) for ids in given]
+        first, index = map(torch.from_numpy, share(tokens, lengths))  # choices of one question begin alike
+        attend = PackedDocuments(lengths, device, index)
+        hidden = self._network.hidden(
+            torch.from_numpy(tokens)[first].to(device), attend, index[torch.tensor(rows)].to(device)
+        )
         targets = [ids[len(ids) - count :] for ids, count in zip(whole, counts, strict=True)]
         wanted = torch.tensor([token for row in targets for token in row], device=device)
         logits = self._network.logits(hidden).float()

@@ -38,13 +38,20 @@ Rotary = tuple[Tensor, Tensor]  # cosine and sine of each token's angles, float3
 class PackedDocuments:
     """Documents laid end to end in one pass.
 
-    `lengths` are their token counts; they sum to the tokens of the pass. A document's result has the same bits
-    whatever its neighbours hold, because no product ever mixes two documents.
+    `lengths` are their token counts. Documents that begin alike may share tokens: then `index` int64 (sum of lengths,)
+    are the tokens of the pass that they are made of, numbered in the order in which they first occur. A document's
+    result has the same bits whatever its neighbours hold, because no product ever mixes two documents.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, lengths: Sequence[int], device: torch.device | str = "cpu", index: Tensor | None = None
+    ) -> None:
         self.lengths = list(lengths)
-        self.positions = torch.cat([torch.arange(length) for length in self.lengths]).to(device)
+        positions = torch.cat([torch.arange(length) for length in self.lengths])
+        self.index = torch.arange(len(positions)) if index is None else index
+        first = self.index.cummax(0).values.diff(prepend=torch.tensor([-1])).nonzero()[:, 0]
+        self.positions = positions[first].to(device)
+        self._shared = (self.index.to(device), first.to(device)) if len(first) < len(positions) else None
         self.starts = torch.tensor([0, *self.lengths]).cumsum(0)  # int64 (documents + 1,)
         self._starts_there = self.starts.to(device, torch.int32)  # as flash attention wants them
         self._groups: list[Tensor] | None = None
@@ -53,9 +60,18 @@ class PackedDocuments:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, window: int | None
     ) -> Tensor:
         if q.shape[-1] % 16 == 0 and fits(q, k, v):
-            out: Tensor = _Attention.apply(q, k, v, *rotary, self.starts, window or 0)  # type: ignore[no-untyped-call]
+            documents = self.starts, self.index
+            out: Tensor = _Attention.apply(q, k, v, *rotary, *documents, window or 0)  # type: ignore[no-untyped-call]
             return out
         q, k = rotate(q, rotary), rotate(k, rotary)
+        if self._shared is None:
+            return self._attend(q, k, v, window)
+        index, first = self._shared
+        q, k, v = (x.index_select(0, index) for x in (q, k, v))
+        return self._attend(q, k, v, window).index_select(0, first)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """The same of tokens of which no document shares any, positions put in."""
         if has_flash(q):
             return self._flash(q, k, v, window)
         if q.is_cuda:
@@ -136,28 +152,38 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cosine: Tensor, sine: Tensor, starts: Tensor, window: int
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        starts: Tensor,
+        index: Tensor,
+        window: int,
     ) -> Tensor:
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-        _call("attend", starts, window, q, k, v, cosine, sine, out, lse)
-        ctx.save_for_backward(q, k, v, lse, cosine, sine, starts)
+        _call("attend", starts, index, window, q, k, v, cosine, sine, out, lse)
+        ctx.save_for_backward(q, k, v, lse, cosine, sine, starts, index)
         ctx.window = window
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, lse, cosine, sine, starts = ctx.saved_tensors
+        q, k, v, lse, cosine, sine, starts, index = ctx.saved_tensors
         into = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         slope = slopes[0].contiguous()
-        _call("attend_backward", starts, ctx.window, q, k, v, slope, lse, cosine, sine, *into)
-        return (*into, None, None, None, None)
+        _call("attend_backward", starts, index, ctx.window, q, k, v, slope, lse, cosine, sine, *into)
+        return (*into, None, None, None, None, None)
 
 
-def _call(name: str, starts: Tensor, window: int, q: Tensor, k: Tensor, *tensors: Tensor) -> None:
+def _call(
+    name: str, starts: Tensor, index: Tensor, window: int, q: Tensor, k: Tensor, *tensors: Tensor
+) -> None:
     compiled = kernels()
     assert compiled is not None
-    shape = len(starts) - 1, starts, q.shape[1], k.shape[1], q.shape[2], window
+    shape = len(starts) - 1, starts, index, q.shape[1], k.shape[1], q.shape[2], window
     compiled.call(name, q.dtype, *shape, q, k, *tensors)
 
 

@@ -68,7 +68,7 @@ class Share:
         shares = spread(costs, self.world_size)
         loads = [sum(costs[at] for at in members) for members in shares]
         own = shares[self.rank]
-        packs = make_packs([found[at] for at in own], capacity, packing, own)
+        packs = make_packs([found[at] for at in own], capacity, packing)
         rounds = 1
         if self.lockstep:
             rounds = max(num_packs([lengths[at] for at in members], capacity, packing) for members in shares)

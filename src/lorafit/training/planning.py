@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -45,6 +46,7 @@ from lorafit.model.quant import check_quantize
 from lorafit.observe.meters import Meter
 from lorafit.observe.terminal import memory_size, progress
 from lorafit.place import Place
+from lorafit.training.batch import Rows
 from lorafit.training.material import read_material, row_order
 
 LEAST_STEPS, LEAST_SECONDS = 20, 30.0  # shorter runs start at once, with a rougher plan
@@ -140,8 +142,12 @@ class Planner:
         if network is not None:
             network.recompute = shape.recompute
             rates = quick_rates(network)
+
+            def pack_of(index: int) -> Pack:
+                return _pack(self.material.training, work.pack_of[index])
+
             if calibrated or (calibrated is None and self._is_worth_it(shape, work, schedule, rates)):
-                rates = calibrate(network, shape, work, rates, lambda index: self._pack(work, index))
+                rates = calibrate(network, shape, work, rates, pack_of)
         memory = self._predicted(config, rates)
         self._beyond = memory.total - self._predicted(config).total
         on_cpu = self.device.type == "cpu"
@@ -156,6 +162,7 @@ class Planner:
             supervised_tokens_per_epoch=work.supervised_per_epoch,
             tokens=work.tokens,
             supervised_tokens=work.supervised,
+            shared_tokens=round(work.shared),
             longest_pack_tokens=int(work.at(heaviest(shape, work)).tokens),
             device=describe(self.device),
             dtype=str(pick_dtype(config.model.dtype, self.device)).removeprefix("torch."),
@@ -233,14 +240,26 @@ class Planner:
         if capacity not in self._workloads:
             num_steps = self.order.num_steps(train.epochs, train.max_steps)
             self._workloads[capacity] = survey(
-                training.lengths, training.targets, self.order, num_steps, capacity, config.data.packing
+                training.lengths,
+                training.targets,
+                self.order,
+                num_steps,
+                capacity,
+                config.data.packing,
+                lambda members: _pack(training, members),
             )
         return self._workloads[capacity]
 
     def _schedule(self, config: Config, work: Workload) -> Schedule:
         """When the loop measures and saves: every so many steps, at the end, and at most once for each best."""
         held, train = self.material.heldout, config.train
-        passes = heldout_passes(held.lengths, held.targets, train.micro_batch_tokens, config.data.packing)
+        passes = heldout_passes(
+            held.lengths,
+            held.targets,
+            train.micro_batch_tokens,
+            config.data.packing,
+            lambda members: _pack(held, members),
+        )
         every = self.order.steps_per_epoch
         measured = _times(work.steps, train.eval_every or every) if len(held) else set()
         saved = _times(work.steps, train.save_every or every) | measured
@@ -256,10 +275,6 @@ class Planner:
             count, limit = stop_prompts(held.targets.tolist())
             answers += [(min(AT_ONCE, count - first), limit) for first in range(0, count, AT_ONCE)]
         return Schedule(len(measured) + bool(measured), passes, len(saved), answers, proof)
-
-    def _pack(self, work: Workload, index: int) -> Pack:
-        rows = [self.material.training.row(row) for row in work.pack_of[index]]
-        return make_packs(rows, sum(len(ids) for ids, _ in rows))[0]
 
 
 def plan_run(config: Config, *, quiet: bool = False) -> Plan:
@@ -286,6 +301,12 @@ def plan_run(config: Config, *, quiet: bool = False) -> Plan:
         del (
             built
         )  # the real pass took more than the formula said: refused now, or something smaller is picked
+
+
+def _pack(rows: Rows, members: Sequence[int]) -> Pack:
+    """The rows at `members` as one pack."""
+    found = [rows.row(index) for index in members]
+    return make_packs(found, sum(len(ids) for ids, _ in found))[0]
 
 
 def _choice(config: Config) -> Choice:

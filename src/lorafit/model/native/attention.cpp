@@ -1,7 +1,8 @@
 // Causal attention of packed documents with rotary positions, forward and backward, in blocks of queries.
 //
 // q and o are (tokens, heads, size), k and v (tokens, kv_heads, size), cosine and sine (tokens, size / 2) float32,
-// lse (tokens, heads) float32. Document d holds the tokens starts[d] .. starts[d + 1]. A query sees the keys of its
+// lse (tokens, heads) float32. Document d holds the tokens index[starts[d]] .. index[starts[d + 1] - 1]: documents that
+// begin alike share tokens, which are numbered in the order in which they first occur. A query sees the keys of its
 // document up to itself, and with window > 0 only the last `window` of them. Scores exist for one block of queries
 // at a time, in float32 (the scheme of FlashAttention, Dao 2023). One thread does one document and one key-value
 // head, so results depend neither on the number of threads nor on the neighbours in the pack.
@@ -9,7 +10,6 @@
 #include "vectors.h"
 
 #include <cstdlib>
-#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -56,20 +56,52 @@ struct Shape {
   float scale;
 };
 
-// One head of `count` tokens from `from` (row stride `stride`) into rows of their own; turned by the token's angle
+// The first tokens of a document may be those of documents before it; from `own` on they are its own, side by side, and
+// from `alone` on no other's. `slot` is where the slopes of the keys and values before `alone` go, to be added up.
+struct Document {
+  const int64_t *rows;  // of its tokens in the pass
+  int64_t length, own, alone, slot;
+};
+
+static std::vector<Document> documents_of(int64_t count, const int64_t *starts, const int64_t *index) {
+  std::vector<Document> documents(count);
+  std::vector<int64_t> users;  // documents of each token
+  for (int64_t d = 0; d < count; d++) {
+    Document &one = documents[d] = {index + starts[d], starts[d + 1] - starts[d], 0, 0, 0};
+    const int64_t known = users.size();
+    while (one.own < one.length && one.rows[one.own] < known) users[one.rows[one.own++]]++;
+    users.resize(known + one.length - one.own, 1);
+  }
+  int64_t slot = 0;
+  for (Document &one : documents) {
+    while (one.alone < one.length && users[one.rows[one.alone]] > 1) one.alone++;
+    one.slot = slot;
+    slot += one.alone;
+  }
+  return documents;
+}
+
+// The costliest first, so that no thread is left with a long one at the end
+static std::vector<Document> costliest_first(std::vector<Document> documents) {
+  const auto cost = [](const Document &one) { return one.length * one.length - one.own * one.own; };
+  std::stable_sort(documents.begin(), documents.end(), [&](const Document &a, const Document &b) { return cost(a) > cost(b); });
+  return documents;
+}
+
+// One head of the tokens `rows` of `from` (row stride `stride`) into rows of their own; turned by the token's angle
 template <class T, class Row>
-static void load(int64_t count, int64_t size, const T *from, int64_t stride, const float *cosine, const float *sine,
-                 float scale, Row *to) {
+static void load(int64_t count, int64_t size, const int64_t *rows, const T *from, int64_t stride, const float *cosine,
+                 const float *sine, float scale, Row *to) {
   int64_t half = size / 2;
   for (int64_t t = 0; t < count; t++) {
-    const T *in = from + t * stride;
+    const T *in = from + rows[t] * stride;
     Row *out = to + t * size;
     if (!cosine) {
 #pragma omp simd
       for (int64_t i = 0; i < size; i++) put(get(in[i]) * scale, out[i]);
       continue;
     }
-    const float *c = cosine + t * half, *s = sine + t * half;
+    const float *c = cosine + rows[t] * half, *s = sine + rows[t] * half;
 #pragma omp simd
     for (int64_t i = 0; i < half; i++) {
       float first = get(in[i]) * scale, second = get(in[half + i]) * scale;
@@ -79,27 +111,65 @@ static void load(int64_t count, int64_t size, const T *from, int64_t stride, con
   }
 }
 
-// The inverse of `load` without the rounding: gradients are turned back
+// One token's number for number times `scale`; turned back where an angle is given: as `load`, without the rounding
 template <class T>
-static void store(int64_t count, int64_t size, const float *from, const float *cosine, const float *sine, float scale,
-                  T *to, int64_t stride) {
+static void store_row(int64_t size, const float *in, const float *c, const float *s, float scale, T *out) {
   int64_t half = size / 2;
-  for (int64_t t = 0; t < count; t++) {
-    const float *in = from + t * size;
-    T *out = to + t * stride;
-    if (!cosine) {
+  if (!c) {
 #pragma omp simd
-      for (int64_t i = 0; i < size; i++) put(in[i] * scale, out[i]);
-      continue;
-    }
-    const float *c = cosine + t * half, *s = sine + t * half;
-#pragma omp simd
-    for (int64_t i = 0; i < half; i++) {
-      float first = in[i] * scale, second = in[half + i] * scale;
-      put(first * c[i] + second * s[i], out[i]);
-      put(second * c[i] - first * s[i], out[half + i]);
-    }
+    for (int64_t i = 0; i < size; i++) put(in[i] * scale, out[i]);
+    return;
   }
+#pragma omp simd
+  for (int64_t i = 0; i < half; i++) {
+    float first = in[i] * scale, second = in[half + i] * scale;
+    put(first * c[i] + second * s[i], out[i]);
+    put(second * c[i] - first * s[i], out[half + i]);
+  }
+}
+
+// `count` rows of `from` to the tokens `rows` of `to`
+template <class T>
+static void store(int64_t count, int64_t size, const float *from, const int64_t *rows, const float *cosine,
+                  const float *sine, float scale, T *to, int64_t stride) {
+  for (int64_t t = 0; t < count; t++) {
+    const int64_t angle = rows[t] * (size / 2);
+    store_row(size, from + t * size, cosine ? cosine + angle : nullptr, sine ? sine + angle : nullptr, scale, to + rows[t] * stride);
+  }
+}
+
+// The slopes of a document's keys or values: what no other document sees to its place, the rest to the document's slots
+template <class T>
+static void store_slopes(const Document &document, int64_t size, const float *from, const float *cosine, const float *sine,
+                         T *to, float *slots, int64_t stride) {
+  const int64_t half = size / 2, alone = document.alone;
+  for (int64_t t = 0; t < alone; t++) {
+    const int64_t angle = document.rows[t] * half;
+    store_row(size, from + t * size, cosine ? cosine + angle : nullptr, sine ? sine + angle : nullptr, 1.0f,
+              slots + (document.slot + t) * stride);
+  }
+  store(document.length - alone, size, from + alone * size, document.rows + alone, cosine, sine, 1.0f, to, stride);
+}
+
+// The slopes in the slots, added up in the order of the documents into those of the first that has the token
+template <class T>
+static void add_slots(const std::vector<Document> &documents, int64_t stride, int64_t size, int64_t group, float *slots, T *to) {
+  std::vector<float *> first_of;
+  for (const Document &one : documents)
+    for (int64_t t = 0; t < one.alone; t++) {
+      float *const slot = slots + (one.slot + t) * stride + group * size;
+      if (t >= one.own) {
+        if (int64_t(first_of.size()) <= one.rows[t]) first_of.resize(one.rows[t] + 1);
+        first_of[one.rows[t]] = slot;
+        continue;
+      }
+      float *const first = first_of[one.rows[t]];
+#pragma omp simd
+      for (int64_t i = 0; i < size; i++) first[i] += slot[i];
+    }
+  for (const Document &one : documents)
+    for (int64_t t = one.own; t < one.alone; t++)
+      store_row(size, first_of[one.rows[t]], nullptr, nullptr, 1.0f, to + one.rows[t] * stride + group * size);
 }
 
 static void transpose(int64_t rows, int64_t columns, const float *from, float *to, int64_t to_row) {
@@ -118,23 +188,23 @@ struct Range {
 #include "attention_dots.h"
 
 template <class T>
-static void attend_one(const Shape &shape, int64_t start, int64_t length, int64_t group, const T *q, const T *k,
-                       const T *v, const float *cosine, const float *sine, T *o, float *lse) {
-  const int64_t size = shape.size, half = size / 2, all = padded(length, PAD), shared = shape.heads / shape.kv_heads;
+static void attend_one(const Shape &shape, const Document &document, int64_t group, const T *q, const T *k, const T *v,
+                       const float *cosine, const float *sine, T *o, float *lse) {
+  const int64_t length = document.length, *const rows_of = document.rows;
+  const int64_t size = shape.size, all = padded(length, PAD), shared = shape.heads / shape.kv_heads;
   const int64_t q_row = shape.heads * size, kv_row = shape.kv_heads * size;
   std::vector<float> keys(all * size), keys_t(all * size), values(all * size), queries(QUERIES * size),
       scores(QUERIES * all), mixed(QUERIES * size);
-  const float *turn_c = cosine + start * half, *turn_s = sine + start * half;
-  load(length, size, k + start * kv_row + group * size, kv_row, turn_c, turn_s, 1.0f, keys.data());
+  load(length, size, rows_of, k + group * size, kv_row, cosine, sine, 1.0f, keys.data());
   transpose(length, size, keys.data(), keys_t.data(), all);
-  load(length, size, v + start * kv_row + group * size, kv_row, nullptr, nullptr, 1.0f, values.data());
+  load(length, size, rows_of, v + group * size, kv_row, nullptr, nullptr, 1.0f, values.data());
   for (int64_t head = group * shared; head < (group + 1) * shared; head++)
-    for (int64_t first = 0; first < length; first += QUERIES) {
-      const int64_t count = std::min(QUERIES, length - first), rows = padded(count, ROWS);
+    for (int64_t first = document.own, count; first < length; first += count) {
+      count = std::min(QUERIES - first % QUERIES, length - first);
+      const int64_t rows = padded(count, ROWS);
       const Range range(first, count, shape.window);
       const int64_t width = range.high - range.low;
-      load(count, size, q + (start + first) * q_row + head * size, q_row, turn_c + first * half, turn_s + first * half,
-           shape.scale, queries.data());
+      load(count, size, rows_of + first, q + head * size, q_row, cosine, sine, shape.scale, queries.data());
       std::fill(queries.begin() + count * size, queries.begin() + rows * size, 0.0f);
       product(rows, width, size, queries.data(), size, 1, keys_t.data() + range.low, all, scores.data(), width, false);
       for (int64_t t = 0; t < rows; t++) {
@@ -151,37 +221,38 @@ static void attend_one(const Shape &shape, int64_t start, int64_t length, int64_
         const float high = largest(row + begin, last - begin);
 #pragma omp simd reduction(+ : sum)
         for (int64_t j = begin; j < last; j++) sum += row[j] = fast_exp(row[j] - high);
-        lse[(start + at) * shape.heads + head] = high + std::log(sum);
+        lse[rows_of[at] * shape.heads + head] = high + std::log(sum);
         const float inverse = 1.0f / sum;
 #pragma omp simd
         for (int64_t j = begin; j < last; j++) row[j] *= inverse;
       }
       product(rows, size, width, scores.data(), width, 1, values.data() + range.low * size, size, mixed.data(), size, false);
-      store(count, size, mixed.data(), nullptr, nullptr, 1.0f, o + (start + first) * q_row + head * size, q_row);
+      store(count, size, mixed.data(), rows_of + first, nullptr, nullptr, 1.0f, o + head * size, q_row);
     }
 }
 
 template <class T>
-static void attend_one_backward(const Shape &shape, int64_t start, int64_t length, int64_t group, const T *q, const T *k,
-                                const T *v, const T *d_o, const float *lse, const float *cosine,
-                                const float *sine, T *dq, T *dk, T *dv) {
-  const int64_t size = shape.size, half = size / 2, all = padded(length, PAD), shared = shape.heads / shape.kv_heads;
+static void attend_one_backward(const Shape &shape, const Document &document, int64_t group, const T *q, const T *k,
+                                const T *v, const T *d_o, const float *lse, const float *cosine, const float *sine, T *dq,
+                                T *dk, T *dv, float *slots_k, float *slots_v) {
+  const int64_t length = document.length, *const rows_of = document.rows;
+  const int64_t size = shape.size, all = padded(length, PAD), shared = shape.heads / shape.kv_heads;
   const int64_t q_row = shape.heads * size, kv_row = shape.kv_heads * size;
   std::vector<float> keys(all * size), keys_t(all * size), values(all * size), values_t(all * size), d_keys(all * size),
       d_values(all * size), queries(QUERIES * size), slope(QUERIES * size), d_queries(QUERIES * size),
       scores(QUERIES * all), d_scores(QUERIES * all);
-  const float *turn_c = cosine + start * half, *turn_s = sine + start * half;
-  load(length, size, k + start * kv_row + group * size, kv_row, turn_c, turn_s, 1.0f, keys.data());
+  load(length, size, rows_of, k + group * size, kv_row, cosine, sine, 1.0f, keys.data());
   transpose(length, size, keys.data(), keys_t.data(), all);
-  load(length, size, v + start * kv_row + group * size, kv_row, nullptr, nullptr, 1.0f, values.data());
+  load(length, size, rows_of, v + group * size, kv_row, nullptr, nullptr, 1.0f, values.data());
   transpose(length, size, values.data(), values_t.data(), all);
   for (int64_t head = group * shared; head < (group + 1) * shared; head++)
-    for (int64_t first = 0; first < length; first += QUERIES) {
-      const int64_t count = std::min(QUERIES, length - first), rows = padded(count, ROWS);
+    for (int64_t first = document.own, count; first < length; first += count) {
+      count = std::min(QUERIES - first % QUERIES, length - first);
+      const int64_t rows = padded(count, ROWS);
       const Range range(first, count, shape.window);
-      const int64_t width = range.high - range.low, at0 = (start + first) * q_row + head * size;
-      load(count, size, q + at0, q_row, turn_c + first * half, turn_s + first * half, shape.scale, queries.data());
-      load(count, size, d_o + at0, q_row, nullptr, nullptr, 1.0f, slope.data());
+      const int64_t width = range.high - range.low;
+      load(count, size, rows_of + first, q + head * size, q_row, cosine, sine, shape.scale, queries.data());
+      load(count, size, rows_of + first, d_o + head * size, q_row, nullptr, nullptr, 1.0f, slope.data());
       std::fill(queries.begin() + count * size, queries.begin() + rows * size, 0.0f);
       std::fill(slope.begin() + count * size, slope.begin() + rows * size, 0.0f);
       product(rows, width, size, queries.data(), size, 1, keys_t.data() + range.low, all, scores.data(), width, false);
@@ -200,7 +271,7 @@ static void attend_one_backward(const Shape &shape, int64_t start, int64_t lengt
         std::fill(d_row, d_row + begin, 0.0f);
         std::fill(d_row + last, d_row + width, 0.0f);
         float along = 0;  // the slope along the row's own sum, which is fixed at 1
-        const float total = lse[(start + at) * shape.heads + head];
+        const float total = lse[rows_of[at] * shape.heads + head];
 #pragma omp simd reduction(+ : along)
         for (int64_t j = begin; j < last; j++) {
           row[j] = fast_exp(row[j] - total);
@@ -212,67 +283,65 @@ static void attend_one_backward(const Shape &shape, int64_t start, int64_t lengt
       product(width, size, count, scores.data(), 1, width, slope.data(), size, d_values.data() + range.low * size, size, true);
       product(width, size, count, d_scores.data(), 1, width, queries.data(), size, d_keys.data() + range.low * size, size, true);
       product(rows, size, width, d_scores.data(), width, 1, keys.data() + range.low * size, size, d_queries.data(), size, false);
-      store(count, size, d_queries.data(), turn_c + first * half, turn_s + first * half, shape.scale, dq + at0, q_row);
+      store(count, size, d_queries.data(), rows_of + first, cosine, sine, shape.scale, dq + head * size, q_row);
     }
-  store(length, size, d_keys.data(), turn_c, turn_s, 1.0f, dk + start * kv_row + group * size, kv_row);
-  store(length, size, d_values.data(), nullptr, nullptr, 1.0f, dv + start * kv_row + group * size, kv_row);
-}
-
-// Documents longest first, so that no thread is left with a long one at the end
-static std::vector<int64_t> by_length(int64_t documents, const int64_t *starts) {
-  std::vector<int64_t> order(documents);
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    return starts[a + 1] - starts[a] > starts[b + 1] - starts[b];
-  });
-  return order;
+  store_slopes(document, size, d_keys.data(), cosine, sine, dk + group * size, slots_k + group * size, kv_row);
+  store_slopes<T>(document, size, d_values.data(), nullptr, nullptr, dv + group * size, slots_v + group * size, kv_row);
 }
 
 template <class T>
-static void attend(int64_t documents, const int64_t *starts, int64_t heads, int64_t kv_heads, int64_t size, int64_t window,
-                   const T *q, const T *k, const T *v, const float *cosine, const float *sine, T *o, float *lse, int threads) {
+static void attend(int64_t count, const int64_t *starts, const int64_t *index, int64_t heads, int64_t kv_heads, int64_t size,
+                   int64_t window, const T *q, const T *k, const T *v, const float *cosine, const float *sine, T *o, float *lse,
+                   int threads) {
   const Shape shape{heads, kv_heads, size, window, 1.0f / std::sqrt(float(size))};
-  const auto order = by_length(documents, starts);
+  const auto documents = costliest_first(documents_of(count, starts, index));
   [[maybe_unused]] const bool on_tiles = may_use_tiles();
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t item = 0; item < documents * kv_heads; item++) {
-    const int64_t document = order[item / kv_heads], start = starts[document], length = starts[document + 1] - start;
+  for (int64_t item = 0; item < count * kv_heads; item++) {
+    const Document &document = documents[item / kv_heads];
 #ifdef HAS_DOTS
     if constexpr (std::is_same_v<T, bf16>)
       if (size % 32 == 0) {
         const Tiles tiles(on_tiles);
-        attend_one_dots(on_tiles, shape, start, length, item % kv_heads, q, k, v, cosine, sine, o, lse);
+        attend_one_dots(on_tiles, shape, document, item % kv_heads, q, k, v, cosine, sine, o, lse);
         continue;
       }
 #endif
-    attend_one(shape, start, length, item % kv_heads, q, k, v, cosine, sine, o, lse);
+    attend_one(shape, document, item % kv_heads, q, k, v, cosine, sine, o, lse);
   }
 }
-#define PARAMETERS(T) (int64_t documents, const int64_t *starts, int64_t heads, int64_t kv_heads, int64_t size, int64_t window, const T *q, const T *k, const T *v, const float *cosine, const float *sine, T *o, float *lse, int threads)
-FOR_BOTH_TYPES(attend, (documents, starts, heads, kv_heads, size, window, q, k, v, cosine, sine, o, lse, threads))
+#define PARAMETERS(T) (int64_t count, const int64_t *starts, const int64_t *index, int64_t heads, int64_t kv_heads, int64_t size, int64_t window, const T *q, const T *k, const T *v, const float *cosine, const float *sine, T *o, float *lse, int threads)
+FOR_BOTH_TYPES(attend, (count, starts, index, heads, kv_heads, size, window, q, k, v, cosine, sine, o, lse, threads))
 #undef PARAMETERS
 
 template <class T>
-static void attend_backward(int64_t documents, const int64_t *starts, int64_t heads, int64_t kv_heads, int64_t size,
-                            int64_t window, const T *q, const T *k, const T *v, const T *d_o, const float *lse,
+static void attend_backward(int64_t count, const int64_t *starts, const int64_t *index, int64_t heads, int64_t kv_heads,
+                            int64_t size, int64_t window, const T *q, const T *k, const T *v, const T *d_o, const float *lse,
                             const float *cosine, const float *sine, T *dq, T *dk, T *dv, int threads) {
   const Shape shape{heads, kv_heads, size, window, 1.0f / std::sqrt(float(size))};
-  const auto order = by_length(documents, starts);
+  const auto in_order = documents_of(count, starts, index), documents = costliest_first(in_order);
+  const int64_t slots = (in_order.back().slot + in_order.back().alone) * kv_heads * size;
+  std::vector<float> slots_k(slots), slots_v(slots);
   [[maybe_unused]] const bool on_tiles = may_use_tiles();
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t item = 0; item < documents * kv_heads; item++) {
-    const int64_t document = order[item / kv_heads], start = starts[document], length = starts[document + 1] - start;
+  for (int64_t item = 0; item < count * kv_heads; item++) {
+    const Document &document = documents[item / kv_heads];
 #ifdef HAS_DOTS
     if constexpr (std::is_same_v<T, bf16>)
       if (size % 32 == 0) {
         const Tiles tiles(on_tiles);
-        attend_one_backward_dots(on_tiles, shape, start, length, item % kv_heads, q, k, v, d_o, lse, cosine, sine, dq, dk, dv);
+        attend_one_backward_dots(on_tiles, shape, document, item % kv_heads, q, k, v, d_o, lse, cosine, sine, dq, dk, dv,
+                                 slots_k.data(), slots_v.data());
         continue;
       }
 #endif
-    attend_one_backward(shape, start, length, item % kv_heads, q, k, v, d_o, lse, cosine, sine, dq, dk, dv);
+    attend_one_backward(shape, document, item % kv_heads, q, k, v, d_o, lse, cosine, sine, dq, dk, dv, slots_k.data(),
+                        slots_v.data());
   }
+#pragma omp parallel for num_threads(threads) schedule(static) if (slots)
+  for (int64_t item = 0; item < 2 * kv_heads; item++)
+    add_slots(in_order, kv_heads * size, size, item / 2, (item % 2 ? slots_v : slots_k).data(), item % 2 ? dv : dk);
 }
-#define PARAMETERS(T) (int64_t documents, const int64_t *starts, int64_t heads, int64_t kv_heads, int64_t size, int64_t window, const T *q, const T *k, const T *v, const T *d_o, const float *lse, const float *cosine, const float *sine, T *dq, T *dk, T *dv, int threads)
-FOR_BOTH_TYPES(attend_backward, (documents, starts, heads, kv_heads, size, window, q, k, v, d_o, lse, cosine, sine, dq, dk, dv, threads))
+#define PARAMETERS(T) (int64_t count, const int64_t *starts, const int64_t *index, int64_t heads, int64_t kv_heads, int64_t size, int64_t window, const T *q, const T *k, const T *v, const T *d_o, const float *lse, const float *cosine, const float *sine, T *dq, T *dk, T *dv, int threads)
+FOR_BOTH_TYPES(attend_backward, (count, starts, index, heads, kv_heads, size, window, q, k, v, d_o, lse, cosine, sine, dq, dk, dv, threads))
 #undef PARAMETERS

@@ -105,26 +105,26 @@ static Buffer halves(int64_t count) { return Buffer(count * 2); }
 // Queries of a block: half as many come nearer to the half of the square that is seen, but add to the keys' slopes more often
 static int64_t queries_of(bool on_tiles) { return on_tiles ? QUERIES : QUERIES / 2; }
 
-static void attend_one_dots(bool on_tiles, const Shape &shape, int64_t start, int64_t length, int64_t group, const bf16 *q, const bf16 *k,
-                             const bf16 *v, const float *cosine, const float *sine, bf16 *o, float *lse) {
-  const int64_t size = shape.size, half = size / 2, all = padded(length, EDGE), shared = shape.heads / shape.kv_heads;
+static void attend_one_dots(bool on_tiles, const Shape &shape, const Document &document, int64_t group, const bf16 *q,
+                            const bf16 *k, const bf16 *v, const float *cosine, const float *sine, bf16 *o, float *lse) {
+  const int64_t length = document.length, *const rows_of = document.rows;
+  const int64_t size = shape.size, all = padded(length, EDGE), shared = shape.heads / shape.kv_heads;
   const int64_t q_row = shape.heads * size, kv_row = shape.kv_heads * size, block = queries_of(on_tiles);
   Buffer rows = halves(all * size), keys = halves(all * size), values = halves(all * size), queries = halves(QUERIES * size),
          chances = halves(QUERIES * all), scores = floats(QUERIES * all), mixed = floats(QUERIES * size);
-  const float *turn_c = cosine + start * half, *turn_s = sine + start * half;
-  load(length, size, k + start * kv_row + group * size, kv_row, turn_c, turn_s, 1.0f, (bf16 *)rows);
+  load(length, size, rows_of, k + group * size, kv_row, cosine, sine, 1.0f, (bf16 *)rows);
   lay_out_turned(all, size, rows, keys);
-  load(length, size, v + start * kv_row + group * size, kv_row, nullptr, nullptr, 1.0f, (bf16 *)rows);
+  load(length, size, rows_of, v + group * size, kv_row, nullptr, nullptr, 1.0f, (bf16 *)rows);
   lay_out(all, size, rows, values);
   for (int64_t head = group * shared; head < (group + 1) * shared; head++)
-    for (int64_t first = 0; first < length; first += block) {
-      const int64_t count = std::min(block, length - first), filled = padded(count, EDGE);
+    for (int64_t first = document.own, count; first < length; first += count) {
+      count = std::min(block - first % block, length - first);
+      const int64_t filled = padded(count, EDGE);
       const Range range(first, count, shape.window);
       const int64_t width = range.high - range.low;
       bf16 *query = queries, *chance = chances;
       float *score = scores, *mix = mixed, inverse[QUERIES];
-      load(count, size, q + (start + first) * q_row + head * size, q_row, turn_c + first * half, turn_s + first * half,
-           shape.scale, query);
+      load(count, size, rows_of + first, q + head * size, q_row, cosine, sine, shape.scale, query);
       std::memset(query + count * size, 0, (filled - count) * size * 2);
       product(on_tiles, filled, width, size, query, size, (bf16 *)keys + range.low * size, size, score, width, false);
       std::memset(chance, 0, filled * width * 2);
@@ -138,42 +138,43 @@ static void attend_one_dots(bool on_tiles, const Shape &shape, int64_t start, in
         for (int64_t j = begin; j < last; j++) sum += row[j] = fast_exp(row[j] - high);
 #pragma omp simd
         for (int64_t j = begin; j < last; j++) put(row[j], out[j]);
-        lse[(start + at) * shape.heads + head] = high + std::log(sum);
+        lse[rows_of[at] * shape.heads + head] = high + std::log(sum);
         inverse[t] = 1.0f / sum;
       }
       product(on_tiles, filled, size, width, chance, width, (bf16 *)values + range.low * TILE_ROWS, all, mix, size, false);
       for (int64_t t = 0; t < count; t++)
-        store(1, size, mix + t * size, nullptr, nullptr, inverse[t], o + (start + first + t) * q_row + head * size, q_row);
+        store_row(size, mix + t * size, nullptr, nullptr, inverse[t], o + rows_of[first + t] * q_row + head * size);
     }
 }
 
-static void attend_one_backward_dots(bool on_tiles, const Shape &shape, int64_t start, int64_t length, int64_t group, const bf16 *q,
-                                      const bf16 *k, const bf16 *v, const bf16 *d_o, const float *lse, const float *cosine,
-                                      const float *sine, bf16 *dq, bf16 *dk, bf16 *dv) {
-  const int64_t size = shape.size, half = size / 2, all = padded(length, EDGE), shared = shape.heads / shape.kv_heads;
+static void attend_one_backward_dots(bool on_tiles, const Shape &shape, const Document &document, int64_t group, const bf16 *q,
+                                     const bf16 *k, const bf16 *v, const bf16 *d_o, const float *lse, const float *cosine,
+                                     const float *sine, bf16 *dq, bf16 *dk, bf16 *dv, float *slots_k, float *slots_v) {
+  const int64_t length = document.length, *const rows_of = document.rows;
+  const int64_t size = shape.size, all = padded(length, EDGE), shared = shape.heads / shape.kv_heads;
   const int64_t q_row = shape.heads * size, kv_row = shape.kv_heads * size, block = queries_of(on_tiles);
   Buffer keys = halves(all * size), values = halves(all * size), keys_t = halves(all * size), queries = halves(QUERIES * size),
          slopes = halves(QUERIES * size), second = halves(QUERIES * size), chances = halves(QUERIES * all),
          d_chances = halves(QUERIES * all), d_laid_out = halves(QUERIES * all), scores = floats(QUERIES * all),
          d_scores = floats(QUERIES * all), d_keys = floats(all * size), d_values = floats(all * size),
          d_queries_t = floats(QUERIES * size), d_queries = floats(QUERIES * size);
-  const float *turn_c = cosine + start * half, *turn_s = sine + start * half;
-  load(length, size, k + start * kv_row + group * size, kv_row, turn_c, turn_s, 1.0f, (bf16 *)keys);
-  load(length, size, v + start * kv_row + group * size, kv_row, nullptr, nullptr, 1.0f, (bf16 *)values);
+  load(length, size, rows_of, k + group * size, kv_row, cosine, sine, 1.0f, (bf16 *)keys);
+  load(length, size, rows_of, v + group * size, kv_row, nullptr, nullptr, 1.0f, (bf16 *)values);
   for (int64_t t = 0; t < length; t++)
     for (int64_t i = 0; i < size; i++) ((bf16 *)keys_t)[i * all + t] = ((bf16 *)keys)[t * size + i];
   for (int64_t head = group * shared; head < (group + 1) * shared; head++)
-    for (int64_t first = 0; first < length; first += block) {
-      const int64_t count = std::min(block, length - first), wide = padded(count, EDGE);  // columns of what is turned
+    for (int64_t first = document.own, count; first < length; first += count) {
+      count = std::min(block - first % block, length - first);
+      const int64_t wide = padded(count, EDGE);  // columns of what is turned
       const Range range(first, count, shape.window);
-      const int64_t width = range.high - range.low, at0 = (start + first) * q_row + head * size;
+      const int64_t width = range.high - range.low;
       bf16 *query = queries, *slope = slopes, *laid_out = second, *chance = chances, *d_chance = d_chances;
       float *score = scores, *d_score = d_scores, along[QUERIES] = {}, total[QUERIES] = {};
-      load(count, size, q + at0, q_row, turn_c + first * half, turn_s + first * half, shape.scale, query);
-      load(count, size, d_o + at0, q_row, nullptr, nullptr, 1.0f, slope);
+      load(count, size, rows_of + first, q + head * size, q_row, cosine, sine, shape.scale, query);
+      load(count, size, rows_of + first, d_o + head * size, q_row, nullptr, nullptr, 1.0f, slope);
       std::memset(query + count * size, 0, (wide - count) * size * 2);
       std::memset(slope + count * size, 0, (wide - count) * size * 2);
-      for (int64_t t = 0; t < count; t++) total[t] = lse[(start + first + t) * shape.heads + head];
+      for (int64_t t = 0; t < count; t++) total[t] = lse[rows_of[first + t] * shape.heads + head];
       lay_out_turned(wide, size, query, laid_out);
       product(on_tiles, width, wide, size, (bf16 *)keys + range.low * size, size, laid_out, size, score, wide, false);
       lay_out_turned(wide, size, slope, laid_out);
@@ -207,9 +208,9 @@ static void attend_one_backward_dots(bool on_tiles, const Shape &shape, int64_t 
       lay_out(width, wide, d_chance, d_laid_out);
       product(on_tiles, size, wide, width, (bf16 *)keys_t + range.low, all, d_laid_out, width, d_queries_t, wide, false);
       transpose(size, wide, d_queries_t, d_queries, size);
-      store(count, size, (float *)d_queries, turn_c + first * half, turn_s + first * half, shape.scale, dq + at0, q_row);
+      store(count, size, (float *)d_queries, rows_of + first, cosine, sine, shape.scale, dq + head * size, q_row);
     }
-  store(length, size, (float *)d_keys, turn_c, turn_s, 1.0f, dk + start * kv_row + group * size, kv_row);
-  store(length, size, (float *)d_values, nullptr, nullptr, 1.0f, dv + start * kv_row + group * size, kv_row);
+  store_slopes(document, size, (float *)d_keys, cosine, sine, dk + group * size, slots_k + group * size, kv_row);
+  store_slopes<bf16>(document, size, (float *)d_values, nullptr, nullptr, dv + group * size, slots_v + group * size, kv_row);
 }
 #endif
