@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lorafit.check.workload import Workload, survey
 from lorafit.config.load import config_of_words, flag_overrides, load_config
 from lorafit.config.schema import Config
 from lorafit.data.loader import RowOrder
+from lorafit.data.packing import Pack, make_packs
 from lorafit.durable import sha256_file
 from lorafit.errors import RunError
 from lorafit.model.memory import resident_bytes
@@ -256,6 +258,36 @@ def test_a_long_run_is_sampled_but_its_tokens_are_exact(monkeypatch: pytest.Monk
     assert sampled.num_passes == pytest.approx(whole.num_passes, rel=0.05)
     assert sampled.mean.tokens == pytest.approx(whole.mean.tokens, rel=0.1)
     assert whole.longest_row == lengths.max()
+
+
+def test_what_rows_begin_alike_with_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(2)
+    lengths = generator.integers(20, 60, 120)
+    preambles = (np.arange(10), np.arange(10, 26))
+    texts = [
+        np.concatenate([preambles[n % 2], generator.integers(0, 9999, length)])[:length]
+        for n, length in enumerate(lengths)
+    ]
+    rows = [(ids.astype(np.uint16), np.arange(len(ids)) > len(ids) // 2) for ids in texts]
+    targets = [int(trained.sum()) for _, trained in rows]
+
+    def lay(members: Sequence[int]) -> Pack:
+        return make_packs([rows[at] for at in members], 10_000)[0]
+
+    work = survey_of(lengths.tolist(), targets, num_steps=30, capacity=150, lay=lay)
+    for found, members in zip(work.passes, work.pack_of, strict=True):
+        beginnings = {tuple(texts[at][: end + 1]) for at in members for end in range(lengths[at] - 1)}
+        assert found[0] == len(beginnings)
+        assert found[1] == sum(targets[at] for at in members)
+        assert found[2] == sum(2 * len(each) - 1 for each in beginnings)
+    apart = survey_of(lengths.tolist(), targets, num_steps=30, capacity=150)
+    assert work.shared == apart.passes[:, 0].sum() - work.passes[:, 0].sum() > 300
+    assert apart.shared == 0
+    monkeypatch.setattr("lorafit.check.workload._SAMPLED_PACKS", 12)
+    sampled = survey_of(lengths.tolist(), targets, num_steps=30, capacity=150, lay=lay)
+    assert sampled.shared == pytest.approx(work.shared, rel=0.2)
+    assert sampled.mean.squares == pytest.approx(work.mean.squares, rel=0.02)
+    assert (sampled.tokens, sampled.supervised) == (work.tokens, work.supervised)
 
 
 def test_the_head_of_a_run_is_short_and_the_table_closes(material: list[str]) -> None:

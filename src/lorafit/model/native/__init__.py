@@ -25,7 +25,7 @@ from torch import Tensor
 from lorafit.durable import cache_folder
 
 _SOURCES = ("rows.cpp", "attention.cpp", "few_rows.cpp", "decode.cpp", "products.cpp")
-_HEADERS = ("common.h", "vectors.h", "dots.h", "attention_dots.h")
+_HEADERS = ("common.h", "vectors.h", "dots.h", "documents.h", "attention_dots.h")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 _X86_FLAGS = ("-mprefer-vector-width=512",)  # where there are such; the compiler would take half of one
 _SUFFIX = {torch.float32: "_f32", torch.bfloat16: "_bf16"}

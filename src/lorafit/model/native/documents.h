@@ -1,0 +1,124 @@
+// The documents of a pass: which tokens are theirs, one head's numbers of them in rows of their own, and back.
+//
+// Documents that begin alike share tokens. What one document alone computes goes to its place; the slopes of keys and
+// values that several see are kept apart and then added up.
+#pragma once
+#include "common.h"
+
+#include <vector>
+
+// The first tokens of a document may be those of documents before it; from `own` on they are its own, side by side, and
+// from `alone` on no other's. `slot` is where the slopes of the keys and values before `alone` go, to be added up.
+struct Document {
+  const int64_t *rows;  // of its tokens in the pass
+  int64_t length, own, alone, slot;
+};
+
+static std::vector<Document> documents_of(int64_t count, const int64_t *starts, const int64_t *index) {
+  std::vector<Document> documents(count);
+  std::vector<int64_t> users;  // documents of each token
+  for (int64_t d = 0; d < count; d++) {
+    Document &one = documents[d] = {index + starts[d], starts[d + 1] - starts[d], 0, 0, 0};
+    const int64_t known = users.size();
+    while (one.own < one.length && one.rows[one.own] < known) users[one.rows[one.own++]]++;
+    users.resize(known + one.length - one.own, 1);
+  }
+  int64_t slot = 0;
+  for (Document &one : documents) {
+    while (one.alone < one.length && users[one.rows[one.alone]] > 1) one.alone++;
+    one.slot = slot;
+    slot += one.alone;
+  }
+  return documents;
+}
+
+// The costliest first, so that no thread is left with a long one at the end
+static std::vector<Document> costliest_first(std::vector<Document> documents) {
+  const auto cost = [](const Document &one) { return one.length * one.length - one.own * one.own; };
+  std::stable_sort(documents.begin(), documents.end(), [&](const Document &a, const Document &b) { return cost(a) > cost(b); });
+  return documents;
+}
+
+// One head of the tokens `rows` of `from` (row stride `stride`) into rows of their own; turned by the token's angle
+template <class T, class Row>
+static void load(int64_t count, int64_t size, const int64_t *rows, const T *from, int64_t stride, const float *cosine,
+                 const float *sine, float scale, Row *to) {
+  int64_t half = size / 2;
+  for (int64_t t = 0; t < count; t++) {
+    const T *in = from + rows[t] * stride;
+    Row *out = to + t * size;
+    if (!cosine) {
+#pragma omp simd
+      for (int64_t i = 0; i < size; i++) put(get(in[i]) * scale, out[i]);
+      continue;
+    }
+    const float *c = cosine + rows[t] * half, *s = sine + rows[t] * half;
+#pragma omp simd
+    for (int64_t i = 0; i < half; i++) {
+      float first = get(in[i]) * scale, second = get(in[half + i]) * scale;
+      put(first * c[i] - second * s[i], out[i]);
+      put(second * c[i] + first * s[i], out[half + i]);
+    }
+  }
+}
+
+// One token's number for number times `scale`; turned back where an angle is given: as `load`, without the rounding
+template <class T>
+static void store_row(int64_t size, const float *in, const float *c, const float *s, float scale, T *out) {
+  int64_t half = size / 2;
+  if (!c) {
+#pragma omp simd
+    for (int64_t i = 0; i < size; i++) put(in[i] * scale, out[i]);
+    return;
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < half; i++) {
+    float first = in[i] * scale, second = in[half + i] * scale;
+    put(first * c[i] + second * s[i], out[i]);
+    put(second * c[i] - first * s[i], out[half + i]);
+  }
+}
+
+// `count` rows of `from` to the tokens `rows` of `to`
+template <class T>
+static void store(int64_t count, int64_t size, const float *from, const int64_t *rows, const float *cosine,
+                  const float *sine, float scale, T *to, int64_t stride) {
+  for (int64_t t = 0; t < count; t++) {
+    const int64_t angle = rows[t] * (size / 2);
+    store_row(size, from + t * size, cosine ? cosine + angle : nullptr, sine ? sine + angle : nullptr, scale, to + rows[t] * stride);
+  }
+}
+
+// The slopes of a document's keys or values: what no other document sees to its place, the rest to the document's slots
+template <class T>
+static void store_slopes(const Document &document, int64_t size, const float *from, const float *cosine, const float *sine,
+                         T *to, float *slots, int64_t stride) {
+  const int64_t half = size / 2, alone = document.alone;
+  for (int64_t t = 0; t < alone; t++) {
+    const int64_t angle = document.rows[t] * half;
+    store_row(size, from + t * size, cosine ? cosine + angle : nullptr, sine ? sine + angle : nullptr, 1.0f,
+              slots + (document.slot + t) * stride);
+  }
+  store(document.length - alone, size, from + alone * size, document.rows + alone, cosine, sine, 1.0f, to, stride);
+}
+
+// The slopes in the slots, added up in the order of the documents into those of the first that has the token
+template <class T>
+static void add_slots(const std::vector<Document> &documents, int64_t stride, int64_t size, int64_t group, float *slots, T *to) {
+  std::vector<float *> first_of;
+  for (const Document &one : documents)
+    for (int64_t t = 0; t < one.alone; t++) {
+      float *const slot = slots + (one.slot + t) * stride + group * size;
+      if (t >= one.own) {
+        if (int64_t(first_of.size()) <= one.rows[t]) first_of.resize(one.rows[t] + 1);
+        first_of[one.rows[t]] = slot;
+        continue;
+      }
+      float *const first = first_of[one.rows[t]];
+#pragma omp simd
+      for (int64_t i = 0; i < size; i++) first[i] += slot[i];
+    }
+  for (const Document &one : documents)
+    for (int64_t t = one.own; t < one.alone; t++)
+      store_row(size, first_of[one.rows[t]], nullptr, nullptr, 1.0f, to + one.rows[t] * stride + group * size);
+}
