@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # By an enclosing range or function first, then by the operator's own name; the first that matches counts.
 _ENCLOSING = {
     "data": r"^lorafit data$",
-    "optimizer": r"^Optimizer\.|^lorafit clip$",
+    "optimizer": r"^lorafit (optimizer|clip)$",
     "attention": r"attention|Attention",
 }
 _OPERATOR = {
@@ -74,7 +74,7 @@ def profile(config: Config, model: Path, num_steps: int) -> dict[str, Any]:
     from lorafit.hub import ModelFolder
     from lorafit.model.build import build
     from lorafit.training.material import read_material
-    from lorafit.training.optim import clip, make_optimizer
+    from lorafit.training.optim import AdamW, clip
 
     inductor.cpp.enable_kernel_profile = True  # else fused kernels have no names
     data = config.data.model_copy(update={"holdout": 0.0})
@@ -83,8 +83,7 @@ def profile(config: Config, model: Path, num_steps: int) -> dict[str, Any]:
     ).training
     network = build(config, model).network.train()
     masters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(masters, config.train.weight_decay)
-    optimizer.param_groups[0]["lr"] = config.train.learning_rate
+    optimizer = AdamW(masters, config.train.weight_decay)
     tokens = 0
 
     def step(number: int) -> None:
@@ -98,7 +97,8 @@ def profile(config: Config, model: Path, num_steps: int) -> dict[str, Any]:
             (pack_loss(network, pack) / supervised).backward()
         with record_function("lorafit clip"):
             clip(masters, config.train.max_grad_norm)
-        optimizer.step()
+        with record_function("lorafit optimizer"):
+            optimizer.step(config.train.learning_rate)
         optimizer.zero_grad()
         tokens += sum(pack.num_tokens for pack in packs) if number else 0
 

@@ -30,8 +30,12 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache for these tests alone: the user's is neither read nor written."""
+    """A cache for these tests alone: the user's is neither read nor written. Workers share what the compiler made."""
     folder = tmp_path_factory.mktemp("cache")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        of_all = tmp_path_factory.getbasetemp().parent / "native"
+        of_all.mkdir(mode=0o700, exist_ok=True)
+        (folder / "native").symlink_to(of_all, target_is_directory=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORAFIT_CACHE", str(folder))
         yield folder

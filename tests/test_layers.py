@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tests.tiny import write_model, write_rows
 
 import lorafit
 
@@ -201,5 +202,30 @@ lorafit.load
 assert "torch" in sys.modules
 """
     assert len(modules) > 8
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_training_and_answering_on_a_cpu_load_no_compiler_of_torch(tmp_path: Path) -> None:
+    """Half a second and 75 MB, which torch loads for an optimizer's step or a random tensor without memory."""
+    model, rows, run = (
+        write_model(tmp_path / "model"),
+        write_rows(tmp_path / "rows.json", 12),
+        tmp_path / "run",
+    )
+    settings = ["model.device=cpu", "train.max_steps=2", "data.holdout=2", "--output", str(run)]
+    source = f"""
+import contextlib, sys
+from lorafit.cli.main import main
+for words in (["train", "--model", {str(model)!r}, "--data", {str(rows)!r}, *{settings!r}],
+              ["generate", {str(run)!r}, "hello", "--max-tokens", "2"]):
+    sys.argv = ["lorafit", *words]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, end.code
+    found = [name for name in ("torch._dynamo", "torch.distributed.fsdp", "sympy") if name in sys.modules]
+    assert not found, (words[0], found)
+"""
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -194,8 +194,8 @@ def test_a_file_that_was_damaged_does_not_load(
 def test_a_tensor_that_no_optimizer_moves_is_named(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = run_module.make_optimizer
-    monkeypatch.setattr(run_module, "make_optimizer", lambda masters, decay: make(masters[1:], decay))
+    make = run_module.AdamW
+    monkeypatch.setattr(run_module, "AdamW", lambda masters, decay: make(masters[1:], decay))
     result = run(material, tmp_path / "run")
     changed = checks(result)["changed"]
     assert changed["verdict"] == "fail"

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
 import torch
@@ -265,6 +270,19 @@ def test_a_compiler_that_fails_is_told_and_not_fatal(monkeypatch: pytest.MonkeyP
     finally:
         monkeypatch.undo()
         native._build.cache_clear()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ and Linux")
+def test_of_processes_that_start_together_one_compiles(tmp_path: Path) -> None:
+    """As ranks do; the second finds what the first made."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\necho x >> {tmp_path}/calls\nexec g++ -O0 "$@"\n')
+    compiler.chmod(0o700)
+    environment = {**os.environ, "LORAFIT_CACHE": str(tmp_path / "cache"), "CXX": str(compiler)}
+    source = "from lorafit.model import native; assert native.blocks() is not None"
+    started = [subprocess.Popen([sys.executable, "-c", source], env=environment) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    assert (tmp_path / "calls").read_text().count("x") == 2  # a source and the library of it
 
 
 @pytest.mark.slow

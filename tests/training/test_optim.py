@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lorafit.training.optim import BETAS, EPS, clip, learning_rate, make_optimizer, warmup_steps
+from lorafit.training.optim import BETAS, EPS, AdamW, clip, learning_rate, warmup_steps
 
 Schedule = Literal["cosine", "linear", "constant"]
 SCHEDULES = st.sampled_from(["cosine", "linear", "constant"])
@@ -48,31 +48,50 @@ def by_the_book(weight_decay: float, rates: list[float]) -> list[Tensor]:
 def test_adamw_is_the_papers_and_torchs(weight_decay: float) -> None:
     rates = [1e-2, 5e-3, 0.0, 2e-2, 1e-3]
     ours, theirs = masters(), masters()
-    optimizer = make_optimizer(ours, weight_decay)
+    optimizer = AdamW(ours, weight_decay)
     plain = torch.optim.AdamW(
         theirs, lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=weight_decay, foreach=False
     )
     for rate, grads in zip(rates, gradients(len(rates)), strict=True):
-        for group in [*optimizer.param_groups, *plain.param_groups]:
-            group["lr"] = rate
+        plain.param_groups[0]["lr"] = rate
         for mine, peer, grad in zip(ours, theirs, grads, strict=True):
             mine.grad, peer.grad = grad.clone(), grad.clone()
-        optimizer.step()
+        optimizer.step(rate)
         plain.step()
     for mine, peer, book in zip(ours, theirs, by_the_book(weight_decay, rates), strict=True):
         torch.testing.assert_close(mine.detach(), book, rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(mine, peer, rtol=1e-12, atol=1e-14)
 
 
-def test_nothing_moves_before_the_loop_sets_a_rate() -> None:
-    parameters = masters()
-    optimizer = make_optimizer(parameters, 0.1)
-    for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    assert all(
-        torch.equal(parameter, before) for parameter, before in zip(parameters, masters(), strict=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adamw_has_torchs_bits_and_names(weight_decay: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(8, 33), (5,), (3, 4), (7, 7)]
+    ours, theirs = (
+        [nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in shapes]
+        for _ in range(2)
     )
+    for mine, peer in zip(ours, theirs, strict=True):
+        mine.data.copy_(peer.data)
+    optimizer = AdamW(ours, weight_decay)
+    plain = torch.optim.AdamW(theirs, betas=BETAS, eps=EPS, weight_decay=weight_decay, foreach=True)
+    for step in range(9):
+        plain.param_groups[0]["lr"] = rate = 3e-3 / (step + 1)
+        for number, (mine, peer) in enumerate(zip(ours, theirs, strict=True)):
+            # the last has no gradient in every third step, and its own count of steps
+            gives = number < 3 or step % 3
+            peer.grad = torch.randn(peer.shape, generator=generator, dtype=dtype) if gives else None
+            mine.grad = peer.grad
+        optimizer.step(rate)
+        plain.step()
+        assert all(map(torch.equal, ours, theirs))
+    for mine, peer in zip(ours, theirs, strict=True):
+        assert optimizer.state[mine].keys() == plain.state[peer].keys()
+        for name, value in optimizer.state[mine].items():
+            assert torch.equal(value, plain.state[peer][name])
+    optimizer.zero_grad()
+    assert all(mine.grad is None for mine in ours)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 100])

@@ -106,12 +106,22 @@ def _normed(before: RMSNorm) -> Normed:
     return Normed(before.weight, before.eps)
 
 
+class _Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Nothing: weights come from files, and random ones without memory would make torch load its compiler."""
+
+
+class _Head(nn.Linear):
+    def reset_parameters(self) -> None:
+        """Nothing, as above."""
+
+
 class Decoder(nn.Module):
     """Embedding, layers and the final norm: `model.*` in a Hugging Face checkpoint."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(arch.vocab_size, arch.hidden_size)
+        self.embed_tokens = _Embedding(arch.vocab_size, arch.hidden_size)
         self.layers = nn.ModuleList(Layer(arch, layer) for layer in range(arch.num_hidden_layers))
         self.norm = RMSNorm(arch.hidden_size, arch.rms_norm_eps)
 
@@ -128,7 +138,7 @@ class Llama(nn.Module):
         super().__init__()
         self.arch = arch
         self.model = Decoder(arch)
-        self.lm_head = nn.Linear(arch.hidden_size, arch.vocab_size, bias=False)
+        self.lm_head = _Head(arch.hidden_size, arch.vocab_size, bias=False)
         self.recompute = False
         if arch.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

@@ -22,6 +22,7 @@ from lorafit.errors import Problem, RunError
 from lorafit.model.adapter import CONFIG, WEIGHTS, adapter_files, adapter_tensors, fill_adapter
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, adapted
+from lorafit.training.optim import AdamW
 from lorafit.training.precision import LossScale
 from lorafit.untrusted import MB, parse_json, read_json
 
@@ -79,9 +80,7 @@ class Snapshot:
     files: Mapping[str, bytes]
 
 
-def snapshot(
-    network: Llama, optimizer: torch.optim.Optimizer, state: TrainState, adapter: AdapterFacts
-) -> Snapshot:
+def snapshot(network: Llama, optimizer: AdamW, state: TrainState, adapter: AdapterFacts) -> Snapshot:
     """Copy everything that the next step would change."""
     values = asdict(state) | {"python_random": random.getstate()}
     files = adapter_files(adapter_tensors(network), adapter.spec, adapter.base, adapter.revision)
@@ -113,9 +112,7 @@ def read_checkpoint(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in (WEIGHTS, TENSORS, STATE)}
 
 
-def load_checkpoint(
-    files: Mapping[str, bytes], place: Path, network: Llama, optimizer: torch.optim.Optimizer
-) -> TrainState:
+def load_checkpoint(files: Mapping[str, bytes], place: Path, network: Llama, optimizer: AdamW) -> TrainState:
     """Put a checkpoint's files, read at `place`, into network, optimizer and random generators; returns the rest.
 
     Raises RunError where they are not what a checkpoint holds.
@@ -211,17 +208,15 @@ def _masters(network: Llama) -> dict[str, torch.nn.Parameter]:
     }
 
 
-def _optimizer_tensors(network: Llama, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(network: Llama, optimizer: AdamW) -> dict[str, Tensor]:
     return {
         f"optimizer.{name}.{key}": value.detach().cpu().contiguous()
         for name, master in _masters(network).items()
-        for key, value in optimizer.state[master].items()
+        for key, value in optimizer.state.get(master, {}).items()
     }
 
 
-def _restore_optimizer(
-    network: Llama, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
-) -> None:
+def _restore_optimizer(network: Llama, optimizer: AdamW, tensors: Mapping[str, Tensor]) -> None:
     for name, master in _masters(network).items():
         prefix = f"optimizer.{name}."
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

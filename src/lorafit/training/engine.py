@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lorafit.data.packing import Pack
 from lorafit.model.llama import Llama
-from lorafit.training.sharding import shard_base
 
 Compute = Callable[[Llama, Pack], Tensor]  # the summed loss of a pack
 BUCKET_MIB = 25  # torch's own: the first is on its way while the backward pass goes on
@@ -71,6 +70,8 @@ class ShardedEngine(ReplicatedEngine):
     lockstep: ClassVar = True
 
     def __init__(self, network: Llama, device: torch.device) -> None:
+        from lorafit.training.sharding import shard_base  # loads much of torch that no other run needs
+
         shard_base(network, device)
         super().__init__(network)
 

@@ -30,7 +30,7 @@ from lorafit.training.batch import Batch, Rows, Share
 from lorafit.training.checkpoint import AdapterFacts, TrainState, adapter_digest, snapshot
 from lorafit.training.engine import Engine
 from lorafit.training.heartbeat import BETWEEN, COMPUTING, SHARING, Heartbeat
-from lorafit.training.optim import clip, learning_rate
+from lorafit.training.optim import AdamW, clip, learning_rate
 from lorafit.training.ranks import RankError, Ranks
 from lorafit.training.saving import Saver
 
@@ -65,7 +65,7 @@ class Job:
     heartbeat: Heartbeat
     network: Llama
     masters: Sequence[torch.nn.Parameter]
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     rows: Rows
     order: RowOrder
     places: Callable[[NDArray[np.int64]], str]  # names rows for error messages
@@ -125,9 +125,7 @@ def _steps(
         rate = learning_rate(
             state.step, settings.num_steps, settings.learning_rate, settings.schedule, settings.warmup
         )
-        for group in job.optimizer.param_groups:
-            group["lr"] = rate
-        job.optimizer.step()
+        job.optimizer.step(rate)
         job.optimizer.zero_grad()
         state.step += 1
         job.heartbeat.at(state.step, BETWEEN)

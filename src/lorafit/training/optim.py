@@ -12,9 +12,50 @@ from torch import Tensor, nn
 BETAS, EPS = (0.9, 0.999), 1e-8  # what transformers, peft and the papers on LoRA use
 
 
-def make_optimizer(masters: Iterable[nn.Parameter], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with decoupled decay (Loshchilov and Hutter, 2019); the loop sets the rate before each step."""
-    return torch.optim.AdamW(masters, lr=0.0, betas=BETAS, eps=EPS, weight_decay=weight_decay, foreach=True)
+class AdamW:
+    """Adam with decoupled decay (Loshchilov and Hutter, 2019), to the bits of torch's with `foreach`.
+
+    `state` holds for each master that ever had a gradient `step`, `exp_avg` and `exp_avg_sq`, as torch names them. The
+    first step of any optimizer of torch loads its compiler: half a second and 75 MB that a run has no use for.
+    """
+
+    def __init__(self, masters: Iterable[nn.Parameter], weight_decay: float) -> None:
+        self.masters, self.weight_decay = list(masters), weight_decay
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """One step at a learning rate of `rate`."""
+        moved = [master for master in self.masters if master.grad is not None]
+        if not moved:
+            return
+        for master in moved:
+            if master not in self.state:
+                first, second = (
+                    torch.zeros_like(master, memory_format=torch.preserve_format) for _ in range(2)
+                )
+                self.state[master] = {"step": torch.zeros(()), "exp_avg": first, "exp_avg_sq": second}
+        states = [self.state[master] for master in moved]
+        means, squares = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
+        weights: list[Tensor] = list(moved)
+        slopes = [master.grad for master in moved if master.grad is not None]
+        for state in states:
+            state["step"] += 1
+        steps = [float(state["step"]) for state in states]
+        if self.weight_decay:
+            torch._foreach_mul_(weights, 1 - rate * self.weight_decay)
+        torch._foreach_lerp_(means, slopes, 1 - BETAS[0])
+        torch._foreach_mul_(squares, BETAS[1])
+        torch._foreach_addcmul_(squares, slopes, slopes, 1 - BETAS[1])
+        roots = torch._foreach_sqrt(squares)
+        torch._foreach_div_(roots, [(1 - BETAS[1] ** step) ** 0.5 for step in steps])
+        torch._foreach_add_(roots, EPS)
+        torch._foreach_addcdiv_(weights, means, roots, [-rate / (1 - BETAS[0] ** step) for step in steps])
+
+    def zero_grad(self) -> None:
+        """Let the gradients go."""
+        for master in self.masters:
+            master.grad = None
 
 
 def warmup_steps(warmup: float, num_steps: int) -> int:

@@ -53,7 +53,7 @@ from lorafit.training.checkpoint import (
 from lorafit.training.engine import Engine, ReplicatedEngine, ShardedEngine
 from lorafit.training.heartbeat import Heartbeat
 from lorafit.training.material import Material
-from lorafit.training.optim import make_optimizer, warmup_steps
+from lorafit.training.optim import AdamW, warmup_steps
 from lorafit.training.precision import LossScale
 from lorafit.training.preparation import Prepared, facts_of, introduce, is_shared_out, prepare
 from lorafit.training.ranks import Ranks, check_strategy, meet
@@ -240,7 +240,7 @@ def _go(
         initial = tensor_digests(network) if config.run.verify else {}
         engine = _engine(config, network, built.device, ranks)
         masters = [master for master in network.parameters() if master.requires_grad]
-        optimizer = make_optimizer(masters, settings.weight_decay)
+        optimizer = AdamW(masters, settings.weight_decay)
         seed_random(settings.seed)
         state = TrainState(scale=LossScale.for_dtype(built.dtype))
         if step is not None:

@@ -17,12 +17,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lorafit.durable import cache_folder
+from lorafit.durable import cache_folder, turn
 
 _SOURCES = ("rows.cpp", "attention.cpp", "few_rows.cpp", "decode.cpp", "products.cpp")
 _HEADERS = ("common.h", "vectors.h", "dots.h", "documents.h", "attention_dots.h")
@@ -74,8 +75,9 @@ def blocks() -> ctypes.CDLL | None:
     if sys.platform != "linux":
         return None
     torch_folder = Path(torch.__file__).parent
-    flags = ("-std=c++20", "-O2", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
-    links = (f"-I{torch_folder / 'include'}", f"-L{torch_folder / 'lib'}", "-lc10")
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    flags = ("-std=c++20", "-O2", abi, f"-I{torch_folder / 'include'}")
+    links = (f"-L{torch_folder / 'lib'}", "-lc10")
     return _compiled(("blocks.cpp",), flags, links)[0]
 
 
@@ -103,22 +105,33 @@ def _compiled(
     try:
         library = cache_folder("native") / f"{digest.hexdigest()[:32]}.so"
         if not library.is_file():
-            sources = [str(path) for path in paths if path.suffix == ".cpp"]
-            with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-                made = Path(scratch) / "kernels.so"
-                done = subprocess.run(  # noqa: S603 (the user's own compiler on our own sources)
-                    [*command, "-shared", "-fPIC", "-o", str(made), *sources, *links],
-                    capture_output=True,
-                    text=True,
-                    timeout=300,
-                    check=False,
-                )
-                if done.returncode:
-                    return None, f"`{compiler}` failed: {done.stderr.strip().splitlines()[:1]}"
-                made.replace(library)
+            with turn(library.with_suffix(".turn")):  # of ranks that start together one compiles
+                if not library.is_file():
+                    _compile(command, [path for path in paths if path.suffix == ".cpp"], links, library)
         return ctypes.CDLL(str(library)), ""
+    except subprocess.CalledProcessError as error:
+        return None, f"`{compiler}` failed: {error.stderr.strip().splitlines()[:1]}"
     except (OSError, subprocess.SubprocessError) as error:
         return None, str(error)
+
+
+def _compile(command: Sequence[str], sources: Sequence[Path], links: Sequence[str], library: Path) -> None:
+    """All sources at once, then the library of them. Raises CalledProcessError."""
+
+    def run(*words: object) -> None:
+        subprocess.run(  # noqa: S603 (the user's own compiler on our own sources)
+            [*command, *map(str, words)], capture_output=True, text=True, timeout=300, check=True
+        )
+
+    with (
+        tempfile.TemporaryDirectory(dir=library.parent) as scratch,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
+        list(pool.map(lambda pair: run("-fPIC", "-c", "-o", *pair), zip(objects, sources, strict=True)))
+        made = Path(scratch) / "kernels.so"
+        run("-shared", "-o", made, *objects, *links)
+        made.replace(library)
 
 
 def _machine() -> str:
