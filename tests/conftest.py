@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from lorafit.cli.main import COLLECT
+
+gc.set_threshold(*COLLECT)  # before torch and its friends are imported
 # Busy machines are slow, not wrong. CI tries the same examples every time; elsewhere every run explores new ones.
 settings.register_profile("lorafit", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("lorafit")
