@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafit.data.packing import TokenRow, best_fit, make_packs, share
+from lorafit.data.packing import TokenRow, best_fit, make_packs, prefix_keys, share
 
 
 @st.composite
@@ -60,7 +60,7 @@ def test_what_rows_begin_with_is_there_once_and_each_row_finds_its_own(rows: lis
     assert all(any(whole[: len(text)] == text for whole in given_texts) for text in texts)
     # as many inputs as there are different beginnings, numbered in the order in which they first occur
     beginnings = {text[: end + 1] for text in texts for end in range(len(text))}
-    assert len(pack.ids) == len(beginnings) == len(set(pack.keys.tolist()))
+    assert len(pack.ids) == len(beginnings)
     assert (np.diff(np.unique(pack.index, return_index=True)[1]) > 0).all()
     # each target is predicted from the beginning that it has in a row
     of_place = {
@@ -77,21 +77,31 @@ def test_what_rows_begin_with_is_there_once_and_each_row_finds_its_own(rows: lis
     assert predicted == wanted
 
 
+@given(st.lists(st.lists(st.integers(0, 70_000), min_size=1, max_size=6), min_size=1, max_size=6))
+def test_only_neighbours_that_begin_alike_share(texts: list[list[int]]) -> None:
+    """Also ids of which only some bytes are alike, and documents that are not sorted."""
+    inputs, paths = share([np.array(ids, np.uint32) for ids in texts])
+    assert [inputs[path].tolist() for path in paths] == texts
+    alike = [
+        sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+        for one, other in itertools.pairwise(texts)
+    ]
+    assert len(inputs) == sum(map(len, texts)) - sum(alike)
+
+
 @given(alike_rows())
-def test_keys_do_not_depend_on_what_else_is_in_the_pass(rows: list[TokenRow]) -> None:
-    (pack,) = make_packs(rows, 1000)
-    starts = np.cumsum([0, *pack.lengths])
-    together = {tuple(pack.keys[pack.index[a:b]].tolist()) for a, b in itertools.pairwise(starts)}
-    assert together == {tuple(each.keys.tolist()) for each in make_packs(rows, 1000, packing=False)}
-
-
-def test_keys_that_are_equal_by_chance_share_nothing() -> None:
-    ids = np.array([5, 6, 5, 7], np.int64)
-    first, index = share(ids, [2, 2])
-    assert (first.tolist(), index.tolist()) == ([0, 1, 3], [0, 1, 0, 2])
-    for keys in ([1, 2, 1, 2], [1, 2, 3, 2], [1, 1, 1, 1]):  # another token; another beginning; both
-        first, index = share(ids, [2, 2], np.array(keys, np.int64))
-        assert (first.tolist(), index.tolist()) == ([0, 1, 2, 3], [0, 1, 2, 3])
+def test_a_key_stands_for_a_token_and_all_before_it_wherever_they_lie(rows: list[TokenRow]) -> None:
+    texts = [tuple(ids.tolist()) for ids, _ in rows]
+    ids = np.array([token for text in texts for token in text], np.int64)
+    keys = iter(prefix_keys(ids, list(map(len, texts))).tolist())
+    of_beginning: dict[tuple[int, ...], int] = {}
+    for text in texts:
+        for end in range(len(text)):
+            key = next(keys)
+            assert of_beginning.setdefault(text[: end + 1], key) == key
+    assert len(set(of_beginning.values())) == len(of_beginning)
+    alone = prefix_keys(np.array(texts[-1], np.int64), [len(texts[-1])])
+    assert alone.tolist() == [of_beginning[texts[-1][: end + 1]] for end in range(len(texts[-1]))]
 
 
 def test_a_target_is_no_input_unless_something_later_needs_it() -> None:

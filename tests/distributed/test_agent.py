@@ -119,7 +119,9 @@ def test_stopped_killed_and_frozen_a_run_of_two_comes_to_the_end_of_a_run_of_one
     with lorafit("train", "--resume", str(run), "--nproc", "2") as agent:
         wait_for(lambda: num_starts(run) == 2 and last_step(run) > stopped["step"] + 10, agent)
         os.kill(worker(agent.pid, 1), signal.SIGKILL)
-        wait_for(lambda: num_starts(run) == 3 and last_step(run) > stopped["step"] + 10, agent)  # started again
+        wait_for(
+            lambda: num_starts(run) == 3 and last_step(run) > stopped["step"] + 10, agent
+        )  # started again
         frozen = worker(agent.pid, 1)
         os.kill(frozen, signal.SIGSTOP)
         started = time.monotonic()

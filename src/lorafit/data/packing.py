@@ -20,16 +20,14 @@ class Pack:
     """The arrays of one forward pass.
 
     `ids` (tokens,) are the inputs; what documents begin alike with is there once. `lengths` are the documents' token
-    counts in order, `index` (sum of lengths,) the places of their tokens in `ids`. `keys` (tokens,) stand for an input
-    and all before it in its document. `predict` (targets,) are the places whose next token is supervised, `targets`
-    (targets,) those next tokens. A row's last trained token is a target only, so it and what follows it are no
-    inputs: `num_tokens` counts the rows' tokens in full.
+    counts in order, `index` (sum of lengths,) the places of their tokens in `ids`. `predict` (targets,) are the places
+    whose next token is supervised, `targets` (targets,) those next tokens. A row's last trained token is a target
+    only, so it and what follows it are no inputs: `num_tokens` counts the rows' tokens in full.
     """
 
     ids: NDArray[np.int64]
     lengths: tuple[int, ...]
     index: NDArray[np.int64]
-    keys: NDArray[np.int64]
     predict: NDArray[np.int64]
     targets: NDArray[np.int64]
     num_tokens: int
@@ -37,7 +35,7 @@ class Pack:
 
 _ZERO = np.zeros(1, np.int64)
 # What a process without rows of its own computes in order to take part: its tokens and targets count for nothing.
-BLANK = Pack(_ZERO, (1,), _ZERO, _ZERO, _ZERO, _ZERO, num_tokens=0)
+BLANK = Pack(_ZERO, (1,), _ZERO, _ZERO, _ZERO, num_tokens=0)
 
 
 def make_packs(rows: Sequence[TokenRow], capacity: int, packing: bool = True) -> list[Pack]:
@@ -72,67 +70,64 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def _lay(rows: Sequence[TokenRow]) -> Pack:
-    inputs, lengths, predict, targets = [], [], [], []
-    at = num_tokens = 0
+    documents, num_tokens = [], 0
     for ids, trained in rows:
         # The first token has nothing before it to predict it from.
         target_at = trained[1:].nonzero()[0] + 1
         length = int(target_at[-1]) if len(target_at) else len(ids)
-        inputs.append(ids[:length])
-        predict.append(at + target_at - 1)
-        targets.append(ids[target_at])
-        lengths.append(length)
-        at += length
+        documents.append((ids[:length], target_at - 1, ids[target_at]))
         num_tokens += len(ids)
-    ids_of_all = np.concatenate(inputs, dtype=np.int64)
-    keys = prefix_keys(ids_of_all, lengths)
-    first, index = share(ids_of_all, lengths, keys)
+    documents.sort(key=lambda document: document[0].tobytes())
+    inputs, paths = share([ids for ids, _, _ in documents])
     return Pack(
-        ids_of_all[first],
-        tuple(lengths),
-        index,
-        keys[first],
-        index[np.concatenate(predict)],
-        np.concatenate(targets, dtype=np.int64),
+        inputs,
+        tuple(map(len, paths)),
+        np.concatenate(paths),
+        np.concatenate([path[before] for path, (_, before, _) in zip(paths, documents, strict=True)]),
+        np.concatenate([targets for _, _, targets in documents], dtype=np.int64),
         num_tokens,
     )
 
 
+def share(documents: Sequence[Ids]) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:
+    """What documents have in common with the one before from their beginning, once: what a causal network computes for
+    a token depends on nothing but it and those before it.
+
+    Returns the inputs, and for each document the places of its tokens among them. All are of one type; sorted by their
+    bytes, those that begin alike are neighbours.
+    """
+    inputs, paths = [], []
+    before, path, num_inputs = b"", np.empty(0, np.int64), 0
+    for ids in documents:
+        text = ids.tobytes()
+        common = _common(before, text) // ids.itemsize
+        own = len(ids) - common
+        path = np.concatenate([path[:common], np.arange(num_inputs, num_inputs + own)])
+        inputs.append(ids[common:])
+        paths.append(path)
+        before, num_inputs = text, num_inputs + own
+    return np.concatenate(inputs, dtype=np.int64), paths
+
+
+def _common(one: bytes, other: bytes) -> int:
+    """How many bytes both begin with."""
+    least = min(len(one), len(other))
+    differ = int.from_bytes(one[:least], "little") ^ int.from_bytes(other[:least], "little")
+    return ((differ & -differ).bit_length() - 1) // 8 if differ else least
+
+
 def prefix_keys(ids: NDArray[np.int64], lengths: Sequence[int]) -> NDArray[np.int64]:
-    """A number for each token of documents laid end to end, made of it and all before it in its document.
-
-    The sum over the tokens of a mixed id times a power of an odd number, modulo 2**64.
+    """A number for each token of documents laid end to end, made of it and all before it in its document: the sum
+    over these of a mixed id times a power of an odd number, modulo 2**64.
     """
-    ends = np.cumsum(lengths)
-    starts = np.repeat(ends - lengths, lengths)
     powers = np.full(max(lengths), _ODD, np.uint64).cumprod()
-    mixed = (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(_MIX)
-    mixed = (mixed ^ (mixed >> np.uint64(29))) * powers[np.arange(len(ids)) - starts]
-    sums = np.concatenate([np.zeros(1, np.uint64), mixed.cumsum()])
-    keys: NDArray[np.int64] = (sums[1:] - sums[starts]).view(np.int64)
-    return keys
-
-
-def share(
-    ids: NDArray[np.int64], lengths: Sequence[int], keys: NDArray[np.int64] | None = None
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """What documents laid end to end have in common from their beginning, once: what a causal network computes for a
-    token depends on nothing but it and those before it.
-
-    Returns where each different token first occurs, ascending, and for each token which of those it is. `keys` are
-    those of `prefix_keys`; where two of them are equal by chance nothing is shared.
-    """
-    keys = prefix_keys(ids, lengths) if keys is None else keys
-    _, first, place = np.unique(keys, return_index=True, return_inverse=True)
-    order = first.argsort()
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    first, index = first[order], rank[place]
-    before = np.concatenate([[-1], index[:-1]])  # the token before, -1 at the beginning of a document
-    before[np.cumsum(lengths)[:-1]] = -1
-    if (ids[first][index] != ids).any() or (before[first][index] != before).any():
-        first = index = np.arange(len(ids))
-    return first, index
+    mixed = (ids.view(np.uint64) + np.uint64(1)) * np.uint64(_MIX)
+    mixed ^= mixed >> np.uint64(29)
+    mixed *= np.concatenate([powers[:length] for length in lengths])
+    sums = mixed.cumsum()
+    ends = np.cumsum(lengths)
+    sums -= np.repeat(np.concatenate([[np.uint64(0)], sums[ends[:-1] - 1]]), lengths)
+    return sums.view(np.int64)
 
 
 def spread(costs: Sequence[float], parts: int) -> list[list[int]]:

@@ -33,7 +33,7 @@ def can_go_by_words(spec: Mapping[str, Any]) -> bool:
         return False
     if not _only_turns_spaces_into_blanks(spec.get("normalizer"), spec.get("pre_tokenizer")):
         return False
-    return not any(re.search(f"[^{BLANK}]{BLANK}", token) for token in model["vocab"])
+    return not any(BLANK in token.lstrip(BLANK) for token in model["vocab"])
 
 
 def _only_turns_spaces_into_blanks(normalizer: Any, pre_tokenizer: Any) -> bool:

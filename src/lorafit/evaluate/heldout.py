@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafit.data.packing import BLANK, Pack, spread
+from lorafit.data.packing import BLANK, Pack, prefix_keys, spread
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.llama import Llama
 from lorafit.model.loss import loss_sum
@@ -24,14 +24,17 @@ def pack_loss(network: Llama, pack: Pack) -> Tensor:
     memory that the ones before freed, and products that are compiled for a size are compiled less often.
     """
     device = network.lm_head.weight.device
-    ids, index, keys = (torch.from_numpy(numbers) for numbers in (pack.ids, pack.index, pack.keys))
-    lengths = pack.lengths
+    ids, index, lengths = torch.from_numpy(pack.ids), torch.from_numpy(pack.index), pack.lengths
     if filler := -len(ids) % FILL:
         index = torch.cat([index, torch.arange(len(ids), len(ids) + filler)])
-        ids, keys, lengths = F.pad(ids, (0, filler)), F.pad(keys, (0, filler)), (*lengths, filler)
+        ids, lengths = F.pad(ids, (0, filler)), (*lengths, filler)
+    keys = None
+    if network.training and device.type == "cpu":
+        keys = torch.empty_like(ids)
+        keys[index] = torch.from_numpy(prefix_keys(ids[index].numpy(), lengths))
     attend = PackedDocuments(lengths, device, index)
     predict = torch.from_numpy(pack.predict).to(device)
-    supervised = network.hidden(ids.to(device), attend, predict, keys if device.type == "cpu" else None)
+    supervised = network.hidden(ids.to(device), attend, predict, keys)
     targets = torch.from_numpy(pack.targets).to(device)
     return loss_sum(network.model.norm(supervised), network.lm_head.weight, targets)
 

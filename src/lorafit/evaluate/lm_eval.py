@@ -136,9 +136,11 @@ class LorafitLM(LM):  # type: ignore[misc]
         return [_cut(self._tokenizer.decode(row, skip_special=True), ends) for row in rows]
 
     def _score(self, pairs: Sequence[Scored], title: str) -> list[tuple[float, bool]]:
-        """Log-probability and greediness of every pair, several in a pass, the longest first."""
+        """Log-probability and greediness of every pair, several in a pass, the longest contexts first; what is scored
+        after one context is neighbours.
+        """
         found: dict[int, tuple[float, bool]] = {}
-        order = sorted(range(len(pairs)), key=lambda index: -sum(map(len, pairs[index])))
+        order = sorted(range(len(pairs)), key=lambda index: (-len(pairs[index][0]), pairs[index][0]))
         with progress(title) as advance, self._adapter(), torch.inference_mode():
             while len(found) < len(order):
                 batch: list[int] = []
@@ -165,12 +167,10 @@ class LorafitLM(LM):  # type: ignore[misc]
         for ids, count in zip(given, counts, strict=True):
             at += len(ids)
             rows += range(at - count, at)
-        tokens, lengths = np.array([token for ids in given for token in ids]), [len(ids) for ids in given]
-        first, index = map(torch.from_numpy, share(tokens, lengths))  # choices of one question begin alike
-        attend = PackedDocuments(lengths, device, index)
-        hidden = self._network.hidden(
-            torch.from_numpy(tokens)[first].to(device), attend, index[torch.tensor(rows)].to(device)
-        )
+        tokens, paths = share([np.array(ids, np.uint32) for ids in given])
+        index = torch.from_numpy(np.concatenate(paths))
+        attend = PackedDocuments(list(map(len, given)), device, index)
+        hidden = self._network.hidden(torch.from_numpy(tokens).to(device), attend, index[rows].to(device))
         targets = [ids[len(ids) - count :] for ids, count in zip(whole, counts, strict=True)]
         wanted = torch.tensor([token for row in targets for token in row], device=device)
         logits = self._network.logits(hidden).float()
