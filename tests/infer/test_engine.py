@@ -18,7 +18,7 @@ from lorafit.model import native
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.llama import Llama
 
-PROMPTS = [[256, 5, 6, 7], [9], [3] * 17, [200, 100, 50, 25, 12, 6, 3, 1, 0]]
+PROMPTS = [[256, 5, 6, 7], [9], [3] * 17, [3, 3, 3, 3, 3, 6, 3, 1, 0]]  # the last two begin alike
 GREEDY = Sampling()
 
 
@@ -77,6 +77,23 @@ def uncached(network: Llama, prompt: Sequence[int], max_tokens: int = 12) -> lis
 def test_a_cached_batch_equals_each_prompt_alone_without_cache(family: str) -> None:
     network = random_network(family, dtype=torch.float64)
     assert ids(generated(network)) == [uncached(network, prompt) for prompt in PROMPTS]
+
+
+def test_what_prompts_begin_alike_with_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = random_network()
+    passes: list[int] = []
+    hidden = network.hidden
+
+    def counted(ids: Tensor, *rest: Any) -> Tensor:
+        passes.append(len(ids))
+        return hidden(ids, *rest)
+
+    monkeypatch.setattr(network, "hidden", counted)
+    system = list(range(40))
+    prompts = [[*system, 50, 51], [*system, 60], system, [*system, 50, 51]]
+    together = ids(generated(network, prompts, max_tokens=3))
+    assert passes == [40 + 2 + 1 + 2, 4, 4]
+    assert together == [ids(generated(network, [prompt], max_tokens=3))[0] for prompt in prompts]
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-11), (torch.float32, 1e-5)], ids=str)

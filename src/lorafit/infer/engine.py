@@ -1,8 +1,9 @@
 """Token ids in, token ids out: batched generation with a key-value cache. It knows nothing of text.
 
-Prompts of any mix of lengths are read in one packed pass, without padding; after that every row adds one token a
-pass, and a row that has stopped leaves the batch. On the CPU a later pass runs on compiled kernels (model/few_rows.py,
-model/native/decode.cpp), because it is bound by reading weights and by what is around the products.
+Prompts of any mix of lengths are read in one packed pass, without padding, and what they begin alike with is read
+once; after that every row adds one token a pass, and a row that has stopped leaves the batch. On the CPU a later pass
+runs on compiled kernels (model/few_rows.py, model/native/decode.cpp), because it is bound by reading weights and by
+what is around the products.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorafit.data.packing import share
 from lorafit.infer.sampling import Sampling, next_tokens
 from lorafit.model.architecture import Architecture
 from lorafit.model.attention import PackedDocuments, Rotary, rotate
@@ -56,8 +59,10 @@ class KeyValueCache:
 class ReadPrompts(PackedDocuments):
     """Attention of the first pass: packed prompts that see themselves, and fill the cache from row `first` on."""
 
-    def __init__(self, lengths: Sequence[int], cache: KeyValueCache, first: int = 0) -> None:
-        super().__init__(lengths, cache.lengths.device)
+    def __init__(
+        self, lengths: Sequence[int], cache: KeyValueCache, first: int = 0, index: Tensor | None = None
+    ) -> None:
+        super().__init__(lengths, cache.lengths.device, index)
         self.cache, self.first = cache, first
         added = torch.tensor(self.lengths, device=cache.lengths.device)
         cache.lengths = torch.cat([cache.lengths[:first], added])
@@ -65,10 +70,8 @@ class ReadPrompts(PackedDocuments):
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, window: int | None
     ) -> Tensor:
-        turned = rotate(k, rotary)
-        for row, (k_doc, v_doc) in enumerate(
-            zip(turned.split(self.lengths), v.split(self.lengths), strict=True), self.first
-        ):
+        whole = (self.apart(x).split(self.lengths) for x in (rotate(k, rotary), v))
+        for row, (k_doc, v_doc) in enumerate(zip(*whole, strict=True), self.first):
             self.cache.k[layer][row, :, : len(k_doc)] = k_doc.transpose(0, 1)
             self.cache.v[layer][row, :, : len(v_doc)] = v_doc.transpose(0, 1)
         return super().__call__(layer, q, k, v, rotary, window)
@@ -149,9 +152,10 @@ def stream(
     cache = KeyValueCache(network.arch, len(prompts), capacity, network.model.norm.weight)
     rows = list(range(len(prompts)))
     streams = sampling.streams(len(prompts))
-    ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-    last = torch.tensor(lengths, device=device).cumsum(0) - 1
-    hidden = network.hidden(ids, ReadPrompts(lengths, cache), last)
+    ids, paths = share([np.array(prompt, np.uint32) for prompt in prompts])
+    index = torch.from_numpy(np.concatenate(paths))
+    last = torch.tensor([path[-1] for path in paths], device=device)
+    hidden = network.hidden(torch.from_numpy(ids).to(device), ReadPrompts(lengths, cache, index=index), last)
     for made in range(1, max_tokens + 1):
         tokens = next_tokens(network.logits(hidden), sampling, [streams[row] for row in rows])
         going = []

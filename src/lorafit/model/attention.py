@@ -64,11 +64,14 @@ class PackedDocuments:
             out: Tensor = _Attention.apply(q, k, v, *rotary, *documents, window or 0)  # type: ignore[no-untyped-call]
             return out
         q, k = rotate(q, rotary), rotate(k, rotary)
-        if self._shared is None:
-            return self._attend(q, k, v, window)
-        index, first = self._shared
-        q, k, v = (x.index_select(0, index) for x in (q, k, v))
-        return self._attend(q, k, v, window).index_select(0, first)
+        out = self._attend(self.apart(q), self.apart(k), self.apart(v), window)
+        return out if self._shared is None else out.index_select(0, self._shared[1])
+
+    def apart(self, x: Tensor) -> Tensor:
+        """What the tokens of the pass have, x (tokens, ...), for every token of every document: what is shared is there
+        as often as documents have it.
+        """
+        return x if self._shared is None else x.index_select(0, self._shared[0])
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """The same of tokens of which no document shares any, positions put in."""

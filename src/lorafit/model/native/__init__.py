@@ -110,7 +110,8 @@ def _compiled(
                     _compile(command, [path for path in paths if path.suffix == ".cpp"], links, library)
         return ctypes.CDLL(str(library)), ""
     except subprocess.CalledProcessError as error:
-        return None, f"`{compiler}` failed: {error.stderr.strip().splitlines()[:1]}"
+        said = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
+        return None, f"`{compiler}` failed: {said[0]}"
     except (OSError, subprocess.SubprocessError) as error:
         return None, str(error)
 
