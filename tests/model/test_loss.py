@@ -11,7 +11,7 @@ from lorafit.model.loss import loss_sum
 
 @pytest.mark.parametrize("rows", [1, 7, 64])
 def test_equals_plain_cross_entropy(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "CHUNK_ELEMENTS", 50 * 9)  # chunks of nine rows
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 50 * 9 * 8)  # chunks of nine rows
     generator = torch.Generator().manual_seed(rows)
     hidden = torch.randn(rows, 12, generator=generator, dtype=torch.float64, requires_grad=True)
     head = torch.randn(50, 12, generator=generator, dtype=torch.float64)

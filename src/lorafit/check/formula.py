@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from lorafit.evaluate.heldout import FILL
 from lorafit.model.architecture import Architecture
-from lorafit.model.loss import CHUNK_ELEMENTS
+from lorafit.model.loss import CHUNK_BYTES
 from lorafit.model.quant import Quantize
 
 # Bytes a weight of a linear takes, where that is not the compute type's: nf4 has a scale for every 64 weights,
@@ -149,7 +149,7 @@ def working_bytes(shape: Shape, work: Pass) -> float:
         layer += arch.intermediate_size * arch.hidden_size * (width + 4)  # a weight unpacked
     if shape.recompute:
         layer += layer_saved_bytes(shape, work, middle)
-    loss = min(CHUNK_ELEMENTS, work.supervised * arch.vocab_size) * width
+    loss = min(CHUNK_BYTES, work.supervised * arch.vocab_size * width)
     loss += work.supervised * arch.hidden_size * 2 * width
     return max(layer, loss)
 

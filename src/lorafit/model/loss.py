@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from lorafit.model.frozen import times
 from lorafit.model.kernels import cross_entropy, wide
 
-CHUNK_ELEMENTS = 16 * 2**20  # logits alive at a time: 32 MB in bfloat16
+CHUNK_BYTES = 96 * 2**20  # of logits alive at a time, about what a layer's backward pass has
 
 
 def loss_sum(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         total = torch.zeros((), dtype=wide(hidden.dtype), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        most = max(1, CHUNK_ELEMENTS // head.shape[0])
+        most = max(1, CHUNK_BYTES // (head.shape[0] * head.element_size()))
         chunks = -(-hidden.shape[0] // most)
         for number in range(chunks):  # of all but equal length: a short one would be slow
             chunk = slice(number * hidden.shape[0] // chunks, (number + 1) * hidden.shape[0] // chunks)
