@@ -37,7 +37,7 @@ from lorafit.model.quant import Quantize
 
 _PASS_SECONDS = 1e-3  # what a pass costs a layer however small it is, where nothing was measured
 _STEP_SECONDS = 6e-3  # AdamW's calls, clipping, laying packs, recording: per optimizer step
-_ENDS_SECONDS = 2.0  # making the run directory, digests, exporting the adapter, leaving the process
+_ENDS_SECONDS = 1.0  # making the run directory, digests, exporting the adapter, leaving the process
 _OPTIMIZER_SECONDS = 8e-9  # AdamW and clipping, per parameter of the adapter
 _SAVE_SECONDS, _SAVED_BYTES_PER_SECOND = 0.05, 2.5e8  # a checkpoint: synced, then read back
 _PROOF_PASSES = 4  # base and tuned, trained and loaded
