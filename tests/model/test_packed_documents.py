@@ -119,6 +119,23 @@ def test_a_shared_beginning_changes_no_bit_of_a_document(dtype: torch.dtype) -> 
     assert torch.equal(network.hidden(ids, PackedDocuments([64, 96], index=index)), apart)
 
 
+def test_shared_tokens_go_to_each_document_also_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU without flash attention: out and slopes are those of one document after the other."""
+    torch.manual_seed(0)
+    lengths, index = [70, 66, 5], torch.tensor([*range(70), *range(60), *range(70, 76), *range(5)])
+    shapes = [(76, 4, 8), (76, 2, 8), (76, 2, 8)]
+    q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    rotary = (torch.randn(76, 4), torch.randn(76, 4))
+    found = []
+    for way in (PackedDocuments._attend, PackedDocuments._side_by_side):
+        monkeypatch.setattr(PackedDocuments, "_attend", way)
+        out = PackedDocuments(lengths, index=index)(0, q, k, v, rotary, None)
+        assert out.shape == q.shape
+        found.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("window", [None, 20])
 def test_documents_side_by_side_equal_documents_one_by_one(window: int | None) -> None:
     torch.manual_seed(0)
