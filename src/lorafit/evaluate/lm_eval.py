@@ -162,15 +162,13 @@ class LorafitLM(LM):  # type: ignore[misc]
         counts = [
             min(len(continuation), len(ids)) for (_, continuation), ids in zip(pairs, given, strict=True)
         ]
-        rows: list[int] = []
-        at = 0
-        for ids, count in zip(given, counts, strict=True):
-            at += len(ids)
-            rows += range(at - count, at)
         tokens, paths = share([np.array(ids, np.uint32) for ids in given])
         index = torch.from_numpy(np.concatenate(paths))
         attend = PackedDocuments(list(map(len, given)), device, index)
-        hidden = self._network.hidden(torch.from_numpy(tokens).to(device), attend, index[rows].to(device))
+        rows = np.concatenate([path[len(path) - count :] for path, count in zip(paths, counts, strict=True)])
+        hidden = self._network.hidden(
+            torch.from_numpy(tokens).to(device), attend, torch.from_numpy(rows).to(device)
+        )
         targets = [ids[len(ids) - count :] for ids, count in zip(whole, counts, strict=True)]
         wanted = torch.tensor([token for row in targets for token in row], device=device)
         logits = self._network.logits(hidden).float()

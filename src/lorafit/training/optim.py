@@ -26,31 +26,35 @@ class AdamW:
     @torch.no_grad()
     def step(self, rate: float) -> None:
         """One step at a learning rate of `rate`."""
-        moved = [master for master in self.masters if master.grad is not None]
-        if not moved:
+        weights: list[Tensor] = []
+        slopes: list[Tensor] = []
+        for master in self.masters:
+            if master.grad is not None:
+                weights.append(master)
+                slopes.append(master.grad)
+        if not weights:
             return
-        for master in moved:
-            if master not in self.state:
-                first, second = (
-                    torch.zeros_like(master, memory_format=torch.preserve_format) for _ in range(2)
-                )
-                self.state[master] = {"step": torch.zeros(()), "exp_avg": first, "exp_avg_sq": second}
-        states = [self.state[master] for master in moved]
-        means, squares = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
-        weights: list[Tensor] = list(moved)
-        slopes = [master.grad for master in moved if master.grad is not None]
-        for state in states:
-            state["step"] += 1
-        steps = [float(state["step"]) for state in states]
+        for weight in weights:
+            if weight not in self.state:
+                self.state[weight] = {
+                    "step": torch.zeros(()),
+                    "exp_avg": torch.zeros_like(weight),
+                    "exp_avg_sq": torch.zeros_like(weight),
+                }
+            self.state[weight]["step"] += 1
+        steps, means, squares = (
+            [self.state[weight][name] for weight in weights] for name in ("step", "exp_avg", "exp_avg_sq")
+        )
+        counts = list(map(float, steps))
         if self.weight_decay:
             torch._foreach_mul_(weights, 1 - rate * self.weight_decay)
         torch._foreach_lerp_(means, slopes, 1 - BETAS[0])
         torch._foreach_mul_(squares, BETAS[1])
         torch._foreach_addcmul_(squares, slopes, slopes, 1 - BETAS[1])
         roots = torch._foreach_sqrt(squares)
-        torch._foreach_div_(roots, [(1 - BETAS[1] ** step) ** 0.5 for step in steps])
+        torch._foreach_div_(roots, [(1 - BETAS[1] ** step) ** 0.5 for step in counts])
         torch._foreach_add_(roots, EPS)
-        torch._foreach_addcdiv_(weights, means, roots, [-rate / (1 - BETAS[0] ** step) for step in steps])
+        torch._foreach_addcdiv_(weights, means, roots, [-rate / (1 - BETAS[0] ** step) for step in counts])
 
     def zero_grad(self) -> None:
         """Let the gradients go."""

@@ -141,13 +141,11 @@ class Planner:
         loading_peak = Meter.memory_bytes() if network is not None else 0
         if network is not None:
             network.recompute = shape.recompute
-            rates = quick_rates(network)
-
-            def pack_of(index: int) -> Pack:
-                return _pack(self.material.training, work.pack_of[index])
-
+            rates, training = quick_rates(network), self.material.training
             if calibrated or (calibrated is None and self._is_worth_it(shape, work, schedule, rates)):
-                rates = calibrate(network, shape, work, rates, pack_of)
+                rates = calibrate(
+                    network, shape, work, rates, lambda index: _pack(training, work.pack_of[index])
+                )
         memory = self._predicted(config, rates)
         self._beyond = memory.total - self._predicted(config).total
         on_cpu = self.device.type == "cpu"

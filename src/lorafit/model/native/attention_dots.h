@@ -143,7 +143,7 @@ static void attend_one_dots(bool on_tiles, const Shape &shape, const Document &d
       }
       product(on_tiles, filled, size, width, chance, width, (bf16 *)values + range.low * TILE_ROWS, all, mix, size, false);
       for (int64_t t = 0; t < count; t++)
-        store_row(size, mix + t * size, nullptr, nullptr, inverse[t], o + rows_of[first + t] * q_row + head * size);
+        store(1, size, mix + t * size, rows_of + first + t, nullptr, nullptr, inverse[t], o + head * size, q_row);
     }
 }
 

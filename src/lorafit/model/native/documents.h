@@ -62,15 +62,17 @@ static void load(int64_t count, int64_t size, const int64_t *rows, const T *from
   }
 }
 
-// One token's number for number times `scale`; turned back where an angle is given: as `load`, without the rounding
+// The numbers of the token `row` times `scale`, turned back by its angle where there are such: the inverse of `load`
+// without the rounding
 template <class T>
-static void store_row(int64_t size, const float *in, const float *c, const float *s, float scale, T *out) {
+static void store_row(int64_t size, const float *in, int64_t row, const float *cosine, const float *sine, float scale, T *out) {
   int64_t half = size / 2;
-  if (!c) {
+  if (!cosine) {
 #pragma omp simd
     for (int64_t i = 0; i < size; i++) put(in[i] * scale, out[i]);
     return;
   }
+  const float *c = cosine + row * half, *s = sine + row * half;
 #pragma omp simd
   for (int64_t i = 0; i < half; i++) {
     float first = in[i] * scale, second = in[half + i] * scale;
@@ -83,22 +85,16 @@ static void store_row(int64_t size, const float *in, const float *c, const float
 template <class T>
 static void store(int64_t count, int64_t size, const float *from, const int64_t *rows, const float *cosine,
                   const float *sine, float scale, T *to, int64_t stride) {
-  for (int64_t t = 0; t < count; t++) {
-    const int64_t angle = rows[t] * (size / 2);
-    store_row(size, from + t * size, cosine ? cosine + angle : nullptr, sine ? sine + angle : nullptr, scale, to + rows[t] * stride);
-  }
+  for (int64_t t = 0; t < count; t++) store_row(size, from + t * size, rows[t], cosine, sine, scale, to + rows[t] * stride);
 }
 
 // The slopes of a document's keys or values: what no other document sees to its place, the rest to the document's slots
 template <class T>
 static void store_slopes(const Document &document, int64_t size, const float *from, const float *cosine, const float *sine,
                          T *to, float *slots, int64_t stride) {
-  const int64_t half = size / 2, alone = document.alone;
-  for (int64_t t = 0; t < alone; t++) {
-    const int64_t angle = document.rows[t] * half;
-    store_row(size, from + t * size, cosine ? cosine + angle : nullptr, sine ? sine + angle : nullptr, 1.0f,
-              slots + (document.slot + t) * stride);
-  }
+  const int64_t alone = document.alone;
+  for (int64_t t = 0; t < alone; t++)
+    store_row(size, from + t * size, document.rows[t], cosine, sine, 1.0f, slots + (document.slot + t) * stride);
   store(document.length - alone, size, from + alone * size, document.rows + alone, cosine, sine, 1.0f, to, stride);
 }
 
@@ -120,5 +116,5 @@ static void add_slots(const std::vector<Document> &documents, int64_t stride, in
     }
   for (const Document &one : documents)
     for (int64_t t = one.own; t < one.alone; t++)
-      store_row(size, first_of[one.rows[t]], nullptr, nullptr, 1.0f, to + one.rows[t] * stride + group * size);
+      store_row(size, first_of[one.rows[t]], one.rows[t], nullptr, nullptr, 1.0f, to + one.rows[t] * stride + group * size);
 }
