@@ -106,12 +106,12 @@ def measure(model: Path, file: Path, template: str) -> dict[str, Any]:
     marks = [time.perf_counter()]
     import numpy as np
 
-    from lorafit.data.cache import encode_files
     from lorafit.data.ledger import Ledger
-    from lorafit.data.loader import RowOrder, split_holdout
     from lorafit.data.packing import make_packs
+    from lorafit.data.prompt import Renderer, contract
+    from lorafit.data.row_order import RowOrder, split_holdout
     from lorafit.data.sources import find_files
-    from lorafit.data.template import Renderer, contract
+    from lorafit.data.token_cache import encode_files
     from lorafit.data.tokenizer import Tokenizer
 
     marks.append(time.perf_counter())

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafit.model.attention import PackedDocuments, causal_attention, rotate
-from lorafit.model.kernels import gated, gated_backward, rms_norm
 from lorafit.model.native import kernels, missing
+from lorafit.model.ops import rms_norm, swiglu, swiglu_backward
 from lorafit.model.quant import Int8Linear
 
 LENGTHS = [234, 180, 300, 120, 77, 410, 205, 190, 33, 299]
@@ -36,7 +36,7 @@ def attention(compiled: bool) -> Callable[[], object]:
     documents = PackedDocuments(LENGTHS)
     angles = documents.positions[:, None] * torch.rand(SIZE // 2, generator=generator)
     rotary = (angles.cos(), angles.sin())
-    q, k, v, slope = (
+    q, k, v, grad_output = (
         torch.randn(sum(LENGTHS), heads, SIZE, generator=generator).bfloat16()
         for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)
     )
@@ -49,7 +49,7 @@ def attention(compiled: bool) -> Callable[[], object]:
 
     def run() -> None:
         out = documents(0, q, k, v, rotary, None) if compiled else by_torch()
-        torch.autograd.grad(out, (q, k, v), slope)
+        torch.autograd.grad(out, (q, k, v), grad_output)
 
     return run
 
@@ -59,17 +59,17 @@ def products(quantized: bool) -> Callable[[], object]:
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(shape, generator=generator).bfloat16() * 0.02 for shape in WEIGHTS]
     xs = [torch.randn(2048, shape[1], generator=generator).bfloat16() for shape in WEIGHTS]
-    slopes = [torch.randn(2048, shape[0], generator=generator).bfloat16() for shape in WEIGHTS]
+    grad_outputs = [torch.randn(2048, shape[0], generator=generator).bfloat16() for shape in WEIGHTS]
     linears = [Int8Linear(weight) for weight in weights]
 
     def run() -> None:
-        for weight, linear, x, slope in zip(weights, linears, xs, slopes, strict=True):
+        for weight, linear, x, grad_output in zip(weights, linears, xs, grad_outputs, strict=True):
             if quantized:
                 linear.product(x)
-                linear.input_gradient(slope)
+                linear.input_gradient(grad_output)
             else:
                 F.linear(x, weight)
-                slope @ weight
+                grad_output @ weight
 
     return run
 
@@ -78,21 +78,21 @@ def rows(compiled: bool) -> Callable[[], object]:
     """Norm, gated product and its gradient."""
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(2048, 2048, generator=generator).bfloat16(), torch.ones(2048).bfloat16()
-    gate, up, slope = (torch.randn(2048, 5632, generator=generator).bfloat16() for _ in range(3))
+    gate, up, grad_output = (torch.randn(2048, 5632, generator=generator).bfloat16() for _ in range(3))
 
     def by_torch() -> None:
         wide = x.float()
         (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * weight).bfloat16()
         opened = torch.sigmoid(gate.float())
         (F.silu(gate.float()) * up).bfloat16()
-        (slope.float() * up * opened * (1 + gate.float() * (1 - opened))).bfloat16()
-        (slope.float() * gate.float() * opened).bfloat16()
+        (grad_output.float() * up * opened * (1 + gate.float() * (1 - opened))).bfloat16()
+        (grad_output.float() * gate.float() * opened).bfloat16()
 
     def run() -> None:
         if compiled:
             rms_norm(x, weight, 1e-5)
-            gated(gate, up)
-            gated_backward(slope.clone(), gate, up)
+            swiglu(gate, up)
+            swiglu_backward(grad_output.clone(), gate, up)
         else:
             by_torch()
 

@@ -69,21 +69,26 @@ def profile(config: Config, model: Path, num_steps: int) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, record_function
     from torch.profiler import profile as profiler
 
+    from lorafit.data.build import build_data
     from lorafit.data.packing import make_packs
-    from lorafit.evaluate.heldout import pack_loss
-    from lorafit.hub import ModelFolder
+    from lorafit.forward import pack_loss
+    from lorafit.hub.client import ModelFolder
+    from lorafit.model.architecture import read_architecture
     from lorafit.model.build import build
-    from lorafit.training.material import read_material
+    from lorafit.model.device import pick_device
     from lorafit.training.optim import AdamW, clip
 
     inductor.cpp.enable_kernel_profile = True  # else fused kernels have no names
     data = config.data.model_copy(update={"holdout": 0.0})
-    rows = read_material(
-        config.model_copy(update={"data": data}), ModelFolder(model, model.name, None), quiet=True
+    rows = build_data(
+        config.model_copy(update={"data": data}),
+        ModelFolder(model, model.name, None),
+        read_architecture(model),
+        True,
     ).training
-    network = build(config, model).network.train()
-    masters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = AdamW(masters, config.train.weight_decay)
+    network = build(config, model, pick_device(config.model.device)).network.train()
+    adapter_parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = AdamW(adapter_parameters, config.train.weight_decay)
     tokens = 0
 
     def step(number: int) -> None:
@@ -96,7 +101,7 @@ def profile(config: Config, model: Path, num_steps: int) -> dict[str, Any]:
         for pack in packs:
             (pack_loss(network, pack) / supervised).backward()
         with record_function("lorafit clip"):
-            clip(masters, config.train.max_grad_norm)
+            clip(adapter_parameters, config.train.max_grad_norm)
         with record_function("lorafit optimizer"):
             optimizer.step(config.train.learning_rate)
         optimizer.zero_grad()

@@ -23,16 +23,16 @@ from torch import Tensor
 import lorafit
 from lorafit.config.load import load_config
 from lorafit.config.schema import Config
+from lorafit.data.build import build_data
 from lorafit.data.packing import Pack, make_packs
-from lorafit.evaluate.heldout import pack_loss
-from lorafit.hub import model_folder
+from lorafit.forward import pack_loss
+from lorafit.hub.client import model_folder
 from lorafit.model import quant
 from lorafit.model.architecture import read_architecture
-from lorafit.model.frozen import Frozen, Linear
+from lorafit.model.linear import Frozen, Linear
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, attach
 from lorafit.model.weights import load_network
-from lorafit.training.material import read_material
 
 SHORT = ("data.max_length=512", "data.too_long=drop")
 OUTLIERS = (3, 17, 61)
@@ -77,7 +77,7 @@ def measure_gradients(config: Config) -> list[dict[str, Any]]:
     """Cosine and length of the adapter's gradient in each type against float32, with and without outliers."""
     folder = Path(config.model.name)
     exact = load_network(folder, read_architecture(folder), torch.float32, torch.device("cpu"))
-    material = read_material(config, model_folder(config.model.name), quiet=True)
+    material = build_data(config, model_folder(config.model.name), read_architecture(folder), quiet=True)
     pack = make_packs([material.training.row(index) for index in range(10)], 2048)[0]
     rows = []
     for activations in ("as they are", f"outliers ({FACTOR:.0f}x)"):
@@ -130,13 +130,17 @@ def gradient(network: Llama, pack: Pack) -> Tensor:
     network = copy.deepcopy(network)
     attach(network, LoraSpec(16, 32.0, 0.0, ("all-linear",), False), seed=0)
     generator = torch.Generator().manual_seed(1)
-    masters = [(name, master) for name, master in network.named_parameters() if master.requires_grad]
+    adapter_parameters = [
+        (name, parameter) for name, parameter in network.named_parameters() if parameter.requires_grad
+    ]
     with torch.no_grad():
-        for name, master in masters:
+        for name, parameter in adapter_parameters:
             if name.endswith("lora_B"):
-                master.copy_(torch.randn(master.shape, generator=generator) * 0.02)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
     pack_loss(network, pack).backward()
-    return torch.cat([master.grad.flatten() for _, master in masters if master.grad is not None])
+    return torch.cat(
+        [parameter.grad.flatten() for _, parameter in adapter_parameters if parameter.grad is not None]
+    )
 
 
 def compare(activations: str, name: str, truth: Tensor, other: Tensor) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def _strategy(needed: float) -> str:
 
 def measure(work: Path) -> dict[str, Any]:
     """Steps of one rank with all rows and with half of them, of two ranks, and the all-reduce by itself."""
-    from tests.tiny import write_model, write_rows
+    from tests.tiny_models import write_model, write_rows
 
     work.mkdir(parents=True, exist_ok=True)
     model = write_model(work / "model", num_key_value_heads=8, **SHAPE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lorafit.shown import one_line
+from lorafit.redact import one_line
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from benchmarks.marks import put_between
 from benchmarks.profile import group_of
 from benchmarks.programs import PROGRAMS, Outcome, Program, Step, command, parse_steps, watch
 from benchmarks.targets import TARGETS, Results, Target, linear_parameters, model_flops
-from tests.tiny import config_of
+from tests.tiny_models import config_of
 
 from benchmarks import profile, programs, report, rows, speed, targets
 from lorafit.config.load import keys, load_config, recipe_file

@@ -13,7 +13,7 @@ from tests.report.runs import write_run
 from tests.report.test_report import HOSTILE
 
 from lorafit.report.page import SECTIONS, write_report
-from lorafit.rundir import RunDirectory
+from lorafit.run_dir import RunDirectory
 
 pytestmark = pytest.mark.browser
 

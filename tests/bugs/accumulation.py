@@ -9,8 +9,9 @@ import torch
 from tests.bugs.catalogue import probe
 from tests.bugs.lab import Lab, Plant, difference, events
 
+from lorafit.data import batch
 from lorafit.errors import TrainingError
-from lorafit.training import batch, loop
+from lorafit.training import loop
 from lorafit.training.run import start_run
 
 RAGGED = [{"instruction": f"Say {n}.", "output": "so " * (4**n % 61) + "it is."} for n in range(6)]
@@ -92,7 +93,7 @@ def the_last_step_of_an_epoch_counts_its_own_tokens(lab: Lab) -> None:
 @probe(
     32,
     Plant(
-        "training.batch:Share.of",
+        "data.batch:RankShare.of",
         "sum(len(pack.targets) for pack in packs))",
         "max(1, sum(len(pack.targets) for pack in packs)))",
     ),

@@ -15,17 +15,17 @@ from safetensors.torch import load_file, save_file
 from tests.bugs.catalogue import probe
 from tests.bugs.lab import Lab, Plant, difference, stir
 from tests.data.chat_formats import FORMATS
-from tests.tiny import byte_tokenizer, random_network, weights_of, write_model
+from tests.tiny_models import byte_tokenizer, random_network, weights_of, write_model
 
 from lorafit import load
 from lorafit.errors import ConfigError, LorafitError, ModelError
-from lorafit.model.adapter import WEIGHTS, adapter_files, adapter_tensors
+from lorafit.model.adapter_file import WEIGHTS, adapter_files, adapter_tensors
 from lorafit.model.architecture import read_architecture
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, adapted, attach
 from lorafit.model.weights import load_network
-from lorafit.training import preparation
+from lorafit.training import setup
 from lorafit.training.run import Result, start_run
 
 IDS = torch.arange(40) * 7 % 256
@@ -60,7 +60,9 @@ def close(one: torch.Tensor, two: torch.Tensor) -> bool:
 @probe(
     18,
     Plant("model.lora:LoraLinear.__init__", "torch.promote_types(like.dtype, torch.float32)", "like.dtype"),
-    Plant("model.adapter:adapter_tensors", "master.detach().cpu()", "master.detach().cpu().bfloat16()"),
+    Plant(
+        "model.adapter_file:adapter_tensors", "parameter.detach().cpu()", "master.detach().cpu().bfloat16()"
+    ),
 )
 def small_updates_of_a_16_bit_model_are_kept(lab: Lab) -> None:
     """Steps far below the resolution of 16 bits move every matrix, in float32, also in what is saved."""
@@ -87,7 +89,7 @@ def small_updates_of_a_16_bit_model_are_kept(lab: Lab) -> None:
         "inputs = (x.detach() if self.recompute else x, rotary",
     ),
     Plant(
-        "model.projection:_Project.backward",
+        "model.lora_linear:_Project.backward",
         "wanted = any(ctx.needs_input_grad[4 : 4 + ctx.num_inputs])",
         "wanted = False",
     ),
@@ -110,7 +112,7 @@ def recomputation_keeps_every_gradient(lab: Lab) -> None:
 def _live(lab: Lab, *overrides: str) -> tuple[Result, torch.Tensor, torch.Tensor]:
     """A run, and the logits that its network had when it was done: with the adapter and without."""
     seen: dict[str, Llama] = {}
-    build = preparation.build
+    build = setup.build
 
     def kept(*arguments: Any) -> Any:
         built = build(*arguments)
@@ -118,7 +120,7 @@ def _live(lab: Lab, *overrides: str) -> tuple[Result, torch.Tensor, torch.Tensor
         return built
 
     with lab.patch.context() as patch:
-        patch.setattr(preparation, "build", kept)
+        patch.setattr(setup, "build", kept)
         result = lab.run(*LEARN, *overrides)
     network = seen["network"]
     tuned = logits_of(network)
@@ -129,8 +131,8 @@ def _live(lab: Lab, *overrides: str) -> tuple[Result, torch.Tensor, torch.Tensor
 
 @probe(
     20,
-    Plant("model.adapter:adapter_tensors", "master.detach()", "torch.zeros_like(master)"),
-    Plant("model.adapter:fill_adapter", "master.copy_(stored[name])", "pass"),
+    Plant("model.adapter_file:adapter_tensors", "parameter.detach()", "torch.zeros_like(parameter)"),
+    Plant("model.adapter_file:fill_adapter", "parameter.copy_(stored[name])", "pass"),
 )
 def a_loaded_adapter_is_the_trained_one(lab: Lab) -> None:
     """Read back, the adapter gives the live network's logits and not the base's; one that lacks tensors is refused."""
@@ -151,7 +153,11 @@ def a_loaded_adapter_is_the_trained_one(lab: Lab) -> None:
         raise AssertionError("an adapter with a tensor missing was loaded")
 
 
-@probe(20, Plant("model.adapter:adapter_tensors", "master.detach()", "torch.zeros_like(master)"), slow=True)
+@probe(
+    20,
+    Plant("model.adapter_file:adapter_tensors", "parameter.detach()", "torch.zeros_like(parameter)"),
+    slow=True,
+)
 def a_fresh_process_says_the_same(lab: Lab) -> None:
     """The adapter in a process that has never seen the run: the live network's logits."""
     result, tuned, base = _live(lab)
@@ -201,8 +207,8 @@ def tied_tables_are_one(lab: Lab) -> None:
 
 @probe(
     23,
-    Plant("model.adapter:read_spec", "if key in raw and raw[key] not in accepted", "if False"),
-    Plant("training.material:_check_embedded", "if tokenizer.vocab_size <= num_embeddings:", "if tokenizer:"),
+    Plant("model.adapter_file:read_spec", "if key in raw and raw[key] not in accepted", "if False"),
+    Plant("data.build:_check_embedded", "if tokenizer.vocab_size <= num_embeddings:", "if tokenizer:"),
 )
 def tokens_without_a_row_in_the_embedding_are_refused(lab: Lab) -> None:
     """A tokenizer that was given tokens, or an adapter that brings embeddings: refused, before anything is trained."""
@@ -278,13 +284,13 @@ def far_positions_are_scaled_as_the_model_says(lab: Lab) -> None:
 @probe(
     28,
     Plant("model.lora:LoraSpec.scale", "self.alpha / (", "self.alpha * ("),
-    Plant("model.adapter:adapter_files", '"use_rslora": spec.rslora', '"use_rslora": False'),
+    Plant("model.adapter_file:adapter_files", '"use_rslora": spec.rslora', '"use_rslora": False'),
     Plant(
-        "model.adapter:adapter_files",
+        "model.adapter_file:adapter_files",
         "int(spec.alpha) if float(spec.alpha).is_integer() else spec.alpha",
         "spec.rank",
     ),
-    Plant("model.few_rows:few_rows", "float(linear.scale)", "1.0"),
+    Plant("model.decode_linear:decode_linear", "float(linear.scale)", "1.0"),
 )
 def the_adapter_has_the_same_strength_in_peft(lab: Lab) -> None:
     """alpha unlike rank, with rsLoRA and without: peft's logits of the folder are its own, of few rows and many."""

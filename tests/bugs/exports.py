@@ -13,14 +13,14 @@ from tests.bugs.catalogue import probe
 from tests.bugs.lab import Lab, Plant
 from tests.bugs.stopping import chatml_model
 from tests.data.toy_tokenizers import qwen_like
-from tests.tiny import write_model
+from tests.tiny_models import write_model
 from torch import Tensor
 
 from lorafit import load
 from lorafit.errors import LorafitError
-from lorafit.export import source
+from lorafit.export import run_source
 from lorafit.export.run import export_run
-from lorafit.model.adapter import CONFIG, WEIGHTS
+from lorafit.model.adapter_file import CONFIG, WEIGHTS
 from lorafit.training.run import Result
 
 
@@ -53,12 +53,12 @@ def an_exported_model_knows_where_to_stop(lab: Lab) -> None:
 @probe(
     21,
     Plant(
-        "export.source:Source.tensor",
+        "export.run_source:RunSource.tensor",
         "weight.float(), b, a",
         "(weight.float() * 7 / weight.abs().max()).round() * weight.abs().max() / 7, b, a",
     ),
     Plant(
-        "export.source:_stored",
+        "export.run_source:_stored",
         "_STORED.get(part.get_dtype())",
         "_STORED.get(part.get_dtype(), torch.float32)",
     ),
@@ -75,7 +75,7 @@ def a_merge_is_into_the_original_numbers(lab: Lab) -> None:
     quantised = {name: t.to(torch.int8) if "q_proj" in name else t for name, t in base.items()}
     save_file(quantised, lab.model() / "model.safetensors", {"format": "pt"})
     lab.patch.setattr(
-        source, "read_facts", lambda folder: {}
+        run_source, "read_facts", lambda folder: {}
     )  # the base would be refused as another one first
     try:
         _exported(result, "merged", "bf16")
@@ -192,7 +192,11 @@ def a_tokenizer_is_written_as_it_is_or_refused(lab: Lab) -> None:
 @probe(
     28,
     Plant("export.gguf_model:write_lora", "source.spec.scale * source.spec.rank", "source.spec.alpha"),
-    Plant("export.source:Source.tensor", "alpha=self.spec.scale", "alpha=self.spec.alpha / self.spec.rank"),
+    Plant(
+        "export.run_source:RunSource.tensor",
+        "alpha=self.spec.scale",
+        "alpha=self.spec.alpha / self.spec.rank",
+    ),
 )
 def exports_have_the_adapters_strength(lab: Lab) -> None:
     """rsLoRA, alpha unlike rank: the merged numbers, and what llama.cpp multiplies the adapter by."""

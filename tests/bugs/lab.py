@@ -21,18 +21,18 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import random_network, write_model, write_rows
+from tests.tiny_models import random_network, write_model, write_rows
 
 from lorafit.config.load import load_config
 from lorafit.config.schema import Config
 from lorafit.data.formats import Content, Row
-from lorafit.data.template import Rendered, Renderer, contract
+from lorafit.data.prompt import Rendered, Renderer, contract
 from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import LorafitError
-from lorafit.model.adapter import adapter_files, adapter_tensors
+from lorafit.model.adapter_file import adapter_files, adapter_tensors
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, adapted, attach
-from lorafit.observe.record import read_metrics
+from lorafit.observe.metrics_file import read_metrics
 from lorafit.training import loop
 from lorafit.training.run import Result, resume_run, start_run
 
@@ -154,7 +154,7 @@ class Lab:
         """A run that a signal stops while `step` is computed, and that is then resumed."""
         gradients = loop._gradients
 
-        def stopped(job: loop.Job, state: Any, *rest: Any) -> Any:
+        def stopped(job: loop.TrainContext, state: Any, *rest: Any) -> Any:
             if state.step + 1 == step:
                 os.kill(os.getpid(), signal.SIGINT)
             return gradients(job, state, *rest)
@@ -172,7 +172,7 @@ class Lab:
         """Note the gradients, the rows and the number of passes of every step from here on."""
         gradients = loop._gradients
 
-        def noted(job: loop.Job, state: Any, batch: Any) -> Any:
+        def noted(job: loop.TrainContext, state: Any, batch: Any) -> Any:
             self.rows_seen.append(batch.indices.tolist())
             self.num_passes.append(len(batch.packs))
             found = gradients(job, state, batch)

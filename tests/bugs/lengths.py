@@ -25,7 +25,9 @@ def _ledger(result: Result) -> Any:
     return json.loads((result.path / "ledger.json").read_text())
 
 
-@probe(15, Plant("data.encode:_Writer._fit", "if True not in outcome.trained:", "if not outcome.trained:"))
+@probe(
+    15, Plant("data.token_dataset:_Writer._fit", "if True not in outcome.trained:", "if not outcome.trained:")
+)
 def a_row_whose_answer_is_cut_off_is_left_out_and_named(lab: Lab) -> None:
     """The prompt alone fills the length allowed: the row is dropped with its number, and no step is made of it."""
     lab.watch()
@@ -39,9 +41,11 @@ def a_row_whose_answer_is_cut_off_is_left_out_and_named(lab: Lab) -> None:
 
 @probe(
     16,
-    Plant("data.encode:_Writer._fit", 'self._renderer.contract.too_long == "error"', "False"),
-    Plant("data.encode:_Writer._fit", "return outcome, length - len(outcome.ids)", "return outcome, 0"),
-    Plant("data.encode:_Writer._fit", 'self._drop(row, f"longer than {longest} tokens")', "pass"),
+    Plant("data.token_dataset:_Writer._fit", 'self._renderer.contract.too_long == "error"', "False"),
+    Plant(
+        "data.token_dataset:_Writer._fit", "return outcome, length - len(outcome.ids)", "return outcome, 0"
+    ),
+    Plant("data.token_dataset:_Writer._fit", 'self._drop(row, f"longer than {longest} tokens")', "pass"),
 )
 def cutting_is_asked_for_and_counted(lab: Lab) -> None:
     """By default rows that are too long are an error with their numbers; cut or left out, each token is counted."""
@@ -76,7 +80,7 @@ def _tokens(row: dict[str, str]) -> int:
 
 @probe(
     17,
-    Plant("data.loader:RowOrder.steps_per_epoch", "math.ceil", "math.floor"),
+    Plant("data.row_order:RowOrder.steps_per_epoch", "math.ceil", "math.floor"),
     Plant("data.packing:make_packs", "for members in bins]", "for members in bins[: max(1, len(bins) - 1)]]"),
 )
 def every_row_is_trained_once_an_epoch(lab: Lab) -> None:

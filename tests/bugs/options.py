@@ -11,12 +11,12 @@ from tests.bugs.catalogue import probe
 from tests.bugs.lab import Lab, Plant
 
 from lorafit.config.load import keys
-from lorafit.durable import sha256_file
-from lorafit.model.adapter import CONFIG, WEIGHTS
+from lorafit.distributed.ranks import Ranks
+from lorafit.model.adapter_file import CONFIG, WEIGHTS
 from lorafit.model.llama import Layer
-from lorafit.observe.record import read_metrics
+from lorafit.observe.metrics_file import read_metrics
+from lorafit.storage.atomic import sha256_file
 from lorafit.training import loop
-from lorafit.training.ranks import Ranks
 from lorafit.training.run import Result
 
 BASE = (
@@ -75,7 +75,7 @@ _CLOCKS = {"seconds", "tokens_per_second", "memory_bytes"}
     29,
     Plant("training.optim:AdamW.step", "if self.weight_decay:", "if not self.weight_decay:"),
     Plant("training.optim:warmup_steps", "return min(", "return 0 and min("),
-    Plant("data.loader:_epoch_rows", "if order.shuffle:", "if True:"),
+    Plant("data.row_order:_epoch_rows", "if order.shuffle:", "if True:"),
     slow=True,
 )
 def another_value_makes_another_run(lab: Lab) -> None:

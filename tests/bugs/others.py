@@ -36,7 +36,7 @@ from datasets import Dataset
 from tests.bugs.accumulation import RAGGED
 from tests.bugs.stopping import chatml_model
 from tests.data.toy_tokenizers import qwen_like
-from tests.tiny import write_model
+from tests.tiny_models import write_model
 from torch.utils.data import SequentialSampler
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

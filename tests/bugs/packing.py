@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from tests.bugs.catalogue import probe
 from tests.bugs.lab import Lab, Plant, stir
-from tests.tiny import random_network
+from tests.tiny_models import random_network
 
 from lorafit.data.packing import make_packs
-from lorafit.evaluate.heldout import pack_loss
+from lorafit.forward import pack_loss
 from lorafit.infer import engine
 from lorafit.infer.sampling import Sampling
 from lorafit.model import attention
@@ -99,13 +99,13 @@ def a_row_has_the_same_bits_whatever_it_is_packed_with(lab: Lab) -> None:
 
 @probe(
     5,
-    Plant("infer.engine:attend_cache", "attn_mask=visible[:, None, None]", "attn_mask=None"),
+    Plant("infer.engine:decode_attention", "attn_mask=visible[:, None, None]", "attn_mask=None"),
     Plant(
-        "infer.engine:AddToken.__call__",
+        "infer.engine:Decode.__call__",
         "where = (self.cache.slots, self.positions)",
         "where = (self.cache.slots, self.positions.max().expand(rows).contiguous())",
     ),
-    Plant("infer.engine:ReadPrompts.__call__", "super().__call__(", "PackedDocuments([sum(self.lengths)])("),
+    Plant("infer.engine:Prefill.__call__", "super().__call__(", "PackedDocuments([sum(self.lengths)])("),
 )
 def an_answer_is_the_same_whatever_is_asked_beside_it(lab: Lab) -> None:
     """Prompts of other lengths in the batch change no token of an answer, with compiled kernels and without."""

@@ -22,9 +22,9 @@ TWICE = Chat((ASK, Message("assistant", "The answer."), ASK, Message("assistant"
 
 @probe(
     11,
-    Plant("data.template:Renderer._bos", "return [] if text.startswith", "return [] if not text.startswith"),
-    Plant("data.template:Renderer._bos", "return [] if text.startswith(", "return [] if (lambda _: False)("),
-    Plant("data.template:Renderer.prompt_ids", "return [*self._bos(text), *ids]", "return ids"),
+    Plant("data.prompt:Renderer._bos", "return [] if text.startswith", "return [] if not text.startswith"),
+    Plant("data.prompt:Renderer._bos", "return [] if text.startswith(", "return [] if (lambda _: False)("),
+    Plant("data.prompt:Renderer.prompt_ids", "return [*self._bos(text), *ids]", "return ids"),
 )
 def bos_stands_once_in_training_and_in_generation(lab: Lab) -> None:
     """Template and tokenizer write BOS, one of them does, or none: one BOS, or none in the last case, in both."""
@@ -53,7 +53,7 @@ def _by_length_of_the_prompt(self: Tokenizer, texts: Sequence[str]) -> object:
         "data.tokenizer:Tokenizer.encode_batch",
         act=lambda patch: patch.setattr(Tokenizer, "encode_batch", _by_length_of_the_prompt),
     ),
-    Plant("data.template:_continue", 'segments[-1].text = text.rstrip(" ")', "pass"),
+    Plant("data.prompt:_continue", 'segments[-1].text = text.rstrip(" ")', "pass"),
 )
 def an_answer_begins_where_generation_begins(lab: Lab) -> None:
     """Tokens that would join prompt and answer: the prompt is a prefix, and what is trained decodes to the answer."""
@@ -128,16 +128,16 @@ def a_turn_is_found_though_the_template_rewrites_it(lab: Lab) -> None:
 @probe(
     14,
     Plant(
-        "data.template:Renderer._assemble",
+        "data.prompt:Renderer._assemble",
         "if segment.answer:",
         "if segment.answer and segment.stop is None:",
     ),
     Plant(
-        "data.template:Renderer._assemble",
+        "data.prompt:Renderer._assemble",
         "[True] * (stop - start) + [False] * (end - stop)",
         "[True] * (end - start)",
     ),
-    Plant("data.encode:_Writer._fit", "if True not in outcome.trained:", "if not outcome.trained:"),
+    Plant("data.token_dataset:_Writer._fit", "if True not in outcome.trained:", "if not outcome.trained:"),
 )
 def every_row_trains_its_answers_and_nothing_else(lab: Lab) -> None:
     """Trained tokens of each row, counted by hand; the run's account says the same; no row trains none of them."""
@@ -163,12 +163,12 @@ def every_row_trains_its_answers_and_nothing_else(lab: Lab) -> None:
 @probe(
     30,
     Plant(
-        "data.template:Renderer._chat_segments",
+        "data.prompt:Renderer._chat_segments",
         "segments[-1].text += part.text",
         "segments[-1].text += self.tokenizer.protect(part.text)",
     ),
     Plant(
-        "data.template:Renderer._chat_segments",
+        "data.prompt:Renderer._chat_segments",
         "_continue(segments, part.text)",
         "_continue(segments, self.tokenizer.protect(part.text))",
     ),

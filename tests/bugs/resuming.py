@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from tests.bugs.catalogue import probe
 from tests.bugs.lab import Lab, Plant, events
 
-from lorafit.durable import sha256_file
-from lorafit.model.adapter import WEIGHTS, adapter_files, adapter_tensors
-from lorafit.training import checkpoint, loop, saving
+from lorafit.model.adapter_file import WEIGHTS, adapter_files, adapter_tensors
+from lorafit.storage.atomic import sha256_file
+from lorafit.training import checkpoint, checkpoint_writer, loop
 from lorafit.training.run import Result
 
 NINE = (
@@ -37,7 +37,7 @@ def _digest(result: Result) -> str:
 @probe(
     8,
     Plant("training.loop:_batch", "job.order.rows(step)", "job.order.rows(step % job.order.steps_per_epoch)"),
-    Plant("data.loader:_epoch_rows", "0x4F, epoch]", "0x4F]"),
+    Plant("data.row_order:_epoch_rows", "0x4F, epoch]", "0x4F]"),
     Plant("training.loop:_steps", act=lambda patch: _start_over_when_resumed(patch)),
 )
 def a_resumed_run_sees_the_rows_that_were_next(lab: Lab) -> None:
@@ -56,7 +56,7 @@ def _start_over_when_resumed(patch: pytest.MonkeyPatch) -> None:
     """The order begins at its start in every process."""
     steps = loop._steps
 
-    def from_the_start(job: loop.Job, state: Any, *rest: Any) -> Any:
+    def from_the_start(job: loop.TrainContext, state: Any, *rest: Any) -> Any:
         began, rows = state.step, type(job.order).rows
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(type(job.order), "rows", lambda order, step: rows(order, step - began))
@@ -99,21 +99,21 @@ def a_resumed_run_keeps_optimizer_and_step(lab: Lab) -> None:
 @probe(31, Plant("training.loop:_save", act=lambda patch: patch.setattr(loop, "snapshot", _LiveSnapshot)))
 def what_is_saved_is_the_state_of_its_step(lab: Lab) -> None:
     """The disk is slow: two steps pass while step 2 is written, and what lies there is step 2 and not step 4."""
-    passed, write, save, kept = threading.Event(), saving.save_checkpoint, loop._save, {}
+    passed, write, save, kept = threading.Event(), checkpoint_writer.save_checkpoint, loop._save, {}
 
     def slow(folder: Path, *rest: Any) -> None:
         if folder.name == "step-000002":
             assert passed.wait(30)
         write(folder, *rest)
 
-    def noted(job: loop.Job, saver: Any, state: Any, reason: str) -> None:
+    def noted(job: loop.TrainContext, saver: Any, state: Any, reason: str) -> None:
         files = adapter_files(adapter_tensors(job.network), job.adapter.spec, job.adapter.base, None)
         kept[state.step] = hashlib.sha256(files[WEIGHTS]).hexdigest()
         if state.step == 4:
             passed.set()
         save(job, saver, state, reason)
 
-    lab.patch.setattr(saving, "save_checkpoint", slow)
+    lab.patch.setattr(checkpoint_writer, "save_checkpoint", slow)
     lab.patch.setattr(loop, "_save", noted)
     result = lab.run("train.max_steps=4", "train.save_every=2", "train.keep=9")
     assert kept[2] != kept[4]

@@ -10,7 +10,7 @@ import numpy as np
 from tests.bugs.catalogue import probe
 from tests.bugs.lab import Lab, Plant, rendered, renderer
 from tests.data.chat_formats import FORMATS
-from tests.tiny import byte_tokenizer
+from tests.tiny_models import byte_tokenizer
 
 from lorafit import load
 from lorafit.data.formats import Chat, Message
@@ -41,12 +41,12 @@ def chatml_model(lab: Lab, **names: str) -> Path:
 @probe(
     6,
     Plant(
-        "data.template:Renderer._assemble",
+        "data.prompt:Renderer._assemble",
         "return Rendered(ids, trained)",
         "return Rendered(ids, [t and i != self.contract.eos_id for i, t in zip(ids, trained)])",
     ),
     Plant(
-        "data.packing:_lay",
+        "data.packing:_build_pack",
         "target_at = trained[1:].nonzero()[0] + 1",
         "target_at = trained[1:].nonzero()[0][:-1] + 1",
     ),
@@ -73,7 +73,7 @@ def the_stop_token_is_trained_though_it_pads_too(lab: Lab) -> None:
         "stop_ids=frozenset({self.renderer.contract.eos_id})",
     ),
     Plant(
-        "data.template:Renderer._assemble",
+        "data.prompt:Renderer._assemble",
         "stop = ids.index(segment.stop.id, start) + 1 if segment.stop else end",
         "stop = ids.index(segment.stop.id, start) if segment.stop else end",
     ),

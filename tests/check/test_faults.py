@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.tiny import CHAT_TEMPLATE, write_model
+from tests.tiny_models import CHAT_TEMPLATE, write_model
 
-from lorafit.check.verdict import Verdict, of_error
+from lorafit.check.run import check_data, check_run
+from lorafit.check.verdict import CheckResult, of_error
 from lorafit.config.load import load_config
 from lorafit.errors import LorafitError
-from lorafit.training.checking import check_data, check_run
 
 AT = 22  # the row with the fault, from 1
 NUM_ROWS = 60
@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def found(
     model: Path, folder: Path, rows: list[RowData], *settings: str, probe: bool = False
-) -> list[Verdict]:
+) -> list[CheckResult]:
     """All verdicts that do not pass."""
     data = folder / "rows.json"
     data.write_text(json.dumps(rows), encoding="utf-8")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.tiny import FAMILIES, random_network
+from tests.tiny_models import FAMILIES, random_network
 
 from lorafit.check import probe as probing
 from lorafit.check.probe import Measured, probe, probe_verdicts

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import random_network, write_adapter, write_model
+from tests.tiny_models import random_network, write_adapter, write_model
 
 from lorafit.cli.main import main
 from lorafit.infer.model import load
@@ -90,7 +90,7 @@ def test_a_pipe_gets_the_answers_and_stderr_the_rest(cli: Cli, adapter: Path) ->
 
 def test_an_answer_is_what_the_model_says_to_all_that_was_said(cli: Cli, adapter: Path) -> None:
     from lorafit.data.formats import Message
-    from lorafit.observe.terminal import printable
+    from lorafit.observe.console import printable
 
     model = load(adapter, device="cpu")
     first = model.generate(["Hi"], max_tokens=7)[0].text

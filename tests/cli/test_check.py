@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from tests.cli.test_cli import COMMAND, Cli, cli
 from tests.cli.test_cli import SMALL as SMALL_PROVEN
-from tests.tiny import write_model, write_rows
+from tests.tiny_models import write_model, write_rows
 
-from lorafit.rundir import RunDirectory
+from lorafit.run_dir import RunDirectory
 
 __all__ = ["cli"]
 
@@ -218,7 +218,7 @@ def test_a_resumed_run_is_not_checked_again(
     before = run.check_file.read_bytes()
     for path in (run.adapter, run.checkpoint(2)):
         path.rename(tmp_path / path.name)
-    monkeypatch.setattr("lorafit.training.preparation.rows_before_training", None)
+    monkeypatch.setattr("lorafit.training.setup.check_rows", None)
     assert cli("train", "--resume", run.path).code == 0
     assert run.check_file.read_bytes() == before
 

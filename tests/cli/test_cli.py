@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.tiny import write_model, write_rows
+from tests.tiny_models import write_model, write_rows
 
 import lorafit
 from lorafit.cli.main import main
 from lorafit.config.load import keys
-from lorafit.durable import verify_folder
-from lorafit.observe.record import read_metrics
+from lorafit.observe.metrics_file import read_metrics
+from lorafit.storage.atomic import verify_folder
 
 COMMAND = [sys.executable, "-m", "lorafit"]
 SMALL = ["model.dtype=float32", "model.device=cpu", "train.batch_size=6", "lora.rank=4", "run.samples=1"]
@@ -277,7 +277,7 @@ def test_plan_prints_a_table_or_json_and_makes_nothing(cli: Cli, material: Path,
 def test_plan_says_what_would_fit_and_exits_2(
     cli: Cli, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorafit.training.planning.available_bytes", lambda device: 1000)
+    monkeypatch.setattr("lorafit.plan.planner.available_bytes", lambda device: 1000)
     for verb in ("plan", "train"):
         done = cli(verb, *start(material, tmp_path / "run")[1:])
         assert (done.code, done.out) == (2, "")

@@ -16,7 +16,7 @@ from tests.crash.shim import Call, Strike
 from tests.crash.trial import Bench, Left, Tally
 
 from lorafit.errors import RunError
-from lorafit.rundir import RunDirectory
+from lorafit.run_dir import RunDirectory
 
 Damage = Callable[[Path, Path], None]  # to the first folder; the second is the checkpoint before it
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from tests.crash.mutations import mutate
-from tests.tiny import write_model, write_rows
+from tests.tiny_models import write_model, write_rows
 
 from lorafit.config.load import load_config
-from lorafit.durable import MANIFEST, sha256_file
 from lorafit.errors import LorafitError
-from lorafit.model.adapter import WEIGHTS
-from lorafit.rundir import RunDirectory
+from lorafit.model.adapter_file import WEIGHTS
+from lorafit.run_dir import RunDirectory
+from lorafit.storage.atomic import MANIFEST, sha256_file
 from lorafit.training import loop
 from lorafit.training.run import Result, resume_run, start_run
 
@@ -75,7 +75,7 @@ def _answer(root: Path, work: Callable[[], Result], stop_in: int | None = None) 
     rows: list[tuple[int, list[int]]] = []
     gradients = loop._gradients
 
-    def watched(job: loop.Job, state: Any, batch: Any) -> Any:
+    def watched(job: loop.TrainContext, state: Any, batch: Any) -> Any:
         rows.append((state.step + 1, batch.indices.tolist()))
         if state.step + 1 == stop_in:
             os.kill(os.getpid(), signal.SIGTERM)

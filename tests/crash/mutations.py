@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from lorafit import durable, rundir
-from lorafit.data.loader import RowOrder
-from lorafit.observe import record
-from lorafit.rundir import RunDirectory
-from lorafit.training import checkpoint, loop, run, saving
+from lorafit import run_dir
+from lorafit.data.row_order import RowOrder
+from lorafit.observe import metrics_file
+from lorafit.run_dir import RunDirectory
+from lorafit.storage import atomic
+from lorafit.training import checkpoint, checkpoint_writer, loop, run
 
-_sync, _write_file, _snapshot, _rows = durable.sync, durable.write_file, loop.snapshot, RowOrder.rows
+_sync, _write_file, _snapshot, _rows = atomic.sync, atomic.write_file, loop.snapshot, RowOrder.rows
 
 
 def _sync_only(wanted: Callable[[Path], bool]) -> None:
@@ -25,7 +26,7 @@ def _sync_only(wanted: Callable[[Path], bool]) -> None:
         if wanted(path):
             _sync(path)
 
-    durable.sync = saving.sync = record.sync = sync
+    atomic.sync = checkpoint_writer.sync = metrics_file.sync = sync
 
 
 def _files_are_not_synced() -> None:
@@ -41,26 +42,26 @@ def _the_parent_is_not_synced() -> None:
 
 
 def _new_folders_are_not_synced_into_the_one_above() -> None:
-    durable.make_folder = lambda folder: folder.mkdir(parents=True, exist_ok=True)
-    record.sync = lambda path: None
+    atomic.make_folder = lambda folder: folder.mkdir(parents=True, exist_ok=True)
+    metrics_file.sync = lambda path: None
 
 
 def _small_files_are_written_in_place() -> None:
     def write_file(path: Path, text: str) -> None:
-        durable._write_synced(path, text)
+        atomic._write_synced(path, text)
 
-    durable.write_file = rundir.write_file = record.write_file = write_file
+    atomic.write_file = run_dir.write_file = metrics_file.write_file = write_file
 
 
 def _older_checkpoints_go_before_the_new_one_is_whole() -> None:
-    save = saving.Saver.save
+    save = checkpoint_writer.AsyncCheckpointWriter.save
 
-    def rotate_first(saver: saving.Saver, *rest: Any) -> None:
-        saver.settle(wait=True)
+    def rotate_first(saver: checkpoint_writer.AsyncCheckpointWriter, *rest: Any) -> None:
+        saver.wait(block=True)
         saver._run.rotate(saver._keep - 1) if saver._keep > 1 else _remove_all(saver._run)
         save(saver, *rest)
 
-    saving.Saver.save = rotate_first  # type: ignore[method-assign]
+    checkpoint_writer.AsyncCheckpointWriter.save = rotate_first  # type: ignore[method-assign]
 
 
 def _remove_all(directory: RunDirectory) -> None:
@@ -69,11 +70,11 @@ def _remove_all(directory: RunDirectory) -> None:
 
 
 def _orphans_stay() -> None:
-    durable.clean_orphans = rundir.clean_orphans = lambda *_: []
+    atomic.clean_orphans = run_dir.clean_orphans = lambda *_: []
 
 
 def _nothing_is_read_back() -> None:
-    durable.commit_folder.__globals__["verify_folder"] = lambda *_, **__: []
+    atomic.commit_folder.__globals__["verify_folder"] = lambda *_, **__: []
 
 
 def _an_error_of_fsync_is_ignored() -> None:
@@ -81,7 +82,7 @@ def _an_error_of_fsync_is_ignored() -> None:
         with contextlib.suppress(OSError):
             _sync(path)
 
-    durable.sync = sync
+    atomic.sync = sync
 
 
 def _metrics_of_lost_steps_stay() -> None:

@@ -19,8 +19,8 @@ from tests.crash.mutations import mutate
 from tests.crash.shim import Call, Strike, read_log
 from tests.crash.trial import Bench, Tally
 
-from lorafit.durable import verify_folder
 from lorafit.errors import LorafitError
+from lorafit.storage.atomic import verify_folder
 
 _SAVED = re.compile(rb'"event": "saved", "step": (\d+)')
 _STEP = re.compile(r"run/checkpoints/step-(\d+)")

@@ -27,8 +27,8 @@ from queue import SimpleQueue
 from types import ModuleType, TracebackType
 from typing import Any, TypeVar
 
-from tests.asked import Asked
 from tests.crash.shim import Strike, build, watch
+from tests.prompts import Asked
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -131,6 +131,6 @@ def test_a_manifest_that_is_believed_is_found(bench: Bench, monkeypatch: pytest.
     def believe(folder: Path, *, may_have_more: bool = False) -> list[str]:
         return [] if (folder / "manifest.json").is_file() else ["it is missing"]
 
-    monkeypatch.setattr("lorafit.rundir.verify_folder", believe)
+    monkeypatch.setattr("lorafit.run_dir.verify_folder", believe)
     tally = corruption.flip_bits(bench, every=4001)
     assert len(tally.failures) == tally.tried

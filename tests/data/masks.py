@@ -26,7 +26,7 @@ from tests.data.toy_tokenizers import llama_like, qwen_like
 from tokenizers.normalizers import NFC  # Python's knows another version of Unicode
 
 from lorafit.data.formats import Chat, Message, Row, parse
-from lorafit.data.template import Rendered, Renderer, contract
+from lorafit.data.prompt import Rendered, Renderer, contract
 from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import DataError, Problem
 

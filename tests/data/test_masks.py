@@ -10,7 +10,7 @@ from tests.conftest import shared_dir
 from tests.data.chat_formats import FORMATS
 from tests.data.masks import Kind, Tally, check, conversations, kinds
 
-from lorafit.data import chat_template, template
+from lorafit.data import chat_template, prompt
 
 EACH = 6  # conversations of each format with each tokenizer; `make masks` takes 500
 
@@ -39,10 +39,10 @@ def test_what_is_trained_is_the_answers_with_tinyllamas_tokenizer(tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "spoil"),
     [
-        ("chatml", lambda p: p.setattr(template, "_continue", _one_character_late)),
+        ("chatml", lambda p: p.setattr(prompt, "_continue", _one_character_late)),
         ("qwen3", lambda p: p.setattr(chat_template.ChatTemplate, "_said_thought", lambda *_: "")),
-        ("llama2", lambda p: p.setattr(template.Renderer, "_ends_in_eos", lambda *_: True)),
-        ("zephyr", lambda p: p.setattr(template.Renderer, "_bos", lambda *_: [])),
+        ("llama2", lambda p: p.setattr(prompt.Renderer, "_ends_in_eos", lambda *_: True)),
+        ("zephyr", lambda p: p.setattr(prompt.Renderer, "_bos", lambda *_: [])),
     ],
 )
 def test_the_check_sees_mistakes(
@@ -57,6 +57,6 @@ def test_the_check_sees_mistakes(
         check(FORMATS[name], kind, name, list(conversations(EACH, FORMATS[name], name)), Tally())
 
 
-def _one_character_late(segments: list[template._Segment], answer: str) -> None:
+def _one_character_late(segments: list[prompt._Segment], answer: str) -> None:
     segments[-1].text += answer[:1]
-    segments.append(template._Segment(answer[1:], answer=True))
+    segments.append(prompt._Segment(answer[1:], answer=True))

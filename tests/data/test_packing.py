@@ -8,7 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafit.data.packing import TokenRow, best_fit, make_packs, prefix_keys, share
+from lorafit.data.packing import TokenRow, best_fit, make_packs, share_prefixes
+from lorafit.forward import prefix_keys
 
 
 @st.composite
@@ -80,7 +81,7 @@ def test_what_rows_begin_with_is_there_once_and_each_row_finds_its_own(rows: lis
 @given(st.lists(st.lists(st.integers(0, 70_000), min_size=1, max_size=6), min_size=1, max_size=6))
 def test_only_neighbours_that_begin_alike_share(texts: list[list[int]]) -> None:
     """Also ids of which only some bytes are alike, and documents that are not sorted."""
-    inputs, paths = share([np.array(ids, np.uint32) for ids in texts])
+    inputs, paths = share_prefixes([np.array(ids, np.uint32) for ids in texts])
     assert [inputs[path].tolist() for path in paths] == texts
     alike = [
         sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

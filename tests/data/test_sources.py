@@ -207,7 +207,7 @@ def test_hub_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((name, options))
         return Files([path], "abc123")
 
-    monkeypatch.setattr("lorafit.hub.dataset_files", dataset_files)
+    monkeypatch.setattr("lorafit.hub.client.dataset_files", dataset_files)
     rows = load_rows(["tatsu-lab/alpaca"], revision="main", split="test", offline=True)
     assert asked == [("tatsu-lab/alpaca", {"revision": "main", "split": "test", "offline": True})]
     assert rows.sources[0].name == "tatsu-lab/alpaca/train.parquet"

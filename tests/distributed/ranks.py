@@ -65,7 +65,7 @@ def _main() -> None:
 
     stop: list[int] = []
 
-    def watched(given: loop.Job, state: Any, *rest: Any) -> Any:
+    def watched(given: loop.TrainContext, state: Any, *rest: Any) -> Any:
         engines[:] = [given.engine]
         if stop == [rank, state.step + 1]:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from tests.tiny import write_model, write_rows
+from tests.tiny_models import write_model, write_rows
 from tests.training.test_run import events
 
 from lorafit.config.load import load_config

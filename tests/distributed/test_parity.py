@@ -13,18 +13,18 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from tests.distributed.ranks import together
-from tests.tiny import random_network, write_model, write_rows
+from tests.tiny_models import random_network, write_model, write_rows
 from tests.training.test_run import events
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lorafit.config.load import load_config
+from lorafit.distributed.fsdp import shard_base
 from lorafit.errors import ConfigError
 from lorafit.model.lora import LoraSpec, attach
-from lorafit.rundir import RunDirectory
+from lorafit.run_dir import RunDirectory
 from lorafit.training import loop
 from lorafit.training.run import start_run
-from lorafit.training.sharding import shard_base
 
 STEPS = 6
 
@@ -39,7 +39,7 @@ class Bench:
     def job(self, name: str, *settings: str, **more: Any) -> dict[str, Any]:
         return {"settings": [*self.material, f"run.output={self.folder / name}", *settings], **more}
 
-    def alone(self, name: str, *settings: str, stop: int = 0) -> Path:
+    def is_single_process(self, name: str, *settings: str, stop: int = 0) -> Path:
         """The run in this process, by itself, stopped in the step `stop`."""
         gradients = loop._gradients
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tests.tiny import write_model, write_rows
+from tests.tiny_models import write_model, write_rows
 
 from lorafit.config.load import load_config
 from lorafit.training.run import start_run

@@ -16,11 +16,11 @@ from tests.export.made import make_run
 
 from lorafit.cli.main import main
 from lorafit.errors import DataError, RunError
+from lorafit.evaluate.run import evaluate_run
 from lorafit.evaluate.tasks import read_tasks, score
 from lorafit.export.run import export_run
 from lorafit.infer.model import Answer, load
-from lorafit.observe.record import read_metrics
-from lorafit.training.evaluation import evaluate_run
+from lorafit.observe.metrics_file import read_metrics
 
 
 @pytest.fixture(autouse=True, scope="module")

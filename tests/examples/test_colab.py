@@ -14,7 +14,7 @@ import nbformat
 import pytest
 
 import lorafit
-from lorafit.durable import verify_folder
+from lorafit.storage.atomic import verify_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "examples" / "colab.ipynb"

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tests.tiny import write_model, write_rows
+from tests.tiny_models import write_model, write_rows
 
 from lorafit.config.load import load_config
 from lorafit.export import parity, readback
-from lorafit.export.source import Source, open_source
+from lorafit.export.run_source import RunSource, open_source
 from lorafit.training.run import start_run
 
 
@@ -35,7 +35,7 @@ def make_run(folder: Path, family: str = "llama", *, model: Path | None = None, 
     return start_run(load_config(None, words), quiet=True).path
 
 
-def source_of(run: Path) -> Source:
+def source_of(run: Path) -> RunSource:
     """The run as exports see it."""
     return open_source(run, offline=True)
 

@@ -14,7 +14,7 @@ from tests.export.made import make_run, source_of
 from lorafit.errors import RunError
 from lorafit.export.card import card, nameless, redacted
 from lorafit.export.run import TYPES, export_run
-from lorafit.observe.record import read_metrics
+from lorafit.observe.metrics_file import read_metrics
 
 SECRETS = {
     "HF_TOKEN": "hf_canaryCANARYcanary1234",

@@ -12,12 +12,12 @@ import pytest
 from tests.export.made import make_run, read_back_here
 
 from lorafit.cli.main import main
-from lorafit.durable import read_facts, verify_folder
 from lorafit.errors import ConfigError, RunError
 from lorafit.export import parity
 from lorafit.export import run as export_module
 from lorafit.export.run import export_run
 from lorafit.infer.model import load
+from lorafit.storage.atomic import read_facts, verify_folder
 
 
 @pytest.fixture(scope="module")

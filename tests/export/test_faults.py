@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 from tests.export.made import make_run, read_back_here
-from tests.tiny import write_model
+from tests.tiny_models import write_model
 from torch import Tensor
 
 from lorafit.errors import LorafitError
 from lorafit.export import adapter, gguf_model, merge, ollama
-from lorafit.export.prompt import chat_template
+from lorafit.export.chat_template import chat_template
 from lorafit.export.run import export_run
-from lorafit.export.source import Source
+from lorafit.export.run_source import RunSource
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -69,7 +69,7 @@ def template_without_bos(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_stop_token(patch: pytest.MonkeyPatch) -> None:
-    def wrong(source: Source) -> dict[str, Any]:
+    def wrong(source: RunSource) -> dict[str, Any]:
         return {**right(source), "eos_token_id": 65}
 
     right = merge.generation_config
@@ -79,9 +79,9 @@ def no_stop_token(patch: pytest.MonkeyPatch) -> None:
 
 def eight_bit_base(patch: pytest.MonkeyPatch) -> None:
     """W rounded to 127 steps a row before the adapter is added, as a merge into a quantised copy does."""
-    right = Source.factors
+    right = RunSource.factors
 
-    def wrong(source: Source, name: str, *, merged: bool = True) -> Tensor:
+    def wrong(source: RunSource, name: str, *, merged: bool = True) -> Tensor:
         weight = tensor(source, name, merged=False)
         if name not in source.adapted:
             return weight
@@ -89,25 +89,25 @@ def eight_bit_base(patch: pytest.MonkeyPatch) -> None:
         a, b = right(source, name)
         return torch.addmm((weight / step).round() * step, b, a, alpha=source.spec.scale)
 
-    tensor = Source.tensor
-    patch.setattr(Source, "tensor", wrong)
+    tensor = RunSource.tensor
+    patch.setattr(RunSource, "tensor", wrong)
 
 
 def alpha_alone(patch: pytest.MonkeyPatch) -> None:
     """The low-rank product times alpha, not alpha / r."""
-    right = Source.tensor
+    right = RunSource.tensor
 
-    def wrong(source: Source, name: str, *, merged: bool = True) -> Tensor:
+    def wrong(source: RunSource, name: str, *, merged: bool = True) -> Tensor:
         spec = dataclasses.replace(source.spec, alpha=source.spec.alpha * source.spec.rank)
         return right(dataclasses.replace(source, spec=spec), name, merged=merged)
 
-    patch.setattr(Source, "tensor", wrong)
+    patch.setattr(RunSource, "tensor", wrong)
 
 
 def alpha_alone_in_peft(patch: pytest.MonkeyPatch) -> None:
     right = adapter.write_adapter
 
-    def wrong(source: Source, staging: Path) -> None:
+    def wrong(source: RunSource, staging: Path) -> None:
         right(source, staging)
         config = json.loads((staging / "adapter_config.json").read_text())
         config["lora_alpha"] *= config["r"]
@@ -117,7 +117,7 @@ def alpha_alone_in_peft(patch: pytest.MonkeyPatch) -> None:
 
 
 def alpha_alone_in_gguf(patch: pytest.MonkeyPatch) -> None:
-    def wrong(source: Source, path: Path) -> None:
+    def wrong(source: RunSource, path: Path) -> None:
         spec = dataclasses.replace(source.spec, alpha=source.spec.alpha * source.spec.rank)
         right(dataclasses.replace(source, spec=spec), path)
 
@@ -152,18 +152,18 @@ def no_permutation_of_b(patch: pytest.MonkeyPatch) -> None:
 
 def head_tied_to_the_embedding(patch: pytest.MonkeyPatch) -> None:
     """The head is taken for a copy of the embedding and left out, though it is its own."""
-    right = Source.tensor
+    right = RunSource.tensor
 
-    def wrong(source: Source, name: str, *, merged: bool = True) -> Tensor:
+    def wrong(source: RunSource, name: str, *, merged: bool = True) -> Tensor:
         return right(source, "model.embed_tokens.weight" if name == "lm_head.weight" else name, merged=merged)
 
-    patch.setattr(Source, "tensor", wrong)
+    patch.setattr(RunSource, "tensor", wrong)
 
 
 def stop_left_out_of_the_modelfile(patch: pytest.MonkeyPatch) -> None:
     right = ollama.write_modelfile
 
-    def wrong(source: Source, staging: Path) -> None:
+    def wrong(source: RunSource, staging: Path) -> None:
         right(source, staging)
         lines = (staging / "Modelfile").read_text().splitlines(keepends=True)
         (staging / "Modelfile").write_text("".join(line for line in lines if "PARAMETER" not in line))
@@ -234,7 +234,7 @@ def test_tied_embeddings_with_a_head_of_their_own_are_refused(
     run = make_run(tmp_path / "tied", "llama-tied")
     right = merge.write_merged
 
-    def wrong(source: Source, staging: Path, *rest: Any) -> dict[str, str]:
+    def wrong(source: RunSource, staging: Path, *rest: Any) -> dict[str, str]:
         table = source.weights["model.embed_tokens.weight"]
         untied = dataclasses.replace(source, weights={**source.weights, "lm_head.weight": table})
         sums = right(untied, staging, *rest)
@@ -242,12 +242,12 @@ def test_tied_embeddings_with_a_head_of_their_own_are_refused(
         (staging / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
         return sums
 
-    def other_head(source: Source, name: str, *, merged: bool = True) -> Tensor:
+    def other_head(source: RunSource, name: str, *, merged: bool = True) -> Tensor:
         weight = tensor(source, name, merged=merged)
         return weight.roll(1, 0) if name == "lm_head.weight" else weight
 
-    tensor = Source.tensor
-    patch.setattr(Source, "tensor", other_head)
+    tensor = RunSource.tensor
+    patch.setattr(RunSource, "tensor", other_head)
     patch.setattr("lorafit.export.run.write_merged", wrong)
     (tmp_path / "out").mkdir()
     assert "logits differ by up to" in refused(run, "merged", "f32", tmp_path / "out" / "export")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from tests.export.made import make_run, source_of
-from tests.tiny import FAMILIES, config_of, write_model
+from tests.tiny_models import FAMILIES, config_of, write_model
 
 from lorafit.export.gguf_model import gguf_name, permuted, write_gguf, write_lora
 from lorafit.export.gguf_types import rounded, tensor_type

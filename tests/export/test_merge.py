@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.export.made import make_run, source_of
-from tests.tiny import write_model
+from tests.tiny_models import write_model
 
 from lorafit.errors import ModelError, RunError
 from lorafit.export.merge import generation_config, merged_type, plan_shards, write_merged
@@ -147,7 +147,7 @@ def _point(run: Path, model: Path) -> None:
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.ones(512, 4)
     (run / "adapter" / "manifest.json").unlink()
     save_file(tensors, run / "adapter" / "adapter_model.safetensors", {"format": "pt"})
-    from lorafit.durable import commit_folder, write_files
+    from lorafit.storage.atomic import commit_folder, write_files
 
     files = {path.name: path.read_bytes() for path in (run / "adapter").iterdir()}
     commit_folder(run / "adapter", lambda staging: write_files(staging, files), manifest["facts"])
@@ -173,7 +173,7 @@ def test_a_quantised_base_is_refused(run: Path, tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     manifest = json.loads((other / "adapter" / "manifest.json").read_text())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lorafit.export.source.fingerprint", lambda folder: manifest["facts"]["base_model"])
+        patch.setattr("lorafit.export.run_source.fingerprint", lambda folder: manifest["facts"]["base_model"])
         with pytest.raises(ModelError, match="merged into 16 or 32 bits only"):
             source_of(other)
 

@@ -13,16 +13,16 @@ import pytest
 from tests.conftest import shared_dir
 from tests.data.toy_tokenizers import llama_like, qwen_like
 from tests.export.made import make_run, source_of
-from tests.tiny import write_model
+from tests.tiny_models import write_model
 
 from lorafit.data.formats import Message
 from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import ModelError
+from lorafit.export.chat_template import written_prompt
 from lorafit.export.gguf_model import write_gguf
 from lorafit.export.gguf_vocabulary import BYTE, CONTROL, UNUSED, vocabulary
 from lorafit.export.llama_cpp import _Server
-from lorafit.export.prompt import written_prompt
-from lorafit.export.source import Source
+from lorafit.export.run_source import RunSource
 
 ROOT = Path(__file__).parents[2]
 SHARED = ["tinyllama-1.1b-chat-skeleton", "tinystories-656k"]
@@ -57,7 +57,7 @@ def strings(count: int, pieces: Sequence[str] = PIECES) -> Iterator[str]:
             yield "".join(chr(dice.randint(*dice.choice(ranges))) for _ in range(dice.randint(1, 20)))
 
 
-def source_with(folder: Path, tokenizer: Path, size: int) -> Source:
+def source_with(folder: Path, tokenizer: Path, size: int) -> RunSource:
     """A run of a tiny network that has the tokenizer of the model in folder `tokenizer`."""
     model = write_model(folder / "model", vocab_size=size, chat=False)
     for file in tokenizer.glob("*token*.json"):
@@ -82,7 +82,7 @@ def toy(folder: Path, *, legacy: bool) -> Path:
 @pytest.fixture(scope="module", params=MODELS)
 def opened(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Source, _Server]:
+) -> tuple[RunSource, _Server]:
     name = request.param
     work = tmp_path_factory.mktemp(name.replace(" ", "-"))
     if name == "demo":
@@ -97,7 +97,7 @@ def opened(
     return source, _Server(work / "model.gguf", None, 256, 1)
 
 
-def check(opened: tuple[Source, _Server], count: int) -> None:
+def check(opened: tuple[RunSource, _Server], count: int) -> None:
     """As many texts of the vocabulary's own pieces as of others; those with characters that it lacks are left out:
     where a vocabulary has no bytes for them, llama.cpp has nothing to say.
     """
@@ -119,16 +119,16 @@ def check(opened: tuple[Source, _Server], count: int) -> None:
     assert checked >= count * 0.8
 
 
-def test_ids_of_generated_strings_are_llama_cpps(opened: tuple[Source, _Server]) -> None:
+def test_ids_of_generated_strings_are_llama_cpps(opened: tuple[RunSource, _Server]) -> None:
     check(opened, 300)
 
 
 @pytest.mark.slow
-def test_ids_of_ten_thousand_strings_are_llama_cpps(opened: tuple[Source, _Server]) -> None:
+def test_ids_of_ten_thousand_strings_are_llama_cpps(opened: tuple[RunSource, _Server]) -> None:
     check(opened, 10_000 if opened[0].arch.vocab_size != 700 else 1_000)  # 700: the toys
 
 
-def test_ids_of_whole_prompts_are_llama_cpps(opened: tuple[Source, _Server]) -> None:
+def test_ids_of_whole_prompts_are_llama_cpps(opened: tuple[RunSource, _Server]) -> None:
     """The template in the file, rendered by llama.cpp and tokenised with whatever it adds: the contract's ids."""
     source, server = opened
     for text in strings(150):

@@ -25,17 +25,17 @@ from tokenizers.normalizers import NFC
 from lorafit.cli.main import main
 from lorafit.config.load import dump_config, load_config, validate
 from lorafit.data.chat_template import ChatTemplate
-from lorafit.data.encode import encode_chunks, open_encoded
 from lorafit.data.formats import Chat, Completion, Content, Instruction, Message, Row
+from lorafit.data.prompt import Dropped, PromptContract, Rendered, Renderer, contract
 from lorafit.data.sources import RowReader, SourceFile, rows_at
-from lorafit.data.template import Dropped, PromptContract, Rendered, Renderer, contract
+from lorafit.data.token_dataset import encode_chunks, open_encoded
 from lorafit.errors import DataError, LorafitError, Problem
-from lorafit.observe.record import read_metrics
-from lorafit.observe.summary import summarize
-from lorafit.observe.terminal import table
-from lorafit.report.facts import read_facts
+from lorafit.observe.console import table
+from lorafit.observe.metrics_file import read_metrics
+from lorafit.observe.run_summary import summarize
 from lorafit.report.page import page
-from lorafit.rundir import RunDirectory, find_runs
+from lorafit.report.run_data import read_facts
+from lorafit.run_dir import RunDirectory, find_runs
 
 STEERS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 TOY_TEMPLATES = {

@@ -12,7 +12,7 @@ from typing import Any
 
 from tests.hostile.case import ESCAPES, PICKLE, Case, Place, cases, with_changes
 
-from lorafit.durable import MANIFEST, _manifest_text, sha256_file
+from lorafit.storage.atomic import MANIFEST, _manifest_text, sha256_file
 
 CHECKPOINT = "checkpoints/step-000001"
 STATE, TENSORS = f"{CHECKPOINT}/state.json", f"{CHECKPOINT}/state.safetensors"

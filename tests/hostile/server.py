@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.asked import Asked
+from tests.prompts import Asked
 
 MEMORY = 2 << 30  # bytes of address space beyond what the server has
 SECONDS, PATIENCE = 20, 200  # of processor time, and of any, until it counts as hanging
@@ -133,14 +133,14 @@ def _serve() -> None:
 
     import lorafit.cli.main
     import lorafit.infer.model
-    import lorafit.training.planning
+    import lorafit.plan.planner
     import lorafit.training.run
 
     if "careless" in sys.argv:
-        import lorafit.shown
+        import lorafit.redact
 
-        lorafit.shown._secrets = lambda: iter(())
-        lorafit.shown._TOKEN = lorafit.shown._LOGIN_IN_URL = re.compile("(?!)")
+        lorafit.redact._secrets = lambda: iter(())
+        lorafit.redact._TOKEN = lorafit.redact._LOGIN_IN_URL = re.compile("(?!)")
     torch.set_num_threads(1)
     # What their first use does once and for all: torch makes a folder of its own, platform asks `uname`.
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))]).step()

@@ -13,8 +13,8 @@ from tests.hostile.fuzz import Tally, campaign, example, fuzz, markdown
 from tests.hostile.fuzz_targets import TARGETS, Scene, read
 
 from lorafit.data.formats import Completion, Row
+from lorafit.data.prompt import Rendered
 from lorafit.data.readers import read_file
-from lorafit.data.template import Rendered
 from lorafit.errors import DataError, Problems
 
 SHORT = {"rows": 300, "bytes": 300, "texts": 250, "configs": 150, "recipes": 150, "overrides": 150}
@@ -40,13 +40,13 @@ def test_no_value_breaks_it(name: str, scene: Scene) -> None:
 PLANTS = {
     "rows": ("lorafit.data.sources.parse", 60),
     "bytes": ("lorafit.data.sources.place_of", 200),
-    "texts": ("lorafit.data.template._unusable_in", 20),
+    "texts": ("lorafit.data.prompt._unusable_in", 20),
     "configs": ("lorafit.config.load._unusable_texts", 20),
     "recipes": ("lorafit.config.load._note_lines", 200),
     "overrides": ("lorafit.config.load._apply", 20),
     "templates": ("lorafit.data.chat_template._kind", 200),
-    "arguments": ("lorafit.config.load.config_of_words", 400),
-    "runs": ("lorafit.report.facts._told", 20),
+    "arguments": ("lorafit.config.load.config_from_args", 400),
+    "runs": ("lorafit.report.run_data._told", 20),
 }
 
 

@@ -18,7 +18,7 @@ from tests.hostile import adapters, models, prompts, recipes, rows, runs, templa
 from tests.hostile.case import Case, Place
 from tests.hostile.readers import ASK, LIKE, MORE_READERS, PATIENT, READERS, SETTINGS, SHOWING, TELLING
 from tests.hostile.server import Outcome, Server
-from tests.tiny import write_model, write_rows
+from tests.tiny_models import write_model, write_rows
 
 KINDS = {
     "recipe": recipes.CASES,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from tests.hostile.server import OFFLINE, isolated
-from tests.tiny import write_model, write_rows
+from tests.tiny_models import write_model, write_rows
 
 WITHOUT_NETWORK = isolated()
 pytestmark = [

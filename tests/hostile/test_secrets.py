@@ -16,7 +16,7 @@ from urllib.parse import quote
 import pytest
 from tests.hostile.server import Outcome, Server
 from tests.hub.stub import GOOD_TOKEN, Hub
-from tests.tiny import write_model, write_rows
+from tests.tiny_models import write_model, write_rows
 
 pytestmark = pytest.mark.slow
 

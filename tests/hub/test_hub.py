@@ -15,7 +15,7 @@ from huggingface_hub import constants
 from tests.hub.stub import GOOD_TOKEN, STRANGER_TOKEN, Hub
 
 from lorafit.errors import ConfigError, DataError, LorafitError, ModelError
-from lorafit.hub import adapter_folder, dataset_files, model_folder, token
+from lorafit.hub.client import adapter_folder, dataset_files, model_folder, token
 
 MODEL: dict[str, bytes | str] = {
     "config.json": '{"model_type": "llama"}',

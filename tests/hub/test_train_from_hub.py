@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 from tests.hub.stub import GOOD_TOKEN, Hub
-from tests.tiny import write_model, write_rows
+from tests.tiny_models import write_model, write_rows
 
-from lorafit.model.adapter import CONFIG
+from lorafit.model.adapter_file import CONFIG
 
 
 def lorafit(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.tiny import write_model
+from tests.tiny_models import write_model
 
 from lorafit.data.formats import Message
 from lorafit.errors import DataError, ModelError

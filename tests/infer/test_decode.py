@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafit.infer.engine import AddToken, KeyValueCache, attend_cache
+from lorafit.infer.engine import Decode, KeyValueCache, decode_attention
 from lorafit.model.architecture import Architecture, Rope
 from lorafit.model.llama import rotary_table
 from lorafit.model.native import kernels, missing
@@ -33,7 +33,7 @@ def attention(heads: int, kv_heads: int, size: int, seed: int = 0) -> tuple[KeyV
 def compiled(cache: KeyValueCache, new: list[Tensor], window: int | None, dtype: torch.dtype) -> Tensor:
     """The kernel on copies of `dtype`; the caches of `cache` are replaced by them."""
     cache.k, cache.v = [cache.k[0].to(dtype)], [cache.v[0].to(dtype)]
-    attend = AddToken(cache)
+    attend = Decode(cache)
     rotary = rotary_table(attend.positions, Rope(), new[0].shape[-1])
     return attend(0, *(each.to(dtype) for each in new), rotary, window)
 
@@ -41,7 +41,7 @@ def compiled(cache: KeyValueCache, new: list[Tensor], window: int | None, dtype:
 def in_torch(cache: KeyValueCache, new: list[Tensor], window: int | None, dtype: torch.dtype) -> Tensor:
     k, v = cache.k[0][cache.slots].to(dtype), cache.v[0][cache.slots].to(dtype)
     rotary = rotary_table(cache.lengths, Rope(), new[0].shape[-1])
-    return attend_cache(*(each.to(dtype) for each in new), rotary, window, k, v, cache.lengths)
+    return decode_attention(*(each.to(dtype) for each in new), rotary, window, k, v, cache.lengths)
 
 
 @pytest.mark.parametrize("window", [None, 1, 7, 64])

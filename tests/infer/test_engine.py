@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import FAMILIES, random_network, write_model
+from tests.tiny_models import FAMILIES, random_network, write_model
 from torch import Tensor
 
 from lorafit.infer import engine

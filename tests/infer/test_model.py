@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tests.tiny import byte_tokenizer, write_model, write_rows
+from tests.tiny_models import byte_tokenizer, write_model, write_rows
 
 from lorafit.config.load import load_config
 from lorafit.data.formats import Chat, Instruction, Message
@@ -23,7 +23,7 @@ from lorafit.infer.engine import Token
 from lorafit.infer.model import Model, load
 from lorafit.infer.sampling import Sampling
 from lorafit.model.attention import PackedDocuments
-from lorafit.model.frozen import Frozen
+from lorafit.model.linear import Frozen
 from lorafit.training.run import start_run
 
 QUESTIONS = ["What is a llama?", "라마가 뭐야?", "Say 7."]

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import random_network
+from tests.tiny_models import random_network
 
-from lorafit.infer.batching import Batch, Request, Step
+from lorafit.infer.continuous_batch import Batch, Request, Step
 from lorafit.infer.engine import stream
 from lorafit.infer.sampling import Sampling
 from lorafit.infer.scheduler import Event, QueueFullError, Scheduler, StoppedError, Ticket

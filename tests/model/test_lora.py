@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from tests.tiny import random_network
+from tests.tiny_models import random_network
 
 from lorafit.errors import ConfigError
 from lorafit.model.attention import PackedDocuments
-from lorafit.model.frozen import Linear
-from lorafit.model.lora import LoraLinear, LoraSpec, adapted, attach, match_targets, set_enabled
+from lorafit.model.linear import Linear
+from lorafit.model.lora import LoraLinear, LoraSpec, adapted, attach, disable_adapter, match_targets
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -84,8 +84,11 @@ def test_disabled_is_the_base_to_the_bit() -> None:
         for module in adapted(network).values():
             module.lora_B.normal_()
     assert not torch.equal(base, network.hidden(ids, PackedDocuments([20])))
-    set_enabled(network, False)
-    assert torch.equal(base, network.hidden(ids, PackedDocuments([20])))
+    with disable_adapter(network, when=False):
+        assert not torch.equal(base, network.hidden(ids, PackedDocuments([20])))
+    with disable_adapter(network):
+        assert torch.equal(base, network.hidden(ids, PackedDocuments([20])))
+    assert not torch.equal(base, network.hidden(ids, PackedDocuments([20])))
 
 
 def test_scale_is_alpha_over_rank_and_over_its_root() -> None:

@@ -15,9 +15,9 @@ pytestmark = pytest.mark.skipif(blocks() is None, reason="no blocks without a C+
 START = """
 import resource
 import torch
-from lorafit.model.memory import give_back_memory, is_out_of_memory, keep_freed_memory, resident_bytes
+from lorafit.model.memory import release_free_memory, is_out_of_memory, use_caching_allocator, resident_bytes
 
-keep_freed_memory()
+use_caching_allocator()
 MB = 2**20
 before = resident_bytes()
 def held():
@@ -60,7 +60,7 @@ def test_what_is_held_stays_near_what_was_once_in_use() -> None:
             del kept
             most = max(most, held())
         assert most < 2 * 104 * 1.125 + 64 + 16, most  # the largest pair, the spare, and room for the rest
-        give_back_memory()
+        release_free_memory()
         assert held() < 16, held()
     """)
 

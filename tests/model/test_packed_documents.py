@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.tiny import FAMILIES, random_network
+from tests.tiny_models import FAMILIES, random_network
 from torch import Tensor
 
 from lorafit.data.packing import TokenRow, make_packs
-from lorafit.evaluate.heldout import pack_loss
+from lorafit.forward import pack_loss
 from lorafit.model.attention import PackedDocuments, causal_attention, has_flash
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, attach
@@ -154,8 +154,10 @@ def test_documents_side_by_side_equal_documents_one_by_one(window: int | None) -
     )
     side_by_side = documents._side_by_side(q, k, v, window)
     torch.testing.assert_close(side_by_side, one_by_one, rtol=1e-12, atol=1e-12)
-    slopes = [torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (side_by_side, one_by_one)]
-    torch.testing.assert_close(*slopes, rtol=1e-12, atol=1e-12)
+    grad_outputs = [
+        torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (side_by_side, one_by_one)
+    ]
+    torch.testing.assert_close(*grad_outputs, rtol=1e-12, atol=1e-12)
 
 
 def test_flash_attention_is_asked_for_what_it_can() -> None:

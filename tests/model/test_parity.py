@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import FAMILIES, config_of, random_network, weights_of
+from tests.tiny_models import FAMILIES, config_of, random_network, weights_of
 from torch import Tensor
 
 from lorafit.model.attention import PackedDocuments

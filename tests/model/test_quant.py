@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from tests.tiny import random_network
+from tests.tiny_models import random_network
 from torch import Tensor
 
 from lorafit.errors import ConfigError
 from lorafit.model.attention import PackedDocuments
-from lorafit.model.frozen import Frozen, Linear
+from lorafit.model.linear import Frozen, Linear
 from lorafit.model.lora import LoraSpec, attach
 from lorafit.model.loss import loss_sum
 from lorafit.model.native import kernels
@@ -49,11 +49,11 @@ def test_products_and_gradients_are_near_the_weight_s_own(
 ) -> None:
     torch.manual_seed(0)
     weight = torch.randn(96, 128).to(dtype) * 0.02
-    x, slope = torch.randn(40, 128).to(dtype), torch.randn(40, 96).to(dtype)
+    x, grad_output = torch.randn(40, 128).to(dtype), torch.randn(40, 96).to(dtype)
     linear = linear_of(kind, weight)
     assert error(linear.dequantize(), weight) < bound
     assert error(linear(x), x.double() @ weight.double().t()) < bound
-    assert error(linear.input_gradient(slope), slope.double() @ weight.double()) < bound
+    assert error(linear.input_gradient(grad_output), grad_output.double() @ weight.double()) < bound
     bias = torch.randn(96).to(dtype)
     linear.bias = torch.nn.Parameter(bias, requires_grad=False)
     before = torch.randn(40, 96).to(dtype)
@@ -61,7 +61,10 @@ def test_products_and_gradients_are_near_the_weight_s_own(
     assert error(linear.product(x, before.clone()), exact) < bound
     into = torch.randn(40, 128).to(dtype)
     assert (
-        error(linear.input_gradient(slope, into.clone()), into.double() + slope.double() @ weight.double())
+        error(
+            linear.input_gradient(grad_output, into.clone()),
+            into.double() + grad_output.double() @ weight.double(),
+        )
         < bound
     )
 
@@ -70,21 +73,21 @@ def test_int8_gradient_is_that_of_the_quantised_weight() -> None:
     torch.manual_seed(0)
     weight = torch.randn(64, 64) * torch.logspace(-3, 0, 64)[:, None]  # channels of very different size
     linear = Int8Linear(weight)
-    slope = torch.randn(50, 64)
-    assert error(linear.input_gradient(slope), slope @ linear.dequantize()) < 0.012
+    grad_output = torch.randn(50, 64)
+    assert error(linear.input_gradient(grad_output), grad_output @ linear.dequantize()) < 0.012
 
 
 @pytest.mark.parametrize("factor", [50.0, 500.0])
 def test_int8_keeps_outlier_columns_out(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     weight = torch.randn(96, 256) * 0.02
-    x, slope = torch.randn(300, 256), torch.randn(300, 96)
+    x, grad_output = torch.randn(300, 256), torch.randn(300, 96)
     x[:, [3, 77, 200]] *= factor
-    slope[:, [5, 60]] *= factor
+    grad_output[:, [5, 60]] *= factor
     linear = Int8Linear(weight)
-    exact, exact_back = x.double() @ weight.double().t(), slope.double() @ weight.double()
+    exact, exact_back = x.double() @ weight.double().t(), grad_output.double() @ weight.double()
     assert error(linear(x), exact) < 0.012
-    assert error(linear.input_gradient(slope), exact_back) < 0.012
+    assert error(linear.input_gradient(grad_output), exact_back) < 0.012
     # what the ordinary columns say must survive beside the outliers
     quiet = torch.ones(256).index_fill(0, torch.tensor([3, 77, 200]), 0)
     ordinary, loud = (x * quiet).double() @ weight.double().t(), (x * (1 - quiet)) @ linear.dequantize().t()
@@ -137,12 +140,12 @@ def test_nf4_without_bitsandbytes_names_the_extra(monkeypatch: pytest.MonkeyPatc
     assert "lorafit[nf4]" in str(caught.value.problems[0].hint)
 
 
-@pytest.mark.parametrize("turned", [False, True], ids=["forward", "gradient"])
+@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "gradient"])
 @pytest.mark.parametrize("rows", [1, 31, 64, 333])
 @pytest.mark.parametrize(("depth", "columns"), [(64, 16), (192, 100), (640, 321)])
 @DTYPES
 def test_int8_on_matrix_tiles_is_exact(
-    rows: int, depth: int, columns: int, turned: bool, dtype: torch.dtype
+    rows: int, depth: int, columns: int, transposed: bool, dtype: torch.dtype
 ) -> None:
     compiled = kernels()
     if compiled is None or not compiled.has_products:
@@ -155,15 +158,15 @@ def test_int8_on_matrix_tiles_is_exact(
         None,
         None,
     )
-    shape = (depth, columns) if turned else (columns, depth)
+    shape = (depth, columns) if transposed else (columns, depth)
     weight = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
     scale, addend = torch.rand(columns, generator=generator), torch.rand(rows, columns, generator=generator)
-    sums = x.q.double() @ (weight if turned else weight.t()).double()
+    sums = x.q.double() @ (weight if transposed else weight.t()).double()
     exact = sums * x.scale.double()[:, None] * scale.double()
     into = addend.to(dtype)
     for got, wanted in (
-        (_int8_product(x, weight, scale, None, None, turned=turned), exact),
-        (_int8_product(x, weight, scale, into, None, turned=turned), exact + into.double()),
+        (_int8_product(x, weight, scale, None, None, transposed=transposed), exact),
+        (_int8_product(x, weight, scale, into, None, transposed=transposed), exact + into.double()),
     ):
         rounding = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-22
         torch.testing.assert_close(got.double(), wanted, rtol=rounding, atol=rounding)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.tiny import FAMILIES, config_of, random_network, weights_of, write_model
+from tests.tiny_models import FAMILIES, config_of, random_network, weights_of, write_model
 
 from lorafit.errors import ModelError
 from lorafit.model.architecture import read_architecture

@@ -11,7 +11,7 @@ from lorafit.observe.events import (
     Answers,
     Event,
     Heldout,
-    Note,
+    Message,
     Proved,
     RunEnded,
     RunStarted,
@@ -27,7 +27,7 @@ EVENTS: list[Event] = [
     Saved(1, "runs/a/checkpoints/step-000001", "interval"),
     Answers(1, ["question"], ["answer"], [True], ["base"], 0.5),
     Proved("warn", ["28 of 28 changed"], ["only 1 of 20 ended"], 2.5),
-    Note("a note"),
+    Message("a note"),
     RunEnded(1, "interrupted", 3.0, "runs/a/adapter", 2.5),
 ]
 

@@ -11,18 +11,10 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from lorafit.observe import terminal
-from lorafit.observe.events import (
-    Answers,
-    Event,
-    Heldout,
-    Note,
-    Proved,
-    RunEnded,
-    RunStarted,
-    Saved,
-    Step,
-)
-from lorafit.observe.terminal import Terminal, progress, side_by_side, table
+from lorafit.observe.console import side_by_side, table
+from lorafit.observe.events import Answers, Event, Heldout, Message, Proved, RunEnded, RunStarted, Saved, Step
+from lorafit.observe.progress import progress
+from lorafit.observe.terminal import Terminal
 
 RUN: list[Event] = [
     RunStarted("tiny/model", 52_002, 30, 1_100_048_384, 4_505_600, "cuda", "bfloat16", "runs/a"),
@@ -35,7 +27,7 @@ RUN: list[Event] = [
         20, ["Where is\nit?", "Who?"], ["In the " + "long " * 20 + "grass.", "I."], [True, True], None, 0.5
     ),
     Saved(20, "runs/a/checkpoints/step-000020", "best"),
-    Note("[red]nearly full[/red]\x1b[2J", "warning"),
+    Message("[red]nearly full[/red]\x1b[2J", "warning"),
     RunEnded(20, "interrupted", 72.0, "runs/a/adapter", 1.8),
 ]
 PLAIN = """\
@@ -256,7 +248,7 @@ def test_a_narrow_encoding_does_not_stop_the_program() -> None:
     stream = io.TextIOWrapper(raw, encoding="ascii")
     side_by_side("질문", "답", "ok", stream=stream)
     table(["run"], [["실행"]], stream=stream)
-    Terminal(stream)(Note("경고", "warning"))
+    Terminal(stream)(Message("경고", "warning"))
     stream.flush()
     assert b"warning: ??" in raw.getvalue()
 

@@ -10,13 +10,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lorafit.errors import ConfigError
-from lorafit.observe.events import Event, Heldout, Note, Saved, Step
+from lorafit.observe.events import Event, Heldout, Message, Saved, Step
 from lorafit.observe.trackers import tracker
 
 CONFIG = {"model": {"name": "tiny"}, "lora": {"rank": 8, "targets": ["q_proj"]}}
 RUN: list[Event] = [
     Step(1, 2, 0.5, 2.5, 2e-4, 0.7, 90, 120, 4, 312.0, 0.4, 10**9),
-    Note("nothing for a tracker"),
+    Message("nothing for a tracker"),
     Step(2, 2, 1.0, 2.0, 1e-4, 0.6, 90, 120, 4, 314.0, 0.4, 10**9),
     Saved(2, "checkpoints/step-000002", "last"),
     Heldout(2, 1.5, 2.5, True),

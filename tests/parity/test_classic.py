@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from lorafit.config.load import load_config, recipe_file
-from lorafit.observe.record import read_metrics
+from lorafit.observe.metrics_file import read_metrics
 from lorafit.training.run import start_run
 
 STEPS = 20

@@ -20,10 +20,10 @@ from tests.report.runs import write_run
 
 from lorafit.cli.main import main
 from lorafit.errors import RunError
-from lorafit.report.facts import Facts, read_facts
+from lorafit.report.escape import cut, html
 from lorafit.report.page import SECTIONS, page, write_report
-from lorafit.report.text import cut, html
-from lorafit.rundir import RunDirectory
+from lorafit.report.run_data import Facts, read_facts
+from lorafit.run_dir import RunDirectory
 
 HOSTILE = [
     "<script>alert(1)</script>",

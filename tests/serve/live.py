@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from tests.tiny import random_network, write_adapter, write_model
+from tests.tiny_models import random_network, write_adapter, write_model
 
-from lorafit.infer.batching import Batch
-from lorafit.infer.many import Models, load_many
+from lorafit.infer.continuous_batch import Batch
+from lorafit.infer.multi_adapter import Models, load_many
 from lorafit.infer.scheduler import Scheduler
 from lorafit.model.lora import LoraSpec
-from lorafit.serve.server import Place, Server, Token, listen, serve
+from lorafit.serve.server import Address, Server, Token, listen, serve
 
 TOKEN = "a-token-of-the-tests"
 CONTEXT = 2048
@@ -82,7 +82,7 @@ def live(
 ) -> Iterator[Live]:
     """A server for `models` while the block runs."""
     batch = Batch(models.network, slots, context, models.adapters)
-    place = Place("127.0.0.1", 0, hosts)
+    place = Address("127.0.0.1", 0, hosts)
     listening = listen(place)
     port = listening.getsockname()[1]
     started: list[Server] = []

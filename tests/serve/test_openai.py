@@ -12,7 +12,7 @@ from tests.serve.live import TOKEN, Live, live, write_and_load
 
 from lorafit.data.formats import Completion, Message
 from lorafit.infer.engine import stream
-from lorafit.infer.many import Models
+from lorafit.infer.multi_adapter import Models
 from lorafit.infer.sampling import Sampling
 
 QUESTIONS = [

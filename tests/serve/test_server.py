@@ -22,10 +22,10 @@ import torch
 from tests.serve.live import TOKEN, Live, live, write_and_load, write_models
 
 from lorafit.errors import ConfigError
-from lorafit.infer.many import Models, check_context, load_many
-from lorafit.serve import guard
-from lorafit.serve.guard import Guard
-from lorafit.serve.server import MAX_BYTES, Place, find_token, listen
+from lorafit.infer.multi_adapter import Models, check_context, load_many
+from lorafit.serve import auth
+from lorafit.serve.auth import Guard
+from lorafit.serve.server import MAX_BYTES, Address, find_token, listen
 
 ENDLESS: dict[str, Any] = {
     "model": "base",
@@ -164,7 +164,7 @@ def test_too_much_is_refused_before_it_is_read(there: Live) -> None:
 
 
 def test_a_request_that_trickles_is_given_up(there: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(auth, "BODY_SECONDS", 0.2)
     received = raw(there, head(100) + b"{")
     assert b" 408 " in received
     assert b"request_timeout" in received
@@ -305,12 +305,12 @@ def test_tokens_from_the_environment_must_be_tokens(monkeypatch: pytest.MonkeyPa
 
 
 def test_an_address_that_is_taken_is_an_error_with_a_hint() -> None:
-    with listen(Place("127.0.0.1", 0)) as taken:
+    with listen(Address("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1:{port}"):
-            listen(Place("127.0.0.1", port))
+            listen(Address("127.0.0.1", port))
     with pytest.raises(ConfigError, match="cannot listen on no.such.host.invalid"):
-        listen(Place("no.such.host.invalid", 0))
+        listen(Address("no.such.host.invalid", 0))
 
 
 def test_names_and_bases_are_checked_together(tmp_path: Path, models: Models) -> None:

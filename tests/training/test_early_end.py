@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.tiny import write_model, write_rows
+from tests.tiny_models import write_model, write_rows
 from tests.training.test_run import digest, events, interrupt_after, run
 
-from lorafit.durable import sha256_file
 from lorafit.errors import LorafitError, RunError
-from lorafit.observe.summary import summarize
-from lorafit.rundir import RunDirectory
+from lorafit.observe.run_summary import summarize
+from lorafit.run_dir import RunDirectory
+from lorafit.storage.atomic import sha256_file
 from lorafit.training import loop
 from lorafit.training.checkpoint import read_state
 from lorafit.training.run import Result, resume_run
@@ -44,7 +44,7 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Held-out losses by the step that they are measured after, however often a run is resumed."""
     measure = loop._measure
 
-    def scored(job: loop.Job, saver: object, state: loop.TrainState) -> bool:
+    def scored(job: loop.TrainContext, saver: object, state: loop.TrainState) -> bool:
         both = iter([SCORES[0], SCORES[state.step]] if state.base_loss is None else [SCORES[state.step]])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop, "heldout_loss", lambda *_: next(both))

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny import write_model, write_rows
+from tests.tiny_models import write_model, write_rows
 from tests.training.test_run import digest, events, run
 
 from lorafit.model.memory import resident_bytes
-from lorafit.rundir import RunDirectory
+from lorafit.run_dir import RunDirectory
 from lorafit.training import loop
 from lorafit.training.run import resume_run
 
@@ -47,7 +47,7 @@ def test_handles_and_memory_stay_flat(
     memory: list[int] = []
     gradients = loop._gradients
 
-    def watched(job: loop.Job, state: Any, *rest: Any) -> Any:
+    def watched(job: loop.TrainContext, state: Any, *rest: Any) -> Any:
         handles.append(len(list(Path("/proc/self/fd").iterdir())))
         memory.append(resident_bytes())
         return gradients(job, state, *rest)

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.tiny import write_model, write_rows
+from tests.tiny_models import write_model, write_rows
 from tests.training.test_run import digest, events, interrupt_after, run, without_clock
 
-from lorafit import durable
-from lorafit.durable import read_facts, sha256_file
 from lorafit.errors import RunError
-from lorafit.rundir import RunDirectory
-from lorafit.training import loop, preparation, saving
+from lorafit.run_dir import RunDirectory
+from lorafit.storage import atomic
+from lorafit.storage.atomic import read_facts, sha256_file
+from lorafit.training import checkpoint_writer, loop, setup
 from lorafit.training import run as training_run
 from lorafit.training.run import resume_run, start_run
 
@@ -59,7 +59,7 @@ class Short:
         real, step = loop.pack_loss, loop._gradients
         at = [0]
 
-        def count(job: loop.Job, state: Any, *rest: Any) -> Any:
+        def count(job: loop.TrainContext, state: Any, *rest: Any) -> Any:
             at[0] = state.step + 1
             return step(job, state, *rest)
 
@@ -166,7 +166,7 @@ def test_usr1_saves_at_once_and_changes_nothing_else(
     whole = run(quiet, tmp_path / "whole")
     gradients = loop._gradients
 
-    def asked(job: loop.Job, state: Any, *rest: Any) -> Any:
+    def asked(job: loop.TrainContext, state: Any, *rest: Any) -> Any:
         if state.step + 1 == 3:
             os.kill(os.getpid(), signal.SIGUSR1)
         return gradients(job, state, *rest)
@@ -187,7 +187,7 @@ def test_a_second_signal_stops_at_once_and_loses_nothing_saved(
     whole = run(material, tmp_path / "whole")
     gradients = loop._gradients
 
-    def twice(job: loop.Job, state: Any, *rest: Any) -> Any:
+    def twice(job: loop.TrainContext, state: Any, *rest: Any) -> Any:
         if state.step + 1 == 4:
             os.kill(os.getpid(), getattr(signal, name))
             os.kill(os.getpid(), getattr(signal, name))
@@ -226,7 +226,7 @@ def test_signals_outside_of_steps_are_answered_and_none_kills_without_a_word(
 ) -> None:
     from lorafit.config.load import load_config
 
-    module, place = (preparation, "build") if when == "loading" else (training_run, "export_adapter")
+    module, place = (setup, "build") if when == "loading" else (training_run, "export_adapter")
     real = getattr(module, place)
 
     def signalled(*rest: Any) -> Any:
@@ -251,23 +251,23 @@ def test_a_save_that_outlives_its_run_keeps_the_lock_and_a_resume_waits_for_it(
 ) -> None:
     """As in a notebook: Ctrl-C twice, and the cell is run again while the thread still writes."""
     whole = run(material, tmp_path / "whole")
-    go, held, real = threading.Event(), [], saving.save_checkpoint
+    go, held, real = threading.Event(), [], checkpoint_writer.save_checkpoint
 
     def slow(folder: Path, *rest: Any) -> None:
         if folder.name == "step-000004":
             go.wait(30)
-            held.append(durable.is_locked(tmp_path / "run" / "run.lock"))
+            held.append(atomic.is_locked(tmp_path / "run" / "run.lock"))
         real(folder, *rest)
 
     gradients = loop._gradients
 
-    def twice(job: loop.Job, state: Any, *rest: Any) -> Any:
+    def twice(job: loop.TrainContext, state: Any, *rest: Any) -> Any:
         if state.step + 1 == 5:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
         return gradients(job, state, *rest)
 
-    monkeypatch.setattr(saving, "save_checkpoint", slow)
+    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", slow)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop, "_gradients", twice)
         run(material, tmp_path / "run")
@@ -280,7 +280,7 @@ def test_a_step_does_not_wait_for_the_disk(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk hangs from the first save on; training goes on until the next one is due."""
-    reached, real = threading.Event(), saving.save_checkpoint
+    reached, real = threading.Event(), checkpoint_writer.save_checkpoint
 
     def hang(folder: Path, *rest: Any) -> None:
         if folder.name == "step-000002":
@@ -289,12 +289,12 @@ def test_a_step_does_not_wait_for_the_disk(
 
     gradients = loop._gradients
 
-    def spy(job: loop.Job, state: Any, *rest: Any) -> Any:
+    def spy(job: loop.TrainContext, state: Any, *rest: Any) -> Any:
         if state.step + 1 == 4:
             reached.set()
         return gradients(job, state, *rest)
 
-    monkeypatch.setattr(saving, "save_checkpoint", hang)
+    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", hang)
     monkeypatch.setattr(loop, "_gradients", spy)
     result = run(material, tmp_path / "run", "train.eval_every=100")
     saved = [(event["step"]) for event in events(result, "saved")]
@@ -305,7 +305,7 @@ def test_what_is_saved_is_the_state_of_its_step_though_training_went_on(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(material, tmp_path / "whole", "train.keep=9")
-    passed, real = threading.Event(), saving.save_checkpoint
+    passed, real = threading.Event(), checkpoint_writer.save_checkpoint
 
     def late(folder: Path, *rest: Any) -> None:
         if folder.name == "step-000004":
@@ -314,13 +314,13 @@ def test_what_is_saved_is_the_state_of_its_step_though_training_went_on(
 
     gradients = loop._gradients
 
-    def spy(job: loop.Job, state: Any, *rest: Any) -> Any:
+    def spy(job: loop.TrainContext, state: Any, *rest: Any) -> Any:
         found = gradients(job, state, *rest)
         if state.step + 1 == 6:
             passed.set()
         return found
 
-    monkeypatch.setattr(saving, "save_checkpoint", late)
+    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", late)
     monkeypatch.setattr(loop, "_gradients", spy)
     result = run(material, tmp_path / "run", "train.keep=9")
     for name in ("adapter_model.safetensors", "state.safetensors", "state.json"):
@@ -332,7 +332,7 @@ def test_a_full_disk_stops_the_run_with_cause_and_size_and_the_last_checkpoint_r
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(material, tmp_path / "whole")
-    write = durable.write_files
+    write = atomic.write_files
 
     def full(staging: Path, files: Any) -> Any:
         if "000004" in staging.name:
@@ -355,7 +355,7 @@ def test_a_failing_sync_of_the_metrics_stops_the_run_with_its_cause(
     def failing(path: Path) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(saving, "sync", failing)
+    monkeypatch.setattr(checkpoint_writer, "sync", failing)
     with pytest.raises(
         RunError, match=r"cannot save: Input/output error \([\d,]+ bytes.*\n   at: .*metrics\.jsonl"
     ):
@@ -383,7 +383,7 @@ def test_a_run_that_is_stopped_after_its_adapter_was_written_still_gets_its_repo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("lorafit.training.ending.write_report", stop)
+        patch.setattr("lorafit.training.finish.write_report", stop)
         run(material, tmp_path / "run")
     directory = RunDirectory.open(tmp_path / "run")
     assert directory.has_adapter()
@@ -523,7 +523,7 @@ def test_a_best_step_that_was_damaged_is_not_exported(
     monkeypatch.setattr(loop, "heldout_loss", lambda *_: next(rising))
     gradients = loop._gradients
 
-    def rot(job: loop.Job, state: Any, *rest: Any) -> Any:
+    def rot(job: loop.TrainContext, state: Any, *rest: Any) -> Any:
         if state.step == 5:
             weights = job.run.checkpoint(3) / "adapter_model.safetensors"
             weights.write_bytes(weights.read_bytes()[:-1] + b"?")

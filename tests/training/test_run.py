@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.tiny import write_model, write_rows
+from tests.tiny_models import write_model, write_rows
 
 from lorafit.config.load import load_config
-from lorafit.durable import read_facts, sha256_file, verify_folder
+from lorafit.data import batch
 from lorafit.errors import LorafitError, RunError, TrainingError
-from lorafit.observe.record import read_metrics
-from lorafit.rundir import RunDirectory
-from lorafit.training import batch, loop
+from lorafit.observe.metrics_file import read_metrics
+from lorafit.run_dir import RunDirectory
+from lorafit.storage.atomic import read_facts, sha256_file, verify_folder
+from lorafit.training import loop
 from lorafit.training.run import Result, resume_run, start_run
 
 
@@ -66,7 +67,7 @@ def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real SIGINT arrives while step number `step` is being computed."""
     gradients = loop._gradients
 
-    def interrupted(job: loop.Job, state: Any, *rest: Any) -> tuple[float, float]:
+    def interrupted(job: loop.TrainContext, state: Any, *rest: Any) -> tuple[float, float]:
         if state.step + 1 == step:
             os.kill(os.getpid(), signal.SIGINT)
         return gradients(job, state, *rest)
@@ -210,7 +211,7 @@ def test_raw_gradients_of_every_cut_agree_to_1e_6(
     grads: list[dict[str, torch.Tensor]] = []
     original = loop._gradients
 
-    def spy(job: loop.Job, *rest: Any) -> tuple[float, float]:
+    def spy(job: loop.TrainContext, *rest: Any) -> tuple[float, float]:
         out = original(job, *rest)
         named = job.network.named_parameters()
         grads.append({name: p.grad.clone() for name, p in named if p.grad is not None})
@@ -345,7 +346,7 @@ def test_resume_refuses_other_rows_and_says_what_changed(material: list[str], tm
 
 
 def test_two_processes_cannot_write_one_run(material: list[str], tmp_path: Path) -> None:
-    from lorafit.durable import lock
+    from lorafit.storage.locks import lock
 
     result = run(material, tmp_path / "run", "train.max_steps=1")
     with lock(result.path / "run.lock"), pytest.raises(RunError, match="another process is writing this run"):

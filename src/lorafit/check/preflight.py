@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lorafit.check.texts import Found, Repeats, Texts
-from lorafit.check.tokens import Tokens
-from lorafit.check.verdict import MAX_LISTED, Outcome, Verdict
-from lorafit.data.encode import Encoded
+from lorafit.check.text_checks import Finding, Repeats, Texts
+from lorafit.check.token_checks import Tokens
+from lorafit.check.verdict import MAX_LISTED, CheckResult, Outcome
 from lorafit.data.ledger import Ledger
+from lorafit.data.prompt import PromptContract, Renderer
 from lorafit.data.sources import FileSummary, RowReader, SourceFile
-from lorafit.data.template import PromptContract, Renderer
+from lorafit.data.token_dataset import TokenDataset
 
 Numbers = NDArray[np.int64]
 _FEW_SUPERVISED = 0.02  # of the tokens: below, most of the work teaches nothing
@@ -43,7 +43,7 @@ class Rows:
     files: Sequence[SourceFile]
     found: Sequence[FileSummary]
     renderer: Renderer
-    encoded: Encoded
+    encoded: TokenDataset
     held_out: Numbers
     ledger: Ledger
     longest: int | None
@@ -76,7 +76,7 @@ def inspect(
     return Inspection(files, rows.found if rows else reader.found, texts, tokens, whole)
 
 
-def row_verdicts(inspection: Inspection, rows: Rows | None = None) -> list[Verdict]:
+def row_verdicts(inspection: Inspection, rows: Rows | None = None) -> list[CheckResult]:
     """All that the rows say, a verdict each; without `rows` (no tokenizer) only what their texts say."""
     place = _Places(inspection.files, inspection.found)
     texts = inspection.texts
@@ -145,9 +145,9 @@ class _Places:
 
 def _named(
     name: str, outcome: Outcome, message: str, numbers: Sequence[int], place: _Places, hint: str
-) -> Verdict:
+) -> CheckResult:
     listed = tuple(number + 1 for number in numbers[:MAX_LISTED])
-    return Verdict(name, outcome, message, place(numbers), hint, listed)
+    return CheckResult(name, outcome, message, place(numbers), hint, listed)
 
 
 def _count(count: int, what: str = "row") -> str:
@@ -159,16 +159,16 @@ def _do(count: int, verb: str) -> str:
     return f"{_count(count)} {verb}{('es' if verb == 'do' else 's') if count == 1 else ''}"
 
 
-def _read(inspection: Inspection) -> Verdict:
+def _read(inspection: Inspection) -> CheckResult:
     found, seen = inspection.found, inspection.texts.num_rows
     formats = ", ".join(dict.fromkeys(f"{summary.format}: {summary.reason}" for summary in found))
     if inspection.whole:
-        return Verdict("rows", "pass", f"{_count(seen)}, format {formats}")
+        return CheckResult("rows", "pass", f"{_count(seen)}, format {formats}")
     total = sum(summary.num_rows for summary in found)
-    return Verdict("rows", "pass", f"{_count(total)}, the first {seen:,} looked at; format {formats}")
+    return CheckResult("rows", "pass", f"{_count(total)}, the first {seen:,} looked at; format {formats}")
 
 
-def _account(rows: Rows, place: _Places) -> list[Verdict]:
+def _account(rows: Rows, place: _Places) -> list[CheckResult]:
     """The ledger as verdicts: what is dropped, what is cut, how much is supervised."""
     ledger, verdicts = rows.ledger, []
     ledger.check()
@@ -179,13 +179,13 @@ def _account(rows: Rows, place: _Places) -> list[Verdict]:
         f"{trained.trained + held.trained:,} trained + {trained.masked + held.masked:,} masked + "
         f"{trained.truncated + held.truncated:,} truncated"
     )
-    verdicts.append(Verdict("ledger", "pass", sums))
+    verdicts.append(CheckResult("ledger", "pass", sums))
     for reason, numbers in rows.encoded.dropped.items():
         message = f"{_count(len(numbers))} dropped: {reason}"
         hint = "write what is missing, or remove them"
         verdicts.append(_named("dropped rows", "warn", message, numbers.tolist(), place, hint))
     if not rows.encoded.dropped:
-        verdicts.append(Verdict("dropped rows", "pass", "none"))
+        verdicts.append(CheckResult("dropped rows", "pass", "none"))
     lengths = ledger.lengths
     message = (
         f"mean {lengths.mean:.0f}, half up to {lengths.p50:,}, 90% up to {lengths.p90:,}, max {lengths.max:,}"
@@ -199,18 +199,18 @@ def _account(rows: Rows, place: _Places) -> list[Verdict]:
     else:
         if rows.longest is not None:
             message += f"; the model reads {rows.longest:,}"
-        verdicts.append(Verdict("lengths", "pass", message))
+        verdicts.append(CheckResult("lengths", "pass", message))
     share = ledger.trained_share
     message = f"{share:.1%} of the tokens are trained, {trained.trained:,} an epoch"
     if share < _FEW_SUPERVISED:
         hint = "most of the work teaches nothing: shorten the prompts, or data.train_on=all"
-        verdicts.append(Verdict("supervised share", "warn", message, "data.train_on", hint))
+        verdicts.append(CheckResult("supervised share", "warn", message, "data.train_on", hint))
     else:
-        verdicts.append(Verdict("supervised share", "pass", message))
+        verdicts.append(CheckResult("supervised share", "pass", message))
     return verdicts
 
 
-def _answers(texts: Texts, place: _Places) -> Verdict:
+def _answers(texts: Texts, place: _Places) -> CheckResult:
     parts = []
     if len(texts.empty.rows):
         parts.append(f"{_count(len(texts.empty.rows))} without any")
@@ -218,11 +218,11 @@ def _answers(texts: Texts, place: _Places) -> Verdict:
         parts.append(f"{_do(len(texts.near_empty.rows), 'say')} next to nothing ({texts.near_empty.example})")
     numbers = sorted({*texts.empty.rows, *texts.near_empty.rows})
     if not parts:
-        return Verdict("answers", "pass", "every row has one that says something")
+        return CheckResult("answers", "pass", "every row has one that says something")
     return _named("answers", "warn", ", ".join(parts), numbers, place, "write the answer, or remove the row")
 
 
-def _repeats(texts: Texts, place: _Places) -> Verdict:
+def _repeats(texts: Texts, place: _Places) -> CheckResult:
     repeats = texts.repeats()
     exact, near = [row for row, _ in repeats.exact], [row for row, _ in repeats.near]
     nearly = f"{_count(len(near))} nearly like an earlier one (nine of ten word triples)" if near else ""
@@ -233,15 +233,15 @@ def _repeats(texts: Texts, place: _Places) -> Verdict:
     if len(near) > _MANY_NEAR * texts.num_rows:
         return _named("duplicates", "warn", nearly, near, place, "remove what counts twice")
     rows = tuple(number + 1 for number in near[:MAX_LISTED])
-    return Verdict("duplicates", "pass", nearly or "none", place(near) if near else "", rows=rows)
+    return CheckResult("duplicates", "pass", nearly or "none", place(near) if near else "", rows=rows)
 
 
-def _leaks(leaks: Repeats, num_held_out: int, place: _Places) -> Verdict:
+def _leaks(leaks: Repeats, num_held_out: int, place: _Places) -> CheckResult:
     if not num_held_out:
-        return Verdict("leaks", "pass", "no row is held out")
+        return CheckResult("leaks", "pass", "no row is held out")
     pairs = [*leaks.exact, *leaks.near]
     if not pairs:
-        return Verdict(
+        return CheckResult(
             "leaks", "pass", f"none of {_count(num_held_out, 'held-out row')} is among the trained"
         )
     nearly = f", {len(leaks.near):,} of them nearly" if leaks.near else ""
@@ -250,8 +250,8 @@ def _leaks(leaks: Repeats, num_held_out: int, place: _Places) -> Verdict:
     return _named("leaks", "warn", message, sorted(row for row, _ in pairs), place, hint)
 
 
-def _encoding(texts: Texts, place: _Places) -> Verdict:
-    kinds: Mapping[str, Found] = {
+def _encoding(texts: Texts, place: _Places) -> CheckResult:
+    kinds: Mapping[str, Finding] = {
         "characters read in the wrong encoding": texts.mojibake,
         "replacement characters": texts.replacement,
         "byte order marks": texts.byte_order,
@@ -263,13 +263,13 @@ def _encoding(texts: Texts, place: _Places) -> Verdict:
         if found.rows
     ]
     if not parts:
-        return Verdict("encoding", "pass", "no broken characters")
+        return CheckResult("encoding", "pass", "no broken characters")
     numbers = sorted(set().union(*(found.rows for found in kinds.values())))
     hint = "read the source again in its own encoding and write UTF-8"
     return _named("encoding", "warn", ", ".join(parts), numbers, place, hint)
 
 
-def _controls(texts: Texts, place: _Places) -> Verdict:
+def _controls(texts: Texts, place: _Places) -> CheckResult:
     parts = []
     if texts.controls.rows:
         parts.append(
@@ -280,17 +280,17 @@ def _controls(texts: Texts, place: _Places) -> Verdict:
             f"{_do(len(texts.templated.rows), 'hold')} a template's marks ({texts.templated.example})"
         )
     if not parts:
-        return Verdict("control tokens", "pass", "none in the texts of rows")
+        return CheckResult("control tokens", "pass", "none in the texts of rows")
     numbers = sorted({*texts.controls.rows, *texts.templated.rows})
     hint = "they stay plain text; give rows without a template around them"
     return _named("control tokens", "warn", ", ".join(parts), numbers, place, hint)
 
 
-def _stops(tokens: Tokens, contract: PromptContract, place: _Places) -> Verdict:
+def _stops(tokens: Tokens, contract: PromptContract, place: _Places) -> CheckResult:
     name = "stop token"
     if not contract.add_eos and len(tokens.no_stop.rows) == tokens.num_rows - len(tokens.cut.rows):
         message = "answers have none: the model will not learn to stop"
-        return Verdict(name, "warn", message, "data.eos", "data.eos=true ends each answer in one")
+        return CheckResult(name, "warn", message, "data.eos", "data.eos=true ends each answer in one")
     if tokens.no_stop.rows:
         message = f"{_do(len(tokens.no_stop.rows), 'do')} not end in a trained stop token"
         hint = "look at one with `lorafit show --row N`"
@@ -301,14 +301,14 @@ def _stops(tokens: Tokens, contract: PromptContract, place: _Places) -> Verdict:
         return _named(name, "pass", message, tokens.open_turns.rows, place, hint)
     which = f" ({contract.eos})" if contract.eos and contract.stop_ids == (contract.eos_id,) else ""
     cut = f", {_count(len(tokens.cut.rows))} cut before it" if tokens.cut.rows else ""
-    return Verdict(
+    return CheckResult(
         name, "pass", f"trained after {tokens.num_stopped:,} of {tokens.num_answers:,} answers{which}{cut}"
     )
 
 
-def _bos(tokens: Tokens, contract: PromptContract, place: _Places) -> Verdict:
+def _bos(tokens: Tokens, contract: PromptContract, place: _Places) -> CheckResult:
     if contract.bos_id is None:
-        return Verdict("BOS", "pass", "the model has none")
+        return CheckResult("BOS", "pass", "the model has none")
     if tokens.more_bos.rows:
         message = f"{_do(len(tokens.more_bos.rows), 'begin')} with it twice ({contract.bos})"
         hint = "the template writes it too: take it out there"
@@ -319,10 +319,10 @@ def _bos(tokens: Tokens, contract: PromptContract, place: _Places) -> Verdict:
             "BOS", "fail", message, tokens.no_bos.rows, place, "look at one with `lorafit show --row N`"
         )
     how = "once, at the start" if contract.add_bos else "as the template writes it: the tokenizer adds none"
-    return Verdict("BOS", "pass", f"{contract.bos} {how}")
+    return CheckResult("BOS", "pass", f"{contract.bos} {how}")
 
 
-def _round_trip(tokens: Tokens, place: _Places) -> Verdict:
+def _round_trip(tokens: Tokens, place: _Places) -> CheckResult:
     name = "trained text"
     if tokens.wrong.rows:
         message = f"{_count(len(tokens.wrong.rows))} whose trained tokens are not the answer ({tokens.wrong.example})"
@@ -333,4 +333,4 @@ def _round_trip(tokens: Tokens, place: _Places) -> Verdict:
         message = f"{_count(len(tokens.changed.rows))} that the tokenizer cannot write as they are"
         message += f" ({tokens.changed.example})"
         return _named(name, "warn", message, tokens.changed.rows, place, "the model learns the changed text")
-    return Verdict(name, "pass", f"decodes to the answer in all of {_count(tokens.num_rows)}")
+    return CheckResult(name, "pass", f"decodes to the answer in all of {_count(tokens.num_rows)}")

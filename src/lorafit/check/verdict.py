@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from lorafit.errors import ConfigError, DataError, LorafitError, ModelError, Problem
-from lorafit.shown import one_line
+from lorafit.redact import one_line
 
 Outcome = Literal["pass", "warn", "fail"]
 OUTCOMES: tuple[Outcome, ...] = ("pass", "warn", "fail")
@@ -15,7 +15,7 @@ MAX_LISTED = 1000  # row numbers that a verdict lists, and verdicts that an erro
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class CheckResult:
     """One thing that was looked at.
 
     `place` is a file with its rows, or a key; `hint` what to do; both may be empty. `rows` are the numbers of the
@@ -46,7 +46,7 @@ class Verdict:
         return {**asdict(self), **said, "rows": list(self.rows)}
 
 
-def of_error(error: LorafitError) -> list[Verdict]:
+def of_error(error: LorafitError) -> list[CheckResult]:
     """The problems of an error as verdicts that fail."""
     match error:
         case ConfigError():
@@ -58,13 +58,13 @@ def of_error(error: LorafitError) -> list[Verdict]:
         case _:
             name = "machine"
     listed = error.problems[:MAX_LISTED]
-    found = [Verdict(name, "fail", problem.message, problem.place, problem.hint) for problem in listed]
+    found = [CheckResult(name, "fail", problem.message, problem.place, problem.hint) for problem in listed]
     if num_more := error.num_more + len(error.problems) - len(listed):
-        found.append(Verdict(name, "fail", f"{num_more:,} more problems of the same kind"))
+        found.append(CheckResult(name, "fail", f"{num_more:,} more problems of the same kind"))
     return found
 
 
-def refuse_failed(verdicts: Iterable[Verdict]) -> None:
+def refuse_failed(verdicts: Iterable[CheckResult]) -> None:
     """Raise DataError with every verdict that fails, if any does."""
     failed = [v for v in verdicts if v.verdict == "fail"]
     if failed:
@@ -74,7 +74,7 @@ def refuse_failed(verdicts: Iterable[Verdict]) -> None:
         raise DataError.of(problems)
 
 
-def summary(verdicts: Sequence[Verdict]) -> str:
+def summary(verdicts: Sequence[CheckResult]) -> str:
     """`17 checks: 15 pass, 2 warn`."""
     counts = {outcome: sum(v.verdict == outcome for v in verdicts) for outcome in OUTCOMES}
     return f"{len(verdicts)} checks: " + ", ".join(f"{n} {outcome}" for outcome, n in counts.items() if n)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lorafit.untrusted import piped_lines
+from lorafit.storage.safe_read import read_stdin_lines
 
 if TYPE_CHECKING:
     from lorafit.infer.conversation import Asked, Conversation
@@ -91,7 +91,7 @@ class Session:
         self.sampling, self.max_tokens = sampling, max_tokens
         self.base, self.compare = base, compare
         self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-        self._lines = piped_lines(sys.stdin)
+        self._lines = read_stdin_lines(sys.stdin)
         self._num_asked = 0
 
     def run(self, source: str) -> None:
@@ -179,7 +179,7 @@ class Session:
 
     def _answer(self, question: str) -> None:
         from lorafit.errors import LorafitError
-        from lorafit.observe.terminal import printable
+        from lorafit.observe.console import printable
 
         try:
             asked = self.conversation.ask(question)
@@ -209,7 +209,7 @@ class Session:
         return dataclasses.replace(self.sampling, seed=self.sampling.seed + self._num_asked)
 
     def _note(self, text: str) -> None:
-        from lorafit.observe.answers import note
+        from lorafit.observe.console import note
 
         note(text)
 
@@ -224,7 +224,7 @@ class Reply:
 
     def show(self) -> None:
         """Print it as it comes."""
-        from lorafit.observe.answers import flowing
+        from lorafit.observe.console import flowing
 
         with flowing() as write, self._answering(self._session.base) as pieces:
             for piece in pieces:
@@ -233,7 +233,7 @@ class Reply:
 
     def compare(self) -> None:
         """Print it beside what the base model says, which is not asked any more where this was stopped."""
-        from lorafit.observe.answers import growing_side_by_side
+        from lorafit.observe.console import growing_side_by_side
 
         base = ""
         with growing_side_by_side() as draw:

@@ -41,31 +41,31 @@ def check(
 
     lorafit check --model TinyLlama/TinyLlama-1.1B-Chat-v1.0 --data alpaca_data.json
     """
+    from lorafit.check import run
     from lorafit.check.preflight import histogram
     from lorafit.check.verdict import summary
-    from lorafit.config.load import config_of_words, flag_overrides
+    from lorafit.config.load import config_from_args, flag_overrides
     from lorafit.errors import ConfigError, LorafitError
-    from lorafit.shown import json_line
-    from lorafit.training import checking
+    from lorafit.redact import json_line
 
     flags = flag_overrides(model=model, data=data, output=output)
     words = settings or []
     try:
         try:
-            config = config_of_words(words, recipe, flags)
-            alone = data_only or not checking.has_weights(config)
-            checked = checking.check_data(config) if alone else checking.check_run(config)
+            config = config_from_args(words, recipe, flags)
+            alone = data_only or not run.has_weights(config)
+            checked = run.check_data(config) if alone else run.check_run(config)
         except ConfigError as error:
             if [problem.message for problem in error.problems] != ["`model.name` is missing"]:
                 raise
-            config = config_of_words(words, recipe, [*flags, "model.name=none"])
-            checked = checking.check_texts(config)
+            config = config_from_args(words, recipe, [*flags, "model.name=none"])
+            checked = run.check_texts(config)
     except LorafitError as error:
-        checked = checking.refused(error)
+        checked = run.refused(error)
     if as_json:
         typer.echo(json_line(checked.as_dict()))
     else:
-        from lorafit.observe.terminal import print_verdicts
+        from lorafit.observe.console import print_verdicts
 
         print_verdicts([(verdict.verdict, verdict.name, verdict.text) for verdict in checked.verdicts])
         if checked.lengths is not None:

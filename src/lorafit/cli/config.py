@@ -21,7 +21,7 @@ def config(
     from lorafit.config.load import nearest_key
     from lorafit.config.schema import Config
     from lorafit.errors import ConfigError
-    from lorafit.observe.terminal import table
+    from lorafit.observe.console import table
 
     if schema:
         typer.echo(json.dumps(Config.model_json_schema(), indent=2))

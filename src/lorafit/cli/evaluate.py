@@ -34,8 +34,8 @@ def evaluate(
     import json
     from pathlib import Path
 
-    from lorafit.observe.terminal import table
-    from lorafit.training.evaluation import evaluate_run
+    from lorafit.evaluate.run import evaluate_run
+    from lorafit.observe.console import table
 
     measured = evaluate_run(
         run,

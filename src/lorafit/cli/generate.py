@@ -60,8 +60,8 @@ def generate(
     import sys
 
     from lorafit.errors import ConfigError
-    from lorafit.shown import json_line
-    from lorafit.untrusted import piped_lines
+    from lorafit.redact import json_line
+    from lorafit.storage.safe_read import read_stdin_lines
 
     if file is not None and (prompts or compare or as_json):
         raise ConfigError("--file goes with none of prompts, --compare and --json")
@@ -72,13 +72,13 @@ def generate(
     if not prompts:
         if sys.stdin.isatty():
             raise ConfigError("there is no prompt", hint='lorafit generate RUN "What is a llama?"')
-        prompts = [line for line in piped_lines(sys.stdin) if line.strip()]
+        prompts = [line for line in read_stdin_lines(sys.stdin) if line.strip()]
     if not prompts:
         raise ConfigError("there is no prompt", hint="standard input was empty")
 
     from lorafit.infer.model import load
     from lorafit.infer.sampling import Sampling
-    from lorafit.observe.terminal import printable, side_by_side
+    from lorafit.observe.console import printable, side_by_side
 
     model = load(source, adapter=adapter, device=device, system=system, offline=offline, quantize=quantize)
     if (base or compare) and not model.has_adapter:
@@ -111,9 +111,9 @@ def generate(
 def _answer_file(
     model: Model, file: Path, output: Path | None, max_tokens: int, sampling: Sampling, base: bool
 ) -> None:
-    from lorafit.infer.files import AnswerFile, answers, line_of, purpose_of, read_questions
-    from lorafit.observe.answers import note
-    from lorafit.observe.terminal import progress
+    from lorafit.infer.bulk import AnswerFile, answers, line_of, purpose_of, read_questions
+    from lorafit.observe.console import note
+    from lorafit.observe.progress import progress
 
     asked = read_questions(file, model)
     kept = AnswerFile(output, purpose_of(file, model, max_tokens, sampling, base)) if output else None

@@ -12,7 +12,6 @@ from typing import Annotated
 
 import typer
 
-from lorafit import __version__
 from lorafit.cli import (
     chat,
     check,
@@ -28,9 +27,10 @@ from lorafit.cli import (
     sweep,
     train,
 )
+from lorafit.distributed.env import ProcessEnv, exit_code_of_previous_attempt, mark_no_restart
 from lorafit.errors import LorafitError, Problem
-from lorafit.place import Place, ended_before, ended_for_good
-from lorafit.shown import without_secrets
+from lorafit.redact import without_secrets
+from lorafit.version import __version__
 
 OTHERS_WAIT_SECONDS = 10.0
 # Python's own numbers, but a tenth as many collections of everything: each walks all that torch's import made, which
@@ -81,16 +81,16 @@ def main() -> None:
     """Run the command line and exit."""
     gc.set_threshold(*COLLECT)
     try:
-        here = Place.here()
+        env = ProcessEnv.read()
     except LorafitError as error:
         _talk(str(error))
         sys.exit(error.exit_code)
-    if (code := ended_before(here)) is not None:
+    if (code := exit_code_of_previous_attempt(env)) is not None:
         sys.exit(code)
     try:
         code = app(standalone_mode=False)
     except KeyboardInterrupt:
-        ended_for_good(here, 130)
+        mark_no_restart(env, 130)
         _talk("interrupted")
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output went away
@@ -99,8 +99,8 @@ def main() -> None:
     except Exception as error:
         code, said = _explained(error)
         if code == 2:
-            ended_for_good(here, code)
-        if not here.first:  # what all ranks have met the first one says; the agent ends the others with it
+            mark_no_restart(env, code)
+        if not env.is_main:  # what all ranks have met the first one says; the agent ends the others with it
             time.sleep(OTHERS_WAIT_SECONDS)
         _talk(without_secrets(traceback.format_exc()) if os.environ.get("LORAFIT_DEBUG") else said)
         sys.exit(code)

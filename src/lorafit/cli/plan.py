@@ -41,14 +41,14 @@ def plan(
     """
     import json
 
-    from lorafit.config.load import config_of_words, flag_overrides
+    from lorafit.config.load import config_from_args, flag_overrides
 
     flags = flag_overrides(model=model, data=data, output=output, auto=auto)
-    config = config_of_words(settings or [], recipe, flags)
+    config = config_from_args(settings or [], recipe, flags)
 
-    from lorafit.check.report import table_rows
-    from lorafit.observe.terminal import table
-    from lorafit.training.planning import plan_run
+    from lorafit.observe.console import table
+    from lorafit.plan.planner import plan_run
+    from lorafit.plan.table import table_rows
 
     made = plan_run(config)
     if as_json:

@@ -19,10 +19,10 @@ def report(
     ] = False,
 ) -> None:
     """Write a run's report: one HTML page that opens offline, with curves, answers, ledger and proof."""
-    from lorafit.observe.summary import summarize
+    from lorafit.observe.run_summary import summarize
+    from lorafit.redact import json_line
     from lorafit.report.page import write_report
-    from lorafit.rundir import RunDirectory
-    from lorafit.shown import json_line
+    from lorafit.run_dir import RunDirectory
 
     directory = RunDirectory.open(run)
     path = write_report(directory, output)

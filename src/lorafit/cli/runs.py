@@ -16,9 +16,9 @@ def runs(
     import json
 
     from lorafit.errors import RunError
-    from lorafit.observe.summary import summarize
-    from lorafit.observe.terminal import table
-    from lorafit.rundir import find_runs
+    from lorafit.observe.console import table
+    from lorafit.observe.run_summary import summarize
+    from lorafit.run_dir import find_runs
 
     if not folder.is_dir():
         raise RunError(

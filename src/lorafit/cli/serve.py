@@ -53,14 +53,14 @@ def serve(
     from lorafit.errors import ConfigError
 
     try:
-        from lorafit.serve.server import Place, find_token, listen, serve
+        from lorafit.serve.server import Address, find_token, listen, serve
     except ImportError as error:
         raise ConfigError(f"`{error.name}` is missing", hint="pip install 'lorafit[serve]'") from None
-    place = Place(host, port, tuple(allow_host or ()))
+    place = Address(host, port, tuple(allow_host or ()))
     token = find_token()
     with contextlib.closing(listen(place)) as listening:
-        from lorafit.infer.batching import Batch
-        from lorafit.infer.many import check_context, load_many
+        from lorafit.infer.continuous_batch import Batch
+        from lorafit.infer.multi_adapter import check_context, load_many
 
         models = load_many(sources, device=device, offline=offline, quantize=quantize)
         batch = Batch(models.network, slots, check_context(context, models.network), models.adapters)

@@ -46,15 +46,23 @@ def show(
 
     lorafit show --model TinyLlama/TinyLlama-1.1B-Chat-v1.0 --data alpaca_data.json --row 17
     """
-    from lorafit.config.load import config_of_words, flag_overrides
-    from lorafit.data.view import difference, marked, shipped, styled, token_lines, view_row
-    from lorafit.data.view_page import fragment, page
-    from lorafit.durable import write_file
-    from lorafit.observe.terminal import has_colours, print_styled, table
-    from lorafit.training.checking import rows_of, wanted_rows
+    from lorafit.config.load import config_from_args, flag_overrides
+    from lorafit.data.row_preview import (
+        difference,
+        marked,
+        rows_of,
+        shipped,
+        styled,
+        token_lines,
+        view_row,
+        wanted_rows,
+    )
+    from lorafit.observe.console import has_colours, print_styled, table
+    from lorafit.report.row_page import fragment, page
+    from lorafit.storage.atomic import write_file
 
     wanted = wanted_rows(row, rows)
-    config = config_of_words(settings or [], recipe, flag_overrides(model=model, data=data, output=None))
+    config = config_from_args(settings or [], recipe, flag_overrides(model=model, data=data, output=None))
     renderer, found = rows_of(config, wanted)
     views = [(view_row(renderer, one), shipped(renderer, one) if diff else None) for one in found]
     shown = [(view, difference(view, text) if text is not None else []) for view, text in views]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from lorafit.training.sweep import Trial
+    from lorafit.sweep.trials import Trial
 
 
 def sweep(
@@ -63,9 +63,9 @@ def sweep(
 
     lorafit sweep --model MODEL --data rows.json --vary train.learning_rate=1e-5..1e-3 --random 12 --jobs 2
     """
-    from lorafit.config.axes import draw, grid, parse_axes
-    from lorafit.config.load import config_of_words, flag_overrides
+    from lorafit.config.load import config_from_args, flag_overrides
     from lorafit.errors import ConfigError
+    from lorafit.sweep.space import draw, grid, parse_axes
 
     if resume is None:
         axes = parse_axes(vary or [])
@@ -78,7 +78,7 @@ def sweep(
         planned = [
             (
                 point,
-                config_of_words(
+                config_from_args(
                     ["run.verify=false", *(settings or [])],
                     recipe,
                     [*flags, *(f"{key}={value}" for key, value in point.items())],
@@ -89,7 +89,7 @@ def sweep(
     elif settings or vary or draws is not None or model or data or recipe:
         raise ConfigError("--resume takes no settings: a sweep goes on as it was begun")
 
-    from lorafit.training.sweep import open_sweep, plan_sweep, work, work_beside_each_other
+    from lorafit.sweep.trials import open_sweep, plan_sweep, work, work_beside_each_other
 
     folder = resume or Path(output)
     trials = open_sweep(folder) if resume is not None else plan_sweep(folder, planned)
@@ -109,11 +109,11 @@ def _say(trial: Trial, what: str) -> None:
 
 def _report(folder: Path, trials: list[Trial], as_json: bool) -> int:
     """Print what came out, best first, and draw it; returns how many failed."""
-    from lorafit.durable import write_file
-    from lorafit.observe.curves import curves_svg
-    from lorafit.observe.record import read_metrics
-    from lorafit.observe.summary import summarize
-    from lorafit.observe.terminal import table
+    from lorafit.observe.console import table
+    from lorafit.observe.metrics_file import read_metrics
+    from lorafit.observe.run_summary import summarize
+    from lorafit.storage.atomic import write_file
+    from lorafit.sweep.curves import curves_svg
 
     found = []
     for trial in trials:

@@ -59,9 +59,9 @@ def train(
 
     lorafit train --nproc 8 --model TinyLlama/TinyLlama-1.1B-Chat-v1.0 --data alpaca_data.json
     """
-    from lorafit.config.load import config_of_words, flag_overrides
+    from lorafit.config.load import config_from_args, flag_overrides
+    from lorafit.distributed.env import ProcessEnv, mark_no_restart
     from lorafit.errors import ConfigError
-    from lorafit.place import Place, ended_for_good
 
     flags = flag_overrides(model=model, data=data, output=output, auto=auto)
     if resume is not None:
@@ -77,9 +77,9 @@ def train(
 
         result = resume_run(resume, overrides, accept_changes=accept_changes)
     else:
-        config = config_of_words(settings or [], recipe, flags)
+        config = config_from_args(settings or [], recipe, flags)
         if nproc is not None:
-            from lorafit.rundir import RunDirectory
+            from lorafit.run_dir import RunDirectory
 
             run = RunDirectory.new(config.run.output, config.model.name)
             recipes = [] if recipe is None else ["--recipe", recipe]
@@ -87,23 +87,23 @@ def train(
         from lorafit.training.run import start_run
 
         result = start_run(config)
-    here = Place.here()
+    env = ProcessEnv.read()
     try:
-        if here.first:
+        if env.is_main:
             typer.echo(result.adapter if result.finished else result.path)
             sys.stdout.flush()
     except OSError:  # the terminal was closed; the run is on disk all the same
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
     if not result.finished:
-        ended_for_good(here, 130)
+        mark_no_restart(env, 130)
         raise typer.Exit(130)
     if result.proven is False:  # said where it was found
-        ended_for_good(here, 1)
+        mark_no_restart(env, 1)
         raise typer.Exit(1)
 
 
 def _launch(num_processes: int, *words: str) -> NoReturn:
     """Have several processes do it, and exit as they do."""
-    from lorafit.training.launch import launch
+    from lorafit.distributed.launch import launch
 
     raise typer.Exit(launch(["train", *words], num_processes))

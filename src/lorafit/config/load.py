@@ -15,8 +15,8 @@ from yaml.composer import ComposerError
 
 from lorafit.config.schema import Config
 from lorafit.errors import ConfigError, Problem
-from lorafit.shown import without_secrets
-from lorafit.untrusted import read_text
+from lorafit.redact import without_secrets
+from lorafit.storage.safe_read import read_text
 
 KeyPath = tuple[str, ...]
 MAX_RECIPE = 100_000  # bytes
@@ -94,7 +94,7 @@ def flag_overrides(
     return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
 
 
-def config_of_words(words: Sequence[str], recipe: str | None, flags: Sequence[str]) -> Config:
+def config_from_args(words: Sequence[str], recipe: str | None, flags: Sequence[str]) -> Config:
     """The Config of a command line: a recipe and overrides in any order, `recipe` by flag, the other flags last."""
     recipes = [word for word in words if "=" not in word] + ([recipe] if recipe is not None else [])
     if len(recipes) > 1:

@@ -221,7 +221,7 @@ class Config(Section):
 
 
 # keys that may change in the middle of a run: memory, speed, places, and what digests of model and rows cover
-_NOT_MATHEMATICS = {
+KEYS_THAT_KEEP_RESULTS = {
     "model": {"name", "revision", "device"},
     "lora": {"init_from"},
     "data": {
@@ -242,11 +242,11 @@ _NOT_MATHEMATICS = {
 }
 
 
-def mathematics(config: Config) -> dict[str, Any]:
+def keys_that_change_results(config: Config) -> dict[str, Any]:
     """The keys that decide what a run computes, as `section.key` and JSON values."""
     return {
         f"{section}.{key}": value
         for section, values in config.model_dump(mode="json").items()
         for key, value in values.items()
-        if key not in _NOT_MATHEMATICS[section]
+        if key not in KEYS_THAT_KEEP_RESULTS[section]
     }

@@ -15,7 +15,7 @@ from datetime import date as Date
 from typing import Literal
 
 from lorafit.data.formats import Message
-from lorafit.data.sandbox import OverdrawnError, Sandbox
+from lorafit.data.jinja_sandbox import OverdrawnError, Sandbox
 from lorafit.data.tokenizer import HOLE
 from lorafit.errors import DataError, ModelError
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lorafit.data.encode import Encoded
+from lorafit.data.token_dataset import TokenDataset
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Tokens:
     truncated: int
 
     @classmethod
-    def of(cls, encoded: Encoded) -> Tokens:
+    def of(cls, encoded: TokenDataset) -> Tokens:
         """The count of `encoded`; the total is the rows' tokens before truncation."""
         kept, trained = int(encoded.lengths.sum(dtype=np.int64)), int(encoded.targets.sum(dtype=np.int64))
         truncated = int(encoded.truncated.sum(dtype=np.int64))
@@ -73,8 +73,8 @@ class Ledger:
     def of(
         cls,
         num_rows: int,
-        trained: Encoded,
-        held_out: Encoded | None = None,
+        trained: TokenDataset,
+        held_out: TokenDataset | None = None,
         dropped: Mapping[str, NDArray[np.int64]] | None = None,
     ) -> Ledger:
         """The account of `num_rows` input rows; `dropped` defaults to the dropped rows of `trained`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,8 +10,6 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.uint16] | NDArray[np.uint32]
 TokenRow = tuple[Ids, NDArray[np.bool_]]  # ids and which of them are trained, one row
-
-_ODD, _MIX = 0xD1342543DE82EF95, 0x9E3779B97F4A7C15  # multipliers with bits all over
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +32,7 @@ class Pack:
 
 _ZERO = np.zeros(1, np.int64)
 # What a process without rows of its own computes in order to take part: its tokens and targets count for nothing.
-BLANK = Pack(_ZERO, (1,), _ZERO, _ZERO, _ZERO, num_tokens=0)
+EMPTY_PACK = Pack(_ZERO, (1,), _ZERO, _ZERO, _ZERO, num_tokens=0)
 
 
 def make_packs(rows: Sequence[TokenRow], capacity: int, packing: bool = True) -> list[Pack]:
@@ -45,7 +42,7 @@ def make_packs(rows: Sequence[TokenRow], capacity: int, packing: bool = True) ->
     """
     lengths = [len(ids) for ids, _ in rows]
     bins = best_fit(lengths, capacity) if packing else [[index] for index in range(len(rows))]
-    return [_lay([rows[i] for i in members]) for members in bins]
+    return [_build_pack([rows[i] for i in members]) for members in bins]
 
 
 def num_packs(lengths: Sequence[int], capacity: int, packing: bool = True) -> int:
@@ -69,7 +66,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def _lay(rows: Sequence[TokenRow]) -> Pack:
+def _build_pack(rows: Sequence[TokenRow]) -> Pack:
     documents, num_tokens = [], 0
     for ids, trained in rows:
         # The first token has nothing before it to predict it from.
@@ -78,7 +75,7 @@ def _lay(rows: Sequence[TokenRow]) -> Pack:
         documents.append((ids[:length], target_at - 1, ids[target_at]))
         num_tokens += len(ids)
     documents.sort(key=lambda document: document[0].tobytes())
-    inputs, paths = share([ids for ids, _, _ in documents])
+    inputs, paths = share_prefixes([ids for ids, _, _ in documents])
     return Pack(
         inputs,
         tuple(map(len, paths)),
@@ -89,7 +86,7 @@ def _lay(rows: Sequence[TokenRow]) -> Pack:
     )
 
 
-def share(documents: Sequence[Ids]) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:
+def share_prefixes(documents: Sequence[Ids]) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:
     """What documents have in common with the one before from their beginning, once: what a causal network computes for
     a token depends on nothing but it and those before it.
 
@@ -114,32 +111,3 @@ def _common(one: bytes, other: bytes) -> int:
     least = min(len(one), len(other))
     differ = int.from_bytes(one[:least], "little") ^ int.from_bytes(other[:least], "little")
     return ((differ & -differ).bit_length() - 1) // 8 if differ else least
-
-
-def prefix_keys(ids: NDArray[np.int64], lengths: Sequence[int]) -> NDArray[np.int64]:
-    """A number for each token of documents laid end to end, made of it and all before it in its document: the sum
-    over these of a mixed id times a power of an odd number, modulo 2**64.
-    """
-    powers = np.full(max(lengths), _ODD, np.uint64).cumprod()
-    mixed = (ids.view(np.uint64) + np.uint64(1)) * np.uint64(_MIX)
-    mixed ^= mixed >> np.uint64(29)
-    mixed *= np.concatenate([powers[:length] for length in lengths])
-    sums = mixed.cumsum()
-    ends = np.cumsum(lengths)
-    sums -= np.repeat(np.concatenate([[np.uint64(0)], sums[ends[:-1] - 1]]), lengths)
-    return sums.view(np.int64)
-
-
-def spread(costs: Sequence[float], parts: int) -> list[list[int]]:
-    """Indices of `costs` in `parts` lists of about the same sum, each ascending; deterministic.
-
-    The costliest goes to the part with the least so far (Graham, 1969): at most a third above the best division, and
-    near it where there are many.
-    """
-    heap = [(0.0, part) for part in range(parts)]
-    found: list[list[int]] = [[] for _ in range(parts)]
-    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        load, part = heapq.heappop(heap)
-        found[part].append(index)
-        heapq.heappush(heap, (load + costs[index], part))
-    return [sorted(part) for part in found]

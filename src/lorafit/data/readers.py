@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TextIO, cast
 
 from lorafit.data.json_rows import MAX_ROW, SeveralValuesError, json_rows, too_long
 from lorafit.errors import DataError, Problem, Problems
-from lorafit.untrusted import MB
+from lorafit.storage.safe_read import MB
 
 SUFFIXES = (
     ".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz", ".csv", ".tsv",

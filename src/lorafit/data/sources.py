@@ -180,7 +180,7 @@ def _files(spec: str, revision: str | None, split: str, offline: bool) -> list[S
     path = Path(spec).expanduser()
     if path.exists() or not _HUB_ID.fullmatch(spec) or suffix_of(path):
         return [SourceFile(spec, str(file), file, "") for file in data_files(path)]
-    from lorafit.hub import dataset_files
+    from lorafit.hub.client import dataset_files
 
     dataset = dataset_files(spec, revision=revision, split=split, offline=offline)
     return [SourceFile(spec, f"{spec}/{file.name}", file, dataset.revision) for file in dataset.paths]

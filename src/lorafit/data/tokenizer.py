@@ -21,9 +21,9 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer as RustTokenizer
 
-from lorafit.data.words import Words, can_go_by_words
+from lorafit.data.word_cache import Words, can_go_by_words
 from lorafit.errors import ModelError
-from lorafit.untrusted import MB, read_json, read_text
+from lorafit.storage.safe_read import MB, read_json, read_text
 
 # Noncharacters that Unicode reserves for use inside a program; data that holds one is refused.
 _OPEN, _CLOSE, BORDER, HOLE = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"

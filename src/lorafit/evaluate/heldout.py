@@ -6,37 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from lorafit.data.packing import BLANK, Pack, prefix_keys, spread
-from lorafit.model.attention import PackedDocuments
+from lorafit.data.batch import balance
+from lorafit.data.packing import EMPTY_PACK, Pack
+from lorafit.forward import pack_loss
 from lorafit.model.llama import Llama
-from lorafit.model.loss import loss_sum
-
-FILL = 16
-
-
-def pack_loss(network: Llama, pack: Pack) -> Tensor:
-    """Sum of the cross-entropy over a pack's supervised tokens, a scalar on the network's device.
-
-    A last document without targets fills the pass up to a multiple of FILL tokens: passes of the same size use the
-    memory that the ones before freed, and products that are compiled for a size are compiled less often.
-    """
-    device = network.lm_head.weight.device
-    ids, index, lengths = torch.from_numpy(pack.ids), torch.from_numpy(pack.index), pack.lengths
-    if filler := -len(ids) % FILL:
-        index = torch.cat([index, torch.arange(len(ids), len(ids) + filler)])
-        ids, lengths = F.pad(ids, (0, filler)), (*lengths, filler)
-    keys = None
-    if network.training and device.type == "cpu":
-        keys = torch.empty_like(ids)
-        keys[index] = torch.from_numpy(prefix_keys(ids[index].numpy(), lengths))
-    attend = PackedDocuments(lengths, device, index)
-    predict = torch.from_numpy(pack.predict).to(device)
-    supervised = network.hidden(ids.to(device), attend, predict, keys)
-    targets = torch.from_numpy(pack.targets).to(device)
-    return loss_sum(network.model.norm(supervised), network.lm_head.weight, targets)
+from lorafit.model.lora import evaluating
 
 
 class Ranks(Protocol):
@@ -45,7 +20,7 @@ class Ranks(Protocol):
     rank: int
     world_size: int
 
-    def sum(self, values: Sequence[float]) -> list[float]: ...
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]: ...
 
 
 class Engine(Protocol):
@@ -66,22 +41,18 @@ def heldout_loss(
     With `ranks` each computes some of the packs, and the number is the same to the last bit: the losses of the packs
     are added up in their order on every rank.
     """
-    was_training = network.training
-    network.eval()
     rank, world_size = (ranks.rank, ranks.world_size) if ranks is not None else (0, 1)
     lockstep = engine is not None and engine.lockstep
-    shares = spread([len(pack.ids) for pack in packs], world_size)
+    shares = balance([len(pack.ids) for pack in packs], world_size)
     own, losses = shares[rank], [0.0] * len(packs)
-    with (
-        torch.no_grad() if lockstep else torch.inference_mode()
-    ):  # weights gathered in a pass serve training too
+    # no_grad, not inference_mode: weights that FSDP gathers in a pass are used by training too
+    with evaluating(network), torch.no_grad() if lockstep else torch.inference_mode():
         for done, at in enumerate(own, 1):
             losses[at] = float(pack_loss(network, packs[at]))
             if progress is not None:
                 progress(done, len(own))
         for _ in range(max(map(len, shares)) - len(own) if lockstep else 0):
-            pack_loss(network, BLANK)
-    network.train(was_training)
+            pack_loss(network, EMPTY_PACK)
     if ranks is not None:
-        losses = ranks.sum(losses)
+        losses = ranks.all_reduce_sum(losses)
     return sum(losses) / max(1, sum(len(pack.targets) for pack in packs))

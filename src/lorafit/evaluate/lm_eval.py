@@ -21,15 +21,15 @@ from lm_eval.api.model import LM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from lorafit.data.formats import Message
-from lorafit.data.packing import share
+from lorafit.data.packing import share_prefixes
 from lorafit.data.tokenizer import BORDER
 from lorafit.errors import ModelError
 from lorafit.infer.engine import stream
 from lorafit.infer.model import load
 from lorafit.infer.sampling import Sampling
 from lorafit.model.attention import PackedDocuments
-from lorafit.model.lora import set_enabled
-from lorafit.observe.terminal import progress
+from lorafit.model.lora import disable_adapter
+from lorafit.observe.progress import progress
 
 _ROWS_AT_ONCE = 16
 _MAX_TOKENS = 256
@@ -102,7 +102,7 @@ class LorafitLM(LM):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """What the model says after each context, up to a stop token or any of the request's `until`."""
         said: list[str] = []
-        with progress("generating") as advance, self._adapter():
+        with progress("generating") as advance, disable_adapter(self._network, when=self._base):
             for start in range(0, len(requests), _ROWS_AT_ONCE):
                 for one in self._alike(requests[start : start + _ROWS_AT_ONCE]):
                     said += self._generate(*one)
@@ -141,7 +141,11 @@ class LorafitLM(LM):  # type: ignore[misc]
         """
         found: dict[int, tuple[float, bool]] = {}
         order = sorted(range(len(pairs)), key=lambda index: (-len(pairs[index][0]), pairs[index][0]))
-        with progress(title) as advance, self._adapter(), torch.inference_mode():
+        with (
+            progress(title) as advance,
+            disable_adapter(self._network, when=self._base),
+            torch.inference_mode(),
+        ):
             while len(found) < len(order):
                 batch: list[int] = []
                 size = 0
@@ -162,7 +166,7 @@ class LorafitLM(LM):  # type: ignore[misc]
         counts = [
             min(len(continuation), len(ids)) for (_, continuation), ids in zip(pairs, given, strict=True)
         ]
-        tokens, paths = share([np.array(ids, np.uint32) for ids in given])
+        tokens, paths = share_prefixes([np.array(ids, np.uint32) for ids in given])
         index = torch.from_numpy(np.concatenate(paths))
         attend = PackedDocuments(list(map(len, given)), device, index)
         rows = np.concatenate([path[len(path) - count :] for path, count in zip(paths, counts, strict=True)])
@@ -207,22 +211,6 @@ class LorafitLM(LM):  # type: ignore[misc]
         if first is None:
             raise ModelError("the tokenizer names neither BOS nor EOS: nothing can stand before a text")
         return [first]
-
-    def _adapter(self) -> _Switched:
-        return _Switched(self._network, not self._base)
-
-
-class _Switched:
-    """The adapter on or off while a block runs; on again after it."""
-
-    def __init__(self, network: torch.nn.Module, enabled: bool) -> None:
-        self._network, self._enabled = network, enabled
-
-    def __enter__(self) -> None:
-        set_enabled(self._network, self._enabled)
-
-    def __exit__(self, *_: object) -> None:
-        set_enabled(self._network, True)
 
 
 def _cut(text: str, ends: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 from lorafit.data.formats import Instruction
 from lorafit.errors import DataError, Problem, Problems
 from lorafit.infer.model import Model
-from lorafit.untrusted import MB, read_text
+from lorafit.storage.safe_read import MB, read_text
 
 MAX_FILE = 256 * MB
 _KEYS = {"prompt", "instruction", "input", "answer", "pattern", "system"}

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 from lorafit.export.merge import generation_config, write_tokenizer
-from lorafit.export.source import Source
-from lorafit.model.adapter import CONFIG, WEIGHTS
+from lorafit.export.run_source import RunSource
+from lorafit.model.adapter_file import CONFIG, WEIGHTS
 
 
-def write_adapter(source: Source, staging: Path) -> None:
+def write_adapter(source: RunSource, staging: Path) -> None:
     """Copy the run's adapter and put beside it what other programs need to ask it as in training. Raises OSError.
 
     The base is named by its hub id; a local one by its folder's name alone, which is no path on anybody's machine.

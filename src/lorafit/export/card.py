@@ -15,11 +15,11 @@ from typing import Any
 
 import yaml
 
-from lorafit import __version__
 from lorafit.data.ledger import Ledger
-from lorafit.export.source import Source
-from lorafit.hub import token
-from lorafit.observe.record import read_metrics, series
+from lorafit.export.run_source import RunSource
+from lorafit.hub.client import token
+from lorafit.observe.metrics_file import read_metrics, series
+from lorafit.version import __version__
 
 FILE = "README.md"
 MOST_ROWS = 10
@@ -43,7 +43,9 @@ _TITLES = {
 }
 
 
-def card(source: Source, kind: str, type_name: str, files: Sequence[str], parity: Mapping[str, Any]) -> str:
+def card(
+    source: RunSource, kind: str, type_name: str, files: Sequence[str], parity: Mapping[str, Any]
+) -> str:
     """The model card of an export of `kind`, whose weights are `type_name`, in `files`."""
     header: dict[str, Any] = {"library_name": _LIBRARIES[kind], "tags": ["lora", "lorafit"]}
     if source.base.revision is not None:
@@ -89,7 +91,7 @@ def nameless(word: str) -> str:
     return f"{key}{equals}{path.name or '.'}" if is_local else word
 
 
-def _usage(source: Source, kind: str, files: Sequence[str]) -> str:
+def _usage(source: RunSource, kind: str, files: Sequence[str]) -> str:
     base = source.base_name
     gguf = next((file for file in files if file.endswith(".gguf")), "")
     text = {
@@ -120,7 +122,7 @@ def _usage(source: Source, kind: str, files: Sequence[str]) -> str:
     return text
 
 
-def _prompt(source: Source) -> str:
+def _prompt(source: RunSource) -> str:
     contract, tokenizer = source.contract, source.renderer.tokenizer
     stops = ", ".join(f"`{tokenizer.decode([token])}` ({token})" for token in contract.stop_ids) or "none"
     rows = [
@@ -135,13 +137,13 @@ def _prompt(source: Source) -> str:
     return _table(["", ""], rows)
 
 
-def _data(source: Source) -> str:
+def _data(source: RunSource) -> str:
     paths = ", ".join(f"`{nameless(path)}`" for path in source.config.data.path)
     ledger = Ledger.from_json(source.run.read_json(source.run.ledger_file))
     return f"{paths}\n\n```text\n" + "\n".join(ledger.lines()) + "\n```"
 
 
-def _recipe(source: Source) -> str:
+def _recipe(source: RunSource) -> str:
     config = source.config.model_dump(mode="json")
     kept = {
         section: {key: _nameless(value) for key, value in config[section].items() if value is not None}
@@ -163,7 +165,7 @@ def _nameless(value: Any) -> Any:
     return [_nameless(item) for item in value] if isinstance(value, list) else value
 
 
-def _results(source: Source) -> str:
+def _results(source: RunSource) -> str:
     events = read_metrics(source.run.metrics_file) if source.run.metrics_file.is_file() else []
     steps, heldout = (
         [event for event in events if event.get("event") == kind] for kind in ("step", "heldout")

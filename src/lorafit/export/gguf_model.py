@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lorafit.errors import ModelError
+from lorafit.export.chat_template import chat_template
 from lorafit.export.gguf_types import byte_shape, file_type, stored, tensor_type
 from lorafit.export.gguf_vocabulary import Vocabulary, vocabulary
-from lorafit.export.prompt import chat_template
-from lorafit.export.source import Source
+from lorafit.export.run_source import RunSource
 from lorafit.model.architecture import Architecture, Rope
 from lorafit.model.llama import inverse_frequencies
 
@@ -40,7 +40,7 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
 def write_gguf(
-    source: Source, path: Path, kind: str, progress: Callable[[int, int], None], *, merged: bool = True
+    source: RunSource, path: Path, kind: str, progress: Callable[[int, int], None], *, merged: bool = True
 ) -> None:
     """Write the merged model (or, not `merged`, the base) as one file of type `kind`, a tensor at a time.
 
@@ -79,7 +79,7 @@ def write_gguf(
         writer.close()
 
 
-def write_lora(source: Source, path: Path) -> None:
+def write_lora(source: RunSource, path: Path) -> None:
     """Write the adapter alone, float32, for `llama-cli --lora` and the like. Raises OSError."""
     arch = source.arch
     writer = gguf.GGUFWriter(path, _ARCHITECTURES[arch.model_type])
@@ -154,7 +154,7 @@ def _rope_factors(arch: Architecture) -> np.ndarray[tuple[int, ...], np.dtype[np
     return factors.to(torch.float32).numpy()
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, source: Source, vocab: Vocabulary) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, source: RunSource, vocab: Vocabulary) -> None:
     contract = source.contract
     writer.add_tokenizer_model(vocab.model)
     writer.add_tokenizer_pre(vocab.pre)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafit.export.prompt import chat_template
-from lorafit.export.source import Source
+from lorafit.export.chat_template import chat_template
+from lorafit.export.run_source import RunSource
 from lorafit.model.weights import INDEX, SINGLE
 
 MAX_SHARD = 5_000_000_000  # bytes, as transformers cuts
@@ -30,7 +30,7 @@ class Shard:
     names: Sequence[str]
 
 
-def merged_type(source: Source, asked: str) -> torch.dtype:
+def merged_type(source: RunSource, asked: str) -> torch.dtype:
     """The type to merge into: `asked` (f32, bf16, f16), or with `auto` the base's own."""
     if asked == "auto":
         return torch.float32 if source.dtype == torch.float64 else source.dtype
@@ -38,7 +38,7 @@ def merged_type(source: Source, asked: str) -> torch.dtype:
 
 
 def write_merged(
-    source: Source,
+    source: RunSource,
     staging: Path,
     dtype: torch.dtype,
     progress: Callable[[int, int], None],
@@ -73,7 +73,7 @@ def write_merged(
     return sums
 
 
-def plan_shards(source: Source, dtype: torch.dtype, max_shard: int) -> list[Shard]:
+def plan_shards(source: RunSource, dtype: torch.dtype, max_shard: int) -> list[Shard]:
     """The weight files to write, each at most `max_shard` bytes unless one tensor alone is more."""
     groups: list[list[str]] = [[]]
     size = 0
@@ -92,7 +92,7 @@ def plan_shards(source: Source, dtype: torch.dtype, max_shard: int) -> list[Shar
     ]
 
 
-def generation_config(source: Source) -> dict[str, Any]:
+def generation_config(source: RunSource) -> dict[str, Any]:
     """The base's generation config, with the stop tokens that the adapter was trained to end on."""
     config = _read_json(source.base.path / "generation_config.json")
     config.pop("_from_model_config", None)  # else transformers makes it anew, with the base's stop token
@@ -105,7 +105,7 @@ def generation_config(source: Source) -> dict[str, Any]:
     return config
 
 
-def write_tokenizer(source: Source, staging: Path) -> None:
+def write_tokenizer(source: RunSource, staging: Path) -> None:
     """The base's tokenizer, with the chat template that renders what the adapter was trained on. Raises OSError."""
     for name in _TOKENIZER_FILES:
         if (source.base.path / name).is_file():
@@ -116,7 +116,7 @@ def write_tokenizer(source: Source, staging: Path) -> None:
 
 
 def _write_shard(
-    source: Source, path: Path, names: Sequence[str], dtype: torch.dtype, tell: Callable[[int], None]
+    source: RunSource, path: Path, names: Sequence[str], dtype: torch.dtype, tell: Callable[[int], None]
 ) -> str:
     """A safetensors file (https://github.com/huggingface/safetensors#format), written tensor by tensor; its SHA-256.
 
@@ -143,7 +143,7 @@ def _write_shard(
     return digest.hexdigest()
 
 
-def _num_bytes(source: Source, name: str, dtype: torch.dtype) -> int:
+def _num_bytes(source: RunSource, name: str, dtype: torch.dtype) -> int:
     return torch.Size(source.weights[name].shape).numel() * dtype.itemsize
 
 

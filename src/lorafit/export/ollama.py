@@ -13,11 +13,11 @@ from pathlib import Path
 
 from lorafit.data.formats import Chat, Message, Row
 from lorafit.data.formats import Instruction as InstructionRow
-from lorafit.data.template import Renderer
+from lorafit.data.prompt import Renderer
 from lorafit.errors import DataError, ModelError
-from lorafit.export.prompt import written_prompt
+from lorafit.export.chat_template import written_prompt
 from lorafit.export.reference import Prompt
-from lorafit.export.source import Source
+from lorafit.export.run_source import RunSource
 
 FILE, MODEL = "Modelfile", "model.gguf"
 _SYSTEM, _QUESTION, _ANSWER = "the-system-prompt", "the-question", "the-answer"
@@ -25,7 +25,7 @@ _QUOTES = '"""'
 _ACTION = re.compile(r"\{\{ (.*?) \}\}", re.DOTALL)
 
 
-def write_modelfile(source: Source, staging: Path) -> None:
+def write_modelfile(source: RunSource, staging: Path) -> None:
     """Write the Modelfile. Raises OSError, and ModelError where a prompt cannot be cut at its question."""
     renderer, contract = source.renderer, source.contract
     lines = [f"FROM ./{MODEL}", f"TEMPLATE {_QUOTES}{go_template(renderer)}{_QUOTES}"]
@@ -39,21 +39,21 @@ def write_modelfile(source: Source, staging: Path) -> None:
 def go_template(renderer: Renderer) -> str:
     """The template of one turn; Ollama lays turns one after the other."""
     before, end = _cut(_prompt(renderer, [Message("user", _QUESTION)]), _QUESTION)
-    opening = _go(before)
+    opening = to_go_template(before)
     try:
         asked = _prompt(renderer, [Message("system", _SYSTEM), Message("user", _QUESTION)])
         before_system, rest = _cut(asked, _SYSTEM)
         between, same_end = _cut(rest, _QUESTION)
         if same_end == end:
-            with_system = f"{_go(before_system)}{{{{ .System }}}}{_go(between)}"
+            with_system = f"{to_go_template(before_system)}{{{{ .System }}}}{to_go_template(between)}"
             opening = f"{{{{ if .System }}}}{with_system}{{{{ else }}}}{opening}{{{{ end }}}}"
     except DataError:  # a chat template that takes no system prompt
         pass
     _, closing = _cut(_answered(renderer), _ANSWER)
-    return f"{opening}{{{{ .Prompt }}}}{_go(end)}{{{{ .Response }}}}{_go(closing)}"
+    return f"{opening}{{{{ .Prompt }}}}{to_go_template(end)}{{{{ .Response }}}}{to_go_template(closing)}"
 
 
-def check_modelfile(source: Source, prompts: Sequence[Prompt], folder: Path) -> list[str]:
+def check_modelfile(source: RunSource, prompts: Sequence[Prompt], folder: Path) -> list[str]:
     """In what the Modelfile as it was written renders otherwise than the contract, or does not stop."""
     text = (folder / FILE).read_text(encoding="utf-8")
     template = re.search(r'^TEMPLATE """(.*?)"""$', text, re.MULTILINE | re.DOTALL)
@@ -118,6 +118,6 @@ def _cut(text: str, hole: str) -> tuple[str, str]:
     return before, after
 
 
-def _go(text: str) -> str:
+def to_go_template(text: str) -> str:
     """Text that neither Go's template language nor the Modelfile takes for its own."""
     return text.replace("{{", '{{ "{{" }}').replace(_QUOTES, r'{{ "\"\"\"" }}')

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from lorafit.errors import Problem, RunError
 from lorafit.export.reference import MAX_TOKENS, Prompt, Reference, log_probabilities
-from lorafit.export.source import Source
+from lorafit.export.run_source import RunSource
 
 FILE = "parity.json"
 TIMES_NOISE = 3.0
@@ -34,7 +34,13 @@ _PASSED_ON = ("PATH", "PYTHONPATH", "HOME", "LANG", "TMPDIR", "SYSTEMROOT", "LD_
 
 
 def verify(
-    source: Source, reference: Reference, kind: str, folder: Path, *, file: str = "", base: Path | None = None
+    source: RunSource,
+    reference: Reference,
+    kind: str,
+    folder: Path,
+    *,
+    file: str = "",
+    base: Path | None = None,
 ) -> dict[str, Any]:
     """What `parity.json` will say of the export in `folder`; `file` is a GGUF file there, `base` below an adapter.
 
@@ -92,7 +98,11 @@ def unverified(why: str) -> dict[str, Any]:
 
 
 def compare(
-    source: Source, reference: Reference, result: Mapping[str, Any], logits: NDArray[np.float32], bound: float
+    source: RunSource,
+    reference: Reference,
+    result: Mapping[str, Any],
+    logits: NDArray[np.float32],
+    bound: float,
 ) -> tuple[list[str], float]:
     """(every way in which a program's `result` differs from the live adapter, the largest difference of logits)."""
     faults: list[str] = []

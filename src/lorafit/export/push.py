@@ -12,8 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from lorafit.errors import ConfigError, RunError
-from lorafit.hub import TOKENS_PAGE, token
-from lorafit.observe.terminal import progress
+from lorafit.hub.client import TOKENS_PAGE, token
+from lorafit.observe.progress import progress
 
 
 def push(folder: Path, repository: str, *, private: bool = True) -> str:

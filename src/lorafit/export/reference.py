@@ -14,18 +14,18 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lorafit.check.machine import available_bytes
 from lorafit.data.formats import Message
 from lorafit.errors import DataError, RunError
-from lorafit.export.prompt import written_prompt
-from lorafit.export.source import Source
+from lorafit.export.chat_template import written_prompt
+from lorafit.export.run_source import RunSource
 from lorafit.infer.engine import stream
 from lorafit.infer.sampling import Sampling
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.build import build_saved
-from lorafit.model.frozen import Frozen, LowRank, with_low_rank
+from lorafit.model.linear import Frozen, LowRank, with_low_rank
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraLinear
+from lorafit.model.memory import available_bytes
 
 MAX_PROMPTS, MAX_TOKENS = 6, 16
 FIXED_PROMPTS = ("What is the capital of France?", "라마가 뭐야? 🦙", "Write  two lines:\n\n1. one\n2. two")
@@ -92,7 +92,7 @@ def unrounded(x: Tensor) -> Tensor:
 
 
 def make_reference(
-    source: Source, rounding: Rounding, longest: int, progress: Callable[[int, int], None]
+    source: RunSource, rounding: Rounding, longest: int, progress: Callable[[int, int], None]
 ) -> Reference:
     """Ask the live adapter: the run's first held-out prompts and fixed ones, in float32 where memory allows.
 
@@ -118,7 +118,7 @@ def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return floored
 
 
-def arithmetic_of(source: Source) -> str:
+def arithmetic_of(source: RunSource) -> str:
     """float32 where the base fits into memory in it, else the base's own type."""
     free = available_bytes(torch.device("cpu"))
     if free is None or 4.5 * source.arch.num_parameters < free:
@@ -126,7 +126,7 @@ def arithmetic_of(source: Source) -> str:
     return "bfloat16" if source.dtype == torch.bfloat16 else "float16"
 
 
-def _questions(source: Source, longest: int) -> list[tuple[Message, ...]]:
+def _questions(source: RunSource, longest: int) -> list[tuple[Message, ...]]:
     """Conversations of one question that the model can read with room for an answer."""
     asked: list[str] = []
     if source.run.samples_file.is_file():
@@ -151,7 +151,7 @@ def _questions(source: Source, longest: int) -> list[tuple[Message, ...]]:
     return found
 
 
-def _answered(source: Source, network: Llama, messages: tuple[Message, ...]) -> Prompt:
+def _answered(source: RunSource, network: Llama, messages: tuple[Message, ...]) -> Prompt:
     ids = source.renderer.prompt_ids(messages)
     stops = frozenset(source.contract.stop_ids)
     made = stream(network, [ids], stop_ids=stops, max_tokens=MAX_TOKENS, sampling=Sampling())
@@ -165,7 +165,9 @@ def _logits(network: Llama, prompt: Prompt, into: Callable[[Tensor], Tensor]) ->
     return F.linear(into(network.model.norm(hidden)), network.lm_head.weight).float()
 
 
-def _round(source: Source, network: Llama, rounding: Rounding, progress: Callable[[int, int], None]) -> None:
+def _round(
+    source: RunSource, network: Llama, rounding: Rounding, progress: Callable[[int, int], None]
+) -> None:
     """Put rounded numbers in place of the network's, with the adapter merged into them.
 
     They are made of the live network alone: a fault in what is exported must not excuse itself.
@@ -204,6 +206,6 @@ class _Rounded(Frozen):
         self._into = into
 
     def product(self, x: Tensor, addend: Tensor | None = None, low: LowRank | None = None) -> Tensor:
-        start = with_low_rank(addend, low, turned=False, in_place=False)
+        start = with_low_rank(addend, low, transposed=False, in_place=False)
         made = F.linear(self._into(x), self.weight, self.bias)
         return made if start is None else made.add_(start)

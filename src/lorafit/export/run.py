@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafit import __version__
-from lorafit.durable import commit_folder, read_facts, verify_folder
 from lorafit.errors import ConfigError, LorafitError, Problem, RunError
 from lorafit.export import ollama, parity
 from lorafit.export.adapter import write_adapter
@@ -23,8 +21,10 @@ from lorafit.export.card import FILE as CARD
 from lorafit.export.card import card
 from lorafit.export.merge import merged_type, write_merged
 from lorafit.export.reference import Reference, Rounding, exact, make_reference, unrounded
-from lorafit.export.source import Source, open_source
-from lorafit.observe.terminal import progress
+from lorafit.export.run_source import RunSource, open_source
+from lorafit.observe.progress import progress
+from lorafit.storage.atomic import commit_folder, read_facts, verify_folder
+from lorafit.version import __version__
 
 MERGED_TYPES = ("auto", "f32", "bf16", "f16")
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
@@ -133,7 +133,7 @@ def export_run(
     return Exported(folder, kind, type_name, files, outcome)
 
 
-def _target(source: Source, kind: str, type_name: str, output: str | Path | None) -> Path:
+def _target(source: RunSource, kind: str, type_name: str, output: str | Path | None) -> Path:
     """Where to write: a place that is free, or holds an earlier export."""
     if output is None:
         name = kind if len(TYPES[kind]) == 1 else f"{kind}-{type_name}"
@@ -149,7 +149,7 @@ def _target(source: Source, kind: str, type_name: str, output: str | Path | None
     return folder
 
 
-def _write(source: Source, kind: str, type_name: str, staging: Path) -> Mapping[str, str]:
+def _write(source: RunSource, kind: str, type_name: str, staging: Path) -> Mapping[str, str]:
     """The export's own files; the SHA-256 of those whose bytes were summed as they were made."""
     with progress(f"writing {kind}") as advance:
         if kind == "adapter":
@@ -169,7 +169,7 @@ def _write(source: Source, kind: str, type_name: str, staging: Path) -> Mapping[
     return {}
 
 
-def _file(source: Source, kind: str, type_name: str) -> str:
+def _file(source: RunSource, kind: str, type_name: str) -> str:
     """The name of the GGUF file of an export."""
     return {
         "gguf": f"{source.name}-{type_name}.gguf",
@@ -178,7 +178,7 @@ def _file(source: Source, kind: str, type_name: str) -> str:
     }[kind]
 
 
-def _verify(source: Source, reference: Reference, kind: str, staging: Path) -> dict[str, Any]:
+def _verify(source: RunSource, reference: Reference, kind: str, staging: Path) -> dict[str, Any]:
     with progress("reading the export back"):
         if kind in ("merged", "adapter"):
             return parity.verify(source, reference, kind, staging)
@@ -195,7 +195,7 @@ def _verify(source: Source, reference: Reference, kind: str, staging: Path) -> d
             return parity.verify(source, reference, kind, staging, file=file, base=base)
 
 
-def _longest(source: Source, kind: str) -> int:
+def _longest(source: RunSource, kind: str) -> int:
     """Tokens that an export of `kind` reads as the run's own network does."""
     if kind in ("merged", "adapter"):
         return source.arch.max_position_embeddings

@@ -2,8 +2,8 @@
 
 Prompts of any mix of lengths are read in one packed pass, without padding, and what they begin alike with is read
 once; after that every row adds one token a pass, and a row that has stopped leaves the batch. On the CPU a later pass
-runs on compiled kernels (model/few_rows.py, model/native/decode.cpp), because it is bound by reading weights and by
-what is around the products.
+runs on compiled kernels (model/decode_linear.py, model/native/decode.cpp), because it is bound by reading weights and
+by what is around the products.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafit.data.packing import share
+from lorafit.data.packing import share_prefixes
 from lorafit.infer.sampling import Sampling, next_tokens
 from lorafit.model.architecture import Architecture
 from lorafit.model.attention import PackedDocuments, Rotary, rotate
@@ -56,7 +56,7 @@ class KeyValueCache:
         self.slots = self.slots[: len(rows)]
 
 
-class ReadPrompts(PackedDocuments):
+class Prefill(PackedDocuments):
     """Attention of the first pass: packed prompts that see themselves, and fill the cache from row `first` on."""
 
     def __init__(
@@ -77,7 +77,7 @@ class ReadPrompts(PackedDocuments):
         return super().__call__(layer, q, k, v, rotary, window)
 
 
-class AddToken:
+class Decode:
     """Attention of every later pass: one new token a row, which sees the row's cache."""
 
     def __init__(self, cache: KeyValueCache) -> None:
@@ -92,7 +92,7 @@ class AddToken:
         k_cache, v_cache, compiled = self.cache.k[layer], self.cache.v[layer], kernels()
         if compiled is None or not fits(q, k, v):
             seen = (k_cache[: len(q), :, : self.longest], v_cache[: len(q), :, : self.longest])
-            return attend_cache(q, k, v, rotary, window, *seen, self.positions)
+            return decode_attention(q, k, v, rotary, window, *seen, self.positions)
         (rows, heads, size), (_, kv_heads, capacity, _), out = q.shape, k_cache.shape, torch.empty_like(q)
         shape = (rows, heads, kv_heads, size, capacity, window or 0)
         where = (self.cache.slots, self.positions)
@@ -100,7 +100,7 @@ class AddToken:
         return out
 
 
-def attend_cache(
+def decode_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -152,10 +152,10 @@ def stream(
     cache = KeyValueCache(network.arch, len(prompts), capacity, network.model.norm.weight)
     rows = list(range(len(prompts)))
     streams = sampling.streams(len(prompts))
-    ids, paths = share([np.array(prompt, np.uint32) for prompt in prompts])
+    ids, paths = share_prefixes([np.array(prompt, np.uint32) for prompt in prompts])
     index = torch.from_numpy(np.concatenate(paths))
     last = torch.tensor([path[-1] for path in paths], device=device)
-    hidden = network.hidden(torch.from_numpy(ids).to(device), ReadPrompts(lengths, cache, index=index), last)
+    hidden = network.hidden(torch.from_numpy(ids).to(device), Prefill(lengths, cache, index=index), last)
     for made in range(1, max_tokens + 1):
         tokens = next_tokens(network.logits(hidden), sampling, [streams[row] for row in rows])
         going = []
@@ -171,4 +171,4 @@ def stream(
             cache.keep(going)
             rows = [rows[at] for at in going]
         latest = torch.tensor([tokens[at] for at in going], device=device)
-        hidden = network.hidden(latest, AddToken(cache))
+        hidden = network.hidden(latest, Decode(cache))

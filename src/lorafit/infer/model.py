@@ -8,23 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorafit.data.formats import Content, Instruction, Message
-from lorafit.data.template import PromptContract, Renderer, contract
+from lorafit.data.prompt import PromptContract, Renderer, contract
 from lorafit.data.tokenizer import Tokenizer
-from lorafit.durable import MANIFEST, verify_folder
 from lorafit.errors import ModelError
-from lorafit.hub import adapter_folder, model_folder
+from lorafit.hub.client import adapter_folder, model_folder
 from lorafit.infer.engine import Token, stream
 from lorafit.infer.sampling import Sampling
-from lorafit.infer.text import AnswerText
-from lorafit.model.adapter import CONFIG as ADAPTER_CONFIG
-from lorafit.model.adapter import MAX_CONFIG
+from lorafit.infer.stream_text import AnswerText
+from lorafit.model.adapter_file import CONFIG as ADAPTER_CONFIG
+from lorafit.model.adapter_file import MAX_CONFIG
 from lorafit.model.build import build_saved
 from lorafit.model.llama import Llama
-from lorafit.model.lora import adapted, set_enabled
+from lorafit.model.lora import adapted, disable_adapter, evaluating
 from lorafit.model.quant import Quantize
-from lorafit.observe.terminal import progress
-from lorafit.rundir import RunDirectory
-from lorafit.untrusted import read_json
+from lorafit.observe.progress import progress
+from lorafit.run_dir import RunDirectory
+from lorafit.storage.atomic import MANIFEST, verify_folder
+from lorafit.storage.safe_read import read_json
 
 Question = str | Content | Sequence[Message]
 AT_ONCE = 16  # prompts that share a batch
@@ -113,10 +113,7 @@ class Model:
             )
         if not all(prompts):
             raise ModelError("a prompt has no tokens", hint="ask something, or give a system prompt")
-        was_training = self.network.training
-        self.network.eval()
-        set_enabled(self.network, not base)
-        try:
+        with evaluating(self.network), disable_adapter(self.network, when=base):
             yield from stream(
                 self.network,
                 prompts,
@@ -124,9 +121,6 @@ class Model:
                 max_tokens=max_tokens,
                 sampling=sampling or Sampling(),
             )
-        finally:
-            set_enabled(self.network, True)
-            self.network.train(was_training)
 
 
 def load(
@@ -158,7 +152,7 @@ def load(
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ModelSource:
     """What a run directory, an adapter folder, a model folder or a hub id stands for.
 
     `base` and `revision` name the base model; `adapter` is the folder of the adapter on it and `prompt` the contract
@@ -181,7 +175,7 @@ def find_source(
     dtype: str = "auto",
     offline: bool = False,
     quantize: Quantize | None = None,
-) -> Source:
+) -> ModelSource:
     """What `source` is, with `adapter` on it; nothing of a base model is read. Raises ModelError or RunError."""
     name, revision, prompt = str(source), None, None
     adapter_path = adapter_folder(str(adapter), offline=offline).path if adapter is not None else None
@@ -203,7 +197,7 @@ def find_source(
     has_manifest = adapter_path is not None and (adapter_path / MANIFEST).is_file()
     if adapter_path and has_manifest and (faults := verify_folder(adapter_path, may_have_more=True)):
         raise ModelError(f"the adapter is damaged: {faults[0]}", place=str(adapter_path))
-    return Source(name, revision, adapter_path, prompt, dtype, quantize or "none", offline)
+    return ModelSource(name, revision, adapter_path, prompt, dtype, quantize or "none", offline)
 
 
 def default_contract(tokenizer: Tokenizer) -> PromptContract:

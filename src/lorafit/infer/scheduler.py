@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lorafit.infer.batching import Batch, Request, Step
+from lorafit.infer.continuous_batch import Batch, Request, Step
 
 _PROMPT_TOKENS = 512  # read between two passes at most, but for a longer first prompt: the others wait for it
 

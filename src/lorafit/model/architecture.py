@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import ModelError, Problem
-from lorafit.untrusted import MB, read_json
+from lorafit.storage.safe_read import MB, read_json
 
 MAX_CONFIG = 16 * MB
 MAX_PARAMETERS = 10**13
@@ -204,3 +204,14 @@ def _windows(fields: _Fields, model_type: str, num_layers: int) -> tuple[int | N
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
     first = fields.count("max_window_layers", default=28)
     return tuple(window if layer >= first else None for layer in range(num_layers))
+
+
+def attention_cost(arch: Architecture) -> float:
+    """What a pair of tokens of one row costs beside one token: the multiplications of causal attention beside those
+    of all weights.
+    """
+    heads = arch.num_attention_heads * arch.head_dim
+    keys = arch.num_key_value_heads * arch.head_dim
+    layer = arch.hidden_size * (2 * heads + 2 * keys + 3 * arch.intermediate_size)
+    weights = arch.num_hidden_layers * layer + arch.hidden_size * arch.vocab_size
+    return arch.num_hidden_layers * heads / weights

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafit.model.fused import fused
+from lorafit.model.compile import compilable
 from lorafit.model.native import fits, kernels
 
 
@@ -173,11 +173,11 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, lse, cosine, sine, starts, index = ctx.saved_tensors
         into = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        slope = slopes[0].contiguous()
-        _call("attend_backward", starts, index, ctx.window, q, k, v, slope, lse, cosine, sine, *into)
+        grad_output = grad_outputs[0].contiguous()
+        _call("attend_backward", starts, index, ctx.window, q, k, v, grad_output, lse, cosine, sine, *into)
         return (*into, None, None, None, None, None)
 
 
@@ -190,7 +190,7 @@ def _call(
     compiled.call(name, q.dtype, *shape, q, k, *tensors)
 
 
-@fused
+@compilable
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotary positions on x (tokens, heads, head_dim); the two halves of a head form the pairs (Su et al., 2021)."""
     cosine, sine = rotary[0][:, None], rotary[1][:, None]

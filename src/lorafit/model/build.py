@@ -9,21 +9,21 @@ from pathlib import Path
 import torch
 
 from lorafit.config.schema import Config, LoraSection
-from lorafit.durable import MANIFEST, verify_folder
 from lorafit.errors import ConfigError, ModelError, Problem
-from lorafit.hub import adapter_folder
-from lorafit.model.adapter import load_adapter, read_spec
+from lorafit.hub.client import adapter_folder
+from lorafit.model.adapter_file import load_adapter, read_spec
 from lorafit.model.architecture import read_architecture
 from lorafit.model.device import pick_device, pick_dtype
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, attach, detach
-from lorafit.model.memory import keep_few_kernels, keep_freed_memory
+from lorafit.model.memory import limit_onednn_cache, use_caching_allocator
 from lorafit.model.quant import Quantize, check_quantize
 from lorafit.model.weights import fingerprint, load_network
+from lorafit.storage.atomic import MANIFEST, verify_folder
 
 
 @dataclass(frozen=True, slots=True)
-class Built:
+class LoadedModel:
     """A network ready to train or to answer, and what was decided on the way."""
 
     network: Llama
@@ -32,7 +32,7 @@ class Built:
     dtype: torch.dtype
 
 
-class LoadedBase:
+class BaseModelCache:
     """A base that stays loaded from one run to the next, where it is the same one."""
 
     def __init__(self) -> None:
@@ -53,32 +53,32 @@ class LoadedBase:
 def build(
     config: Config,
     folder: Path,
+    device: torch.device,
     progress: Callable[[int, int], None] | None = None,
     on_host: bool = False,
-    base: LoadedBase | None = None,
-) -> Built:
-    """The base model in `folder` with a fresh adapter, or with the one of `lora.init_from` to continue.
+    base: BaseModelCache | None = None,
+) -> LoadedModel:
+    """The base model in `folder` on `device` with a fresh adapter, or with the one of `lora.init_from` to continue.
 
     `on_host` leaves the tensors in the host's memory, whatever the device: somebody else shares them out. `base`
     keeps what is loaded for the next call.
     """
     arch = read_architecture(folder)
-    device = pick_device(config.model.device)
     dtype = pick_dtype(config.model.dtype, device)
     check_quantize(config.model.quantize, device, dtype)
     spec, initial = wanted_adapter(config)
-    keep_few_kernels()
+    limit_onednn_cache()
     where = torch.device("cpu") if on_host else device
     quantize = config.model.quantize
-    network = (base or LoadedBase()).get(
+    network = (base or BaseModelCache()).get(
         (folder.resolve(), fingerprint(folder), dtype, where, quantize),
         lambda: load_network(folder, arch, dtype, where, progress, quantize),
     )
     spec = attach(network, spec, config.train.seed)
     if initial is not None:
         load_adapter(network, initial)
-    keep_freed_memory()
-    return Built(network, spec, device, dtype)
+    use_caching_allocator()
+    return LoadedModel(network, spec, device, dtype)
 
 
 def build_saved(
@@ -95,7 +95,7 @@ def build_saved(
     spec = read_spec(adapter) if adapter is not None else None
     number = pick_dtype(dtype, where)
     check_quantize(quantize, where, number)
-    keep_few_kernels()
+    limit_onednn_cache()
     network = load_network(folder, arch, number, where, progress, quantize)
     if adapter is not None and spec is not None:
         attach(network, spec, seed=0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from lorafit.errors import ConfigError
-from lorafit.place import Place
 
 DTYPES = {
     "float16": torch.float16,
@@ -15,16 +14,15 @@ DTYPES = {
 }
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA, then Apple MPS, then the CPU; a named device must be there. Raises ConfigError.
+def pick_device(name: str, local_rank: int | None = None) -> torch.device:
+    """`auto` is CUDA, then Apple MPS, then the CPU; a named device must exist. Raises ConfigError.
 
-    Of several CUDA devices without a number a process that torchrun started takes its own.
+    `cuda` without a number is the device of `local_rank`, where there are several processes on the host.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    here = Place.here()
-    if name == "cuda" and not here.alone:
-        name = f"cuda:{here.local_rank}"
+    if name == "cuda" and local_rank is not None:
+        name = f"cuda:{local_rank}"
     device = torch.device(name)
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there[device.type]:

@@ -14,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 from lorafit.model.architecture import Architecture, Rope
 from lorafit.model.attention import Attend, Rotary
-from lorafit.model.few_rows import head
-from lorafit.model.frozen import Linear
-from lorafit.model.kernels import norm
-from lorafit.model.memory import MUCH_FREE, give_back_memory
-from lorafit.model.projection import Gated, Normed, Plain, project
+from lorafit.model.decode_linear import head
+from lorafit.model.linear import Linear
+from lorafit.model.lora_linear import Identity, RmsNormInput, SwigluInput, project
+from lorafit.model.memory import MUCH_FREE, release_free_memory
+from lorafit.model.ops import norm
 
 
 class RMSNorm(nn.Module):
@@ -50,7 +50,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(arch.head_dim, arch.rms_norm_eps) if arch.qk_norm else None
 
     def forward(
-        self, x: Tensor, before: Normed, rotary: Rotary, attend: Attend, keys: Tensor | None = None
+        self, x: Tensor, before: RmsNormInput, rotary: Rotary, attend: Attend, keys: Tensor | None = None
     ) -> Tensor:
         """The heads' outputs side by side, (tokens, heads * head_dim), before `o_proj`."""
         projected = project((self.q_proj, self.k_proj, self.v_proj), before, x, keys=keys)
@@ -69,9 +69,9 @@ class MLP(nn.Module):
         self.up_proj = Linear(arch.hidden_size, arch.intermediate_size, bias=arch.mlp_bias)
         self.down_proj = Linear(arch.intermediate_size, arch.hidden_size, bias=arch.mlp_bias)
 
-    def forward(self, x: Tensor, before: Normed, keys: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, before: RmsNormInput, keys: Tensor | None = None) -> Tensor:
         gate, up = project((self.gate_proj, self.up_proj), before, x, keys=keys)
-        return project((self.down_proj,), Gated(), gate, up, residual=x, keys=keys)[0]
+        return project((self.down_proj,), SwigluInput(), gate, up, residual=x, keys=keys)[0]
 
 
 class Layer(nn.Module):
@@ -97,13 +97,13 @@ class Layer(nn.Module):
         if rows is not None:
             mixed, x = mixed[rows], x[rows]
             keys = None if keys is None else keys[rows]
-        x = project((self.self_attn.o_proj,), Plain(), mixed, residual=x, keys=keys)[0]
+        x = project((self.self_attn.o_proj,), Identity(), mixed, residual=x, keys=keys)[0]
         out: Tensor = self.mlp(x, _normed(self.post_attention_layernorm), keys)
         return out
 
 
-def _normed(before: RMSNorm) -> Normed:
-    return Normed(before.weight, before.eps)
+def _normed(before: RMSNorm) -> RmsNormInput:
+    return RmsNormInput(before.weight, before.eps)
 
 
 class _Embedding(nn.Embedding):
@@ -157,7 +157,9 @@ class Llama(nn.Module):
             inputs = (x, rotary, attend, rows if number == last else None, keys)
             x = checkpoint(layer, *inputs, use_reentrant=False) if self.recompute else layer(*inputs)
             if torch.is_grad_enabled():
-                give_back_memory(MUCH_FREE)  # what is kept lies between what was freed: the peak would grow
+                release_free_memory(
+                    MUCH_FREE
+                )  # what is kept lies between what was freed: the peak would grow
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

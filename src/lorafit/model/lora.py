@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from lorafit.errors import ConfigError, Problem
-from lorafit.model.frozen import Frozen
+from lorafit.model.linear import Frozen
 from lorafit.model.llama import Llama
-from lorafit.model.projection import Plain, project
+from lorafit.model.lora_linear import Identity, project
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class LoraLinear(nn.Module):
     """base(x) + scale * B A dropout(x), with A and B cast to the type of x for the products.
 
     A (rank, in_features) starts uniform, B (out_features, rank) at zero, so that training starts at the base.
-    The products are made by model/projection.py, together with those of linears that share the input.
+    The products are made by model/lora_linear.py, together with those of linears that share the input.
     """
 
     def __init__(self, base: Frozen, spec: LoraSpec, generator: torch.Generator, like: Tensor) -> None:
@@ -44,18 +45,18 @@ class LoraLinear(nn.Module):
         self.base = base
         self.scale = spec.scale
         self.dropout = spec.dropout
-        master = torch.promote_types(like.dtype, torch.float32)
+        parameter = torch.promote_types(like.dtype, torch.float32)
         bound = 1 / math.sqrt(base.in_features)
         a = torch.empty(spec.rank, base.in_features).uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(a.to(like.device, master))
+        self.lora_A = nn.Parameter(a.to(like.device, parameter))
         self.lora_B = nn.Parameter(
-            torch.zeros(base.out_features, spec.rank, device=like.device, dtype=master)
+            torch.zeros(base.out_features, spec.rank, device=like.device, dtype=parameter)
         )
         self.enabled = True
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         rows = x.reshape(-1, x.shape[-1])
-        return project((self,), Plain(), rows)[0].view(*x.shape[:-1], -1)
+        return project((self,), Identity(), rows)[0].view(*x.shape[:-1], -1)
 
 
 def attach(network: Llama, spec: LoraSpec, seed: int) -> LoraSpec:
@@ -126,10 +127,28 @@ def adapted(network: nn.Module) -> dict[str, LoraLinear]:
     return {name: module for name, module in network.named_modules() if isinstance(module, LoraLinear)}
 
 
-def set_enabled(network: nn.Module, enabled: bool) -> None:
-    """Switch the adapter on or off: off is the base model to the bit."""
-    for module in adapted(network).values():
-        module.enabled = enabled
+@contextmanager
+def disable_adapter(network: nn.Module, *, when: bool = True) -> Iterator[None]:
+    """Inside the block the network is the base model, to the bit; with `when` False nothing changes."""
+    layers = adapted(network).values() if when else ()
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block (no dropout), the mode of before after it."""
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)
 
 
 def _ends_soon(pattern: str) -> bool:

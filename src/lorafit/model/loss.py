@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafit.model.frozen import times
-from lorafit.model.kernels import cross_entropy, wide
+from lorafit.model.linear import matmul
+from lorafit.model.ops import cross_entropy, wide
 
 CHUNK_BYTES = 96 * 2**20  # of logits alive at a time, about what a layer's backward pass has
 
@@ -35,10 +35,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunks = -(-hidden.shape[0] // most)
         for number in range(chunks):  # of all but equal length: a short one would be slow
             chunk = slice(number * hidden.shape[0] // chunks, (number + 1) * hidden.shape[0] // chunks)
-            logits = times(hidden[chunk], head)  # (rows, vocab_size); becomes its own slope
-            total += cross_entropy(logits, targets[chunk], slope=gradient is not None).sum()
+            logits = matmul(hidden[chunk], head)  # (rows, vocab_size); becomes its own slope
+            total += cross_entropy(logits, targets[chunk], grad_output=gradient is not None).sum()
             if gradient is not None:
-                gradient[chunk] = times(logits, head, turned=True)
+                gradient[chunk] = matmul(logits, head, transposed=True)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total

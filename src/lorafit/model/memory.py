@@ -22,12 +22,12 @@ SPARE_BYTES = 64 * 2**20
 MOST_KERNELS = 64  # compiled products that torch's CPU library keeps
 
 
-def keep_freed_memory() -> None:
+def use_caching_allocator() -> None:
     """Let the process reuse the memory of freed tensors instead of giving each back to the system at once.
 
     A step allocates and frees the same large tensors for every layer, and fresh pages cost as much as the
     arithmetic of a norm. Torch takes large tensors from blocks that are kept (model/native/blocks.cpp); where these
-    cannot be compiled the C library keeps what is freed, if it is glibc, and `give_back_memory` bounds it.
+    cannot be compiled the C library keeps what is freed, if it is glibc, and `release_free_memory` bounds it.
     """
     held = blocks()
     if held is not None:
@@ -40,7 +40,7 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, most)  # M_TRIM_THRESHOLD: the top of the heap is kept
 
 
-def keep_few_kernels() -> None:
+def limit_onednn_cache() -> None:
     """Bound what torch's CPU libraries (oneDNN and ideep above it) keep of the products that they compile.
 
     By default each keeps 1,024, of more than a megabyte; packs seldom have the same size twice. To be called
@@ -61,7 +61,7 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def give_back_memory(least: int = 0) -> None:
+def release_free_memory(least: int = 0) -> None:
     """Give memory that was freed back to the system, where so many bytes of it take room.
 
     In glibc's heap what a layer keeps lies between what it freed: what one pass frees does not quite fit the next, and
@@ -125,3 +125,63 @@ def _glibc() -> ctypes.CDLL | None:
         return None
     libc = ctypes.CDLL(None)
     return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
+
+
+_PROC = Path("/proc")
+_CGROUPS = Path("/sys/fs/cgroup")
+_NO_LIMIT = 2**60  # version 1 writes a number near 2**63 where there is no limit
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that this process may have in all on `device`, what it holds already included; None where unknown."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    if device.type != "cpu":
+        return None
+    if sys.platform == "win32":
+        return int(psutil.virtual_memory().available) + resident_bytes()
+    free_host = _field(_PROC / "meminfo", "MemAvailable:")
+    if free_host is None:
+        return None
+    limits = [free_host + resident_bytes(), *_cgroup_limits()]
+    return min(limits)
+
+
+def _cgroup_limits() -> list[int]:
+    """The limits of the control groups that this process is in, of version 2 or 1; an outer one binds too."""
+    try:
+        lines = (_PROC / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    limits = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root, name = _CGROUPS, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = _CGROUPS / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        folder = root / path.lstrip("/")
+        for place in [folder, *folder.parents]:
+            try:
+                text = (place / name).read_text(encoding="ascii").strip()
+            except OSError:
+                text = "max"
+            if text.isdigit() and int(text) < _NO_LIMIT:
+                limits.append(int(text))
+            if place == root:
+                break
+    return limits
+
+
+def _field(path: Path, name: str) -> int | None:
+    """A `name  number kB` line of a file of /proc, in bytes."""
+    try:
+        for line in path.read_text(encoding="ascii").splitlines():
+            if line.startswith(name):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        return None
+    return None

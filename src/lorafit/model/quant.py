@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafit.errors import ConfigError
-from lorafit.model.frozen import Frozen, LowRank, strips, times, with_low_rank
-from lorafit.model.kernels import column_peaks, dequantize, quantize_rows
+from lorafit.model.linear import Frozen, LowRank, matmul, tile_workspace, with_low_rank
 from lorafit.model.native import fits, kernels
+from lorafit.model.ops import column_peaks, dequantize, quantize_rows
 
 Quantize = Literal["none", "int8", "nf4", "fp8"]
 _OUTLIER = 6.0  # a column is an outlier when its peak is so many times the median column's
-_BALANCE = 0.5  # how far the columns of a weight are made equal: 0 not at all, 1 fully
+_SMOOTHING = 0.5  # how far the columns of a weight are made equal: 0 not at all, 1 fully
 _SAMPLED_ROWS = 256  # rows that are looked at for outliers: real ones sit in the same columns for every token
 _SUMS = 6 * 2**20  # int32 sums alive at a time: they stay in the cache until they are scaled
 _FP8_MAX = 448.0  # largest e4m3
@@ -43,7 +43,7 @@ class _Quantized:
 class Int8Linear(Frozen):
     """One int8 copy of the weight serves both directions.
 
-    W[o, i] = weight[o, i] * scale[o] * balance[i]. `balance` makes the
+    W[o, i] = weight[o, i] * scale[o] * balance[i]. `smooth_scale` makes the
     columns of the weight equally large and belongs to the input instead, so that columns which are small because
     their inputs are large keep their digits (the idea of SmoothQuant, Xiao et al., 2023, without its data). The
     factors that stand at the summed axis multiply before rounding, the others after summing, so the gradient is
@@ -53,36 +53,40 @@ class Int8Linear(Frozen):
 
     weight: Tensor  # int8 (out_features, in_features)
     scale: Tensor  # float32 (out_features,)
-    balance: Tensor  # float32 (in_features,)
+    smooth_scale: Tensor  # float32 (in_features,)
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight.shape[1], weight.shape[0])
         peaks = column_peaks(weight).clamp(min=1e-30)
-        balance = (peaks / peaks.median()) ** _BALANCE
-        q, scale = quantize_rows(weight, 1 / balance)
-        for name, buffer in (("weight", q), ("scale", scale), ("balance", balance)):
+        smooth_scale = (peaks / peaks.median()) ** _SMOOTHING
+        q, scale = quantize_rows(weight, 1 / smooth_scale)
+        for name, buffer in (("weight", q), ("scale", scale), ("smooth_scale", smooth_scale)):
             self.register_buffer(name, buffer)
 
     def product(self, x: Tensor, addend: Tensor | None = None, low: LowRank | None = None) -> Tensor:
-        x8 = _quantized(x, self.balance)
-        start = with_low_rank(addend, low, turned=False, in_place=False)
+        x8 = _quantized(x, self.smooth_scale)
+        start = with_low_rank(addend, low, transposed=False, in_place=False)
         out = _int8_product(x8, self.weight, self.scale, start, start if low is not None else None)
         if x8.columns is not None and x8.values is not None:
             few = self.weight[:, x8.columns].to(x.dtype) * self.scale[:, None].to(x.dtype)
-            out.addmm_(x8.values * self.balance[x8.columns].to(x.dtype), few.t())
+            out.addmm_(x8.values * self.smooth_scale[x8.columns].to(x.dtype), few.t())
         return out if self.bias is None else out.add_(self.bias)
 
-    def input_gradient(self, slope: Tensor, into: Tensor | None = None, low: LowRank | None = None) -> Tensor:
-        slope8 = _quantized(slope, self.scale)
-        start = with_low_rank(into, low, turned=True, in_place=True)
-        out = _int8_product(slope8, self.weight, self.balance, start, start, turned=True)
-        if slope8.columns is not None and slope8.values is not None:
-            few = self.weight[slope8.columns].to(slope.dtype) * self.balance.to(slope.dtype)
-            out.addmm_(slope8.values * self.scale[slope8.columns].to(slope.dtype), few)
+    def input_gradient(
+        self, grad_output: Tensor, accumulate_into: Tensor | None = None, low: LowRank | None = None
+    ) -> Tensor:
+        grad_output8 = _quantized(grad_output, self.scale)
+        start = with_low_rank(accumulate_into, low, transposed=True, in_place=True)
+        out = _int8_product(grad_output8, self.weight, self.smooth_scale, start, start, transposed=True)
+        if grad_output8.columns is not None and grad_output8.values is not None:
+            few = self.weight[grad_output8.columns].to(grad_output.dtype) * self.smooth_scale.to(
+                grad_output.dtype
+            )
+            out.addmm_(grad_output8.values * self.scale[grad_output8.columns].to(grad_output.dtype), few)
         return out
 
     def dequantize(self) -> Tensor:
-        return self.weight * self.scale[:, None] * self.balance
+        return self.weight * self.scale[:, None] * self.smooth_scale
 
 
 def _quantized(x: Tensor, factor: Tensor) -> _Quantized:
@@ -105,15 +109,15 @@ def _int8_product(
     addend: Tensor | None,
     out: Tensor | None,
     *,
-    turned: bool = False,
+    transposed: bool = False,
 ) -> Tensor:
-    """x W^T, or with `turned` x W, for int8 W (out_features, in_features): scaled, plus `addend`, to `out` or new."""
-    w = weight if turned else weight.t()  # (depth, columns)
+    """x W^T, or with `transposed` x W, for int8 W (out_features, in_features), scaled, plus `addend`."""
+    w = weight if transposed else weight.t()  # (depth, columns)
     rows, (depth, columns) = x.q.shape[0], w.shape
     out = torch.empty(rows, columns, dtype=x.dtype, device=w.device) if out is None else out
     if fits(out, x.scale) and (compiled := kernels()) and compiled.has_products and depth % 64 == 0:
-        given = (x.q, x.scale, weight, int(turned), column_scale, addend)
-        compiled.call("int8_product", x.dtype, rows, depth, columns, *given, out, strips(rows, depth))
+        given = (x.q, x.scale, weight, int(transposed), column_scale, addend)
+        compiled.call("int8_product", x.dtype, rows, depth, columns, *given, out, tile_workspace(rows, depth))
         return out
     step = max(64, _SUMS // columns // 64 * 64)  # a few rows of sums at a time
     for start in range(0, rows, step):
@@ -137,24 +141,26 @@ class Fp8Linear(Frozen):
 
     weight: Tensor  # e4m3 (out_features, in_features)
     scale: Tensor  # float32 (out_features, 1)
-    turned: Tensor  # e4m3 (in_features, out_features)
-    turned_scale: Tensor  # float32 (in_features, 1)
+    transposed: Tensor  # e4m3 (in_features, out_features)
+    transposed_scale: Tensor  # float32 (in_features, 1)
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__(weight.shape[1], weight.shape[0])
-        for name, (q, scale) in (("", _fp8(weight)), ("turned", _fp8(weight.t().contiguous()))):
+        for name, (q, scale) in (("", _fp8(weight)), ("transposed", _fp8(weight.t().contiguous()))):
             self.register_buffer(name or "weight", q)
             self.register_buffer(f"{name}_scale".strip("_"), scale)
 
     def product(self, x: Tensor, addend: Tensor | None = None, low: LowRank | None = None) -> Tensor:
         out = _fp8_product(*_fp8(x), x.dtype, self.weight, self.scale)
-        start = with_low_rank(addend, low, turned=False, in_place=False)
+        start = with_low_rank(addend, low, transposed=False, in_place=False)
         out = out if start is None else out.add_(start)
         return out if self.bias is None else out.add_(self.bias)
 
-    def input_gradient(self, slope: Tensor, into: Tensor | None = None, low: LowRank | None = None) -> Tensor:
-        out = _fp8_product(*_fp8(slope), slope.dtype, self.turned, self.turned_scale)
-        start = with_low_rank(into, low, turned=True, in_place=True)
+    def input_gradient(
+        self, grad_output: Tensor, accumulate_into: Tensor | None = None, low: LowRank | None = None
+    ) -> Tensor:
+        out = _fp8_product(*_fp8(grad_output), grad_output.dtype, self.transposed, self.transposed_scale)
+        start = with_low_rank(accumulate_into, low, transposed=True, in_place=True)
         return out if start is None else start.add_(out)
 
     def dequantize(self) -> Tensor:
@@ -186,11 +192,20 @@ class Nf4Linear(Frozen):
         self.register_buffer("weight", packed)
 
     def product(self, x: Tensor, addend: Tensor | None = None, low: LowRank | None = None) -> Tensor:
-        out = times(x, self.dequantize().to(x.dtype), addend, low)
+        out = matmul(x, self.dequantize().to(x.dtype), addend, low)
         return out if self.bias is None else out.add_(self.bias)
 
-    def input_gradient(self, slope: Tensor, into: Tensor | None = None, low: LowRank | None = None) -> Tensor:
-        return times(slope, self.dequantize().to(slope.dtype), into, low, turned=True, in_place=True)
+    def input_gradient(
+        self, grad_output: Tensor, accumulate_into: Tensor | None = None, low: LowRank | None = None
+    ) -> Tensor:
+        return matmul(
+            grad_output,
+            self.dequantize().to(grad_output.dtype),
+            accumulate_into,
+            low,
+            transposed=True,
+            in_place=True,
+        )
 
     def dequantize(self) -> Tensor:
         out: Tensor = _bitsandbytes().dequantize_4bit(self.weight, self._state)

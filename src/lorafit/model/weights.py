@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from lorafit.errors import ModelError, Problem
 from lorafit.model.architecture import Architecture
-from lorafit.model.frozen import Frozen
+from lorafit.model.linear import Frozen
 from lorafit.model.llama import Llama
 from lorafit.model.quant import Quantize, quantized
-from lorafit.untrusted import MB, read_json
+from lorafit.storage.safe_read import MB, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_INDEX = 64 * MB

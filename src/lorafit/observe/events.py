@@ -79,7 +79,7 @@ class Saved(_Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Busy(_Event):
+class Progress(_Event):
     """Something between two steps takes time: `done` of `total` parts of `what`; shown, never recorded."""
 
     kind = "busy"
@@ -126,7 +126,7 @@ class Proved(_Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Note(_Event):
+class Message(_Event):
     """Something the user should know that is none of the other events."""
 
     kind = "note"
@@ -157,7 +157,19 @@ class RunEnded(_Event):
     loss: float
 
 
-Event = RunStarted | Step | Heldout | Saved | Busy | Sample | Answers | Proved | Note | Diagnosis | RunEnded
+Event = (
+    RunStarted
+    | Step
+    | Heldout
+    | Saved
+    | Progress
+    | Sample
+    | Answers
+    | Proved
+    | Message
+    | Diagnosis
+    | RunEnded
+)
 Observer = Callable[[Event], None]
 
 

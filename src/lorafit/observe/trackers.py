@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lorafit.errors import ConfigError
-from lorafit.shown import one_line
-
-from .events import Event, Heldout, Step
+from lorafit.observe.events import Event, Heldout, Step
+from lorafit.redact import one_line
 
 PROJECT = "lorafit"
 

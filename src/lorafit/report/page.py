@@ -7,14 +7,14 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorafit import __version__
-from lorafit.durable import write_file
-from lorafit.observe.record import number
-from lorafit.observe.terminal import duration, memory_size, short_count
+from lorafit.observe.metrics_file import number
+from lorafit.observe.units import duration, memory_size, short_count
 from lorafit.report import sections
-from lorafit.report.facts import Facts, read_facts
-from lorafit.report.text import html
-from lorafit.rundir import RunDirectory
+from lorafit.report.escape import html
+from lorafit.report.run_data import Facts, read_facts
+from lorafit.run_dir import RunDirectory
+from lorafit.storage.atomic import write_file
+from lorafit.version import __version__
 
 _HERE = Path(__file__).parent
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lorafit.data.ledger import Tokens
-from lorafit.observe.record import number
-from lorafit.observe.terminal import memory_size
+from lorafit.observe.metrics_file import number
+from lorafit.observe.units import memory_size
 from lorafit.report import plot
-from lorafit.report.facts import Facts, Told
-from lorafit.report.text import cut, html
+from lorafit.report.escape import cut, html
+from lorafit.report.run_data import CheckLine, Facts
 
 PROOF_WORDS = {"pass": "proven", "warn": "proven, with warnings", "fail": "proof failed"}
 PROMPT_KEYS = {
@@ -205,11 +205,11 @@ def reproduce(facts: Facts) -> str:
     return "".join(parts)
 
 
-def _list(title: str, told: Sequence[Told]) -> str:
+def _list(title: str, told: Sequence[CheckLine]) -> str:
     return f'<div class="card"><h3>{title}</h3><ul class="told">{_items(told)}</ul></div>'
 
 
-def _items(told: Sequence[Told]) -> str:
+def _items(told: Sequence[CheckLine]) -> str:
     return "".join(
         f'<li><span class="badge small {_known(item.verdict)}">{html(item.verdict)}</span>'
         f'<span><span class="name">{html(item.name)}</span>{html(cut(item.text, 2000))}</span></li>'

@@ -18,14 +18,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from lorafit import __version__
 from lorafit.data.formats import Completion as PlainText
 from lorafit.data.formats import Message, Role
-from lorafit.infer.many import Named
-from lorafit.serve.answering import Answering, Job, Options, Piece, sampling_of
+from lorafit.infer.multi_adapter import ServedModel
 from lorafit.serve.errors import ApiError
-from lorafit.serve.replies import Chat, Completion, events, usage, whole
-from lorafit.serve.schema import (
+from lorafit.serve.jobs import Answering, Job, Options, Piece, sampling_of
+from lorafit.serve.protocol import (
     ChatMessage,
     ChatReply,
     ChatRequest,
@@ -36,6 +34,8 @@ from lorafit.serve.schema import (
     ModelEntry,
     ModelList,
 )
+from lorafit.serve.responses import Chat, Completion, events, usage, whole
+from lorafit.version import __version__
 
 T = TypeVar("T")
 Log = Callable[[str], None]
@@ -86,7 +86,7 @@ def make_app(answering: Callable[[], Answering], log: Log) -> FastAPI:
 def _add_routes(app: FastAPI) -> None:
     created = int(time.time())
 
-    def entry(named: Named) -> ModelEntry:
+    def entry(named: ServedModel) -> ModelEntry:
         return ModelEntry(id=named.name, created=created)
 
     @app.get("/health", responses=_errors(403, 500), operation_id="health")
@@ -261,7 +261,7 @@ def _messages(given: list[ChatMessage]) -> list[Message]:
 
 
 def _plain_prompts(
-    named: Named, prompt: str | list[str] | list[int] | list[list[int]], vocab_size: int
+    named: ServedModel, prompt: str | list[str] | list[int] | list[list[int]], vocab_size: int
 ) -> list[list[int]]:
     if isinstance(prompt, str):
         return [named.renderer.prompt_ids(PlainText(prompt, ""))]

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import uvicorn
 
 from lorafit.errors import ConfigError
-from lorafit.infer.batching import Batch, Request
-from lorafit.infer.many import Models
-from lorafit.observe.terminal import printable
-from lorafit.serve.answering import Answering
+from lorafit.infer.continuous_batch import Batch, Request
+from lorafit.infer.multi_adapter import Models
+from lorafit.observe.console import printable
 from lorafit.serve.app import make_app
-from lorafit.serve.guard import Guard
+from lorafit.serve.auth import Guard
+from lorafit.serve.jobs import Answering
 
 TOKEN_VARIABLE = "LORAFIT_SERVE_TOKEN"  # noqa: S105 (a name, not a token)
 MAX_BYTES = 4 * 2**20
@@ -32,7 +32,7 @@ _ANY = ("0.0.0.0", "::")  # noqa: S104 (compared with, not bound to)
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Address:
     """Where to listen. `hosts` are more names that the server goes by."""
 
     host: str
@@ -61,7 +61,7 @@ def find_token() -> Token:
     return Token(given, is_new=False)
 
 
-def listen(place: Place) -> socket.socket:
+def listen(place: Address) -> socket.socket:
     """A socket that listens there. Raises ConfigError where that cannot be."""
     try:
         family, _, _, _, address = socket.getaddrinfo(
@@ -77,7 +77,7 @@ def listen(place: Place) -> socket.socket:
 def serve(
     models: Models,
     batch: Batch,
-    place: Place,
+    place: Address,
     listening: socket.socket,
     token: Token,
     *,
@@ -140,7 +140,7 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def _announce(models: Models, batch: Batch, place: Place, port: int, token: Token) -> None:
+def _announce(models: Models, batch: Batch, place: Address, port: int, token: Token) -> None:
     host = f"[{place.host}]" if ":" in place.host else place.host
     url = f"http://{host}:{port}/v1"
     names = [f"{named.name} ({'adapter' if named.adapter else 'base'})" for named in models.named.values()]

@@ -17,14 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lorafit.durable import commit_folder, read_facts, verify_folder, write_files
 from lorafit.errors import Problem, RunError
-from lorafit.model.adapter import CONFIG, WEIGHTS, adapter_files, adapter_tensors, fill_adapter
+from lorafit.model.adapter_file import CONFIG, WEIGHTS, adapter_files, adapter_tensors, fill_adapter
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, adapted
+from lorafit.storage.atomic import commit_folder, read_facts, verify_folder, write_files
+from lorafit.storage.safe_read import MB, parse_json, read_json
+from lorafit.training.loss_scale import LossScale
 from lorafit.training.optim import AdamW
-from lorafit.training.precision import LossScale
-from lorafit.untrusted import MB, parse_json, read_json
 
 STATE, TENSORS = "state.json", "state.safetensors"
 MAX_STATE = MB
@@ -211,19 +211,20 @@ def _masters(network: Llama) -> dict[str, torch.nn.Parameter]:
 def _optimizer_tensors(network: Llama, optimizer: AdamW) -> dict[str, Tensor]:
     return {
         f"optimizer.{name}.{key}": value.detach().cpu().contiguous()
-        for name, master in _masters(network).items()
-        for key, value in optimizer.state.get(master, {}).items()
+        for name, parameter in _masters(network).items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def _restore_optimizer(network: Llama, optimizer: AdamW, tensors: Mapping[str, Tensor]) -> None:
-    for name, master in _masters(network).items():
+    for name, parameter in _masters(network).items():
         prefix = f"optimizer.{name}."
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        if any(value.ndim and value.shape != master.shape for value in state.values()):
+        if any(value.ndim and value.shape != parameter.shape for value in state.values()):
             raise ValueError(name)
-        optimizer.state[master] = {
-            key: value.to(value.device if value.ndim == 0 else master.device) for key, value in state.items()
+        optimizer.state[parameter] = {
+            key: value.to(value.device if value.ndim == 0 else parameter.device)
+            for key, value in state.items()
         }
 
 

@@ -19,19 +19,19 @@ class AdamW:
     first step of any optimizer of torch loads its compiler: half a second and 75 MB that a run has no use for.
     """
 
-    def __init__(self, masters: Iterable[nn.Parameter], weight_decay: float) -> None:
-        self.masters, self.weight_decay = list(masters), weight_decay
+    def __init__(self, parameters: Iterable[nn.Parameter], weight_decay: float) -> None:
+        self.parameters, self.weight_decay = list(parameters), weight_decay
         self.state: dict[Tensor, dict[str, Tensor]] = {}
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
         """One step at a learning rate of `rate`."""
         weights: list[Tensor] = []
-        slopes: list[Tensor] = []
-        for master in self.masters:
-            if master.grad is not None:
-                weights.append(master)
-                slopes.append(master.grad)
+        gradients: list[Tensor] = []
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                weights.append(parameter)
+                gradients.append(parameter.grad)
         if not weights:
             return
         for weight in weights:
@@ -48,9 +48,9 @@ class AdamW:
         counts = list(map(float, steps))
         if self.weight_decay:
             torch._foreach_mul_(weights, 1 - rate * self.weight_decay)
-        torch._foreach_lerp_(means, slopes, 1 - BETAS[0])
+        torch._foreach_lerp_(means, gradients, 1 - BETAS[0])
         torch._foreach_mul_(squares, BETAS[1])
-        torch._foreach_addcmul_(squares, slopes, slopes, 1 - BETAS[1])
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - BETAS[1])
         roots = torch._foreach_sqrt(squares)
         torch._foreach_div_(roots, [(1 - BETAS[1] ** step) ** 0.5 for step in counts])
         torch._foreach_add_(roots, EPS)
@@ -58,8 +58,8 @@ class AdamW:
 
     def zero_grad(self) -> None:
         """Let the gradients go."""
-        for master in self.masters:
-            master.grad = None
+        for parameter in self.parameters:
+            parameter.grad = None
 
 
 def warmup_steps(warmup: float, num_steps: int) -> int:
@@ -83,9 +83,9 @@ def learning_rate(
     return peak * (1 - done if schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
 
 
-def clip(masters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale the gradients to at most `max_norm` (0 for never) and return their norm from before, a scalar."""
-    gradients = [master.grad for master in masters if master.grad is not None]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if max_norm:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # the 1e-6 is torch.nn.utils.clip_grad_norm_'s

@@ -15,30 +15,33 @@ from typing import Any, Literal
 
 import torch
 
-from lorafit import __version__
-from lorafit.check.report import short_lines
 from lorafit.config.schema import Config
+from lorafit.data.batch import RankShare
+from lorafit.data.build import TrainingData
 from lorafit.data.packing import make_packs
-from lorafit.durable import read_facts, verify_folder
+from lorafit.distributed.env import ProcessEnv
+from lorafit.distributed.parallel import Engine, ReplicatedEngine, ShardedEngine
+from lorafit.distributed.ranks import Ranks, check_strategy, init_process_group
+from lorafit.distributed.watchdog import Heartbeat
 from lorafit.errors import RunError
-from lorafit.evaluate.answers import Speaker
-from lorafit.evaluate.proof import tensor_digests
-from lorafit.model.adapter import load_adapter
-from lorafit.model.build import LoadedBase
+from lorafit.evaluate.samples import SampleGenerator
+from lorafit.model.adapter_file import load_adapter
+from lorafit.model.architecture import attention_cost
+from lorafit.model.build import BaseModelCache
+from lorafit.model.compile import enable_compile
 from lorafit.model.device import describe
-from lorafit.model.fused import fuse
 from lorafit.model.llama import Llama
 from lorafit.model.memory import is_out_of_memory
 from lorafit.model.native import missing
-from lorafit.observe.diagnosis import Watch, diagnosing
-from lorafit.observe.events import Note, Observer, RunEnded, RunStarted, fan_out
-from lorafit.observe.record import Record, read_metrics, truncate_after
+from lorafit.observe.curve_monitor import CurveMonitor, diagnosing
+from lorafit.observe.events import Message, Observer, RunEnded, RunStarted, fan_out
+from lorafit.observe.metrics_file import Record, read_metrics, truncate_after
 from lorafit.observe.terminal import Terminal
 from lorafit.observe.trackers import tracker
-from lorafit.place import Place
-from lorafit.rundir import RunDirectory
-from lorafit.training import ending, loop
-from lorafit.training.batch import Share, attention_cost
+from lorafit.plan.table import short_lines
+from lorafit.run_dir import RunDirectory
+from lorafit.storage.atomic import read_facts, verify_folder
+from lorafit.training import finish, loop
 from lorafit.training.checkpoint import (
     AdapterFacts,
     TrainState,
@@ -50,16 +53,14 @@ from lorafit.training.checkpoint import (
     refuse_changes,
     seed_random,
 )
-from lorafit.training.engine import Engine, ReplicatedEngine, ShardedEngine
-from lorafit.training.heartbeat import Heartbeat
-from lorafit.training.material import Material
+from lorafit.training.checkpoint_writer import wait_for_left
+from lorafit.training.loss_scale import LossScale
 from lorafit.training.optim import AdamW, warmup_steps
-from lorafit.training.precision import LossScale
-from lorafit.training.preparation import Prepared, facts_of, introduce, is_shared_out, prepare
-from lorafit.training.ranks import Ranks, check_strategy, meet
-from lorafit.training.resumption import Resumption, begun_by
-from lorafit.training.saving import wait_for_left
+from lorafit.training.resume import Resumption, find_run_of_launch
+from lorafit.training.setup import Prepared, introduce, is_sharded, prepare, run_fingerprint
 from lorafit.training.signals import Requests, outside_steps
+from lorafit.verify.proof import tensor_digests
+from lorafit.version import __version__
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,31 +77,33 @@ class Result:
     proven: bool | None = None  # None where the proof was not asked for or not reached
 
 
-def start_run(config: Config, *, quiet: bool = False, base: LoadedBase | None = None) -> Result:
+def start_run(config: Config, *, quiet: bool = False, base: BaseModelCache | None = None) -> Result:
     """Train a new run. Raises a LorafitError before anything is trained when config, model or data are wrong.
 
     `base` is handed from run to run by those who train several.
     """
-    here = Place.here()
-    check_strategy(config.distributed.strategy, config.model.quantize, here)
-    with meet(here) as ranks, outside_steps(_talk(quiet)):
-        if ranks.decide("begun", lambda: begun_by(ranks.here, config.run.output)):
+    env = ProcessEnv.read()
+    check_strategy(config.distributed.strategy, config.model.quantize, env)
+    with init_process_group(env) as ranks, outside_steps(terminal_or_silent(quiet)):
+        if ranks.broadcast_from_rank0("begun", lambda: find_run_of_launch(ranks.env, config.run.output)):
             assert config.run.output is not None
             return _resume(ranks, config.run.output, quiet=quiet, base=base)
-        new = ranks.decide("output", lambda: str(RunDirectory.new(config.run.output, config.model.name).path))
+        new = ranks.broadcast_from_rank0(
+            "output", lambda: str(RunDirectory.new(config.run.output, config.model.name).path)
+        )
         run = RunDirectory(Path(new))
         prepared = prepare(config, ranks, quiet, base)
         config = prepared.planner.config
         resolved = config.model_copy(update={"run": config.run.model_copy(update={"output": str(run.path)})})
-        if not ranks.first:
-            return _go(resolved, prepared, run, ranks, step=None, notes=[], quiet=quiet)
+        if not ranks.is_main:
+            return run_training(resolved, prepared, run, ranks, step=None, notes=[], quiet=quiet)
         run.create(num_bytes=_checkpoint_bytes(prepared) * (config.train.keep + 2))
         with run.locked():
             run.check_vacant()  # another process may have begun and ended while this one read the rows
             _write_origin(run, prepared)
-            run.write_json(run.env_file, _environment(ranks.here))
+            run.write_json(run.env_file, _environment(ranks.env))
             run.write_config(resolved)  # last: from here on it is a run
-            return _go(resolved, prepared, run, ranks, step=None, notes=[], quiet=quiet)
+            return run_training(resolved, prepared, run, ranks, step=None, notes=[], quiet=quiet)
 
 
 def resume_run(
@@ -109,14 +112,14 @@ def resume_run(
     *,
     accept_changes: bool = False,
     quiet: bool = False,
-    base: LoadedBase | None = None,
+    base: BaseModelCache | None = None,
 ) -> Result:
     """Go on with a run from its newest checkpoint that verifies; a finished one is left as it is.
 
     `overrides` (`section.key=value`) change keys of the run from here on. Raises RunError when anything that changes
     the mathematics differs from what the checkpoint was made with, unless `accept_changes`.
     """
-    with meet(Place.here()) as ranks, outside_steps(_talk(quiet)):
+    with init_process_group(ProcessEnv.read()) as ranks, outside_steps(terminal_or_silent(quiet)):
         return _resume(ranks, path, overrides, accept_changes=accept_changes, quiet=quiet, base=base)
 
 
@@ -127,69 +130,73 @@ def _resume(
     *,
     accept_changes: bool = False,
     quiet: bool = False,
-    base: LoadedBase | None = None,
+    base: BaseModelCache | None = None,
 ) -> Result:
     """`resume_run` for ranks that have met. Only the first one needs the run directory, or looks into it."""
-    run = RunDirectory.open(path) if ranks.first else RunDirectory(Path(path).expanduser())
+    run = RunDirectory.open(path) if ranks.is_main else RunDirectory(Path(path).expanduser())
     wait_for_left()
-    with run.locked() if ranks.first else nullcontext():
+    with run.locked() if ranks.is_main else nullcontext():
         there = Resumption.from_json(
-            ranks.decide("resumption", lambda: Resumption.of(run, overrides).to_json())
+            ranks.broadcast_from_rank0("resumption", lambda: Resumption.of(run, overrides).to_json())
         )
         config, step, skipped = there.config, there.step, there.skipped
-        check_strategy(config.distributed.strategy, config.model.quantize, ranks.here)
+        check_strategy(config.distributed.strategy, config.model.quantize, ranks.env)
         if there.finished is not None:
             if overrides:
                 raise RunError(
                     f"`{path}` is finished: no setting changes it any more",
                     hint=f"start a new run from it with lora.init_from={run.adapter}",
                 )
-            if ranks.first and not quiet:
-                Terminal()(Note(f"`{path}` is finished after {step} steps; nothing was changed"))
+            if ranks.is_main and not quiet:
+                Terminal()(Message(f"`{path}` is finished after {step} steps; nothing was changed"))
             return _result(run, run.adapter, there.finished, finished=True)
         prepared = prepare(config, ranks, quiet, base, resumed=True)
-        if not ranks.first:
-            return _go(config, prepared, run, ranks, step=step, notes=[], quiet=quiet)
+        if not ranks.is_main:
+            return run_training(config, prepared, run, ranks, step=step, notes=[], quiet=quiet)
         none = "no checkpoint is whole" if skipped else "no checkpoint yet"
-        notes = [Note(fault, "warning") for fault in skipped.values()]
-        notes.append(Note(f"going on from step {step}" if step is not None else f"{none}: starting over"))
-        facts = facts_of(config, prepared)
+        notes = [Message(fault, "warning") for fault in skipped.values()]
+        notes.append(Message(f"going on from step {step}" if step is not None else f"{none}: starting over"))
+        facts = run_fingerprint(config, prepared)
         if step is not None:
             found = changes(run.checkpoint(step), facts) + _prompt_changes(run, step, prepared)
             if not accept_changes:
                 refuse_changes(run.checkpoint(step), found)
-            notes += [Note(change, "warning") for change in found]
+            notes += [Message(change, "warning") for change in found]
         for damaged in skipped:
             run.set_aside(damaged)
         if step is None or accept_changes:
             _write_origin(run, prepared)
         if config != run.config():
             run.write_config(config)
-        return _go(config, prepared, run, ranks, step=step, notes=notes, quiet=quiet)
+        return run_training(config, prepared, run, ranks, step=step, notes=notes, quiet=quiet)
 
 
-def _talk(quiet: bool) -> Observer:
-    return (lambda event: None) if quiet or not Place.here().first else Terminal()
+def terminal_or_silent(quiet: bool) -> Observer:
+    return (lambda event: None) if quiet or not ProcessEnv.read().is_main else Terminal()
 
 
 def _checkpoint_bytes(prepared: Prepared) -> int:
     """About what a checkpoint takes: each master and AdamW's two moments of it."""
     parameters = prepared.built.network.parameters()
-    return sum(3 * master.numel() * master.element_size() for master in parameters if master.requires_grad)
+    return sum(
+        3 * parameter.numel() * parameter.element_size()
+        for parameter in parameters
+        if parameter.requires_grad
+    )
 
 
 def _write_origin(run: RunDirectory, prepared: Prepared) -> None:
     """Freeze how rows become tokens, and what became of each."""
-    run.write_json(run.prompt_file, prepared.material.renderer.contract.to_json())
-    run.write_json(run.ledger_file, prepared.material.ledger.to_json())
-    run.write_json(run.rows_file, ending.excerpt_of(prepared.material))
+    run.write_json(run.prompt_file, prepared.training_data.renderer.contract.to_json())
+    run.write_json(run.ledger_file, prepared.training_data.ledger.to_json())
+    run.write_json(run.rows_file, finish.excerpt_of(prepared.training_data))
     if prepared.verdicts:
         run.write_json(run.check_file, [verdict.as_dict() for verdict in prepared.verdicts])
 
 
 def _prompt_changes(run: RunDirectory, step: int, prepared: Prepared) -> list[str]:
     """What of the prompt contract differs from that of a checkpoint, as far as prompt.json can tell."""
-    contract = prepared.material.renderer.contract
+    contract = prepared.training_data.renderer.contract
     if read_facts(run.checkpoint(step)).get("prompt_contract") == contract.hash:
         return []
     with suppress(RunError):
@@ -197,83 +204,85 @@ def _prompt_changes(run: RunDirectory, step: int, prepared: Prepared) -> list[st
     return []
 
 
-def _go(
+def run_training(
     config: Config,
     prepared: Prepared,
     run: RunDirectory,
     ranks: Ranks,
     *,
     step: int | None,
-    notes: Sequence[Note],
+    notes: Sequence[Message],
     quiet: bool,
 ) -> Result:
     """Train from checkpoint `step` (None from the start) and finish: the one path of new and resumed runs."""
-    settings, base, material, built = config.train, prepared.base, prepared.material, prepared.built
+    settings, base, training_data, built = config.train, prepared.base, prepared.training_data, prepared.built
     order = prepared.order
     num_steps = order.num_steps(settings.epochs, settings.max_steps)
-    facts = facts_of(config, prepared)
+    facts = run_fingerprint(config, prepared)
     lost = 0
-    if ranks.first and run.metrics_file.exists():
+    if ranks.is_main and run.metrics_file.exists():
         lost = truncate_after(run.metrics_file, step or 0)
     with ExitStack() as stack:
         observers: list[Observer] = []
-        if ranks.first:
+        if ranks.is_main:
             observers.append(stack.enter_context(Record(run.metrics_file)))
-        if ranks.first and not quiet:
+        if ranks.is_main and not quiet:
             observers.append(stack.enter_context(Terminal(log_every=settings.log_every)))
-        for name in config.run.trackers if ranks.first else ():
+        for name in config.run.trackers if ranks.is_main else ():
             watcher = tracker(name, run.path.name, run.path, config.model_dump(mode="json"))
             stack.callback(watcher.close)
             observers.append(watcher)
-        past = read_metrics(run.metrics_file) if step is not None and ranks.first else []
-        observe = diagnosing(fan_out(observers), Watch.over(past))
+        past = read_metrics(run.metrics_file) if step is not None and ranks.is_main else []
+        observe = diagnosing(fan_out(observers), CurveMonitor.over(past))
         introduce(prepared, observe)
         for note in notes:
             observe(note)
         if lost:
-            observe(Note(f"{lost} damaged lines were dropped from {run.metrics_file.name}", "warning"))
+            observe(Message(f"{lost} damaged lines were dropped from {run.metrics_file.name}", "warning"))
         if built.device.type == "cpu" and (reason := missing()):
-            observe(Note(f"no compiled kernels, torch's own are used and slower: {reason}", "warning"))
-        fuse(built.device, num_steps)
+            observe(Message(f"no compiled kernels, torch's own are used and slower: {reason}", "warning"))
+        enable_compile(built.device, num_steps)
         network = built.network
         network.recompute = settings.recompute == "layers"
         initial = tensor_digests(network) if config.run.verify else {}
         engine = _engine(config, network, built.device, ranks)
-        masters = [master for master in network.parameters() if master.requires_grad]
-        optimizer = AdamW(masters, settings.weight_decay)
+        adapter_parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        optimizer = AdamW(adapter_parameters, settings.weight_decay)
         seed_random(settings.seed)
         state = TrainState(scale=LossScale.for_dtype(built.dtype))
         if step is not None:
             folder = run.checkpoint(step)
-            files = ranks.hand_over(lambda: read_checkpoint(folder))
+            files = ranks.broadcast_files(lambda: read_checkpoint(folder))
             state = load_checkpoint(files, folder, network, optimizer)
             best = state.best_step
-            lost_best = best not in (None, step) and ranks.first and bool(verify_folder(run.checkpoint(best)))
+            lost_best = (
+                best not in (None, step) and ranks.is_main and bool(verify_folder(run.checkpoint(best)))
+            )
             if ranks.any(lost_best)[0]:
                 observe(
-                    Note(f"the best step so far, {state.best_step}, is lost: later ones count", "warning")
+                    Message(f"the best step so far, {state.best_step}, is lost: later ones count", "warning")
                 )
                 state.best_loss = state.best_step = None
-            for change in _other_machine(folder, built.device) if ranks.first else ():
-                observe(Note(change, "warning"))
+            for change in _other_machine(folder, built.device) if ranks.is_main else ():
+                observe(Message(change, "warning"))
         observe(
             RunStarted(
                 model=config.model.name,
-                num_rows=len(material.training),
+                num_rows=len(training_data.training),
                 num_steps=num_steps,
                 num_parameters=network.arch.num_parameters,
-                num_trainable=sum(master.numel() for master in masters),
-                device=("" if ranks.alone else f"{ranks.world_size} x ") + describe(built.device),
+                num_trainable=sum(parameter.numel() for parameter in adapter_parameters),
+                device=("" if ranks.is_single_process else f"{ranks.world_size} x ") + describe(built.device),
                 dtype=str(built.dtype).removeprefix("torch."),
                 output=str(run.path),
             )
         )
-        if step is None and ranks.first:
+        if step is None and ranks.is_main:
             for line in short_lines(prepared.planner.plan(None if engine.lockstep else network)):
-                observe(Note(line))
-        speaker = ending.speaker_of(network, material, observe)
-        heldout = [material.heldout.row(index) for index in range(len(material.heldout))]
-        job = loop.Job(
+                observe(Message(line))
+        speaker = finish.speaker_of(network, training_data, observe)
+        heldout = [training_data.heldout.row(index) for index in range(len(training_data.heldout))]
+        job = loop.TrainContext(
             settings=loop.Settings(
                 num_steps=num_steps,
                 learning_rate=settings.learning_rate,
@@ -290,7 +299,7 @@ def _go(
                 patience=settings.patience,
             ),
             ranks=ranks,
-            share=Share(ranks.rank, ranks.world_size, attention_cost(network.arch), engine.lockstep),
+            share=RankShare(ranks.rank, ranks.world_size, attention_cost(network.arch), engine.lockstep),
             engine=engine,
             heartbeat=Heartbeat(
                 ranks.store,
@@ -300,11 +309,11 @@ def _go(
                 run.heartbeat_file,
             ),
             network=network,
-            masters=masters,
+            adapter_parameters=adapter_parameters,
             optimizer=optimizer,
-            rows=material.training,
+            rows=training_data.training,
             order=order,
-            places=lambda rows: ", ".join(material.place(index) for index in rows),
+            places=lambda rows: ", ".join(training_data.place(index) for index in rows),
             heldout=make_packs(heldout, settings.micro_batch_tokens, config.data.packing),
             run=run,
             adapter=AdapterFacts(built.spec, config.model.name, base.revision),
@@ -313,7 +322,7 @@ def _go(
             speak=speaker,
         )
         started = time.perf_counter()
-        with Requests(observe, patient=ranks.here.has_agent) as requests:
+        with Requests(observe, patient=ranks.env.has_agent) as requests:
             try:
                 reason = loop.train(job, state, requests.stop, requests.save)
             except (RuntimeError, MemoryError) as error:
@@ -325,13 +334,13 @@ def _go(
                     hint=f"set train.micro_batch_tokens below {settings.micro_batch_tokens}: memory, never mathematics",
                 ) from None
         seconds = time.perf_counter() - started
-        return _finish(config, material, job, state, reason, seconds, initial, speaker)
+        return _finish(config, training_data, job, state, reason, seconds, initial, speaker)
 
 
 def _engine(config: Config, network: Llama, device: torch.device, ranks: Ranks) -> Engine:
-    if ranks.alone:
+    if ranks.is_single_process:
         return Engine(network)
-    return ShardedEngine(network, device) if is_shared_out(config, ranks) else ReplicatedEngine(network)
+    return ShardedEngine(network, device) if is_sharded(config, ranks) else ReplicatedEngine(network)
 
 
 def _machine(device: torch.device) -> dict[str, str]:
@@ -351,52 +360,56 @@ def _other_machine(checkpoint: Path, device: torch.device) -> list[str]:
 
 def _finish(
     config: Config,
-    material: Material,
-    job: loop.Job,
+    training_data: TrainingData,
+    job: loop.TrainContext,
     state: TrainState,
     reason: Literal["finished", "ended early", "interrupted"],
     seconds: float,
     initial: Mapping[str, str],
-    speaker: Speaker,
+    speaker: SampleGenerator,
 ) -> Result:
     """Write the final adapter, let the model speak, prove what came out, and report."""
     run = job.run
-    if not job.ranks.first:
-        job.ranks.gather_at("finished")
+    if not job.ranks.is_main:
+        job.ranks.barrier("finished")
         return _result(run, run.adapter, state, finished=reason != "interrupted")
     best = state.best_step if config.train.keep_best and state.best_step else state.step
     finished = reason != "interrupted"
     adapter = run.checkpoint(best if finished else state.step)
     if reason == "ended early":
-        job.observe(Note(f"ended early: {state.num_worse} held-out measurements in a row were no better"))
+        job.observe(Message(f"ended early: {state.num_worse} held-out measurements in a row were no better"))
     proof = None
     if finished:
         if best != state.step and (faults := verify_folder(adapter)):
-            job.observe(Note(f"the best step, {best}, is lost ({faults[0]}): the last one counts", "warning"))
+            job.observe(
+                Message(f"the best step, {best}, is lost ({faults[0]}): the last one counts", "warning")
+            )
             best, adapter = state.step, run.checkpoint(state.step)
         export_adapter(run.adapter, adapter, {"step": best, **job.facts})
         adapter = run.adapter
         if best != state.step:
-            job.observe(Note(f"the adapter is the one of step {best}, the lowest held-out loss"))
+            job.observe(Message(f"the adapter is the one of step {best}, the lowest held-out loss"))
             load_adapter(job.network, adapter)
         if job.engine.lockstep:  # the first rank alone has no whole base to answer or compare with
             job.observe(
-                Note("no rank holds the whole base: no answers are shown, and nothing is proven", "warning")
+                Message(
+                    "no rank holds the whole base: no answers are shown, and nothing is proven", "warning"
+                )
             )
         else:
-            ending.speak(run, speaker)
+            finish.speak(run, speaker)
         if config.run.verify and not job.engine.lockstep:
             continued = config.lora.init_from is not None
-            proof = ending.prove_run(
-                run, job.network, material, initial, step=best, continued=continued, observe=job.observe
+            proof = finish.prove_run(
+                run, job.network, training_data, initial, step=best, continued=continued, observe=job.observe
             )
     else:
-        job.observe(Note(f"go on with: lorafit train --resume {run.path}"))
+        job.observe(Message(f"go on with: lorafit train --resume {run.path}"))
     with suppress(RunError):  # if an older checkpoint still cannot be removed, the next start tries again
         run.clean()
     job.observe(RunEnded(state.step, reason, seconds, str(adapter), state.last_loss or 0.0))
-    ending.leave_report(run, job.observe)
-    job.ranks.gather_at("finished")
+    finish.leave_report(run, job.observe)
+    job.ranks.barrier("finished")
     proven = None if proof is None else proof.verdict != "fail"
     return _result(run, adapter, state, finished=finished, proven=proven)
 
@@ -416,7 +429,7 @@ def _result(
     )
 
 
-def _environment(here: Place) -> dict[str, Any]:
+def _environment(env: ProcessEnv) -> dict[str, Any]:
     """Versions, machine and command of this process; holds no environment variable and no path of the user's home."""
     packages = ("torch", "tokenizers", "safetensors", "numpy", "huggingface_hub")
     return {
@@ -426,6 +439,6 @@ def _environment(here: Place) -> dict[str, Any]:
         "packages": {name: version(name) for name in packages},
         "command": shlex.join(["lorafit", *sys.argv[1:]]),
         "threads": torch.get_num_threads(),
-        "ranks": here.world_size,
-        "launch": here.launch,
+        "ranks": env.world_size,
+        "launch": env.launch,
     }

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import FrameType, TracebackType
 from typing import Any
 
-from lorafit.observe.events import Note, Observer
+from lorafit.observe.events import Message, Observer
 
 _STOP = ("SIGINT", "SIGTERM", "SIGHUP")  # keyboard, a scheduler's pre-emption, a closed terminal
 _SAVE = "SIGUSR1"
@@ -23,11 +23,11 @@ def outside_steps(observe: Observer) -> Iterator[None]:
     """
 
     def on_stop(number: int, frame: FrameType | None) -> None:
-        observe(Note(f"{signal.Signals(number).name}: stopping; what was trained is saved", "warning"))
+        observe(Message(f"{signal.Signals(number).name}: stopping; what was trained is saved", "warning"))
         raise KeyboardInterrupt
 
     def on_save(number: int, frame: FrameType | None) -> None:
-        observe(Note("SIGUSR1: no step is under way; what was trained is saved"))
+        observe(Message("SIGUSR1: no step is under way; what was trained is saved"))
 
     before = _install(on_stop, on_save)
     try:
@@ -75,7 +75,7 @@ class Requests:
         self._stop = True
         name = signal.Signals(number).name
         once_more = "" if self._patient else "; once more stops at once"
-        self._observe(Note(f"{name}: saving after this step{once_more}", "warning"))
+        self._observe(Message(f"{name}: saving after this step{once_more}", "warning"))
 
 
 def _install(on_stop: _Handler, on_save: _Handler) -> dict[int, Any]:

@@ -1,6 +1,6 @@
 """The CPU kernels: compiled once on this machine with its own C++ compiler, cached, and called through ctypes.
 
-Nothing but speed depends on them: model/kernels.py holds the same mathematics in torch, which runs where there is
+Nothing but speed depends on them: model/ops.py holds the same mathematics in torch, which runs where there is
 no compiler. Results do not depend on the number of threads.
 """
 
@@ -23,9 +23,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorafit.durable import cache_folder, turn
+from lorafit.storage.cache_dir import cache_folder
+from lorafit.storage.locks import exclusive_lock
 
-_SOURCES = ("rows.cpp", "attention.cpp", "few_rows.cpp", "decode.cpp", "products.cpp")
+_SOURCES = ("rows.cpp", "attention.cpp", "decode_linear.cpp", "decode.cpp", "products.cpp")
 _HEADERS = ("common.h", "vectors.h", "dots.h", "documents.h", "attention_dots.h")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 _X86_FLAGS = ("-mprefer-vector-width=512",)  # where there are such; the compiler would take half of one
@@ -105,7 +106,7 @@ def _compiled(
     try:
         library = cache_folder("native") / f"{digest.hexdigest()[:32]}.so"
         if not library.is_file():
-            with turn(library.with_suffix(".turn")):  # of ranks that start together one compiles
+            with exclusive_lock(library.with_suffix(".turn")):  # of ranks that start together one compiles
                 if not library.is_file():
                     _compile(command, [path for path in paths if path.suffix == ".cpp"], links, library)
         return ctypes.CDLL(str(library)), ""

@@ -124,7 +124,7 @@ static void attend_one_backward(const Shape &shape, const Document &document, in
   const int64_t size = shape.size, all = padded(length, PAD), shared = shape.heads / shape.kv_heads;
   const int64_t q_row = shape.heads * size, kv_row = shape.kv_heads * size;
   std::vector<float> keys(all * size), keys_t(all * size), values(all * size), values_t(all * size), d_keys(all * size),
-      d_values(all * size), queries(QUERIES * size), slope(QUERIES * size), d_queries(QUERIES * size),
+      d_values(all * size), queries(QUERIES * size), grad_output(QUERIES * size), d_queries(QUERIES * size),
       scores(QUERIES * all), d_scores(QUERIES * all);
   load(length, size, rows_of, k + group * size, kv_row, cosine, sine, 1.0f, keys.data());
   transpose(length, size, keys.data(), keys_t.data(), all);
@@ -137,11 +137,11 @@ static void attend_one_backward(const Shape &shape, const Document &document, in
       const Range range(first, count, shape.window);
       const int64_t width = range.high - range.low;
       load(count, size, rows_of + first, q + head * size, q_row, cosine, sine, shape.scale, queries.data());
-      load(count, size, rows_of + first, d_o + head * size, q_row, nullptr, nullptr, 1.0f, slope.data());
+      load(count, size, rows_of + first, d_o + head * size, q_row, nullptr, nullptr, 1.0f, grad_output.data());
       std::fill(queries.begin() + count * size, queries.begin() + rows * size, 0.0f);
-      std::fill(slope.begin() + count * size, slope.begin() + rows * size, 0.0f);
+      std::fill(grad_output.begin() + count * size, grad_output.begin() + rows * size, 0.0f);
       product(rows, width, size, queries.data(), size, 1, keys_t.data() + range.low, all, scores.data(), width, false);
-      product(rows, width, size, slope.data(), size, 1, values_t.data() + range.low, all, d_scores.data(), width, false);
+      product(rows, width, size, grad_output.data(), size, 1, values_t.data() + range.low, all, d_scores.data(), width, false);
       for (int64_t t = 0; t < rows; t++) {
         float *row = scores.data() + t * width, *d_row = d_scores.data() + t * width;
         const int64_t at = first + t, last = at + 1 - range.low;
@@ -155,7 +155,7 @@ static void attend_one_backward(const Shape &shape, const Document &document, in
         std::fill(row + last, row + width, 0.0f);
         std::fill(d_row, d_row + begin, 0.0f);
         std::fill(d_row + last, d_row + width, 0.0f);
-        float along = 0;  // the slope along the row's own sum, which is fixed at 1
+        float along = 0;  // the grad_output along the row's own sum, which is fixed at 1
         const float total = lse[rows_of[at] * shape.heads + head];
 #pragma omp simd reduction(+ : along)
         for (int64_t j = begin; j < last; j++) {
@@ -165,13 +165,13 @@ static void attend_one_backward(const Shape &shape, const Document &document, in
 #pragma omp simd
         for (int64_t j = begin; j < last; j++) d_row[j] = row[j] * (d_row[j] - along);
       }
-      product(width, size, count, scores.data(), 1, width, slope.data(), size, d_values.data() + range.low * size, size, true);
+      product(width, size, count, scores.data(), 1, width, grad_output.data(), size, d_values.data() + range.low * size, size, true);
       product(width, size, count, d_scores.data(), 1, width, queries.data(), size, d_keys.data() + range.low * size, size, true);
       product(rows, size, width, d_scores.data(), width, 1, keys.data() + range.low * size, size, d_queries.data(), size, false);
       store(count, size, d_queries.data(), rows_of + first, cosine, sine, shape.scale, dq + head * size, q_row);
     }
-  store_slopes(document, size, d_keys.data(), cosine, sine, dk + group * size, slots_k + group * size, kv_row);
-  store_slopes<T>(document, size, d_values.data(), nullptr, nullptr, dv + group * size, slots_v + group * size, kv_row);
+  store_gradients(document, size, d_keys.data(), cosine, sine, dk + group * size, slots_k + group * size, kv_row);
+  store_gradients<T>(document, size, d_values.data(), nullptr, nullptr, dv + group * size, slots_v + group * size, kv_row);
 }
 
 template <class T>

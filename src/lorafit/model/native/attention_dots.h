@@ -2,8 +2,8 @@
 // softmax are float32.
 //
 // A product takes its first factor in rows of 32 numbers and the second laid out: 32 deep of 16 columns, two
-// neighbours in depth side by side. Scores of the backward pass are formed turned, (keys, queries), because then
-// probabilities and their slopes are first factors of the products that follow. Included by attention.cpp.
+// neighbours in depth side by side. Scores of the backward pass are formed transposed, (keys, queries), because then
+// probabilities and their grad_outputs are first factors of the products that follow. Included by attention.cpp.
 #pragma once
 #include "dots.h"
 
@@ -75,7 +75,7 @@ static void product(bool on_tiles, int64_t rows, int64_t columns, int64_t depth,
 }
 
 // x (rows, depth) as the second factor x^T: its rows become columns
-static void lay_out_turned(int64_t rows, int64_t depth, const bf16 *x, bf16 *to) {
+static void lay_out_transposed(int64_t rows, int64_t depth, const bf16 *x, bf16 *to) {
   for (int64_t n = 0; n < rows; n += TILE_ROWS)
     for (int64_t k = 0; k < depth; k += DEEP, to += TILE / 2)
       turn_words((const uint8_t *)(x + n * depth + k), depth * 2, TILE_ROWS, TILE_BYTES, (uint8_t *)to);
@@ -102,7 +102,7 @@ struct Buffer {  // zeros of one type on a cache line
 static Buffer floats(int64_t count) { return Buffer(count * 4); }
 static Buffer halves(int64_t count) { return Buffer(count * 2); }
 
-// Queries of a block: half as many come nearer to the half of the square that is seen, but add to the keys' slopes more often
+// Queries of a block: half as many come nearer to the half of the square that is seen, but add to the keys' grad_outputs more often
 static int64_t queries_of(bool on_tiles) { return on_tiles ? QUERIES : QUERIES / 2; }
 
 static void attend_one_dots(bool on_tiles, const Shape &shape, const Document &document, int64_t group, const bf16 *q,
@@ -113,7 +113,7 @@ static void attend_one_dots(bool on_tiles, const Shape &shape, const Document &d
   Buffer rows = halves(all * size), keys = halves(all * size), values = halves(all * size), queries = halves(QUERIES * size),
          chances = halves(QUERIES * all), scores = floats(QUERIES * all), mixed = floats(QUERIES * size);
   load(length, size, rows_of, k + group * size, kv_row, cosine, sine, 1.0f, (bf16 *)rows);
-  lay_out_turned(all, size, rows, keys);
+  lay_out_transposed(all, size, rows, keys);
   load(length, size, rows_of, v + group * size, kv_row, nullptr, nullptr, 1.0f, (bf16 *)rows);
   lay_out(all, size, rows, values);
   for (int64_t head = group * shared; head < (group + 1) * shared; head++)
@@ -154,7 +154,7 @@ static void attend_one_backward_dots(bool on_tiles, const Shape &shape, const Do
   const int64_t size = shape.size, all = padded(length, EDGE), shared = shape.heads / shape.kv_heads;
   const int64_t q_row = shape.heads * size, kv_row = shape.kv_heads * size, block = queries_of(on_tiles);
   Buffer keys = halves(all * size), values = halves(all * size), keys_t = halves(all * size), queries = halves(QUERIES * size),
-         slopes = halves(QUERIES * size), second = halves(QUERIES * size), chances = halves(QUERIES * all),
+         grad_outputs = halves(QUERIES * size), second = halves(QUERIES * size), chances = halves(QUERIES * all),
          d_chances = halves(QUERIES * all), d_laid_out = halves(QUERIES * all), scores = floats(QUERIES * all),
          d_scores = floats(QUERIES * all), d_keys = floats(all * size), d_values = floats(all * size),
          d_queries_t = floats(QUERIES * size), d_queries = floats(QUERIES * size);
@@ -165,19 +165,19 @@ static void attend_one_backward_dots(bool on_tiles, const Shape &shape, const Do
   for (int64_t head = group * shared; head < (group + 1) * shared; head++)
     for (int64_t first = document.own, count; first < length; first += count) {
       count = std::min(block - first % block, length - first);
-      const int64_t wide = padded(count, EDGE);  // columns of what is turned
+      const int64_t wide = padded(count, EDGE);  // columns of what is transposed
       const Range range(first, count, shape.window);
       const int64_t width = range.high - range.low;
-      bf16 *query = queries, *slope = slopes, *laid_out = second, *chance = chances, *d_chance = d_chances;
+      bf16 *query = queries, *grad_output = grad_outputs, *laid_out = second, *chance = chances, *d_chance = d_chances;
       float *score = scores, *d_score = d_scores, along[QUERIES] = {}, total[QUERIES] = {};
       load(count, size, rows_of + first, q + head * size, q_row, cosine, sine, shape.scale, query);
-      load(count, size, rows_of + first, d_o + head * size, q_row, nullptr, nullptr, 1.0f, slope);
+      load(count, size, rows_of + first, d_o + head * size, q_row, nullptr, nullptr, 1.0f, grad_output);
       std::memset(query + count * size, 0, (wide - count) * size * 2);
-      std::memset(slope + count * size, 0, (wide - count) * size * 2);
+      std::memset(grad_output + count * size, 0, (wide - count) * size * 2);
       for (int64_t t = 0; t < count; t++) total[t] = lse[rows_of[first + t] * shape.heads + head];
-      lay_out_turned(wide, size, query, laid_out);
+      lay_out_transposed(wide, size, query, laid_out);
       product(on_tiles, width, wide, size, (bf16 *)keys + range.low * size, size, laid_out, size, score, wide, false);
-      lay_out_turned(wide, size, slope, laid_out);
+      lay_out_transposed(wide, size, grad_output, laid_out);
       product(on_tiles, width, wide, size, (bf16 *)values + range.low * size, size, laid_out, size, d_score, wide, false);
       for (int64_t j = 0; j < width; j++) {
         float *row = score + j * wide, *d_row = d_score + j * wide;
@@ -201,7 +201,7 @@ static void attend_one_backward_dots(bool on_tiles, const Shape &shape, const Do
             put(row[t] * (d_row[t] - along[t]), d_out[t]);
           }
       }
-      lay_out(wide, size, slope, laid_out);
+      lay_out(wide, size, grad_output, laid_out);
       product(on_tiles, width, size, wide, chance, wide, laid_out, wide, (float *)d_values + range.low * size, size, true);
       lay_out(wide, size, query, laid_out);
       product(on_tiles, width, size, wide, d_chance, wide, laid_out, wide, (float *)d_keys + range.low * size, size, true);
@@ -210,7 +210,7 @@ static void attend_one_backward_dots(bool on_tiles, const Shape &shape, const Do
       transpose(size, wide, d_queries_t, d_queries, size);
       store(count, size, (float *)d_queries, rows_of + first, cosine, sine, shape.scale, dq + head * size, q_row);
     }
-  store_slopes(document, size, (float *)d_keys, cosine, sine, dk + group * size, slots_k + group * size, kv_row);
-  store_slopes<bf16>(document, size, (float *)d_values, nullptr, nullptr, dv + group * size, slots_v + group * size, kv_row);
+  store_gradients(document, size, (float *)d_keys, cosine, sine, dk + group * size, slots_k + group * size, kv_row);
+  store_gradients<bf16>(document, size, (float *)d_values, nullptr, nullptr, dv + group * size, slots_v + group * size, kv_row);
 }
 #endif

@@ -2,7 +2,7 @@
 //
 // q and out are (rows, heads, size), k and v (rows, kv_heads, size), cosine and sine (rows, size / 2) float32. Row r
 // lives in the cache's slot slots[r]; caches are (slots, kv_heads, capacity, size) and hold positions[r] tokens of it.
-// The new key, turned, and value are written behind them. With window > 0 only the last `window` tokens are seen. One
+// The new key, transposed, and value are written behind them. With window > 0 only the last `window` tokens are seen. One
 // thread does one row and one key-value head: results depend neither on their number nor on the other rows.
 #include "vectors.h"
 

@@ -1,6 +1,6 @@
 // The documents of a pass: which tokens are theirs, one head's numbers of them in rows of their own, and back.
 //
-// Documents that begin alike share tokens. What one document alone computes goes to its place; the slopes of keys and
+// Documents that begin alike share tokens. What one document alone computes goes to its place; the grad_outputs of keys and
 // values that several see are kept apart and then added up.
 #pragma once
 #include "common.h"
@@ -8,7 +8,7 @@
 #include <vector>
 
 // The first tokens of a document may be those of documents before it; from `own` on they are its own, side by side, and
-// from `alone` on no other's. `slot` is where the slopes of the keys and values before `alone` go, to be added up.
+// from `alone` on no other's. `slot` is where the grad_outputs of the keys and values before `alone` go, to be added up.
 struct Document {
   const int64_t *rows;  // of its tokens in the pass
   int64_t length, own, alone, slot;
@@ -39,7 +39,7 @@ static std::vector<Document> costliest_first(std::vector<Document> documents) {
   return documents;
 }
 
-// One head of the tokens `rows` of `from` (row stride `stride`) into rows of their own; turned by the token's angle
+// One head of the tokens `rows` of `from` (row stride `stride`) into rows of their own; transposed by the token's angle
 template <class T, class Row>
 static void load(int64_t count, int64_t size, const int64_t *rows, const T *from, int64_t stride, const float *cosine,
                  const float *sine, float scale, Row *to) {
@@ -62,7 +62,7 @@ static void load(int64_t count, int64_t size, const int64_t *rows, const T *from
   }
 }
 
-// The numbers of the token `row` times `scale`, turned back by its angle where there are such: the inverse of `load`
+// The numbers of the token `row` times `scale`, transposed back by its angle where there are such: the inverse of `load`
 // without the rounding
 template <class T>
 static void store_row(int64_t size, const float *in, int64_t row, const float *cosine, const float *sine, float scale, T *out) {
@@ -88,9 +88,9 @@ static void store(int64_t count, int64_t size, const float *from, const int64_t 
   for (int64_t t = 0; t < count; t++) store_row(size, from + t * size, rows[t], cosine, sine, scale, to + rows[t] * stride);
 }
 
-// The slopes of a document's keys or values: what no other document sees to its place, the rest to the document's slots
+// The grad_outputs of a document's keys or values: what no other document sees to its place, the rest to the document's slots
 template <class T>
-static void store_slopes(const Document &document, int64_t size, const float *from, const float *cosine, const float *sine,
+static void store_gradients(const Document &document, int64_t size, const float *from, const float *cosine, const float *sine,
                          T *to, float *slots, int64_t stride) {
   const int64_t alone = document.alone;
   for (int64_t t = 0; t < alone; t++)
@@ -98,7 +98,7 @@ static void store_slopes(const Document &document, int64_t size, const float *fr
   store(document.length - alone, size, from + alone * size, document.rows + alone, cosine, sine, 1.0f, to, stride);
 }
 
-// The slopes in the slots, added up in the order of the documents into those of the first that has the token
+// The grad_outputs in the slots, added up in the order of the documents into those of the first that has the token
 template <class T>
 static void add_slots(const std::vector<Document> &documents, int64_t stride, int64_t size, int64_t group, float *slots, T *to) {
   std::vector<float *> first_of;

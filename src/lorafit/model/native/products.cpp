@@ -1,13 +1,13 @@
 // Products of rows with a frozen weight in either direction, in bfloat16 or in 8 bit, on matrix tiles or in vectors.
 //
 // out[r, c] = addend[r, c] + sum_k a[r, k] * w(k, c), in 8 bit times a_scale[r] * c_scale[c]; sums in float32 and int32.
-// a is (rows, depth); w(k, c) is weight[c, k] of a (columns, depth) weight (forward), or with `turned` weight[k, c] of a
+// a is (rows, depth); w(k, c) is weight[c, k] of a (columns, depth) weight (forward), or with `transposed` weight[k, c] of a
 // (depth, columns) one (input gradient). depth is a multiple of 64 bytes. addend may be null, or out itself. In bfloat16
 // a low-rank product of the same shape is added on the way: `rank` deep, of any depth, with factors low and factor.
 //
-// All rows are laid out in strips of 32, in `strips` (rows rounded up to 32, times the bytes of depth and rank, each in
+// All rows are laid out in tiles of 32, in `tiles` (rows rounded up to 32, times the bytes of depth and rank, each in
 // whole steps of 64). Each core takes a group of columns that stays in its cache, laid out in panels of 32, and lets the
-// strips pass by. What is deeper than a chunk is done in chunks, with the sums kept in between.
+// tiles pass by. What is deeper than a chunk is done in chunks, with the sums kept in between.
 #include "dots.h"
 
 extern "C" void has_tiles(int64_t *answer, int) { *answer = may_use_tiles(); }
@@ -165,8 +165,8 @@ static void finish(int64_t rows, int64_t width, int64_t columns, const Sum *sums
 
 template <class In, class Sum, class T>
 static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, const float *a_scale, const In *weight,
-                    bool turned, const float *c_scale, int64_t rank, const In *low, const In *factor, const T *addend, T *out,
-                    uint8_t *strips, int threads) {
+                    bool transposed, const float *c_scale, int64_t rank, const In *low, const In *factor, const T *addend, T *out,
+                    uint8_t *tiles, int threads) {
   constexpr int64_t UNIT = TILE_BYTES / sizeof(In);  // of depth, in a step
   const int64_t own_steps = depth / UNIT, all_steps = own_steps + (rank + UNIT - 1) / UNIT;
   const bool on_tiles = may_use_tiles();
@@ -176,7 +176,7 @@ static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, c
   const int64_t most_steps = (all_steps + chunks - 1) / chunks;
   const int64_t start_at = PANEL * most_steps * TILE_BYTES, panel_bytes = start_at + PANEL * sizeof(Sum);
   const int64_t flips = sizeof(In) == 1 && !on_tiles ? -128 : 0;  // of the signs of a (see offsets)
-  const int64_t panels = (columns + PANEL - 1) / PANEL, num_strips = (rows + PANEL - 1) / PANEL;
+  const int64_t panels = (columns + PANEL - 1) / PANEL, num_tiles = (rows + PANEL - 1) / PANEL;
   const int64_t turns = std::max<int64_t>(1, (panels * panel_bytes / threads + group_bytes / 4) / group_bytes);
   const int64_t groups = std::min(turns * threads, panels), group = (panels + groups - 1) / groups;
   const int64_t strip_bytes = PANEL * all_steps * TILE_BYTES;
@@ -185,16 +185,16 @@ static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, c
     static thread_local Space laid_out_space, sums_space;
     const Tiles tiles(on_tiles);
     uint8_t *const laid_out = laid_out_space.of<uint8_t>(group * panel_bytes);
-    Sum *const kept = sums_space.of<Sum>((chunks > 1 ? num_strips * group : 1) * PANEL * PANEL);
+    Sum *const kept = sums_space.of<Sum>((chunks > 1 ? num_tiles * group : 1) * PANEL * PANEL);
 #pragma omp for schedule(static)
-    for (int64_t top = 0; top < num_strips * PANEL; top += TILE_ROWS)
+    for (int64_t top = 0; top < num_tiles * PANEL; top += TILE_ROWS)
       for (int64_t step = 0; step < all_steps; step++)
         for (int64_t row = top; row < top + TILE_ROWS; row++) {
           const int64_t tile = row / PANEL * strip_bytes + (2 * step + row % PANEL / TILE_ROWS) * TILE;
           const int64_t deep = (step - own_steps) * UNIT, left = (rank - deep) * sizeof(In);  // in the low-rank factor
           const __mmask64 mask = row >= rows ? 0 : deep < 0 || left >= TILE_BYTES ? ~0ull : (1ull << left) - 1;
           const __m512i line = _mm512_maskz_loadu_epi8(mask, deep < 0 ? a + row * depth + step * UNIT : low + row * rank + deep);
-          _mm512_store_si512(strips + tile + row % TILE_ROWS * TILE_BYTES, _mm512_xor_si512(line, _mm512_set1_epi8(flips)));
+          _mm512_store_si512(tiles + tile + row % TILE_ROWS * TILE_BYTES, _mm512_xor_si512(line, _mm512_set1_epi8(flips)));
         }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t which = 0; which < groups; which++) {
@@ -207,7 +207,7 @@ static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, c
           const int64_t k = (from + step - (own ? 0 : own_steps)) * UNIT, whole = own ? depth : rank;
           const In *const of = own ? weight : factor;
           uint8_t *const to = laid_out + (panel - begin) * panel_bytes + 2 * step * TILE;
-          if (turned) {
+          if (transposed) {
             lay_out(of + k * columns + column, columns, width, whole - k, to);
           } else {
             const int64_t pitch = whole * sizeof(In), bytes = (whole - k) * sizeof(In);
@@ -216,18 +216,18 @@ static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, c
             turn_words(at + TILE_ROWS * pitch, pitch, width - TILE_ROWS, bytes, to + TILE);
           }
         };
-        if (turned)  // along the rows of the weight
+        if (transposed)  // along the rows of the weight
           for (int64_t step = 0; step < steps; step++)
             for (int64_t panel = begin; panel < end; panel++) lay(panel, step);
         for (int64_t panel = begin; panel < end; panel++) {
           uint8_t *const its = laid_out + (panel - begin) * panel_bytes;
-          if (!turned)
+          if (!transposed)
             for (int64_t step = 0; step < steps; step++) lay(panel, step);
           std::memset(its + start_at, 0, PANEL * sizeof(Sum));
           if constexpr (sizeof(In) == 1)
             if (!on_tiles) offsets(steps, its, (int32_t *)(its + start_at));
         }
-        for (int64_t strip = 0; strip < num_strips; strip++)
+        for (int64_t strip = 0; strip < num_tiles; strip++)
           for (int64_t panel = begin; panel < end; panel++) {
             const int64_t column = panel * PANEL, width = std::min(PANEL, columns - column), first = strip * PANEL;
             const int64_t count = std::min(PANEL, rows - first), start = first * columns + column;
@@ -238,7 +238,7 @@ static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, c
                 __builtin_prefetch(out + start + row * columns, 1);
                 if (addend != out) __builtin_prefetch(addend + start + row * columns);
               }
-            const uint8_t *const own = strips + strip * strip_bytes + from * 2 * TILE, *const its = laid_out + (panel - begin) * panel_bytes;
+            const uint8_t *const own = tiles + strip * strip_bytes + from * 2 * TILE, *const its = laid_out + (panel - begin) * panel_bytes;
 #ifdef HAS_TILES
             if (on_tiles)
               multiply_tiles<In>(steps, own, its, from == 0, sums);
@@ -258,11 +258,11 @@ template <class In, class Sum, class T>
 static void product(int64_t, int64_t, int64_t, const In *, const float *, const In *, bool, const float *, int64_t, const In *, const In *, const T *, T *, uint8_t *, int) {}
 #endif
 
-extern "C" void product_bf16(int64_t rows, int64_t depth, int64_t columns, const bf16 *a, const bf16 *weight, int64_t turned,
-                             int64_t rank, const bf16 *low, const bf16 *factor, const bf16 *addend, bf16 *out, uint8_t *strips, int threads) {
-  product<bf16, float>(rows, depth, columns, a, nullptr, weight, turned, nullptr, rank, low, factor, addend, out, strips, threads);
+extern "C" void product_bf16(int64_t rows, int64_t depth, int64_t columns, const bf16 *a, const bf16 *weight, int64_t transposed,
+                             int64_t rank, const bf16 *low, const bf16 *factor, const bf16 *addend, bf16 *out, uint8_t *tiles, int threads) {
+  product<bf16, float>(rows, depth, columns, a, nullptr, weight, transposed, nullptr, rank, low, factor, addend, out, tiles, threads);
 }
-#define PARAMETERS(T) (int64_t rows, int64_t depth, int64_t columns, const int8_t *a, const float *a_scale, const int8_t *weight, int64_t turned, const float *c_scale, const T *addend, T *out, uint8_t *strips, int threads)
-extern "C" void int8_product_f32 PARAMETERS(float) { product<int8_t, int32_t>(rows, depth, columns, a, a_scale, weight, turned, c_scale, 0, nullptr, nullptr, addend, out, strips, threads); }
-extern "C" void int8_product_bf16 PARAMETERS(bf16) { product<int8_t, int32_t>(rows, depth, columns, a, a_scale, weight, turned, c_scale, 0, nullptr, nullptr, addend, out, strips, threads); }
+#define PARAMETERS(T) (int64_t rows, int64_t depth, int64_t columns, const int8_t *a, const float *a_scale, const int8_t *weight, int64_t transposed, const float *c_scale, const T *addend, T *out, uint8_t *tiles, int threads)
+extern "C" void int8_product_f32 PARAMETERS(float) { product<int8_t, int32_t>(rows, depth, columns, a, a_scale, weight, transposed, c_scale, 0, nullptr, nullptr, addend, out, tiles, threads); }
+extern "C" void int8_product_bf16 PARAMETERS(bf16) { product<int8_t, int32_t>(rows, depth, columns, a, a_scale, weight, transposed, c_scale, 0, nullptr, nullptr, addend, out, tiles, threads); }
 #undef PARAMETERS

@@ -1,4 +1,4 @@
-// Kernels that work on one row at a time: norms, the gated product, 8-bit quantisation, cross-entropy.
+// Kernels that work on one row at a time: norms, the swiglu product, 8-bit quantisation, cross-entropy.
 //
 // All tensors are contiguous, (rows, width) in row-major order. Arithmetic is float32 whatever the type of the
 // tensors. Each row is the work of one thread, so results do not depend on the number of threads.
@@ -30,15 +30,15 @@ static void rms_norm_backward(int64_t rows, int64_t width, const T *dy, const T 
                               int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; row++) {
-    const T *in = x + row * width, *slope = dy + row * width;
+    const T *in = x + row * width, *grad_output = dy + row * width;
     T *out = dx + row * width;
     float dot = 0, scale = rstd[row];
 #pragma omp simd reduction(+ : dot)
-    for (int64_t i = 0; i < width; i++) dot += get(slope[i]) * get(w[i]) * get(in[i]);
+    for (int64_t i = 0; i < width; i++) dot += get(grad_output[i]) * get(w[i]) * get(in[i]);
     float along = dot * scale * scale / float(width);
 #pragma omp simd
     for (int64_t i = 0; i < width; i++)
-      put(scale * (get(slope[i]) * get(w[i]) - get(in[i]) * along), out[i]);
+      put(scale * (get(grad_output[i]) * get(w[i]) - get(in[i]) * along), out[i]);
   }
 }
 #define PARAMETERS(T) (int64_t rows, int64_t width, const T *dy, const T *x, const T *w, const float *rstd, T *dx, int threads)
@@ -47,7 +47,7 @@ FOR_BOTH_TYPES(rms_norm_backward, (rows, width, dy, x, w, rstd, dx, threads))
 
 // out = silu(gate) * up
 template <class T>
-static void gated(int64_t rows, int64_t width, const T *gate, const T *up, T *out, int threads) {
+static void swiglu(int64_t rows, int64_t width, const T *gate, const T *up, T *out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; row++) {
     const T *g = gate + row * width, *u = up + row * width;
@@ -57,12 +57,12 @@ static void gated(int64_t rows, int64_t width, const T *gate, const T *up, T *ou
   }
 }
 #define PARAMETERS(T) (int64_t rows, int64_t width, const T *gate, const T *up, T *out, int threads)
-FOR_BOTH_TYPES(gated, (rows, width, gate, up, out, threads))
+FOR_BOTH_TYPES(swiglu, (rows, width, gate, up, out, threads))
 #undef PARAMETERS
 
 // The gradients of gate and up from that of the product; dgate may be the memory of dout.
 template <class T>
-static void gated_backward(int64_t rows, int64_t width, const T *dout, const T *gate, const T *up, T *dgate, T *dup,
+static void swiglu_backward(int64_t rows, int64_t width, const T *dout, const T *gate, const T *up, T *dgate, T *dup,
                            int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; row++) {
@@ -70,14 +70,14 @@ static void gated_backward(int64_t rows, int64_t width, const T *dout, const T *
     T *dg = dgate + row * width, *du = dup + row * width;
 #pragma omp simd
     for (int64_t i = 0; i < width; i++) {
-      float slope = get(d[i]), x = get(g[i]), s = sigmoid(x);
-      put(slope * x * s, du[i]);
-      put(slope * get(u[i]) * s * (1.0f + x * (1.0f - s)), dg[i]);
+      float grad_output = get(d[i]), x = get(g[i]), s = sigmoid(x);
+      put(grad_output * x * s, du[i]);
+      put(grad_output * get(u[i]) * s * (1.0f + x * (1.0f - s)), dg[i]);
     }
   }
 }
 #define PARAMETERS(T) (int64_t rows, int64_t width, const T *dout, const T *gate, const T *up, T *dgate, T *dup, int threads)
-FOR_BOTH_TYPES(gated_backward, (rows, width, dout, gate, up, dgate, dup, threads))
+FOR_BOTH_TYPES(swiglu_backward, (rows, width, dout, gate, up, dgate, dup, threads))
 #undef PARAMETERS
 
 // Largest |x * factor| of every column; `highest` (threads, width) is room for each thread's share.
@@ -179,9 +179,9 @@ static void dropout(int64_t rows, int64_t width, int64_t seed, const int64_t *ke
 FOR_BOTH_TYPES(dropout, (rows, width, seed, keys, threshold, scale, x, y, threads))
 #undef PARAMETERS
 
-// losses = log sum exp(logits) - logits[target]; with slope set the logits become softmax(logits) - [i = target].
+// losses = log sum exp(logits) - logits[target]; with grad_output set the logits become softmax(logits) - [i = target].
 template <class T>
-static void cross_entropy(int64_t rows, int64_t width, T *logits, const int64_t *targets, float *losses, int64_t slope,
+static void cross_entropy(int64_t rows, int64_t width, T *logits, const int64_t *targets, float *losses, int64_t grad_output,
                           int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; row++) {
@@ -193,13 +193,13 @@ static void cross_entropy(int64_t rows, int64_t width, T *logits, const int64_t 
     for (int64_t i = 0; i < width; i++) sum += fast_exp(get(in[i]) - high);
     float total = high + std::log(sum);
     losses[row] = total - get(in[targets[row]]);
-    if (!slope) continue;
+    if (!grad_output) continue;
     float at_target = fast_exp(get(in[targets[row]]) - total) - 1.0f;
 #pragma omp simd
     for (int64_t i = 0; i < width; i++) put(fast_exp(get(in[i]) - total), in[i]);
     put(at_target, in[targets[row]]);
   }
 }
-#define PARAMETERS(T) (int64_t rows, int64_t width, T *logits, const int64_t *targets, float *losses, int64_t slope, int threads)
-FOR_BOTH_TYPES(cross_entropy, (rows, width, logits, targets, losses, slope, threads))
+#define PARAMETERS(T) (int64_t rows, int64_t width, T *logits, const int64_t *targets, float *losses, int64_t grad_output, int threads)
+FOR_BOTH_TYPES(cross_entropy, (rows, width, logits, targets, losses, grad_output, threads))
 #undef PARAMETERS

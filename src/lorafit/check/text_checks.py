@@ -1,0 +1,292 @@
+"""What the texts of rows hold that deserves a look: broken characters, control tokens, empty answers, repetitions.
+
+Rows go through once, in pieces; what is kept of each is a few hashes. No tokens and no torch here.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorafit.data.formats import Chat, Completion, Content, Instruction, Row, Text
+
+MOST_FOR_NEAR = 1_000_000  # rows beyond that are compared word for word only: 128 bytes a row
+NUM_HASHES, BAND = 32, 4  # of each row's word triples, and how many of them make a row a candidate
+NEAR = 29  # equal hashes out of NUM_HASHES from which two rows count as nearly the same: nine triples of ten
+
+# A character of UTF-8 read as Latin-1 or Windows-1252: a lead byte and what continues it, as letters.
+_CONTINUES = "\u0080-\u00bf\u20ac\u201a\u0192\u201e\u2026\u2020\u2021\u02c6\u2030\u0160\u2039\u0152\u017d"
+_CONTINUES += "\u2018\u2019\u201c\u201d\u2022\u2013\u2014\u02dc\u2122\u0161\u203a\u0153\u017e\u0178"
+_NO_LATIN = _CONTINUES.replace("\u00bf", "\u009f")  # without what French and Spanish write after a vowel
+_MOJIBAKE = re.compile(
+    f"[\u00c2\u00c3][{_CONTINUES}]"
+    f"|[\u00e0-\u00ef][{_NO_LATIN}][{_CONTINUES}]"
+    f"|\u00f0[{_NO_LATIN}][{_CONTINUES}]{{2}}"
+    f"|(?:[\u00d0\u00d1][{_CONTINUES}]){{2}}"
+)
+_CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+# Control tokens of the field, and the marks that templates put around turns.
+_CONTROLS = (
+    "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|begin_of_text|>", "<|end_of_text|>",
+    "<|start_header_id|>", "<|end_header_id|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "[INST]",
+    "[/INST]", "<<SYS>>", "<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>", "<pad>",
+)  # fmt: skip
+_TEMPLATE_MARKS = ("### Instruction:", "### Response:", "Below is an instruction that describes a task")
+_PLACEHOLDERS = {
+    "n/a", "na", "none", "null", "nil", "nan", "todo", "tbd", "undefined", "unknown", "<nooutput>", "<noinput>",
+    "nooutput", "noinput", "empty", "placeholder", "lorem ipsum", "no answer", "no response", "error", "string",
+}  # fmt: skip
+
+Numbers = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Repeats:
+    """Rows that say again what an earlier row says: (row, earlier row), by the number over all sources."""
+
+    exact: tuple[tuple[int, int], ...] = ()
+    near: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(slots=True)
+class Finding:
+    """The rows in which something was found, and how it looks in the first of them."""
+
+    rows: array[int] = field(default_factory=lambda: array("q"))
+    example: str = ""
+
+    def add(self, number: int, example: str) -> None:
+        self.example = self.example or example
+        self.rows.append(number)
+
+
+class Texts:
+    """Looks through rows and remembers. `controls` are the control tokens of the model, if it is known."""
+
+    def __init__(self, controls: Iterable[str] = ()) -> None:
+        names = sorted({*_CONTROLS, *controls} - {""}, key=len, reverse=True)
+        self._controls = re.compile("|".join(map(re.escape, names)))
+        self._openings = {name[0] for name in names}
+        self.empty, self.near_empty = Finding(), Finding()
+        self.mojibake, self.replacement, self.byte_order, self.control_characters = (
+            Finding(), Finding(), Finding(), Finding(),
+        )  # fmt: skip
+        self.controls, self.templated = Finding(), Finding()
+        self.num_rows = 0
+        self._numbers: list[Numbers] = []
+        self._keys: list[NDArray[np.uint64]] = []
+        self._signatures: list[NDArray[np.uint32]] = []
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Look at `rows`, which follow those before."""
+        keys = array("Q")
+        words: list[list[str]] = []
+        for row in rows:
+            texts = texts_of(row.content)
+            text = "\n".join(texts)
+            self._characters(row.number, text)
+            self._marks(row, text)
+            self._answers(row)
+            lowered = text.lower().split()
+            words.append(lowered)
+            keys.append(int.from_bytes(blake2b(" ".join(lowered).encode(), digest_size=8).digest(), "little"))
+        self._numbers.append(np.fromiter((row.number for row in rows), np.int64, len(rows)))
+        self._keys.append(np.array(keys, dtype=np.uint64))
+        if self.num_rows < MOST_FOR_NEAR:
+            self._signatures.append(_signatures(words))
+        self.num_rows += len(rows)
+
+    def _characters(self, number: int, text: str) -> None:
+        if match := _CONTROL_CHARACTERS.search(text):
+            self.control_characters.add(number, f"U+{ord(match.group()):04X}")
+        if text.isascii():
+            return
+        if "\ufffd" in text:
+            self.replacement.add(number, _around(text, text.index("\ufffd")))
+        if "\ufeff" in text:
+            self.byte_order.add(number, "U+FEFF")
+        if match := _MOJIBAKE.search(text):
+            self.mojibake.add(number, _around(text, match.start()))
+
+    def _marks(self, row: Row, text: str) -> None:
+        if any(opening in text for opening in self._openings) and (match := self._controls.search(text)):
+            self.controls.add(row.number, match.group())
+        if isinstance(
+            row.content, Completion | Text
+        ):  # no template goes around those: they may bring their own
+            return
+        if found := next((mark for mark in _TEMPLATE_MARKS if mark in text), ""):
+            self.templated.add(row.number, found)
+
+    def _answers(self, row: Row) -> None:
+        for answer in answers_of(row.content):
+            if len(answer) > 16:
+                continue
+            bare = answer.strip().lower().rstrip(".")
+            if not answer.strip():
+                self.empty.add(row.number, "")
+            elif bare in _PLACEHOLDERS or (bare.isascii() and not any(map(str.isalnum, bare))):
+                self.near_empty.add(row.number, answer.strip())
+            else:
+                continue
+            break
+
+    def repeats(self) -> Repeats:
+        """The rows that repeat an earlier one, word for word (case and blanks aside) or nearly."""
+        if not self._keys:
+            return Repeats()
+        numbers, keys = np.concatenate(self._numbers), np.concatenate(self._keys)
+        exact = _repeated(keys)
+        signatures = self._all_signatures()
+        repeated = np.zeros(len(keys), dtype=np.bool_)
+        repeated[[later for later, _ in exact]] = True
+        near: dict[int, int] = {}
+        for band in _bands(signatures):
+            for later, earlier in _repeated(band):
+                if not repeated[later] and later not in near and _alike(signatures, later, earlier) >= NEAR:
+                    near[later] = earlier
+        return Repeats(tuple(_named(numbers, exact)), tuple(_named(numbers, sorted(near.items()))))
+
+    def leaks(self, held_out: Numbers) -> Repeats:
+        """Held-out rows (by number) that a row of training says too: (held-out row, training row)."""
+        if not self._keys or not len(held_out):
+            return Repeats()
+        numbers, keys = np.concatenate(self._numbers), np.concatenate(self._keys)
+        held = np.isin(numbers, held_out)
+        exact = list(_shared(keys, held))
+        signatures = self._all_signatures()
+        found = {row for row, _ in exact}
+        near: dict[int, int] = {}
+        for band in _bands(signatures):
+            for row, other in _shared(band, held[: len(signatures)]):
+                if row not in found and row not in near and _alike(signatures, row, other) >= NEAR:
+                    near[row] = other
+        return Repeats(tuple(_named(numbers, exact)), tuple(_named(numbers, sorted(near.items()))))
+
+    def _all_signatures(self) -> NDArray[np.uint32]:
+        return np.concatenate(self._signatures)
+
+
+def texts_of(content: Content) -> list[str]:
+    """All texts of a row, in order."""
+    match content:
+        case Chat(messages):
+            return [message.content for message in messages]
+        case Instruction(instruction, given, output, system):
+            return [text for text in (system, instruction, given, output) if text]
+        case Completion(prompt, completion):
+            return [prompt, completion]
+        case Text(text):
+            return [text]
+
+
+def answers_of(content: Content) -> list[str]:
+    """The texts of a row that are to be learnt, in order."""
+    match content:
+        case Chat(messages):
+            return [message.content for message in messages if message.role == "assistant"]
+        case Instruction():
+            return [content.output]
+        case Completion():
+            return [content.completion]
+        case Text(text):
+            return [text]
+
+
+def _around(text: str, at: int) -> str:
+    """The word around a character, for showing."""
+    start = max(text.rfind(" ", 0, at), text.rfind("\n", 0, at), at - 20) + 1
+    return text[start:].split(maxsplit=1)[0][:40] if text[start:].strip() else text[at : at + 1]
+
+
+_RANDOM = np.random.default_rng(0x4C46)
+_FACTORS = _RANDOM.integers(0, 2**32, NUM_HASHES, dtype=np.uint32) | np.uint32(1)
+_TERMS = _RANDOM.integers(0, 2**32, NUM_HASHES, dtype=np.uint32)
+
+
+class _Hashes(dict[str, int]):
+    """The CRC-32 of words, remembered: most words come again."""
+
+    MOST = 500_000
+
+    def __missing__(self, word: str) -> int:
+        if len(self) >= self.MOST:
+            self.clear()
+        self[word] = found = crc32(word.encode("utf-8", "surrogatepass"))
+        return found
+
+
+_HASHES = _Hashes()
+
+
+def _signatures(rows: Sequence[Sequence[str]]) -> NDArray[np.uint32]:
+    """The least of NUM_HASHES hashes over each row's word triples (MinHash: Broder, 1997), (rows, NUM_HASHES).
+
+    The share of equal numbers of two rows estimates the share of triples that they have in common.
+    """
+    flat = array("I")
+    starts = array("q")
+    for words in rows:
+        starts.append(len(flat))
+        flat.extend(map(_HASHES.__getitem__, words or [""]))
+        flat.extend((0, 0))  # so that the last word begins a triple too, and none goes over a border
+    hashes = np.frombuffer(flat, dtype=np.uint32)
+    triples = hashes[:-2] * np.uint32(0x9E3779B1)
+    triples ^= np.roll(hashes, -1)[:-2] * np.uint32(0x85EBCA77)
+    triples *= np.uint32(0xC2B2AE3D)
+    triples ^= np.roll(hashes, -2)[:-2] * np.uint32(0x27D4EB2F)
+    triples ^= triples >> np.uint32(15)
+    found = np.empty((len(rows), NUM_HASHES), dtype=np.uint32)
+    begins = np.frombuffer(starts, dtype=np.int64)
+    ends = np.append(begins[1:], len(flat)) - 2
+    last = np.uint32(2**32 - 1)
+    outside = np.concatenate([ends[:-1], ends[:-1] + 1])  # the two of each row that begin with a filler
+    for number, (factor, term) in enumerate(zip(_FACTORS, _TERMS, strict=True)):
+        mixed = triples * factor + term
+        mixed ^= mixed >> np.uint32(16)
+        mixed[outside] = last
+        found[:, number] = np.minimum.reduceat(mixed, begins)
+    return found
+
+
+def _bands(signatures: NDArray[np.uint32]) -> Iterator[NDArray[np.uint64]]:
+    """Keys that rows with much in common share with high probability in at least one of the arrays."""
+    for start in range(0, NUM_HASHES, BAND):
+        key = np.zeros(len(signatures), dtype=np.uint64)
+        for column in range(start, start + BAND):
+            key = key * np.uint64(0x9E3779B97F4A7C15) + signatures[:, column]
+        yield key
+
+
+def _repeated(keys: NDArray[np.uint64]) -> list[tuple[int, int]]:
+    """(index, an earlier index with the same key), for each key that came before; ascending."""
+    order = np.argsort(keys, kind="stable")
+    same = np.flatnonzero(keys[order][1:] == keys[order][:-1])
+    return sorted(zip(order[same + 1].tolist(), order[same].tolist(), strict=True))
+
+
+def _shared(keys: NDArray[np.uint64], held: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+    """(held-out index, index of a training row with the same key)."""
+    training = np.flatnonzero(~held)
+    order = training[np.argsort(keys[training], kind="stable")]
+    rows = np.flatnonzero(held)
+    places = np.searchsorted(keys[order], keys[rows])
+    inside = places < len(order)
+    for row, place in zip(rows[inside].tolist(), places[inside].tolist(), strict=True):
+        if keys[order[place]] == keys[row]:
+            yield row, int(order[place])
+
+
+def _alike(signatures: NDArray[np.uint32], one: int, other: int) -> int:
+    return int(np.count_nonzero(signatures[one] == signatures[other]))
+
+
+def _named(numbers: Numbers, pairs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    return ((int(numbers[one]), int(numbers[other])) for one, other in pairs)

@@ -1,0 +1,187 @@
+"""What became of rows as tokens: stop token, BOS, and whether the trained tokens say the answer, byte for byte.
+
+Every row is decoded again and held against the answer in its file, not against what the renderer says of it. There
+blanks at the ends do not count, which templates add and take away; in the first rows they do, and the text is held
+against the rendered one: a mask that is off by a blank is off in all of them.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorafit.check.text_checks import Finding, answers_of
+from lorafit.data.formats import Chat, Row, Text
+from lorafit.data.packing import Ids
+from lorafit.data.prompt import Renderer
+from lorafit.data.token_dataset import TokenDataset
+from lorafit.data.tokenizer import Tokenizer
+
+_EXACT_ROWS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """A stretch of trained tokens, its stop token apart."""
+
+    ids: list[int]
+    stopped: bool
+
+
+class Tokens:
+    """Looks through rows and their tokens and remembers which are not as they should be."""
+
+    def __init__(self, renderer: Renderer, encoded: TokenDataset) -> None:
+        """`encoded` are all rows, in the order of their numbers."""
+        self._renderer, self._encoded = renderer, encoded
+        self._numbers = encoded.numbers
+        contract = renderer.contract
+        self._stops, self._bos = frozenset(contract.stop_ids), contract.bos_id
+        self._whole = contract.train_on == "all"
+        self.num_rows = self.num_answers = self.num_stopped = 0
+        self.no_stop, self.open_turns, self.cut = Finding(), Finding(), Finding()
+        self.no_bos, self.more_bos = Finding(), Finding()
+        self.wrong, self.changed = Finding(), Finding()
+        self._num_exact = 0
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Look at `rows`; those that have no tokens were dropped and are passed over."""
+        at = int(np.searchsorted(self._numbers, rows[0].number))
+        seen: list[tuple[Row, int]] = []
+        texts: list[list[int]] = []
+        for row in rows:
+            if at == len(self._numbers) or self._numbers[at] != row.number:
+                continue
+            ids, trained = self._encoded.row(at)
+            self._beginning(row, ids)
+            if not trained.any():
+                self.wrong.add(row.number, "nothing is trained")
+                at += 1
+                continue
+            spans = [self._all(ids)] if self._is_whole(row) else self._spans(ids, trained.nonzero()[0])
+            self._endings(row, at, spans)
+            seen.append((row, len(spans)))
+            texts += [span.ids for span in spans]
+            at += 1
+        self.num_rows += len(seen)
+        decoded = iter(self._renderer.tokenizer.decode_batch(texts))
+        for row, count in seen:
+            self._answers(row, [next(decoded) for _ in range(count)])
+
+    def _beginning(self, row: Row, ids: Ids) -> None:
+        if self._bos is None:
+            return
+        found = int(np.count_nonzero(ids == self._bos))
+        if self._renderer.contract.add_bos and ids[0] != self._bos:
+            self.no_bos.add(row.number, "")
+        twice = len(ids) > 1 and ids[0] == ids[1] == self._bos
+        # a template such as Llama 2's begins every exchange with one
+        exchanges = (
+            sum(m.role == "user" for m in row.content.messages) if isinstance(row.content, Chat) else 1
+        )
+        if twice or found > max(1, exchanges):
+            self.more_bos.add(row.number, "")
+
+    def _all(self, ids: Ids) -> _Span:
+        """The whole row without BOS."""
+        start = int(ids[0] == self._bos)
+        end = len(ids)
+        while end > start and int(ids[end - 1]) in self._stops:
+            end -= 1
+        stopped = any(int(token) in self._stops for token in ids[-8:])  # a template may end in a line break
+        return _Span(ids[start:end].tolist(), stopped)
+
+    def _spans(self, ids: Ids, places: NDArray[np.int64]) -> list[_Span]:
+        """The stretches of trained tokens; `places` are where those are."""
+        cuts = np.flatnonzero(np.diff(places) > 1) + 1
+        spans = []
+        for part in np.split(places, cuts) if len(cuts) else [places]:
+            tokens = ids[int(part[0]) : int(part[-1]) + 1].tolist()
+            stopped = tokens[-1] in self._stops
+            spans.append(_Span(tokens[:-1] if stopped else tokens, stopped))
+        return spans
+
+    def _endings(self, row: Row, at: int, spans: Sequence[_Span]) -> None:
+        self.num_answers += len(spans)
+        self.num_stopped += sum(span.stopped for span in spans)
+        if self._encoded.flat.truncated[at]:
+            self.cut.add(row.number, "")
+        elif not spans[-1].stopped:
+            self.no_stop.add(row.number, "")
+        elif not all(span.stopped for span in spans):
+            self.open_turns.add(row.number, "")
+
+    def _answers(self, row: Row, decoded: Sequence[str]) -> None:
+        """Compare what the trained tokens say with the answers of the row."""
+        answers = answers_of(row.content)
+        whole = self._is_whole(row)
+        if whole:
+            fits = all(answer.strip() in decoded[0] for answer in answers)
+        else:
+            fits = len(answers) == len(decoded) and all(map(_same, answers, decoded))
+        if not fits or (self._num_exact < _EXACT_ROWS and not whole):
+            self._num_exact += 1
+            self._closer(row)
+
+    def _is_whole(self, row: Row) -> bool:
+        """Whether all of the row is trained."""
+        return self._whole or isinstance(row.content, Text)
+
+    def _closer(self, row: Row) -> None:
+        """Why the decoded text is not the answer: cut, changed by the tokenizer or the template, or wrong."""
+        tokenizer = self._renderer.tokenizer
+        at = int(np.searchsorted(self._numbers, row.number))
+        ids, trained = self._encoded.row(at)
+        spans = self._renderer.text(row)
+        if self._is_whole(row):
+            bos = self._renderer.contract.bos or ""
+            expected = ["".join(span.text for span in spans).removeprefix(bos)]
+            said = [tokenizer.decode(ids[int(ids[0] == self._bos) :].tolist())]
+        else:
+            expected = [span.text for span in spans if span.trained]
+            said = _in_place(tokenizer, ids.tolist(), trained.tolist())
+        if self._encoded.flat.truncated[at]:
+            expected = expected[: len(said)]
+            pairs = list(zip(expected, said, strict=False))
+            fits = all(e.startswith(s.rstrip("\ufffd")) for e, s in pairs)
+        else:
+            fits = expected == said
+        if fits:
+            return
+        for answer in answers_of(row.content):
+            again = tokenizer.decode(tokenizer.encode(answer))
+            if not _same(answer, again):
+                self.changed.add(row.number, _difference(answer, again))
+                return
+        normal = [unicodedata.normalize("NFKC", text) for text in (*expected, *said)]
+        if normal[: len(expected)] == normal[len(expected) :]:
+            self.changed.add(row.number, _difference("".join(expected), "".join(said)))
+        else:
+            self.wrong.add(row.number, _difference("".join(expected), "".join(said)))
+
+
+def _same(answer: str, said: str) -> bool:
+    """Whether two texts are the same, blanks at their ends aside, which templates add and take away."""
+    return answer == said or answer.strip() == said.strip()
+
+
+def _in_place(tokenizer: Tokenizer, ids: list[int], trained: list[bool]) -> list[str]:
+    """The text of each trained stretch, decoded with what comes before it."""
+    edges = [i for i in range(1, len(ids)) if trained[i] != trained[i - 1]]
+    edges = [0, *edges, len(ids)]
+    parts = [(a, b) for a, b in pairwise(edges) if trained[a]]
+    prefixes = tokenizer.decode_batch([ids[:end] for part in parts for end in part])
+    return [whole[len(before) :] for before, whole in zip(prefixes[::2], prefixes[1::2], strict=True)]
+
+
+def _difference(one: str, other: str) -> str:
+    """Where two texts part, a few characters of each."""
+    at = next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
+    return f"{one[at : at + 12]!r} became {other[at : at + 12]!r}"

@@ -1,0 +1,465 @@
+"""The prompt contract, and the rendering of rows by it: from a row to ids and which of them are trained.
+
+One frozen object decides how a conversation becomes ids in training, evaluation, chat and serving. A
+prompt's ids (`prompt_ids`) are exactly the ids that preceded the answer in training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from lorafit.data.chat_template import ChatTemplate, Part
+from lorafit.data.formats import Chat, Completion, Content, Instruction, Message, Row, Text, undecodable
+from lorafit.data.tokenizer import BORDER, Control, Tokenizer, reserved
+from lorafit.errors import DataError, ModelError, Problem
+from lorafit.storage.safe_read import MB, read_text
+
+TrainOn = Literal["all", "response"]
+TooLong = Literal["error", "truncate", "drop"]
+TEMPLATES = ("auto", "chat", "alpaca", "classic")  # or the path of a .jinja file
+
+_SCHEMA = 1
+# What `strftime_now` tells a template (Llama 3's own fallback): runs on different days must render alike.
+_DATE = "2024-07-26"
+_ALPACA = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request."
+)
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+)
+_NO_CONVERSATIONS = "the {} template knows single instructions, no conversations"
+_ASK_FOR_TEMPLATE = "name a chat template: data.template=PATH.jinja"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptContract:
+    """All that decides how a conversation becomes ids.
+
+    `template` is classic, alpaca or chat; `chat_template` the Jinja source for chat, else None. `bos_id`,
+    `eos_id` and their texts are None where the model has none. `system` is the system prompt of rows without
+    one. `add_eos` ends every row in EOS unless the template ends it in a stop token. `stop_ids` end an answer
+    in generation. `date` is what the template is told when it asks for today.
+    """
+
+    template: str
+    chat_template: str | None
+    system: str
+    bos: str | None
+    bos_id: int | None
+    eos: str | None
+    eos_id: int | None
+    add_bos: bool
+    add_eos: bool
+    train_on: TrainOn
+    max_length: int
+    too_long: TooLong
+    stop_ids: tuple[int, ...]
+    date: str
+    tokenizer_sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values, with the version of the schema."""
+        return {"schema": _SCHEMA, **dataclasses.asdict(self), "stop_ids": list(self.stop_ids)}
+
+    @classmethod
+    def from_json(cls, value: Any) -> PromptContract:
+        """The inverse of `to_json`; ModelError for another schema, other fields or values of another type."""
+        value = value if isinstance(value, dict) else {}
+        fields = {name: item for name, item in value.items() if name != "schema"}
+        known = {field.name for field in dataclasses.fields(cls)}
+        if value.get("schema") == _SCHEMA and set(fields) == known:
+            with suppress(ValidationError):
+                made = TypeAdapter(cls).validate_python(fields)
+                ids = (made.bos_id or 0, made.eos_id or 0, *made.stop_ids)
+                knows = made.template in TEMPLATES and (made.template != "chat" or made.chat_template)
+                if knows and min(ids) >= 0:
+                    return made
+        hint = "it was written by another version of lorafit, or changed by hand"
+        raise ModelError("is not a prompt contract of this version", place="prompt.json", hint=hint)
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the canonical JSON."""
+        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def contract(
+    tokenizer: Tokenizer,
+    *,
+    template: str,
+    system: str = "",
+    train_on: TrainOn,
+    max_length: int,
+    too_long: TooLong,
+    add_eos: bool,
+) -> PromptContract:
+    """The contract for a model: `template` is one of TEMPLATES or the path of a .jinja file.
+
+    `auto` is the model's chat template if it has one, else alpaca. Raises ModelError when a chat template is
+    needed and missing, does not render a question and an answer, or when `add_eos` and the model has no EOS.
+    """
+    source = tokenizer.chat_template
+    if template.endswith((".jinja", ".jinja2", ".j2")):
+        template, source = "chat", _read_template(Path(template).expanduser())
+    elif template == "auto":
+        template = "chat" if source else "alpaca"
+    elif template not in TEMPLATES:
+        hint = f"use one of {', '.join(TEMPLATES)}, or the path of a .jinja file"
+        raise ModelError(f"unknown template {template!r}", place="data.template", hint=hint)
+    if template == "chat" and not source:
+        raise ModelError("the model has no chat template", place="data.template", hint=_ASK_FOR_TEMPLATE)
+    if add_eos and tokenizer.eos is None:
+        raise ModelError(
+            "the tokenizer names no EOS token", hint="add `eos_token` to its tokenizer_config.json"
+        )
+    made = PromptContract(
+        template=template,
+        chat_template=source if template == "chat" else None,
+        system=system,
+        bos=tokenizer.bos.text if tokenizer.bos else None,
+        bos_id=tokenizer.bos.id if tokenizer.bos else None,
+        eos=tokenizer.eos.text if tokenizer.eos else None,
+        eos_id=tokenizer.eos.id if tokenizer.eos else None,
+        add_bos=tokenizer.adds_bos,
+        add_eos=add_eos,
+        train_on=train_on,
+        max_length=max_length,
+        too_long=too_long,
+        stop_ids=tokenizer.stop_ids,
+        date=_DATE,
+        tokenizer_sha256=tokenizer.sha256,
+    )
+    if made.template != "chat":
+        return made
+    stop = _template_stop(made, tokenizer)
+    return dataclasses.replace(
+        made, stop_ids=tuple(dict.fromkeys([*made.stop_ids, *([stop.id] if stop else [])]))
+    )
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return read_text(path, MB)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ModelError(f"the chat template cannot be read: {reason}", place=str(path)) from error
+
+
+def _chat_template(contract: PromptContract) -> ChatTemplate | None:
+    if contract.chat_template is None:
+        return None
+    return ChatTemplate(contract.chat_template, bos=contract.bos, eos=contract.eos, date=contract.date)
+
+
+def _template_stop(contract: PromptContract, tokenizer: Tokenizer) -> Control | None:
+    """The control token that the chat template puts after an answer, often not the tokenizer's EOS."""
+    template = _chat_template(contract)
+    assert template is not None
+    try:
+        parts = template.parts([Message("user", "question"), Message("assistant", "answer")])
+    except DataError as error:
+        problem = error.problems[0]
+        message = f"a question and an answer cannot be rendered: {problem.message}"
+        raise ModelError(message, place=problem.place or "chat template", hint=_ASK_FOR_TEMPLATE) from error
+    leading = tokenizer.leading_control(tokenizer.protect(parts[-1].text))
+    return leading if parts[-1].role is None else None
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A row as ids, and for each id whether it is a training target; the first never is."""
+
+    ids: list[int]
+    trained: list[bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A row with nothing to train on, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stretch of a rendered row as text, and whether it is trained."""
+
+    text: str
+    trained: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of a rendered row: text, whether it is trained, and whether it is one control token."""
+
+    text: str
+    trained: bool
+    control: bool
+
+
+@dataclass(slots=True)
+class _Segment:
+    """A stretch of protected text that is encoded as the continuation of what precedes it.
+
+    `answer`: it starts with an answer, which ends with the control token `stop` or else with the segment.
+    """
+
+    text: str
+    answer: bool = False
+    stop: Control | None = None
+
+
+class Renderer:
+    """Renders rows by a contract with the tokenizer that the contract was made for."""
+
+    def __init__(self, contract: PromptContract, tokenizer: Tokenizer) -> None:
+        if contract.tokenizer_sha256 != tokenizer.sha256:
+            hint = "use the tokenizer of the model that the run was started with"
+            raise ModelError(
+                "the prompt contract belongs to another tokenizer", place="prompt.json", hint=hint
+            )
+        self.contract = contract
+        self.tokenizer = tokenizer
+        self._template = _chat_template(contract)
+
+    def render_batch(self, rows: Sequence[Row]) -> list[Rendered | Dropped | Problem]:
+        """Each row in full (no limit on its length), or why it cannot be rendered."""
+        outcomes = [self._segments_or_fault(row) for row in rows]
+        texts = [self._joined(segments) for segments in outcomes if isinstance(segments, list)]
+        encoded = self.tokenizer.encode_batch(texts)
+        return [self._assemble(o, *next(encoded)) if isinstance(o, list) else o for o in outcomes]
+
+    def text(self, row: Row) -> list[Span]:
+        """The row as the model reads it, cut where training begins and ends; DataError if that fails."""
+        groups = groupby(self.pieces(row), lambda piece: piece.trained)
+        return [Span("".join(piece.text for piece in pieces), trained) for trained, pieces in groups]
+
+    def pieces(self, row: Row) -> list[Piece]:
+        """The row as the model reads it, control tokens apart; DataError if it cannot be rendered or is dropped."""
+        segments = self._segments_or_fault(row)
+        if isinstance(segments, Problem):
+            raise DataError.of([segments])
+        if isinstance(segments, Dropped):
+            raise DataError(segments.reason, place=row.place)
+        return [
+            Piece(text, span.trained, control)
+            for span in self._spans(segments)
+            for text, control in self.tokenizer.cut(span.text)
+        ]
+
+    def prompt_ids(self, source: Row | Content | Sequence[Message]) -> list[int]:
+        """The ids after which the answer begins: of a row without its last answer, or of a conversation that
+        ends in a user turn. Raises DataError if it cannot be rendered.
+        """
+        text = self._prompt(source)
+        ids = next(self.tokenizer.encode_batch([text]))[0] if text else []
+        return [*self._bos(text), *ids]
+
+    def prompt_text(self, source: Row | Content | Sequence[Message]) -> tuple[str, str]:
+        """What `prompt_ids` are the ids of, by public names: (BOS where it goes before the text, the text)."""
+        text = self._prompt(source)
+        return (self.contract.bos or "") if self._bos(text) else "", self.tokenizer.public(text)
+
+    def _prompt(self, source: Row | Content | Sequence[Message]) -> str:
+        """The protected text after which the answer begins."""
+        content = self._asked(source.content if isinstance(source, Row) else source)
+        if fault := _unusable_in(content):
+            raise DataError(fault, hint="remove that character")
+        answered: Content
+        match content:
+            case Chat(messages):
+                answered = Chat((*messages, Message("assistant", "answer")))
+            case Instruction():
+                answered = dataclasses.replace(content, output="answer")
+            case Completion():
+                answered = dataclasses.replace(content, completion="answer")
+            case Text():
+                answered = Text("answer")
+        return self._joined(self._segments(answered)[:-1])
+
+    def _asked(self, source: Content | Sequence[Message]) -> Content:
+        """The question in `source` as content: a conversation without its last answer, or an instruction."""
+        if isinstance(source, Instruction | Completion | Text):
+            return source
+        messages = tuple(source.messages if isinstance(source, Chat) else source)
+        if messages and messages[-1].role == "assistant":
+            messages = messages[:-1]
+        if not messages:
+            raise DataError("the conversation is empty", hint="ask something")
+        if self.contract.template == "chat" or isinstance(source, Chat):
+            return Chat(messages)
+        roles = [message.role for message in messages]
+        if roles not in (["user"], ["system", "user"]):
+            hint = "start a new conversation for each question"
+            raise DataError(_NO_CONVERSATIONS.format(self.contract.template), hint=hint)
+        return Instruction(messages[-1].content, "", "", messages[0].content if len(messages) > 1 else "")
+
+    def _segments_or_fault(self, row: Row) -> list[_Segment] | Dropped | Problem:
+        content = row.content
+        # In whole-text training the question still teaches; by a chat template nothing could be located.
+        needs_answer = self.contract.train_on == "response" or self.contract.template == "chat"
+        if needs_answer and isinstance(content, Instruction) and not content.output.strip():
+            return Dropped("the answer is empty")
+        if fault := _unusable_in(content):
+            return Problem(fault, row.place, "remove that character")
+        try:
+            return self._segments(content)
+        except DataError as error:
+            problem = error.problems[0]
+            place = f"{row.place}; {problem.place}" if problem.place else row.place
+            return Problem(problem.message, place, problem.hint)
+
+    def _segments(self, content: Content) -> list[_Segment]:
+        """The protected text of a row, without BOS and EOS; the last segment holds the last answer."""
+        match content:
+            case Chat(messages):
+                return self._chat_segments(messages)
+            case Instruction() if self.contract.template == "chat":
+                return self._chat_segments(conversation(content))
+            case Instruction():
+                return _continued(self._instruction_prompt(content), content.output)
+            case Completion(prompt, completion):
+                return _continued(prompt, completion)
+            case Text(text):
+                return [_Segment(text, answer=True)]
+
+    def _instruction_prompt(self, row: Instruction) -> str:
+        preamble = row.system or self.contract.system
+        if not preamble and self.contract.template == "alpaca":
+            preamble = _ALPACA_WITH_INPUT if row.input else _ALPACA
+        head = f"{preamble}\n\n" if preamble else ""
+        given = f"### Input:\n{row.input}\n\n" if row.input else ""
+        return f"{head}### Instruction:\n{row.instruction}\n\n{given}### Response:\n"
+
+    def _chat_segments(self, messages: Sequence[Message]) -> list[_Segment]:
+        if self._template is None:
+            hint = f"use data.template=auto, or if the model has no chat template, {_ASK_FOR_TEMPLATE}"
+            raise DataError(_NO_CONVERSATIONS.format(self.contract.template), hint=hint)
+        if self.contract.system and messages[0].role != "system":
+            messages = [Message("system", self.contract.system), *messages]
+        parts = self._template.parts(messages)
+        last_answer = max(index for index, part in enumerate(parts) if part.role == "assistant")
+        segments = [_Segment("")]
+        for index, part in enumerate(parts):
+            if part.role is None:
+                segments[-1].text += self.tokenizer.protect(part.text)
+            elif part.role != "assistant":
+                segments[-1].text += part.text
+            else:
+                _continue(segments, part.text)
+                stop = self._stop(parts[index + 1]) if index + 1 < len(parts) else None
+                segments[-1].stop = stop
+                if stop is None and index < last_answer:  # after the last one the model must go on up to EOS
+                    segments.append(_Segment(""))
+        return segments
+
+    def _stop(self, after_answer: Part) -> Control | None:
+        """The stop token with which the part after an answer begins."""
+        if after_answer.role is not None:
+            return None
+        control = self.tokenizer.leading_control(self.tokenizer.protect(after_answer.text))
+        return control if control and control.id in self.contract.stop_ids else None
+
+    def _joined(self, segments: Sequence[_Segment]) -> str:
+        """The text to encode: cut where answers begin, unless all of it is trained and nothing divides it."""
+        return ("" if self.contract.train_on == "all" else BORDER).join(segment.text for segment in segments)
+
+    def _assemble(self, segments: Sequence[_Segment], ids: list[int], borders: list[int]) -> Rendered:
+        if self.contract.train_on == "all":
+            trained = [True] * len(ids)
+        else:
+            trained = []
+            for segment, start, end in zip(segments, [0, *borders], [*borders, len(ids)], strict=True):
+                stop = start
+                if segment.answer:
+                    stop = ids.index(segment.stop.id, start) + 1 if segment.stop else end
+                trained += [True] * (stop - start) + [False] * (end - stop)
+        if self._ends_in_eos(segments):
+            assert self.contract.eos_id is not None
+            ids.append(self.contract.eos_id)
+            trained.append(True)
+        bos = self._bos(segments[0].text)
+        ids[:0] = bos
+        trained[:0] = [False] * len(bos)
+        trained[:1] = [False]
+        return Rendered(ids, trained)
+
+    def _spans(self, segments: Sequence[_Segment]) -> Iterator[Span]:
+        """The protected text cut where training begins and ends, with BOS and EOS."""
+        bos, everything = self.contract.bos, self.contract.train_on == "all"
+        yield Span(self.tokenizer.protect(bos or "") if self._bos(segments[0].text) else "", False)
+        for segment in segments:
+            cut = len(segment.text)
+            if segment.stop:
+                cut = segment.text.index(name := self.tokenizer.protect(segment.stop.text)) + len(name)
+            yield Span(segment.text[:cut], segment.answer or everything)
+            yield Span(segment.text[cut:], everything)
+        yield Span(
+            self.tokenizer.protect(self.contract.eos or "") if self._ends_in_eos(segments) else "", True
+        )
+
+    def _bos(self, text: str) -> list[int]:
+        """BOS, if it goes before the protected `text`: once, also where the template writes it itself."""
+        if not self.contract.add_bos or self.contract.bos_id is None or self.contract.bos is None:
+            return []
+        return [] if text.startswith(self.tokenizer.protect(self.contract.bos)) else [self.contract.bos_id]
+
+    def _ends_in_eos(self, segments: Sequence[_Segment]) -> bool:
+        return self.contract.add_eos and segments[-1].stop is None
+
+
+def _continue(segments: list[_Segment], answer: str) -> None:
+    """Adds a segment for `answer`. Blanks that lead up to it go with it: tokenizers join a blank to the word
+    that follows, so a prompt that ends in a blank would be one the model has never seen.
+    """
+    text = segments[-1].text
+    segments[-1].text = text.rstrip(" ")
+    blanks = text[len(segments[-1].text) :]
+    if not segments[-1].text:
+        segments.pop()
+    segments.append(_Segment(blanks + answer, answer=True))
+
+
+def _continued(prompt: str, answer: str) -> list[_Segment]:
+    segments = [_Segment(prompt)]
+    _continue(segments, answer)
+    return segments
+
+
+def conversation(row: Instruction) -> list[Message]:
+    """An instruction as the turns that a chat template renders."""
+    question = f"{row.instruction}\n\n{row.input}" if row.input else row.instruction
+    system = [Message("system", row.system)] if row.system else []
+    return [*system, Message("user", question), Message("assistant", row.output)]
+
+
+def _unusable_in(content: Content) -> str:
+    """What is wrong if a text of `content` holds a character that no tokenizer takes or that is reserved, else ""."""
+    match content:
+        case Chat(messages):
+            texts = {f"messages[{index}]": message.content for index, message in enumerate(messages)}
+        case Instruction(instruction, given, output, system):
+            texts = {"instruction": instruction, "input": given, "output": output, "system": system}
+        case Completion(prompt, completion):
+            texts = {"prompt": prompt, "completion": completion}
+        case Text(text):
+            texts = {"text": text}
+    for field, text in texts.items():
+        if fault := undecodable(text):
+            return f"`{field}` holds {fault}"
+        if character := reserved(text):
+            return f"`{field}` holds the noncharacter {character}, which is reserved for use inside programs"
+    return ""

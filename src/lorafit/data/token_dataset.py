@@ -1,0 +1,293 @@
+"""All rows rendered, fitted to the longest length allowed, and laid end to end in flat files."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import weakref
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorafit.data.formats import Row
+from lorafit.data.packing import Ids, TokenRow
+from lorafit.data.prompt import Dropped, Rendered, Renderer
+from lorafit.data.sources import Chunk
+from lorafit.errors import DataError, ModelError, Problem, Problems, RunError
+
+_NUM_LISTED = 5  # too long rows that an error names one by one
+_WIDE = 1 << 16  # vocabularies from here on need 32 bits an id
+
+Numbers = NDArray[np.int64]
+Counts = NDArray[np.int32]
+
+
+class TokenFile:
+    """The tokens of all rows, row after row: the ids of one, then for each of them whether it is trained.
+
+    It is read, not mapped: the pages of all rows trained so far would count as memory of this process, and a disk that
+    fails would end it without a word.
+    """
+
+    def __init__(self, path: Path, kind: str) -> None:
+        """`kind` is the numpy type of the ids."""
+        self.dtype = np.dtype(kind)
+        self._path = path
+        self._mapped = None if hasattr(os, "pread") else _mapped(path, "uint8")
+        if self._mapped is None:
+            self._descriptor = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._descriptor)
+
+    def read(self, start: int, stop: int) -> TokenRow:
+        """The row of the tokens `start` to `stop`, not to be written to. Raises RunError if the disk fails."""
+        width, length = self.dtype.itemsize + 1, stop - start
+        data = self._bytes(length * width, start * width)
+        ids: Ids = np.frombuffer(data, self.dtype, length)
+        return ids, np.frombuffer(data, np.bool_, length, length * self.dtype.itemsize)
+
+    def _bytes(self, count: int, at: int) -> Any:
+        if self._mapped is not None:
+            return self._mapped[at : at + count].tobytes()
+        try:
+            data = os.pread(self._descriptor, count, at)
+        except OSError as error:
+            raise RunError(f"tokens cannot be read: {error.strerror}", place=str(self._path)) from error
+        if len(data) < count:
+            hint = "something else has written to the cache; start again"
+            raise RunError("tokens are missing", place=str(self._path), hint=hint)
+        return data
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Flat:
+    """The arrays of the rows as they lie on disk: row i has the tokens `offsets[i]` to `offsets[i + 1]`."""
+
+    tokens: TokenFile
+    offsets: Numbers  # (rows + 1,)
+    numbers: Numbers  # (rows,)
+    truncated: Counts  # (rows,)
+    targets: Counts  # (rows,)
+    lines: Counts  # (rows,)
+    dropped: Numbers  # (dropped rows,)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenDataset:
+    """Rows as tokens that lie on disk, all of them or (`index`) some; `row(i)` is the one at position i.
+
+    `dropped` maps the reason to the numbers of the rows that are not here.
+    """
+
+    flat: Flat
+    dropped: Mapping[str, Numbers]
+    index: Numbers | None = None
+
+    def __len__(self) -> int:
+        return len(self.flat.numbers) if self.index is None else len(self.index)
+
+    def row(self, index: int) -> TokenRow:
+        """The ids of the row at `index` and which of them are training targets."""
+        at = index if self.index is None else self.index[index]
+        start, stop = int(self.flat.offsets[at]), int(self.flat.offsets[at + 1])
+        return self.flat.tokens.read(start, stop)
+
+    @property
+    def lengths(self) -> Counts:
+        """Tokens of each row."""
+        return self._of(np.diff(self.flat.offsets).astype(np.int32))
+
+    @property
+    def numbers(self) -> Numbers:
+        """The row's number over all sources, of each row."""
+        return self._of(self.flat.numbers)
+
+    @property
+    def truncated(self) -> Counts:
+        """Tokens that each row lost."""
+        return self._of(self.flat.truncated)
+
+    @property
+    def targets(self) -> Counts:
+        """Trained tokens of each row."""
+        return self._of(self.flat.targets)
+
+    def number(self, index: int) -> int:
+        """The number over all sources of the row at `index`."""
+        return int(self.flat.numbers[index if self.index is None else self.index[index]])
+
+    def line(self, index: int) -> int:
+        """The line in its file that the row at `index` starts in, 0 where the file has no lines."""
+        return int(self.flat.lines[index if self.index is None else self.index[index]])
+
+    def take(self, indices: Numbers) -> TokenDataset:
+        """The rows at `indices`, in that order, without any dropped rows; no token is copied."""
+        return TokenDataset(self.flat, {}, indices if self.index is None else self.index[indices])
+
+    def _of(self, values: NDArray[Any]) -> NDArray[Any]:
+        return values if self.index is None else values[self.index]
+
+
+def open_encoded(folder: Path, facts: Mapping[str, Any]) -> TokenDataset:
+    """The rows that `encode_chunks` wrote to `folder`; `facts` is what it returned.
+
+    They stay readable when the folder is removed, where the system allows that.
+    """
+    arrays: dict[str, Any] = {
+        name: (TokenFile if name == "tokens" else _mapped)(folder / f"{name}.bin", kind)
+        for name, kind in _kinds(facts).items()
+    }
+    flat = Flat(**arrays)
+    reasons = [str(reason) for reason, _ in facts["dropped"]]
+    ends = np.cumsum([count for _, count in facts["dropped"]], dtype=np.int64)
+    return TokenDataset(
+        flat, dict(zip(reasons, np.split(flat.dropped, ends[:-1]), strict=True)) if reasons else {}
+    )
+
+
+def _kinds(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The numpy type of each array."""
+    counts, numbers = ("truncated", "targets", "lines"), ("offsets", "numbers", "dropped")
+    kinds = {"tokens": str(facts["ids"]), **dict.fromkeys(counts, "int32")}
+    return {**kinds, **dict.fromkeys(numbers, "int64")}
+
+
+def _mapped(path: Path, kind: str) -> NDArray[Any]:
+    if path.stat().st_size == 0:  # nothing cannot be mapped
+        return np.zeros(0, dtype=kind)
+    with path.open("rb") as file:
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=kind)
+
+
+def encode_chunks(
+    chunks: Iterable[Chunk],
+    renderer: Renderer,
+    folder: Path,
+    *,
+    progress: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """Renders all rows of `chunks`, applies the contract's `max_length` and `too_long`, and writes the arrays to
+    `folder`; returns the facts that `open_encoded` needs.
+
+    Memory does not grow with the rows. `progress` is called after each chunk. Raises DataError with the problems of
+    all rows.
+    """
+    with ExitStack() as stack:
+        writer = _Writer(stack, folder, renderer)
+        for chunk in chunks:
+            writer.add(chunk)
+            if progress:
+                progress()
+        return writer.finish()
+
+
+class _Writer:
+    """Fits rendered rows to the contract and writes them, chunk after chunk."""
+
+    def __init__(self, stack: ExitStack, folder: Path, renderer: Renderer) -> None:
+        self._renderer = renderer
+        self._code = "I" if renderer.tokenizer.vocab_size >= _WIDE else "H"
+        self._kinds = _kinds({"ids": np.dtype(self._code).name})
+        self._files: dict[str, BinaryIO] = {
+            name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in self._kinds
+        }
+        self._num_tokens = self._longest = self._num_too_long = 0
+        self._too_long: list[Problem] = []
+        self._dropped: dict[str, array[int]] = {}
+        self._problems = Problems()
+        self._write("offsets", [0])
+
+    def add(self, chunk: Chunk) -> None:
+        """Render and write the rows of `chunk`."""
+        numbers: list[int] = []
+        lines: list[int] = []
+        truncated: list[int] = []
+        fitting: list[Rendered] = []
+        outcomes = self._renderer.render_batch(chunk.rows)
+        for row, line, outcome in zip(chunk.rows, chunk.lines, outcomes, strict=True):
+            if isinstance(outcome, Problem):
+                self._problems.add([outcome])
+            elif (fitted := self._fit(row, outcome)) is not None:
+                fitting.append(fitted[0])
+                truncated.append(fitted[1])
+                numbers.append(row.number)
+                lines.append(line)
+        # Through `array` and `bytes`: several times faster than numpy on lists of millions of tokens.
+        trained = [bytes(row.trained) for row in fitting]
+        try:
+            ids = [array(self._code, row.ids).tobytes() for row in fitting]
+        except OverflowError:
+            raise ModelError("gives ids beyond its own vocabulary", place="tokenizer.json") from None
+        self._files["tokens"].write(b"".join(chain.from_iterable(zip(ids, trained, strict=True))))
+        ends = np.cumsum([len(row) for row in trained], dtype=np.int64) + self._num_tokens
+        self._num_tokens = int(ends[-1]) if len(ends) else self._num_tokens
+        targets = [row.count(1) for row in trained]
+        self._write("offsets", ends)
+        for name, values in (
+            ("numbers", numbers),
+            ("truncated", truncated),
+            ("targets", targets),
+            ("lines", lines),
+        ):
+            self._write(name, values)
+
+    def finish(self) -> dict[str, Any]:
+        """The facts about what was written; raises DataError with all problems."""
+        if self._num_too_long:
+            self._problems.add(_too_long(self._too_long, self._num_too_long, self._longest, self._max_length))
+        if self._problems:
+            raise DataError.of(self._problems.kept, self._problems.num_more)
+        for numbers in self._dropped.values():
+            self._write("dropped", numbers)
+        dropped = [[reason, len(numbers)] for reason, numbers in self._dropped.items()]
+        return {"ids": self._kinds["tokens"], "dropped": dropped}
+
+    @property
+    def _max_length(self) -> int:
+        return self._renderer.contract.max_length
+
+    def _fit(self, row: Row, outcome: Rendered | Dropped) -> tuple[Rendered, int] | None:
+        """The row as it is trained and how many tokens it lost, None if it is not trained."""
+        longest = self._max_length
+        if isinstance(outcome, Dropped):
+            self._drop(row, outcome.reason)
+            return None
+        if (length := len(outcome.ids)) > longest:
+            if self._renderer.contract.too_long == "error":
+                self._num_too_long += 1
+                self._longest = max(self._longest, length)
+                if len(self._too_long) < _NUM_LISTED:
+                    self._too_long.append(Problem(f"has {length:,} tokens", row.place))
+                return None
+            if self._renderer.contract.too_long == "drop":
+                self._drop(row, f"longer than {longest} tokens")
+                return None
+            outcome = Rendered(outcome.ids[:longest], outcome.trained[:longest])
+        if True not in outcome.trained:
+            self._drop(row, f"nothing to train on in the first {longest} tokens")
+            return None
+        return outcome, length - len(outcome.ids)
+
+    def _drop(self, row: Row, reason: str) -> None:
+        self._dropped.setdefault(reason, array("q")).append(row.number)
+
+    def _write(self, name: str, values: Sequence[int] | NDArray[Any] | array[int]) -> None:
+        self._files[name].write(np.asarray(values, dtype=self._kinds[name]).tobytes())
+
+
+def _too_long(listed: Sequence[Problem], count: int, longest: int, max_length: int) -> list[Problem]:
+    """The first rows that are too long by name, then one problem that counts all of them."""
+    hint = (
+        f"data.max_length={longest} keeps them whole; data.too_long=truncate cuts them, "
+        "data.too_long=drop leaves them out"
+    )
+    summary = (
+        f"{count:,} rows are longer than data.max_length={max_length}; the longest has {longest:,} tokens"
+    )
+    return [*listed, Problem(summary, "data.max_length", hint)]

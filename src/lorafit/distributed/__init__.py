@@ -1,0 +1,1 @@
+"""Several processes: torchrun's environment, collectives, DDP and FSDP, the watchdog, the launcher."""

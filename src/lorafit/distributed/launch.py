@@ -1,0 +1,47 @@
+"""`lorafit train --nproc N`: torch's own elastic agent on this host, with N processes that run the same command."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from lorafit.distributed.ranks import num_cores
+
+MAX_RESTARTS = 3  # of all workers, when one is lost; torchrun's own default for a launch from Python
+LAST_SAVE_SECONDS = 120  # what a step and its checkpoint may take once a signal asked to stop
+
+
+def launch(arguments: Sequence[str], num_processes: int) -> int:
+    """Run `python -m lorafit ARGUMENTS` in so many processes; returns the exit code of the first that failed.
+
+    What they print goes through. A worker that is lost is started again with all others, and the run goes on from
+    its last checkpoint. A signal is passed on to them, and they are waited for.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_processes)))
+    logging.disable(logging.ERROR)  # the workers say themselves why they end
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=MAX_RESTARTS,
+        shutdown_timeout=LAST_SAVE_SECONDS,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "lorafit", *arguments)
+    except SignalException:
+        return 130
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 1
+    return 0

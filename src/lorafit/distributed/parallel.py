@@ -1,0 +1,88 @@
+"""How a pass is computed and its gradient shared: alone, or by torch's DistributedDataParallel over the adapter."""
+
+import contextlib  # no annotations of the future here: torch reads those of the communication hook
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lorafit.data.packing import Pack
+from lorafit.model.llama import Llama
+
+Compute = Callable[[Llama, Pack], Tensor]  # the summed loss of a pack
+BUCKET_MIB = 25  # torch's own: the first is on its way while the backward pass goes on
+
+
+class Engine:
+    """A process alone: a pass is a plain call."""
+
+    lockstep: ClassVar = False  # whether all ranks have to make each pass together
+
+    def __init__(self, network: Llama) -> None:
+        self.network = network
+        self.reduced_bytes = 0  # of gradients, handed to all-reduce by this rank so far
+
+    def loss(self, compute: Compute, pack: Pack) -> Tensor:
+        """The loss of a pack, to be differentiated before the next one is asked for."""
+        return compute(self.network, pack)
+
+    def accumulating(self) -> contextlib.AbstractContextManager[Any]:
+        """A block whose passes add to this rank's gradient only; a pass outside of it adds up that of all ranks."""
+        return contextlib.nullcontext()
+
+
+class ReplicatedEngine(Engine):
+    """Every rank has the adapter; its gradients, and of a whole base nothing else, travel.
+
+    Gradients are summed, not averaged: the loss is divided by the supervised tokens of all ranks already. Ranks are
+    expected to start with the same adapter.
+    """
+
+    def __init__(self, network: Llama) -> None:
+        super().__init__(network)
+        self._module = DistributedDataParallel(
+            _PassLoss(network), init_sync=False, bucket_cap_mb=BUCKET_MIB, gradient_as_bucket_view=True
+        )
+        self._module.register_comm_hook(None, self._summed)
+
+    def loss(self, compute: Compute, pack: Pack) -> Tensor:
+        found: Tensor = self._module(compute, pack)
+        return found
+
+    def accumulating(self) -> contextlib.AbstractContextManager[Any]:
+        return self._module.no_sync()
+
+    def _summed(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        gradient = bucket.buffer()
+        self.reduced_bytes += gradient.numel() * gradient.element_size()
+        work = dist.all_reduce(gradient, async_op=True)
+        assert work is not None
+        future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+        return future
+
+
+class ShardedEngine(ReplicatedEngine):
+    """As above, over a base that is shared out (distributed/fsdp.py): each pass gathers it layer by layer."""
+
+    lockstep: ClassVar = True
+
+    def __init__(self, network: Llama, device: torch.device) -> None:
+        from lorafit.distributed.fsdp import shard_base  # loads much of torch that no other run needs
+
+        shard_base(network, device)
+        super().__init__(network)
+
+
+class _PassLoss(nn.Module):
+    """A pass as the module whose forward DistributedDataParallel wants to see."""
+
+    def __init__(self, network: Llama) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, compute: Compute, pack: Pack) -> Tensor:
+        loss = compute(self.network, pack)
+        return loss if pack.num_tokens else loss * 0.0

@@ -1,0 +1,233 @@
+"""The processes of a run: what they agree on, and the few numbers that they add up; a process alone just goes on."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from lorafit.distributed.env import ProcessEnv
+from lorafit.errors import ConfigError, LorafitError
+
+_POLL_SECONDS = 0.05
+
+
+class RankError(LorafitError, RuntimeError):
+    """Another process of the run is gone or stands still: nothing that this one, or a setting, could mend."""
+
+    exit_code = 1
+
+
+class Ranks:
+    """The ranks of a run. Every rank makes the same calls in the same order.
+
+    `broadcast_from_rank0` and `barrier` poll torch's key-value store without a time limit; no collective is pending.
+    Use them before `connect`, while rows are read and models loaded. `all_reduce_sum`, `any` and `all_reduce_max` are
+    collectives on the CPU, after it.
+    """
+
+    def __init__(self, env: ProcessEnv | None = None, store: dist.Store | None = None) -> None:
+        self.env = env or ProcessEnv()
+        self.rank, self.world_size = self.env.rank, self.env.world_size
+        self.store = store
+        self._on_cpu: dist.ProcessGroup | None = None  # None is the default group
+
+    @property
+    def is_single_process(self) -> bool:
+        return self.env.is_single_process
+
+    @property
+    def is_main(self) -> bool:
+        return self.env.is_main
+
+    def broadcast_from_rank0(self, what: str, make: Callable[[], str]) -> str:
+        """What the first rank makes, a text, on every rank. Its error, if it raises one, is its alone."""
+        if self.store is None:
+            return make()
+        if self.is_main:
+            text = make()
+            self.store.set(what, text)
+            return text
+        _wait(lambda: self.store is None or self.store.check([what]))
+        return self.store.get(what).decode()
+
+    def barrier(self, what: str) -> None:
+        """Return when every rank has come here."""
+        if self.store is not None:
+            store = self.store
+            store.add(what, 1)
+            _wait(lambda: store.add(what, 0) >= self.world_size)
+
+    def connect(self, device: torch.device, timeout: float) -> None:
+        """Make the process group, once every rank is ready: NCCL between GPUs, gloo between CPUs.
+
+        `timeout` is how many seconds one rank may wait for the others in a collective.
+        """
+        if self.store is None:
+            return
+        self.barrier("ready")
+        if dist.is_initialized():
+            if dist.get_backend() == "nccl":
+                self._on_cpu = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
+            return
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore("group", self.store),
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=datetime.timedelta(seconds=timeout),
+        )
+
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
+        """`values` added up over all ranks, in float64."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def all_reduce_max(self, values: Sequence[float]) -> list[float]:
+        """The largest of each of `values` over all ranks."""
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Of each flag, whether it is set on any rank."""
+        return [bool(value) for value in self.all_reduce_max([float(flag) for flag in flags])]
+
+    def all_equal(self, digest: bytes) -> bool:
+        """Whether all ranks gave the same bytes."""
+        numbers = [float(byte) for byte in digest]
+        return self.all_reduce_max(numbers) == numbers and self.all_reduce_max([-n for n in numbers]) == [
+            -n for n in numbers
+        ]
+
+    def broadcast_files(self, read: Callable[[], Mapping[str, bytes]]) -> Mapping[str, bytes]:
+        """What the first rank reads, files by name, on every rank."""
+        if self.is_single_process:
+            return read()
+        files = read() if self.is_main else {}
+        sizes = json.loads(
+            self.broadcast_from_rank0(
+                "files", lambda: json.dumps({name: len(b) for name, b in files.items()})
+            )
+        )
+        found = {}
+        for name, size in sizes.items():
+            content = files.get(name, bytes(size))
+            tensor = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            dist.broadcast(tensor, 0, self._on_cpu)
+            found[name] = tensor.numpy().tobytes()
+        return found
+
+    def _reduced(self, values: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
+        if self.is_single_process:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, how, self._on_cpu)
+        found: list[float] = tensor.tolist()
+        return found
+
+
+@contextmanager
+def init_process_group(env: ProcessEnv) -> Iterator[Ranks]:
+    """The ranks of the run that this process belongs to, until the end of the block; not yet connected.
+
+    A process group that somebody else has made, as Ray Train does, is used and left as it is.
+    """
+    if env.is_single_process:
+        yield Ranks(env)
+        return
+    theirs = dist.is_initialized()
+    store = dist.distributed_c10d._get_default_store() if theirs else next(dist.rendezvous("env://"))[0]
+    try:
+        yield Ranks(env, dist.PrefixStore(_assembled(env, store), store))
+    except RuntimeError as error:
+        if isinstance(error, LorafitError) or not _is_lost_connection(error):
+            raise
+        raise RankError(
+            f"rank {env.rank} lost the connection to another one: {str(error).splitlines()[0]}",
+            hint="that one has said why it ended; torchrun --max-restarts=3 and `--nproc` start all of them again",
+        ) from None
+    finally:
+        if not theirs and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _assembled(env: ProcessEnv, store: dist.Store) -> str:
+    """A name that these processes share and no others before them, found by the first rank.
+
+    The store of torchrun's agent outlives the workers, so it may hold what lost ones wrote. Each rank therefore says
+    hello with a word of its own and waits for the answer to that word; the first one answers until all are there.
+    """
+    word, name = uuid.uuid4().hex, uuid.uuid4().hex
+    store.set(f"hello/{env.rank}", word)
+    if not env.is_main:
+        _wait(lambda: store.check([f"welcome/{word}"]))
+        name = store.get(f"welcome/{word}").decode()
+        store.set(f"{name}/here/{env.rank}", "")
+        return name
+    missing = set(range(1, env.world_size))
+    while missing:
+        for rank in sorted(missing):
+            if store.check([f"hello/{rank}"]):
+                store.set(f"welcome/{store.get(f'hello/{rank}').decode()}", name)
+            if store.check([f"{name}/here/{rank}"]):
+                missing.remove(rank)
+        time.sleep(_POLL_SECONDS)
+    return name
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Whether an exception says that another rank is gone."""
+    words = (
+        "Connection closed by peer",
+        "Connection reset",
+        "Broken pipe",
+        "imed out",
+        "NCCL",
+        "gloo",
+        "Gloo",
+    )
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+def _wait(there: Callable[[], bool]) -> None:
+    while not there():
+        time.sleep(_POLL_SECONDS)
+
+
+def check_strategy(strategy: str, quantize: str, env: ProcessEnv) -> None:
+    """Raise ConfigError when `distributed.strategy` does not go with the processes that were started, or the base."""
+    if strategy == "fsdp" and quantize not in ("none", "int8"):
+        raise ConfigError(
+            f"a base in {quantize} cannot be shared out",
+            place="distributed.strategy",
+            hint="use ddp, or model.quantize=int8 or none",
+        )
+    if strategy == "single" and not env.is_single_process:
+        raise ConfigError(
+            f"{env.world_size} processes were started, but distributed.strategy=single is one",
+            place="distributed.strategy",
+            hint="use ddp or fsdp, or start one process",
+        )
+
+
+def share_cores(env: ProcessEnv, device: torch.device) -> None:
+    """Let the ranks of a host that compute on its processor have equal parts of its cores.
+
+    torchrun sets OMP_NUM_THREADS=1 where it is unset; any other number is the user's and stays.
+    """
+    if env.local_world_size == 1 or os.environ.get("OMP_NUM_THREADS", "1") != "1":
+        return
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, num_cores() // env.local_world_size))
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,57 @@
+"""The loss of a pack: what training, held-out loss, plan and check compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lorafit.data.packing import Pack
+from lorafit.model.attention import PackedDocuments
+from lorafit.model.llama import Llama
+from lorafit.model.loss import loss_sum
+
+FILL = 16
+
+
+def pack_loss(network: Llama, pack: Pack) -> Tensor:
+    """Sum of the cross-entropy over a pack's supervised tokens, a scalar on the network's device.
+
+    A last document without targets fills the pass up to a multiple of FILL tokens: passes of the same size use the
+    memory that the ones before freed, and products that are compiled for a size are compiled less often.
+    """
+    device = network.lm_head.weight.device
+    ids, index, lengths = torch.from_numpy(pack.ids), torch.from_numpy(pack.index), pack.lengths
+    if filler := -len(ids) % FILL:
+        index = torch.cat([index, torch.arange(len(ids), len(ids) + filler)])
+        ids, lengths = F.pad(ids, (0, filler)), (*lengths, filler)
+    keys = None
+    if network.training and device.type == "cpu":
+        keys = torch.empty_like(ids)
+        keys[index] = torch.from_numpy(prefix_keys(ids[index].numpy(), lengths))
+    attend = PackedDocuments(lengths, device, index)
+    predict = torch.from_numpy(pack.predict).to(device)
+    supervised = network.hidden(ids.to(device), attend, predict, keys)
+    targets = torch.from_numpy(pack.targets).to(device)
+    return loss_sum(network.model.norm(supervised), network.lm_head.weight, targets)
+
+
+_ODD, _MIX = 0xD1342543DE82EF95, 0x9E3779B97F4A7C15  # multipliers with bits all over
+
+
+def prefix_keys(ids: NDArray[np.int64], lengths: Sequence[int]) -> NDArray[np.int64]:
+    """A number for each token of documents laid end to end, made of it and all before it in its document: the sum
+    over these of a mixed id times a power of an odd number, modulo 2**64.
+    """
+    powers = np.full(max(lengths), _ODD, np.uint64).cumprod()
+    mixed = (ids.view(np.uint64) + np.uint64(1)) * np.uint64(_MIX)
+    mixed ^= mixed >> np.uint64(29)
+    mixed *= np.concatenate([powers[:length] for length in lengths])
+    sums = mixed.cumsum()
+    ends = np.cumsum(lengths)
+    sums -= np.repeat(np.concatenate([[np.uint64(0)], sums[ends[:-1] - 1]]), lengths)
+    return sums.view(np.int64)

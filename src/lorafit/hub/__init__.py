@@ -1,0 +1,1 @@
+"""Models, adapters and data sets from the Hugging Face hub."""

@@ -1,0 +1,127 @@
+"""A frozen linear: what its forward and its input gradient are made of; weights in the network's own type.
+
+Nothing here ever forms a weight gradient. model/quant.py has the same interface over fewer bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lorafit.model.native import fits, kernels
+
+_MANY = 32  # rows from which laying the weight out for the tiles pays
+
+
+LowRank = tuple[Tensor, Tensor]  # two factors, contiguous, in the type of the tokens
+
+
+class Frozen(nn.Module):
+    """A frozen linear of `in_features` to `out_features`, y = x W^T + b, for x (tokens, in_features)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.bias: nn.Parameter | None = None
+
+    def product(self, x: Tensor, addend: Tensor | None = None, low: LowRank | None = None) -> Tensor:
+        """x W^T + b + addend + P Q^T for `low` = (P (tokens, rank), Q (out_features, rank)); a new tensor."""
+        raise NotImplementedError
+
+    def input_gradient(
+        self, grad_output: Tensor, accumulate_into: Tensor | None = None, low: LowRank | None = None
+    ) -> Tensor:
+        """slope W + P Q for a slope (tokens, out_features) and `low` = (P (tokens, rank), Q (rank, in_features)).
+
+        With `accumulate_into` (tokens, in_features) added to it, in place.
+        """
+        raise NotImplementedError
+
+    def dequantize(self) -> Tensor:
+        """The weight that the products stand for, (out_features, in_features)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features} -> {self.out_features}"
+
+
+def matmul(
+    x: Tensor,
+    weight: Tensor,
+    addend: Tensor | None = None,
+    low: LowRank | None = None,
+    *,
+    transposed: bool = False,
+    in_place: bool = False,
+) -> Tensor:
+    """x W^T, or with `transposed` x W, for a frozen W (out_features, in_features), plus what Frozen's products add.
+
+    No gradient goes through it. Where the processor has matrix tiles they make many rows of bfloat16 at a time.
+    """
+    rows, depth = x.shape
+    if rows >= _MANY and x.dtype == torch.bfloat16 and depth % 32 == 0 and fits(x, weight):
+        compiled = kernels()
+        if compiled is not None and compiled.has_products:
+            columns = weight.shape[1 if transposed else 0]
+            out = addend if in_place and addend is not None else x.new_empty(rows, columns)
+            rank, *factors = (0, None, None) if low is None else (low[0].shape[1], *low)
+            given = (
+                x,
+                weight,
+                int(transposed),
+                rank,
+                *factors,
+                addend,
+                out,
+                tile_workspace(rows, 2 * (depth + rank)),
+            )
+            compiled.call("product", x.dtype, rows, depth, columns, *given)
+            return out
+    start = with_low_rank(addend, low, transposed=transposed, in_place=in_place)
+    factor = weight if transposed else weight.t()
+    if start is None:
+        return x @ factor
+    own = in_place or low is not None
+    return start.addmm_(x, factor) if own else torch.addmm(start, x, factor)
+
+
+def with_low_rank(
+    addend: Tensor | None, low: LowRank | None, *, transposed: bool, in_place: bool
+) -> Tensor | None:
+    """addend + P Q^T, or with `transposed` addend + P Q: a new tensor where there is a `low`, unless `in_place`."""
+    if low is None:
+        return addend
+    p, q = low[0], low[1] if transposed else low[1].t()
+    if addend is None:
+        return p @ q
+    return addend.addmm_(p, q) if in_place else torch.addmm(addend, p, q)
+
+
+def tile_workspace(rows: int, row_bytes: int) -> Tensor:
+    """Room for rows laid out for the tiles (model/native/products.cpp)."""
+    return torch.empty((rows + 31) // 32 * 32 * ((row_bytes + 63) // 64 * 64), dtype=torch.uint8)
+
+
+class Linear(Frozen):
+    """The weight as it is."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
+        super().__init__(in_features, out_features)
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def product(self, x: Tensor, addend: Tensor | None = None, low: LowRank | None = None) -> Tensor:
+        out = matmul(x, self.weight, addend, low)
+        return out if self.bias is None else out.add_(self.bias)
+
+    def input_gradient(
+        self, grad_output: Tensor, accumulate_into: Tensor | None = None, low: LowRank | None = None
+    ) -> Tensor:
+        return matmul(grad_output, self.weight, accumulate_into, low, transposed=True, in_place=True)
+
+    def dequantize(self) -> Tensor:
+        return self.weight

@@ -1,0 +1,213 @@
+"""Linears that share an input, with their low-rank paths: one hand-written forward and backward.
+
+What autograd would keep of a norm, an activation and several adapted linears is far more than it takes to compute
+them again: only the inputs themselves and the low-rank products A x are saved. A frozen linear saves nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lorafit.model.decode_linear import are_few, decode_linear
+from lorafit.model.linear import Frozen
+from lorafit.model.memory import MUCH_FREE, release_free_memory
+from lorafit.model.ops import dropout, rms_norm, rms_norm_backward, swiglu, swiglu_backward
+
+
+class LowRank(Protocol):
+    """An adapted linear, as model/lora.py makes it: base plus scale * B A."""
+
+    base: Frozen
+    lora_A: nn.Parameter  # (rank, in_features)
+    lora_B: nn.Parameter  # (out_features, rank)
+    scale: float
+    dropout: float
+    enabled: bool
+    training: bool
+
+
+class InputOp(Protocol):
+    """How the linears' input y comes from what is saved."""
+
+    def make(self, *inputs: Tensor) -> Tensor: ...
+
+    def backward(self, grad_output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of the inputs; `grad_output` may be overwritten."""
+        ...
+
+
+class Identity:
+    """y = x."""
+
+    def make(self, *inputs: Tensor) -> Tensor:
+        return inputs[0]
+
+    def backward(self, grad_output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return (grad_output,)
+
+
+@dataclass(frozen=True, slots=True)
+class RmsNormInput:
+    """y = RMSNorm(x)."""
+
+    weight: Tensor
+    eps: float
+
+    def make(self, *inputs: Tensor) -> Tensor:
+        return rms_norm(inputs[0], self.weight, self.eps)[0]
+
+    def backward(self, grad_output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        _, rstd = rms_norm(inputs[0], self.weight, self.eps)
+        return (rms_norm_backward(grad_output, inputs[0], self.weight, rstd),)
+
+
+class SwigluInput:
+    """y = silu(gate) * up."""
+
+    def make(self, *inputs: Tensor) -> Tensor:
+        return swiglu(*inputs)
+
+    def backward(self, grad_output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return swiglu_backward(grad_output, *inputs)
+
+
+def project(
+    linears: Sequence[nn.Module],
+    source: InputOp,
+    *inputs: Tensor,
+    residual: Tensor | None = None,
+    keys: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """The outputs of `linears` (each Frozen or adapted) for the shared input that `source` makes of `inputs`.
+
+    inputs (tokens, width), outputs (tokens, out_features). `residual` is added to the output of the one linear.
+    Adapted linears that share an input share what dropout takes from it; `keys` int64 (tokens,) name the tokens.
+    """
+    if are_few(linears, inputs[0]):
+        y = source.make(*inputs)
+        return tuple(decode_linear(linear, y, residual) for linear in linears)
+    if any(getattr(linear, "pairs", None) is not None for linear in linears):
+        y = source.make(*inputs)
+        return tuple(_of_pairs(linear, y, residual) for linear in linears)
+    group = _Group(linears, source)
+    adapted = group.adapted()
+    adapter_parameters = [parameter for linear in adapted for parameter in (linear.lora_A, linear.lora_B)]
+    drop = None
+    if adapted and adapted[0].training and adapted[0].dropout:
+        seed = int(torch.randint(2**62, ()))  # from torch's generator, whose state a checkpoint holds
+        drop = _Drop(adapted[0].dropout, seed, keys)
+    out: tuple[Tensor, ...] = _Project.apply(group, residual, drop, len(inputs), *inputs, *adapter_parameters)  # type: ignore[no-untyped-call]
+    return out
+
+
+def _of_pairs(linear: Any, y: Tensor, residual: Tensor | None) -> Tensor:
+    """The output of a linear whose rows take different adapters (model/multi_lora.py); to answer with only."""
+    out: Tensor = getattr(linear, "base", linear).product(y, residual)
+    if getattr(linear, "pairs", None) is not None:
+        linear.add_pairs(y, out)
+    return out
+
+
+class _Group:
+    def __init__(self, linears: Sequence[Any], source: InputOp) -> None:
+        self.source = source
+        self.bases: list[Frozen] = [getattr(linear, "base", linear) for linear in linears]
+        self.low_ranks: list[LowRank | None] = [
+            linear if getattr(linear, "enabled", False) else None for linear in linears
+        ]
+
+    def adapted(self) -> list[LowRank]:
+        return [linear for linear in self.low_ranks if linear is not None]
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        group: _Group,
+        residual: Tensor | None,
+        drop: _Drop | None,
+        num_inputs: int,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        inputs, adapter_parameters = tensors[:num_inputs], tensors[num_inputs:]
+        y = group.source.make(*inputs)
+        low = None
+        if adapted := group.adapted():
+            a = torch.cat(adapter_parameters[::2]).to(y.dtype)  # (all ranks, in_features)
+            low = F.linear(_dropped(y, drop), a).mul_(adapted[0].scale)
+        lows = iter(zip(_split(low, adapted), adapter_parameters[1::2], strict=True))
+        outs = []
+        for base, linear in zip(group.bases, group.low_ranks, strict=True):
+            pair = None
+            if linear is not None:
+                part, b = next(lows)
+                pair = part.contiguous(), b.to(y.dtype)
+            outs.append(base.product(y, residual, pair))
+        ctx.group, ctx.num_inputs, ctx.drop = group, num_inputs, drop
+        needs_inputs = adapted or not isinstance(group.source, Identity)
+        ctx.save_for_backward(low, *(inputs if needs_inputs else [None] * num_inputs), *adapter_parameters)
+        return tuple(outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        group: _Group = ctx.group
+        drop: _Drop | None = ctx.drop
+        low, *tensors = ctx.saved_tensors
+        inputs, adapter_parameters = tensors[: ctx.num_inputs], tensors[ctx.num_inputs :]
+        wanted = any(ctx.needs_input_grad[4 : 4 + ctx.num_inputs])
+        release_free_memory(MUCH_FREE)
+        adapted = group.adapted()
+        lows = iter(zip(_split(low, adapted), adapter_parameters[::2], adapter_parameters[1::2], strict=True))
+        dy: Tensor | None = None
+        d_b, d_lows = [], []
+        for base, linear, grad_output in zip(group.bases, group.low_ranks, grad_outputs, strict=True):
+            grad_output, pair = grad_output.contiguous(), None
+            if linear is not None:
+                part, a, b = next(lows)
+                d_b.append((grad_output.t() @ part).to(b.dtype))
+                d_lows.append((grad_output @ b.to(grad_output.dtype)).mul_(linear.scale))
+                if drop is None:
+                    pair = d_lows[-1], a.to(grad_output.dtype)
+            if wanted:
+                dy = base.input_gradient(grad_output, dy, pair)
+        d_masters: list[Tensor] = []
+        if adapted:
+            d_low = torch.cat(d_lows, dim=1)  # (tokens, all ranks)
+            y = group.source.make(*inputs)
+            d_a = (d_low.t() @ _dropped(y, drop)).to(adapter_parameters[0].dtype)
+            del y
+            if dy is not None and drop is not None:
+                dy += _dropped(d_low @ torch.cat(adapter_parameters[::2]).to(dy.dtype), drop)
+            for part, b in zip(d_a.split([m.shape[0] for m in adapter_parameters[::2]]), d_b, strict=True):
+                d_masters += [part, b]
+        d_inputs: Sequence[Tensor | None] = [None] * ctx.num_inputs
+        if dy is not None:
+            d_inputs = group.source.backward(dy, *inputs)
+        residual = grad_outputs[0] if ctx.needs_input_grad[1] else None
+        return (None, residual, None, None, *d_inputs, *d_masters)
+
+
+def _split(low: Tensor | None, adapted: Sequence[LowRank]) -> Sequence[Tensor]:
+    return low.split([linear.lora_A.shape[0] for linear in adapted], dim=1) if low is not None else ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Drop:
+    """What dropout takes from the input of one group, in both directions."""
+
+    probability: float
+    seed: int
+    keys: Tensor | None
+
+
+def _dropped(x: Tensor, drop: _Drop | None) -> Tensor:
+    return x if drop is None else dropout(x, drop.probability, drop.seed, drop.keys)

@@ -1,0 +1,204 @@
+"""Row-wise mathematics of training: one function each, compiled for the CPU where possible, else in torch.
+
+The torch expressions are the definition (on a GPU compiled into one kernel each); the compiled kernels of the CPU
+(model/native) are held against them by tests. All
+tensors are (rows, width) and contiguous; sums and exponentials are float32, or float64 for float64 tensors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lorafit.model.compile import compilable
+from lorafit.model.native import fits, kernels
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums are taken in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(x / rms(x) * weight, 1 / rms(x) of each row) (Zhang and Sennrich, 2019)."""
+    if fits(x, weight):
+        y, rstd = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
+        _call("rms_norm", x, *x.shape, eps, x, weight, y, rstd)
+        return y, rstd
+    return _rms_norm(x, weight, eps)
+
+
+@compilable
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x_wide = x.to(wide(x.dtype))
+    rstd = torch.rsqrt(x_wide.square().mean(-1) + eps)
+    return (x_wide * rstd[:, None] * weight).to(x.dtype), rstd
+
+
+def rms_norm_backward(grad_output: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    """The gradient of x from that of the norm."""
+    if fits(grad_output, x, weight):
+        into = torch.empty_like(x)
+        _call("rms_norm_backward", x, *x.shape, grad_output, x, weight, rstd, into)
+        return into
+    return _rms_norm_backward(grad_output, x, weight, rstd)
+
+
+@compilable
+def _rms_norm_backward(grad_output: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    normed = x.to(wide(x.dtype)) * rstd[:, None]
+    weighted = grad_output.to(normed.dtype) * weight
+    along = (weighted * normed).mean(-1, keepdim=True)
+    return ((weighted - normed * along) * rstd[:, None]).to(x.dtype)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        y, rstd = rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return rms_norm_backward(grad_outputs[0].contiguous(), *ctx.saved_tensors), None, None
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last axis with a frozen weight, differentiable in x; saves x and one number a row."""
+    rows = x.reshape(-1, x.shape[-1])
+    out: Tensor = _Norm.apply(rows.contiguous(), weight, eps)  # type: ignore[no-untyped-call]
+    return out.view(x.shape)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    if fits(gate, up):
+        out = torch.empty_like(gate)
+        _call("swiglu", gate, *gate.shape, gate, up, out)
+        return out
+    return _swiglu(gate, up)
+
+
+@compilable
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return (F.silu(gate.to(wide(gate.dtype))) * up).to(gate.dtype)
+
+
+def swiglu_backward(grad_output: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up. `grad_output` may be overwritten."""
+    if fits(grad_output, gate, up):
+        d_up = torch.empty_like(up)
+        _call("swiglu_backward", gate, *gate.shape, grad_output, gate, up, grad_output, d_up)
+        return grad_output, d_up
+    return _swiglu_backward(grad_output, gate, up)
+
+
+@compilable
+def _swiglu_backward(grad_output: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    grad_output_wide, gate_wide = grad_output.to(wide(grad_output.dtype)), gate.to(wide(gate.dtype))
+    open_ = torch.sigmoid(gate_wide)
+    d_gate = grad_output_wide * up * open_ * (1 + gate_wide * (1 - open_))
+    return d_gate.to(gate.dtype), (grad_output_wide * gate_wide * open_).to(up.dtype)
+
+
+def column_peaks(x: Tensor, factor: Tensor | None = None, every: int = 1) -> Tensor:
+    """Largest |x * factor| of each column, float32 (width,), of the first row and each `every`-th after it."""
+    if fits(x):
+        room, peaks = x.new_empty(torch.get_num_threads(), x.shape[1], dtype=torch.float32), None
+        peaks = torch.empty_like(room[0])
+        _call("column_peaks", x, -(-x.shape[0] // every), x.shape[1], every, x, factor, room, peaks)
+        return peaks
+    peaks = x[::every].abs().amax(0).to(torch.float32)
+    return peaks if factor is None else peaks * factor
+
+
+def quantize_rows(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """x * factor as (int8, float32 scale of each row): symmetric, the largest of a row is 127. factor (width,)."""
+    if fits(x):
+        q, scale = torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
+        _call("quantize_rows", x, *x.shape, x, factor, q, scale)
+        return q, scale
+    return _quantize_rows(x, factor)
+
+
+@compilable
+def _quantize_rows(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+    scaled = x.to(torch.float32) * factor
+    scale = scaled.abs().amax(-1) / 127
+    return (scaled / scale.clamp(min=1e-30)[:, None]).round().to(torch.int8), scale
+
+
+def dequantize(
+    sums: Tensor, row_scale: Tensor, column_scale: Tensor, out: Tensor, addend: Tensor | None = None
+) -> None:
+    """Write sums int32 (rows, width) times both scales, plus `addend` where given, to `out`, which it may be."""
+    if fits(out, row_scale):
+        _call("dequantize", out, *sums.shape, sums, row_scale, column_scale, addend, out)
+        return
+    scaled = sums.to(wide(out.dtype)) * row_scale[:, None] * column_scale
+    out.copy_(scaled if addend is None else scaled + addend)
+
+
+def dropout(x: Tensor, probability: float, seed: int, keys: Tensor | None = None) -> Tensor:
+    """x with some elements at zero and the others larger; which ones of a row is a function of `seed` and its key.
+
+    So no mask has to be kept: the backward pass drops the same elements again. `keys` int64 (rows,) are the rows'
+    numbers where they are not given: a token drops the same ones wherever it lies. On other devices than the CPU
+    which ones is a function of `seed` and the shape alone.
+    """
+    scale = 1 / (1 - probability)
+    threshold = round(probability * 2**32)
+    if fits(x):
+        y = torch.empty_like(x)
+        _call("dropout", x, *x.shape, seed, keys, threshold, scale, x, y)
+        return y
+    if x.device.type == "cpu":
+        return (x * (_hashes(seed, keys, x) >= threshold)).mul_(scale)
+    generator = torch.Generator(x.device).manual_seed(seed)
+    keep = torch.rand(x.shape, generator=generator, device=x.device) >= probability
+    return (x * keep).mul_(scale)
+
+
+def _hashes(seed: int, keys: Tensor | None, x: Tensor) -> Tensor:
+    """A number below 2**32 for each element of x, as the compiled kernel finds it: int64 products that wrap around."""
+
+    def signed(number: int) -> int:
+        return (number & (2**64 - 1)) - ((number & 2**63) << 1)
+
+    rows = torch.arange(x.shape[0]) if keys is None else keys
+    key = signed(seed) + (rows + 1) * signed(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        key = (key ^ ((key >> shift) & (2 ** (64 - shift) - 1))) * signed(factor)
+    low = 2**32 - 1
+    h = ((key[:, None] >> 32) + torch.arange(x.shape[1]) * 0x9E3779B9) & low
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        h = ((h ^ (h >> shift)) * factor) & low
+    return h ^ (h >> 16)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, grad_output: bool) -> Tensor:
+    """The cross-entropy of each row, (rows,) in the wide type. Overwrites `logits`, with the slope if asked for."""
+    if fits(logits):
+        losses = logits.new_empty(len(targets), dtype=torch.float32)
+        _call("cross_entropy", logits, *logits.shape, logits, targets, losses, int(grad_output))
+        return losses
+    logits_wide = logits.to(wide(logits.dtype))
+    total = logits_wide.logsumexp(-1, keepdim=True)
+    at = targets[:, None]
+    losses = (total - logits_wide.gather(-1, at))[:, 0]
+    if grad_output:
+        probability = (logits_wide - total).exp()
+        logits.copy_(probability.scatter_add(-1, at, probability.new_full((), -1).expand_as(at)))
+    return losses
+
+
+def _call(name: str, like: Tensor, *arguments: Tensor | int | float | None) -> None:
+    compiled = kernels()
+    assert compiled is not None
+    compiled.call(name, like.dtype, *arguments)

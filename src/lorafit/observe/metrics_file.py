@@ -1,0 +1,159 @@
+"""The run's metrics on disk: metrics.jsonl, one JSON object a line, appended to and read back."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from lorafit.errors import RunError
+from lorafit.observe.events import Event, Progress, Step
+from lorafit.storage.atomic import BLOCK, sync, write_file
+from lorafit.storage.safe_read import MB, open_no_follow, parse_json, read_bytes
+
+MAX_BYTES = 4096 * MB  # of the file: ten million steps take half of it
+
+
+class Record:
+    """An observer that appends every event to `path`.
+
+    A line reaches the operating system whole and at once, so a killed run leaves at most one torn line at the
+    end; opening the record again cuts that off.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = open_no_follow(path, "ab")
+            self._file.truncate(_whole(path.read_bytes()))
+            sync(path.parent)  # whoever syncs the file later relies on its name
+        except OSError as error:
+            raise self._cannot_write(error, BLOCK) from error
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Progress):
+            return
+        line = _line(event)
+        try:
+            written = self._file.write(line)
+            if written < len(line):  # the disk filled up within the line: the rest of it says why
+                self._file.write(line[written:])
+        except OSError as error:
+            raise self._cannot_write(error, len(line)) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _cannot_write(self, error: OSError, num_bytes: int) -> RunError:
+        return RunError(
+            f"cannot write the run's metrics: {error.strerror or error} ({num_bytes:,} bytes are needed)",
+            place=str(self.path),
+            hint="free some space or choose another output folder, then resume the run",
+        )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Every event in `path`, oldest first; a torn last line is left out.
+
+    Raises RunError when the file cannot be read or a line before the last is not a JSON object.
+    """
+    return [event for _, event in _read(path)]
+
+
+def read_whole_events(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """(every event in `path` that can be read, oldest first; how many lines cannot); nothing where there is no file.
+
+    Raises RunError when the file is there and cannot be read.
+    """
+    lines = [event for _, event in _lines(path)] if path.exists() else []
+    return [event for event in lines if event is not None], lines.count(None)
+
+
+def truncate_after(path: Path, step: int) -> int:
+    """Forget what came after `step`, because a run resumes there: events with a later step go, others stay.
+
+    The file is replaced at once (written beside, synced, renamed); lines that stay keep their bytes. Damaged
+    lines, as a power cut leaves them, go too: returns how many. Raises RunError.
+    """
+    events = list(_lines(path))
+    kept = [line for line, event in events if event is not None and _step_of(event) <= step]
+    write_file(path, b"".join(kept).decode())
+    return sum(event is None for _, event in events)
+
+
+def number(value: object) -> float | None:
+    """`value` where it is a number that can be shown: finite, and below 10^100. The file may hold anything."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e100:
+        return None
+    return float(value)
+
+
+def series(events: Iterable[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    """(step, value) of the events in order, where both are numbers that can be shown."""
+    pairs = ((number(event.get("step")), number(event.get(name))) for event in events)
+    return [(step, value) for step, value in pairs if step is not None and value is not None]
+
+
+def _step_of(event: dict[str, Any]) -> float:
+    step = event.get("step", 0)
+    return step if isinstance(step, int | float) else 0
+
+
+def _line(event: Event) -> bytes:
+    """The event as one line of JSON; a number that JSON does not have becomes null and a `note` names it."""
+    fields = event.as_dict()
+    if isinstance(event, Step):
+        del fields["num_steps"]  # the same on every line: it stands in run_started
+    notes = []
+    for key, value in fields.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            fields[key] = None
+            notes.append(f"{key} is {value}")
+    if notes:
+        fields["note"] = ", ".join(notes)
+    text = json.dumps(fields, ensure_ascii=False, allow_nan=False) + "\n"
+    return text.encode(errors="backslashreplace")  # a lone surrogate becomes its JSON escape
+
+
+def _whole(content: bytes) -> int:
+    """How many bytes of `content` are whole lines."""
+    return content.rfind(b"\n") + 1
+
+
+def _read(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """The whole lines of `path`, each with the event it holds."""
+    events = []
+    for number, (line, event) in enumerate(_lines(path), start=1):
+        if event is None:
+            raise RunError(
+                "a line of the run's metrics is not a JSON object",
+                place=f"{path}:{number}",
+                hint="the file was changed by something else; delete that line to read the rest",
+            )
+        events.append((line, event))
+    return events
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """The whole lines of `path`, each with its event; None where it is none."""
+    try:
+        content = read_bytes(path, MAX_BYTES)
+    except OSError as error:
+        raise RunError(f"cannot read the run's metrics: {error.strerror}", place=str(path)) from error
+    for line in content[: _whole(content)].splitlines(keepends=True):
+        try:
+            event = parse_json(line.decode())
+        except ValueError:  # not UTF-8 or not JSON
+            event = None
+        yield line, event if isinstance(event, dict) else None

@@ -1,0 +1,264 @@
+"""The run directory: the one place that knows its file names. Train appends; everything else only reads."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lorafit.config.load import dump_config, load_config
+from lorafit.config.schema import Config
+from lorafit.errors import RunError
+from lorafit.redact import without_secrets
+from lorafit.storage.atomic import (
+    clean_orphans,
+    fsync_dirs,
+    is_orphan,
+    make_folder,
+    read_facts,
+    verify_folder,
+    write_file,
+)
+from lorafit.storage.locks import lock
+from lorafit.storage.safe_read import MB, read_json
+
+MAX_JSON = 64 * MB
+_CHECKPOINT = re.compile(r"step-(\d{6,})")
+
+
+class RunDirectory:
+    """Paths and small files of one run.
+
+    config.yaml (resolved, every key) · env.json · prompt.json · ledger.json · check.json · metrics.jsonl ·
+    checkpoints/step-000200/ · adapter/ (the final PEFT folder) · samples.json · proof.json · rows.json · report.html ·
+    heartbeat.json (of several ranks, when one stood still) · exports/
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.env_file = path / "env.json"
+        self.prompt_file = path / "prompt.json"
+        self.ledger_file = path / "ledger.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.check_file = path / "check.json"
+        self.samples_file = path / "samples.json"
+        self.proof_file = path / "proof.json"
+        self.rows_file = path / "rows.json"
+        self.report_file = path / "report.html"
+        self.heartbeat_file = path / "heartbeat.json"
+        self.lock_file = path / "run.lock"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+        self.exports = path / "exports"
+        self._held: BinaryIO | None = None
+
+    @classmethod
+    def new(cls, output: str | None, model_name: str) -> RunDirectory:
+        """The run directory that `create` will make; `output` None takes a name from the model and the time.
+
+        Raises RunError when there is something at that place already.
+        """
+        if output is None:
+            stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model_name).name) or "run"
+            output = f"runs/{stem}-{datetime.now():%Y%m%d-%H%M%S}"
+        run = cls(Path(output).expanduser())
+        run.check_vacant()
+        return run
+
+    def check_vacant(self) -> None:
+        """Raise RunError when something is here already."""
+        if self.config_file.exists():
+            raise RunError(
+                f"`{self.path}` already holds a run",
+                hint=f"go on with it: `lorafit train --resume {self.path}`, or give another --output",
+            )
+        if self.path.exists() and not self._is_vacant():
+            raise RunError(f"`{self.path}` is not empty", hint="give an --output that does not exist yet")
+
+    def _is_vacant(self) -> bool:
+        """Whether nothing is here, or only what a run leaves that was killed before it had begun."""
+        own = {
+            self.lock_file.name,
+            f"{self.lock_file.name}.holder",
+            self.prompt_file.name,
+            self.ledger_file.name,
+            self.env_file.name,
+            self.check_file.name,
+        }
+        own.add(self.rows_file.name)
+        return self.path.is_dir() and all(
+            (path.name in own or is_orphan(path.name)) and not path.is_symlink()
+            for path in self.path.iterdir()
+        )
+
+    def create(self, num_bytes: int = 0) -> None:
+        """Make the directory. Raises RunError when it cannot be written; it names `num_bytes` as what a run needs."""
+        try:
+            make_folder(self.path)
+        except OSError as error:
+            needed = f" ({num_bytes:,} bytes are needed for its checkpoints)" if num_bytes else ""
+            raise RunError(
+                f"cannot make the run directory: {error.strerror or error}{needed}", place=str(self.path)
+            ) from None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process alone. Raises RunError when another living process holds it."""
+        with lock(self.lock_file) as held:
+            self._held = held
+            try:
+                yield
+            finally:
+                self._held = None
+
+    def keep_locked(self) -> contextlib.AbstractContextManager[object]:
+        """Hold the lock until the end of this context even if `locked` ends before: for a thread that still writes.
+
+        To be called, not entered, while the lock is held.
+        """
+        return os.fdopen(os.dup(self._held.fileno()), "rb") if self._held else contextlib.nullcontext()
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDirectory:
+        """An existing run directory. Raises RunError when there is none."""
+        run = cls(Path(path).expanduser())
+        if not run.config_file.is_file():
+            raise RunError(
+                f"`{path}` is not a run directory: it has no config.yaml",
+                hint="`lorafit runs` lists the runs below a folder",
+            )
+        return run
+
+    def refuse_links(self) -> None:
+        """Raise RunError if anything here or among the checkpoints is a link: what is written stays in the run."""
+        for folder in (self.path, self.checkpoints):
+            for path in folder.iterdir() if folder.is_dir() else ():
+                if path.is_symlink():
+                    raise RunError(
+                        f"`{path.name}` is a link, and a run is written in its own folder only",
+                        place=str(path),
+                        hint="put what it points to in its place, or move the whole run",
+                    )
+
+    def config(self) -> Config:
+        """The resolved config that the run was started with."""
+        return load_config(self.config_file)
+
+    def started(self) -> float:
+        """When the run was begun, in seconds since 1970; 0 where its config is a link to nothing."""
+        try:
+            return self.config_file.stat().st_mtime
+        except OSError:
+            return 0.0
+
+    def write_config(self, config: Config) -> None:
+        """Freeze the resolved config."""
+        write_file(self.config_file, dump_config(config))
+
+    def write_json(self, file: Path, value: Mapping[str, Any] | list[Any]) -> None:
+        """Replace one of the run's JSON files, durably."""
+        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+        write_file(
+            file, without_secrets(text) if file == self.env_file else text
+        )  # a command line may hold some
+
+    def read_json(self, file: Path) -> Any:
+        """One of the run's JSON files. Raises RunError naming it when it is missing or damaged."""
+        try:
+            return read_json(file, MAX_JSON)
+        except FileNotFoundError:
+            raise RunError(f"the run has no `{file.name}`", place=str(self.path)) from None
+        except (OSError, ValueError):
+            raise RunError(f"`{file.name}` cannot be read", place=str(file)) from None
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of an optimizer step lies."""
+        return self.checkpoints / f"step-{step:06d}"
+
+    def saved_steps(self) -> list[int]:
+        """Steps that have a checkpoint folder, oldest first; not verified."""
+        if not self.checkpoints.is_dir():
+            return []
+        found = [_CHECKPOINT.fullmatch(path.name) for path in self.checkpoints.iterdir()]
+        return sorted(int(match[1]) for match in found if match)
+
+    def newest_checkpoint(self) -> tuple[int | None, dict[int, str]]:
+        """(newest step whose checkpoint verifies, newer ones and why they were skipped). None when none does."""
+        skipped: dict[int, str] = {}
+        for step in reversed(self.saved_steps()):
+            folder = self.checkpoint(step)
+            faults = verify_folder(folder)
+            if not faults and (holds := read_facts(folder).get("step")) != step:
+                faults = [f"it holds step {holds}"]
+            if not faults:
+                return step, skipped
+            skipped[step] = f"checkpoint step-{step:06d} is damaged and was skipped: {faults[0]}"
+        return None, skipped
+
+    def has_adapter(self) -> bool:
+        """Whether the final adapter is there and whole."""
+        return self.adapter.is_dir() and not verify_folder(self.adapter, may_have_more=True)
+
+    def newest_adapter(self) -> Path:
+        """The adapter to answer with: the final one, else the newest checkpoint's. RunError when none is whole."""
+        if self.adapter.is_dir():
+            if faults := verify_folder(self.adapter, may_have_more=True):
+                raise RunError(f"the adapter is damaged: {faults[0]}", place=str(self.adapter))
+            return self.adapter
+        step, skipped = self.newest_checkpoint()
+        if step is None:
+            why = next(iter(skipped.values())) if skipped else "it was stopped before its first checkpoint"
+            raise RunError(f"the run has no adapter yet: {why}", place=str(self.path))
+        return self.checkpoint(step)
+
+    def rotate(self, keep: int) -> None:
+        """Remove all checkpoints but the newest `keep` and the best steps that these name. Raises OSError.
+
+        A checkpoint disappears from `saved_steps` in one rename before its files go.
+        """
+        steps = self.saved_steps()
+        kept: set[int | None] = set(steps[-keep:])
+        for step in steps[-keep:]:
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # a damaged one names nothing
+                kept.add(read_facts(self.checkpoint(step)).get("best_step"))
+        for step in steps:
+            if step not in kept:
+                folder = self.checkpoint(step)
+                leaving = folder.with_name(f".staging-{folder.name}")
+                shutil.rmtree(leaving, ignore_errors=True)
+                folder.rename(leaving)
+                shutil.rmtree(leaving, ignore_errors=True)
+
+    def set_aside(self, step: int) -> None:
+        """Rename a damaged checkpoint so that it no longer counts as one; its files stay. Raises RunError."""
+        folder = self.checkpoint(step)
+        aside = folder.with_name(f"damaged-{folder.name}")
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.rename(aside)
+        except OSError as error:
+            raise RunError(f"cannot write here: {error.strerror or error}", place=str(folder)) from None
+
+    def clean(self) -> None:
+        """Remove what an earlier crash left half written, make durable what it left whole. Raises RunError."""
+        self.refuse_links()
+        try:
+            fsync_dirs(self.path.parent, self.path, self.checkpoints)
+            clean_orphans(self.path)
+            clean_orphans(self.checkpoints)
+        except OSError as error:
+            raise RunError(f"cannot write here: {error.strerror or error}", place=str(self.path)) from None
+
+
+def find_runs(folder: Path) -> list[RunDirectory]:
+    """The run directories at `folder` and up to two levels below it, newest first."""
+    found = {path.parent for pattern in ("", "*/", "*/*/") for path in folder.glob(f"{pattern}config.yaml")}
+    runs = [RunDirectory(path) for path in found]
+    return sorted(runs, key=RunDirectory.started, reverse=True)

@@ -1,0 +1,268 @@
+"""Folders that are either whole and verified or not there: stage, sync, manifest, rename, read back.
+
+A committed folder holds `manifest.json`, written last, with the size and SHA-256 of every other file and the
+caller's facts. The order of calls (files, manifest, folder, rename, parent) is what makes a crash at any point
+leave the old state or the new one, never a mixture (Pillai et al., OSDI 2014, on what file systems promise).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from lorafit.errors import RunError
+from lorafit.storage.safe_read import MB, parse_json, read_bytes
+
+MANIFEST = "manifest.json"
+MAX_MANIFEST = 64 * MB
+SCHEMA = 1
+BLOCK = 4096  # bytes that a file takes at least
+_STAGING, _OLD = ".staging-", ".old-"
+
+
+def commit_folder(
+    folder: Path,
+    write: Callable[[Path], Mapping[str, str] | None],
+    facts: Mapping[str, Any],
+    num_bytes: int | None = None,
+    hint: str = "free space or fix the disk, then `lorafit train --resume` goes on from the last checkpoint",
+) -> None:
+    """Make `folder` hold exactly what `write(staging)` writes, all of it or nothing.
+
+    Files in `folder` may be nested one level or more; `facts` is stored in the manifest. `write` may return the
+    SHA-256 of what it meant to write, by file name (see `write_files`): then that is what has to read back. An
+    existing `folder` is replaced. Raises RunError, with what was there before untouched, when anything cannot
+    be written; it names `num_bytes` as what is needed.
+    """
+    staging, old = folder.with_name(_STAGING + folder.name), folder.with_name(_OLD + folder.name)
+    placed = False
+    try:
+        make_folder(folder.parent)
+        clean_orphans(folder.parent, folder.name)
+        staging.mkdir()
+        known = write(staging) or {}
+        files = {}
+        for path in _files(staging):
+            sync(path)
+            _drop_page_cache(path)
+            name = path.relative_to(staging).as_posix()
+            files[name] = {"size": path.stat().st_size, "sha256": known.get(name) or sha256_file(path)}
+        manifest = {"schema": SCHEMA, "files": files, "facts": dict(facts)}
+        _write_synced(staging / MANIFEST, _manifest_text(manifest))
+        for directory in sorted({staging, *(path.parent for path in _files(staging))}, reverse=True):
+            sync(directory)
+        if folder.exists():
+            folder.rename(old)
+        staging.rename(folder)
+        placed = True
+        sync(folder.parent)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
+        _roll_back(folder, staging, old, placed)
+        reason = error.strerror if isinstance(error, OSError) else None
+        needed = f" ({num_bytes:,} bytes are needed)" if num_bytes is not None else ""
+        raise RunError(
+            f"cannot save `{folder.name}`: {reason or error}{needed}",
+            place=str(getattr(error, "filename", None) or folder),
+            hint=hint,
+        ) from error
+    if faults := verify_folder(folder):
+        _roll_back(folder, staging, old, placed)
+        raise RunError(
+            f"what was written to `{folder.name}` does not read back: {faults[0]}",
+            place=str(folder),
+            hint="the disk or its driver is not to be trusted; older checkpoints are untouched",
+        )
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_files(staging: Path, files: Mapping[str, bytes]) -> dict[str, str]:
+    """Write `files` and return the SHA-256 of each as it was in memory. Raises OSError."""
+    for name, content in files.items():
+        (staging / name).write_bytes(content)
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+
+
+def make_folder(folder: Path) -> None:
+    """Make `folder` and its parents where they are missing, each synced into the one above. Raises OSError.
+
+    One that is there may be what a killed process had made but not synced: see `fsync_dirs`.
+    """
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync(folder.parent)
+
+
+def fsync_dirs(*folders: Path) -> None:
+    """Make durable what is to be seen in `folders`: a killed process may have made names without syncing them.
+
+    Nothing may be built on names that only the running system knows. Raises OSError.
+    """
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError, PermissionError):  # not there, or another's
+            sync(folder)
+
+
+def verify_folder(folder: Path, *, may_have_more: bool = False) -> list[str]:
+    """What is wrong with a committed folder, in words; empty when every byte is as it was written.
+
+    A file that the manifest does not list is a fault unless the folder `may_have_more`.
+    """
+    try:
+        text = read_bytes(folder / MANIFEST, MAX_MANIFEST).decode()
+        manifest = parse_json(text)
+        schema, listed = manifest["schema"], manifest["files"]
+        entries = {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()}
+        manifest["facts"].keys()
+    except FileNotFoundError:
+        return [f"`{MANIFEST}` is missing"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return [f"`{MANIFEST}` cannot be read"]
+    if schema != SCHEMA:
+        return [f"`{MANIFEST}` has schema {schema}, this lorafit reads {SCHEMA}"]
+    if text != _manifest_text(manifest):
+        return [f"`{MANIFEST}` has changed since it was written (its own SHA-256 differs)"]
+    faults = []
+    present = {path.relative_to(folder).as_posix() for path in _files(folder)} - {MANIFEST}
+    faults += [f"`{name}` is missing" for name in sorted(entries.keys() - present)]
+    if not may_have_more:
+        faults += [f"`{name}` is not in the manifest" for name in sorted(present - entries.keys())]
+    for name in sorted(entries.keys() & present):
+        size, digest = entries[name]
+        path = folder / name
+        try:
+            if path.stat().st_size != size:
+                faults.append(f"`{name}` has {path.stat().st_size} bytes, {size} were written")
+            elif sha256_file(path) != digest:
+                faults.append(f"`{name}` has changed since it was written (SHA-256 differs)")
+        except OSError as error:
+            faults.append(f"`{name}` cannot be read: {error.strerror or error}")
+    return faults
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """The facts stored with a committed folder; call after `verify_folder` found nothing."""
+    facts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["facts"]
+    assert isinstance(facts, dict)
+    return facts
+
+
+def is_orphan(name: str) -> bool:
+    """Whether a file or folder of that name is what a crash left of an unfinished commit."""
+    return name.startswith((_STAGING, _OLD))
+
+
+def clean_orphans(parent: Path, only: str | None = None) -> list[str]:
+    """Remove what a crash left of unfinished commits (of the folder `only`) in `parent`; bring back a folder that
+    was being replaced. Raises OSError.
+    """
+    removed: list[str] = []
+    if not parent.is_dir():
+        return removed
+    for path in sorted(parent.iterdir()):
+        if only is not None and path.name not in (_OLD + only, _STAGING + only):
+            continue
+        if path.name.startswith(_OLD):
+            whole = path.with_name(path.name.removeprefix(_OLD))
+            if not whole.exists():
+                path.rename(whole)
+                continue
+        elif not path.name.startswith(_STAGING):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        removed.append(path.name)
+    return removed
+
+
+def write_file(path: Path, text: str) -> None:
+    """Replace one small text file atomically and durably. Raises RunError."""
+    temporary = path.with_name(_STAGING + path.name)
+    try:
+        temporary.unlink(missing_ok=True)  # it might be a link
+        _write_synced(temporary, text)
+        temporary.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        reason = f"{error.strerror or error} ({len(text.encode()):,} bytes are needed)"
+        raise RunError(f"cannot write `{path.name}`: {reason}", place=str(path)) from error
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _roll_back(folder: Path, staging: Path, old: Path, placed: bool) -> None:
+    """Undo a commit that failed: what stood in `folder` before stands there again, as far as the disk lets us."""
+    with contextlib.suppress(OSError):
+        if placed:
+            folder.rename(staging)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def _manifest_text(manifest: Mapping[str, Any]) -> str:
+    """The manifest as its file holds it, signed with the SHA-256 of the rest so that it vouches for its facts too."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**rest, "sha256": digest}, indent=1, sort_keys=True) + "\n"
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("x", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        _fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """fsync a file, or a folder where the system allows it."""
+    if os.name == "nt" and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fsync(descriptor: int) -> None:
+    if sys.platform == "darwin":  # there fsync leaves the bytes in the drive's own cache
+        import fcntl
+
+        with contextlib.suppress(OSError):  # not every file system offers it
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(descriptor)
+
+
+def _drop_page_cache(path: Path) -> None:
+    """Drop a synced file from the system's memory, so that reading it back reads the disk. A wish, not an order."""
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)

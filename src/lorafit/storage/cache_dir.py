@@ -1,0 +1,17 @@
+"""The folder of lorafit's cache."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def cache_folder(name: str) -> Path:
+    """The folder `name` of lorafit's cache, made if it is missing and readable by its user alone.
+
+    The cache is `LORAFIT_CACHE`, or `lorafit` in the user's cache folder. Raises OSError.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(os.environ.get("LORAFIT_CACHE") or Path(home) / "lorafit").expanduser() / name
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder

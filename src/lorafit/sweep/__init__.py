@@ -1,0 +1,1 @@
+"""Grids and random searches over the settings of a run."""

@@ -1,0 +1,156 @@
+"""A sweep: runs that differ in some keys, one after the other or beside each other, finished ones never repeated.
+
+The folder holds `sweep.json`, written first, and a run directory for each trial. Who works on a trial holds its lock,
+so any number of processes, on any number of machines that see the folder, share the trials of one sweep.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafit.config.schema import Config
+from lorafit.distributed.ranks import num_cores
+from lorafit.errors import LorafitError, RunError
+from lorafit.model.build import BaseModelCache
+from lorafit.run_dir import RunDirectory
+from lorafit.storage.atomic import make_folder, write_file
+from lorafit.storage.locks import lock
+from lorafit.sweep.space import Point
+from lorafit.training.run import resume_run, start_run
+
+_PLAN = "sweep.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One run of a sweep: its directory and what it has of its own."""
+
+    run: RunDirectory
+    point: Point
+    config: Config
+
+    @property
+    def name(self) -> str:
+        return self.run.path.name
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end; its adapter is written last."""
+        return self.run.has_adapter()
+
+    @property
+    def lock_file(self) -> Path:
+        return self.run.path.with_name(f".{self.name}.lock")
+
+    @property
+    def error_file(self) -> Path:
+        return self.run.path.with_name(f"{self.name}.error.txt")
+
+
+def plan_sweep(folder: Path, trials: Sequence[tuple[Point, Config]]) -> list[Trial]:
+    """The trials of the sweep in `folder`, made now or, with the same trials, before.
+
+    Raises RunError when something else is there.
+    """
+    plan = [
+        {"varies": point, "config": config.model_dump(mode="json", exclude_unset=True)}
+        for point, config in trials
+    ]
+    file = folder / _PLAN
+    if file.exists():
+        if _read(file) != plan:
+            raise RunError(
+                f"`{folder}` holds a sweep of other trials",
+                hint=f"go on with it: `lorafit sweep --resume {folder}`, or give another --output",
+            )
+    else:
+        if folder.exists() and any(folder.iterdir()):
+            raise RunError(f"`{folder}` is not empty", hint="give an --output that does not exist yet")
+        try:
+            make_folder(folder)
+        except OSError as error:
+            raise RunError(f"cannot make the folder: {error.strerror or error}", place=str(folder)) from None
+        write_file(file, json.dumps(plan, indent=1) + "\n")
+    return open_sweep(folder)
+
+
+def open_sweep(folder: Path) -> list[Trial]:
+    """The trials of a sweep that was begun. Raises RunError when there is none."""
+    file = folder / _PLAN
+    if not file.is_file():
+        raise RunError(
+            f"`{folder}` is no sweep: it has no {_PLAN}", hint="`lorafit sweep --vary ...` begins one"
+        )
+    width = len(str(len(plan := _read(file))))
+    trials = []
+    for number, entry in enumerate(plan, 1):
+        run = RunDirectory(folder / f"trial-{number:0{max(3, width)}d}")
+        values = {**entry["config"], "run": {**entry["config"].get("run", {}), "output": str(run.path)}}
+        trials.append(Trial(run, dict(entry["varies"]), Config.model_validate(values)))
+    return trials
+
+
+def work(trials: Sequence[Trial], begin: Callable[[Trial, str], None], *, quiet: bool = False) -> bool:
+    """Train the trials that are not finished and that nobody else works on; False when one was interrupted.
+
+    `begin` is told the trial and what is done with it. One that cannot be trained leaves its error beside its
+    directory and does not stop the others. Runs of the same base load it once.
+    """
+    base = BaseModelCache()
+    for trial in trials:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(lock(trial.lock_file))
+            except RunError:  # somebody else works on it
+                continue
+            if trial.finished:
+                continue
+            begun = trial.run.config_file.exists()
+            begin(trial, "goes on" if begun else "begins")
+            try:
+                if begun:
+                    result = resume_run(trial.run.path, quiet=quiet, base=base)
+                else:
+                    result = start_run(trial.config, quiet=quiet, base=base)
+            except LorafitError as error:
+                write_file(trial.error_file, f"{error}\n")
+                begin(trial, f"failed: {error.problems[0].message}")
+                continue
+            trial.error_file.unlink(missing_ok=True)
+            if not result.finished:
+                return False
+    return True
+
+
+def work_beside_each_other(folder: Path, num_processes: int) -> int:
+    """Have so many processes share the trials; returns the highest exit code. Their cores are divided."""
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, num_cores() // num_processes))
+    command = [sys.executable, "-m", "lorafit", "sweep", "--resume", str(folder), "--quiet"]
+    environment = {**os.environ, "OMP_NUM_THREADS": threads}
+    started = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)  # noqa: S603 (this program)
+        for _ in range(num_processes)
+    ]
+    try:
+        return max(process.wait() for process in started)
+    except KeyboardInterrupt:
+        for process in started:
+            process.terminate()
+        return max(130, *(process.wait() for process in started))
+
+
+def _read(file: Path) -> list[Mapping[str, Any]]:
+    try:
+        plan = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise RunError("the sweep cannot be read", place=str(file)) from None
+    assert isinstance(plan, list)
+    return plan

@@ -1,0 +1,376 @@
+"""`lorafit plan` and the head of a run: exact counts, refusals, what --auto picks, and no trace in the results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.tiny_models import random_network, write_model, write_rows
+
+from lorafit.config.load import config_from_args, flag_overrides, load_config
+from lorafit.config.schema import Config
+from lorafit.data.packing import Pack, make_packs
+from lorafit.data.row_order import RowOrder
+from lorafit.errors import RunError
+from lorafit.model.memory import available_bytes, resident_bytes
+from lorafit.observe.metrics_file import read_metrics
+from lorafit.plan import machine, planner
+from lorafit.plan.cost_model import PassCost
+from lorafit.plan.machine import watch_peak
+from lorafit.plan.planner import Planner, plan_run
+from lorafit.plan.predict import Choice, choices, settings_of
+from lorafit.plan.table import short_lines, table_rows
+from lorafit.plan.workload import Workload, estimate_workload
+from lorafit.storage.atomic import sha256_file
+from lorafit.training.run import resume_run, start_run
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("plan")
+    return [
+        f"model.name={write_model(folder / 'model')}",
+        f"data.path={write_rows(folder / 'rows.json', 60)}",
+        "model.dtype=float32",
+        "model.device=cpu",
+        "train.batch_size=7",
+        "train.micro_batch_tokens=256",
+        "train.learning_rate=0.01",
+        "lora.rank=4",
+        "run.samples=0",
+        "run.verify=false",
+    ]
+
+
+def config_of(material: list[str], *overrides: str) -> Config:
+    return load_config(None, [*material, *overrides])
+
+
+def events(path: Path, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_metrics(path / "metrics.jsonl") if event["event"] == kind]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.epochs=2"],
+        ["train.max_steps=11", "data.packing=false"],
+        ["train.epochs=0.5", "data.weights=[1.5]", "train.micro_batch_tokens=100"],
+        ["train.epochs=1.3", "data.train_on=all", "data.shuffle=false", "data.holdout=0"],
+    ],
+    ids=str,
+)
+def test_counts_are_exactly_those_of_the_run(
+    material: list[str], overrides: list[str], tmp_path: Path
+) -> None:
+    config = config_of(material, f"run.output={tmp_path / 'run'}", *overrides)
+    plan = plan_run(config, quiet=True)
+    assert not (tmp_path / "run").exists()
+    result = start_run(config, quiet=True)
+    steps = events(result.path, "step")
+    (started,) = events(result.path, "run_started")
+    assert plan.steps == len(steps) == result.step
+    assert plan.supervised_tokens == sum(step["supervised_tokens"] for step in steps)
+    assert plan.tokens == sum(step["tokens"] for step in steps)
+    assert (plan.parameters, plan.trainable) == (started["num_parameters"], started["num_trainable"])
+    assert plan.rows == started["num_rows"]
+    if "train.epochs=2" in overrides:
+        ledger = json.loads((result.path / "ledger.json").read_text())
+        assert plan.supervised_tokens_per_epoch == ledger["trained"]["trained"]
+        assert plan.tokens_per_epoch == ledger["trained"]["total"]
+    assert plan.rates is not None
+    assert plan.rates.measured
+    assert plan.rates.peak_bytes is not None
+    assert plan.times is not None
+    assert plan.times.total > plan.times.steps > 0
+    assert plan.fits
+    assert json.loads(json.dumps(plan.as_dict()))["fits"] is True
+
+
+def test_a_run_begins_with_its_plan_and_a_calibration_leaves_no_trace(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["train.epochs=3", "lora.dropout=0.1", "data.holdout=5", "train.eval_every=5"]
+    spent = []
+    calibrate = planner.calibrate
+
+    def counted(*arguments: Any) -> Any:
+        spent.append(1)
+        return calibrate(*arguments)
+
+    monkeypatch.setattr(planner, "calibrate", counted)
+    plain = start_run(config_of(material, f"run.output={tmp_path / 'plain'}", *settings), quiet=True)
+    assert not spent  # a short run starts at once
+    monkeypatch.setattr(planner, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(planner, "MOST_SHARE", 1.0)
+    measured = start_run(config_of(material, f"run.output={tmp_path / 'measured'}", *settings), quiet=True)
+    assert len(spent) == 1
+    weights = "adapter_model.safetensors"
+    assert sha256_file(plain.adapter / weights) == sha256_file(measured.adapter / weights)
+    losses = [[step["loss"] for step in events(run.path, "step")] for run in (plain, measured)]
+    assert losses[0] == losses[1]
+    for run, says_about in ((plain, True), (measured, False)):
+        (line,) = [note["text"] for note in events(run.path, "note") if note["text"].startswith("plan: ")]
+        assert (", about " in line) == says_about
+        assert "supervised of" in line
+    monkeypatch.setattr(planner, "LEAST_STEPS", 1000)
+    start_run(config_of(material, f"run.output={tmp_path / 'few'}", "train.max_steps=2"), quiet=True)
+    assert len(spent) == 1
+
+
+class Short:
+    """A machine with so much memory, on which compiled products take none: beside a tiny network they are all."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+        self.free = free
+        monkeypatch.setattr("lorafit.plan.predict._KERNEL_BYTES", 0)
+        monkeypatch.setattr(planner, "resident_bytes", lambda: 0)
+        monkeypatch.setattr(planner, "available_bytes", lambda device: self.free)
+
+
+def needed(config: Config) -> int:
+    return Planner(config, quiet=True)._memory(config)
+
+
+def test_what_does_not_fit_is_refused_with_what_would(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Short(monkeypatch, 2**60)
+    config = config_of(material, f"run.output={tmp_path / 'run'}")
+    whole = needed(config)
+    smaller = config_of(material, "train.micro_batch_tokens=128")
+    assert needed(smaller) < whole
+    machine.free = (needed(smaller) + whole) // 2
+    for act in (start_run, plan_run):
+        with pytest.raises(RunError, match=r"training needs about .* can be had") as caught:
+            act(config, quiet=True)
+        assert caught.value.exit_code == 2
+        (problem,) = caught.value.problems
+        assert "train.micro_batch_tokens=128 needs" in problem.hint
+        assert "train.recompute" not in problem.hint
+        assert "--auto" in problem.hint
+        assert "CPU" in problem.place
+    machine.free = 1000
+    with pytest.raises(RunError, match="no setting makes it fit"):
+        start_run(config, quiet=True)
+    assert not (tmp_path / "run").exists()
+    tried = start_run(
+        config_of(material, f"run.output={tmp_path / 'tried'}", "run.too_large=try", "train.max_steps=1"),
+        quiet=True,
+    )
+    assert tried.finished
+
+
+def test_auto_picks_the_cheapest_and_the_run_keeps_it(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Short(monkeypatch, 2**60)
+    plain = start_run(
+        config_of(material, f"run.output={tmp_path / 'plain'}", "train.max_steps=3"), quiet=True
+    )
+    whole = needed(config_of(material))
+    small = [
+        needed(config_of(material, "train.micro_batch_tokens=128", *words))
+        for words in ([], ["train.recompute=layers"])
+    ]
+    assert small[0] < whole
+    assert small[1] < small[0]
+    auto = ["run.too_large=auto", "train.max_steps=3"]
+    machine.free = small[0]
+    first = start_run(config_of(material, f"run.output={tmp_path / 'first'}", *auto), quiet=True)
+    kept = load_config(first.path / "config.yaml")
+    assert kept.train.micro_batch_tokens == 128
+    assert (kept.train.recompute, kept.model.quantize) == ("none", "none")
+    (line,) = [e["text"] for e in events(first.path, "note") if e["text"].startswith("picked ")]
+    assert "train.micro_batch_tokens=128" in line
+    assert line.endswith("the mathematics is the same")
+    assert first.loss == pytest.approx(plain.loss, rel=1e-4)
+    machine.free = small[1]
+    planner = Planner(config_of(material, *auto), quiet=True)
+    picked = planner.fit()
+    assert picked.train.recompute == "layers"
+    assert picked.model.quantize == "none"
+    machine.free = 10
+    assert resume_run(first.path, quiet=True).finished  # what began here is not refused
+    assert flag_overrides(None, None, None, auto=True) == ['run.too_large="auto"']
+    given = config_from_args(
+        ["model.name=m", "data.path=d"], None, flag_overrides(None, None, None, auto=True)
+    )
+    assert given.run.too_large == "auto"
+
+
+def test_choices_go_from_cheap_to_dear_and_int8_says_that_numbers_change(
+    material: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = survey_of([300] * 8, [100] * 8)
+    given = Choice(1024, False, "none")
+    found = list(choices(given, work, can_int8=True))
+    assert found[:2] == [Choice(512, False, "none"), Choice(300, False, "none")]
+    assert found[2:5] == [Choice(1024, True, "none"), Choice(512, True, "none"), Choice(300, True, "none")]
+    assert found[5] == Choice(1024, False, "int8")
+    assert all(choice.quantize == "none" for choice in choices(given, work, can_int8=False))
+    words = settings_of(found[-1], given)
+    assert words == "train.micro_batch_tokens=300 train.recompute=layers model.quantize=int8"
+    machine = Short(monkeypatch, 2**60)
+    all_made = list(
+        choices(
+            Choice(256, False, "none"),
+            Planner(config_of(material), True)._workload(config_of(material)),
+            True,
+        )
+    )
+    without = min(
+        needed(config_of(material, *settings_of(c, Choice(256, False, "none")).split()))
+        for c in all_made
+        if c.quantize == "none"
+    )
+    machine.free = without - 1
+    planner = Planner(config_of(material, "run.too_large=auto"), quiet=True)
+    try:
+        assert planner.fit().model.quantize == "int8"
+    except RunError:
+        pytest.fail("int8 was not tried")
+    assert "changes the base's numbers" in planner.plan(None).picked
+
+
+def survey_of(lengths: list[int], targets: list[int], **changes: Any) -> Workload:
+    order = RowOrder([np.arange(len(lengths))], [1.0], 4, 0, True)
+    values = {"num_steps": 5, "capacity": 1024, "packing": True, **changes}
+    return estimate_workload(np.array(lengths), np.array(targets), order, **values)
+
+
+def test_a_long_run_is_sampled_but_its_tokens_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(1)
+    lengths = generator.integers(5, 200, 403)
+    targets = lengths // 2
+    whole = survey_of(lengths.tolist(), targets.tolist(), num_steps=900)
+    monkeypatch.setattr("lorafit.plan.workload._SAMPLED_STEPS", 90)
+    sampled = survey_of(lengths.tolist(), targets.tolist(), num_steps=900)
+    assert (sampled.tokens, sampled.supervised) == (whole.tokens, whole.supervised)
+    assert len(sampled.passes) < len(whole.passes) / 5
+    assert sampled.num_passes == pytest.approx(whole.num_passes, rel=0.05)
+    assert sampled.mean.tokens == pytest.approx(whole.mean.tokens, rel=0.1)
+    assert whole.longest_row == lengths.max()
+
+
+def test_what_rows_begin_alike_with_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(2)
+    lengths = generator.integers(20, 60, 120)
+    preambles = (np.arange(10), np.arange(10, 26))
+    texts = [
+        np.concatenate([preambles[n % 2], generator.integers(0, 9999, length)])[:length]
+        for n, length in enumerate(lengths)
+    ]
+    rows = [(ids.astype(np.uint16), np.arange(len(ids)) > len(ids) // 2) for ids in texts]
+    targets = [int(trained.sum()) for _, trained in rows]
+
+    def lay(members: Sequence[int]) -> Pack:
+        return make_packs([rows[at] for at in members], 10_000)[0]
+
+    work = survey_of(lengths.tolist(), targets, num_steps=30, capacity=150, lay=lay)
+    for found, members in zip(work.passes, work.pack_of, strict=True):
+        beginnings = {tuple(texts[at][: end + 1]) for at in members for end in range(lengths[at] - 1)}
+        assert found[0] == len(beginnings)
+        assert found[1] == sum(targets[at] for at in members)
+        assert found[2] == sum(2 * len(each) - 1 for each in beginnings)
+    apart = survey_of(lengths.tolist(), targets, num_steps=30, capacity=150)
+    assert work.shared == apart.passes[:, 0].sum() - work.passes[:, 0].sum() > 300
+    assert apart.shared == 0
+    monkeypatch.setattr("lorafit.plan.workload._SAMPLED_PACKS", 12)
+    sampled = survey_of(lengths.tolist(), targets, num_steps=30, capacity=150, lay=lay)
+    assert sampled.shared == pytest.approx(work.shared, rel=0.2)
+    assert sampled.mean.squares == pytest.approx(work.mean.squares, rel=0.02)
+    assert (sampled.tokens, sampled.supervised) == (work.tokens, work.supervised)
+
+
+def test_the_head_of_a_run_is_short_and_the_table_closes(material: list[str]) -> None:
+    plan = Planner(config_of(material), quiet=True).plan(None)
+    assert plan.times is None
+    assert len(short_lines(plan)) == 1
+    assert "about" in short_lines(plan)[0]
+    assert {len(row) for row in table_rows(plan)} == {3}
+    memory = plan.memory
+    assert memory.total == round(sum(dataclasses.asdict(memory).values())) == plan.peak_bytes
+    assert memory.kernels == 0  # float32
+    network = random_network()
+    assert memory.base == sum(parameter.numel() for parameter in network.parameters()) * 4
+
+
+def test_memory_is_bounded_by_the_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "self").mkdir()
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
+    (tmp_path / "self" / "statm").write_text("100 2 1 1 0 1 0\n")
+    (tmp_path / "self" / "cgroup").write_text("0::/outer/inner\n")
+    groups = tmp_path / "groups"
+    (groups / "outer" / "inner").mkdir(parents=True)
+    monkeypatch.setattr(machine, "_PROC", tmp_path)
+    monkeypatch.setattr(machine, "_CGROUPS", groups)
+    cpu = torch.device("cpu")
+    free = 8000 * 1024 + resident_bytes()
+    assert available_bytes(cpu) == free
+    (groups / "outer" / "inner" / "memory.max").write_text("max\n")
+    (groups / "outer" / "memory.max").write_text("2000000\n")
+    assert available_bytes(cpu) == 2_000_000
+    (tmp_path / "self" / "cgroup").write_text("5:cpu,memory:/box\n1:name=systemd:/\n")
+    (groups / "memory").mkdir()
+    (groups / "memory" / "memory.limit_in_bytes").write_text("1000000\n")
+    assert available_bytes(cpu) == 1_000_000
+    (groups / "memory" / "memory.limit_in_bytes").write_text(f"{2**63 - 4096}\n")
+    assert available_bytes(cpu) == free
+    assert available_bytes(torch.device("mps")) is None
+    (tmp_path / "meminfo").unlink()
+    assert available_bytes(cpu) is None
+
+
+def test_the_peak_of_a_block_is_seen_below_an_earlier_one() -> None:
+    cpu = torch.device("cpu")
+    before = resident_bytes()
+    if not before:
+        pytest.skip("resident memory cannot be asked here")
+    large = torch.ones(60 * 2**20 // 4)
+    del large
+    with watch_peak(cpu) as peak:
+        held = torch.ones(30 * 2**20 // 4)
+        for _ in range(20):
+            held.mul_(1.0)
+        total = float(held.sum())
+    assert total == 30 * 2**20 / 4
+    assert before + 20 * 2**20 < peak.num_bytes
+
+
+@pytest.mark.shared
+@pytest.mark.slow
+def test_tinystories_takes_about_what_was_planned(shared: Path, tmp_path: Path) -> None:
+    """Generous bounds: the machine may be busy. benchmarks/plan.py measures the accuracy."""
+    config = load_config(
+        None,
+        [
+            f"model.name={shared / 'models' / 'tinystories-656k'}",
+            f"data.path={shared / 'data' / 'alpaca_en_demo.json'}",
+            "data.template=alpaca",
+            "data.max_length=512",
+            "data.too_long=drop",
+            "model.dtype=float32",
+            "train.max_steps=12",
+            "run.samples=0",
+            "run.verify=false",
+            f"run.output={tmp_path / 'run'}",
+        ],
+    )
+    plan = plan_run(config, quiet=True)
+    result = start_run(config, quiet=True)
+    steps = events(result.path, "step")
+    assert plan.supervised_tokens == sum(step["supervised_tokens"] for step in steps)
+    assert plan.times is not None
+    assert 0.2 < plan.times.steps / sum(step["seconds"] for step in steps) < 5
+    assert 0.5 < plan.peak_bytes / steps[-1]["memory_bytes"] < 2
+
+
+def test_a_pass_of_nothing_costs_nothing() -> None:
+    assert survey_of([10], [4], num_steps=1).at(0) == PassCost(9.0, 4.0, 81.0)

@@ -1,0 +1,140 @@
+"""A sweep: one load of the base, no finished run twice, failures that stop nothing, a table and a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from tests.tiny_models import write_model, write_rows
+from typer.testing import CliRunner
+
+from lorafit.cli.main import app
+from lorafit.config.load import load_config
+from lorafit.errors import RunError
+from lorafit.model import build
+from lorafit.storage.atomic import sha256_file
+from lorafit.storage.locks import lock
+from lorafit.sweep import trials
+from lorafit.sweep.curves import curves_svg
+from lorafit.training.run import Result, start_run
+
+VARY = ["--vary", "lora.rank=2,4", "--vary", "train.learning_rate=0.001,0.01"]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("sweep")
+    return [
+        f"model.name={write_model(folder / 'model')}",
+        f"data.path={write_rows(folder / 'rows.json')}",
+        "model.dtype=float32",
+        "model.device=cpu",
+        "train.batch_size=6",
+        "train.max_steps=3",
+        "train.eval_every=1",
+        "run.samples=0",
+    ]
+
+
+Sweep = Callable[..., tuple[int, list[dict[str, Any]]]]
+
+
+@pytest.fixture
+def run(words: list[str], tmp_path: Path) -> Sweep:
+    def call(*more: str, code: int = 0, resume: bool = False) -> tuple[int, list[dict[str, Any]]]:
+        given = ["--resume", str(tmp_path / "s")] if resume else [*words, "--output", str(tmp_path / "s")]
+        done = CliRunner().invoke(app, ["sweep", *given, "--quiet", "--json", *more])
+        if done.exception is not None and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        assert done.exit_code == code, done.output
+        return done.exit_code, [json.loads(line) for line in done.stdout.splitlines()]
+
+    return call
+
+
+def test_a_grid_loads_its_base_once_and_its_runs_are_those_of_train(
+    run: Sweep, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[Path] = []
+    load = build.load_network
+
+    def counted(folder: Path, *rest: Any) -> Any:
+        loads.append(folder)
+        return load(folder, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "load_network", counted)
+        _, found = run(*VARY)
+    assert len(loads) == 1
+    assert [entry["state"] for entry in found] == ["finished"] * 4
+    losses = [entry["heldout_loss"] for entry in found]
+    assert losses == sorted(losses)
+    assert found[0]["varies"]["train.learning_rate"] == "0.01"
+    point = [f"{key}={value}" for key, value in found[0]["varies"].items()]
+    alone = start_run(load_config(None, [*words, *point, f"run.output={tmp_path / 'alone'}"]), quiet=True)
+    adapter = Path(found[0]["run"]) / "adapter" / "adapter_model.safetensors"
+    assert sha256_file(adapter) == sha256_file(alone.adapter / "adapter_model.safetensors")
+
+    def never(*_: Any, **__: Any) -> Result:
+        raise AssertionError("a finished run was started again")
+
+    monkeypatch.setattr(trials, "start_run", never)
+    monkeypatch.setattr(trials, "resume_run", never)
+    assert run(*VARY)[1] == found == run(resume=True)[1]
+    with pytest.raises(RunError, match="holds a sweep of other trials"):
+        run("--vary", "lora.rank=2,8")
+    lines = ElementTree.parse(tmp_path / "s" / "sweep.svg").getroot()
+    assert len(lines.findall("{http://www.w3.org/2000/svg}polyline")) == 4
+
+
+def test_a_sweep_that_was_killed_goes_on_within_its_runs(run: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    start, begun = trials.start_run, []
+
+    def killed(config: Any, **more: Any) -> Result:
+        begun.append(config.run.output)
+        if len(begun) == 2:
+            start(
+                config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 3})}), **more
+            )
+            Path(config.run.output, "adapter", "manifest.json").unlink()  # as if before the last rename
+            raise KeyboardInterrupt
+        return start(config, **more)
+
+    monkeypatch.setattr(trials, "start_run", killed)
+    run("--vary", "lora.rank=2,4,8", code=130)
+    _, found = run(resume=True)
+    assert [entry["state"] for entry in found] == ["finished"] * 3
+    assert len(begun) == 3  # the second one went on by itself
+
+
+def test_a_run_that_fails_is_said_and_does_not_stop_the_others(run: Sweep, tmp_path: Path) -> None:
+    _, found = run("--vary", "data.max_length=8,2048", code=2)
+    assert [entry["state"] for entry in found] == ["finished", "failed"]
+    assert "data.max_length" in (tmp_path / "s" / "trial-001.error.txt").read_text()
+
+
+def test_what_somebody_else_works_on_is_left_to_them(run: Sweep, tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    with pytest.raises(RunError, match="is not empty"), lock(tmp_path / "s" / ".trial-001.lock"):
+        run("--vary", "lora.rank=2,4")
+    (tmp_path / "s" / ".trial-001.lock").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lorafit.sweep.trials.work", lambda *_, **__: True)
+        run("--vary", "lora.rank=2,4")
+    with lock(tmp_path / "s" / ".trial-001.lock"):
+        _, found = run(resume=True)
+    assert {Path(entry["run"]).name: entry["state"] for entry in found} == {
+        "trial-001": "waiting",
+        "trial-002": "finished",
+    }
+
+
+def test_names_in_a_picture_are_text() -> None:
+    picture = curves_svg("a < b", {"x=<script>": [(1, 2.0), (2, float("nan"))], "flat": [(1, 3.0)]})
+    root = ElementTree.fromstring(picture)
+    assert "x=<script>" in [element.text for element in root.iter()]
+    assert "nan" not in picture

@@ -1,0 +1,147 @@
+"""Small models and rows that tests build for themselves: random networks of every family, a byte tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor
+
+from lorafit.model.adapter_file import adapter_files, adapter_tensors
+from lorafit.model.architecture import parse_architecture
+from lorafit.model.llama import Llama
+from lorafit.model.lora import LoraSpec, adapted, attach
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+_BASE: dict[str, Any] = {
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama-biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "head_dim": 16},
+    "llama3": {
+        "model_type": "llama",
+        "num_key_value_heads": 1,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "llama-linear": {"model_type": "llama", "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 16},
+    "mistral-window": {"model_type": "mistral", "sliding_window": 5},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2-window": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
+}
+
+
+def config_of(family: str, **changes: Any) -> dict[str, Any]:
+    """The config.json of a tiny network of `family`."""
+    return {**_BASE, **FAMILIES[family], **changes}
+
+
+def random_network(
+    family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Llama:
+    """A tiny random network; weights are large enough that mistakes show."""
+    network = Llama(parse_architecture(config_of(family, **changes), "test")).to(dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_((1 + 0.1 * noise if "norm" in name else 0.12 * noise).to(dtype))
+    return network.requires_grad_(False).eval()
+
+
+def weights_of(network: Llama) -> dict[str, Tensor]:
+    """The network's tensors as a checkpoint stores them."""
+    return {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+
+
+def byte_tokenizer() -> Tokenizer:
+    """256 bytes, BOS 256, EOS 257 and two roles; every UTF-8 text goes through it and back."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({piece: index for index, piece in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>", "<|user|>", "<|assistant|>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    return tokenizer
+
+
+def write_model(
+    folder: Path, family: str = "llama", chat: bool = True, seed: int = 0, **changes: Any
+) -> Path:
+    """A whole model folder: config, weights, byte tokenizer and, with `chat`, a chat template."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = config_of(family, **changes)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 256, "eos_token_id": 257}))
+    save_file(
+        weights_of(random_network(family, seed, **changes)), folder / "model.safetensors", {"format": "pt"}
+    )
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    tokenizer_config = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **({"chat_template": CHAT_TEMPLATE} if chat else {}),
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    return folder
+
+
+def write_adapter(folder: Path, network: Llama, spec: LoraSpec, seed: int = 0, base: str = "base") -> Path:
+    """A PEFT adapter folder for a network like this one (which is adapted by it), B not zero: it changes answers."""
+    spec = attach(network, spec, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for module in adapted(network).values():
+        module.lora_B.data = 0.2 * torch.randn(module.lora_B.shape, generator=generator)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in adapter_files(adapter_tensors(network), spec, base, None).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def write_rows(path: Path, count: int = 40) -> Path:
+    """Alpaca rows of differing length, some with input."""
+    rows = [
+        {
+            "instruction": f"Say the number {index}{' please' * (index % 4)}.",
+            "input": "in words" if index % 3 == 0 else "",
+            "output": f"It is {'so ' * (index % 5)}number {index}.",
+        }
+        for index in range(count)
+    ]
+    path.write_text(json.dumps(rows, indent=1))
+    return path
