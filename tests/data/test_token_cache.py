@@ -162,7 +162,7 @@ def test_two_that_build_the_same_entry_at_once(
         return encode_chunks(*args, **options)
 
     monkeypatch.setattr(token_cache, "encode_chunks", meanwhile)
-    monkeypatch.setattr(token_cache, "turn", nullcontext)  # on a file system without locks
+    monkeypatch.setattr(token_cache, "exclusive_lock", nullcontext)  # on a file system without locks
     outer = run(rows, tokenizer)
     assert content(outer) == content(inner[0])
     assert len(entries(place)) == 1

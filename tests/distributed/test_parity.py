@@ -39,7 +39,7 @@ class Bench:
     def job(self, name: str, *settings: str, **more: Any) -> dict[str, Any]:
         return {"settings": [*self.material, f"run.output={self.folder / name}", *settings], **more}
 
-    def is_single_process(self, name: str, *settings: str, stop: int = 0) -> Path:
+    def one_process(self, name: str, *settings: str, stop: int = 0) -> Path:
         """The run in this process, by itself, stopped in the step `stop`."""
         gradients = loop._gradients
 
@@ -81,10 +81,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @pytest.fixture(scope="module")
 def one(bench: Bench) -> Path:
-    bench.alone("stopped-1", stop=4)
-    bench.alone("few-1", "train.batch_size=1")
-    bench.alone("dropped-1", "lora.dropout=0.2")
-    return bench.alone("one")
+    bench.one_process("stopped-1", stop=4)
+    bench.one_process("few-1", "train.batch_size=1")
+    bench.one_process("dropped-1", "lora.dropout=0.2")
+    return bench.one_process("one")
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +225,7 @@ def test_each_rank_keeps_its_part_of_the_base_only(bench: Bench) -> None:
 
 
 def test_a_run_alone_is_the_same_bytes_twice(bench: Bench, one: Path) -> None:
-    again = bench.alone("again")
+    again = bench.one_process("again")
     assert (again / "adapter" / "adapter_model.safetensors").read_bytes() == (
         one / "adapter" / "adapter_model.safetensors"
     ).read_bytes()

@@ -18,9 +18,10 @@ from lorafit.config.schema import Config
 from lorafit.data.packing import Pack, make_packs
 from lorafit.data.row_order import RowOrder
 from lorafit.errors import RunError
+from lorafit.model import memory
 from lorafit.model.memory import available_bytes, resident_bytes
 from lorafit.observe.metrics_file import read_metrics
-from lorafit.plan import machine, planner
+from lorafit.plan import planner
 from lorafit.plan.cost_model import PassCost
 from lorafit.plan.machine import watch_peak
 from lorafit.plan.planner import Planner, plan_run
@@ -309,8 +310,8 @@ def test_memory_is_bounded_by_the_control_group(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "self" / "cgroup").write_text("0::/outer/inner\n")
     groups = tmp_path / "groups"
     (groups / "outer" / "inner").mkdir(parents=True)
-    monkeypatch.setattr(machine, "_PROC", tmp_path)
-    monkeypatch.setattr(machine, "_CGROUPS", groups)
+    monkeypatch.setattr(memory, "_PROC", tmp_path)
+    monkeypatch.setattr(memory, "_CGROUPS", groups)
     cpu = torch.device("cpu")
     free = 8000 * 1024 + resident_bytes()
     assert available_bytes(cpu) == free
