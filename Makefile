@@ -6,7 +6,7 @@ DEMO := runs/demo
 # Two files of tests at a time, each on one thread.
 SUITE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test quick lint format docs types bench bugs masks crash fuzz fuzz-serve hostile hosts scale clean
+.PHONY: demo test quick lint format docs config-docs types bench bugs masks crash fuzz fuzz-serve hostile hosts scale clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -21,6 +21,10 @@ $(VENV)/installed: pyproject.toml
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/python -m pip install -q -e '.[docs]'
 	touch $@
 
 $(VENV)/installed-bench: $(VENV)/installed
@@ -52,7 +56,10 @@ format: $(VENV)/installed-dev  ## format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(VENV)/installed  ## regenerate docs/config.md from the schema
+docs: $(VENV)/installed-docs config-docs  ## the documentation as a site with search, in build/site
+	$(BIN)/python tools/site.py
+
+config-docs: $(VENV)/installed  ## write docs/config.md from the schema
 	$(BIN)/lorafit config --markdown > docs/config.md
 
 bench: $(VENV)/installed-bench  ## speed and memory beside the classic script and TRL (most of an hour)

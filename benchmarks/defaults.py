@@ -28,7 +28,7 @@ VARIANTS: dict[str, list[str]] = {
     "classic text without a stop token": ["data.template=classic", "data.train_on=all", "data.eos=false"],
     "the same text with the stop token": ["data.template=classic", "data.train_on=all"],
     "linear decay, no warm-up (classic)": ["train.schedule=linear", "train.warmup=0"],
-    "4 rows a step (classic), as many rows": ["train.batch_size=4", "train.max_steps=1200"],
+    "4 rows per step (classic), as many rows": ["train.batch_size=4", "train.max_steps=1200"],
     "each row a pass of its own": ["data.packing=false"],
     "bfloat16": ["model.dtype=bfloat16"],
 }

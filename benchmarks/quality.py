@@ -62,7 +62,9 @@ def main() -> None:
     )
     for row in gradients:
         print(f"| {row['activations']} | {row['type']} | {row['cosine']:.5f} | {row['length']:.4f} |")
-    print("\n| type | held-out loss after | against float32 | seconds a step |\n| --- | ---: | ---: | ---: |")
+    print(
+        "\n| type | held-out loss after | against float32 | seconds per step |\n| --- | ---: | ---: | ---: |"
+    )
     curves: list[dict[str, Any]] = []
     for name, overrides in CURVES.items():
         curves.append({"type": name, **train(arguments, overrides)})

@@ -26,7 +26,7 @@ def report(record: Mapping[str, Any]) -> str:
     head = [
         "program",
         "steps",
-        "s a step",
+        "s per step",
         "first step",
         "rows/s",
         "tokens/s",

@@ -1,9 +1,9 @@
-"""lorafit on Ray: TorchTrainer makes the process group, every worker calls lorafit's own entry point.
+"""lorafit on Ray: TorchTrainer makes the process group, and every worker calls lorafit's own entry point.
 
 python examples/cluster/ray_train.py --model MODEL --data ROWS --output RUN --workers 2 [--gpu] [section.key=value ...]
 
-Needs `pip install 'lorafit[ray]'`. Model, rows and run directory have to be seen by every worker. A run directory
-that is there already goes on: so a worker that Ray starts again continues from the newest checkpoint.
+Needs `pip install 'lorafit[ray]'`. Every worker must have access to the model, the rows and the run directory. An
+existing run directory is resumed, so a worker that Ray restarts continues from the newest checkpoint.
 """
 
 from __future__ import annotations

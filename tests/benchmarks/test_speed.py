@@ -177,7 +177,7 @@ def test_the_report_comes_from_the_record_alone() -> None:
         "outcomes": [asdict(outcome)],
     }
     text = report.report(json.loads(json.dumps(record)))
-    assert "| classic, bfloat16 |     1 |     8.00 |       9.00 |  0.500 |    100.0 |" in text
+    assert "| classic, bfloat16 |     1 |       8.00 |       9.00 |  0.500 |    100.0 |" in text
     assert "2030-01-01, a processor, 2 threads, 24 GB; 22 layers; torch 2.13.0." in text
 
 

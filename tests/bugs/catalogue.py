@@ -102,27 +102,27 @@ def verdict(probe: Probe, plant: Plant | None, folder: Path) -> Outcome:
 BUGS = {
     1: Bug(
         "loss is a mean of micro-batch means",
-        "Losses are sums over trained tokens, divided once by the step's count of them.",
+        "Losses are summed over the trained tokens of a step and divided once by their number.",
     ),
     2: Bug(
-        "short examples weigh more than long ones",
-        "The same one division: no mean is taken over a row or a pass.",
+        "short examples have more weight than long ones",
+        "The same single division: there is no mean over a row or a pass.",
     ),
     3: Bug(
         "partial last accumulation window is divided by the full one",
-        "A step is its rows, however few: what it is divided by is counted from them.",
+        "The divisor of a step is counted from its own rows, also when they are few.",
     ),
     4: Bug(
         "packed documents see each other",
-        "Attention is called with each document's borders; no product mixes two documents.",
+        "Attention gets the borders of each document; no product mixes two documents.",
     ),
     5: Bug(
         "packing mask is silently ignored",
-        "There is no mask argument to ignore: borders and cache lengths are the only interface of attention.",
+        "There is no mask argument: borders and cache lengths are the only interface of attention.",
     ),
     6: Bug(
         "padding equals EOS, so EOS is masked",
-        "There is no padding, and masks go by position, never by token id.",
+        "There is no padding, and masks depend on positions, never on token ids.",
     ),
     7: Bug(
         "template's end of turn is not the EOS of generation",
@@ -134,55 +134,55 @@ BUGS = {
     ),
     9: Bug(
         "random state is not restored",
-        "Checkpoints hold the state of every generator; dropout draws from torch's.",
+        "Checkpoints contain the state of every generator; dropout uses torch's.",
     ),
     10: Bug(
-        "a resumed run starts its optimizer anew",
-        "A checkpoint without optimizer does not exist: adapter, optimizer and state are one verified folder.",
+        "a resumed run resets its optimizer",
+        "Every checkpoint has the optimizer: adapter, optimizer and state are one verified folder.",
     ),
     11: Bug(
         "two BOS, or none",
-        "BOS is added only where the rendered text does not begin with it.",
+        "BOS is added only if the rendered text does not begin with it.",
     ),
     12: Bug(
-        "prompt's tokens are no prefix of prompt and answer",
-        "A border token cuts the text where generation cuts it, before tokens are made.",
+        "the prompt's tokens are not a prefix of those of prompt and answer",
+        "A border token splits the text where generation splits it, before the tokenisation.",
     ),
     13: Bug(
         "templates rewrite earlier turns",
-        "A conversation is rendered once and each turn located in it exactly, or the row is refused.",
+        "A conversation is rendered once. Each turn is located in it exactly, or the row is refused.",
     ),
     14: Bug(
         "response masks hold all tokens or none",
-        "No search for markers; trained tokens are counted for every row, and a row without any is not trained.",
+        "There is no search for markers. Trained tokens are counted per row; a row without any is not trained.",
     ),
     15: Bug(
-        "truncation takes the whole answer",
-        "A row of which no trained token is left is dropped, counted and listed.",
+        "truncation removes the whole answer",
+        "A row with no trained token left is dropped, counted and listed.",
     ),
     16: Bug(
-        "cut answers are trained without a word",
-        "A row that is too long is an error; where cutting is asked for, the ledger counts what was cut.",
+        "truncated answers are trained without a message",
+        "A row that is too long is an error. With truncation, the ledger counts the removed tokens.",
     ),
     17: Bug(
         "remainder rows are never trained",
-        "The last step of an epoch takes what is left.",
+        "The last step of an epoch takes the remaining rows.",
     ),
     18: Bug(
         "adapter in 16 bits",
-        "The adapter's matrices are float32 masters whatever the type of the base.",
+        "The adapter's matrices are float32 for every type of the base.",
     ),
     19: Bug(
         "gradient checkpointing with frozen embeddings: no gradient",
         "Recomputation without re-entrance, inside one hand-written backward.",
     ),
     20: Bug(
-        "adapter is saved or loaded as nothing",
-        "Loading accounts for every tensor by name and shape; anything missing or left over is an error.",
+        "the adapter is saved or loaded without its tensors",
+        "Loading checks every tensor by name and shape; a missing or additional tensor is an error.",
     ),
     21: Bug(
-        "merging into a 4-bit base rounds the adapter away",
-        "Merging always reads the 16 or 32-bit weights of the model's own files, never the quantised base.",
+        "merging into a 4-bit base removes the adapter by rounding",
+        "A merge always reads the 16-bit or 32-bit weights of the model's files, never the quantised base.",
     ),
     22: Bug(
         "tied embeddings on reload and merge",
@@ -190,35 +190,35 @@ BUGS = {
     ),
     23: Bug(
         "added tokens and resized embeddings are lost",
-        "Vocabularies are never resized: rows with a token that has none, and adapters that bring some, are refused.",
+        "Vocabularies are never resized; tokens without an embedding and adapters with embeddings are refused.",
     ),
     24: Bug(
-        "wanted target modules are silently dropped",
-        "A target that matches nothing, lm_head and embed_tokens among them, is an error.",
+        "requested target modules are silently dropped",
+        "A target that matches nothing is an error, also lm_head and embed_tokens.",
     ),
     25: Bug(
         "RoPE scaling is dropped",
-        "RoPE is read from config.json, kinds that are not known are refused; logits equal transformers'.",
+        "RoPE is read from config.json, unknown kinds are refused, and logits equal those of transformers.",
     ),
     26: Bug(
         "q and k are permuted wrongly in GGUF",
-        "One function turns rows, by heads or key heads; llama.cpp reads the file back and has to agree.",
+        "One function permutes rows, by heads or key heads; llama.cpp reads the file back and must agree.",
     ),
     27: Bug(
         "GGUF tokenizer differs",
-        "The way texts are cut is recognised by its pattern, or the export is refused.",
+        "The split pattern of the tokenizer must be a known one, or the export is refused.",
     ),
     28: Bug(
         "alpha / rank scaling is wrong",
-        "One property computes the scale; the folder says alpha, rank and rsLoRA as PEFT reads them.",
+        "One property computes the scale; the folder contains alpha, rank and rsLoRA in PEFT's form.",
     ),
     29: Bug(
         "dead options",
-        "For every key there is a run that another value changes, or a test that sets it; a new key without one fails.",
+        "Each key has a run that another value changes, or a test that sets it; a new key without one fails.",
     ),
     30: Bug(
-        "control tokens typed in data become control tokens",
-        "Control tokens have private names that no content can hold.",
+        "text that looks like a control token becomes one",
+        "Control tokens have private names that no content can contain.",
     ),
     31: Bug(
         "checkpoint of live tensors",

@@ -14,6 +14,7 @@ from lorafit.cli.main import app
 from lorafit.config.load import keys, load_config, recipes_folder, validate
 from lorafit.config.reference import markdown
 from lorafit.config.schema import Config
+from lorafit.model.architecture import MODEL_TYPES
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = [ROOT / "README.md", ROOT / "README.ko.md"]
@@ -46,7 +47,7 @@ def commands(page: Path) -> list[list[str]]:
 
 def test_config_reference_is_generated() -> None:
     text = (ROOT / "docs/config.md").read_text(encoding="utf-8")
-    assert text == markdown(), "run `make docs`"
+    assert text == markdown(), "run `make config-docs`"
 
 
 @each_page
@@ -102,6 +103,53 @@ def test_commands_parse(page: Path) -> None:
 def test_lines_are_short(page: Path) -> None:
     lines = page.read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if len(line) > 110 and not line.startswith("|")] == []
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name != "config.md"], ids=lambda page: page.name
+)
+def test_rates_say_per(page: Path) -> None:
+    """Plain English: `tokens per second`, not `tokens a second`. Text that programs write is left out."""
+    text = re.sub(r"<!-- ([\w-]+): begin -->.*?<!-- \1: end -->", "", prose(page), flags=re.DOTALL)
+    things = "bytes|rows|seconds|steps|times|tokens|passes|events|objects|results|lines?|numbers?|files?"
+    units = "epoch|file|key|kind|layer|line|node|page|pass|path|question|rank|request|row|run|second|step|token|verb"
+    assert re.findall(rf"\b(?:{things}) an? (?:{units})\b", text) == []
+
+
+@each_page
+def test_make_targets_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = re.findall(r"`make ([a-z-]+)[^`]*`", text)
+    named += re.findall(r"^make ([a-z-]+)", "\n".join(blocks(page, "bash")), re.MULTILINE)
+    assert set(named) <= targets
+
+
+@each_readme
+def test_readmes_are_short(page: Path) -> None:
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= 200
+
+
+@each_readme
+def test_figures_of_speed_are_those_of_the_benchmarks(page: Path) -> None:
+    """The first table and the paragraph below it: each figure stands in docs/benchmarks.md, and none is a range."""
+    section = re.split(r"^## ", page.read_text(encoding="utf-8"), flags=re.MULTILINE)[2]
+    figures = re.findall(r"(\d+\.\d+)(?:x|\sGB)", section)
+    measured = re.findall(r"[\d.]+", (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8"))
+    assert len(figures) == 9
+    assert set(figures) <= set(measured)
+    assert not re.search(r"\d ?(?:to|~|–|-) ?\d+(?:\.\d+)?x", section)
+
+
+def test_readmes_name_every_model_type_with_an_example() -> None:
+    tables = []
+    for page in READMES:
+        rows = re.findall(
+            r"^\| `(\w+)` \| .+ \| `([\w.-]+/[\w.-]+)` \|$", page.read_text(encoding="utf-8"), re.MULTILINE
+        )
+        tables.append(dict(rows))
+    assert tables[0] == tables[1]
+    assert tuple(tables[0]) == MODEL_TYPES
 
 
 def test_readmes_agree() -> None:
