@@ -6,7 +6,7 @@ DEMO := runs/demo
 # Two files of tests at a time, each on one thread.
 SUITE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test quick lint format docs config-docs types bench bugs masks crash fuzz fuzz-serve hostile hosts scale clean
+.PHONY: demo test quick lint format docs config-docs types bench bugs masks crash fuzz fuzz-serve hostile hosts scale release dist clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -82,6 +82,15 @@ hosts: $(VENV)/installed-dev  ## two machines made of network namespaces: a link
 
 scale: $(VENV)/installed-dev  ## a step of two ranks beside the predicted one, on a calm machine
 	$(BIN)/python -m benchmarks.scaling
+
+release: $(VENV)/installed-dev  ## set the version and date the changelog: make release VERSION=0.2.0
+	$(BIN)/python tools/release.py $(VERSION)
+
+dist: $(VENV)/installed-dev  ## sdist and wheel of a clean clone in dist/, and a strict check of their metadata
+	@test -z "$$(git status --porcelain)" || { echo "error: the working tree is not clean: see git status" >&2; exit 2; }
+	rm -rf dist
+	$(BIN)/python -m hatchling build
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

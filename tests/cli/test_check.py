@@ -281,7 +281,7 @@ def test_a_pipe_gets_no_colours_and_one_line_a_verdict(material: Path) -> None:
 
 
 def test_a_terminal_gets_colours(material: Path) -> None:
-    from lorafit.observe.console import print_verdicts
+    from lorafit.observe.console import has_colours, print_verdicts
 
     class Tty(io.StringIO):
         def isatty(self) -> bool:
