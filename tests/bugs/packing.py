@@ -1,4 +1,4 @@
-"""Documents that share a pass never see each other, in training and in generation (bugs 4, 5)."""
+"""Documents of one pass do not affect each other, in training and in generation (bugs 4, 5)."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _ONE_DOCUMENT = "q.split([len(q)]), k.split([len(k)]), v.split([len(v)])"
 
 
 class _SideBySide(PackedDocuments):
-    """What a CUDA device without flash attention does, on the CPU."""
+    """The attention of a CUDA device without flash attention, on the CPU."""
 
     def _attend(self, q, k, v, window):  # type: ignore[no-untyped-def]
         return self._side_by_side(q, k, v, window)
 
 
 def _use(lab: Lab, backend: str) -> None:
-    """Have packs attend by one backend; AssertionError where the machine has no compiler for the first."""
+    """Select the attention of packs. Raises AssertionError for `compiled` without a compiler."""
     if backend == "compiled":
         assert kernels() is not None, "no C++ compiler"
         return
@@ -49,7 +49,7 @@ def _network(family: str, dtype: torch.dtype) -> Llama:
 
 
 def _packed(network: Llama, lengths: Sequence[int], neighbour: int) -> tuple[float, list[torch.Tensor]]:
-    """Loss and gradients of the middle one of three rows packed together; the others are made from `neighbour`."""
+    """Loss and gradients of the middle row of a pack of three; `neighbour` seeds the other two."""
     rows = []
     for number, length in enumerate(lengths):
         ids = np.random.default_rng(7 if number == 1 else [neighbour, number]).integers(0, 250, length)
@@ -81,8 +81,8 @@ def _packed(network: Llama, lengths: Sequence[int], neighbour: int) -> tuple[flo
         "_groups(self.starts[[0, -1]],",
     ),
 )
-def a_row_has_the_same_bits_whatever_it_is_packed_with(lab: Lab) -> None:
-    """Other tokens in the neighbours change no bit of a row's loss or gradients, with every kind of attention."""
+def a_row_does_not_depend_on_its_pack(lab: Lab) -> None:
+    """Other tokens in the other rows change no bit of a row's loss or gradients, with every kind of attention."""
     for backend in BACKENDS:
         with lab.patch.context() as patch:
             _use(Lab(lab.folder, patch), backend)
@@ -107,8 +107,8 @@ def a_row_has_the_same_bits_whatever_it_is_packed_with(lab: Lab) -> None:
     ),
     Plant("infer.engine:Prefill.__call__", "super().__call__(", "PackedDocuments([sum(self.lengths)])("),
 )
-def an_answer_is_the_same_whatever_is_asked_beside_it(lab: Lab) -> None:
-    """Prompts of other lengths in the batch change no token of an answer, with compiled kernels and without."""
+def an_answer_does_not_depend_on_its_batch(lab: Lab) -> None:
+    """Prompts of other lengths in the batch change no token of an answer, with and without compiled kernels."""
     prompts = [[3, 5, 8, 13, 21, 34], [2, 4], list(range(60, 100))]
     for compiled in (True, False):
         with lab.patch.context() as patch:

@@ -1,4 +1,4 @@
-"""A model learns to stop, and generation stops where it has learned to (bugs 6, 7)."""
+"""Stop tokens are trained, and generation stops at them (bugs 6, 7)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TURNS = Chat(
 
 
 def chatml_model(lab: Lab, **names: str) -> Path:
-    """A model whose template ends turns with <|im_end|> while its tokenizer and its configs name </s> as EOS."""
+    """A model whose template ends turns with <|im_end|>, while EOS of its tokenizer and configs is </s>."""
     folder = lab.model(name="chatml", vocab_size=264)
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
@@ -51,8 +51,8 @@ def chatml_model(lab: Lab, **names: str) -> Path:
         "target_at = trained[1:].nonzero()[0][:-1] + 1",
     ),
 )
-def the_stop_token_is_trained_though_it_pads_too(lab: Lab) -> None:
-    """The tokenizer names EOS as its padding: every answer still ends in a trained stop token, down to the targets."""
+def the_stop_token_is_trained_also_as_the_padding_token(lab: Lab) -> None:
+    """The padding token is EOS: every answer ends with a trained stop token, which is also a target."""
     folder = lab.model()
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": config["eos_token"]}))
@@ -78,8 +78,8 @@ def the_stop_token_is_trained_though_it_pads_too(lab: Lab) -> None:
         "stop = ids.index(segment.stop.id, start) if segment.stop else end",
     ),
 )
-def a_model_that_learned_eight_answers_ends_each_by_itself(lab: Lab) -> None:
-    """Template's end of turn is not the tokenizer's EOS: trained on eight rows, all eight answers end where taught."""
+def a_trained_model_ends_each_answer_with_its_stop_token(lab: Lab) -> None:
+    """The template's end of turn is not EOS: after training on eight rows, all eight answers end as trained."""
     rows = [{"instruction": f"Number {n}?", "output": f"It is {n}{n}."} for n in range(8)]
     result = lab.run(
         f"model.name={chatml_model(lab)}",
