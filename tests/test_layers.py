@@ -40,8 +40,10 @@ LOW_TO_HIGH = [
     "sweep",
     "api",
     "cli",
+    "__init__",
+    "__main__",
 ]
-EXEMPT = {"__init__.py", "__main__.py"}
+SIDE_BY_SIDE = [{"data", "model"}]  # neither imports the other
 WITH_TORCH = {
     "model",
     "forward",
@@ -90,7 +92,7 @@ def package_of(file: str) -> str:
     return ".".join(["lorafit", *Path(file).parent.parts])
 
 
-@pytest.mark.parametrize("file", [file for file in FILES if file not in EXEMPT])
+@pytest.mark.parametrize("file", FILES)
 def test_imports_point_to_lower_layers_only(file: str) -> None:
     layer = layer_of(file)
     assert layer in LOW_TO_HIGH, f"`{layer}` is no layer: say in tests/test_layers.py where it stands"
@@ -102,6 +104,10 @@ def test_imports_point_to_lower_layers_only(file: str) -> None:
             case ["lorafit", other, *_]:
                 assert other in LOW_TO_HIGH, f"{file} imports {name}, of no known layer"
                 assert LOW_TO_HIGH.index(other) <= height, f"{file} imports {name}, which is above it"
+                assert not any(other != layer and {other, layer} <= pair for pair in SIDE_BY_SIDE), (
+                    file,
+                    name,
+                )
 
 
 def test_torch_is_imported_where_tensors_are_and_the_reference_libraries_nowhere() -> None:
