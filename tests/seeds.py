@@ -23,7 +23,15 @@ def main() -> int:
     failed = []
     for number, seed in enumerate(seeds, 1):
         print(f"seed {seed} ({number} of {len(seeds)})", flush=True)
-        command = [sys.executable, "-m", "pytest", "-m", "hypothesis", f"--hypothesis-seed={seed}", *wanted.tests]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-m",
+            "hypothesis",
+            f"--hypothesis-seed={seed}",
+            *wanted.tests,
+        ]
         # The order of sets is drawn anew too, from the same seed.
         environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
         done = subprocess.run([*command, "-n", str(wanted.workers)], env=environment, check=False)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -74,6 +75,38 @@ def chat(
     Session(model, conversation, sampling, max_tokens, base=base, compare=compare).run(source)
 
 
+class Interrupt:
+    """Ctrl-C raises KeyboardInterrupt in a `with` block of this object. Elsewhere it waits for the next such block."""
+
+    def __init__(self) -> None:
+        self._raises = self._waits = False
+
+    @contextlib.contextmanager
+    def handling(self) -> Iterator[None]:
+        """Handle Ctrl-C by this object. Where it is ignored (as under nohup), it stays ignored."""
+        before = signal.getsignal(signal.SIGINT)
+        if before is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def __enter__(self) -> None:
+        self._raises = True
+        if self._waits:
+            self._handle()
+
+    def __exit__(self, *_: object) -> None:
+        self._raises = False
+
+    def _handle(self, *_: object) -> None:
+        self._waits = not self._raises
+        self._raises = False  # what follows a KeyboardInterrupt is not interrupted
+        if not self._waits:
+            raise KeyboardInterrupt
+
+
 class Session:
     """The talk itself: questions in, answers to stdout, everything else to stderr."""
 
@@ -91,6 +124,7 @@ class Session:
         self.sampling, self.max_tokens = sampling, max_tokens
         self.base, self.compare = base, compare
         self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self.interrupt = Interrupt()
         self._lines = read_stdin_lines(sys.stdin)
         self._num_asked = 0
 
@@ -103,21 +137,23 @@ class Session:
         if not self.conversation.remembers:
             template = self.model.renderer.contract.template
             self._note(f"the {template} template knows no conversations: each question is asked by itself")
-        for line in self._questions():
-            if not line.strip():
-                continue
-            if line.startswith("/"):
-                if not self._command(line.strip()):
-                    return
-                continue
-            self._answer(line)
+        with self.interrupt.handling():
+            for line in self._questions():
+                if not line.strip():
+                    continue
+                if line.startswith("/"):
+                    if not self._command(line.strip()):
+                        return
+                    continue
+                self._answer(line)
 
     def _questions(self) -> Iterator[str]:
         """Lines, or what stands between two lines of three quotes."""
         lines: list[str] | None = None
         while True:
             try:
-                line = self._read("" if lines is None else "... ")
+                with self.interrupt:
+                    line = self._read("" if lines is None else "... ")
             except EOFError:
                 if self.is_terminal:
                     typer.echo()
@@ -226,10 +262,13 @@ class Reply:
         """Print it as it comes."""
         from lorafit.observe.console import flowing
 
-        with flowing() as write, self._answering(self._session.base) as pieces:
-            for piece in pieces:
+        with flowing() as write:
+
+            def add(piece: str) -> None:
                 self.text += piece
                 write(piece)
+
+            self._take(add, self._session.base)
 
     def compare(self) -> None:
         """Print it beside what the base model says, which is not asked any more where this was stopped."""
@@ -237,20 +276,25 @@ class Reply:
 
         base = ""
         with growing_side_by_side() as draw:
-            with self._answering(base=False) as pieces:
-                for piece in pieces:
-                    self.text += piece
-                    draw(base, self.text)
-            if self.fault == _STOPPED:
-                return
-            with self._answering(base=True) as pieces:
-                for piece in pieces:
-                    base += piece
-                    draw(base, self.text)
 
-    @contextlib.contextmanager
-    def _answering(self, base: bool) -> Iterator[Iterator[str]]:
-        """The pieces of an answer, until its end or Ctrl-C, which may come while a piece is made or drawn."""
+            def add(piece: str) -> None:
+                self.text += piece
+                draw(base, self.text)
+
+            def add_to_base(piece: str) -> None:
+                nonlocal base
+                base += piece
+                draw(base, self.text)
+
+            self._take(add, base=False)
+            if self.fault != _STOPPED:
+                self._take(add_to_base, base=True)
+
+    def _take(self, add: Callable[[str], None], base: bool) -> None:
+        """Call `add` with each piece of an answer, until its end or Ctrl-C.
+
+        Ctrl-C may have come before the first piece, since the question was read.
+        """
         session, started, before = self._session, time.perf_counter(), self._num_tokens
         pieces = session.model.stream(
             self._asked.messages,
@@ -260,8 +304,9 @@ class Reply:
             watch=self._watch,
         )
         try:
-            with contextlib.closing(pieces):
-                yield pieces
+            with session.interrupt, contextlib.closing(pieces):
+                for piece in pieces:
+                    add(piece)
             if self._end == "length":
                 is_long = self._num_tokens - before >= session.max_tokens
                 fault = "cut: --max-tokens" if is_long else "cut: the context is full"
