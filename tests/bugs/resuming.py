@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 from tests.bugs.catalogue import probe
 from tests.bugs.lab import Lab, Plant, events
+from tests.waiting import HANGS
 
 from lorafit.model.adapter_file import WEIGHTS, adapter_files, adapter_tensors
 from lorafit.storage.atomic import sha256_file
@@ -103,7 +104,7 @@ def what_is_saved_is_the_state_of_its_step(lab: Lab) -> None:
 
     def slow(folder: Path, *rest: Any) -> None:
         if folder.name == "step-000002":
-            assert passed.wait(30)
+            assert passed.wait(HANGS)
         write(folder, *rest)
 
     def noted(job: loop.TrainContext, saver: Any, state: Any, reason: str) -> None:

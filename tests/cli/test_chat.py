@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from tests.tiny_models import random_network, write_adapter, write_model
+from tests.waiting import HANGS
 
 from lorafit.cli.main import main
 from lorafit.infer.conversation import Conversation
@@ -164,7 +165,6 @@ def test_control_c_between_the_question_and_the_first_token_stops_that_answer(
     assert out.endswith(alone)
 
 
-HANGS = 300  # seconds without a character
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # what the line editor writes is no answer
 ENDLESS = """
 from lorafit.cli.main import main

@@ -9,14 +9,13 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from tests.tiny_models import write_model, write_rows
+from tests.waiting import HANGS, until
 
 import lorafit
 from lorafit.cli.main import main
@@ -61,14 +60,6 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return run
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
@@ -87,25 +78,22 @@ def trained(material: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A run made by the real command in a process of its own, and what the process said."""
     output = material / "runs" / "first"
     words = start(material, output, "train.max_steps=6", "train.log_every=2", "train.learning_rate=0.01")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False)
     return output, done
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"]], ids=" ".join)
-def test_help_is_there_at_once(words: list[str], record_property: Callable[[str, object], None]) -> None:
-    """The promise is 0.3 s; a busy machine is given 1 s, and the best time is kept in the report."""
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False)
-        best = min(best, time.perf_counter() - started)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert "Usage:" in done.stdout
-        if best < 0.3:
-            break
-    record_property("seconds", best)
-    assert best < 1.0
+def test_help_loads_few_modules(words: list[str]) -> None:
+    """The promise is 0.3 s on a quiet machine. It stands or falls with what is imported: 500 modules take that long."""
+    source = (
+        "import sys; from lorafit.cli.main import main\n"
+        f"sys.argv = ['lorafit', *{words!r}]\n"
+        "try:\n main()\nfinally:\n print(len(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "Usage:" in done.stdout
+    assert int(done.stderr) < 500
 
 
 def test_help_names_every_verb_and_flag(cli: Cli) -> None:
@@ -291,18 +279,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_resume_finishes(
 ) -> None:
     output = tmp_path / "run"
     words = start(material, output, "train.max_steps=150", "data.holdout=0", "train.save_every=1000")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as child:
         try:
-            metrics, deadline = output / "metrics.jsonl", time.monotonic() + 60
-            while not (metrics.exists() and b'"event": "step"' in metrics.read_bytes()):
-                assert child.poll() is None, child.communicate()
-                assert time.monotonic() < deadline
-                time.sleep(0.005)
+            metrics = output / "metrics.jsonl"
+            until(lambda: metrics.exists() and b'"event": "step"' in metrics.read_bytes(), child.poll)
             os.kill(child.pid, signal.SIGINT)
-            out, err = child.communicate(timeout=60)
+            out, err = child.communicate(timeout=HANGS)
         finally:
             child.kill()
     assert child.returncode == 130, err

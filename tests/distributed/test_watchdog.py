@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+from tests.waiting import HANGS, Clock, until
 
 from lorafit.distributed.watchdog import BETWEEN, COMPUTING, SHARING, Heartbeat, standing_still
 
@@ -35,35 +36,69 @@ def test_among_the_living_the_one_behind_holds_up_the_others() -> None:
     assert "stands still, the others wait" in standing_still(before, now)[1]
 
 
-def test_the_thread_names_the_lost_rank_within_its_time_out_and_ends_the_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ended: list[int] = []
+class Ended:
+    """The end of training, in the place of the event that the thread waits for; meanwhile `between` happens."""
+
+    def __init__(self, clock: Clock, between: Callable[[], bool]) -> None:
+        self._clock, self._between = clock, between
+
+    def wait(self, seconds: float) -> bool:
+        self._clock.now += seconds
+        return self._between()
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[int]]:
+    """The work of the first rank's thread on a clock of its own; exit codes of the process."""
+    clock, codes = Clock(), []
 
     def end(code: int) -> None:
-        ended.append(code)
+        codes.append(code)
         raise dist.DistError("as if the process were gone")
 
+    monkeypatch.setattr("lorafit.distributed.watchdog.time", clock)
     monkeypatch.setattr("lorafit.distributed.watchdog.os._exit", end)
+
+    def work(store: dist.Store, seconds_per_step: float, num_steps: int) -> list[int]:
+        heartbeat = Heartbeat(store, 0, 2, timeout=10.0, file=tmp_path / "heartbeat.json")
+        step, next_step = 1, clock.now + seconds_per_step
+
+        def train() -> bool:
+            nonlocal step, next_step
+            if clock.now >= next_step:
+                step, next_step = step + 1, clock.now + seconds_per_step
+                heartbeat.at(step, SHARING)
+            return step > num_steps
+
+        heartbeat.at(step, SHARING)
+        monkeypatch.setattr(heartbeat, "_ended", Ended(clock, train))
+        heartbeat._watch()
+        return codes
+
+    return work
+
+
+def test_a_lost_rank_is_named_within_the_time_out_and_the_process_ends(
+    watch: Callable[..., list[int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = dist.HashStore()
-    store.set("beat/1", json.dumps(sign(1, 2, COMPUTING)))
-    file = tmp_path / "heartbeat.json"
-    started = time.monotonic()
-    with Heartbeat(store, 0, 2, timeout=1.5, file=file) as heartbeat:
-        heartbeat.at(2, SHARING)
-        while not ended and time.monotonic() - started < 20:
-            time.sleep(0.05)
-    assert ended == [1]
-    verdict = json.loads(file.read_text())
+    store.set("beat/1", json.dumps(sign(1, 1, COMPUTING)))
+    assert watch(store, seconds_per_step=10.0, num_steps=5) == [1]
+    verdict = json.loads((tmp_path / "heartbeat.json").read_text())
     assert list(verdict["stands_still"]) == ["1"]
     assert verdict["ranks"][0]["phase"] == "adding up gradients with the others"
-    assert "rank 1 (process 4711 on node-7, step 2" in capsys.readouterr().err
+    assert "rank 1 (process 4711 on node-7, step 1" in capsys.readouterr().err
 
 
-def test_training_that_goes_on_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorafit.distributed.watchdog.os._exit", lambda code: pytest.fail("ended"))
-    with Heartbeat(dist.HashStore(), 0, 2, timeout=0.6, file=tmp_path / "heartbeat.json") as heartbeat:
-        for step in range(12):
-            heartbeat.at(step, BETWEEN)
-            time.sleep(0.1)
+def test_training_that_goes_on_is_left_alone(watch: Callable[..., list[int]], tmp_path: Path) -> None:
+    assert watch(dist.HashStore(), seconds_per_step=5.0, num_steps=12) == []
+    assert not (tmp_path / "heartbeat.json").exists()
+
+
+def test_the_thread_watches_until_the_end_of_the_block(tmp_path: Path) -> None:
+    store = dist.HashStore()
+    with Heartbeat(store, 0, 2, timeout=HANGS, file=tmp_path / "heartbeat.json") as heartbeat:
+        heartbeat.at(3, BETWEEN)
+        until(lambda: store.check(["beat/0"]))
+    assert not heartbeat._thread.is_alive()
     assert not (tmp_path / "heartbeat.json").exists()

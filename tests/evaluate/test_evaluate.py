@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from tests.export.made import make_run
 
 from lorafit.cli.main import main
@@ -21,14 +20,6 @@ from lorafit.evaluate.tasks import read_tasks, score
 from lorafit.export.run import export_run
 from lorafit.infer.model import Answer, load
 from lorafit.observe.metrics_file import read_metrics
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,6 @@ from lorafit.export.run import export_run
 from lorafit.model.architecture import parse_architecture
 from lorafit.model.attention import rotate
 from lorafit.model.llama import rotary_table
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 ALSO_QUICK = ("llama-tied", "llama3", "qwen3")
 

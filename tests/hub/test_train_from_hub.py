@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tests.hub.stub import GOOD_TOKEN, Hub
 from tests.tiny_models import write_model, write_rows
+from tests.waiting import HANGS
 
 from lorafit.model.adapter_file import CONFIG
 
@@ -22,7 +23,7 @@ def lorafit(
     if token:
         env["HF_TOKEN"] = token
     command = [sys.executable, "-m", "lorafit", "train", *words]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=HANGS)
 
 
 def test_train_by_id_gated_pinned_and_offline(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -27,15 +27,6 @@ SPECS = {
     "one": LoraSpec(4, 8.0, 0.0, ("all-linear",), False),
     "two": LoraSpec(2, 4.0, 0.0, ("q_proj", "v_proj"), False),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """These networks are too small to share among threads that wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["compiled", "torch"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,6 @@ from lorafit.model.llama import Llama
 
 PROMPTS = [[256, 5, 6, 7], [9], [3] * 17, [3, 3, 3, 3, 3, 6, 3, 1, 0]]  # the last two begin alike
 GREEDY = Sampling()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """These networks are too small to share among threads that wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["compiled", "torch"])

@@ -30,15 +30,6 @@ QUESTIONS = ["What is a llama?", "라마가 뭐야?", "Say 7."]
 ON_CPU = {"device": "cpu", "dtype": "float32"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """These networks are too small to share among threads that wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory whose adapter says something else than its base."""

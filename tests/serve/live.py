@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 from tests.tiny_models import random_network, write_adapter, write_model
+from tests.waiting import HANGS, until
 
 from lorafit.infer.continuous_batch import Batch
 from lorafit.infer.multi_adapter import Models, load_many
@@ -19,7 +19,7 @@ from lorafit.model.lora import LoraSpec
 from lorafit.serve.server import Address, Server, Token, listen, serve
 
 TOKEN = "a-token-of-the-tests"
-CONTEXT = 2048
+CONTEXT = 32_768  # room for an answer that no test sees the end of
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,8 @@ class Live:
         state = self.client.get("/health").json()
         return state["active"], state["waiting"]
 
-    def until(self, what: Callable[[], bool], seconds: float = 10) -> None:
-        deadline = time.monotonic() + seconds
-        while not what():
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+    def until(self, what: Callable[[], bool]) -> None:
+        until(what)
 
 
 def write_models(folder: Path) -> list[str]:
@@ -76,7 +73,7 @@ def live(
     *,
     slots: int = 4,
     queue: int = 8,
-    timeout: float = 60.0,
+    timeout: float = HANGS,
     hosts: tuple[str, ...] = (),
     context: int = CONTEXT,
 ) -> Iterator[Live]:
@@ -103,15 +100,11 @@ def live(
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{port}"
-    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60) as client:
-        deadline = time.monotonic() + 120  # kernels are compiled at first
-        while not (started and started[0].started):
-            assert time.monotonic() < deadline
-            assert thread.is_alive()
-            time.sleep(0.005)
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=HANGS) as client:
+        until(lambda: started and started[0].started, lambda: None if thread.is_alive() else "the thread")
         try:
             yield Live(url, client, started[0], batch)
         finally:
             started[0].should_exit = True
-            thread.join(20)
+            thread.join(HANGS)
             assert not thread.is_alive()

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.internal.conjecture import engine
 from hypothesis.strategies._internal import collections
 from tests.serve.live import TOKEN, Live, live, write_and_load
+from tests.waiting import HANGS
 
 with (
     pytest.MonkeyPatch.context() as patch
@@ -76,7 +77,7 @@ def test_every_reply_is_one_of_the_document(mode: GenerationMode, method: str, p
     @given(operation.as_strategy(generation_mode=mode))
     def ask(case: Any) -> None:
         reply = case.call_and_validate(
-            headers=HEADERS, excluded_checks=[positive_data_acceptance], timeout=60
+            headers=HEADERS, excluded_checks=[positive_data_acceptance], timeout=HANGS
         )
         assert reply.status_code in (200, 400, 401, 404, 405)
 
@@ -162,7 +163,10 @@ def test_any_body_is_answered_or_refused_with_a_reason(there: Live, body: object
 @given(st.binary(max_size=200), st.sampled_from(["application/json", "text/plain", "*", ""]))
 def test_any_bytes_are_refused_with_a_reason(there: Live, content: bytes, kind: str) -> None:
     reply = httpx.post(
-        f"{there.url}/v1/completions", content=content, headers={**HEADERS, "Content-Type": kind}
+        f"{there.url}/v1/completions",
+        content=content,
+        headers={**HEADERS, "Content-Type": kind},
+        timeout=HANGS,
     )
     assert reply.status_code == 400
     assert reply.json()["error"]["message"]

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-import torch
 from tests.serve.live import TOKEN, Live, live, write_and_load
 
 from lorafit.data.formats import Completion, Message
@@ -23,14 +22,6 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return write_and_load(tmp_path_factory.mktemp("models"))
@@ -38,7 +29,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @pytest.fixture(scope="module")
 def there(models: Models) -> Iterator[Live]:
-    with live(models, slots=4, queue=64) as running:
+    with live(models, slots=4, queue=64, context=2048) as running:
         yield running
 
 

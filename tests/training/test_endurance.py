@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -9,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tests.tiny_models import write_model, write_rows
 from tests.training.test_run import digest, events, run
+from tests.waiting import until
 
 from lorafit.model.memory import resident_bytes
 from lorafit.run_dir import RunDirectory
@@ -93,20 +94,20 @@ def test_a_closed_terminal_saves_and_the_run_resumes(material: list[str], tmp_pa
     whole = run(words, tmp_path / "whole")
     output = tmp_path / "run"
     command = [sys.executable, "-m", "lorafit", "train", *words, f"run.output={output}"]
-    as_here = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # the same bits
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads: the child only execs
         child, terminal = pty.fork()
     if child == 0:
-        os.execve(command[0], command, as_here)
-    metrics, deadline = output / "metrics.jsonl", time.monotonic() + 180
-    while not (metrics.exists() and b'"event": "step"' in metrics.read_bytes()):
-        assert time.monotonic() < deadline
-        os.set_blocking(terminal, False)
-        try:
+        os.execv(command[0], command)
+    metrics = output / "metrics.jsonl"
+    os.set_blocking(terminal, False)
+
+    def has_begun() -> bool:
+        with contextlib.suppress(BlockingIOError):
             os.read(terminal, 65536)
-        except BlockingIOError:
-            time.sleep(0.005)
+        return metrics.exists() and b'"event": "step"' in metrics.read_bytes()
+
+    until(has_begun)
     os.close(terminal)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)

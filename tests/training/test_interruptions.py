@@ -17,6 +17,7 @@ import pytest
 import torch
 from tests.tiny_models import write_model, write_rows
 from tests.training.test_run import digest, events, interrupt_after, run, without_clock
+from tests.waiting import HANGS
 
 from lorafit.errors import RunError
 from lorafit.run_dir import RunDirectory
@@ -256,7 +257,7 @@ def test_a_save_that_outlives_its_run_keeps_the_lock_and_a_resume_waits_for_it(
 
     def slow(folder: Path, *rest: Any) -> None:
         if folder.name == "step-000004":
-            go.wait(30)
+            assert go.wait(HANGS)
             held.append(is_locked(tmp_path / "run" / "run.lock"))
         real(folder, *rest)
 
@@ -272,7 +273,8 @@ def test_a_save_that_outlives_its_run_keeps_the_lock_and_a_resume_waits_for_it(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop, "_gradients", twice)
         run(material, tmp_path / "run")
-    threading.Timer(0.3, go.set).start()
+    wait = training_run.wait_for_left
+    monkeypatch.setattr(training_run, "wait_for_left", lambda: (go.set(), wait()))  # it is here that it waits
     assert digest(resume_run(tmp_path / "run", quiet=True)) == digest(whole)
     assert held == [True]
 
@@ -285,7 +287,7 @@ def test_a_step_does_not_wait_for_the_disk(
 
     def hang(folder: Path, *rest: Any) -> None:
         if folder.name == "step-000002":
-            assert reached.wait(30), "training waited for the disk"
+            assert reached.wait(HANGS), "training waited for the disk"
         real(folder, *rest)
 
     gradients = loop._gradients
@@ -310,7 +312,7 @@ def test_what_is_saved_is_the_state_of_its_step_though_training_went_on(
 
     def late(folder: Path, *rest: Any) -> None:
         if folder.name == "step-000004":
-            passed.wait(10)
+            assert passed.wait(HANGS)
         real(folder, *rest)
 
     gradients = loop._gradients

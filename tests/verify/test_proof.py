@@ -113,7 +113,7 @@ def test_a_run_is_proven_in_a_fresh_process(material: list[str], tmp_path: Path)
         "28 of 28 adapter tensors changed; a fresh process loads it and gets the same logits"
         in event["lines"][0]
     )
-    assert 0 < event["seconds"] < 120
+    assert event["seconds"] > 0
 
 
 @pytest.mark.slow
