@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.internal.conjecture import providers
-
-# The networks of the tests are too small to share among threads. Set before torch reads it; children inherit it.
-os.environ["OMP_NUM_THREADS"] = "1"
+from tests.command import Cli, command_line
+from tests.shared_files import shared_dir
 
 from lorafit.cli.main import COLLECT
 
-gc.set_threshold(*COLLECT)  # before torch and its friends are imported
+# Both before torch and its friends are imported. The networks of the tests are too small to share among threads.
+os.environ["OMP_NUM_THREADS"] = "1"  # children inherit it
+gc.set_threshold(*COLLECT)
 
 # Property tests draw the same examples on every machine, in CI and outside. No limit is in seconds, nothing is read
 # from or written to a folder of earlier examples. `--hypothesis-seed=N` draws other examples.
@@ -64,14 +65,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     return report  # type: ignore[return-value]
 
 
-def shared_dir() -> Path:
-    """The folder of shared models and data; skips the test where it is missing."""
-    path = Path(os.environ.get("LORAFIT_SHARED") or Path(__file__).parents[2] / "shared")
-    if not path.is_dir():
-        pytest.skip(f"needs the shared files: {path} is missing (set LORAFIT_SHARED)")
-    return path
-
-
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of shared models and data."""
@@ -92,3 +85,25 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureR
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORAFIT_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings of a run of the smallest model on 40 rows; the files are shared and not to be changed."""
+    from tests.runs import tiny_settings
+
+    return tiny_settings(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory whose adapter says something else than its base; shared and not to be changed."""
+    from tests.runs import run_to_export
+
+    return run_to_export(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """`lorafit` with the given words, in this process."""
+    return command_line(monkeypatch, capsys)

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.report.runs import write_run
-from tests.report.test_report import HOSTILE
+from tests.report.runs import HOSTILE, write_run
 
 from lorafit.report.page import SECTIONS, write_report
 from lorafit.run_dir import RunDirectory

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
-from tests.data.test_prompt import NAMES, contents, swallows_system
+from tests.data.contents import NAMES, contents, swallows_system
 from tests.data.toy_tokenizers import load, toys
 
 from lorafit.check.token_checks import Tokens

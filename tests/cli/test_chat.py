@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pty
@@ -11,20 +10,17 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.command import Cli
 from tests.tiny_models import random_network, write_adapter, write_model
 from tests.waiting import HANGS
 
-from lorafit.cli.main import main
 from lorafit.infer.conversation import Conversation
 from lorafit.infer.model import Model, load
 from lorafit.model.lora import LoraSpec
-
-Cli = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -36,20 +32,9 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    def run(*words: object, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lorafit", *map(str, words), "--device", "cpu"])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        capsys.readouterr()
-        try:
-            main()
-            code: object = 0
-        except SystemExit as error:
-            code = error.code or 0
-        assert isinstance(code, int)
-        return (code, *capsys.readouterr())
-
-    return run
+def cli(cli: Cli) -> Cli:
+    """The command line on the CPU."""
+    return lambda *words, stdin="": cli(*words, "--device", "cpu", stdin=stdin)
 
 
 def asked(out: str) -> list[str]:

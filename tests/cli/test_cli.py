@@ -2,62 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tests.command import COMMAND, TINY, Cli, Done
 from tests.tiny_models import write_model, write_rows
 from tests.waiting import HANGS, until
 
 import lorafit
-from lorafit.cli.main import main
 from lorafit.config.load import keys
 from lorafit.observe.metrics_file import read_metrics
 from lorafit.storage.atomic import verify_folder
-
-COMMAND = [sys.executable, "-m", "lorafit"]
-SMALL = ["model.dtype=float32", "model.device=cpu", "train.batch_size=6", "lora.rank=4", "run.samples=1"]
-SMALL += ["run.verify=false"]  # tests/evaluate proves
-
-
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Done]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """`lorafit` with the given words, in this process."""
-
-    def run(*words: object, stdin: str | None = None) -> Done:
-        monkeypatch.setattr(sys, "argv", ["lorafit", *map(str, words)])
-        if stdin is not None:
-            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        capsys.readouterr()
-        try:
-            main()
-            code: object = 0
-        except SystemExit as error:
-            code = error.code or 0
-        assert isinstance(code, int)
-        return Done(code, *capsys.readouterr())
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.delenv("LORAFIT_DEBUG", raising=False)
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +31,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(material: Path, output: Path, *overrides: str) -> list[str]:
     model, data = str(material / "model"), str(material / "rows.json")
-    return ["train", "--model", model, "--data", data, "--output", str(output), *SMALL, *overrides]
+    return ["train", "--model", model, "--data", data, "--output", str(output), *TINY, *overrides]
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.conftest import shared_dir
 from tests.data.chat_formats import FORMATS
 from tests.data.masks import Kind, Tally, check, conversations, kinds
+from tests.shared_files import shared_dir
 
 from lorafit.data import chat_template, prompt
 

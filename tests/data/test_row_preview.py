@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from tests.data.test_prompt import NAMES, contents, make, swallows_system
+from tests.data.contents import NAMES, contents, make, swallows_system
 from tests.data.toy_tokenizers import hostile_text, load, toys
 
 from lorafit.data.formats import Completion, Content, Instruction, Row

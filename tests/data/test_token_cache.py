@@ -178,20 +178,20 @@ def test_two_that_build_the_same_entry_at_once(
 def test_of_several_that_want_the_same_entry_one_builds_it_however_long_that_takes(
     tokenizer: Tokenizer, rows: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode_chunks, turn, calls = token_cache.encode_chunks, token_cache.turn, []
+    encode_chunks, exclusive_lock, calls = token_cache.encode_chunks, token_cache.exclusive_lock, []
     arrived, numbers = threading.Event(), itertools.count(1)
 
     def counted(path: Path) -> AbstractContextManager[None]:
         if next(numbers) == 4:
             arrived.set()
-        return turn(path)
+        return exclusive_lock(path)
 
     def slow(*args: Any, **options: Any) -> dict[str, Any]:
         calls.append(1)
         assert arrived.wait(HANGS)  # all want it before it is there
         return encode_chunks(*args, **options)
 
-    monkeypatch.setattr(token_cache, "turn", counted)
+    monkeypatch.setattr(token_cache, "exclusive_lock", counted)
     monkeypatch.setattr(token_cache, "encode_chunks", slow)
     with ThreadPoolExecutor(4) as pool:
         several = list(pool.map(lambda _: content(run(rows, tokenizer)), range(4)))

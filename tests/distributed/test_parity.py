@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from tests.distributed.ranks import together
-from tests.tiny_models import random_network, write_model, write_rows
-from tests.training.test_run import events
+from tests.runs import events, tiny_settings
+from tests.tiny_models import random_network
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -61,21 +61,16 @@ class Bench:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     folder = tmp_path_factory.mktemp("ranks")
-    material = [
-        f"model.name={write_model(folder / 'model')}",
-        f"data.path={write_rows(folder / 'rows.json', 60)}",
-        "model.dtype=float32",
-        "model.device=cpu",
+    material = tiny_settings(
+        folder,
         "train.batch_size=7",  # no multiple of the ranks
         "train.micro_batch_tokens=128",  # more than one pass a rank
         "train.learning_rate=0.002",
         f"train.max_steps={STEPS}",
         "train.eval_every=3",
         "train.save_every=3",
-        "lora.rank=4",
-        "run.samples=0",
-        "run.verify=false",
-    ]
+        num_rows=60,
+    )
     return Bench(folder, material)
 
 

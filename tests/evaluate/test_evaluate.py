@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.export.made import make_run
+from tests.runs import run_to_export
 
 from lorafit.cli.main import main
 from lorafit.errors import DataError, RunError
@@ -23,8 +23,8 @@ from lorafit.observe.metrics_file import read_metrics
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("evaluate"))
+def run(finished_run: Path) -> Path:
+    return finished_run
 
 
 def tasks_file(folder: Path, *lines: object) -> Path:
@@ -49,7 +49,7 @@ def test_losses_are_those_that_training_measured(run: Path, tmp_path: Path) -> N
 
 
 def test_rows_that_changed_since_training_are_refused(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
+    run = run_to_export(tmp_path)
     rows = tmp_path / "rows.json"
     rows.write_text(rows.read_text().replace("number", "figure"))
     with pytest.raises(RunError, match="not those of the training"):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.export.made import make_run, source_of
+from tests.export.made import source_of
+from tests.runs import run_to_export
 
 from lorafit.errors import RunError
 from lorafit.export.card import card, nameless, redacted
@@ -26,7 +27,9 @@ SECRETS = {
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("canary-folder")
-    made = make_run(folder, train__max_steps=30, train__eval_every=10, data__system="Be kind.")
+    made = run_to_export(
+        folder, "train.max_steps=30", "train.eval_every=10", "data.system=Be kind.", "run.verify=true"
+    )
     env = json.loads((made / "env.json").read_text())
     env["command"] = (
         f"lorafit train --model {folder / 'model'} --data={folder / 'rows.json'} train.max_steps=30 "

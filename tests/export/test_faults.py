@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.export.made import make_run, read_back_here
+from tests.export.made import read_back_here
+from tests.runs import run_to_export
 from tests.tiny_models import write_model
 from torch import Tensor
 
@@ -24,9 +25,9 @@ Plant = Callable[[pytest.MonkeyPatch], None]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(finished_run: Path) -> Path:
     """Four heads on two, embeddings not tied, alpha twice the rank."""
-    return make_run(tmp_path_factory.mktemp("faults"))
+    return finished_run
 
 
 @pytest.fixture
@@ -223,7 +224,7 @@ def test_tied_embeddings_with_a_head_of_their_own_are_refused(
     tmp_path: Path, patch: pytest.MonkeyPatch
 ) -> None:
     """A merge that unties writes two tables; here the second is not the first."""
-    run = make_run(tmp_path / "tied", "llama-tied")
+    run = run_to_export(tmp_path / "tied", family="llama-tied")
     right = merge.write_merged
 
     def wrong(source: RunSource, staging: Path, *rest: Any) -> dict[str, str]:
@@ -251,7 +252,7 @@ def test_a_second_stop_token_that_is_left_out_of_a_gguf_file_is_missed(
     """What most chat models have: one token that ends a text, another that ends a turn."""
     model = write_model(tmp_path / "model")
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 258]}))
-    run = make_run(tmp_path, model=model)
+    run = run_to_export(tmp_path, model=model)
     (tmp_path / "out").mkdir()
     with pytest.MonkeyPatch.context() as plant:
         plant.setattr("gguf.GGUFWriter.add_eot_token_id", lambda writer, token: None)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.export.made import make_run, source_of
+from tests.export.made import source_of
+from tests.runs import run_to_export
 from tests.tiny_models import write_model
 
 from lorafit.errors import ModelError, RunError
@@ -21,7 +22,9 @@ from lorafit.model.weights import INDEX, fingerprint
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("merge"), "llama-tied", lora__targets="[q_proj, down_proj]")
+    return run_to_export(
+        tmp_path_factory.mktemp("merge"), "lora.targets=[q_proj, down_proj]", family="llama-tied"
+    )
 
 
 def merged(run: Path, folder: Path, type_name: str = "f32", **settings: int) -> dict[str, torch.Tensor]:
@@ -103,13 +106,7 @@ print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
 
 def test_peak_memory_stays_below_two_files(tmp_path: Path) -> None:
     """Files of 16 MB, from a base in as many; what the process grows by is measured, not computed."""
-    run = make_run(
-        tmp_path,
-        model=write_model(tmp_path / "model", "llama"),
-        lora__targets="q_proj",
-        data__holdout=0,
-        train__max_steps=1,
-    )
+    run = run_to_export(tmp_path, "lora.targets=q_proj", "data.holdout=0", "train.max_steps=1")
     large = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 5, "head_dim": 128}
     model = tmp_path / "large"
     write_model(model, "llama", **large)
@@ -159,14 +156,14 @@ def test_stop_tokens_of_the_contract_are_the_generation_config_s(run: Path) -> N
 
 
 def test_another_base_than_the_trained_one_is_refused(run: Path, tmp_path: Path) -> None:
-    other = make_run(tmp_path)
+    other = run_to_export(tmp_path)
     write_model(tmp_path / "model", seed=1)
     with pytest.raises(RunError, match="not the one that the adapter was trained on"):
         source_of(other)
 
 
 def test_a_quantised_base_is_refused(run: Path, tmp_path: Path) -> None:
-    other = make_run(tmp_path)
+    other = run_to_export(tmp_path)
     weights = load_file(tmp_path / "model" / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     weights[name] = weights[name].to(torch.int8)

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tests.tiny_models import byte_tokenizer, write_model, write_rows
+from tests.runs import tiny_run, tiny_settings
+from tests.tiny_models import byte_tokenizer, write_model
 
-from lorafit.config.load import load_config
 from lorafit.data.formats import Chat, Instruction, Message
 from lorafit.errors import DataError, LorafitError, ModelError, RunError
 from lorafit.infer import model as model_module
@@ -24,7 +24,6 @@ from lorafit.infer.model import Model, load
 from lorafit.infer.sampling import Sampling
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.linear import Frozen
-from lorafit.training.run import start_run
 
 QUESTIONS = ["What is a llama?", "라마가 뭐야?", "Say 7."]
 ON_CPU = {"device": "cpu", "dtype": "float32"}
@@ -34,20 +33,9 @@ ON_CPU = {"device": "cpu", "dtype": "float32"}
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory whose adapter says something else than its base."""
     folder = tmp_path_factory.mktemp("infer")
-    overrides = {
-        "model.name": write_model(folder / "model", max_position_embeddings=200),
-        "data.path": write_rows(folder / "rows.json"),
-        "model.dtype": "float32",
-        "model.device": "cpu",
-        "train.max_steps": 3,
-        "train.learning_rate": 0.05,
-        "run.samples": 0,
-        "run.verify": "false",
-        "run.output": folder / "run",
-    }
-    return start_run(
-        load_config(None, [f"{key}={value}" for key, value in overrides.items()]), quiet=True
-    ).path
+    model = write_model(folder / "model", max_position_embeddings=200)
+    settings = tiny_settings(folder, "train.max_steps=3", "train.learning_rate=0.05", model=model)
+    return tiny_run(settings, folder / "run").path
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.tiny_models import random_network, write_model, write_rows
+from tests.runs import events, tiny_settings
+from tests.tiny_models import random_network
 
 from lorafit.config.load import config_from_args, flag_overrides, load_config
 from lorafit.config.schema import Config
@@ -20,7 +21,6 @@ from lorafit.data.row_order import RowOrder
 from lorafit.errors import RunError
 from lorafit.model import memory
 from lorafit.model.memory import available_bytes, resident_bytes
-from lorafit.observe.metrics_file import read_metrics
 from lorafit.plan import planner
 from lorafit.plan.cost_model import PassCost
 from lorafit.plan.machine import watch_peak
@@ -34,27 +34,12 @@ from lorafit.training.run import resume_run, start_run
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("plan")
-    return [
-        f"model.name={write_model(folder / 'model')}",
-        f"data.path={write_rows(folder / 'rows.json', 60)}",
-        "model.dtype=float32",
-        "model.device=cpu",
-        "train.batch_size=7",
-        "train.micro_batch_tokens=256",
-        "train.learning_rate=0.01",
-        "lora.rank=4",
-        "run.samples=0",
-        "run.verify=false",
-    ]
+    batches = ("train.batch_size=7", "train.micro_batch_tokens=256")
+    return tiny_settings(tmp_path_factory.mktemp("plan"), *batches, num_rows=60)
 
 
 def config_of(material: list[str], *overrides: str) -> Config:
     return load_config(None, [*material, *overrides])
-
-
-def events(path: Path, kind: str) -> list[dict[str, Any]]:
-    return [event for event in read_metrics(path / "metrics.jsonl") if event["event"] == kind]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.report.runs import write_run
+from tests.report.runs import HOSTILE, write_run
 
 from lorafit.cli.main import main
 from lorafit.errors import RunError
@@ -25,13 +25,6 @@ from lorafit.report.page import SECTIONS, page, write_report
 from lorafit.report.run_data import Facts, read_facts
 from lorafit.run_dir import RunDirectory
 
-HOSTILE = [
-    "<script>alert(1)</script>",
-    '"><img src=http://127.0.0.1/x onerror=alert(1)>',
-    "'><svg/onload=alert(1)>",
-    "</style></main><iframe src=//x></iframe><!--",
-    "]]>\x00\x1b[31m\u202egnp.exe\ud800\ufeff&lt;b&gt;{{7*7}}</mark></pre></div>",
-]
 UNEXPECTED: list[Any] = [
     *(None, True, 0, 1, -1, 1e308, 1e-320, math.nan, math.inf, 10**400, "x", "\ud800"),
     *([], {}, [1], [[]], [{}], {"a": 1}),

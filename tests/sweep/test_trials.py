@@ -9,7 +9,6 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from tests.tiny_models import write_model, write_rows
 from typer.testing import CliRunner
 
 from lorafit.cli.main import app
@@ -26,18 +25,8 @@ VARY = ["--vary", "lora.rank=2,4", "--vary", "train.learning_rate=0.001,0.01"]
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("sweep")
-    return [
-        f"model.name={write_model(folder / 'model')}",
-        f"data.path={write_rows(folder / 'rows.json')}",
-        "model.dtype=float32",
-        "model.device=cpu",
-        "train.batch_size=6",
-        "train.max_steps=3",
-        "train.eval_every=1",
-        "run.samples=0",
-    ]
+def words(tiny: list[str]) -> list[str]:
+    return [*tiny, "train.max_steps=3", "train.eval_every=1"]
 
 
 Sweep = Callable[..., tuple[int, list[dict[str, Any]]]]

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.tiny_models import write_model, write_rows
-from tests.training.test_run import digest, events, run
+from tests.runs import digest, events, tiny_run
 from tests.waiting import until
 
 from lorafit.model.memory import resident_bytes
@@ -23,18 +22,8 @@ LONG = "LORAFIT_LONG" in os.environ
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("material")
-    return [
-        f"model.name={write_model(folder / 'model')}",
-        f"data.path={write_rows(folder / 'rows.json')}",
-        "model.dtype=float32",
-        "model.device=cpu",
-        "train.batch_size=2",
-        "lora.rank=2",
-        "run.samples=0",
-        "run.verify=false",
-    ]
+def material(tiny: list[str]) -> list[str]:
+    return [*tiny, "train.batch_size=2", "lora.rank=2"]
 
 
 @pytest.mark.slow
@@ -54,7 +43,9 @@ def test_handles_and_memory_stay_flat(
         return gradients(job, state, *rest)
 
     monkeypatch.setattr(loop, "_gradients", watched)
-    run(material, tmp_path / "run", f"train.max_steps={steps}", "train.save_every=20", "train.eval_every=20")
+    tiny_run(
+        material, tmp_path / "run", f"train.max_steps={steps}", "train.save_every=20", "train.eval_every=20"
+    )
     # What leaks is never given back, so it lifts the least of a window; a save under way only the most.
     quarter = steps // 4
     early, late = slice(quarter, 2 * quarter), slice(3 * quarter, None)
@@ -65,7 +56,7 @@ def test_handles_and_memory_stay_flat(
 def test_a_clock_that_is_set_back_changes_nothing(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run(material, tmp_path / "whole", "train.max_steps=6")
+    whole = tiny_run(material, tmp_path / "whole", "train.max_steps=6")
     now = [time.time()]
 
     def backwards() -> float:
@@ -74,7 +65,7 @@ def test_a_clock_that_is_set_back_changes_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", backwards)
-        result = run(material, tmp_path / "run", "train.max_steps=6", "train.save_every=1")
+        result = tiny_run(material, tmp_path / "run", "train.max_steps=6", "train.save_every=1")
     assert digest(result) == digest(whole)
     assert all(event["seconds"] >= 0 for event in events(result, "step"))
     for step in RunDirectory.open(result.path).saved_steps():
@@ -91,7 +82,7 @@ def test_a_closed_terminal_saves_and_the_run_resumes(material: list[str], tmp_pa
     import warnings
 
     words = [*material, "train.max_steps=40", "train.learning_rate=0.01", "lora.dropout=0.1"]
-    whole = run(words, tmp_path / "whole")
+    whole = tiny_run(words, tmp_path / "whole")
     output = tmp_path / "run"
     command = [sys.executable, "-m", "lorafit", "train", *words, f"run.output={output}"]
     with warnings.catch_warnings():

@@ -13,17 +13,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load, save
-from tests.tiny_models import write_model, write_rows
+from tests.runs import tiny_run
 
 from lorafit.cli.main import main
-from lorafit.config.load import load_config
 from lorafit.data.formats import Instruction, Row
 from lorafit.infer.model import Answer
 from lorafit.observe.metrics_file import read_metrics
 from lorafit.storage.atomic import commit_folder, read_facts, verify_folder, write_files
 from lorafit.training import checkpoint
 from lorafit.training import run as run_module
-from lorafit.training.run import Result, start_run
+from lorafit.training.run import Result
 from lorafit.verify import proof, reload
 from lorafit.verify.proof import Check, compare_logits, heldout, stop
 
@@ -31,19 +30,8 @@ Change = Callable[[dict[str, bytes]], None]
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("material")
-    return [
-        f"model.name={write_model(folder / 'model')}",
-        f"data.path={write_rows(folder / 'rows.json', 60)}",
-        "model.dtype=float32",
-        "model.device=cpu",
-        "train.batch_size=6",
-        "train.learning_rate=0.01",
-        "train.max_steps=6",
-        "lora.rank=4",
-        "run.samples=1",
-    ]
+def material(tiny: list[str]) -> list[str]:
+    return [*tiny, "train.max_steps=6", "run.samples=1", "run.verify=true"]
 
 
 @pytest.fixture
@@ -55,10 +43,6 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         return subprocess.CompletedProcess(command, reload.main(command[4:]), "", "error: it does not load")
 
     monkeypatch.setattr(reload.subprocess, "run", here)
-
-
-def run(material: list[str], output: Path, *overrides: str) -> Result:
-    return start_run(load_config(None, [*material, f"run.output={output}", *overrides]), quiet=True)
 
 
 def checks(result: Result) -> dict[str, dict[str, Any]]:
@@ -94,7 +78,7 @@ def other_adapter(files: dict[str, bytes]) -> None:
 
 
 def test_a_run_is_proven_in_a_fresh_process(material: list[str], tmp_path: Path) -> None:
-    result = run(material, tmp_path / "run")
+    result = tiny_run(material, tmp_path / "run")
     assert result.proven is True
     found = checks(result)
     assert list(found) == ["changed", "reload", "stop", "heldout"]
@@ -125,7 +109,7 @@ def test_a_run_is_proven_in_a_fresh_process(material: list[str], tmp_path: Path)
 def test_other_bases_are_proven_in_a_fresh_process(
     overrides: list[str], material: list[str], tmp_path: Path
 ) -> None:
-    result = run(material, tmp_path / "run", *overrides)
+    result = tiny_run(material, tmp_path / "run", *overrides)
     assert checks(result)["reload"]["verdict"] == "pass"
     assert result.proven is True
 
@@ -134,7 +118,7 @@ def test_without_verify_nothing_is_started(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reload.subprocess, "run", None)
-    result = run(material, tmp_path / "run", "run.verify=false")
+    result = tiny_run(material, tmp_path / "run", "run.verify=false")
     assert result.proven is None
     assert not (result.path / "proof.json").exists()
 
@@ -162,7 +146,7 @@ def test_what_is_on_disk_has_to_be_what_was_trained(
         rewritten(folder, change)
 
     monkeypatch.setattr(run_module, "export_adapter", swapped)
-    result = run(material, tmp_path / "run")
+    result = tiny_run(material, tmp_path / "run")
     assert result.proven is False
     assert result.finished
     assert verify_folder(result.adapter) == []
@@ -185,7 +169,7 @@ def test_a_file_that_was_damaged_does_not_load(
         (folder / "adapter_model.safetensors").write_bytes(files["adapter_model.safetensors"])
 
     monkeypatch.setattr(run_module, "export_adapter", damaged)
-    result = run(material, tmp_path / "run")
+    result = tiny_run(material, tmp_path / "run")
     assert result.proven is False
     assert "cannot load the run" in checks(result)["reload"]["text"]
 
@@ -196,7 +180,7 @@ def test_a_tensor_that_no_optimizer_moves_is_named(
 ) -> None:
     make = run_module.AdamW
     monkeypatch.setattr(run_module, "AdamW", lambda masters, decay: make(masters[1:], decay))
-    result = run(material, tmp_path / "run")
+    result = tiny_run(material, tmp_path / "run")
     changed = checks(result)["changed"]
     assert changed["verdict"] == "fail"
     assert changed["text"] == (
@@ -208,10 +192,10 @@ def test_a_tensor_that_no_optimizer_moves_is_named(
 @pytest.mark.usefixtures("one_process")
 def test_after_one_step_a_fresh_adapter_has_changed_by_half(material: list[str], tmp_path: Path) -> None:
     one_step = ["train.max_steps=1", "train.warmup=0"]
-    first = run(material, tmp_path / "first", *one_step)
+    first = tiny_run(material, tmp_path / "first", *one_step)
     assert checks(first)["changed"]["verdict"] == "pass"
     assert "14 of 28" in checks(first)["changed"]["text"]
-    second = run(material, tmp_path / "second", *one_step, f"lora.init_from={first.adapter}")
+    second = tiny_run(material, tmp_path / "second", *one_step, f"lora.init_from={first.adapter}")
     assert checks(second)["changed"]["text"] == "28 of 28 adapter tensors changed"
 
 
@@ -322,7 +306,9 @@ def test_long_right_answers_are_no_measure_of_stopping() -> None:
 @pytest.mark.usefixtures("one_process")
 def test_rows_without_a_stop_token_give_a_model_that_never_stops(material: list[str], tmp_path: Path) -> None:
     """The classic mistake, trained for real: no answer ends, and that is said."""
-    result = run(material, tmp_path / "run", "data.template=classic", "data.eos=false", "train.max_steps=20")
+    result = tiny_run(
+        material, tmp_path / "run", "data.template=classic", "data.eos=false", "train.max_steps=20"
+    )
     found = checks(result)["stop"]
     assert (found["verdict"], found["values"]["ended"]) == ("warn", 0)
     assert result.proven is True
