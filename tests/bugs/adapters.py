@@ -156,7 +156,6 @@ def a_loaded_adapter_is_the_trained_one(lab: Lab) -> None:
 @probe(
     20,
     Plant("model.adapter_file:adapter_tensors", "parameter.detach()", "torch.zeros_like(parameter)"),
-    slow=True,
 )
 def a_fresh_process_says_the_same(lab: Lab) -> None:
     """The adapter in a process that has never seen the run: the live network's logits."""

@@ -46,7 +46,6 @@ class Probe:
     bug: int
     run: Callable[[Lab], None]
     plants: tuple[Plant, ...]
-    slow: bool
 
     @property
     def name(self) -> str:
@@ -66,11 +65,11 @@ class Outcome:
 _PROBES: list[Probe] = []
 
 
-def probe(bug: int, *plants: Plant, slow: bool = False) -> Callable[[Run], Run]:
+def probe(bug: int, *plants: Plant) -> Callable[[Run], Run]:
     """Register a function as a probe of `bug`; each of `plants` alone must make it fail."""
 
     def register(run: Run) -> Run:
-        _PROBES.append(Probe(bug, run, plants, slow))
+        _PROBES.append(Probe(bug, run, plants))
         return run
 
     return register

@@ -76,7 +76,6 @@ _CLOCKS = {"seconds", "tokens_per_second", "memory_bytes"}
     Plant("training.optim:AdamW.step", "if self.weight_decay:", "if not self.weight_decay:"),
     Plant("training.optim:warmup_steps", "return min(", "return 0 and min("),
     Plant("data.row_order:_epoch_rows", "if order.shuffle:", "if True:"),
-    slow=True,
 )
 def another_value_makes_another_run(lab: Lab) -> None:
     """For every key there is a run that another value changes: steps, passes, files or bytes; or a test of its own."""

@@ -9,11 +9,11 @@ from tests.bugs import page
 from tests.bugs.catalogue import BUGS, Plant, Probe, probes, verdict
 from tests.bugs.lab import changed, function_at
 
-ALL = [pytest.param(p, id=p.name, marks=[pytest.mark.slow] if p.slow else []) for p in probes()]
-PLANTED = [  # the first bug of each probe every time, further ones with the slow tests
-    pytest.param(p, plant, id=f"{p.name}-{number}", marks=[pytest.mark.slow] if p.slow or number else [])
-    for p in probes()
-    for number, plant in enumerate(p.plants)
+pytestmark = pytest.mark.slow
+
+ALL = [pytest.param(p, id=p.name) for p in probes()]
+PLANTED = [
+    pytest.param(p, plant, id=f"{p.name}-{number}") for p in probes() for number, plant in enumerate(p.plants)
 ]
 
 

@@ -109,6 +109,7 @@ def test_a_tokenizer_is_enough_and_so_are_rows_alone(cli: Cli, material: Path) -
     assert alone["answers"][0] == "warn"
 
 
+@pytest.mark.slow
 def test_rows_are_checked_and_shown_without_torch(material: Path) -> None:
     source = f"""
 import sys

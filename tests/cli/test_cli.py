@@ -235,6 +235,7 @@ def test_plan_says_what_would_fit_and_exits_2(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on_and_resume_finishes(
     material: Path, tmp_path: Path, cli: Cli
 ) -> None:

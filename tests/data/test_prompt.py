@@ -51,7 +51,7 @@ def trained_texts(renderer: Renderer, row: Rendered) -> list[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("train_on", ["response", "all"])
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(content=contents)
 def test_the_prompt_is_what_inference_sends(
     tokenizers: dict[str, Tokenizer], name: str, train_on: str, content: Content
@@ -70,7 +70,7 @@ def test_the_prompt_is_what_inference_sends(
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(content=contents)
 def test_answers_and_their_stops_are_trained_and_nothing_else(
     tokenizers: dict[str, Tokenizer], name: str, content: Content

@@ -33,6 +33,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return tiny_settings(
         tmp_path_factory.mktemp("agent"),
         f"train.max_steps={STEPS}",
+        "train.learning_rate=0.0002",  # ranks add up in another order: at a higher rate that shows after 200 steps
         "train.eval_every=30",
         "train.save_every=10",
         "distributed.timeout=24",

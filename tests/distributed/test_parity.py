@@ -126,12 +126,14 @@ def assert_same(path: Path, whole: Path) -> None:
         assert float((tensor - expected_weights[name]).abs().max()) < 1e-6, name
 
 
+@pytest.mark.slow
 def test_two_ranks_compute_what_one_does(bench: Bench, one: Path, two: list[dict[str, Any]]) -> None:
     assert_same(bench["two"], one)
     assert [event["ranks"] for event in events(bench["two"], "step")] == [2] * STEPS
     assert all(0 <= event["imbalance"] < 0.5 for event in events(bench["two"], "step"))
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_of_the_same_adapter_has_the_same_bits(
     bench: Bench, one: Path, two: list[dict[str, Any]]
 ) -> None:
@@ -140,10 +142,12 @@ def test_the_held_out_loss_of_the_same_adapter_has_the_same_bits(
     assert len(base[0]) == 1
 
 
+@pytest.mark.slow
 def test_a_rank_without_rows_takes_part(bench: Bench, one: Path, two: list[dict[str, Any]]) -> None:
     assert_same(bench["few-2"], bench["few-1"])
 
 
+@pytest.mark.slow
 def test_dropout_takes_the_same_from_a_row_whoever_computes_it(
     bench: Bench, one: Path, two: list[dict[str, Any]]
 ) -> None:
@@ -152,22 +156,26 @@ def test_dropout_takes_the_same_from_a_row_whoever_computes_it(
     assert losses[0] != losses[1]
 
 
+@pytest.mark.slow
 def test_only_the_gradient_of_the_adapter_travels(bench: Bench, two: list[dict[str, Any]]) -> None:
     adapter = load_file(bench["two"] / "adapter" / "adapter_model.safetensors")
     size = sum(tensor.numel() * tensor.element_size() for tensor in adapter.values())
     assert [answer["reduced_bytes"] for answer in two[0]["ranks"]] == [STEPS * size] * 2
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_with_one_checkpoint(bench: Bench, two: list[dict[str, Any]]) -> None:
     assert [(answer["step"], answer["finished"]) for answer in two[1]["ranks"]] == [(4, False)] * 2
     assert RunDirectory.open(bench["stopped-2"]).newest_checkpoint() == (4, {})
     assert [event["reason"] for event in events(bench["stopped-2"], "saved")][-1] == "stopped"
 
 
+@pytest.mark.slow
 def test_a_run_of_one_goes_on_with_two(bench: Bench, one: Path, two: list[dict[str, Any]]) -> None:
     assert_same(bench["stopped-1"], one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sharded", "whole"), [("sharded", "one"), ("sharded-few", "few-1"), ("sharded-int8", "int8")]
 )
@@ -219,6 +227,7 @@ def test_each_rank_keeps_its_part_of_the_base_only(bench: Bench) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_a_run_alone_is_the_same_bytes_twice(bench: Bench, one: Path) -> None:
     again = bench.one_process("again")
     assert (again / "adapter" / "adapter_model.safetensors").read_bytes() == (

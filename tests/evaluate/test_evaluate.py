@@ -48,6 +48,7 @@ def test_losses_are_those_that_training_measured(run: Path, tmp_path: Path) -> N
         assert measured.tokens > 0
 
 
+@pytest.mark.slow
 def test_rows_that_changed_since_training_are_refused(tmp_path: Path) -> None:
     run = run_to_export(tmp_path)
     rows = tmp_path / "rows.json"

@@ -12,6 +12,8 @@ from tests.runs import digest, events, interrupt_after, tiny_run
 from lorafit.infer.model import Model
 from lorafit.training.run import resume_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def material(tiny: list[str]) -> list[str]:

@@ -21,6 +21,8 @@ from lorafit.export.chat_template import chat_template
 from lorafit.export.run import export_run
 from lorafit.export.run_source import RunSource
 
+pytestmark = pytest.mark.slow
+
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -193,22 +195,12 @@ FAULTS: list[tuple[Plant, str, str, str]] = [
 ]
 
 
-SLOW = {
-    (other_template, "gguf"),
-    (eight_bit_base, "gguf"),
-    (alpha_alone, "gguf"),
-    (permutation_for_as_many_key_heads, "gguf"),
-    (template_of_another_model, "ollama"),
-}
-
-
 @pytest.mark.parametrize(
     ("plant", "kind", "type_name", "said"),
     [
         pytest.param(
             *fault,
             id=f"{fault[0].__name__}-{fault[1]}-{fault[2]}",
-            marks=pytest.mark.slow if fault[:2] in SLOW else (),
         )
         for fault in FAULTS
     ],
@@ -267,7 +259,7 @@ def test_a_second_stop_token_that_is_left_out_of_a_gguf_file_is_missed(
         ("adapter", "f32"),
         ("merged", "f32"),
         ("gguf", "q8_0"),
-        pytest.param("gguf-lora", "f32", marks=pytest.mark.slow),
+        ("gguf-lora", "f32"),
         ("ollama", "f16"),
     ],
 )

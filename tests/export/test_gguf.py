@@ -21,12 +21,10 @@ from lorafit.model.architecture import parse_architecture
 from lorafit.model.attention import rotate
 from lorafit.model.llama import rotary_table
 
-ALSO_QUICK = ("llama-tied", "llama3", "qwen3")
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=() if name in ALSO_QUICK else pytest.mark.slow) for name in FAMILIES]
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_computes_every_family_as_we_do(family: str, tmp_path: Path) -> None:
     """Float32 throughout: what differs is the order of sums, so a name, norm, bias or angle at fault shows."""
     window = {"sliding_window": 100} if "window" in family else {}

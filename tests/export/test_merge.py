@@ -19,6 +19,8 @@ from lorafit.export.merge import generation_config, merged_type, plan_shards, wr
 from lorafit.infer.model import load
 from lorafit.model.weights import INDEX, fingerprint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -25,6 +25,8 @@ from lorafit.export.gguf_vocabulary import BYTE, CONTROL, UNUSED, vocabulary
 from lorafit.export.llama_cpp import _Server
 from lorafit.export.run_source import RunSource
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SHARED = ["tinyllama-1.1b-chat-skeleton", "tinystories-656k"]
 MODELS = [*(pytest.param(name, marks=pytest.mark.shared) for name in SHARED), "demo", "toy", "legacy toy"]
@@ -124,7 +126,6 @@ def test_ids_of_generated_strings_are_llama_cpps(opened: tuple[RunSource, _Serve
     check(opened, 300)
 
 
-@pytest.mark.slow
 def test_ids_of_ten_thousand_strings_are_llama_cpps(opened: tuple[RunSource, _Server]) -> None:
     check(opened, 10_000 if opened[0].arch.vocab_size != 700 else 1_000)  # 700: the toys
 

@@ -32,6 +32,7 @@ def test_every_target_is_in_the_short_form() -> None:
     assert sum(target.share for target in TARGETS.values()) == pytest.approx(1)
 
 
+@pytest.mark.slow
 @pytest.mark.hypothesis
 @pytest.mark.parametrize("name", TARGETS)
 def test_no_value_breaks_it(name: str, scene: Scene) -> None:

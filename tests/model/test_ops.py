@@ -274,6 +274,7 @@ def test_a_compiler_that_fails_is_told_and_not_fatal(monkeypatch: pytest.MonkeyP
         native._build.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ and Linux")
 def test_of_processes_that_start_together_one_compiles(tmp_path: Path) -> None:
     """As ranks do; the second finds what the first made."""

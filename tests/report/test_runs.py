@@ -15,6 +15,8 @@ from lorafit.run_dir import RunDirectory
 from lorafit.training import finish
 from lorafit.training.run import resume_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def material(tiny: list[str]) -> list[str]:

@@ -21,6 +21,8 @@ from lorafit.sweep import trials
 from lorafit.sweep.curves import curves_svg
 from lorafit.training.run import Result, start_run
 
+pytestmark = pytest.mark.slow
+
 VARY = ["--vary", "lora.rank=2,4", "--vary", "train.learning_rate=0.001,0.01"]
 
 

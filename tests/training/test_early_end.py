@@ -17,6 +17,8 @@ from lorafit.training import loop
 from lorafit.training.checkpoint import read_state
 from lorafit.training.run import Result, resume_run
 
+pytestmark = pytest.mark.slow
+
 SCORES = [9.0, 3.0, 1.0, 2.0, 0.9, 2.0, 2.1, 2.2, 0.1, 0.2]  # of the base, then after each step
 
 

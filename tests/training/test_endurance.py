@@ -18,6 +18,8 @@ from lorafit.run_dir import RunDirectory
 from lorafit.training import loop
 from lorafit.training.run import resume_run
 
+pytestmark = pytest.mark.slow
+
 LONG = "LORAFIT_LONG" in os.environ
 
 
@@ -26,7 +28,6 @@ def material(tiny: list[str]) -> list[str]:
     return [*tiny, "train.batch_size=2", "lora.rank=2"]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
 def test_handles_and_memory_stay_flat(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -75,7 +76,6 @@ def test_a_clock_that_is_set_back_changes_nothing(
     assert RunDirectory.open(result.path).newest_checkpoint()[0] == 6
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a Linux terminal")
 def test_a_closed_terminal_saves_and_the_run_resumes(material: list[str], tmp_path: Path) -> None:
     import pty

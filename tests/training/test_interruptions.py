@@ -27,6 +27,8 @@ from lorafit.training import checkpoint_writer, loop, setup
 from lorafit.training import run as training_run
 from lorafit.training.run import resume_run, start_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def material(tiny: list[str]) -> list[str]:

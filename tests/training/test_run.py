@@ -75,6 +75,7 @@ def test_one_seed_gives_the_same_bytes_and_another_does_not(material: list[str],
         assert without_clock(one) == without_clock(two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("micro", [2048, 120], ids=["one-pass", "accumulation"])
 def test_interrupted_and_resumed_equals_uninterrupted(
@@ -99,6 +100,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         assert without_clock(one) == without_clock(two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 6, 9])  # where a measurement is due; 9 is the last step
 def test_interrupted_where_a_measurement_is_due_still_equals_uninterrupted(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
@@ -141,6 +143,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_word(material: list[str], tmp_pa
     assert any("step-000006 is damaged" in note and "SHA-256" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_how_the_step_is_cut(material: list[str], tmp_path: Path) -> None:
     cuts = [
         ["train.micro_batch_tokens=2048"],
@@ -157,6 +160,7 @@ def test_gradients_do_not_depend_on_how_the_step_is_cut(material: list[str], tmp
             torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_raw_gradients_of_every_cut_agree_to_1e_6(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +201,7 @@ def stop_with(
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_non_finite_loss_stops_before_weights_change_and_names_step_and_rows(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -234,6 +239,7 @@ def test_a_step_without_supervised_tokens_stops(
         tiny_run(material, tmp_path / "run", "train.max_steps=2")
 
 
+@pytest.mark.slow
 def test_float16_overflow_repeats_the_step_with_the_same_rows(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +264,7 @@ def test_float16_overflow_repeats_the_step_with_the_same_rows(
     assert jolted_losses == pytest.approx(losses, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_rotation_keeps_the_newest_and_the_best(material: list[str], tmp_path: Path) -> None:
     result = tiny_run(material, tmp_path / "run", "train.max_steps=9", "train.save_every=1", "train.keep=2")
     directory = RunDirectory.open(result.path)
@@ -267,6 +274,7 @@ def test_rotation_keeps_the_newest_and_the_best(material: list[str], tmp_path: P
     assert set(directory.saved_steps()) == {8, 9} | named
 
 
+@pytest.mark.slow
 def test_the_final_adapter_is_the_best_one(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +289,7 @@ def test_the_final_adapter_is_the_best_one(
         assert (result.base_loss, result.heldout_loss) == (9.0, 1.0)
 
 
+@pytest.mark.slow
 def test_continuing_an_adapter_starts_where_it_ended(material: list[str], tmp_path: Path) -> None:
     first = tiny_run(material, tmp_path / "a", "train.epochs=3")
     second = tiny_run(

@@ -42,7 +42,8 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         assert command[1:4] == ["-P", "-m", "lorafit.verify.reload"]
         return subprocess.CompletedProcess(command, reload.main(command[4:]), "", "error: it does not load")
 
-    monkeypatch.setattr(reload.subprocess, "run", here)
+    own = SimpleNamespace(run=here, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(reload, "subprocess", own)  # not `run` of all modules: others start processes too
 
 
 def checks(result: Result) -> dict[str, dict[str, Any]]:
@@ -77,6 +78,7 @@ def other_adapter(files: dict[str, bytes]) -> None:
     files["adapter_model.safetensors"] = save(others)
 
 
+@pytest.mark.slow
 def test_a_run_is_proven_in_a_fresh_process(material: list[str], tmp_path: Path) -> None:
     result = tiny_run(material, tmp_path / "run")
     assert result.proven is True
@@ -117,12 +119,13 @@ def test_other_bases_are_proven_in_a_fresh_process(
 def test_without_verify_nothing_is_started(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reload.subprocess, "run", None)
+    monkeypatch.setattr(reload, "subprocess", None)
     result = tiny_run(material, tmp_path / "run", "run.verify=false")
     assert result.proven is None
     assert not (result.path / "proof.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -189,6 +192,7 @@ def test_a_tensor_that_no_optimizer_moves_is_named(
     assert result.proven is False
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_process")
 def test_after_one_step_a_fresh_adapter_has_changed_by_half(material: list[str], tmp_path: Path) -> None:
     one_step = ["train.max_steps=1", "train.warmup=0"]
