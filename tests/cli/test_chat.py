@@ -90,7 +90,7 @@ def test_a_pipe_gets_the_answers_and_stderr_the_rest(cli: Cli, adapter: Path) ->
 
 def test_an_answer_is_what_the_model_says_to_all_that_was_said(cli: Cli, adapter: Path) -> None:
     from lorafit.data.formats import Message
-    from lorafit.observe.console import printable
+    from lorafit.redact import printable
 
     model = load(adapter, device="cpu")
     first = model.generate(["Hi"], max_tokens=7)[0].text

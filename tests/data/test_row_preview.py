@@ -12,9 +12,10 @@ from tests.data.test_prompt import NAMES, contents, make, swallows_system
 from tests.data.toy_tokenizers import hostile_text, load, toys
 
 from lorafit.data.formats import Completion, Content, Instruction, Row
-from lorafit.data.row_preview import RowView, difference, marked, shipped, styled, view_row, visible
+from lorafit.data.row_preview import RowView, difference, marked, shipped, styled, view_row
 from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import DataError
+from lorafit.redact import visible
 from lorafit.report.row_page import fragment, page
 
 

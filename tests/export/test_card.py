@@ -126,5 +126,6 @@ def test_of_a_path_only_the_last_part_is_shown(word: str, shown: str) -> None:
 
 def test_redacting_leaves_plain_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMPTY_TOKEN", "")
-    plain = "A token is a piece of text; sk is short; see https://huggingface.co/a/b and half / half."
+    plain = "A token is a piece of text; sk is short; see https://huggingface.co/a/b and half / half; "
+    plain += "runs/skateboarding-tutorials"
     assert redacted(plain) == plain

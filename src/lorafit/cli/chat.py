@@ -179,7 +179,7 @@ class Session:
 
     def _answer(self, question: str) -> None:
         from lorafit.errors import LorafitError
-        from lorafit.observe.console import printable
+        from lorafit.redact import printable
 
         try:
             asked = self.conversation.ask(question)

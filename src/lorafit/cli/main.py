@@ -29,7 +29,7 @@ from lorafit.cli import (
 )
 from lorafit.distributed.env import ProcessEnv, exit_code_of_previous_attempt, mark_no_restart
 from lorafit.errors import LorafitError, Problem
-from lorafit.redact import without_secrets
+from lorafit.redact import redact
 from lorafit.version import __version__
 
 OTHERS_WAIT_SECONDS = 10.0
@@ -102,7 +102,7 @@ def main() -> None:
             mark_no_restart(env, code)
         if not env.is_main:  # what all ranks have met the first one says; the agent ends the others with it
             time.sleep(OTHERS_WAIT_SECONDS)
-        _talk(without_secrets(traceback.format_exc()) if os.environ.get("LORAFIT_DEBUG") else said)
+        _talk(redact(traceback.format_exc()) if os.environ.get("LORAFIT_DEBUG") else said)
         sys.exit(code)
     sys.exit(code if isinstance(code, int) else 0)
 

@@ -15,7 +15,7 @@ from yaml.composer import ComposerError
 
 from lorafit.config.schema import Config
 from lorafit.errors import ConfigError, Problem
-from lorafit.redact import without_secrets
+from lorafit.redact import redact
 from lorafit.storage.safe_read import read_text
 
 KeyPath = tuple[str, ...]
@@ -227,7 +227,7 @@ def _unusable_texts(value: object, at: KeyPath, places: Mapping[KeyPath, str]) -
             yield Problem(f"`{'.'.join(at)}` is bytes and no text", place, "write it as text")
         elif "\0" in value or not _is_unicode(value):
             yield Problem(f"`{'.'.join(at)}` holds a character that is no text", place, "write it as UTF-8")
-        elif without_secrets(value) != value:
+        elif redact(value) != value:
             hint = "give it in the environment: HF_TOKEN, or what the tracker asks for"
             yield Problem(f"`{'.'.join(at)}` holds a secret, which would be stored with the run", place, hint)
 

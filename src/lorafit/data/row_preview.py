@@ -25,10 +25,9 @@ from lorafit.data.token_dataset import TokenDataset
 from lorafit.data.tokenizer import StreamDecoder, Tokenizer
 from lorafit.errors import ConfigError, DataError, Problem
 from lorafit.hub.client import tokenizer_folder
+from lorafit.redact import visible
 
 Kind = Literal["read", "trained", "cut"]
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
-
 _STYLES = {
     ("read", False): "",
     ("read", True): "cyan",
@@ -99,11 +98,6 @@ def view_row(renderer: Renderer, row: Row) -> RowView:
     tokens = _tokens(renderer.tokenizer, outcome, kept)
     lost = sum(len(token.text) for token in tokens[kept:])
     return RowView(row.number, row.place, _stretches(renderer.pieces(row), lost), tokens, dropped)
-
-
-def visible(text: str) -> str:
-    """`text` with every character that would not be seen as itself spelt out: `<U+202E>`. Line ends and tabs stay."""
-    return _UNSEEN.sub(lambda match: f"<U+{ord(match.group()):04X}>", text)
 
 
 def marked(view: RowView, opening: str = "\u27e6", closing: str = "\u27e7") -> str:

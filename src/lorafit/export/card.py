@@ -19,14 +19,12 @@ from lorafit.data.ledger import Ledger
 from lorafit.export.run_source import RunSource
 from lorafit.hub.client import token
 from lorafit.observe.metrics_file import read_metrics, series
+from lorafit.redact import redact
 from lorafit.version import __version__
 
 FILE = "README.md"
 MOST_ROWS = 10
 _BARS = "▁▂▃▄▅▆▇█"
-_SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-_SECRET = re.compile(r"\b(?:hf|sk|ghp|gho|glpat|xox[abp]|AKIA)[_-]?[A-Za-z0-9_-]{12,}")
-_LOGIN = re.compile(r"(?<=://)[^/\s@]+@")
 _LIBRARIES = {
     "adapter": "peft",
     "merged": "transformers",
@@ -73,11 +71,9 @@ def card(
 
 def redacted(text: str) -> str:
     """`text` without tokens, passwords and the names of this machine's home and working folders."""
-    secrets = {value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 6}
-    secrets |= {known} if (known := token()) else set()
-    for secret in sorted(secrets, key=len, reverse=True):
-        text = text.replace(secret, "[secret]")
-    text = _LOGIN.sub("", _SECRET.sub("[secret]", text))
+    text = redact(text)
+    if stored := token():  # the login of the hub's library has any form
+        text = text.replace(stored, "***")
     for folder in sorted({str(Path.cwd()), str(Path.home())} - {"/"}, key=len, reverse=True):
         text = text.replace(folder + os.sep, "").replace(folder, "")
     return text

@@ -17,6 +17,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from lorafit.redact import printable
+
 SIDE_BY_SIDE_WIDTH = 80
 
 
@@ -91,18 +93,6 @@ def _draws(console: Console) -> bool:
 def _print_line(console: Console, line: str, style: str = "") -> None:
     """Print `line` unbroken, whatever the width, so that paths in it can be copied."""
     console.print(Text(_clean(line, console), style=style), soft_wrap=True)
-
-
-ESCAPE_SEQUENCES = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b\].*?(?:\x07|\x1b\\)|\x1b.", re.DOTALL)
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-def printable(text: str) -> str:
-    """`text` without what steers a terminal: escape sequences, control characters, changes of direction.
-
-    Line ends and tabs stay.
-    """
-    return CONTROL_CHARACTERS.sub("", ESCAPE_SEQUENCES.sub("", text.replace("\r\n", "\n")))
 
 
 def _clean(text: str, console: Console) -> str:

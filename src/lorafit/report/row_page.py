@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from lorafit.data.row_preview import RowView, visible
+from lorafit.data.row_preview import RowView
+from lorafit.redact import visible
 
 # Colours come as pairs, for light and dark; what is trained is also underlined: colour alone tells nobody apart.
 STYLE = """

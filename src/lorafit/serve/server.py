@@ -19,7 +19,7 @@ import uvicorn
 from lorafit.errors import ConfigError
 from lorafit.infer.continuous_batch import Batch, Request
 from lorafit.infer.multi_adapter import Models
-from lorafit.observe.console import printable
+from lorafit.redact import printable
 from lorafit.serve.app import make_app
 from lorafit.serve.auth import Guard
 from lorafit.serve.jobs import Answering
