@@ -20,6 +20,7 @@ from lorafit.config.schema import Config
 from lorafit.distributed.ranks import num_cores
 from lorafit.errors import LorafitError, RunError
 from lorafit.model.build import BaseModelCache
+from lorafit.observe.run_summary import RunState
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import make_folder, write_file
 from lorafit.storage.locks import lock
@@ -43,8 +44,8 @@ class Trial:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has come to its end; its adapter is written last."""
-        return self.run.has_adapter()
+        """Whether the run is complete and its adapter is whole."""
+        return RunState.of(self.run).is_complete and self.run.has_adapter()
 
     @property
     def lock_file(self) -> Path:

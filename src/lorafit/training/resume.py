@@ -11,6 +11,7 @@ from lorafit.config.load import load_config
 from lorafit.config.schema import Config
 from lorafit.distributed.env import ProcessEnv
 from lorafit.errors import ConfigError
+from lorafit.observe.run_summary import RunState
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import read_facts
 from lorafit.training.checkpoint import TrainState, read_state, state_of
@@ -35,7 +36,7 @@ class Resumption:
         config = load_config(run.config_file, overrides)
         step, skipped = run.newest_checkpoint()
         finished = None
-        if step is not None and run.has_adapter() and run.report_file.exists():  # the report comes last
+        if step is not None and RunState.of(run).is_complete and run.has_adapter():
             state = read_state(run.checkpoint(step))
             gave_up = 0 < config.train.patience <= state.num_worse
             ended = gave_up or read_facts(run.checkpoint(step)).get("steps") == step

@@ -149,6 +149,8 @@ def _resume(
                 )
             if ranks.is_main and not quiet:
                 Terminal()(Message(f"`{path}` is finished after {step} steps; nothing was changed"))
+            if ranks.is_main and not run.report_file.exists():  # killed between the end and the report
+                finish.leave_report(run, terminal_or_silent(quiet))
             return _result(run, run.adapter, there.finished, finished=True)
         prepared = prepare(config, ranks, quiet, base, resumed=True)
         if not ranks.is_main:
