@@ -16,7 +16,7 @@ from lorafit.data.row_preview import RowView, difference, marked, shipped, style
 from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import DataError
 from lorafit.redact import visible
-from lorafit.report.row_page import fragment, page
+from lorafit.report.row_page import page
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,8 @@ def test_a_page_holds_text_and_no_markup_of_a_row(
     except DataError:
         return
     reader = Reader()
-    reader.feed(fragment(view, ids))
+    text = page("Rows", [(view, [])], ids=ids)
+    reader.feed(text[text.index("<section") : text.index("</body>")])
     assert reader.tags == {"section", "h2", "pre", "span"}
     if not ids:
         assert visible(view.text).replace("\r", "") in reader.text
@@ -133,7 +134,7 @@ def test_a_page_holds_text_and_no_markup_of_a_row(
 
 def test_a_page_fetches_nothing_and_runs_nothing(tokenizers: dict[str, Tokenizer]) -> None:
     view = view_row(make(tokenizers["zephyr"]), HELLO)
-    text = page("Rows <b>", [fragment(view, difference=[("-", "<i>"), ("+", "x")])])
+    text = page("Rows <b>", [(view, [("-", "<i>"), ("+", "x")])])
     assert "default-src 'none'" in text
     assert "prefers-color-scheme: dark" in text
     assert not re.search(r"<script|<link|<img|src=|href=|url\(|https?://|<b>|<i>", text)

@@ -58,7 +58,7 @@ def show(
         wanted_rows,
     )
     from lorafit.observe.console import has_colours, print_styled, table
-    from lorafit.report.row_page import fragment, page
+    from lorafit.report.row_page import page
     from lorafit.storage.atomic import write_file
 
     wanted = wanted_rows(row, rows)
@@ -68,7 +68,7 @@ def show(
     shown = [(view, difference(view, text) if text is not None else []) for view, text in views]
     if html is not None:
         title = f"Rows as {config.model.name} reads them"
-        write_file(html, page(title, [fragment(view, ids, lines) for view, lines in shown]))
+        write_file(html, page(title, shown, ids=ids))
         typer.echo(html)
         return
     for view, lines in shown:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from lorafit.data.ledger import Ledger
-from lorafit.errors import LorafitError
-from lorafit.observe.metrics_file import number, read_whole_events, series
+from lorafit.observe.metrics_file import read_whole_events, series
+from lorafit.observe.run_summary import Summary, summarize
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import MANIFEST
-from lorafit.storage.locks import is_locked
 from lorafit.storage.safe_read import read_bytes, read_json
 
 MOST_JSON_BYTES = 20_000_000  # of one of the small files: what is larger is not ours
@@ -34,9 +32,7 @@ class Facts:
 
     name: str
     path: str
-    state: str  # running, finished, interrupted, stopped
-    started: str
-    model: str = ""
+    summary: Summary
     events: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     config: str = ""
     env: Mapping[str, Any] = field(default_factory=dict)
@@ -59,27 +55,6 @@ class Facts:
         return events[-1] if events else {}
 
     @property
-    def step(self) -> int:
-        """The newest step."""
-        return int(number(self.last("step").get("step")) or 0)
-
-    @property
-    def num_steps(self) -> int | None:
-        """Steps that the run was to have."""
-        return int(number(self.last("run_started").get("num_steps")) or 0) or None
-
-    @property
-    def base_loss(self) -> float | None:
-        """Held-out loss of the base."""
-        found = self.series("heldout", "base_loss")
-        return found[-1][1] if found else None
-
-    @property
-    def heldout_loss(self) -> float | None:
-        """The lowest held-out loss."""
-        return min((loss for _, loss in self.series("heldout", "loss")), default=None)
-
-    @property
     def proven(self) -> Sequence[CheckLine]:
         """The checks of the proof."""
         return _told(self.proof)
@@ -87,23 +62,16 @@ class Facts:
 
 def read_facts(run: RunDirectory) -> Facts:
     """Everything there is to show. Raises RunError when the metrics are there and cannot be read."""
-    events, num_damaged = read_whole_events(run.metrics_file)
+    events, num_damaged = metrics = read_whole_events(run.metrics_file)
     by_kind: dict[str, list[Mapping[str, Any]]] = {}
     for event in events:
         by_kind.setdefault(str(event.get("event")), []).append(event)
-    facts = Facts(
-        name=run.path.resolve().name,
-        path=str(run.path),
-        state=_state(run, events),
-        started=datetime.fromtimestamp(run.config_file.stat().st_mtime).isoformat(" ", "minutes"),
-        events=by_kind,
-    )
+    facts = Facts(run.path.resolve().name, str(run.path), summarize(run, metrics), events=by_kind)
     if num_damaged:
         facts.missing.append(f"{num_damaged:,} damaged lines of {run.metrics_file.name}")
     try:
         facts.config = read_bytes(run.config_file, MOST_JSON_BYTES).decode(errors="replace")
-        facts.model = run.config().model.name
-    except (OSError, LorafitError):
+    except OSError:
         facts.missing.append(run.config_file.name)
     facts.env = _mapping(run.env_file, facts)
     facts.rows = _mapping(run.rows_file, facts)
@@ -117,13 +85,6 @@ def read_facts(run: RunDirectory) -> Facts:
     facts.ledger = _ledger(run.ledger_file, facts)
     facts.hashes = _hashes(run)
     return facts
-
-
-def _state(run: RunDirectory, events: Sequence[Mapping[str, Any]]) -> str:
-    acts = [event for event in events if event.get("event") in ("run_started", "step", "run_ended")]
-    if acts and acts[-1].get("event") == "run_ended":
-        return "interrupted" if acts[-1].get("reason") == "interrupted" else "finished"
-    return "running" if is_locked(run.lock_file) else "stopped"
 
 
 def _json(path: Path, facts: Facts, *, expected: bool = True) -> Any:
