@@ -18,10 +18,11 @@ from lorafit.errors import RunError
 from lorafit.redact import redact
 from lorafit.storage.atomic import (
     clean_orphans,
-    fsync_dirs,
     is_orphan,
     make_folder,
     read_facts,
+    remove_folder,
+    sync,
     verify_folder,
     write_file,
 )
@@ -228,11 +229,7 @@ class RunDirectory:
                 kept.add(read_facts(self.checkpoint(step)).get("best_step"))
         for step in steps:
             if step not in kept:
-                folder = self.checkpoint(step)
-                leaving = folder.with_name(f".staging-{folder.name}")
-                shutil.rmtree(leaving, ignore_errors=True)
-                folder.rename(leaving)
-                shutil.rmtree(leaving, ignore_errors=True)
+                remove_folder(self.checkpoint(step))
 
     def set_aside(self, step: int) -> None:
         """Rename a damaged checkpoint so that it no longer counts as one; its files stay. Raises RunError."""
@@ -248,7 +245,13 @@ class RunDirectory:
         """Remove what an earlier crash left half written, make durable what it left whole. Raises RunError."""
         self.refuse_links()
         try:
-            fsync_dirs(self.path.parent, self.path, self.checkpoints)
+            for folder in (
+                self.path.parent,
+                self.path,
+                self.checkpoints,
+            ):  # so that names survive a power loss
+                with contextlib.suppress(FileNotFoundError, PermissionError):  # not there, or another user's
+                    sync(folder)
             clean_orphans(self.path)
             clean_orphans(self.checkpoints)
         except OSError as error:

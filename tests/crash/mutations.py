@@ -26,7 +26,7 @@ def _sync_only(wanted: Callable[[Path], bool]) -> None:
         if wanted(path):
             _sync(path)
 
-    atomic.sync = checkpoint_writer.sync = metrics_file.sync = sync
+    atomic.sync = checkpoint_writer.sync = metrics_file.sync = run_dir.sync = sync
 
 
 def _files_are_not_synced() -> None:

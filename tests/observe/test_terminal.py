@@ -10,11 +10,13 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from lorafit.observe import progress as progress_module
 from lorafit.observe import terminal
 from lorafit.observe.console import side_by_side, table
 from lorafit.observe.events import Answers, Event, Heldout, Message, Proved, RunEnded, RunStarted, Saved, Step
 from lorafit.observe.progress import progress
 from lorafit.observe.terminal import Terminal
+from lorafit.redact import printable
 
 RUN: list[Event] = [
     RunStarted("tiny/model", 52_002, 30, 1_100_048_384, 4_505_600, "cuda", "bfloat16", "runs/a"),
@@ -153,7 +155,7 @@ def test_quick_work_shows_nothing() -> None:
 
 
 def test_slow_work_shows_a_line_at_the_start_and_one_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(terminal, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(progress_module, "QUIET_SECONDS", 0.0)
     stream = io.StringIO()
     with progress("reading [red]\x1b[2J", stream=stream) as report:
         wait_for(stream, "...")
@@ -171,7 +173,7 @@ def test_slow_work_shows_a_line_at_the_start_and_one_at_the_end(monkeypatch: pyt
 
 
 def test_slow_work_shows_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(terminal, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(progress_module, "QUIET_SECONDS", 0.0)
     screen = Screen()
     with progress("tokenising", stream=screen) as report:
         report(2, 8)
@@ -201,7 +203,7 @@ def test_table_on_a_terminal_folds_and_loses_nothing(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("COLUMNS", "60")
     screen = Screen()
     table(["run", "loss"], [["a" * 300, "1.8"]], stream=screen)
-    lines = terminal.ESCAPE_SEQUENCES.sub("", screen.getvalue()).splitlines()
+    lines = printable(screen.getvalue()).splitlines()
     assert sum(line.count("a") for line in lines) == 300
     assert max(cell_len(line) for line in lines) <= 60
 
@@ -240,7 +242,7 @@ def test_model_text_is_shown_and_not_obeyed(hostile: str, left: str) -> None:
         assert left in stream.getvalue()
         assert "title" not in stream.getvalue()
         assert "\u202e" not in stream.getvalue()
-    assert terminal.printable(f"{hostile}\r\n\t한글") == f"{left}\n\t한글"
+    assert printable(f"{hostile}\r\n\t한글") == f"{left}\n\t한글"
 
 
 def test_a_narrow_encoding_does_not_stop_the_program() -> None:

@@ -22,6 +22,7 @@ from lorafit.errors import RunError
 from lorafit.run_dir import RunDirectory
 from lorafit.storage import atomic
 from lorafit.storage.atomic import read_facts, sha256_file
+from lorafit.storage.locks import is_locked
 from lorafit.training import checkpoint_writer, loop, setup
 from lorafit.training import run as training_run
 from lorafit.training.run import resume_run, start_run
@@ -256,7 +257,7 @@ def test_a_save_that_outlives_its_run_keeps_the_lock_and_a_resume_waits_for_it(
     def slow(folder: Path, *rest: Any) -> None:
         if folder.name == "step-000004":
             go.wait(30)
-            held.append(atomic.is_locked(tmp_path / "run" / "run.lock"))
+            held.append(is_locked(tmp_path / "run" / "run.lock"))
         real(folder, *rest)
 
     gradients = loop._gradients
