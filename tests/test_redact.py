@@ -156,4 +156,4 @@ def test_other_text_stays_readable() -> None:
 def test_a_hundred_thousand_problems_become_verdicts_that_one_can_list() -> None:
     found = of_error(ModelError.of([Problem(f"weight {n} has no place") for n in range(100_000)], num_more=5))
     assert len(found) == MAX_LISTED + 1
-    assert found[-1].message == f"{100_005 - MAX_LISTED:,} more problems of the same kind"
+    assert found[-1].message == f"{100_005 - MAX_LISTED:,} more problems"

@@ -235,7 +235,7 @@ def test_any_bytes_are_read_or_reported(
 def test_a_million_bad_lines_are_counted_and_few_are_kept(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + "nope\n" * 3000)
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n' + '{"text": 3}\n' * 3000)
-    with pytest.raises(DataError, match=r"and 5,951 more of the same kind") as caught:
+    with pytest.raises(DataError, match=r"and 5,951 more problems") as caught:
         load_rows([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), str(tmp_path / "c.jsonl")])
     assert len(caught.value.problems) <= Problems.MAX_KEPT + 1
 

@@ -6,9 +6,11 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from tests.tiny_models import random_network, write_model, write_rows
@@ -18,9 +20,10 @@ from lorafit.config.schema import Config
 from lorafit.data.packing import Pack, make_packs
 from lorafit.data.row_order import RowOrder
 from lorafit.errors import RunError
+from lorafit.model import memory
 from lorafit.model.memory import available_bytes, resident_bytes
 from lorafit.observe.metrics_file import read_metrics
-from lorafit.plan import machine, planner
+from lorafit.plan import planner
 from lorafit.plan.cost_model import PassCost
 from lorafit.plan.machine import watch_peak
 from lorafit.plan.planner import Planner, plan_run
@@ -304,15 +307,15 @@ def test_the_head_of_a_run_is_short_and_the_table_closes(material: list[str]) ->
 
 def test_memory_is_bounded_by_the_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "self").mkdir()
-    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
-    (tmp_path / "self" / "statm").write_text("100 2 1 1 0 1 0\n")
     (tmp_path / "self" / "cgroup").write_text("0::/outer/inner\n")
     groups = tmp_path / "groups"
     (groups / "outer" / "inner").mkdir(parents=True)
-    monkeypatch.setattr(machine, "_PROC", tmp_path)
-    monkeypatch.setattr(machine, "_CGROUPS", groups)
+    monkeypatch.setattr(memory, "_PROC", tmp_path)
+    monkeypatch.setattr(memory, "_CGROUPS", groups)
+    free = 2**50
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free - 1000))
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 1000)
     cpu = torch.device("cpu")
-    free = 8000 * 1024 + resident_bytes()
     assert available_bytes(cpu) == free
     (groups / "outer" / "inner" / "memory.max").write_text("max\n")
     (groups / "outer" / "memory.max").write_text("2000000\n")
@@ -324,8 +327,8 @@ def test_memory_is_bounded_by_the_control_group(tmp_path: Path, monkeypatch: pyt
     (groups / "memory" / "memory.limit_in_bytes").write_text(f"{2**63 - 4096}\n")
     assert available_bytes(cpu) == free
     assert available_bytes(torch.device("mps")) is None
-    (tmp_path / "meminfo").unlink()
-    assert available_bytes(cpu) is None
+    (tmp_path / "self" / "cgroup").unlink()
+    assert available_bytes(cpu) == free
 
 
 def test_the_peak_of_a_block_is_seen_below_an_earlier_one() -> None:

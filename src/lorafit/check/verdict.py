@@ -60,7 +60,7 @@ def of_error(error: LorafitError) -> list[CheckResult]:
     listed = error.problems[:MAX_LISTED]
     found = [CheckResult(name, "fail", problem.message, problem.place, problem.hint) for problem in listed]
     if num_more := error.num_more + len(error.problems) - len(listed):
-        found.append(CheckResult(name, "fail", f"{num_more:,} more problems of the same kind"))
+        found.append(CheckResult(name, "fail", f"{num_more:,} more problems"))
     return found
 
 

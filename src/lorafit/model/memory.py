@@ -9,12 +9,10 @@ import sys
 from pathlib import Path
 from typing import ClassVar
 
+import psutil
 import torch
 
 from lorafit.model.native import blocks
-
-if sys.platform == "win32":
-    import psutil
 
 MUCH_FREE = 192 * 10**6
 # Blocks that are kept beyond what was once in use together, for sizes that come in turns
@@ -51,14 +49,8 @@ def limit_onednn_cache() -> None:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is resident now; 0 where that cannot be asked."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().rss)
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    """Memory of this process that is resident now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def release_free_memory(least: int = 0) -> None:
@@ -99,8 +91,8 @@ def _used_bytes(libc: ctypes.CDLL) -> int:
 
 def _own_bytes() -> int:
     """Resident memory of this process that no file stands behind."""
-    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()
-    return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE")
+    used = psutil.Process().memory_info()
+    return int(used.rss - used.shared)
 
 
 class _Mallinfo(ctypes.Structure):
@@ -139,13 +131,7 @@ def available_bytes(device: torch.device) -> int | None:
         return free + torch.cuda.memory_reserved(device)
     if device.type != "cpu":
         return None
-    if sys.platform == "win32":
-        return int(psutil.virtual_memory().available) + resident_bytes()
-    free_host = _field(_PROC / "meminfo", "MemAvailable:")
-    if free_host is None:
-        return None
-    limits = [free_host + resident_bytes(), *_cgroup_limits()]
-    return min(limits)
+    return min([int(psutil.virtual_memory().available) + resident_bytes(), *_cgroup_limits()])
 
 
 def _cgroup_limits() -> list[int]:
@@ -174,14 +160,3 @@ def _cgroup_limits() -> list[int]:
             if place == root:
                 break
     return limits
-
-
-def _field(path: Path, name: str) -> int | None:
-    """A `name  number kB` line of a file of /proc, in bytes."""
-    try:
-        for line in path.read_text(encoding="ascii").splitlines():
-            if line.startswith(name):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        return None
-    return None
