@@ -151,7 +151,7 @@ def test_a_path_without_a_folder_is_not_looked_up(name: str, hub: Hub) -> None:
 
 def test_pickles_are_refused_with_a_way_out(hub: Hub) -> None:
     hub.add("owner/old", {"config.json": "{}", "pytorch_model.bin": b"pickle"})
-    with pytest.raises(ModelError, match=r"only there as a pickle \(pytorch_model.bin\)") as caught:
+    with pytest.raises(ModelError, match=r"exist only as a pickle \(pytorch_model.bin\)") as caught:
         model_folder("owner/old")
     assert "save_pretrained" in caught.value.problems[0].hint
     assert hub.fetched() == set()
@@ -174,7 +174,7 @@ def test_adapter(hub: Hub) -> None:
     with pytest.raises(ModelError, match="an adapter, not a model"):
         model_folder("owner/lora")
     hub.add("owner/old-lora", {"adapter_config.json": "{}", "adapter_model.bin": b"pickle"})
-    with pytest.raises(ModelError, match="only there as a pickle"):
+    with pytest.raises(ModelError, match="exist only as a pickle"):
         adapter_folder("owner/old-lora")
 
 

@@ -14,9 +14,9 @@ from lorafit.data.packing import Pack, make_packs
 from lorafit.errors import RunError
 from lorafit.evaluate.heldout import heldout_loss
 from lorafit.evaluate.tasks import Score, Task, read_tasks, score
-from lorafit.hub.client import model_folder
 from lorafit.infer.model import Model, load
 from lorafit.model.architecture import read_architecture
+from lorafit.model.build import base_folder
 from lorafit.model.device import DTYPES
 from lorafit.model.lora import disable_adapter
 from lorafit.model.quant import Quantize
@@ -98,9 +98,7 @@ def _type(folder: Path) -> str:
 def _heldout(run: RunDirectory, offline: bool) -> list[Pack]:
     """The packs of the rows that were held out of training."""
     config = run.config()
-    base = model_folder(
-        config.model.name, revision=config.model.revision, offline=offline or config.run.offline
-    )
+    base = base_folder(config, offline=offline)
     training_data = build_data(config, base, read_architecture(base.path), quiet=False)
     adapter = run.newest_adapter()
     if read_facts(adapter).get("data", training_data.digest()) != training_data.digest():

@@ -14,9 +14,10 @@ from lorafit.config.schema import Config
 from lorafit.data.prompt import PromptContract, Renderer
 from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import ModelError, Problem, RunError
-from lorafit.hub.client import ModelFolder, model_folder
+from lorafit.hub.client import ModelFolder
 from lorafit.model.adapter_file import WEIGHTS, read_spec
 from lorafit.model.architecture import Architecture, read_architecture
+from lorafit.model.build import base_folder
 from lorafit.model.lora import LoraSpec
 from lorafit.model.weights import fingerprint, weight_files
 from lorafit.run_dir import RunDirectory
@@ -106,9 +107,7 @@ def open_source(path: str | Path, *, offline: bool = False) -> RunSource:
     run = RunDirectory.open(path)
     config = run.config()
     adapter = run.newest_adapter()
-    base = model_folder(
-        config.model.name, revision=config.model.revision, offline=offline or config.run.offline
-    )
+    base = base_folder(config, offline=offline)
     facts = read_facts(adapter)
     if facts.get("base_model", fingerprint(base.path)) != fingerprint(base.path):
         raise RunError(

@@ -10,7 +10,7 @@ import torch
 
 from lorafit.config.schema import Config, LoraSection
 from lorafit.errors import ConfigError, ModelError, Problem
-from lorafit.hub.client import adapter_folder
+from lorafit.hub.client import ModelFolder, adapter_folder, model_folder
 from lorafit.model.adapter_file import load_adapter, read_spec
 from lorafit.model.architecture import read_architecture
 from lorafit.model.device import pick_device, pick_dtype
@@ -20,6 +20,12 @@ from lorafit.model.memory import limit_onednn_cache, use_caching_allocator
 from lorafit.model.quant import Quantize, check_quantize
 from lorafit.model.weights import fingerprint, load_network
 from lorafit.storage.atomic import MANIFEST, verify_folder
+
+
+def base_folder(config: Config, *, offline: bool = False) -> ModelFolder:
+    """The folder of the base model of `config`, as `model_folder`; `offline` in addition to the config's own."""
+    model = config.model
+    return model_folder(model.name, revision=model.revision, offline=offline or config.run.offline)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,9 @@ from lorafit.distributed.env import ProcessEnv
 from lorafit.distributed.ranks import share_cores
 from lorafit.errors import RunError
 from lorafit.evaluate.samples import SAMPLE_TOKENS
-from lorafit.hub.client import model_folder
 from lorafit.infer.model import AT_ONCE
 from lorafit.model.architecture import read_architecture
-from lorafit.model.build import build, wanted_adapter
+from lorafit.model.build import base_folder, build, wanted_adapter
 from lorafit.model.device import DTYPES, describe, pick_device, pick_dtype
 from lorafit.model.llama import Llama
 from lorafit.model.lora import match_targets
@@ -70,9 +69,7 @@ class Planner:
         self._started, age = time.perf_counter(), process_seconds()
         self._imports = age if age < MOST_IMPORT_SECONDS else 0.0
         self.config = config
-        self.base = model_folder(
-            config.model.name, revision=config.model.revision, offline=config.run.offline
-        )
+        self.base = base_folder(config)
         started = time.perf_counter()
         self.arch = read_architecture(self.base.path)
         self.training_data = build_data(config, self.base, self.arch, quiet)
