@@ -38,7 +38,7 @@ class Axis:
     is_log: bool = False
 
     def at(self, value: float) -> float:
-        """0 at the low end, 1 at the high one."""
+        """0 at the low end, 1 at the high end."""
         low, high, value = (math.log10(v) if self.is_log else v for v in (self.low, self.high, value))
         return (value - low) / (high - low)
 
@@ -152,7 +152,7 @@ def histogram(
 
 
 def extremes(points: Points, low: float, high: float, buckets: int = BUCKETS) -> list[tuple[float, float]]:
-    """At most 2 * `buckets` + 2 of `points`, in order: first, last, and the least and most of each part."""
+    """At most 2 * `buckets` + 2 of `points`, in order: first, last, and the lowest and highest of each part."""
     if len(points) <= 2 * buckets:
         return list(points)
     parts: dict[int, list[tuple[float, float]]] = {}
@@ -167,14 +167,14 @@ def extremes(points: Points, low: float, high: float, buckets: int = BUCKETS) ->
 
 
 def thinned(points: Sequence[T], most: int) -> list[T]:
-    """At most `most` of `points`, evenly, with the first and the last."""
+    """At most `most` of `points`, evenly spaced, with the first and the last."""
     if len(points) <= most:
         return list(points)
     return [points[round(index * (len(points) - 1) / (most - 1))] for index in range(most)]
 
 
 def smoothed(points: Points) -> list[tuple[float, float]]:
-    """Means over about a thirtieth of the points around each, fewer towards the ends, so that nothing lags."""
+    """Centred means over about a thirtieth of the points, of fewer points towards the ends."""
     half = max(1, min(len(points) // 60, 200))
     sums = list(accumulate((y for _, y in points), initial=0.0))
     line = []

@@ -6,7 +6,6 @@ A section without content is left out. The HTML is in `templates/sections.html`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from lorafit.data.ledger import Tokens
@@ -14,7 +13,7 @@ from lorafit.observe.metrics_file import number
 from lorafit.observe.units import memory_size
 from lorafit.report import plot
 from lorafit.report.escape import cut
-from lorafit.report.run_data import CheckLine, Facts
+from lorafit.report.run_data import Facts
 
 PROMPT_KEYS = {
     "template": "template",
@@ -28,22 +27,15 @@ PROMPT_KEYS = {
 MOST_ROWS, MOST_PROMPTS, MOST_HISTORY, MOST_NOTES, MOST_DROPS = 10, 50, 12, 100, 20
 
 
-@dataclass(frozen=True, slots=True)
-class Checks:
-    """The checks after a run and those before it."""
-
-    after: Sequence[CheckLine]
-    not_verified: bool
-    problems: Sequence[CheckLine]
-    passed: Sequence[CheckLine]
-
-
-def proof(facts: Facts) -> Checks | None:
+def proof(facts: Facts) -> dict[str, Any] | None:
     """The proof after training, and the checks before it."""
-    passed = [check for check in facts.checks if check.verdict == "pass"]
-    problems = [check for check in facts.checks if check.verdict != "pass"]
-    checks = Checks(facts.proven, facts.summary.state.is_complete, problems, passed)
-    return checks if checks.after or checks.not_verified or facts.checks else None
+    content = {
+        "after": facts.proven,
+        "not_verified": facts.summary.state.is_complete,
+        "passed": [check for check in facts.checks if check.verdict == "pass"],
+        "problems": [check for check in facts.checks if check.verdict != "pass"],
+    }
+    return content if any(content.values()) else None
 
 
 def loss(facts: Facts) -> plot.Chart | None:
@@ -83,35 +75,7 @@ def progress(facts: Facts) -> list[plot.Chart]:
     return [chart for chart in charts if chart]
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerText:
-    """An answer under its name. `stopped` is False where it reached the limit of tokens without an end."""
-
-    name: str
-    text: str
-    stopped: object
-
-
-@dataclass(slots=True)
-class Stage:
-    """An answer that stayed the same from step `first` to step `last`."""
-
-    first: int
-    last: int
-    text: str
-    stopped: object
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A held-out prompt, its answers, and how the tuned one changed during training."""
-
-    text: str
-    answers: Sequence[AnswerText]
-    history: Sequence[Stage]
-
-
-def answers(facts: Facts) -> list[Prompt]:
+def answers(facts: Facts) -> list[dict[str, Any]]:
     """Held-out prompts: the right answer, the base's and the tuned model's, and those during training."""
     events = facts.events.get("answers", ())
     if facts.samples:
@@ -119,19 +83,13 @@ def answers(facts: Facts) -> list[Prompt]:
     base = next((event["base"] for event in events if event.get("base")), [])
     prompts = _sequence(events[-1].get("prompts")) if events else []
     return [
-        Prompt(str(prompt), [AnswerText("base", _text_at(base, index), None)], _history(index, events))
+        {
+            "text": str(prompt),
+            "answers": [{"name": "base", "text": _text_at(base, index), "stopped": None}],
+            "history": _history(index, events),
+        }
         for index, prompt in enumerate(prompts[:MOST_PROMPTS])
     ]
-
-
-@dataclass(frozen=True, slots=True)
-class Account:
-    """Buckets (name, CSS class, count) whose counts add up to `total`; `drops` are (reason, rows)."""
-
-    title: str
-    buckets: Sequence[tuple[str, str, int]]
-    total: int
-    drops: Sequence[tuple[str, int]] = ()
 
 
 def data(facts: Facts) -> dict[str, Any] | None:
@@ -147,7 +105,7 @@ def data(facts: Facts) -> dict[str, Any] | None:
             (f"{cut(reason, 200)}: {_row_numbers(rows.first, rows.rows)}", rows.rows)
             for reason, rows in list(ledger.dropped.items())[:MOST_DROPS]
         ]
-        accounts.append(Account("Rows", buckets, ledger.num_rows, drops))
+        accounts.append(_account("Rows", buckets, ledger.num_rows, drops))
         accounts.append(_token_account("Tokens of the trained rows", ledger.trained))
         if ledger.held_out.rows:
             accounts.append(_token_account("Tokens of the held-out rows", ledger.held_out))
@@ -219,39 +177,48 @@ def reproduce(facts: Facts) -> dict[str, Any] | None:
     return content if any(content.values()) else None
 
 
-def _sample(sample: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> Prompt:
+def _sample(sample: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     text = str(sample.get("prompt", ""))
-    shown = [AnswerText("right answer", str(sample.get("answer", "")), None)]
+    shown = [{"name": "right answer", "text": str(sample.get("answer", "")), "stopped": None}]
     for name in ("base", "tuned"):
         answer = sample.get(name)
         if isinstance(answer, Mapping):
-            shown.append(AnswerText(name, str(answer.get("text", "")), answer.get("stopped")))
+            shown.append(
+                {"name": name, "text": str(answer.get("text", "")), "stopped": answer.get("stopped")}
+            )
     lists = (_sequence(event.get("prompts")) for event in events)
     index = next((prompts.index(text) for prompts in lists if text in prompts), None)
-    return Prompt(text, shown, [] if index is None else _history(index, events))
+    return {"text": text, "answers": shown, "history": [] if index is None else _history(index, events)}
 
 
-def _history(index: int, events: Sequence[Mapping[str, Any]]) -> list[Stage]:
+def _history(index: int, events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The answers to one prompt during training, at most MOST_HISTORY; consecutive equal ones are one."""
-    stages: list[Stage] = []
+    stages: list[dict[str, Any]] = []
     for event in events:
         stopped = _sequence(event.get("stopped"))
         ended = not (index < len(stopped) and stopped[index] is False)
         step, text = int(number(event.get("step")) or 0), _text_at(event.get("tuned"), index)
-        if stages and (stages[-1].text, stages[-1].stopped) == (text, ended):
-            stages[-1].last = step
+        if stages and (stages[-1]["text"], stages[-1]["stopped"]) == (text, ended):
+            stages[-1]["last"] = step
         else:
-            stages.append(Stage(step, step, text, ended))
+            stages.append({"first": step, "last": step, "text": text, "stopped": ended})
     return plot.thinned(stages, MOST_HISTORY)
 
 
-def _token_account(title: str, tokens: Tokens) -> Account:
+def _account(
+    title: str, buckets: Sequence[tuple[str, str, int]], total: int, drops: Sequence[tuple[str, int]] = ()
+) -> dict[str, Any]:
+    """Buckets (name, CSS class, count) whose counts add up to `total`; `drops` are (reason, rows)."""
+    return {"title": title, "buckets": buckets, "total": total, "drops": drops}
+
+
+def _token_account(title: str, tokens: Tokens) -> dict[str, Any]:
     buckets = [
         ("trained", "train", tokens.trained),
         ("masked", "masked", tokens.masked),
         ("truncated", "cut", tokens.truncated),
     ]
-    return Account(title, buckets, tokens.total)
+    return _account(title, buckets, tokens.total)
 
 
 def _row_numbers(first: Sequence[int], count: int) -> str:
