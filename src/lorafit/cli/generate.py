@@ -78,7 +78,8 @@ def generate(
 
     from lorafit.infer.model import load
     from lorafit.infer.sampling import Sampling
-    from lorafit.observe.console import printable, side_by_side
+    from lorafit.observe.console import side_by_side
+    from lorafit.redact import printable
 
     model = load(source, adapter=adapter, device=device, system=system, offline=offline, quantize=quantize)
     if (base or compare) and not model.has_adapter:

@@ -259,12 +259,11 @@ def _list(repository: _Repository, offline: bool) -> _Listing:
     if offline or constants.HF_HUB_OFFLINE:
         return _list_cached(repository)
     api = huggingface_hub.HfApi(token=token() or False)
+    ask = api.model_info if repository.kind == "model" else api.dataset_info
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     try:
         with _explained(repository):
-            info = api.repo_info(
-                repository.name, repo_type=repository.kind, revision=repository.revision, timeout=timeout
-            )
+            info = ask(repository.name, revision=repository.revision, timeout=timeout)
     except LorafitError as error:
         if not isinstance(error.__cause__, httpx.TransportError):
             raise

@@ -40,7 +40,7 @@ def page(facts: Facts) -> str:
     """The whole page. Its policy allows one script by its hash, so that nothing else in the page can run."""
     script = own_text("page.js")
     verdict, state = str(facts.proof.get("verdict")), facts.summary.state
-    badges = [(state.replace(" ", "-"), state)]
+    badges = [(state.replace(" ", "-"), str(state))]
     if verdict in PROOF_BADGES:
         badges.append((verdict, PROOF_BADGES[verdict]))
     contents = ((title, name, content(facts)) for title, name, content in SECTIONS)

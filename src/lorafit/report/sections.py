@@ -80,7 +80,7 @@ def answers(facts: Facts) -> list[dict[str, Any]]:
     events = facts.events.get("answers", ())
     if facts.samples:
         return [_sample(sample, events) for sample in facts.samples[:MOST_PROMPTS]]
-    base = next((event["base"] for event in events if event.get("base")), [])
+    base: Any = next((event["base"] for event in events if event.get("base")), [])
     prompts = _sequence(events[-1].get("prompts")) if events else []
     return [
         {
