@@ -119,7 +119,7 @@ def measure(model: Path, file: Path, template: str) -> dict[str, Any]:
     marks.append(time.perf_counter())
     rules: dict[str, Any] = {"train_on": "response", "max_length": 2048, "too_long": "error", "add_eos": True}
     renderer = Renderer(contract(tokenizer, template=template, **rules), tokenizer)
-    entry = encode_files(find_files([str(file)])[0], "auto", renderer)
+    entry = encode_files(find_files([str(file)]), "auto", renderer)
     marks.append(time.perf_counter())
     training, heldout = map(entry.encoded.take, split_holdout(len(entry.encoded), 100, 0))
     num_rows = entry.facts["files"][0]["num_rows"]

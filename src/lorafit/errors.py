@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from lorafit.redact import one_line
+
+Outcome = Literal["pass", "warn", "fail"]
+MAX_LISTED = 1000  # row numbers that the result of a check lists, and results that an error becomes
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,34 @@ class Problem:
         if self.hint:
             lines.append(f" hint: {one_line(self.hint)}")
         return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """The result of one check, as `check.json` stores it.
+
+    `place` is a file with its rows, or a key; `hint` what to do; both may be empty. `rows` are the numbers of the
+    first rows concerned, from 1, over all files.
+    """
+
+    name: str
+    verdict: Outcome
+    message: str
+    place: str = ""
+    hint: str = ""
+    rows: tuple[int, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """Message, place and hint in one sentence."""
+        place = f" ({self.place})" if self.place else ""
+        hint = f": {self.hint}" if self.hint else ""
+        return one_line(f"{self.message}{place}{hint}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values, safe to show and to store."""
+        texts = {key: one_line(getattr(self, key)) for key in ("message", "place", "hint")}
+        return {**asdict(self), **texts, "rows": list(self.rows)}
 
 
 class LorafitError(Exception):

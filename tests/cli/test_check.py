@@ -68,7 +68,7 @@ def test_a_verdict_a_line_and_a_summary(cli: Cli, material: Path) -> None:
     assert outcome == "warn"
     assert "N/A" in text
     assert "odd.json row 17)" in text
-    assert "tokens a row" in done.err
+    assert "tokens per row" in done.err
     assert re.search(r"^\d+ checks: \d+ pass, \d warn$", done.err, re.MULTILINE)
 
 
@@ -281,7 +281,7 @@ def test_a_pipe_gets_no_colours_and_one_line_a_verdict(material: Path) -> None:
 
 
 def test_a_terminal_gets_colours(material: Path) -> None:
-    from lorafit.observe import terminal
+    from lorafit.observe import console
 
     class Tty(io.StringIO):
         def isatty(self) -> bool:
@@ -291,10 +291,10 @@ def test_a_terminal_gets_colours(material: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TERM", "xterm-256color")
         patch.delenv("NO_COLOR", raising=False)
-        terminal.print_verdicts([("warn", "answers", "two [bold]rows[/bold] \x1b[31m")], stream=stream)
-        assert terminal.has_colours(stream)
+        console.print_verdicts([("warn", "answers", "two [bold]rows[/bold] \x1b[31m")], stream=stream)
+        assert console.has_colours(stream)
         patch.setenv("NO_COLOR", "1")
-        assert not terminal.has_colours(stream)
+        assert not console.has_colours(stream)
     assert "\x1b[33mwarn\x1b[0m" in stream.getvalue()
     assert "two [bold]rows[/bold]" in stream.getvalue()
     assert "\x1b[31m" not in stream.getvalue()

@@ -56,9 +56,7 @@ def renderer(tokenizer: Tokenizer, **changes: Any) -> Renderer:
 
 
 def run(path: Path, tokenizer: Tokenizer, format_name: str = "auto", **changes: Any) -> Entry:
-    files, problems = find_files([str(path)])
-    assert not problems
-    return encode_files(files, format_name, renderer(tokenizer, **changes))
+    return encode_files(find_files([str(path)]), format_name, renderer(tokenizer, **changes))
 
 
 def content(entry: Entry) -> dict[str, Any]:
@@ -90,7 +88,7 @@ def test_the_second_time_nothing_is_encoded_and_all_is_the_same(
     assert content(first) == content(second) == content(moved)
     assert (first.notes, second.notes) == ((), ())
     told: list[tuple[int, int]] = []
-    encode_files(find_files([str(rows)])[0], "alpaca", renderer(tokenizer), lambda *now: told.append(now))
+    encode_files(find_files([str(rows)]), "alpaca", renderer(tokenizer), lambda *now: told.append(now))
     assert told == [(rows.stat().st_size,) * 2]
 
 
@@ -162,7 +160,7 @@ def test_two_that_build_the_same_entry_at_once(
         return encode_chunks(*args, **options)
 
     monkeypatch.setattr(token_cache, "encode_chunks", meanwhile)
-    monkeypatch.setattr(token_cache, "turn", nullcontext)  # on a file system without locks
+    monkeypatch.setattr(token_cache, "exclusive_lock", nullcontext)  # on a file system without locks
     outer = run(rows, tokenizer)
     assert content(outer) == content(inner[0])
     assert len(entries(place)) == 1

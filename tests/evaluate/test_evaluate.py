@@ -88,7 +88,7 @@ def test_tasks_are_right_by_answer_or_pattern(tmp_path: Path) -> None:
     assert [number.is_right(said) for said in ("5", " 5\n", "5.", "It is 5")] == [True, True, False, False]
     assert [colour.is_right(said) for said in ("red", "green", "blue")] == [True, True, False]
     assert [year.is_right(said) for said in ("In 1945, I think.", "19456")] == [True, False]
-    assert (year.prompt.question, year.prompt.system) == ("When?\n\nthe war", "Short.")
+    assert (year.prompt.question(), year.prompt.system) == ("When?\n\nthe war", "Short.")
 
 
 def test_every_line_that_is_no_task_is_named(tmp_path: Path) -> None:

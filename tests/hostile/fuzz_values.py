@@ -74,7 +74,7 @@ _rows = [
     json_values,
 ]
 rows = st.one_of(_rows)
-_formats = mostly(st.just("auto"), st.sampled_from(FORMATS)) | st.sampled_from(FORMATS)
+_formats = mostly(st.just("auto"), st.sampled_from(list(FORMATS))) | st.sampled_from(list(FORMATS))
 _which = st.integers(0, 255)  # of the renderers
 row_files = st.tuples(
     _formats,

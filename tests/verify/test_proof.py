@@ -288,7 +288,7 @@ class Parrot:
 
     def generate(self, questions: Sequence[Any], *, max_tokens: int) -> list[Answer]:
         self.max_tokens = max_tokens
-        return [Answer("", 1, self.ends(question.question)) for question in questions]
+        return [Answer("", 1, self.ends(question.question())) for question in questions]
 
 
 def asked(*answers: str) -> Callable[[int], list[Row]]:

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorafit.check.verdict import CheckResult, Outcome, of_error, refuse_failed
+from lorafit.check.verdict import of_error, refuse_failed
 from lorafit.config.schema import Config
 from lorafit.data.build import TrainingData
 from lorafit.data.packing import Pack, make_packs
-from lorafit.errors import LorafitError
+from lorafit.errors import CheckResult, LorafitError, Outcome
 from lorafit.forward import pack_loss
 from lorafit.model.build import build
 from lorafit.model.llama import Llama

@@ -1,13 +1,13 @@
-"""What the texts of rows hold that deserves a look: broken characters, control tokens, empty answers, repetitions.
+"""Findings in the texts of rows: broken characters, control tokens, empty answers, repetitions.
 
-Rows go through once, in pieces; what is kept of each is a few hashes. No tokens and no torch here.
+Rows are read once, in pieces; a few hashes are kept of each. No tokens and no torch here.
 """
 
 from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from zlib import crc32
@@ -15,9 +15,10 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from lorafit.data.formats import Chat, Completion, Content, Instruction, Row, Text
+from lorafit.data.formats import Row
+from lorafit.errors import MAX_LISTED
 
-MOST_FOR_NEAR = 1_000_000  # rows beyond that are compared word for word only: 128 bytes a row
+MOST_FOR_NEAR = 1_000_000  # rows beyond that are compared word for word only: 128 bytes per row
 NUM_HASHES, BAND = 32, 4  # of each row's word triples, and how many of them make a row a candidate
 NEAR = 29  # equal hashes out of NUM_HASHES from which two rows count as nearly the same: nine triples of ten
 
@@ -49,7 +50,7 @@ Numbers = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Repeats:
-    """Rows that say again what an earlier row says: (row, earlier row), by the number over all sources."""
+    """Rows with the same text as an earlier row: (row, earlier row), by the number over all sources."""
 
     exact: tuple[tuple[int, int], ...] = ()
     near: tuple[tuple[int, int], ...] = ()
@@ -57,40 +58,59 @@ class Repeats:
 
 @dataclass(slots=True)
 class Finding:
-    """The rows in which something was found, and how it looks in the first of them."""
+    """The rows with one finding: how many, the numbers of the first MAX_LISTED, and an example from the first."""
 
-    rows: array[int] = field(default_factory=lambda: array("q"))
+    count: int = 0
+    rows: list[int] = field(default_factory=list)
     example: str = ""
 
-    def add(self, number: int, example: str) -> None:
+    def add(self, number: int, example: str = "") -> None:
+        """Count row `number`; rows come in ascending order."""
+        self.count += 1
         self.example = self.example or example
-        self.rows.append(number)
+        if len(self.rows) < MAX_LISTED:
+            self.rows.append(number)
 
 
-class Texts:
-    """Looks through rows and remembers. `controls` are the control tokens of the model, if it is known."""
+@dataclass
+class TextFindings:
+    """The findings in the texts of `num_rows` rows. `broken` has each row with one of the four before it."""
+
+    num_rows: int = 0
+    empty: Finding = field(default_factory=Finding)
+    near_empty: Finding = field(default_factory=Finding)
+    mojibake: Finding = field(default_factory=Finding)
+    replacement: Finding = field(default_factory=Finding)
+    byte_order: Finding = field(default_factory=Finding)
+    control_characters: Finding = field(default_factory=Finding)
+    broken: Finding = field(default_factory=Finding)
+    controls: Finding = field(default_factory=Finding)
+    templated: Finding = field(default_factory=Finding)
+    marked: Finding = field(default_factory=Finding)  # each row with one of the two before
+    duplicates: Finding = field(default_factory=Finding)
+    near_duplicates: Finding = field(default_factory=Finding)
+    leaked: Finding = field(default_factory=Finding)
+    near_leaks: Finding = field(default_factory=Finding)  # among those of `leaked`
+
+
+class Texts(TextFindings):
+    """Reads rows and collects the findings. `controls` are the control tokens of the model, if it is known."""
 
     def __init__(self, controls: Iterable[str] = ()) -> None:
+        super().__init__()
         names = sorted({*_CONTROLS, *controls} - {""}, key=len, reverse=True)
         self._controls = re.compile("|".join(map(re.escape, names)))
         self._openings = {name[0] for name in names}
-        self.empty, self.near_empty = Finding(), Finding()
-        self.mojibake, self.replacement, self.byte_order, self.control_characters = (
-            Finding(), Finding(), Finding(), Finding(),
-        )  # fmt: skip
-        self.controls, self.templated = Finding(), Finding()
-        self.num_rows = 0
         self._numbers: list[Numbers] = []
         self._keys: list[NDArray[np.uint64]] = []
         self._signatures: list[NDArray[np.uint32]] = []
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Look at `rows`, which follow those before."""
+        """Read `rows`, which follow the rows before."""
         keys = array("Q")
         words: list[list[str]] = []
         for row in rows:
-            texts = texts_of(row.content)
-            text = "\n".join(texts)
+            text = "\n".join(row.content.texts())
             self._characters(row.number, text)
             self._marks(row, text)
             self._answers(row)
@@ -104,29 +124,34 @@ class Texts:
         self.num_rows += len(rows)
 
     def _characters(self, number: int, text: str) -> None:
+        examples: dict[str, str] = {}
         if match := _CONTROL_CHARACTERS.search(text):
-            self.control_characters.add(number, f"U+{ord(match.group()):04X}")
-        if text.isascii():
-            return
-        if "\ufffd" in text:
-            self.replacement.add(number, _around(text, text.index("\ufffd")))
-        if "\ufeff" in text:
-            self.byte_order.add(number, "U+FEFF")
-        if match := _MOJIBAKE.search(text):
-            self.mojibake.add(number, _around(text, match.start()))
+            examples["control_characters"] = f"U+{ord(match.group()):04X}"
+        if not text.isascii():
+            if "\ufffd" in text:
+                examples["replacement"] = _around(text, text.index("\ufffd"))
+            if "\ufeff" in text:
+                examples["byte_order"] = "U+FEFF"
+            if match := _MOJIBAKE.search(text):
+                examples["mojibake"] = _around(text, match.start())
+        self._add(number, examples, self.broken)
 
     def _marks(self, row: Row, text: str) -> None:
+        examples: dict[str, str] = {}
         if any(opening in text for opening in self._openings) and (match := self._controls.search(text)):
-            self.controls.add(row.number, match.group())
-        if isinstance(
-            row.content, Completion | Text
-        ):  # no template goes around those: they may bring their own
-            return
-        if found := next((mark for mark in _TEMPLATE_MARKS if mark in text), ""):
-            self.templated.add(row.number, found)
+            examples["controls"] = match.group()
+        if row.content.has_template and (mark := next((m for m in _TEMPLATE_MARKS if m in text), "")):
+            examples["templated"] = mark
+        self._add(row.number, examples, self.marked)
+
+    def _add(self, number: int, examples: Mapping[str, str], any_of_them: Finding) -> None:
+        for name, example in examples.items():
+            getattr(self, name).add(number, example)
+        if examples:
+            any_of_them.add(number)
 
     def _answers(self, row: Row) -> None:
-        for answer in answers_of(row.content):
+        for answer in row.content.answers():
             if len(answer) > 16:
                 continue
             bare = answer.strip().lower().rstrip(".")
@@ -138,8 +163,21 @@ class Texts:
                 continue
             break
 
+    def finish(self, held_out: Numbers) -> TextFindings:
+        """The findings, with the repetitions among all rows and those of held-out rows (by number) in training."""
+        repeats, leaks = self.repeats(), self.leaks(held_out)
+        for finding, pairs in (
+            (self.duplicates, repeats.exact),
+            (self.near_duplicates, repeats.near),
+            (self.leaked, [*leaks.exact, *leaks.near]),
+            (self.near_leaks, leaks.near),
+        ):
+            for row in sorted(row for row, _ in pairs):
+                finding.add(row)
+        return self
+
     def repeats(self) -> Repeats:
-        """The rows that repeat an earlier one, word for word (case and blanks aside) or nearly."""
+        """The rows that repeat an earlier one, word for word (without case and blanks) or nearly."""
         if not self._keys:
             return Repeats()
         numbers, keys = np.concatenate(self._numbers), np.concatenate(self._keys)
@@ -155,49 +193,23 @@ class Texts:
         return Repeats(tuple(_named(numbers, exact)), tuple(_named(numbers, sorted(near.items()))))
 
     def leaks(self, held_out: Numbers) -> Repeats:
-        """Held-out rows (by number) that a row of training says too: (held-out row, training row)."""
+        """Held-out rows (by number) that training has too: (held-out row, training row)."""
         if not self._keys or not len(held_out):
             return Repeats()
         numbers, keys = np.concatenate(self._numbers), np.concatenate(self._keys)
         held = np.isin(numbers, held_out)
         exact = list(_shared(keys, held))
         signatures = self._all_signatures()
-        found = {row for row, _ in exact}
+        exact_rows = {row for row, _ in exact}
         near: dict[int, int] = {}
         for band in _bands(signatures):
             for row, other in _shared(band, held[: len(signatures)]):
-                if row not in found and row not in near and _alike(signatures, row, other) >= NEAR:
+                if row not in exact_rows and row not in near and _alike(signatures, row, other) >= NEAR:
                     near[row] = other
         return Repeats(tuple(_named(numbers, exact)), tuple(_named(numbers, sorted(near.items()))))
 
     def _all_signatures(self) -> NDArray[np.uint32]:
         return np.concatenate(self._signatures)
-
-
-def texts_of(content: Content) -> list[str]:
-    """All texts of a row, in order."""
-    match content:
-        case Chat(messages):
-            return [message.content for message in messages]
-        case Instruction(instruction, given, output, system):
-            return [text for text in (system, instruction, given, output) if text]
-        case Completion(prompt, completion):
-            return [prompt, completion]
-        case Text(text):
-            return [text]
-
-
-def answers_of(content: Content) -> list[str]:
-    """The texts of a row that are to be learnt, in order."""
-    match content:
-        case Chat(messages):
-            return [message.content for message in messages if message.role == "assistant"]
-        case Instruction():
-            return [content.output]
-        case Completion():
-            return [content.completion]
-        case Text(text):
-            return [text]
 
 
 def _around(text: str, at: int) -> str:

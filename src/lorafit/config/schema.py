@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -148,6 +149,11 @@ class TrainSection(Section):
         ge=0,
         description="End the run after so many held-out measurements in a row without a better one; 0 for never.",
     )
+
+    def warmup_steps(self, num_steps: int) -> int:
+        """Warm-up in steps of a run of `num_steps`: a share below 1, else a count; always shorter than the run."""
+        steps = math.ceil(self.warmup * num_steps) if self.warmup < 1 else int(self.warmup)
+        return min(num_steps - 1, steps)
 
 
 class DistributedSection(Section):

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from lorafit.data.chat_template import ChatTemplate, Part
-from lorafit.data.formats import Chat, Completion, Content, Instruction, Message, Row, Text, undecodable
+from lorafit.data.formats import Chat, Content, Instruction, Message, Row, undecodable
 from lorafit.data.tokenizer import BORDER, Control, Tokenizer, reserved
 from lorafit.errors import DataError, ModelError, Problem
 from lorafit.storage.safe_read import MB, read_text
@@ -88,6 +88,12 @@ class PromptContract:
                     return made
         hint = "it was written by another version of lorafit, or changed by hand"
         raise ModelError("is not a prompt contract of this version", place="prompt.json", hint=hint)
+
+    def with_system(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """`messages` after the contract's system prompt, unless they have one."""
+        if self.system and messages[0].role != "system":
+            return [Message("system", self.system), *messages]
+        return messages
 
     @property
     def hash(self) -> str:
@@ -275,37 +281,27 @@ class Renderer:
 
     def _prompt(self, source: Row | Content | Sequence[Message]) -> str:
         """The protected text after which the answer begins."""
-        content = self._asked(source.content if isinstance(source, Row) else source)
+        content = self._question(source.content if isinstance(source, Row) else source)
         if fault := _unusable_in(content):
             raise DataError(fault, hint="remove that character")
-        answered: Content
-        match content:
-            case Chat(messages):
-                answered = Chat((*messages, Message("assistant", "answer")))
-            case Instruction():
-                answered = dataclasses.replace(content, output="answer")
-            case Completion():
-                answered = dataclasses.replace(content, completion="answer")
-            case Text():
-                answered = Text("answer")
-        return self._joined(self._segments(answered)[:-1])
+        return self._joined(self._segments(content)[:-1])
 
-    def _asked(self, source: Content | Sequence[Message]) -> Content:
-        """The question in `source` as content: a conversation without its last answer, or an instruction."""
-        if isinstance(source, Instruction | Completion | Text):
-            return source
-        messages = tuple(source.messages if isinstance(source, Chat) else source)
-        if messages and messages[-1].role == "assistant":
-            messages = messages[:-1]
+    def _question(self, source: Content | Sequence[Message]) -> Content:
+        """The question in `source` with a placeholder for its answer."""
+        content = (source if isinstance(source, Content) else Chat(tuple(source))).with_answer("answer")
+        if not isinstance(content, Chat):
+            return content
+        *messages, _ = content.messages
         if not messages:
-            raise DataError("the conversation is empty", hint="ask something")
+            raise DataError("the conversation is empty", hint="add a user turn")
         if self.contract.template == "chat" or isinstance(source, Chat):
-            return Chat(messages)
+            return content
         roles = [message.role for message in messages]
         if roles not in (["user"], ["system", "user"]):
             hint = "start a new conversation for each question"
             raise DataError(_NO_CONVERSATIONS.format(self.contract.template), hint=hint)
-        return Instruction(messages[-1].content, "", "", messages[0].content if len(messages) > 1 else "")
+        system = messages[0].content if len(messages) > 1 else ""
+        return Instruction(messages[-1].content, "", "answer", system)
 
     def _segments_or_fault(self, row: Row) -> list[_Segment] | Dropped | Problem:
         content = row.content
@@ -324,17 +320,15 @@ class Renderer:
 
     def _segments(self, content: Content) -> list[_Segment]:
         """The protected text of a row, without BOS and EOS; the last segment holds the last answer."""
-        match content:
-            case Chat(messages):
-                return self._chat_segments(messages)
-            case Instruction() if self.contract.template == "chat":
-                return self._chat_segments(conversation(content))
-            case Instruction():
-                return _continued(self._instruction_prompt(content), content.output)
-            case Completion(prompt, completion):
-                return _continued(prompt, completion)
-            case Text(text):
-                return [_Segment(text, answer=True)]
+        if isinstance(content, Instruction) and self.contract.template != "chat":
+            prompt = self._instruction_prompt(content)
+        elif (messages := content.turns()) is not None:
+            return self._chat_segments(messages)
+        else:
+            prompt = content.question()
+        segments = [_Segment(prompt)]
+        _continue(segments, content.answers()[-1])
+        return segments
 
     def _instruction_prompt(self, row: Instruction) -> str:
         preamble = row.system or self.contract.system
@@ -348,9 +342,7 @@ class Renderer:
         if self._template is None:
             hint = f"use data.template=auto, or if the model has no chat template, {_ASK_FOR_TEMPLATE}"
             raise DataError(_NO_CONVERSATIONS.format(self.contract.template), hint=hint)
-        if self.contract.system and messages[0].role != "system":
-            messages = [Message("system", self.contract.system), *messages]
-        parts = self._template.parts(messages)
+        parts = self._template.parts(self.contract.with_system(messages))
         last_answer = max(index for index, part in enumerate(parts) if part.role == "assistant")
         segments = [_Segment("")]
         for index, part in enumerate(parts):
@@ -433,31 +425,9 @@ def _continue(segments: list[_Segment], answer: str) -> None:
     segments.append(_Segment(blanks + answer, answer=True))
 
 
-def _continued(prompt: str, answer: str) -> list[_Segment]:
-    segments = [_Segment(prompt)]
-    _continue(segments, answer)
-    return segments
-
-
-def conversation(row: Instruction) -> list[Message]:
-    """An instruction as the turns that a chat template renders."""
-    question = f"{row.instruction}\n\n{row.input}" if row.input else row.instruction
-    system = [Message("system", row.system)] if row.system else []
-    return [*system, Message("user", question), Message("assistant", row.output)]
-
-
 def _unusable_in(content: Content) -> str:
-    """What is wrong if a text of `content` holds a character that no tokenizer takes or that is reserved, else ""."""
-    match content:
-        case Chat(messages):
-            texts = {f"messages[{index}]": message.content for index, message in enumerate(messages)}
-        case Instruction(instruction, given, output, system):
-            texts = {"instruction": instruction, "input": given, "output": output, "system": system}
-        case Completion(prompt, completion):
-            texts = {"prompt": prompt, "completion": completion}
-        case Text(text):
-            texts = {"text": text}
-    for field, text in texts.items():
+    """The fault of a text of `content` that no tokenizer accepts or that is reserved, "" if there is none."""
+    for field, text in content.fields().items():
         if fault := undecodable(text):
             return f"`{field}` holds {fault}"
         if character := reserved(text):

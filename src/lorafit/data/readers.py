@@ -11,40 +11,37 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO, cast
+from typing import Any, BinaryIO, NamedTuple, TextIO, cast
 
 from lorafit.data.json_rows import MAX_ROW, SeveralValuesError, json_rows, too_long
 from lorafit.errors import DataError, Problem, Problems
+from lorafit.hub.dataset_splits import suffix_of
 from lorafit.storage.safe_read import MB
 
-SUFFIXES = (
-    ".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz", ".csv", ".tsv",
-    ".parquet", ".arrow", ".feather",
-)  # fmt: skip
 LEAST_UNPACKED, MAX_RATIO = 16 * MB, 100
 _LEAST_ROW = 8  # bytes of a row of text
 _BLOCK = 1 << 20
 _BATCH = 64  # rows of a Parquet or Arrow file that are Python objects at a time
 _THRIFT = 16 * MB  # bytes of a text, or items of a list, in the description of a Parquet file
 
-RawRow = tuple[int, object]  # the line it starts in, 0 where the file has no lines, and the row
+
+class RawRow(NamedTuple):
+    """A row as its file holds it: its number in the file (from 1), its first line (0 without lines), its value."""
+
+    number: int
+    line: int
+    value: object
 
 
 class Position:
-    """How far a file is read, for showing."""
+    """The part of a file that was read, for progress."""
 
     def __init__(self) -> None:
         self.share: Callable[[], float] = lambda: 0.0
 
 
-def suffix_of(path: Path) -> str:
-    """The suffix of a data file, "" for any other."""
-    name = path.name.lower()
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix) and not name.startswith(".")), "")
-
-
 def place_of(name: str, row: int, line: int) -> str:
-    """Where a person finds row number `row` (from 1) of the file `name`; `line` 0 is not known."""
+    """The place of row number `row` (from 1) of the file `name`; `line` is 0 where it is not known."""
     return f"{name} row {row}, line {line}" if line else f"{name} row {row}"
 
 
@@ -53,24 +50,29 @@ def read_file(
 ) -> Iterator[RawRow]:
     """The raw rows of a data file, which messages call `name`.
 
-    A line that is no row goes to `problems` and is counted as a row. Raises DataError where reading must end.
+    `problems` receives the lines that are not rows; they count as rows. Raises DataError where reading must end.
     """
     position = position or Position()
-    kind = suffix_of(path).removesuffix(".gz")
+    kind = suffix_of(path.name).removesuffix(".gz")
     if kind == ".parquet":
-        yield from ((0, row) for row in _parquet(path, name, position))
+        yield from _numbered(_parquet(path, name, position))
     elif kind in (".arrow", ".feather"):
-        yield from ((0, row) for row in _arrow(path, name, position))
+        yield from _numbered(_arrow(path, name, position))
     elif kind in (".csv", ".tsv"):
         yield from _csv(path, name, "\t" if kind == ".tsv" else ",", problems, position)
     elif kind == ".json":
         try:
             with _text(path, name, None, position) as text:
-                yield from ((0, row) for row in json_rows(text, name))
+                yield from _numbered(json_rows(text, name))
         except SeveralValuesError:
             yield from _json_lines(path, name, problems, position)
     else:
         yield from _json_lines(path, name, problems, position)
+
+
+def _numbered(rows: Iterator[object]) -> Iterator[RawRow]:
+    """The rows of a file without lines."""
+    return (RawRow(number, 0, row) for number, row in enumerate(rows, 1))
 
 
 @contextlib.contextmanager
@@ -177,7 +179,7 @@ def _json_lines(path: Path, name: str, problems: Problems, position: Position) -
                 hint = "write one JSON object on each line"
                 problems.add([Problem(f"is not JSON: {fault}", place, hint)])
                 continue
-            yield line_number, row
+            yield RawRow(number, line_number, row)
 
 
 def _lines(text: TextIO, name: str) -> Iterator[str]:
@@ -215,7 +217,7 @@ def _csv_rows(reader: Any, name: str, problems: Problems) -> Iterator[RawRow]:
             elif fields:
                 number += 1
                 if len(fields) == len(header):
-                    yield first_line, dict(zip(header, fields, strict=True))
+                    yield RawRow(number, first_line, dict(zip(header, fields, strict=True)))
                 else:
                     message = f"has {len(fields)} fields where the header has {len(header)}"
                     hint = 'put fields that hold a separator or a line break in "quotes"'

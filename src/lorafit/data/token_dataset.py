@@ -122,9 +122,11 @@ class TokenDataset:
         """The number over all sources of the row at `index`."""
         return int(self.flat.numbers[index if self.index is None else self.index[index]])
 
-    def line(self, index: int) -> int:
-        """The line in its file that the row at `index` starts in, 0 where the file has no lines."""
-        return int(self.flat.lines[index if self.index is None else self.index[index]])
+    def line_of(self, number: int) -> int:
+        """The first line of row `number` in its file, 0 where the file has no lines or the row is not here."""
+        at = int(np.searchsorted(self.flat.numbers, number))
+        is_here = at < len(self.flat.numbers) and self.flat.numbers[at] == number
+        return int(self.flat.lines[at]) if is_here else 0
 
     def take(self, indices: Numbers) -> TokenDataset:
         """The rows at `indices`, in that order, without any dropped rows; no token is copied."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lorafit.data.formats import Row, Text
+from lorafit.data.formats import Row
 from lorafit.infer.model import Answer, Model
 from lorafit.model.memory import is_out_of_memory
 from lorafit.observe.events import Answers, Message, Observer, Progress, Sample
@@ -20,7 +20,7 @@ class SampleGenerator:
 
     def __init__(self, model: Model, rows: Sequence[Row], observe: Observer) -> None:
         self._model, self._observe = model, observe
-        self._asked = [(row.place, row.content) for row in rows if not isinstance(row.content, Text)]
+        self._asked = [(row.place, row.content) for row in rows if row.content.asks]
         self._base: list[Answer] | None = None
         self._is_silent = False  # memory ran out
 
@@ -41,7 +41,7 @@ class SampleGenerator:
         self._observe(
             Answers(
                 step,
-                prompts=[content.question for _, content in self._asked],
+                prompts=[content.question() for _, content in self._asked],
                 tuned=[answer.text for answer in tuned],
                 stopped=[answer.stopped for answer in tuned],
                 base=[answer.text for answer in base] if first else None,
@@ -56,8 +56,8 @@ class SampleGenerator:
         base, tuned = self._base_answers(), self._answer("answering held-out prompts", base=False)
         samples = []
         for (place, content), before, after in zip(self._asked, base, tuned, strict=True):
-            self._observe(Sample(content.question, before.text, after.text))
-            texts = {"place": place, "prompt": content.question, "answer": content.answer}
+            self._observe(Sample(content.question(), before.text, after.text))
+            texts = {"place": place, "prompt": content.question(), "answer": content.answers()[-1]}
             samples.append({**texts, "base": asdict(before), "tuned": asdict(after)})
         return samples
 

@@ -37,10 +37,11 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from lorafit.errors import ConfigError, DataError, LorafitError, ModelError
 from lorafit.hub.dataset_splits import (
-    DATA_FORMATS,
+    FILE_KINDS,
+    HUB_ID,
     ManyConfigurationsError,
-    data_format,
-    of_one_format,
+    file_kind,
+    of_one_kind,
     splits_of_card,
     splits_of_names,
 )
@@ -114,7 +115,7 @@ def dataset_files(
     card = ""
     if "README.md" in listing.files:
         card = (_fetch(listing, ["README.md"]) / "README.md").read_text(encoding="utf-8", errors="replace")
-    data = [file for file in listing.files if data_format(file)]
+    data = [file for file in listing.files if file_kind(file)]
     try:
         splits = splits_of_card(card, data) or splits_of_names(data)
     except ManyConfigurationsError as error:
@@ -126,10 +127,10 @@ def dataset_files(
         found = (
             f"its splits: {', '.join(sorted(splits))}"
             if splits
-            else f"it has no {' '.join(DATA_FORMATS)} files"
+            else f"it has no {' '.join(FILE_KINDS)} files"
         )
         raise repository.error(f"`{name}` has no data for the split `{split}`", hint=found)
-    files = of_one_format(splits[split])
+    files = of_one_kind(splits[split])
     folder = _fetch(listing, files)
     return DatasetFiles([folder / file for file in files], folder.name)
 
@@ -254,7 +255,7 @@ def _no_safetensors(files: list[str], place: str, wanted: str) -> ModelError:
 
 def _list(repository: _Repository, offline: bool) -> _Listing:
     """The repository's files, from the hub; from the cache if `offline` or if there is no connection."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository.name, re.ASCII):
+    if not HUB_ID.fullmatch(repository.name):
         raise repository.error(
             f"`{repository.name}` is neither a folder here nor an id of the hub (owner/name)",
             _similar_folder(repository.name),

@@ -211,7 +211,7 @@ def purpose_of(path: Path, model: Model, max_tokens: int, sampling: Sampling, ba
 def _rows(path: Path, problems: Problems) -> Iterator[tuple[int, object]]:
     if path.suffix.lower() != ".txt":
         for file in data_files(path):
-            yield from read_file(file, file.name, problems)
+            yield from ((row.line, row.value) for row in read_file(file, file.name, problems))
         return
     try:
         text = read_text(path, MAX_TEXT).removeprefix("\ufeff")

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,15 @@ BLOCK = 4096  # bytes that a file takes at least
 _STAGING, _OLD = ".staging-", ".old-"
 
 
+_RESUME = "free space or fix the disk, then `lorafit train --resume` goes on from the last checkpoint"
+
+
 def commit_folder(
     folder: Path,
     write: Callable[[Path], Mapping[str, str] | None],
     facts: Mapping[str, Any],
     num_bytes: int | None = None,
-    hint: str = "free space or fix the disk, then `lorafit train --resume` goes on from the last checkpoint",
+    hint: str = _RESUME,
 ) -> None:
     """Make `folder` hold exactly what `write(staging)` writes, all of it or nothing.
 
@@ -43,13 +46,30 @@ def commit_folder(
     existing `folder` is replaced. Raises RunError, with what was there before untouched, when anything cannot
     be written; it names `num_bytes` as what is needed.
     """
+    known: dict[str, str] = {}
+    with staging_folder(folder, facts, known, num_bytes, hint) as staging:
+        known.update(write(staging) or {})
+
+
+@contextlib.contextmanager
+def staging_folder(
+    folder: Path,
+    facts: Mapping[str, Any],
+    known: Mapping[str, str],
+    num_bytes: int | None = None,
+    hint: str = _RESUME,
+) -> Iterator[Path]:
+    """A folder to write to; when the block ends without an error it becomes `folder`, as by `commit_folder`.
+
+    `facts` and `known`, SHA-256 values by file name, are read when the block ends, so the block may fill them.
+    """
     staging, old = folder.with_name(_STAGING + folder.name), folder.with_name(_OLD + folder.name)
     placed = False
     try:
         make_folder(folder.parent)
         clean_orphans(folder.parent, folder.name)
         staging.mkdir()
-        known = write(staging) or {}
+        yield staging
         files = {}
         for path in _files(staging):
             sync(path)

@@ -62,11 +62,6 @@ class AdamW:
             parameter.grad = None
 
 
-def warmup_steps(warmup: float, num_steps: int) -> int:
-    """Warm-up in steps: a share of the run below 1, else a count; always shorter than the run."""
-    return min(num_steps - 1, math.ceil(warmup * num_steps) if warmup < 1 else int(warmup))
-
-
 def learning_rate(
     step: int, num_steps: int, peak: float, schedule: Literal["cosine", "linear", "constant"], warmup: int
 ) -> float:

@@ -55,7 +55,7 @@ from lorafit.training.checkpoint import (
 )
 from lorafit.training.checkpoint_writer import wait_for_left
 from lorafit.training.loss_scale import LossScale
-from lorafit.training.optim import AdamW, warmup_steps
+from lorafit.training.optim import AdamW
 from lorafit.training.resume import Resumption, find_run_of_launch
 from lorafit.training.setup import Prepared, introduce, is_sharded, prepare, run_fingerprint
 from lorafit.training.signals import Requests, outside_steps
@@ -287,7 +287,7 @@ def run_training(
                 num_steps=num_steps,
                 learning_rate=settings.learning_rate,
                 schedule=settings.schedule,
-                warmup=warmup_steps(settings.warmup, num_steps),
+                warmup=settings.warmup_steps(num_steps),
                 max_grad_norm=settings.max_grad_norm,
                 micro_batch_tokens=settings.micro_batch_tokens,
                 halve=config.run.too_large == "auto",

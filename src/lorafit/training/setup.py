@@ -10,12 +10,11 @@ from typing import Any
 
 from lorafit.check.probe import trial_before_training
 from lorafit.check.run import check_rows
-from lorafit.check.verdict import CheckResult
 from lorafit.config.schema import Config, keys_that_change_results
 from lorafit.data.build import TrainingData
 from lorafit.data.row_order import RowOrder
 from lorafit.distributed.ranks import Ranks
-from lorafit.errors import RunError
+from lorafit.errors import CheckResult, RunError
 from lorafit.hub.client import ModelFolder
 from lorafit.model.build import BaseModelCache, LoadedModel, build
 from lorafit.model.weights import fingerprint
