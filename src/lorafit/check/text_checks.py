@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from zlib import crc32
@@ -46,6 +46,7 @@ _PLACEHOLDERS = {
 }  # fmt: skip
 
 Numbers = NDArray[np.int64]
+Keys = NDArray[np.uint64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ class Texts(TextFindings):
         self._controls = re.compile("|".join(map(re.escape, names)))
         self._openings = {name[0] for name in names}
         self._numbers: list[Numbers] = []
-        self._keys: list[NDArray[np.uint64]] = []
+        self._keys: list[Keys] = []
         self._signatures: list[NDArray[np.uint32]] = []
 
     def add(self, rows: Sequence[Row]) -> None:
@@ -178,42 +179,33 @@ class Texts(TextFindings):
 
     def repeats(self) -> Repeats:
         """The rows that repeat an earlier one, word for word (without case and blanks) or nearly."""
-        if not self._keys:
-            return Repeats()
-        numbers, keys = np.concatenate(self._numbers), np.concatenate(self._keys)
-        exact = _repeated(keys)
-        signatures = self._all_signatures()
-        repeated = np.zeros(len(keys), dtype=np.bool_)
-        repeated[[later for later, _ in exact]] = True
-        near: dict[int, int] = {}
-        for band in _bands(signatures):
-            for later, earlier in _repeated(band):
-                if not repeated[later] and later not in near and _alike(signatures, later, earlier) >= NEAR:
-                    near[later] = earlier
-        return Repeats(tuple(_named(numbers, exact)), tuple(_named(numbers, sorted(near.items()))))
+        return self._pairs(_repeated)
 
     def leaks(self, held_out: Numbers) -> Repeats:
         """Held-out rows (by number) that training has too: (held-out row, training row)."""
-        if not self._keys or not len(held_out):
+        held = np.isin(np.concatenate(self._numbers), held_out) if self._numbers else np.zeros(0, np.bool_)
+        return self._pairs(lambda keys: _shared(keys, held[: len(keys)])) if len(held_out) else Repeats()
+
+    def _pairs(self, with_equal_keys: Callable[[Keys], Iterable[tuple[int, int]]]) -> Repeats:
+        """The pairs of rows with equal keys, by number: keys of the whole text, then of similar word triples."""
+        if not self._keys:
             return Repeats()
-        numbers, keys = np.concatenate(self._numbers), np.concatenate(self._keys)
-        held = np.isin(numbers, held_out)
-        exact = list(_shared(keys, held))
-        signatures = self._all_signatures()
-        exact_rows = {row for row, _ in exact}
+        numbers, signatures = np.concatenate(self._numbers), np.concatenate(self._signatures)
+        exact = list(with_equal_keys(np.concatenate(self._keys)))
+        is_exact = np.zeros(len(numbers), dtype=np.bool_)
+        is_exact[[row for row, _ in exact]] = True
         near: dict[int, int] = {}
         for band in _bands(signatures):
-            for row, other in _shared(band, held[: len(signatures)]):
-                if row not in exact_rows and row not in near and _alike(signatures, row, other) >= NEAR:
+            for row, other in with_equal_keys(band):
+                is_new = not is_exact[row] and row not in near
+                if is_new and np.count_nonzero(signatures[row] == signatures[other]) >= NEAR:
                     near[row] = other
-        return Repeats(tuple(_named(numbers, exact)), tuple(_named(numbers, sorted(near.items()))))
-
-    def _all_signatures(self) -> NDArray[np.uint32]:
-        return np.concatenate(self._signatures)
+        pairs = (exact, sorted(near.items()))
+        return Repeats(*(tuple((int(numbers[a]), int(numbers[b])) for a, b in part) for part in pairs))
 
 
 def _around(text: str, at: int) -> str:
-    """The word around a character, for showing."""
+    """The word around the character at index `at`."""
     start = max(text.rfind(" ", 0, at), text.rfind("\n", 0, at), at - 20) + 1
     return text[start:].split(maxsplit=1)[0][:40] if text[start:].strip() else text[at : at + 1]
 
@@ -224,38 +216,38 @@ _TERMS = _RANDOM.integers(0, 2**32, NUM_HASHES, dtype=np.uint32)
 
 
 class _Hashes(dict[str, int]):
-    """The CRC-32 of words, remembered: most words come again."""
+    """A cache of the CRC-32 of words: most words occur often."""
 
     MOST = 500_000
 
     def __missing__(self, word: str) -> int:
         if len(self) >= self.MOST:
             self.clear()
-        self[word] = found = crc32(word.encode("utf-8", "surrogatepass"))
-        return found
+        self[word] = value = crc32(word.encode("utf-8", "surrogatepass"))
+        return value
 
 
 _HASHES = _Hashes()
 
 
 def _signatures(rows: Sequence[Sequence[str]]) -> NDArray[np.uint32]:
-    """The least of NUM_HASHES hashes over each row's word triples (MinHash: Broder, 1997), (rows, NUM_HASHES).
+    """The smallest value of each hash over each row's word triples (MinHash: Broder, 1997), (rows, NUM_HASHES).
 
-    The share of equal numbers of two rows estimates the share of triples that they have in common.
+    The share of equal values of two rows estimates the share of their common triples.
     """
     flat = array("I")
     starts = array("q")
     for words in rows:
         starts.append(len(flat))
         flat.extend(map(_HASHES.__getitem__, words or [""]))
-        flat.extend((0, 0))  # so that the last word begins a triple too, and none goes over a border
+        flat.extend((0, 0))  # so that the last word begins a triple too, and no triple has words of two rows
     hashes = np.frombuffer(flat, dtype=np.uint32)
     triples = hashes[:-2] * np.uint32(0x9E3779B1)
     triples ^= np.roll(hashes, -1)[:-2] * np.uint32(0x85EBCA77)
     triples *= np.uint32(0xC2B2AE3D)
     triples ^= np.roll(hashes, -2)[:-2] * np.uint32(0x27D4EB2F)
     triples ^= triples >> np.uint32(15)
-    found = np.empty((len(rows), NUM_HASHES), dtype=np.uint32)
+    signatures = np.empty((len(rows), NUM_HASHES), dtype=np.uint32)
     begins = np.frombuffer(starts, dtype=np.int64)
     ends = np.append(begins[1:], len(flat)) - 2
     last = np.uint32(2**32 - 1)
@@ -264,12 +256,12 @@ def _signatures(rows: Sequence[Sequence[str]]) -> NDArray[np.uint32]:
         mixed = triples * factor + term
         mixed ^= mixed >> np.uint32(16)
         mixed[outside] = last
-        found[:, number] = np.minimum.reduceat(mixed, begins)
-    return found
+        signatures[:, number] = np.minimum.reduceat(mixed, begins)
+    return signatures
 
 
-def _bands(signatures: NDArray[np.uint32]) -> Iterator[NDArray[np.uint64]]:
-    """Keys that rows with much in common share with high probability in at least one of the arrays."""
+def _bands(signatures: NDArray[np.uint32]) -> Iterator[Keys]:
+    """Arrays of keys; similar rows have the same key in at least one of them with high probability."""
     for start in range(0, NUM_HASHES, BAND):
         key = np.zeros(len(signatures), dtype=np.uint64)
         for column in range(start, start + BAND):
@@ -277,14 +269,14 @@ def _bands(signatures: NDArray[np.uint32]) -> Iterator[NDArray[np.uint64]]:
         yield key
 
 
-def _repeated(keys: NDArray[np.uint64]) -> list[tuple[int, int]]:
+def _repeated(keys: Keys) -> list[tuple[int, int]]:
     """(index, an earlier index with the same key), for each key that came before; ascending."""
     order = np.argsort(keys, kind="stable")
     same = np.flatnonzero(keys[order][1:] == keys[order][:-1])
     return sorted(zip(order[same + 1].tolist(), order[same].tolist(), strict=True))
 
 
-def _shared(keys: NDArray[np.uint64], held: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+def _shared(keys: Keys, held: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
     """(held-out index, index of a training row with the same key)."""
     training = np.flatnonzero(~held)
     order = training[np.argsort(keys[training], kind="stable")]
@@ -294,11 +286,3 @@ def _shared(keys: NDArray[np.uint64], held: NDArray[np.bool_]) -> Iterator[tuple
     for row, place in zip(rows[inside].tolist(), places[inside].tolist(), strict=True):
         if keys[order[place]] == keys[row]:
             yield row, int(order[place])
-
-
-def _alike(signatures: NDArray[np.uint32], one: int, other: int) -> int:
-    return int(np.count_nonzero(signatures[one] == signatures[other]))
-
-
-def _named(numbers: Numbers, pairs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    return ((int(numbers[one]), int(numbers[other])) for one, other in pairs)

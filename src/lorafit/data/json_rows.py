@@ -1,7 +1,7 @@
 """The rows of a JSON file of any size, decoded one by one from a window that moves over the text.
 
-json's own decoder does the decoding. A value that it cannot read is decoded again with more text until either the
-value is whole or the fault lies too far from the end of the window to come from the cut.
+The decoder is that of `json`. A value that it cannot read is decoded again with more text, until the value is whole or
+the fault is too far from the end of the window to come from the cut.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lorafit.errors import DataError
 BLOCK = 1 << 20  # characters read at a time
 MAX_OBJECT = 1 << 24  # characters up to which an object at the top is decoded whole
 MAX_ROW = 1 << 25  # characters of a row: far more than any model reads
-_CUT = 64  # no fault that the cut makes is further from the end, strings without an end aside
+_CUT = 64  # a fault from the cut is at most that far from the end, except for strings without an end
 _BLANKS = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 
@@ -28,11 +28,11 @@ def too_long(place: str) -> DataError:
 
 
 class SeveralValuesError(Exception):
-    """The text holds one value after another, as JSON lines do."""
+    """The text has one value after another, as JSON lines."""
 
 
 class _TooLongError(Exception):
-    """A value is longer than was allowed."""
+    """A value is longer than the limit."""
 
 
 def json_rows(text: TextIO, name: str) -> Iterator[object]:
@@ -90,16 +90,16 @@ def _long_object(window: _Window) -> Iterator[object]:
 
 
 class _Window:
-    """A stretch of the text; `at` is the place in it up to which everything is decoded."""
+    """A part of the text; everything before the position `at` is decoded."""
 
     def __init__(self, source: TextIO, name: str) -> None:
         self._source, self._name = source, name
         self._text = ""
-        self._line = self._column = 1  # of the first character of the stretch
+        self._line = self._column = 1  # of the first character of the window
         self.at = 0
 
     def peek(self) -> str:
-        """The next character that is no blank, "" at the end of the text; `at` moves to it."""
+        """The next character that is not blank, "" at the end of the text; `at` moves to it."""
         while True:
             blanks = _BLANKS.match(self._text, self.at)
             assert blanks is not None
@@ -108,7 +108,7 @@ class _Window:
                 return self._text[self.at : self.at + 1]
 
     def value(self, longest: int | None = None) -> object:
-        """The value after blanks; raises _TooLongError, with nothing lost, if it may have over `longest` characters."""
+        """The value after blanks; _TooLongError, with `at` unchanged, if it may have over `longest` characters."""
         self.peek()
         while True:
             try:
@@ -147,16 +147,16 @@ class _Window:
                 return
 
     def end(self) -> None:
-        """Asserts that nothing but blanks follows."""
+        """Raise DataError if anything but blanks follows."""
         if self.peek():
             raise self.fault("Extra data")
 
     def line(self, at: int | None = None) -> int:
-        """The line of `at`, a place in the stretch, from 1."""
+        """The line (from 1) of the position `at`."""
         return self._line + self._text.count("\n", 0, self.at if at is None else at)
 
     def fault(self, message: str, at: int | None = None) -> DataError:
-        """The error for what is wrong `at` a place in the stretch."""
+        """The error for a fault at the position `at`."""
         at = self.at if at is None else at
         before = self._text.rfind("\n", 0, at)
         column = at - before if before >= 0 else self._column + at
@@ -169,8 +169,10 @@ class _Window:
         return DataError("is not a list of rows", place=self._name, hint=hint)
 
     def _more(self) -> bool:
-        """Read on, and let go of what is decoded; False at the end of the text, with nothing changed."""
-        block = self._source.read(max(BLOCK, len(self._text) - self.at))  # twice the value that is begun
+        """Read more text and drop what is decoded; False at the end of the text, with nothing changed."""
+        block = self._source.read(
+            max(BLOCK, len(self._text) - self.at)
+        )  # at least doubles an unfinished value
         if not block:
             return False
         last = self._text.rfind("\n", 0, self.at)

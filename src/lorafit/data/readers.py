@@ -22,7 +22,7 @@ LEAST_UNPACKED, MAX_RATIO = 16 * MB, 100
 _LEAST_ROW = 8  # bytes of a row of text
 _BLOCK = 1 << 20
 _BATCH = 64  # rows of a Parquet or Arrow file that are Python objects at a time
-_THRIFT = 16 * MB  # bytes of a text, or items of a list, in the description of a Parquet file
+_THRIFT = 16 * MB  # bytes of a text, or items of a list, in the metadata of a Parquet file
 
 
 class RawRow(NamedTuple):
@@ -77,9 +77,9 @@ def _numbered(rows: Iterator[object]) -> Iterator[RawRow]:
 
 @contextlib.contextmanager
 def _text(path: Path, name: str, newline: str | None, position: Position) -> Iterator[TextIO]:
-    """The file as text: UTF-8, a byte order mark tolerated, unpacked if it is gzipped; refused if it is blank.
+    """The file as UTF-8 text with or without a byte order mark, unpacked if it is gzipped. DataError if it is blank.
 
-    `newline` is that of `open`, but None is like "\\n": nothing is translated.
+    `newline` is as for `open`, but None is like "\\n": nothing is translated.
     """
     try:
         size = max(path.stat().st_size, 1)
@@ -94,9 +94,7 @@ def _text(path: Path, name: str, newline: str | None, position: Position) -> Ite
                     raise DataError("the file is empty", place=name, hint=hint)
                 text.seek(0)
                 yield text
-            except (
-                UnicodeDecodeError
-            ) as error:  # to look for the byte, a packed file is read on and may end badly
+            except UnicodeDecodeError as error:  # _bad_byte reads a packed file on and may find it broken
                 raise DataError(_bad_byte(path), place=name, hint="save the file as UTF-8") from error
     except _BombError as error:
         raise _too_much(name) from error
@@ -110,11 +108,11 @@ def _text(path: Path, name: str, newline: str | None, position: Position) -> Ite
 
 
 class _BombError(Exception):
-    """Far more came out of a packed file than went into it."""
+    """A packed file unpacks to more than its limit."""
 
 
 class _Unpacked(gzip.GzipFile):
-    """A gzip file out of which comes no more than MOST_UNPACKED allows."""
+    """A gzip file that gives no more bytes than `most_unpacked` allows."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         super().__init__(fileobj=file)
@@ -133,12 +131,12 @@ class _Unpacked(gzip.GzipFile):
 
 
 def most_unpacked(size: int) -> int:
-    """Bytes that may come out of a packed file of `size` bytes: rows are text, which packs to a twentieth at best."""
+    """The limit of bytes from a packed file of `size` bytes. Rows are text, which packs to a twentieth at best."""
     return LEAST_UNPACKED + MAX_RATIO * size
 
 
 def _too_much(name: str) -> DataError:
-    hint = "unpack it yourself and look at it, if you trust where it comes from"
+    hint = "if you trust its source, unpack it yourself and look at it"
     return DataError(f"unpacks to more than {MAX_RATIO} times its size", place=name, hint=hint)
 
 
@@ -147,7 +145,7 @@ def _unpacked(file: BinaryIO, path: Path, size: int) -> BinaryIO:
 
 
 def _bad_byte(path: Path) -> str:
-    """What is wrong with the first byte of a file that is not UTF-8."""
+    """The message about the first byte of a file that is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     done = 0
     with path.open("rb") as file, _unpacked(file, path, path.stat().st_size) as raw:
@@ -260,7 +258,7 @@ def _arrow(path: Path, name: str, position: Position) -> Iterator[object]:
 
 
 def _unpacked_bytes(column: Any) -> int:
-    """Bytes of an Arrow column, without references to texts that stand there once."""
+    """Bytes of an Arrow column with every reference to a dictionary resolved."""
     import pyarrow
 
     return int((column.dictionary_decode() if pyarrow.types.is_dictionary(column.type) else column).nbytes)
@@ -269,12 +267,12 @@ def _unpacked_bytes(column: Any) -> int:
 def _rows_of(
     batches: Iterator[Any], num_rows: int, position: Position, path: Path, name: str
 ) -> Iterator[object]:
-    """The rows of Arrow record batches; columns that are no text show up when the rows are parsed."""
+    """The rows of Arrow record batches. `parse` reports columns that are not text."""
     done = 0
     left = most_unpacked(path.stat().st_size)
     position.share = lambda: done / num_rows if num_rows else 0.0
     for batch in batches:
-        batch.validate(full=True)  # an offset that points elsewhere would be followed
+        batch.validate(full=True)  # a wrong offset would read other memory
         for start in range(0, batch.num_rows, _BATCH):
             part = batch.slice(start, _BATCH)  # one batch of an Arrow file may be all of it
             left -= sum(_unpacked_bytes(column) for column in part.columns)
