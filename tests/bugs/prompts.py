@@ -98,7 +98,9 @@ def _by_prefixes(self: ChatTemplate, messages: Sequence[Message]) -> list[Part]:
         "thought = ''",
     ),
     Plant(
-        "data.chat_template:ChatTemplate.parts", "if found is None:", "found = found or ''\n        if False:"
+        "data.chat_template:ChatTemplate.parts",
+        "if content is None:",
+        "content = content or ''\n        if False:",
     ),
 )
 def a_turn_is_found_though_the_template_rewrites_it(lab: Lab) -> None:

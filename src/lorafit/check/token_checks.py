@@ -64,23 +64,23 @@ class Tokens(TokenFindings):
 
     def add(self, rows: Sequence[Row]) -> None:
         """Read `rows`; those without tokens were dropped and are skipped."""
-        at = int(np.searchsorted(self._numbers, rows[0].number))
+        index = int(np.searchsorted(self._numbers, rows[0].number))
         seen: list[tuple[Row, int]] = []
         texts: list[list[int]] = []
         for row in rows:
-            if at == len(self._numbers) or self._numbers[at] != row.number:
+            if index == len(self._numbers) or self._numbers[index] != row.number:
                 continue
-            ids, trained = self._encoded.row(at)
+            ids, trained = self._encoded.row(index)
             self._beginning(row, ids)
             if not trained.any():
                 self.wrong.add(row.number, "nothing is trained")
-                at += 1
+                index += 1
                 continue
             spans = [self._all(ids)] if self._is_whole(row) else self._spans(ids, trained.nonzero()[0])
-            self._endings(row, at, spans)
+            self._endings(row, index, spans)
             seen.append((row, len(spans)))
             texts += [span.ids for span in spans]
-            at += 1
+            index += 1
         self.num_rows += len(seen)
         decoded = iter(self._renderer.tokenizer.decode_batch(texts))
         for row, count in seen:
@@ -116,10 +116,10 @@ class Tokens(TokenFindings):
             spans.append(_Span(tokens[:-1] if stopped else tokens, stopped))
         return spans
 
-    def _endings(self, row: Row, at: int, spans: Sequence[_Span]) -> None:
+    def _endings(self, row: Row, index: int, spans: Sequence[_Span]) -> None:
         self.num_answers += len(spans)
         self.num_stopped += sum(span.stopped for span in spans)
-        if self._encoded.flat.truncated[at]:
+        if self._encoded.flat.truncated[index]:
             self.cut.add(row.number)
         elif not spans[-1].stopped:
             self.no_stop.add(row.number)
@@ -145,8 +145,8 @@ class Tokens(TokenFindings):
     def _explain(self, row: Row) -> None:
         """Find why the decoded text is not the answer: cut, changed by the tokenizer or the template, or wrong."""
         tokenizer = self._renderer.tokenizer
-        at = int(np.searchsorted(self._numbers, row.number))
-        ids, trained = self._encoded.row(at)
+        index = int(np.searchsorted(self._numbers, row.number))
+        ids, trained = self._encoded.row(index)
         spans = self._renderer.text(row)
         if self._is_whole(row):
             bos = self._renderer.contract.bos or ""
@@ -155,7 +155,7 @@ class Tokens(TokenFindings):
         else:
             expected = [span.text for span in spans if span.trained]
             decoded = _in_place(tokenizer, ids.tolist(), trained.tolist())
-        if self._encoded.flat.truncated[at]:
+        if self._encoded.flat.truncated[index]:
             expected = expected[: len(decoded)]
             pairs = list(zip(expected, decoded, strict=False))
             fits = all(e.startswith(s.rstrip("\ufffd")) for e, s in pairs)
@@ -191,7 +191,7 @@ def _in_place(tokenizer: Tokenizer, ids: list[int], trained: list[bool]) -> list
 
 def _difference(one: str, other: str) -> str:
     """Where two texts begin to differ, a few characters of each."""
-    at = next(
+    start = next(
         (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
     )
-    return f"{one[at : at + 12]!r} became {other[at : at + 12]!r}"
+    return f"{one[start : start + 12]!r} became {other[start : start + 12]!r}"

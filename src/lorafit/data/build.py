@@ -104,7 +104,7 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
     if not len(encoded):
         reasons = "; ".join(f"{len(rows):,} {reason}" for reason, rows in encoded.dropped.items())
         raise DataError(
-            f"no row is left to train on: {reasons}", hint="mend the rows, or see data.max_length"
+            f"no row is left to train on: {reasons}", hint="correct the rows, or see data.max_length"
         )
     longest = limits.max_position_embeddings if limits else None
     if longest is not None and (most := int(encoded.lengths.max())) > longest:

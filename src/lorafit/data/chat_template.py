@@ -101,10 +101,10 @@ class ChatTemplate:
         holes = self._holes(messages)
         parts: list[Part] = []
         located: list[int] = []
-        at = 0
+        position = 0
         for index, (before, turn, with_thinking) in enumerate(holes):
             following = holes[index + 1][0] if index + 1 < len(holes) else ""
-            if not text.startswith(before, at):
+            if not text.startswith(before, position):
                 raise self._lost(messages, turn)
             thought = ""
             if turn is not None and messages[turn].role == "assistant":
@@ -116,19 +116,19 @@ class ChatTemplate:
                         f"turn {turn + 1} thinks, but the chat template asks without a thought", hint=hint
                     )
             parts.append(Part(before, None))
-            at += len(before)
+            position += len(before)
             if turn is None:
                 break
-            at += len(thought)
+            position += len(thought)
             forms = _forms(messages[turn].content, with_thinking)
-            found = next((form for form in forms if text.startswith(form + following, at)), None)
-            if found is None:
+            content = next((form for form in forms if text.startswith(form + following, position)), None)
+            if content is None:
                 raise self._lost(messages, turn)
-            parts.append(Part(thought + found, messages[turn].role))
+            parts.append(Part(thought + content, messages[turn].role))
             located += [turn] if messages[turn].role == "assistant" else []
-            at += len(found)
+            position += len(content)
         answers = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
-        if at < len(text) or sorted(located) != answers:
+        if position < len(text) or sorted(located) != answers:
             raise self._lost(messages, None)
         return [part for part in parts if part.text or part.role == "assistant"]
 
@@ -144,11 +144,11 @@ class ChatTemplate:
             ]
         )
         holes: list[tuple[str, int | None, bool]] = []
-        at = 0
+        position = 0
         for match in _HOLE.finditer(text):
-            holes.append((text[at : match.start()], int(match["turn"]), match["think"] is not None))
-            at = match.end()
-        holes.append((text[at:], None, False))
+            holes.append((text[position : match.start()], int(match["turn"]), match["think"] is not None))
+            position = match.end()
+        holes.append((text[position:], None, False))
         if len(self._shapes) < _MAX_KNOWN_SHAPES:
             self._shapes[shape] = holes
         return holes

@@ -102,8 +102,8 @@ class Chat(Content):
 
     def with_answer(self, answer: str) -> Chat:
         is_answered = self.messages and self.messages[-1].role == "assistant"
-        asked = self.messages[:-1] if is_answered else self.messages
-        return Chat((*asked, Message("assistant", answer)))
+        question = self.messages[:-1] if is_answered else self.messages
+        return Chat((*question, Message("assistant", answer)))
 
     def question(self) -> str:
         return self.messages[-2].content if len(self.messages) > 1 else ""

@@ -76,19 +76,19 @@ class Sandbox(ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_Generation, loopcontrols],
-            finalize=self._written,
+            finalize=self._weighed,
             cache_size=0,
         )
         self._date = date
         self._left = 0
         self.begin(0)
-        free = {name: self._billed(self.filters[name], _nothing) for name in FROM_OUTSIDE}
-        cheap = {name: self._billed(self.filters[name], self._sized) for name in ITEM_BY_ITEM}
-        dear = {name: self._billed(self.filters[name], self._weighed) for name in IN_DEPTH}
+        costs = {
+            **dict.fromkeys(FROM_OUTSIDE, _nothing),
+            **dict.fromkeys(ITEM_BY_ITEM, self._sized),
+            **dict.fromkeys(IN_DEPTH, self._weighed),
+        }
         self.filters = {
-            **free,
-            **cheap,
-            **dear,
+            **{name: self._billed(self.filters[name], cost) for name, cost in costs.items()},
             "join": self._join,
             "replace": self._replace,
             "indent": self._indent,
@@ -199,10 +199,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if not isinstance(argument, str | int):
             self._weighed(argument)
         return super().getitem(obj, argument)
-
-    def _written(self, value: Any) -> Any:
-        """The value between {{ and }} before it becomes text."""
-        return self._weighed(value)
 
     def _concat(self, pieces: Iterable[str]) -> str:
         pieces = list(pieces)

@@ -332,8 +332,8 @@ class Renderer:
         if not preamble and self.contract.template == "alpaca":
             preamble = _ALPACA_WITH_INPUT if row.input else _ALPACA
         head = f"{preamble}\n\n" if preamble else ""
-        given = f"### Input:\n{row.input}\n\n" if row.input else ""
-        return f"{head}### Instruction:\n{row.instruction}\n\n{given}### Response:\n"
+        extra = f"### Input:\n{row.input}\n\n" if row.input else ""
+        return f"{head}### Instruction:\n{row.instruction}\n\n{extra}### Response:\n"
 
     def _chat_segments(self, messages: Sequence[Message]) -> list[_Segment]:
         if self._template is None:

@@ -37,7 +37,7 @@ class Position:
     """The part of a file that was read, for progress."""
 
     def __init__(self) -> None:
-        self.share: Callable[[], float] = lambda: 0.0
+        self.fraction: Callable[[], float] = lambda: 0.0
 
 
 def place_of(name: str, row: int, line: int) -> str:
@@ -84,7 +84,7 @@ def _text(path: Path, name: str, newline: str | None, position: Position) -> Ite
     try:
         size = max(path.stat().st_size, 1)
         with path.open("rb") as file, _unpacked(file, path, size) as raw:
-            position.share = lambda: file.tell() / size
+            position.fraction = lambda: file.tell() / size
             text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n" if newline is None else newline)
             try:
                 while (block := text.read(1 << 16)) and block.isspace():
@@ -104,7 +104,7 @@ def _text(path: Path, name: str, newline: str | None, position: Position) -> Ite
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}", place=name) from error
     finally:
-        position.share = lambda: 1.0
+        position.fraction = lambda: 1.0
 
 
 class _BombError(Exception):
@@ -221,7 +221,9 @@ def _csv_rows(reader: Any, name: str, problems: Problems) -> Iterator[RawRow]:
                     hint = 'put fields that hold a separator or a line break in "quotes"'
                     problems.add([Problem(message, place_of(name, number, first_line), hint)])
     except csv.Error as error:
-        problems.add([Problem(f"is not CSV: {error}", f"{name} line {line_number}", "mend the quotes there")])
+        problems.add(
+            [Problem(f"is not CSV: {error}", f"{name} line {line_number}", "correct the quotes there")]
+        )
 
 
 def _parquet(path: Path, name: str, position: Position) -> Iterator[object]:
@@ -270,7 +272,7 @@ def _rows_of(
     """The rows of Arrow record batches. `parse` reports columns that are not text."""
     done = 0
     left = most_unpacked(path.stat().st_size)
-    position.share = lambda: done / num_rows if num_rows else 0.0
+    position.fraction = lambda: done / num_rows if num_rows else 0.0
     for batch in batches:
         batch.validate(full=True)  # a wrong offset would read other memory
         for start in range(0, batch.num_rows, _BATCH):

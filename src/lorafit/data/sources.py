@@ -125,7 +125,7 @@ class RowReader:
         """(bytes read, bytes in all)."""
         sizes = [file.path.stat().st_size for file in self.files]
         done = len(self.summaries)
-        reading = self._position.share() * sizes[done] if done < len(sizes) else 0
+        reading = self._position.fraction() * sizes[done] if done < len(sizes) else 0
         return min(sum(sizes[:done]) + int(reading), sum(sizes)), sum(sizes)
 
     def _chunks_of(self, file: SourceFile, size: int) -> Iterator[Chunk]:

@@ -123,9 +123,9 @@ class TokenDataset:
 
     def line_of(self, number: int) -> int:
         """The first line of row `number` in its file, 0 where the file has no lines or the row is not here."""
-        at = int(np.searchsorted(self.flat.numbers, number))
-        is_here = at < len(self.flat.numbers) and self.flat.numbers[at] == number
-        return int(self.flat.lines[at]) if is_here else 0
+        index = int(np.searchsorted(self.flat.numbers, number))
+        is_here = index < len(self.flat.numbers) and self.flat.numbers[index] == number
+        return int(self.flat.lines[index]) if is_here else 0
 
     def take(self, indices: Numbers) -> TokenDataset:
         """The rows at `indices`, in that order, without any dropped rows; no token is copied."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.data.formats import Instruction, Message, Role
+from lorafit.data.formats import ROLES, Instruction, Message
 from lorafit.data.readers import place_of, read_file
 from lorafit.data.sources import data_files
 from lorafit.errors import ConfigError, DataError, LorafitError, Problems, RunError
@@ -29,7 +29,6 @@ AT_ONCE = 16
 MAX_TEXT = 256 * MB  # of a file with a prompt a line
 _SYNC_SECONDS = 2.0
 _KINDS = ("messages", "prompt", "instruction")
-_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,9 +251,9 @@ def _conversation(turns: Any) -> list[Message]:
     messages = []
     for number, turn in enumerate(turns):
         role = turn.get("role") if isinstance(turn, dict) else None
-        if role not in _ROLES:
+        if role not in ROLES:
             raise DataError(f"`messages[{number}]` has no role system, user or assistant")
-        messages.append(Message(_ROLES[role], _text(turn.get("content"), f"`messages[{number}].content`")))
+        messages.append(Message(ROLES[role], _text(turn.get("content"), f"`messages[{number}].content`")))
     if messages[-1].role != "user":
         raise DataError("`messages` does not end in a user turn", hint="leave the answer out")
     return messages
