@@ -61,7 +61,9 @@ def close(one: torch.Tensor, two: torch.Tensor) -> bool:
     18,
     Plant("model.lora:LoraLinear.__init__", "torch.promote_types(like.dtype, torch.float32)", "like.dtype"),
     Plant(
-        "model.adapter_file:adapter_tensors", "parameter.detach().cpu()", "master.detach().cpu().bfloat16()"
+        "model.adapter_file:adapter_tensors",
+        "parameter.detach().cpu()",
+        "parameter.detach().cpu().bfloat16()",
     ),
 )
 def small_updates_of_a_16_bit_model_are_kept(lab: Lab) -> None:
@@ -90,8 +92,8 @@ def small_updates_of_a_16_bit_model_are_kept(lab: Lab) -> None:
     ),
     Plant(
         "model.lora_linear:_Project.backward",
-        "wanted = any(ctx.needs_input_grad[4 : 4 + ctx.num_inputs])",
-        "wanted = False",
+        "needs_inputs = any(ctx.needs_input_grad[4 : 4 + ctx.num_inputs])",
+        "needs_inputs = False",
     ),
 )
 def recomputation_keeps_every_gradient(lab: Lab) -> None:
@@ -243,7 +245,7 @@ def _refused(lab: Lab, message: str, *overrides: str) -> None:
 
 @probe(
     24,
-    Plant("model.lora:match_targets", "if not found:", "if not found and target == 'nothing':"),
+    Plant("model.lora:match_targets", "if not matches:", "if not matches and target == 'nothing':"),
     Plant("model.lora:match_targets", "if name in chosen]", "if name in chosen and 'mlp' not in name]"),
 )
 def what_was_asked_for_is_adapted_or_refused(lab: Lab) -> None:

@@ -53,14 +53,14 @@ def an_exported_model_knows_where_to_stop(lab: Lab) -> None:
 @probe(
     21,
     Plant(
-        "export.run_source:RunSource.tensor",
-        "weight.float(), b, a",
-        "(weight.float() * 7 / weight.abs().max()).round() * weight.abs().max() / 7, b, a",
+        "model.lora:LoraLinear.merge",
+        'weight.float(), tensors["lora_B"]',
+        '(weight.float() * 7 / weight.abs().max()).round() * weight.abs().max() / 7, tensors["lora_B"]',
     ),
     Plant(
         "export.run_source:_stored",
-        "_STORED.get(part.get_dtype())",
-        "_STORED.get(part.get_dtype(), torch.float32)",
+        "BY_SAFETENSORS_NAME.get(part.get_dtype())",
+        "BY_SAFETENSORS_NAME.get(part.get_dtype(), torch.float32)",
     ),
 )
 def a_merge_is_into_the_original_numbers(lab: Lab) -> None:
@@ -142,7 +142,7 @@ def _turned_back(weight: Tensor, heads: int) -> Tensor:
     Plant(
         "export.gguf_model:permuted", 'module.endswith((".q_proj", ".k_proj"))', 'module.endswith(".q_proj")'
     ),
-    Plant("export.gguf_model:write_lora", "b = permuted(b, name, arch)", "pass"),
+    Plant("export.gguf_model:write_lora", 'permuted(factors["lora_B"], name, arch)', 'factors["lora_B"]'),
 )
 def gguf_rows_of_q_and_k_are_the_checkpoints(lab: Lab) -> None:
     """Four heads on two: turned back, q and k of the GGUF file are the merged ones, and so is B of its adapter."""
@@ -194,8 +194,8 @@ def a_tokenizer_is_written_as_it_is_or_refused(lab: Lab) -> None:
     Plant("export.gguf_model:write_lora", "source.spec.scale * source.spec.rank", "source.spec.alpha"),
     Plant(
         "export.run_source:RunSource.tensor",
-        "alpha=self.spec.scale",
-        "alpha=self.spec.alpha / self.spec.rank",
+        "self.spec.scale",
+        "self.spec.alpha / self.spec.rank",
     ),
 )
 def exports_have_the_adapters_strength(lab: Lab) -> None:

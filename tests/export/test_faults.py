@@ -19,6 +19,7 @@ from lorafit.export import adapter, gguf_model, merge, ollama
 from lorafit.export.chat_template import chat_template
 from lorafit.export.run import export_run
 from lorafit.export.run_source import RunSource
+from lorafit.model.lora import LoraLinear
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -86,8 +87,7 @@ def eight_bit_base(patch: pytest.MonkeyPatch) -> None:
         if name not in source.adapted:
             return weight
         step = weight.abs().amax(1, keepdim=True) / 127
-        a, b = right(source, name)
-        return torch.addmm((weight / step).round() * step, b, a, alpha=source.spec.scale)
+        return LoraLinear.merge((weight / step).round() * step, right(source, name), source.spec.scale)
 
     tensor = RunSource.tensor
     patch.setattr(RunSource, "tensor", wrong)

@@ -63,7 +63,7 @@ def write_models(folder: Path) -> list[str]:
 
 def write_and_load(folder: Path) -> Models:
     """The models of `write_models`, in float32."""
-    from lorafit.model.device import DTYPES
+    from lorafit.model.dtypes import DTYPES
 
     models = load_many(write_models(folder), device="cpu", offline=True)
     models.network.to(DTYPES["float32"])

@@ -24,7 +24,7 @@ from lorafit.errors import LorafitError
 from lorafit.forward import pack_loss
 from lorafit.model.build import build
 from lorafit.model.llama import Llama
-from lorafit.model.lora import LoraLinear, adapted, disable_adapter, evaluating
+from lorafit.model.lora import adapted, adapter_parameters, disable_adapter, evaluating
 from lorafit.model.memory import is_out_of_memory, release_free_memory
 from lorafit.observe.progress import progress
 from lorafit.observe.units import duration, memory_size
@@ -65,14 +65,14 @@ def probe(network: Llama, packs: Sequence[Pack], learning_rate: float) -> Measur
         if started:
             with disable_adapter(network):
                 base = _loss(network, packs)
-        before, gradients = _gradients(network, packs, layers)
+        before, gradients = _gradients(network, packs)
         all_started = all(bool(layer.lora_B.any()) for layer in layers.values())
         looked_at = {n: g for n, g in gradients.items() if all_started or n.endswith("lora_B")}
         with torch.no_grad():
             for name, layer in layers.items():
                 gradient = gradients[f"{name}.lora_B"]
                 layer.lora_B.sub_(learning_rate * gradient / (gradient.abs() + _EPS))
-        after, gradients = _gradients(network, packs, layers)
+        after, gradients = _gradients(network, packs)
         looked_at |= {name: g for name, g in gradients.items() if name not in looked_at}
     wild = tuple(name for name, g in looked_at.items() if not bool(torch.isfinite(g).all()))
     dead = tuple(name for name, g in looked_at.items() if name not in wild and not bool(g.any()))
@@ -109,20 +109,14 @@ def _loss(network: Llama, packs: Sequence[Pack]) -> float:
     return total / max(1, sum(len(pack.targets) for pack in packs))
 
 
-def _gradients(
-    network: Llama, packs: Sequence[Pack], layers: dict[str, LoraLinear]
-) -> tuple[float, dict[str, Tensor]]:
+def _gradients(network: Llama, packs: Sequence[Pack]) -> tuple[float, dict[str, Tensor]]:
     """(mean loss, gradient of every adapter tensor; zeros where there is none). Float16 is scaled as in training."""
     targets = max(1, sum(len(pack.targets) for pack in packs))
-    adapter_parameters = {
-        f"{name}.{part}": getattr(layer, part)
-        for name, layer in layers.items()
-        for part in ("lora_A", "lora_B")
-    }
+    parameters = adapter_parameters(network)
     scales = _FLOAT16_SCALES if network.lm_head.weight.dtype == torch.float16 else (1.0,)
     total, found = math.nan, dict[str, Tensor]()
     for scale in scales:
-        for parameter in adapter_parameters.values():
+        for parameter in parameters.values():
             parameter.grad = None
         total = 0.0
         for pack in packs:
@@ -130,8 +124,7 @@ def _gradients(
             (loss * (scale / targets)).backward()
             total += float(loss.detach())
         found = {
-            name: torch.zeros_like(m) if m.grad is None else m.grad / scale
-            for name, m in adapter_parameters.items()
+            name: torch.zeros_like(m) if m.grad is None else m.grad / scale for name, m in parameters.items()
         }
         if all(bool(torch.isfinite(g).all()) for g in found.values()):
             break

@@ -18,6 +18,7 @@ def _interval(value: object) -> object:
 
 
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Quantize = Literal["none", "int8", "nf4", "fp8"]  # "none" and the names of model/quant.py's QUANTIZERS
 Interval = Annotated[int, BeforeValidator(_interval), Field(ge=0)]
 
 
@@ -42,7 +43,7 @@ class ModelSection(Section):
         description="Type of the base and of the compute: `auto` is bfloat16 where the hardware multiplies it, "
         "float16 on older CUDA chips, else float32. The adapter is float32 always (float64 with float64).",
     )
-    quantize: Literal["none", "int8", "nf4", "fp8"] = Field(
+    quantize: Quantize = Field(
         "none",
         description="Bits of the frozen linears: `int8` is faster than 16 bits and half as large, `nf4` is the "
         "smallest and slower (extra `nf4`), `fp8` is for CUDA chips of capability 8.9 or more.",

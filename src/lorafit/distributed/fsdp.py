@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from lorafit.model.llama import Llama
-from lorafit.model.quant import Int8Linear
+from lorafit.model.quant import QuantizedLinear
 
 
 def shard_base(network: Llama, device: torch.device) -> None:
@@ -22,7 +22,7 @@ def shard_base(network: Llama, device: torch.device) -> None:
     for parameter in adapter_parameters:
         parameter.data = parameter.data.to(device)
     for module in network.modules():
-        if isinstance(module, Int8Linear):
+        if isinstance(module, QuantizedLinear):
             _as_parameters(module)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     ignored = set(adapter_parameters)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from lorafit.distributed.env import ProcessEnv
 from lorafit.errors import ConfigError, LorafitError
+from lorafit.model.quant import QUANTIZERS
 
 _POLL_SECONDS = 0.05
 
@@ -203,11 +204,12 @@ def _wait(there: Callable[[], bool]) -> None:
 
 def check_strategy(strategy: str, quantize: str, env: ProcessEnv) -> None:
     """Raise ConfigError when `distributed.strategy` does not go with the processes that were started, or the base."""
-    if strategy == "fsdp" and quantize not in ("none", "int8"):
+    if strategy == "fsdp" and quantize != "none" and not QUANTIZERS[quantize].shards:
+        shards = [name for name, quantizer in QUANTIZERS.items() if quantizer.shards]
         raise ConfigError(
             f"a base in {quantize} cannot be shared out",
             place="distributed.strategy",
-            hint="use ddp, or model.quantize=int8 or none",
+            hint=f"use ddp, or model.quantize={', '.join(shards)} or none",
         )
     if strategy == "single" and not env.is_single_process:
         raise ConfigError(

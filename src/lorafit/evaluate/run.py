@@ -17,7 +17,7 @@ from lorafit.evaluate.tasks import Score, Task, read_tasks, score
 from lorafit.hub.client import model_folder
 from lorafit.infer.model import Model, load
 from lorafit.model.architecture import read_architecture
-from lorafit.model.device import DTYPES
+from lorafit.model.dtypes import DTYPES
 from lorafit.model.lora import disable_adapter
 from lorafit.model.quant import Quantize
 from lorafit.observe.progress import progress

@@ -16,10 +16,10 @@ from lorafit.export.chat_template import chat_template
 from lorafit.export.gguf_types import byte_shape, file_type, stored, tensor_type
 from lorafit.export.gguf_vocabulary import Vocabulary, vocabulary
 from lorafit.export.run_source import RunSource
-from lorafit.model.architecture import Architecture, Rope
+from lorafit.model.architecture import FAMILIES, Architecture, Rope
 from lorafit.model.llama import inverse_frequencies
+from lorafit.model.lora import VARIANTS
 
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -47,9 +47,7 @@ def write_gguf(
     Raises OSError, and ModelError for a network or tokenizer that llama.cpp has no counterpart of.
     """
     arch = source.arch
-    if arch.model_type == "qwen3" and arch.qkv_bias:
-        raise ModelError("llama.cpp's qwen3 has no attention biases", place=str(source.base.path))
-    writer = gguf.GGUFWriter(path, _ARCHITECTURES[arch.model_type])
+    writer = gguf.GGUFWriter(path, _architecture(source))
     try:
         writer.add_type("model")
         writer.add_name(source.name)
@@ -81,8 +79,12 @@ def write_gguf(
 
 def write_lora(source: RunSource, path: Path) -> None:
     """Write the adapter alone, float32, for `llama-cli --lora` and the like. Raises OSError."""
+    if not VARIANTS[source.spec.variant].is_plain:
+        raise ModelError(
+            f"llama.cpp has no adapters of the variant `{source.spec.variant}`", hint="export `gguf`"
+        )
     arch = source.arch
-    writer = gguf.GGUFWriter(path, _ARCHITECTURES[arch.model_type])
+    writer = gguf.GGUFWriter(path, _architecture(source))
     try:
         writer.add_type("adapter")
         writer.add_name(source.name)
@@ -91,15 +93,25 @@ def write_lora(source: RunSource, path: Path) -> None:
         writer.add_float32("adapter.lora.alpha", source.spec.scale * source.spec.rank)
         for name in source.weights:
             if name in source.adapted:
-                a, b = source.factors(name)
-                b = permuted(b, name, arch)
-                writer.add_tensor(f"{gguf_name(name)}.lora_a", a.contiguous().numpy())
+                factors = source.factors(name)
+                b = permuted(factors["lora_B"], name, arch)
+                writer.add_tensor(f"{gguf_name(name)}.lora_a", factors["lora_A"].contiguous().numpy())
                 writer.add_tensor(f"{gguf_name(name)}.lora_b", b.contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     finally:
         writer.close()
+
+
+def _architecture(source: RunSource) -> str:
+    """llama.cpp's name of the network. Raises ModelError if it has none."""
+    arch, family = source.arch, FAMILIES[source.arch.model_type]
+    if family.gguf is None:
+        raise ModelError(f"llama.cpp has no `{arch.model_type}` networks", place=str(source.base.path))
+    if arch.qkv_bias and not family.gguf_qkv_bias:
+        raise ModelError(f"llama.cpp's {family.gguf} has no attention biases", place=str(source.base.path))
+    return family.gguf
 
 
 def gguf_name(name: str) -> str:
@@ -111,21 +123,22 @@ def gguf_name(name: str) -> str:
 
 
 def permuted(weight: Tensor, name: str, arch: Architecture) -> Tensor:
-    """A weight, bias or B of a q or k projection in the row order of llama.cpp's `llama`, anything else as it is.
+    """A weight, bias or B of a q or k projection in the row order of llama.cpp, anything else as it is.
 
-    Hugging Face turns the halves of a head against each other, llama.cpp neighbouring rows; qwen's is not changed.
+    Hugging Face rotates the halves of a head, llama.cpp neighbouring rows for some architectures (see Family).
     """
     module = name.rpartition(".")[0]
-    if _ARCHITECTURES[arch.model_type] != "llama" or not module.endswith((".q_proj", ".k_proj")):
+    interleaved = FAMILIES[arch.model_type].gguf_interleaved_rope
+    if not interleaved or not module.endswith((".q_proj", ".k_proj")):
         return weight
     heads = arch.num_attention_heads if module.endswith(".q_proj") else arch.num_key_value_heads
     rows = weight.unflatten(0, (heads, 2, arch.head_dim // 2))
-    turned: Tensor = rows.transpose(1, 2).flatten(0, 2)
-    return turned
+    reordered: Tensor = rows.transpose(1, 2).flatten(0, 2)
+    return reordered
 
 
 def context_length(arch: Architecture) -> int:
-    """Tokens up to which llama.cpp, which gives these networks no sliding window, computes the same."""
+    """The longest text for which llama.cpp computes the same: it has no sliding window for these networks."""
     return min([arch.max_position_embeddings, *(window for window in arch.windows if window is not None)])
 
 

@@ -15,23 +15,16 @@ from typing import Any
 
 from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import ModelError
+from lorafit.model.architecture import FAMILIES
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _NEVER_MERGED = -1e6
 _UNREACHABLE = "\u00fe \u00ff"  # bytes that UTF-8 never has: a list of merges must not be empty
-_LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-_QWEN_2 = _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# llama.cpp's names for the patterns by which byte-level tokenizers cut a text into words
-_PATTERNS = {_LLAMA_3: "llama-bpe", _QWEN_2: "qwen2", _TEKKEN: "tekken"}
+# names of llama.cpp for the regular expressions by which byte-level tokenizers split a text
+_PATTERNS = {
+    split: name for family in FAMILIES.values() for split, name in family.gguf_pre_tokenizers.items()
+}
 
 
 @dataclass(frozen=True, slots=True)

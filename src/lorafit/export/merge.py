@@ -14,11 +14,10 @@ from torch import Tensor
 
 from lorafit.export.chat_template import chat_template
 from lorafit.export.run_source import RunSource
+from lorafit.model.dtypes import BY_GGUF_NAME, dtype_name, dtype_names
 from lorafit.model.weights import INDEX, SINGLE
 
 MAX_SHARD = 5_000_000_000  # bytes, as transformers cuts
-TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _TOKENIZER_FILES = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -34,7 +33,7 @@ def merged_type(source: RunSource, asked: str) -> torch.dtype:
     """The type to merge into: `asked` (f32, bf16, f16), or with `auto` the base's own."""
     if asked == "auto":
         return torch.float32 if source.dtype == torch.float64 else source.dtype
-    return TYPES[asked]
+    return BY_GGUF_NAME[asked]
 
 
 def write_merged(
@@ -66,7 +65,7 @@ def write_merged(
         _write_json(staging / INDEX, index)
     config = _read_json(source.base.path / "config.json")
     config.pop("dtype", None)
-    config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    config["torch_dtype"] = dtype_name(dtype)
     _write_json(staging / "config.json", config)
     _write_json(staging / "generation_config.json", generation_config(source))
     write_tokenizer(source, staging)
@@ -127,7 +126,7 @@ def _write_shard(
     for name in names:
         start, end = end, end + _num_bytes(source, name, dtype)
         shape = list(source.weights[name].shape)
-        header[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [start, end]}
+        header[name] = {"dtype": dtype_names(dtype).safetensors, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()

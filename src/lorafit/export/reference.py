@@ -22,7 +22,7 @@ from lorafit.infer.engine import stream
 from lorafit.infer.sampling import Sampling
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.build import build_saved
-from lorafit.model.linear import Frozen, LowRank, with_low_rank
+from lorafit.model.linear import Frozen, LowRank, replace_module, with_low_rank
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraLinear
 from lorafit.model.memory import available_bytes
@@ -175,7 +175,9 @@ def _round(
     for done, name in enumerate(source.weights, 1):
         module_name, _, part = name.rpartition(".")
         module = network.get_submodule(module_name)
-        weight = _merged(module) if isinstance(module, LoraLinear) and part == "weight" else None
+        weight = None
+        if isinstance(module, LoraLinear) and part == "weight":
+            weight = module.base.dequantize().float() + module.delta()
         module = getattr(module, "base", module)
         exact: Tensor = getattr(module, part).float() if weight is None else weight
         weight = rounding.weights(name, exact)
@@ -183,17 +185,12 @@ def _round(
             raise RunError(f"weight `{name}` changes by {change:.1%} when it is rounded to this type")
         weight = weight.to(network.lm_head.weight.dtype)
         if isinstance(module, Frozen) and part == "weight":
-            parent, _, child = module_name.rpartition(".")
-            setattr(network.get_submodule(parent), child, _Rounded(weight, module.bias, rounding.into))
+            replace_module(network, module_name, _Rounded(weight, module.bias, rounding.into))
         else:
             setattr(module, part, nn.Parameter(weight, requires_grad=False))
         progress(done, len(source.weights))
     if source.arch.tie_word_embeddings:
         network.lm_head.weight = network.model.embed_tokens.weight
-
-
-def _merged(linear: LoraLinear) -> Tensor:
-    return linear.base.dequantize().float() + linear.scale * (linear.lora_B.float() @ linear.lora_A.float())
 
 
 class _Rounded(Frozen):

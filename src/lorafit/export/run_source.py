@@ -15,15 +15,15 @@ from lorafit.data.prompt import PromptContract, Renderer
 from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import ModelError, Problem, RunError
 from lorafit.hub.client import ModelFolder, model_folder
-from lorafit.model.adapter_file import WEIGHTS, read_spec
+from lorafit.model.adapter_file import WEIGHTS, adapted_modules, module_tensors, read_spec
 from lorafit.model.architecture import Architecture, read_architecture
-from lorafit.model.lora import LoraSpec
+from lorafit.model.dtypes import BY_SAFETENSORS_NAME
+from lorafit.model.lora import VARIANTS, LoraSpec
 from lorafit.model.weights import fingerprint, weight_files
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import read_facts
 
-_PREFIX, _HEAD, _TABLE = "base_model.model.", "lm_head.weight", "model.embed_tokens.weight"
-_STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+_HEAD, _TABLE = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,25 +77,20 @@ class RunSource:
         return max(sizes, key=lambda dtype: sizes[dtype])
 
     def tensor(self, name: str, *, merged: bool = True) -> Tensor:
-        """A weight with the adapter merged: W + scale * B A in float32 where it is adapted, as it is stored elsewhere.
+        """A weight: with the adapter merged in float32 if it is adapted and `merged`, else as it is stored.
 
-        The file is open for this tensor only, so no more than one is in memory. Not `merged` is the base's.
+        The file is open for this tensor only, so no more than one is in memory.
         """
         stored = self.weights[name]
         with safe_open(stored.file, framework="pt", device="cpu") as file:
             weight: Tensor = file.get_tensor(stored.stored_name).clone()
         if not merged or name not in self.adapted:
             return weight
-        a, b = self.factors(name)
-        return torch.addmm(weight.float(), b, a, alpha=self.spec.scale)
+        return VARIANTS[self.spec.variant].merge(weight, self.factors(name), self.spec.scale)
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """The adapter's A (rank, in_features) and B (out_features, rank) of a weight, float32."""
-        module = _PREFIX + name.removesuffix(".weight")
-        with safe_open(self.adapter / WEIGHTS, framework="pt", device="cpu") as file:
-            a: Tensor = file.get_tensor(f"{module}.lora_A.weight").float()
-            b: Tensor = file.get_tensor(f"{module}.lora_B.weight").float()
-        return a, b
+    def factors(self, name: str) -> dict[str, Tensor]:
+        """The adapter's tensors of a weight by part: `lora_A` (rank, in_features), `lora_B` (out_features, rank)."""
+        return module_tensors(self.adapter, name.removesuffix(".weight"))
 
 
 def open_source(path: str | Path, *, offline: bool = False) -> RunSource:
@@ -154,7 +149,7 @@ def _stored(folder: Path) -> Iterator[tuple[str, Stored]]:
             with safe_open(path, framework="pt", device="cpu") as file:
                 for name in file.keys():  # noqa: SIM118, not a mapping
                     part = file.get_slice(name)
-                    dtype = _STORED.get(part.get_dtype())
+                    dtype = BY_SAFETENSORS_NAME.get(part.get_dtype())
                     if dtype is None:
                         raise ModelError(
                             f"weight `{name}` is {part.get_dtype()}: adapters are merged into 16 or 32 bits only",
@@ -171,17 +166,12 @@ def _stored(folder: Path) -> Iterator[tuple[str, Stored]]:
 
 def _adapted(adapter: Path, weights: dict[str, Stored]) -> frozenset[str]:
     """The weights that the adapter changes. Raises ModelError naming those that the base does not have."""
-    path = adapter / WEIGHTS
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            names = {name.removeprefix(_PREFIX) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"the adapter cannot be read: {error}", place=str(path)) from None
-    parts = {"lora_A", "lora_B"}
-    pairs = {name.rsplit(".", 2)[0] + ".weight" for name in names if name.rsplit(".", 2)[1] in parts}
-    if strange := sorted(pairs - weights.keys()):
+    names = {f"{module}.weight" for module in adapted_modules(adapter)}
+    if unknown := sorted(names - weights.keys()):
         raise ModelError.of(
-            Problem(f"the adapter changes `{name}`, which the base model does not have", str(path))
-            for name in strange
+            Problem(
+                f"the adapter changes `{name}`, which the base model does not have", str(adapter / WEIGHTS)
+            )
+            for name in unknown
         )
-    return frozenset(pairs)
+    return frozenset(names)

@@ -5,13 +5,7 @@ from __future__ import annotations
 import torch
 
 from lorafit.errors import ConfigError
-
-DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
+from lorafit.model.dtypes import DTYPES
 
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:

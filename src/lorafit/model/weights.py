@@ -1,4 +1,4 @@
-"""Weights from safetensors into a network: memory-mapped, cast one tensor at a time, every name accounted for."""
+"""Loads weights from safetensors files into a network: memory-mapped, cast one tensor at a time, every name checked."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from lorafit.errors import ModelError, Problem
 from lorafit.model.architecture import Architecture
-from lorafit.model.linear import Frozen
+from lorafit.model.dtypes import dtype_names
+from lorafit.model.linear import Frozen, replace_module
 from lorafit.model.llama import Llama
-from lorafit.model.quant import Quantize, quantized
+from lorafit.model.quant import QUANTIZERS, Quantize
 from lorafit.storage.safe_read import MB, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_INDEX = 64 * MB
-_STORED = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def load_network(
@@ -31,17 +31,17 @@ def load_network(
     progress: Callable[[int, int], None] | None = None,
     quantize: Quantize = "none",
 ) -> Llama:
-    """The network of a model folder with its weights, frozen; linears but the head in fewer bits if asked for.
+    """The network of a model folder with its weights, frozen; `quantize` applies to all linears but the head.
 
-    Where type and device match the file, tensors stay mapped to it and cost no memory of their own. `progress`
-    is told (tensors done, tensors in all). Raises ModelError naming every tensor that is missing, unexpected or
-    of another shape.
+    If type and device match the file, tensors stay mapped to it and need no memory of their own. `progress` receives
+    (tensors done, tensors in all). Raises ModelError naming every tensor that is missing, unexpected or of another
+    shape.
     """
     with torch.device("meta"):
         network = Llama(arch)
-    wanted = dict(network.named_parameters())  # a tied head is listed once, as embed_tokens
+    parameters = dict(network.named_parameters())  # a tied head is listed once, as embed_tokens
     with ExitStack() as stack:
-        where: dict[str, tuple[safe_open, str]] = {}  # parameter -> open file and the tensor's name in it
+        stored: dict[str, tuple[safe_open, str]] = {}  # parameter -> open file and the tensor's name in it
         for path in weight_files(folder):
             try:
                 file = stack.enter_context(_open(path, dtype, device, quantize))
@@ -49,50 +49,44 @@ def load_network(
                 raise ModelError(
                     f"weights cannot be read: {error}", place=str(path), hint="download the file again"
                 ) from None
-            where |= {name: (file, name) for name in file.keys()}  # noqa: SIM118, not a mapping
-        if arch.tie_word_embeddings and "lm_head.weight" in where:
-            _merge_tied(where, folder)
-        where = {name: file for name, file in where.items() if not name.endswith("rotary_emb.inv_freq")}
-        problems = [
-            Problem(f"weight `{name}` is missing", str(folder)) for name in wanted.keys() - where.keys()
-        ]
-        problems += [
-            Problem(f"weight `{name}` has no place in a {arch.model_type} network", str(folder))
-            for name in where.keys() - wanted.keys()
-        ]
-        for name in wanted.keys() & where.keys():
-            file, stored = where[name]
-            shape, right = file.get_slice(stored).get_shape(), list(wanted[name].shape)
+            stored |= {name: (file, name) for name in file.keys()}  # noqa: SIM118, not a mapping
+        if arch.tie_word_embeddings and "lm_head.weight" in stored:
+            _merge_tied(stored, folder)
+        stored = {name: file for name, file in stored.items() if not name.endswith("rotary_emb.inv_freq")}
+        faults = [f"`{name}` is missing" for name in parameters.keys() - stored.keys()]
+        unknown = stored.keys() - parameters.keys()
+        faults += [f"`{name}` has no place in a {arch.model_type} network" for name in unknown]
+        for name in parameters.keys() & stored.keys():
+            file, stored_name = stored[name]
+            shape, right = file.get_slice(stored_name).get_shape(), list(parameters[name].shape)
             if shape != right:
-                problems.append(
-                    Problem(f"weight `{name}` has shape {shape}, config.json says {right}", str(folder))
-                )
-        if problems:
-            raise ModelError.of(sorted(problems, key=lambda problem: problem.message))
-        for done, name in enumerate(wanted, 1):
-            file, stored = where[name]
-            tensor = file.get_tensor(stored)
+                faults.append(f"`{name}` has shape {shape}, config.json says {right}")
+        if faults:
+            raise ModelError.of(Problem(f"weight {fault}", str(folder)) for fault in sorted(faults))
+        for done, name in enumerate(parameters, 1):
+            file, stored_name = stored[name]
+            tensor = file.get_tensor(stored_name)
             if not tensor.is_floating_point():
                 raise ModelError(f"weight `{name}` is {tensor.dtype}, not floating point", place=str(folder))
-            _place(network, name, tensor.to(device=device, dtype=dtype), quantize)
+            _set_weight(network, name, tensor.to(device=device, dtype=dtype), quantize)
             if progress is not None:
-                progress(done, len(wanted))
+                progress(done, len(parameters))
     if arch.tie_word_embeddings:
         network.lm_head.weight = network.model.embed_tokens.weight
     return network.requires_grad_(False).eval()
 
 
 def _open(path: Path, dtype: torch.dtype, device: torch.device, quantize: Quantize) -> safe_open:
-    """The file mapped where tensors stay as they are in it; else read one by one, as mapped pages would stay too."""
-    mapped = safe_open(path, framework="pt", device="cpu")
-    kept = device.type == "cpu" and quantize == "none"
-    if kept and any(mapped.get_slice(name).get_dtype() == _STORED[dtype] for name in mapped.keys()):  # noqa: SIM118
+    """The file, mapped if tensors stay as they are in it; else they are read, as mapped pages would stay in memory."""
+    mapped, name = safe_open(path, framework="pt", device="cpu"), dtype_names(dtype).safetensors
+    keeps_tensors = device.type == "cpu" and quantize == "none"
+    if keeps_tensors and any(mapped.get_slice(key).get_dtype() == name for key in mapped.keys()):  # noqa: SIM118
         return mapped
     return safe_open(path, framework="pt", device="cpu", backend="pread")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, single or sharded. Raises ModelError when some are missing."""
+    """The safetensors files of a model folder, single or sharded. Raises ModelError if one is missing."""
     if (folder / INDEX).is_file():
         try:
             weight_map = read_json(folder / INDEX, MAX_INDEX)["weight_map"]
@@ -119,7 +113,7 @@ def weight_files(folder: Path) -> list[Path]:
 def fingerprint(folder: Path) -> str:
     """A digest of the base model: config.json, every weight file's size and header, and a sample of its bytes.
 
-    A few megabytes are read however large the model is; two different checkpoints differ in it.
+    It reads a few megabytes whatever the model's size; two different checkpoints have different digests.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in weight_files(folder):
@@ -134,10 +128,10 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _merge_tied(where: dict[str, tuple[safe_open, str]], folder: Path) -> None:
-    """A tied table is stored under either name or both; if both hold different numbers, something is wrong."""
-    head = where.pop("lm_head.weight")
-    embedding = where.setdefault("model.embed_tokens.weight", head)
+def _merge_tied(stored: dict[str, tuple[safe_open, str]], folder: Path) -> None:
+    """A tied table is stored under either name or both. Raises ModelError if both exist and differ."""
+    head = stored.pop("lm_head.weight")
+    embedding = stored.setdefault("model.embed_tokens.weight", head)
     if not torch.equal(head[0].get_tensor(head[1]), embedding[0].get_tensor(embedding[1])):
         raise ModelError(
             "config.json ties the head to the embedding, but `lm_head.weight` holds other numbers",
@@ -146,12 +140,10 @@ def _merge_tied(where: dict[str, tuple[safe_open, str]], folder: Path) -> None:
         )
 
 
-def _place(network: nn.Module, name: str, tensor: Tensor, quantize: Quantize) -> None:
+def _set_weight(network: nn.Module, name: str, tensor: Tensor, quantize: Quantize) -> None:
     parent, _, child = name.rpartition(".")
     module = network.get_submodule(parent)
-    few = quantized(quantize, tensor) if isinstance(module, Frozen) and child == "weight" else None
-    if few is not None:  # the bias comes after the weight, and goes to what stands there then
-        above, _, own = parent.rpartition(".")
-        setattr(network.get_submodule(above), own, few)
+    if quantize != "none" and isinstance(module, Frozen) and child == "weight":
+        replace_module(network, parent, QUANTIZERS[quantize](tensor))  # the bias comes after the weight
     else:
         setattr(module, child, nn.Parameter(tensor, requires_grad=False))

@@ -13,11 +13,8 @@ from dataclasses import dataclass
 from lorafit.forward import FILL
 from lorafit.model.architecture import Architecture
 from lorafit.model.loss import CHUNK_BYTES
-from lorafit.model.quant import Quantize
+from lorafit.model.quant import QUANTIZERS, Quantize
 
-# Bytes a weight of a linear takes, where that is not the compute type's: nf4 has a scale for every 64 weights,
-# itself in 8 bits; fp8 keeps a copy for each direction.
-_WEIGHT_BYTES = {"int8": 1.0, "nf4": 0.516, "fp8": 2.0}
 _NAMES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 _SLOW_ATTENTION = (
     3.0  # its products run in float32 and in small blocks: FLOPs that cost as much as so many others
@@ -76,15 +73,15 @@ class _Group:
 def _groups(shape: Shape, work: PassCost, layer: int) -> list[_Group]:
     """The four groups of a layer in order; the last layer goes on with the supervised rows after attention."""
     arch = shape.arch
-    q, kv = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
-    hidden, inner = arch.hidden_size, arch.intermediate_size
     rows = work.supervised if layer == arch.num_hidden_layers - 1 else work.filled
-    return [
-        _Group(tuple(zip(_NAMES[0], (q, kv, kv), strict=True)), hidden, hidden, True, work.filled),
-        _Group(tuple(zip(_NAMES[1], (hidden,), strict=True)), q, q, False, rows),
-        _Group(tuple(zip(_NAMES[2], (inner, inner), strict=True)), hidden, hidden, True, rows),
-        _Group(tuple(zip(_NAMES[3], (hidden,), strict=True)), inner, 2 * inner, True, rows),
-    ]
+    groups = []
+    for names in _NAMES:
+        linears = tuple((name, arch.linears[name][0]) for name in names)
+        width = arch.linears[names[0]][1]
+        inputs = 2 * width if names == ("down_proj",) else width
+        rows_here = work.filled if "q_proj" in names else rows
+        groups.append(_Group(linears, width, inputs, names != ("o_proj",), rows_here))
+    return groups
 
 
 def _adapted_before(shape: Shape, layer: int, group: int) -> bool:
@@ -143,10 +140,8 @@ def working_bytes(shape: Shape, work: PassCost) -> float:
     layer = rows * width * (2 * arch.hidden_size + 3 * arch.intermediate_size)
     if shape.dropout:
         layer += rows * width * arch.intermediate_size  # the input with what is left of it
-    if shape.quantize == "int8":
-        layer += rows * (4 * arch.intermediate_size + arch.hidden_size)  # int32 sums, the quantised slope
-    if shape.quantize == "nf4":
-        layer += arch.intermediate_size * arch.hidden_size * (width + 4)  # a weight unpacked
+    if shape.quantize != "none":
+        layer += QUANTIZERS[shape.quantize].working_bytes(rows, *arch.linears["down_proj"], width)
     if shape.recompute:
         layer += layer_saved_bytes(shape, work, middle)
     loss = min(CHUNK_BYTES, work.supervised * arch.vocab_size * width)
@@ -156,15 +151,9 @@ def working_bytes(shape: Shape, work: PassCost) -> float:
 
 def base_bytes(shape: Shape) -> float:
     """Bytes of the frozen base in memory."""
-    linears = _num_linear_weights(shape.arch)
-    rest = shape.arch.num_parameters - linears
-    return linears * _WEIGHT_BYTES.get(shape.quantize, shape.width) + rest * shape.width
-
-
-def _num_linear_weights(arch: Architecture) -> int:
-    q, kv = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
-    layer = arch.hidden_size * (2 * q + 2 * kv) + 3 * arch.hidden_size * arch.intermediate_size
-    return layer * arch.num_hidden_layers
+    linears = shape.arch.num_linear_weights
+    width = shape.width if shape.quantize == "none" else QUANTIZERS[shape.quantize].bytes_per_weight
+    return linears * width + (shape.arch.num_parameters - linears) * shape.width
 
 
 def num_trainable(shape: Shape) -> int:

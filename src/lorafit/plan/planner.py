@@ -20,7 +20,8 @@ from lorafit.hub.client import model_folder
 from lorafit.infer.model import AT_ONCE
 from lorafit.model.architecture import read_architecture
 from lorafit.model.build import build, wanted_adapter
-from lorafit.model.device import DTYPES, describe, pick_device, pick_dtype
+from lorafit.model.device import describe, pick_device, pick_dtype
+from lorafit.model.dtypes import dtype_name
 from lorafit.model.llama import Llama
 from lorafit.model.lora import match_targets
 from lorafit.model.memory import available_bytes, resident_bytes
@@ -166,7 +167,7 @@ class Planner:
             shared_tokens=round(work.shared),
             longest_pack_tokens=int(work.at(heaviest(shape, work)).tokens),
             device=describe(self.device),
-            dtype=str(pick_dtype(config.model.dtype, self.device)).removeprefix("torch."),
+            dtype=dtype_name(pick_dtype(config.model.dtype, self.device)),
             choice=_choice(config),
             memory=memory,
             peak_bytes=max(memory.total, loading_peak) if on_cpu else memory.total,
@@ -223,7 +224,7 @@ class Planner:
             adapted[int(parts[2])].add(parts[-1])
         return Shape(
             arch=arch,
-            width=DTYPES[str(dtype).removeprefix("torch.")].itemsize,
+            width=dtype.itemsize,
             quantize=config.model.quantize,
             adapted=tuple(frozenset(names) for names in adapted),
             rank=spec.rank,

@@ -20,7 +20,7 @@ from torch import Tensor
 from lorafit.errors import Problem, RunError
 from lorafit.model.adapter_file import CONFIG, WEIGHTS, adapter_files, adapter_tensors, fill_adapter
 from lorafit.model.llama import Llama
-from lorafit.model.lora import LoraSpec, adapted
+from lorafit.model.lora import LoraSpec, adapter_parameters
 from lorafit.storage.atomic import commit_folder, read_facts, verify_folder, write_files
 from lorafit.storage.safe_read import MB, parse_json, read_json
 from lorafit.training.loss_scale import LossScale
@@ -200,24 +200,16 @@ def export_adapter(folder: Path, checkpoint: Path, facts: Mapping[str, Any]) -> 
     commit_folder(folder, lambda staging: write_files(staging, files), facts, num_bytes)
 
 
-def _masters(network: Llama) -> dict[str, torch.nn.Parameter]:
-    return {
-        f"{name}.{part}": getattr(module, part)
-        for name, module in adapted(network).items()
-        for part in ("lora_A", "lora_B")
-    }
-
-
 def _optimizer_tensors(network: Llama, optimizer: AdamW) -> dict[str, Tensor]:
     return {
         f"optimizer.{name}.{key}": value.detach().cpu().contiguous()
-        for name, parameter in _masters(network).items()
+        for name, parameter in adapter_parameters(network).items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def _restore_optimizer(network: Llama, optimizer: AdamW, tensors: Mapping[str, Tensor]) -> None:
-    for name, parameter in _masters(network).items():
+    for name, parameter in adapter_parameters(network).items():
         prefix = f"optimizer.{name}."
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if any(value.ndim and value.shape != parameter.shape for value in state.values()):

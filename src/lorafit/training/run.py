@@ -30,6 +30,7 @@ from lorafit.model.architecture import attention_cost
 from lorafit.model.build import BaseModelCache
 from lorafit.model.compile import enable_compile
 from lorafit.model.device import describe
+from lorafit.model.dtypes import dtype_name
 from lorafit.model.llama import Llama
 from lorafit.model.memory import is_out_of_memory
 from lorafit.model.native import missing
@@ -273,7 +274,7 @@ def run_training(
                 num_parameters=network.arch.num_parameters,
                 num_trainable=sum(parameter.numel() for parameter in adapter_parameters),
                 device=("" if ranks.is_single_process else f"{ranks.world_size} x ") + describe(built.device),
-                dtype=str(built.dtype).removeprefix("torch."),
+                dtype=dtype_name(built.dtype),
                 output=str(run.path),
             )
         )

@@ -22,7 +22,8 @@ from lorafit.data.formats import Row
 from lorafit.data.packing import TokenRow
 from lorafit.errors import LorafitError
 from lorafit.infer.model import Model
-from lorafit.model.adapter_file import WEIGHTS, adapter_tensors
+from lorafit.model.adapter_file import PREFIX, WEIGHTS, adapter_tensors
+from lorafit.model.dtypes import dtype_name
 from lorafit.model.llama import Llama
 from lorafit.model.memory import release_free_memory
 from lorafit.observe.events import Observer, Progress, Proved
@@ -192,7 +193,7 @@ def compare_logits(
         "bound": bound,
         "noise_bound": NOISE[dtype] * size,
         "same_token": same,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
     }
     if not all(map(math.isfinite, (size, error, effect, noise))):
         return Check("reload", "fail", "the logits are not finite", {"positions": len(live)})
@@ -268,5 +269,5 @@ def _rms(values: Tensor) -> float:
 
 
 def _named(names: Sequence[str], most: int = 3) -> str:
-    listed = ", ".join(f"`{name.removeprefix('base_model.model.')}`" for name in names[:most])
+    listed = ", ".join(f"`{name.removeprefix(PREFIX)}`" for name in names[:most])
     return listed if len(names) <= most else f"{listed} and {len(names) - most} more"
