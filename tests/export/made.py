@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
+import torch
 from tests.tiny_models import write_model, write_rows
+from torch import Tensor
 
 from lorafit.config.load import load_config
 from lorafit.export import parity, readback
@@ -44,9 +44,10 @@ def read_back_here(patch: pytest.MonkeyPatch) -> None:
     """Have transformers and peft read exports back in this process, which has imported them already."""
     in_child = parity._read_back
 
-    def here(request: dict[str, Any]) -> tuple[dict[str, Any], NDArray[np.float32]]:
-        if request["kind"] in ("merged", "adapter"):
-            return readback._by_transformers({**request, "threads": 1})
-        return in_child(request)
+    def here(request: dict[str, Any], place: str) -> tuple[dict[str, Any], Tensor]:
+        if request["reader"] == "llama.cpp":
+            return in_child(request, place)
+        result, logits = readback.READERS[request["reader"]].read({**request, "threads": 1})
+        return result, torch.from_numpy(logits)
 
     patch.setattr(parity, "_read_back", here)

@@ -13,11 +13,12 @@ from tests.export.made import make_run, read_back_here
 
 from lorafit.cli.main import main
 from lorafit.errors import ConfigError, RunError
-from lorafit.export import parity
+from lorafit.export import readback
 from lorafit.export import run as export_module
 from lorafit.export.run import export_run
 from lorafit.infer.model import load
 from lorafit.storage.atomic import read_facts, verify_folder
+from lorafit.verify import reload
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_leaving_the_comparison_out_is_said_and_recorded(run: Path, tmp_path: Pa
 def test_a_program_that_is_missing_is_named_with_its_pip_line(
     run: Path, tmp_path: Path, cli: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parity, "_read_back", lambda request: ({"missing": ["transformers", "peft"]}, None))
+    monkeypatch.setattr(readback, "find_spec", lambda module: None)
     code, _, err = cli("export", run, "adapter", "--output", tmp_path / "out")
     assert code == 0
     line = "not verified: transformers and peft not installed (pip install 'lorafit[verify]')"
@@ -134,7 +135,7 @@ def test_a_full_disk_leaves_what_was_there(
     monkeypatch.setattr(export_module, "card", full)  # the last file of all
     with pytest.raises(RunError, match="No space left on device") as caught:
         export_run(run, kind, output=folder, verify=False)
-    assert "the run itself is untouched" in str(caught.value)
+    assert "the run itself is unchanged" in str(caught.value)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -159,13 +160,13 @@ def test_a_program_that_dies_is_told_with_its_last_words(
 
 def test_the_child_is_given_no_token(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, str] = {}
-    real = parity.subprocess.run
+    real = reload.subprocess.run
 
     def spy(*words: object, env: dict[str, str], **rest: object) -> object:
         seen.update(env)
         return real(*words, env=env, **rest)  # type: ignore[call-overload]
 
-    monkeypatch.setattr(parity.subprocess, "run", spy)
+    monkeypatch.setattr(reload.subprocess, "run", spy)
     monkeypatch.setenv("HF_TOKEN", "hf_canary1234567890")
     export_run(run, "gguf-lora", output=tmp_path / "out", offline=True)
     assert "HF_TOKEN" not in seen

@@ -15,7 +15,7 @@ from tests.tiny_models import write_model
 from torch import Tensor
 
 from lorafit.errors import LorafitError
-from lorafit.export import adapter, gguf_model, merge, ollama
+from lorafit.export import gguf_model, kinds, merge, ollama
 from lorafit.export.chat_template import chat_template
 from lorafit.export.run import export_run
 from lorafit.export.run_source import RunSource
@@ -75,7 +75,6 @@ def no_stop_token(patch: pytest.MonkeyPatch) -> None:
 
     right = merge.generation_config
     patch.setattr(merge, "generation_config", wrong)
-    patch.setattr(adapter, "generation_config", wrong)
 
 
 def eight_bit_base(patch: pytest.MonkeyPatch) -> None:
@@ -105,15 +104,16 @@ def alpha_alone(patch: pytest.MonkeyPatch) -> None:
 
 
 def alpha_alone_in_peft(patch: pytest.MonkeyPatch) -> None:
-    right = adapter.write_adapter
+    right = kinds.EXPORTS["adapter"]
 
-    def wrong(source: RunSource, staging: Path) -> None:
-        right(source, staging)
+    def wrong(source: RunSource, staging: Path, *rest: Any) -> dict[str, str]:
+        right.write(source, staging, *rest)
         config = json.loads((staging / "adapter_config.json").read_text())
         config["lora_alpha"] *= config["r"]
         (staging / "adapter_config.json").write_text(json.dumps(config))
+        return {}
 
-    patch.setattr("lorafit.export.run.write_adapter", wrong)
+    patch.setitem(kinds.EXPORTS, "adapter", dataclasses.replace(right, write=wrong))
 
 
 def alpha_alone_in_gguf(patch: pytest.MonkeyPatch) -> None:
@@ -248,7 +248,7 @@ def test_tied_embeddings_with_a_head_of_their_own_are_refused(
 
     tensor = RunSource.tensor
     patch.setattr(RunSource, "tensor", other_head)
-    patch.setattr("lorafit.export.run.write_merged", wrong)
+    patch.setattr(merge, "write_merged", wrong)
     (tmp_path / "out").mkdir()
     assert "logits differ by up to" in refused(run, "merged", "f32", tmp_path / "out" / "export")
 

@@ -14,8 +14,9 @@ from tests.export.made import make_run, source_of
 from tests.tiny_models import write_model
 
 from lorafit.errors import ModelError, RunError
-from lorafit.export.merge import generation_config, merged_type, plan_shards, write_merged
+from lorafit.export.merge import base_type, generation_config, plan_shards, write_merged
 from lorafit.infer.model import load
+from lorafit.model.dtypes import BY_GGUF_NAME
 from lorafit.model.weights import INDEX, fingerprint
 
 
@@ -27,7 +28,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def merged(run: Path, folder: Path, type_name: str = "f32", **settings: int) -> dict[str, torch.Tensor]:
     source = source_of(run)
     folder.mkdir()
-    sums = write_merged(source, folder, merged_type(source, type_name), lambda done, total: None, **settings)
+    dtype = BY_GGUF_NAME[base_type(source) if type_name == "auto" else type_name]
+    sums = write_merged(source, folder, dtype, lambda done, total: None, **settings)
     assert set(sums) == {path.name for path in folder.glob("*.safetensors")}
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
@@ -90,9 +92,10 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from tests.export.made import source_of
-from lorafit.export.merge import merged_type, write_merged
+from lorafit.export.merge import write_merged
+from lorafit.model.dtypes import BY_GGUF_NAME
 source = source_of(Path(sys.argv[1]))
-write = lambda folder, **cut: write_merged(source, folder, merged_type(source, "f32"), lambda *_: None, **cut)
+write = lambda folder, **cut: write_merged(source, folder, BY_GGUF_NAME["f32"], lambda *_: None, **cut)
 out = Path(sys.argv[2])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 out.mkdir()

@@ -1,4 +1,4 @@
-"""A new architecture is one record of FAMILIES: a toy one loads, trains, and is written as GGUF, without a change in src."""
+"""A new architecture is one record of FAMILIES: a toy one is read, loads and trains."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def test_a_toy_family_is_read_and_trains(tmp_path: Path) -> None:
     attach(network, LoraSpec(4, 8.0, 0.0, ("all-linear",), False), seed=0)
     hidden = network.hidden(IDS, PackedDocuments([len(IDS)]))
     loss_sum(network.model.norm(hidden), network.lm_head.weight, IDS.roll(-1)).backward()
-    gradients = [parameter.grad for name, parameter in adapter_parameters(network).items() if "lora_B" in name]
+    gradients = [
+        parameter.grad for name, parameter in adapter_parameters(network).items() if "lora_B" in name
+    ]
     assert len(gradients) == 14
     assert all(gradient is not None and bool(gradient.any()) for gradient in gradients)
 

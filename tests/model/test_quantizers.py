@@ -1,4 +1,4 @@
-"""A new quantisation is one class in QUANTIZERS: a toy one loads, is planned and is refused, without a change in src."""
+"""A new quantisation is one class in QUANTIZERS: a toy one loads, is planned and is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lorafit.errors import ConfigError
 from lorafit.model.architecture import read_architecture
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.linear import LowRank, matmul
-from lorafit.model.quant import QUANTIZERS, QuantizedLinear, Quantize, check_quantize
+from lorafit.model.quant import QUANTIZERS, Quantize, QuantizedLinear, check_quantize
 from lorafit.model.weights import load_network
 from lorafit.plan.cost_model import Shape, base_bytes
 

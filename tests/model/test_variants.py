@@ -1,10 +1,12 @@
-"""A new LoRA variant is one class in VARIANTS: a toy one trains, is saved, loaded and merged, without a change in src."""
+"""A new LoRA variant is one class in VARIANTS: a toy one trains, is saved, loaded and merged."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from lorafit.errors import ModelError
 from lorafit.model.adapter_file import adapter_files, adapter_tensors, load_adapter, module_tensors, read_spec
 from lorafit.model.attention import PackedDocuments
-from lorafit.model.linear import Frozen, replace_module
+from lorafit.model.linear import Frozen
 from lorafit.model.llama import Llama
 from lorafit.model.lora import VARIANTS, LoraLinear, LoraSpec, adapted, adapter_parameters, attach
 from lorafit.model.loss import loss_sum
@@ -76,7 +78,7 @@ def train(network: Llama, steps: int = 5) -> list[float]:
         value.backward()
         assert all(parameter.grad is not None for parameter in parameters)
         optimizer.step()
-        losses.append(float(value))
+        losses.append(float(value.detach()))
     return losses
 
 
@@ -112,23 +114,59 @@ def test_it_trains_and_is_the_same_when_saved_loaded_and_merged(tmp_path: Path) 
         torch.testing.assert_close(logits(merged), trained, rtol=1e-5, atol=1e-5)
 
 
-def test_its_gradients_are_those_of_autograd_alone() -> None:
-    """Against a network whose linears are plain torch, with dropout off."""
-    network, other = random_network(dtype=torch.float64), random_network(dtype=torch.float64)
-    attach(network, SPEC, seed=0)
-    generator = torch.Generator().manual_seed(0)
-    leaves = {}
-    for name, parameter in adapter_parameters(network).items():
-        parameter.data = 0.3 + 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        leaves[name] = parameter.detach().clone().requires_grad_()
-    for name, module in adapted(network).items():
-        parts = {part: leaves[f"{name}.{part}"] for part in module.parts}
-        replace_module(other, name, _Merged(module.base, parts, module.scale))
-    other.model.layers.__class__  # the reference computes each layer by its own forward below
-    value = loss(network)
-    value.backward()
-    reference = _reference_loss(other)
-    reference.backward()
-    torch.testing.assert_close(value.double(), reference, rtol=1e-9, atol=1e-9)
-    for name, parameter in adapter_parameters(network).items():
-        torch.testing.assert_close(parameter.grad, leaves[name].grad, rtol=1e-8, atol=1e-9, msg=name)
+class PlainByAutograd(LoraLinear):
+    """LoRA itself on the path of variants."""
+
+    is_plain: ClassVar = False
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_path_of_variants_computes_what_the_hand_written_one_does(
+    dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(VARIANTS, "by-autograd", PlainByAutograd)
+    results = []
+    for variant in ("lora", "by-autograd"):
+        network = random_network("llama-biases", dtype=torch.float64)
+        attach(network, replace(SPEC, dropout=dropout, variant=variant), seed=0)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in adapter_parameters(network).values():
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        torch.manual_seed(1)
+        value = loss(network.train())
+        value.backward()
+        gradients = {name: parameter.grad for name, parameter in adapter_parameters(network).items()}
+        results.append((value, gradients))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+
+
+def test_rows_of_one_pass_can_have_it_beside_plain_adapters(tmp_path: Path) -> None:
+    folders, alone = {}, {}
+    for number, spec in enumerate((SPEC, replace(SPEC, variant="lora", rank=3))):
+        network = random_network(head_dim=16, dtype=torch.float64)
+        resolved = attach(network, spec, seed=number)
+        train(network)
+        folders[spec.variant] = saved(tmp_path / spec.variant, network, resolved)
+        alone[spec.variant] = one_token_each(network)
+    network = random_network(head_dim=16, dtype=torch.float64)
+    alone[None] = one_token_each(network)
+    adapters = Adapters(network, folders)
+    names = ["magnitude", None, "lora", "magnitude", "lora"]
+    for taken in (names, ["magnitude"], ["lora"], [None], names[::-1]):
+        adapters.take(taken)
+        made = one_token_each(network)
+        for row, name in enumerate(taken * (5 // len(taken))):
+            torch.testing.assert_close(made[row], alone[name][row], rtol=1e-9, atol=1e-9)
+
+
+def one_token_each(network: Llama) -> Tensor:
+    with torch.inference_mode():
+        return network.eval().logits(network.hidden(IDS[:5], PackedDocuments([1] * 5)))
+
+
+def test_llama_cpp_has_no_adapter_of_it(tmp_path: Path) -> None:
+    from lorafit.export.gguf_model import write_lora
+
+    source: Any = SimpleNamespace(spec=SPEC)
+    with pytest.raises(ModelError, match="no adapters of the variant `magnitude`"):
+        write_lora(source, tmp_path / "lora.gguf")

@@ -137,13 +137,8 @@ def permuted(weight: Tensor, name: str, arch: Architecture) -> Tensor:
     return reordered
 
 
-def context_length(arch: Architecture) -> int:
-    """The longest text for which llama.cpp computes the same: it has no sliding window for these networks."""
-    return min([arch.max_position_embeddings, *(window for window in arch.windows if window is not None)])
-
-
 def _add_shape(writer: gguf.GGUFWriter, arch: Architecture) -> None:
-    writer.add_context_length(context_length(arch))
+    writer.add_context_length(arch.shortest_window)  # llama.cpp has no windows for these networks
     writer.add_embedding_length(arch.hidden_size)
     writer.add_block_count(arch.num_hidden_layers)
     writer.add_feed_forward_length(arch.intermediate_size)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lorafit.export.chat_template import chat_template
 from lorafit.export.run_source import RunSource
-from lorafit.model.dtypes import BY_GGUF_NAME, dtype_name, dtype_names
+from lorafit.model.dtypes import dtype_name, dtype_names
 from lorafit.model.weights import INDEX, SINGLE
 
 MAX_SHARD = 5_000_000_000  # bytes, as transformers cuts
@@ -29,11 +29,9 @@ class Shard:
     names: Sequence[str]
 
 
-def merged_type(source: RunSource, asked: str) -> torch.dtype:
-    """The type to merge into: `asked` (f32, bf16, f16), or with `auto` the base's own."""
-    if asked == "auto":
-        return torch.float32 if source.dtype == torch.float64 else source.dtype
-    return BY_GGUF_NAME[asked]
+def base_type(source: RunSource) -> str:
+    """The short name of the base's own type, to merge into; of float64 it is f32."""
+    return "f32" if source.dtype == torch.float64 else dtype_names(source.dtype).gguf
 
 
 def write_merged(

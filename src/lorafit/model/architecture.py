@@ -64,6 +64,11 @@ class Architecture:
         return attention | mlp
 
     @property
+    def shortest_window(self) -> int:
+        """Tokens of the longest text in which no window hides a token."""
+        return min([self.max_position_embeddings, *(window for window in self.windows if window is not None)])
+
+    @property
     def num_linear_weights(self) -> int:
         """Weights of all linears of all layers; no bias, embedding or head."""
         return self.num_hidden_layers * sum(out * width for out, width in self.linears.values())
