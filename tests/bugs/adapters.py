@@ -183,7 +183,7 @@ def a_fresh_process_says_the_same(lab: Lab) -> None:
 
 @probe(
     22,
-    Plant("model.weights:_merge_tied", "if not torch.equal(", "if False and not torch.equal("),
+    Plant("model.weights:stored_tensors", "if not torch.equal(", "if False and not torch.equal("),
     Plant(
         "model.weights:load_network",
         "network.lm_head.weight = network.model.embed_tokens.weight",

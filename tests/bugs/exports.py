@@ -58,9 +58,9 @@ def an_exported_model_knows_where_to_stop(lab: Lab) -> None:
         '(weight.float() * 7 / weight.abs().max()).round() * weight.abs().max() / 7, tensors["lora_B"]',
     ),
     Plant(
-        "export.run_source:_stored",
-        "BY_SAFETENSORS_NAME.get(part.get_dtype())",
-        "BY_SAFETENSORS_NAME.get(part.get_dtype(), torch.float32)",
+        "export.run_source:open_source",
+        "if stored.dtype not in BY_SAFETENSORS_NAME:",
+        "if not stored.dtype:",
     ),
 )
 def a_merge_is_into_the_original_numbers(lab: Lab) -> None:

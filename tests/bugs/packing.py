@@ -28,7 +28,7 @@ class _SideBySide(PackedDocuments):
     """What a CUDA device without flash attention does, on the CPU."""
 
     def _attend(self, q, k, v, window):  # type: ignore[no-untyped-def]
-        return self._side_by_side(q, k, v, window)
+        return self._batched(q, k, v, window)
 
 
 def _use(lab: Lab, backend: str) -> None:
@@ -38,7 +38,7 @@ def _use(lab: Lab, backend: str) -> None:
         return
     lab.patch.setattr(attention, "fits", lambda *tensors: False)
     if backend == "side by side":
-        lab.patch.setattr("lorafit.evaluate.heldout.PackedDocuments", _SideBySide)
+        lab.patch.setattr("lorafit.forward.PackedDocuments", _SideBySide)
 
 
 def _network(family: str, dtype: torch.dtype) -> Llama:
@@ -76,7 +76,7 @@ def _packed(network: Llama, lengths: Sequence[int], neighbour: int) -> tuple[flo
         _ONE_DOCUMENT,
     ),
     Plant(
-        "model.attention:PackedDocuments._side_by_side",
+        "model.attention:PackedDocuments._batched",
         "_groups(self.starts,",
         "_groups(self.starts[[0, -1]],",
     ),

@@ -181,9 +181,9 @@ def test_a_quantised_base_is_refused(run: Path, tmp_path: Path) -> None:
             source_of(other)
 
 
-def test_plan_keeps_every_weight_once_in_order(run: Path) -> None:
+def test_plan_keeps_every_weight_once(run: Path) -> None:
     source = source_of(run)
     for most in (1, 5_000, 10**9):
-        shards = plan_shards(source, torch.float32, most)
-        assert [name for shard in shards for name in shard.names] == list(source.weights)
-        assert all(shard.names for shard in shards)
+        shards = plan_shards(source, torch.float32, most).filename_to_tensors.values()
+        assert sorted(name for names in shards for name in names) == sorted(source.weights)
+        assert all(shards)

@@ -286,7 +286,7 @@ class _Prefix:
 
 def _take_prefix(spec: dict[str, Any], legacy: bool) -> _Prefix | None:
     """Removes from `spec` whatever prepends a blank to texts, and says how to do the same."""
-    for step in _steps(spec.get("pre_tokenizer")):
+    for step in steps_of(spec.get("pre_tokenizer")):
         if step["type"] == "Metaspace":
             default = "always" if step.pop("add_prefix_space", True) else "never"
             scheme, step["prepend_scheme"] = step.get("prepend_scheme", default), "never"
@@ -295,7 +295,7 @@ def _take_prefix(spec: dict[str, Any], legacy: bool) -> _Prefix | None:
         if step["type"] == "ByteLevel" and step.get("add_prefix_space"):
             step["add_prefix_space"] = False
             return _Prefix(" ", False, " ")
-    for step in _steps(spec.get("normalizer")):
+    for step in steps_of(spec.get("normalizer")):
         if step["type"] == "Prepend":
             # Without "legacy", transformers prepends to the start of a text only, whatever the file says.
             step.update(type="Replace", pattern={"String": step["prepend"]}, content=step["prepend"])
@@ -303,7 +303,7 @@ def _take_prefix(spec: dict[str, Any], legacy: bool) -> _Prefix | None:
     return None
 
 
-def _steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+def steps_of(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
     """A normalizer, pre-tokenizer or post-processor as its plain steps."""
     if part is None:
         return
@@ -312,13 +312,13 @@ def _steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
     if nested is None:
         yield part
     for step in nested or []:
-        yield from _steps(step)
+        yield from steps_of(step)
 
 
 def _growth(part: dict[str, Any] | None) -> int:
     """How many times as long the steps of a normalizer or decoder can make a text."""
     growth = 1
-    for step in _steps(part):
+    for step in steps_of(part):
         if step["type"] == "Replace":
             always_takes_some = bool(step["pattern"].get("String"))
             growth *= max(1, len(step["content"]) + (not always_takes_some))
@@ -331,7 +331,7 @@ def _growth(part: dict[str, Any] | None) -> int:
 
 def _adds(post_processor: dict[str, Any] | None, bos: str | None) -> bool:
     """Whether the post-processor starts texts with `bos`."""
-    for step in _steps(post_processor):
+    for step in steps_of(post_processor):
         if step["type"] == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
             return bool(step["single"][0]["SpecialToken"]["id"] == bos)
     return False

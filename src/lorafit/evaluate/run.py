@@ -22,7 +22,7 @@ from lorafit.model.lora import disable_adapter
 from lorafit.model.quant import Quantize
 from lorafit.observe.progress import progress
 from lorafit.run_dir import RunDirectory
-from lorafit.storage.atomic import MANIFEST, read_facts, verify_folder
+from lorafit.storage.atomic import check_manifest, read_facts
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +79,7 @@ def evaluate_run(
 
 def _merged(folder: Path) -> Path:
     """The folder of a merged export; RunError for anything else, or a damaged one."""
-    if (folder / MANIFEST).is_file() and (faults := verify_folder(folder, may_have_more=True)):
-        raise RunError(f"the export is damaged: {faults[0]}", place=str(folder))
+    check_manifest(folder, "the export")
     if not (folder / "config.json").is_file():
         raise RunError(
             f"`{folder}` is no merged model",

@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp and what is built on it: the merged model, or the adapter alone for a base already there."""
+"""Writes GGUF files for llama.cpp and programs built on it: the merged model, or the adapter alone."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 def write_gguf(
     source: RunSource, path: Path, kind: str, progress: Callable[[int, int], None], *, merged: bool = True
 ) -> None:
-    """Write the merged model (or, not `merged`, the base) as one file of type `kind`, a tensor at a time.
+    """Write the merged model (or the base, if not `merged`) as one file of type `kind`, a tensor at a time.
 
-    Raises OSError, and ModelError for a network or tokenizer that llama.cpp has no counterpart of.
+    Raises OSError, and ModelError for a network or tokenizer that llama.cpp does not have.
     """
     arch = source.arch
     writer = gguf.GGUFWriter(path, _architecture(source))
@@ -156,7 +156,7 @@ def _add_shape(writer: gguf.GGUFWriter, arch: Architecture) -> None:
 
 
 def _rope_factors(arch: Architecture) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """What each frequency is divided by, float32 (head_dim / 2,)."""
+    """The divisor of each frequency, float32 (head_dim / 2,)."""
     plain = inverse_frequencies(Rope(theta=arch.rope.theta), arch.head_dim)
     factors = plain.double() / inverse_frequencies(arch.rope, arch.head_dim).double()
     return factors.to(torch.float32).numpy()

@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -21,34 +21,6 @@ from numpy.typing import NDArray
 
 MODULES = ("llama_cpp", "xllamacpp")
 _FORCED = 1e4  # a bias of the logits that selects a token in any case
-
-
-class Program(Protocol):
-    """A loaded GGUF file."""
-
-    name: str
-
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt of a conversation by the template in the file."""
-        ...
-
-    def tokenize(self, text: str) -> list[int]:
-        """The ids of a rendered prompt, with the tokens that the program adds before it."""
-        ...
-
-    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Logits of the token after `ids`, up to a constant, (vocab_size,)."""
-        ...
-
-    def ends(self, token: int) -> bool:
-        """Whether the program stops at this token."""
-        ...
-
-
-def open_program(path: Path, lora: Path | None, length: int, threads: int) -> Program:
-    """The GGUF file `path`, with the adapter `lora` on it, for texts of up to `length` tokens, on the CPU."""
-    program = _Bindings if importlib.util.find_spec("llama_cpp") else _Server
-    return program(path, lora, length, threads)
 
 
 class _Server:
@@ -79,13 +51,16 @@ class _Server:
         self._letter = self.tokenize("a")[-1]
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt of a conversation, by the template in the file."""
         return str(self._ask("/apply-template", messages=messages)["prompt"])
 
     def tokenize(self, text: str) -> list[int]:
+        """The ids of a rendered prompt, with the tokens that the program adds before it."""
         answer = self._ask("/tokenize", content=text, add_special=True, parse_special=True)
         return [int(token) for token in answer["tokens"]]
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Logits of the token after `ids`, up to a constant, (vocab_size,)."""
         # The server omits the most probable token if that ends an answer or is a part of a character. The token that
         # it is forced to choose does not change the probabilities: it reports those from before the choice.
         answer = self._complete(ids, n_predict=1, n_probs=self._size, logit_bias=[[self._letter, _FORCED]])
@@ -95,6 +70,7 @@ class _Server:
         return logits
 
     def ends(self, token: int) -> bool:
+        """Whether the program stops at this token."""
         answer = self._complete([token], n_predict=2, logit_bias=[[token, _FORCED]])
         return bool(answer["stop_type"] == "eos")
 
@@ -113,7 +89,7 @@ class _Server:
 
 
 class _Bindings:
-    """llama-cpp-python's `Llama`."""
+    """llama-cpp-python's `Llama`, with the methods of `_Server`."""
 
     def __init__(self, path: Path, lora: Path | None, length: int, threads: int) -> None:
         import llama_cpp
@@ -155,3 +131,12 @@ class _Bindings:
     def ends(self, token: int) -> bool:
         vocab = self._low.llama_model_get_vocab(self._llama.model)
         return bool(self._low.llama_vocab_is_eog(vocab, token))
+
+
+Program = _Server | _Bindings
+
+
+def open_program(path: Path, lora: Path | None, length: int, threads: int) -> Program:
+    """The GGUF file `path`, with the adapter `lora` on it, for texts of up to `length` tokens, on the CPU."""
+    program = _Bindings if importlib.util.find_spec("llama_cpp") else _Server
+    return program(path, lora, length, threads)

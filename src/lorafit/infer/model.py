@@ -23,7 +23,7 @@ from lorafit.model.lora import adapted, disable_adapter, evaluating
 from lorafit.model.quant import Quantize
 from lorafit.observe.progress import progress
 from lorafit.run_dir import RunDirectory
-from lorafit.storage.atomic import MANIFEST, verify_folder
+from lorafit.storage.atomic import check_manifest
 from lorafit.storage.safe_read import read_json
 
 Question = str | Content | Sequence[Message]
@@ -194,9 +194,8 @@ def find_source(
         adapter_path = folder
         name, revision = _base_of(folder)
         prompt = _contract_beside(folder)
-    has_manifest = adapter_path is not None and (adapter_path / MANIFEST).is_file()
-    if adapter_path and has_manifest and (faults := verify_folder(adapter_path, may_have_more=True)):
-        raise ModelError(f"the adapter is damaged: {faults[0]}", place=str(adapter_path))
+    if adapter_path is not None:
+        check_manifest(adapter_path, "the adapter", ModelError)
     return ModelSource(name, revision, adapter_path, prompt, dtype, quantize or "none", offline)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +22,50 @@ from lorafit.storage.safe_read import MB, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_INDEX = 64 * MB
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of a model folder: its file, and its name, shape and type (`BF16`) in that file."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def read(self) -> Tensor:
+        """The numbers; the file is open for this tensor only."""
+        with safe_open(self.file, framework="pt", device="cpu") as file:
+            tensor: Tensor = file.get_tensor(self.name).clone()
+        return tensor
+
+
+def stored_tensors(folder: Path, arch: Architecture) -> dict[str, StoredTensor]:
+    """The weights of a model folder by parameter, in the files' order; a tied head is the embedding.
+
+    Raises ModelError if a file cannot be read, or if a tied head and the embedding differ.
+    """
+    tensors = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                for name in file.keys():  # noqa: SIM118, not a mapping
+                    part = file.get_slice(name)
+                    tensors[name] = StoredTensor(path, name, tuple(part.get_shape()), part.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"weights cannot be read: {error}", place=str(path), hint="download the file again"
+            ) from None
+    if arch.tie_word_embeddings and _HEAD in tensors:
+        head = tensors.pop(_HEAD)  # it is stored under either name or both
+        if not torch.equal(head.read(), tensors.setdefault(_EMBEDDING, head).read()):
+            raise ModelError(
+                f"config.json ties the head to the embedding, but `{_HEAD}` holds other numbers",
+                place=str(folder),
+                hint='set "tie_word_embeddings": false in config.json if the head is its own',
+            )
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 def load_network(
@@ -40,32 +85,26 @@ def load_network(
     with torch.device("meta"):
         network = Llama(arch)
     parameters = dict(network.named_parameters())  # a tied head is listed once, as embed_tokens
+    stored = stored_tensors(folder, arch)
+    faults = [f"`{name}` is missing" for name in parameters.keys() - stored.keys()]
+    unknown = stored.keys() - parameters.keys()
+    faults += [f"`{name}` has no place in a {arch.model_type} network" for name in unknown]
+    for name in parameters.keys() & stored.keys():
+        shape, right = list(stored[name].shape), list(parameters[name].shape)
+        if shape != right:
+            faults.append(f"`{name}` has shape {shape}, config.json says {right}")
+    if faults:
+        raise ModelError.of(Problem(f"weight {fault}", str(folder)) for fault in sorted(faults))
+    kept = dtype_names(dtype).safetensors if device.type == "cpu" and quantize == "none" else None
+    mapped = {tensor.file for tensor in stored.values() if tensor.dtype == kept}
     with ExitStack() as stack:
-        stored: dict[str, tuple[safe_open, str]] = {}  # parameter -> open file and the tensor's name in it
-        for path in weight_files(folder):
-            try:
-                file = stack.enter_context(_open(path, dtype, device, quantize))
-            except (SafetensorError, OSError) as error:
-                raise ModelError(
-                    f"weights cannot be read: {error}", place=str(path), hint="download the file again"
-                ) from None
-            stored |= {name: (file, name) for name in file.keys()}  # noqa: SIM118, not a mapping
-        if arch.tie_word_embeddings and "lm_head.weight" in stored:
-            _merge_tied(stored, folder)
-        stored = {name: file for name, file in stored.items() if not name.endswith("rotary_emb.inv_freq")}
-        faults = [f"`{name}` is missing" for name in parameters.keys() - stored.keys()]
-        unknown = stored.keys() - parameters.keys()
-        faults += [f"`{name}` has no place in a {arch.model_type} network" for name in unknown]
-        for name in parameters.keys() & stored.keys():
-            file, stored_name = stored[name]
-            shape, right = file.get_slice(stored_name).get_shape(), list(parameters[name].shape)
-            if shape != right:
-                faults.append(f"`{name}` has shape {shape}, config.json says {right}")
-        if faults:
-            raise ModelError.of(Problem(f"weight {fault}", str(folder)) for fault in sorted(faults))
+        files = {}
+        for path in {tensor.file: None for tensor in stored.values()}:
+            # a file is mapped if tensors stay as they are in it; else it is read, as mapped pages stay in memory
+            backend = {} if path in mapped else {"backend": "pread"}
+            files[path] = stack.enter_context(safe_open(path, framework="pt", device="cpu", **backend))
         for done, name in enumerate(parameters, 1):
-            file, stored_name = stored[name]
-            tensor = file.get_tensor(stored_name)
+            tensor = files[stored[name].file].get_tensor(stored[name].name)
             if not tensor.is_floating_point():
                 raise ModelError(f"weight `{name}` is {tensor.dtype}, not floating point", place=str(folder))
             _set_weight(network, name, tensor.to(device=device, dtype=dtype), quantize)
@@ -74,15 +113,6 @@ def load_network(
     if arch.tie_word_embeddings:
         network.lm_head.weight = network.model.embed_tokens.weight
     return network.requires_grad_(False).eval()
-
-
-def _open(path: Path, dtype: torch.dtype, device: torch.device, quantize: Quantize) -> safe_open:
-    """The file, mapped if tensors stay as they are in it; else they are read, as mapped pages would stay in memory."""
-    mapped, name = safe_open(path, framework="pt", device="cpu"), dtype_names(dtype).safetensors
-    keeps_tensors = device.type == "cpu" and quantize == "none"
-    if keeps_tensors and any(mapped.get_slice(key).get_dtype() == name for key in mapped.keys()):  # noqa: SIM118
-        return mapped
-    return safe_open(path, framework="pt", device="cpu", backend="pread")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -126,18 +156,6 @@ def fingerprint(folder: Path) -> str:
                 file.seek(part * max(1, size // 64))
                 digest.update(file.read(16384))
     return digest.hexdigest()
-
-
-def _merge_tied(stored: dict[str, tuple[safe_open, str]], folder: Path) -> None:
-    """A tied table is stored under either name or both. Raises ModelError if both exist and differ."""
-    head = stored.pop("lm_head.weight")
-    embedding = stored.setdefault("model.embed_tokens.weight", head)
-    if not torch.equal(head[0].get_tensor(head[1]), embedding[0].get_tensor(embedding[1])):
-        raise ModelError(
-            "config.json ties the head to the embedding, but `lm_head.weight` holds other numbers",
-            place=str(folder),
-            hint='set "tie_word_embeddings": false in config.json if the head is its own',
-        )
 
 
 def _set_weight(network: nn.Module, name: str, tensor: Tensor, quantize: Quantize) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from lorafit.errors import RunError
+from lorafit.errors import LorafitError, RunError
 from lorafit.storage.safe_read import MB, parse_json, read_bytes
 
 MANIFEST = "manifest.json"
@@ -148,6 +148,12 @@ def verify_folder(folder: Path, *, may_have_more: bool = False) -> list[str]:
         except OSError as error:
             faults.append(f"`{name}` cannot be read: {error.strerror or error}")
     return faults
+
+
+def check_manifest(folder: Path, what: str, error: type[LorafitError] = RunError) -> None:
+    """Raise `error` if `folder` has a manifest and a file of it is not as it was written; `what` names the folder."""
+    if (folder / MANIFEST).is_file() and (faults := verify_folder(folder, may_have_more=True)):
+        raise error(f"{what} is damaged: {faults[0]}", place=str(folder))
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
