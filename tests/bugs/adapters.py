@@ -183,7 +183,7 @@ def a_fresh_process_says_the_same(lab: Lab) -> None:
 
 @probe(
     22,
-    Plant("model.weights:stored_tensors", "if not torch.equal(", "if False and not torch.equal("),
+    Plant("model.weights:stored_tensors", "if not _are_equal(", "if False and not _are_equal("),
     Plant(
         "model.weights:load_network",
         "network.lm_head.weight = network.model.embed_tokens.weight",

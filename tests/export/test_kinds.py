@@ -40,7 +40,7 @@ TOY: Export = dataclasses.replace(
     title="toy",
     types=("bf16", "f32"),
     write=write_toy,
-    usage=lambda source, file: f"Play with {source.name}.",
+    usage="Play with {name} on {base}.",
     faults=lambda source, prompts, folder: [] if (folder / "toy.txt").is_file() else ["the toy is missing"],
 )
 
@@ -57,7 +57,7 @@ def test_a_toy_export_is_written_verified_and_described(
     assert "toy.txt" in done.files
     text = (done.path / "README.md").read_text()
     assert "A toy (bf16) of `model`" in text
-    assert "Play with run." in text
+    assert "Play with run on model." in text
 
 
 def test_a_fault_of_a_toy_export_is_refused(

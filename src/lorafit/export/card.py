@@ -37,12 +37,13 @@ def card(source: RunSource, export: Export, type_name: str, folder: Path, parity
         header["base_model_relation"] = "adapter" if export.is_adapter else "finetune"
     front = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
     revision = f" at `{source.base.revision}`" if source.base.revision else ""
-    gguf = next((path.name for path in folder.glob("*.gguf")), "")
+    file = next((path.name for path in folder.glob("*.gguf")), "")
+    usage = export.usage.format(base=source.base_name, name=source.name.lower(), file=file)
     parts = [
         f"---\n{front}---\n\n# {source.name}",
         f"A {export.title} ({type_name}) of `{source.base_name}`{revision}, fine-tuned with LoRA by lorafit "
         f"{__version__}.",
-        f"## How to use it\n\n{export.usage(source, gguf)}",
+        f"## How to use it\n\n{usage}",
         f"## Prompt\n\n{_prompt(source)}",
         f"## Data\n\n{_data(source)}",
         f"## Recipe\n\n{_recipe(source)}",

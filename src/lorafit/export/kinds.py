@@ -17,7 +17,6 @@ from lorafit.export import merge, ollama
 from lorafit.export.reference import Prompt, Rounding, exact, unrounded
 from lorafit.export.run_source import RunSource
 from lorafit.model.adapter_file import CONFIG, WEIGHTS
-from lorafit.model.architecture import Architecture
 from lorafit.model.dtypes import BY_GGUF_NAME
 
 Advance = Callable[[int, int], None]
@@ -33,28 +32,20 @@ class Export:
     """One kind of export.
 
     `write(source, folder, type, advance)` writes the files and returns the SHA-256 of those that it summed while it
-    wrote them. `usage(source, file)` is Markdown for the model card; `file` is the GGUF file or "".
+    wrote them. `usage` is Markdown for the model card, in which {base} is the base model, {name} the run and {file}
+    the GGUF file.
     """
 
     title: str
-    library: str  # `library_name` of the model card
+    library: str  # `library_name` of the model card; `gguf` is also a package that writing needs
     types: tuple[str, ...]  # of the weights, the default first
     reader: str  # a name of export/readback.py's READERS
     write: Callable[[RunSource, Path, str, Advance], Mapping[str, str]]
-    usage: Callable[[RunSource, str], str]
+    usage: str
     rounding: Callable[[str], Rounding]  # of the program that reads a type
     is_adapter: bool = False
-    needs_gguf: bool = False  # the package, to write
-    longest: Callable[[Architecture], int] = lambda arch: (
-        arch.max_position_embeddings
-    )  # tokens read as in training
     write_base: Callable[[RunSource, Path], None] | None = None  # a file that the reader puts the adapter on
     faults: Callable[[RunSource, Sequence[Prompt], Path], Sequence[str]] = lambda source, prompts, folder: ()
-
-    def resolved_type(self, source: RunSource, type_name: str | None) -> str:
-        """The type to write: `type_name` or the default; `auto` is that of the base."""
-        chosen = type_name or self.types[0]
-        return merge.base_type(source) if chosen == "auto" else chosen
 
 
 def write_adapter(source: RunSource, staging: Path, type_name: str, advance: Advance) -> Mapping[str, str]:
@@ -129,47 +120,35 @@ def _rounding_of_llama_cpp(type_name: str) -> Rounding:
     return Rounding(weights, unrounded if type_name == "f32" else inputs, _MOST_ROUNDED[type_name])
 
 
-_ANSWER = (
-    "\n\n```python\n"
-    'messages = [{"role": "user", "content": "..."}]\n'
-    'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", '
-    "return_dict=True)\nanswer = model.generate(**inputs, max_new_tokens=256)[0]\n"
-    'print(tokenizer.decode(answer[inputs["input_ids"].shape[1]:], skip_special_tokens=True))\n```'
-)
+_ANSWER = """
 
+```python
+messages = [{{"role": "user", "content": "..."}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+answer = model.generate(**inputs, max_new_tokens=256)[0]
+print(tokenizer.decode(answer[inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```"""
+_ADAPTER_USAGE = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-def _use_adapter(source: RunSource, file: str) -> str:
-    return (
-        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer, "
-        'GenerationConfig\n\nfolder = "."\n'
-        f'model = AutoModelForCausalLM.from_pretrained("{source.base_name}")\n'
-        "model = PeftModel.from_pretrained(model, folder)\n"
-        "model.generation_config = GenerationConfig.from_pretrained(folder)  # its stop tokens\n"
-        f"tokenizer = AutoTokenizer.from_pretrained(folder)  # its chat template\n```{_ANSWER}"
-    )
+folder = "."
+model = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(model, folder)
+model.generation_config = GenerationConfig.from_pretrained(folder)  # its stop tokens
+tokenizer = AutoTokenizer.from_pretrained(folder)  # its chat template
+```"""
+_MERGED_USAGE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+```"""
+_GGUF_LORA_USAGE = """```bash
+llama-cli -m BASE.gguf --lora {file} --jinja -cnv
+```
 
-def _use_merged(source: RunSource, file: str) -> str:
-    return (
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained(".")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained(".")\n```{_ANSWER}'
-    )
-
-
-def _use_gguf(source: RunSource, file: str) -> str:
-    return f"```bash\nllama-cli -m {file} --jinja -cnv\n```"
-
-
-def _use_gguf_lora(source: RunSource, file: str) -> str:
-    command = f"```bash\nllama-cli -m BASE.gguf --lora {file} --jinja -cnv\n```"
-    return f"{command}\n\n`BASE.gguf` is `{source.base_name}` in GGUF."
-
-
-def _use_ollama(source: RunSource, file: str) -> str:
-    name = source.name.lower()
-    return f"```bash\nollama create {name} -f Modelfile\nollama run {name}\n```"
-
+`BASE.gguf` is `{base}` in GGUF."""
 
 EXPORTS: dict[str, Export] = {
     "adapter": Export(
@@ -178,7 +157,7 @@ EXPORTS: dict[str, Export] = {
         types=("f32",),
         reader="peft",
         write=write_adapter,
-        usage=_use_adapter,
+        usage=_ADAPTER_USAGE + _ANSWER,
         rounding=_not_rounded,
         is_adapter=True,
     ),
@@ -188,7 +167,7 @@ EXPORTS: dict[str, Export] = {
         types=("auto", "f32", "bf16", "f16"),
         reader="transformers",
         write=_write_merged,
-        usage=_use_merged,
+        usage=_MERGED_USAGE + _ANSWER,
         rounding=_rounding_of_weights,
     ),
     "gguf": Export(
@@ -197,10 +176,8 @@ EXPORTS: dict[str, Export] = {
         types=_GGUF_TYPES,
         reader="llama.cpp",
         write=_write_gguf,
-        usage=_use_gguf,
+        usage="```bash\nllama-cli -m {file} --jinja -cnv\n```",
         rounding=_rounding_of_llama_cpp,
-        needs_gguf=True,
-        longest=lambda arch: arch.shortest_window,  # llama.cpp has no windows for these networks
     ),
     "gguf-lora": Export(
         title="LoRA adapter in GGUF",
@@ -208,11 +185,9 @@ EXPORTS: dict[str, Export] = {
         types=("f32",),
         reader="llama.cpp",
         write=_write_gguf_lora,
-        usage=_use_gguf_lora,
+        usage=_GGUF_LORA_USAGE,
         rounding=_not_rounded,
         is_adapter=True,
-        needs_gguf=True,
-        longest=lambda arch: arch.shortest_window,  # llama.cpp has no windows for these networks
         write_base=_write_gguf_base,
     ),
     "ollama": Export(
@@ -221,10 +196,8 @@ EXPORTS: dict[str, Export] = {
         types=_GGUF_TYPES,
         reader="llama.cpp",
         write=_write_ollama,
-        usage=_use_ollama,
+        usage="```bash\nollama create {name} -f Modelfile\nollama run {name}\n```",
         rounding=_rounding_of_llama_cpp,
-        needs_gguf=True,
-        longest=lambda arch: arch.shortest_window,  # llama.cpp has no windows for these networks
         faults=ollama.check_modelfile,
     ),
 }

@@ -31,6 +31,7 @@ class Reader:
     read: Callable[[dict[str, Any]], Answer]
     packages: Mapping[str, Sequence[str]]
     extra: str
+    has_windows: bool = True  # whether it computes the sliding windows of a network
 
     def missing(self) -> list[str]:
         """The packages that are not installed."""
@@ -139,7 +140,7 @@ def _greedy(
 READERS: dict[str, Reader] = {
     "transformers": Reader(by_transformers, {"transformers": ["transformers"]}, "verify"),
     "peft": Reader(by_transformers, {"transformers": ["transformers"], "peft": ["peft"]}, "verify"),
-    "llama.cpp": Reader(by_llama_cpp, {"llama.cpp": llama_cpp.MODULES}, "gguf"),
+    "llama.cpp": Reader(by_llama_cpp, {"llama.cpp": llama_cpp.MODULES}, "gguf", has_windows=False),
 }
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ from lorafit.export import parity
 from lorafit.export.card import FILE as CARD
 from lorafit.export.card import card
 from lorafit.export.kinds import BYTES, EXPORTS, Export
+from lorafit.export.merge import base_type
 from lorafit.export.ollama import FILE as MODELFILE
+from lorafit.export.readback import READERS
 from lorafit.export.reference import Reference, make_reference
 from lorafit.export.run_source import RunSource, open_source
 from lorafit.observe.progress import progress
@@ -67,17 +69,20 @@ def export_run(
     if type_name is not None and type_name not in export.types:
         hint = f"one of {', '.join(export.types)}"
         raise ConfigError(f"`{type_name}` is no type of a {kind} export", place="--type", hint=hint)
-    if export.needs_gguf and importlib.util.find_spec("gguf") is None:
+    if export.library == "gguf" and importlib.util.find_spec("gguf") is None:
         hint = "pip install 'lorafit[gguf]'"
         raise ConfigError("the package `gguf` is needed to write GGUF files", hint=hint)
     source = open_source(run, offline=offline)
-    type_name = export.resolved_type(source, type_name)
+    type_name = type_name or export.types[0]
+    if type_name == "auto":
+        type_name = base_type(source)
     name = kind if len(export.types) == 1 else f"{kind}-{type_name}"
     folder = source.run.exports / name if output is None else _checked_folder(output)
     reference = None
     if verify:
         with progress("computing the adapter's answers") as advance:
-            longest = export.longest(source.arch)
+            has_windows = READERS[export.reader].has_windows
+            longest = source.arch.max_position_embeddings if has_windows else source.arch.shortest_window
             reference = make_reference(source, export.rounding(type_name), longest, advance)
     outcome: dict[str, Any] = parity.unverified("--no-verify")
 

@@ -59,7 +59,7 @@ def stored_tensors(folder: Path, arch: Architecture) -> dict[str, StoredTensor]:
             ) from None
     if arch.tie_word_embeddings and _HEAD in tensors:
         head = tensors.pop(_HEAD)  # it is stored under either name or both
-        if not torch.equal(head.read(), tensors.setdefault(_EMBEDDING, head).read()):
+        if not _are_equal(head, tensors.setdefault(_EMBEDDING, head)):
             raise ModelError(
                 f"config.json ties the head to the embedding, but `{_HEAD}` holds other numbers",
                 place=str(folder),
@@ -156,6 +156,15 @@ def fingerprint(folder: Path) -> str:
                 file.seek(part * max(1, size // 64))
                 digest.update(file.read(16384))
     return digest.hexdigest()
+
+
+def _are_equal(one: StoredTensor, two: StoredTensor) -> bool:
+    """Whether two tensors hold the same numbers; the files are mapped, not copied."""
+    with (
+        safe_open(one.file, framework="pt", device="cpu") as first,
+        safe_open(two.file, framework="pt", device="cpu") as second,
+    ):
+        return torch.equal(first.get_tensor(one.name), second.get_tensor(two.name))
 
 
 def _set_weight(network: nn.Module, name: str, tensor: Tensor, quantize: Quantize) -> None:

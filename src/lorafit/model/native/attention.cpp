@@ -1,11 +1,11 @@
 // Causal attention of packed documents with rotary positions, forward and backward, in blocks of queries.
 //
 // q and o are (tokens, heads, size), k and v (tokens, kv_heads, size), cosine and sine (tokens, size / 2) float32,
-// lse (tokens, heads) float32. Document d holds the tokens index[starts[d]] .. index[starts[d + 1] - 1]: documents that
-// begin alike share tokens, which are numbered in the order in which they first occur. A query sees the keys of its
-// document up to itself, and with window > 0 only the last `window` of them. Scores exist for one block of queries
-// at a time, in float32 (the scheme of FlashAttention, Dao 2023). One thread does one document and one key-value
-// head, so results depend neither on the number of threads nor on the neighbours in the pack.
+// lse (tokens, heads) float32. Document d holds the tokens index[starts[d]] .. index[starts[d + 1] - 1]: documents with
+// a common prefix share tokens, which are numbered in the order in which they first occur. A query attends to the keys
+// of its document up to itself, and with window > 0 to the last `window` of them only. Scores exist for one block of queries
+// at a time, in float32 (the scheme of FlashAttention, Dao 2023). One thread computes one document and one
+// key-value head, so results depend neither on the number of threads nor on the other documents of the pack.
 #include "documents.h"
 #include "dots.h"
 #include "vectors.h"
@@ -16,7 +16,7 @@
 
 constexpr int ROWS = LANES / 2;
 constexpr int64_t QUERIES = 64;      // queries of one block
-constexpr int64_t PAD = 2 * LANES;   // columns come in multiples of this
+constexpr int64_t PAD = 2 * LANES;   // columns are padded to multiples of this
 
 // C[m, n] (+)= sum_k A[m * a_row + k * a_column] * B[k, n] for ROWS rows and COLUMNS vectors
 template <int COLUMNS>
@@ -63,7 +63,7 @@ static void transpose(int64_t rows, int64_t columns, const float *from, float *t
       for (int64_t i = block; i < std::min(block + 16, rows); i++) to[j * to_row + i] = from[i * columns + j];
 }
 
-// The keys that a block of queries first..first+count sees: from `low` (a multiple of PAD) to `high` (padded)
+// The keys that a block of queries first..first+count attends to: from `low` (a multiple of PAD) to `high` (padded)
 struct Range {
   int64_t low, high;
   Range(int64_t first, int64_t count, int64_t window)

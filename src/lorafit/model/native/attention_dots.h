@@ -1,15 +1,15 @@
 // Attention of one document and one key-value head by products of bfloat16, on matrix tiles or in vectors; sums and
 // softmax are float32.
 //
-// A product takes its first factor in rows of 32 numbers and the second laid out: 32 deep of 16 columns, two
-// neighbours in depth side by side. Scores of the backward pass are formed transposed, (keys, queries), because then
-// probabilities and their grad_outputs are first factors of the products that follow. Included by attention.cpp.
+// A product reads its first factor in rows of 32 numbers and the second rearranged: 32 deep of 16 columns, two
+// adjacent depths interleaved. Scores of the backward pass are computed transposed, (keys, queries), because then
+// probabilities and their gradients are first factors of the products that follow. Included by attention.cpp.
 #pragma once
 #include "dots.h"
 
 #ifdef HAS_DOTS
 constexpr int64_t DEEP = TILE_BYTES / 2;  // numbers of depth in a tile
-constexpr int64_t EDGE = 2 * TILE_ROWS;   // rows and columns of C that are formed at a time
+constexpr int64_t EDGE = 2 * TILE_ROWS;   // rows and columns of C that are computed at a time
 
 #ifdef HAS_TILES
 static void tile_product(int64_t rows, int64_t columns, int64_t depth, const bf16 *a, int64_t a_row, const bf16 *b,
@@ -48,7 +48,7 @@ static void tile_product(int64_t rows, int64_t columns, int64_t depth, const bf1
 }
 #endif
 
-// C (rows, columns) (+)= A (rows, depth) B; b is laid out, columns after depth. All are multiples of 32.
+// C (rows, columns) (+)= A (rows, depth) B; b is rearranged, columns after depth. All are multiples of 32.
 static void product(bool on_tiles, int64_t rows, int64_t columns, int64_t depth, const bf16 *a, int64_t a_row, const bf16 *b,
                     int64_t b_depth, float *c, int64_t c_row, bool add) {
 #ifdef HAS_TILES
@@ -102,7 +102,7 @@ struct Buffer {  // zeros of one type on a cache line
 static Buffer floats(int64_t count) { return Buffer(count * 4); }
 static Buffer halves(int64_t count) { return Buffer(count * 2); }
 
-// Queries of a block: half as many come nearer to the half of the square that is seen, but add to the keys' grad_outputs more often
+// Queries of a block: half as many compute fewer masked scores, but add to the gradients of the keys more often
 static int64_t queries_of(bool on_tiles) { return on_tiles ? QUERIES : QUERIES / 2; }
 
 static void attend_one_dots(bool on_tiles, const Shape &shape, const Document &document, int64_t group, const bf16 *q,

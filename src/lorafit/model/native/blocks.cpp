@@ -1,9 +1,9 @@
-// Memory of large tensors: blocks in a few sizes, kept when freed and used again, beside the C library's heap.
+// Memory of large tensors: blocks in a few sizes that are reused after they are freed, beside the C library's heap.
 //
-// A step makes and frees the same large tensors in every layer. In the heap what is kept comes to lie between what was
-// freed, so the peak grows; given back and faulted in again, pages cost as much as a tenth of the step. Blocks of one
-// size fit each other whatever order they come in. Before more is held than was once in use together, and `spare`, free
-// blocks go back to the system, the longest free first.
+// A step allocates and frees the same large tensors in every layer. In the heap, tensors that live longer end up between
+// freed ones, so the peak grows; releasing and faulting in pages again costs as much as a tenth of the step. Blocks of
+// one size replace each other in any order. If the blocks held would exceed the most that were in use together plus
+// `spare`, free blocks go back to the system, those that are free longest first.
 #include <c10/core/CPUAllocator.h>
 #include <sys/mman.h>
 
@@ -14,8 +14,8 @@
 
 namespace {
 constexpr size_t LARGE = 1 << 20;   // smaller ones stay in the heap
-constexpr size_t MOST_TIMES = 2;    // a block is given for a size that is so many times smaller at most
-constexpr int CLASSES = 8;          // sizes to a doubling: at most an eighth is too much, and its pages are never touched
+constexpr size_t MOST_TIMES = 2;    // a block may be this many times as large as the request
+constexpr int CLASSES = 8;          // sizes per doubling: at most an eighth is unused, and its pages are never touched
 
 struct Free {
   void *at;
@@ -58,7 +58,7 @@ class Blocks final : public c10::Allocator {
  private:
   void *take(size_t size) {
     const std::lock_guard<std::mutex> guard(lock);
-    auto best = free_.end();  // of those that are large enough the smallest, of these the last freed: it may be in the cache
+    auto best = free_.end();  // the smallest block that is large enough, of these the last freed: it may be in the cache
     for (auto block = free_.begin(); block != free_.end(); ++block)
       if (block->size >= size && block->size <= MOST_TIMES * size && (best == free_.end() || block->size <= best->size)) best = block;
     if (best != free_.end()) {
@@ -95,7 +95,7 @@ class Blocks final : public c10::Allocator {
   std::mutex lock;
   std::deque<Free> free_;  // in the order in which they were freed
   std::unordered_map<void *, size_t> sizes;  // of the blocks in use
-  size_t held = 0, used = 0, most = 0;  // bytes of free blocks, of those in use, of the most that were in use
+  size_t held = 0, used = 0, most = 0;  // bytes of free blocks, of blocks in use, and the maximum in use
 };
 
 Blocks *blocks = nullptr;
@@ -103,7 +103,7 @@ Blocks *blocks = nullptr;
 void Blocks::give(void *at) {
   std::unique_lock<std::mutex> guard(blocks->lock);
   const auto found = blocks->sizes.find(at);
-  if (found == blocks->sizes.end()) {  // a small one of somebody who asked for bare memory
+  if (found == blocks->sizes.end()) {  // a small allocation of raw memory
     guard.unlock();
     return blocks->heap->raw_deallocate(at);
   }

@@ -43,7 +43,7 @@ inline float fast_exp(float x) {
   return x < -87.0f ? 0.0f : p * power;
 }
 
-// The largest of some numbers; a function of its own, because within another loop the compiler does it one by one.
+// The largest of some numbers; a function of its own, because inside another loop the compiler does not vectorise it.
 __attribute__((noinline)) inline float largest(const float *row, int64_t count) {
   float high = -INFINITY;
 #pragma omp simd reduction(max : high)

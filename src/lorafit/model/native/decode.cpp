@@ -1,14 +1,14 @@
-// Attention of one new token a row over the row's cache of keys and values, with rotary positions.
+// Attention of one new token per row over the row's cache of keys and values, with rotary positions.
 //
 // q and out are (rows, heads, size), k and v (rows, kv_heads, size), cosine and sine (rows, size / 2) float32. Row r
-// lives in the cache's slot slots[r]; caches are (slots, kv_heads, capacity, size) and hold positions[r] tokens of it.
-// The new key, transposed, and value are written behind them. With window > 0 only the last `window` tokens are seen. One
-// thread does one row and one key-value head: results depend neither on their number nor on the other rows.
+// has the cache's slot slots[r]; caches are (slots, kv_heads, capacity, size) and hold positions[r] tokens of it.
+// The new key, rotated, and value are appended. With window > 0 a query attends to the last `window` tokens only. One
+// thread computes one row and one key-value head: results depend neither on the threads nor on the other rows.
 #include "vectors.h"
 
 #include <vector>
 
-constexpr int64_t TOGETHER = 16;  // tokens of a cache whose products with one query are made at a time
+constexpr int64_t TOGETHER = 16;  // tokens of a cache whose products with one query are computed at a time
 
 template <class T>
 static void turn(int64_t half, const T *from, const float *cosine, const float *sine, float scale, float *to) {
@@ -20,7 +20,7 @@ static void turn(int64_t half, const T *from, const float *cosine, const float *
   }
 }
 
-// TOGETHER rows of a cache from `from` on, `count` of them there, as rows of `size` numbers, a multiple of LANES
+// TOGETHER rows of a cache from `from` on, of which `count` exist, as rows of `size` numbers, a multiple of LANES
 template <class T>
 static void load(int64_t count, int64_t width, int64_t size, const T *from, float *to) {
   for (int64_t j = 0; j < TOGETHER; j++)
@@ -31,7 +31,7 @@ static void load(int64_t count, int64_t width, int64_t size, const T *from, floa
       std::fill(to + j * size, to + j * size + width, 0.0f);
 }
 
-// Adds to N vectors of `to` those of TOGETHER rows, each times its weight
+// Adds to N vectors of `to` those of TOGETHER rows, each multiplied by its weight
 template <int N>
 static inline void mix(int64_t size, const float *weights, const float *rows, float *to) {
   vec sums[N];
@@ -44,7 +44,7 @@ static inline void mix(int64_t size, const float *weights, const float *rows, fl
 }
 
 // `shared` heads of queries against one head of the cache, of `width` numbers each; rows of scores are `pitch` apart.
-// `mixed` comes as zeros, and so does what is behind `width` in a row.
+// The caller sets `mixed`, and the numbers after `width` in each row, to zero.
 template <class T>
 static void attend_one(int64_t shared, int64_t width, int64_t seen, int64_t pitch, const float *queries, const T *keys,
                        const T *values, float *scores, float *rows, float *mixed, T *out) {

@@ -1,11 +1,11 @@
-// Products of a few rows with a large frozen weight, with its low-rank path, as in generating.
+// Products of a few rows with a large frozen weight and its low-rank path, as in decoding.
 //
 // out = x W^T + bias + addend + scale * (x A^T) B^T with x (rows, width), W (columns, width), A (rank, width) and
-// B (columns, rank); bias, addend and the pair may be missing, and each row may have a pair of its own. What it costs
-// is reading W, which is read once. A sum is taken in the same order whatever the other rows and the number of threads.
+// B (columns, rank); bias, addend and the pair may be null, and each row may have a pair of its own. The cost is to read
+// W, which is read once. The order of each sum does not depend on the other rows or on the number of threads.
 //
-// W may be int8: then column_scale multiplies the sums and input_scale x, as in model/quant.py. It is widened on the way,
-// so inputs keep the digits of their type and outliers need no care.
+// W may be int8: then column_scale multiplies the sums and input_scale x, as in model/quant.py. It is widened during
+// the product, so inputs keep the precision of their type and outliers need no special case.
 #include "dots.h"
 #include "vectors.h"
 
@@ -15,12 +15,12 @@
 #include <immintrin.h>
 #endif
 
-// Rows and columns of one tile: their sums fill the registers. Few rows of x stay in the nearest cache, but int8 is widened
-// anew for each group of them.
+// Rows and columns of one tile: their sums fill the registers. Few rows of x stay in the first cache, but int8 is widened
+// again for each group of them.
 constexpr int SUMS = 24;
 template <class W>
 constexpr int ROWS = sizeof(W) == 1 ? 8 : 4;
-constexpr int64_t LINE = 64;  // bytes that the cache takes at a time
+constexpr int64_t LINE = 64;  // bytes of a cache line
 constexpr int64_t MOST = 32, SPAN = 2 * SUMS;  // rows and columns whose sums are held at a time
 typedef uint32_t words __attribute__((vector_size(LANES * 4)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(2)));
@@ -29,7 +29,7 @@ typedef int8_t bytes __attribute__((vector_size(LANES), aligned(1)));
 
 static inline vec widen(const float *w) { return *(const vec *)w; }
 static inline vec widen(const bf16 *w) { return (vec)(__builtin_convertvector(*(const halves *)w, words) << 16); }
-static inline vec widen(const int8_t *w) {  // GCC 12 makes far more of the last expression than one instruction
+static inline vec widen(const int8_t *w) {  // GCC 12 compiles the last expression to far more than one instruction
 #if defined(__AVX512F__)
   return __builtin_convertvector((integers)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)w)), vec);
 #elif defined(__AVX2__)
@@ -40,7 +40,7 @@ static inline vec widen(const int8_t *w) {  // GCC 12 makes far more of the last
 }
 static inline float get(int8_t value) { return float(value); }
 
-// How x of type T is held for products with weights W, and sums of STEP products. This one is for any CPU.
+// The layout of x of type T for products with weights W, and sums of STEP products. This one is for any CPU.
 template <class T, class W>
 struct Dot {
   typedef float Input;
@@ -82,10 +82,10 @@ template <>
 struct Dot<bf16, int8_t> : PairsDot<int8_t> {};
 #endif
 
-// The rows of x lie in groups of ROWS<W>, and in a group step by step: the STEP numbers of each row side by side.
+// The rows of x are stored in groups of ROWS<W>, and each group step by step: the STEP numbers of each row in turn.
 
-// out[m * stride + n] = the products of a group of M rows of x with N rows of w; `lines` a step from `ahead` on come into
-// the second cache meanwhile
+// out[m * stride + n] = the products of a group of M rows of x with N rows of w; `lines` per step from `ahead`
+// on are prefetched into the second cache
 template <class T, class W, int M, int N>
 static inline void tile(int64_t width, const typename Dot<T, W>::Input *x, const W *w, float *out, int64_t stride, const char *ahead,
                         int64_t lines) {
@@ -120,7 +120,7 @@ static inline void tile(int64_t width, const typename Dot<T, W>::Input *x, const
     }
 }
 
-// out (rows, N) of N rows of w, as `tile`; each group of rows has its own share of what lies ahead
+// out (rows, N) of N rows of w, as `tile`; each group of rows prefetches its own part of the next rows
 template <class T, class W, int N>
 static inline void groups(int64_t rows, int64_t width, const typename Dot<T, W>::Input *x, const W *w, float *out, int64_t stride,
                           const char *ahead, int64_t lines) {
@@ -138,7 +138,7 @@ static inline void groups(int64_t rows, int64_t width, const typename Dot<T, W>:
     }
 }
 
-// out (rows, N) of N rows of w. The CPU itself stops reading ahead at a page's end, so the next N rows are asked for.
+// out (rows, N) of N rows of w. The CPU's own prefetch stops at a page's end, so the next N rows are prefetched.
 template <class T, class W, int N>
 static inline void tiles(int64_t rows, int64_t width, const typename Dot<T, W>::Input *x, const W *w, float *out,
                          int64_t stride) {
@@ -148,7 +148,7 @@ static inline void tiles(int64_t rows, int64_t width, const typename Dot<T, W>::
   groups<T, W, N>(rows, width, x, w, out, stride, ahead, lines);
 }
 
-// x as `tiles` takes it
+// x in the layout of `tiles`
 template <class T, class W>
 static const typename Dot<T, W>::Input *interleave(int64_t rows, int64_t width, const T *x, const float *scale) {
   typedef Dot<T, W> D;
@@ -165,7 +165,7 @@ static const typename Dot<T, W>::Input *interleave(int64_t rows, int64_t width, 
 }
 
 #ifdef HAS_TILES
-// Where there are matrix tiles, 16 rows of the weight are the rows of one and up to 16 rows of x the columns of the other.
+// With matrix tiles, 16 rows of the weight are the rows of one and up to 16 rows of x the columns of the other.
 
 // 16 rows of w, 32 deep, widened to the rows of a tile
 static const void *as_tile(const int8_t *w, int64_t width, void *scratch) {
@@ -216,8 +216,8 @@ static void sixteen_columns(int64_t width, const uint8_t *x, const W *w, float *
 }
 #endif
 
-// Pairs A and B of several adapters. Row r takes number which[r], none where that is negative; all the only one where
-// `which` is missing.
+// Pairs A and B of several adapters. Row r uses pair which[r], none if that is negative; if `which` is null all
+// rows use the only pair.
 struct Pairs {
   int64_t count;
   const int64_t *which, *ranks;
@@ -229,7 +229,7 @@ template <class T, class W>
 static void product_of(int64_t rows, int64_t width, int64_t columns, const T *x, const W *weight, const float *column_scale,
                        const float *input_scale, const T *bias, const T *addend, const Pairs &pairs, T *out, int threads) {
   static thread_local Space space;
-  static thread_local std::vector<int64_t> starts;  // of each pair's share of a row of `low`; -1 where no row takes it
+  static thread_local std::vector<int64_t> starts;  // of each pair's part of a row of `low`; -1 if no row uses it
   int64_t total = 0;
   starts.assign(pairs.count, -1);
   for (int64_t row = 0; row < rows; row++) {
@@ -266,7 +266,7 @@ static void product_of(int64_t rows, int64_t width, int64_t columns, const T *x,
 #pragma omp simd
     for (int64_t n = 0; n < count; n++) put(sums[n], to[n]);
   };
-  int64_t done = 0;  // columns that the tiles make
+  int64_t done = 0;  // columns that the tiles compute
   const uint8_t *tiled = nullptr;
 #ifdef HAS_TILES
   if constexpr (std::is_same<T, bf16>::value)

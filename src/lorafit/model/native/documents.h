@@ -1,14 +1,14 @@
 // The documents of a pass: which tokens are theirs, one head's numbers of them in rows of their own, and back.
 //
-// Documents that begin alike share tokens. What one document alone computes goes to its place; the grad_outputs of keys and
-// values that several see are kept apart and then added up.
+// Documents with a common prefix share tokens. Results of one document's own tokens are stored directly; the gradients of
+// keys and values that several documents share are stored separately and then added up.
 #pragma once
 #include "common.h"
 
 #include <vector>
 
-// The first tokens of a document may be those of documents before it; from `own` on they are its own, side by side, and
-// from `alone` on no other's. `slot` is where the grad_outputs of the keys and values before `alone` go, to be added up.
+// The first tokens of a document may belong to earlier documents; from `own` on they are its own and contiguous, and from
+// `alone` on no other document has them. `slot` is the place of the gradients of the keys and values before `alone`.
 struct Document {
   const int64_t *rows;  // of its tokens in the pass
   int64_t length, own, alone, slot;
@@ -32,14 +32,14 @@ static std::vector<Document> documents_of(int64_t count, const int64_t *starts, 
   return documents;
 }
 
-// The costliest first, so that no thread is left with a long one at the end
+// The most expensive first, so that no thread computes a long one at the end
 static std::vector<Document> costliest_first(std::vector<Document> documents) {
   const auto cost = [](const Document &one) { return one.length * one.length - one.own * one.own; };
   std::stable_sort(documents.begin(), documents.end(), [&](const Document &a, const Document &b) { return cost(a) > cost(b); });
   return documents;
 }
 
-// One head of the tokens `rows` of `from` (row stride `stride`) into rows of their own; transposed by the token's angle
+// One head of the tokens `rows` of `from` (row stride `stride`) into rows of their own; rotated by the token's angle
 template <class T, class Row>
 static void load(int64_t count, int64_t size, const int64_t *rows, const T *from, int64_t stride, const float *cosine,
                  const float *sine, float scale, Row *to) {
@@ -62,7 +62,7 @@ static void load(int64_t count, int64_t size, const int64_t *rows, const T *from
   }
 }
 
-// The numbers of the token `row` times `scale`, transposed back by its angle where there are such: the inverse of `load`
+// The numbers of the token `row` times `scale`, rotated back by its angle if there is one: the inverse of `load`
 // without the rounding
 template <class T>
 static void store_row(int64_t size, const float *in, int64_t row, const float *cosine, const float *sine, float scale, T *out) {
@@ -88,7 +88,7 @@ static void store(int64_t count, int64_t size, const float *from, const int64_t 
   for (int64_t t = 0; t < count; t++) store_row(size, from + t * size, rows[t], cosine, sine, scale, to + rows[t] * stride);
 }
 
-// The grad_outputs of a document's keys or values: what no other document sees to its place, the rest to the document's slots
+// Stores the gradients of a document's keys or values: those of its own tokens directly, the rest in its slots
 template <class T>
 static void store_gradients(const Document &document, int64_t size, const float *from, const float *cosine, const float *sine,
                          T *to, float *slots, int64_t stride) {
@@ -98,7 +98,7 @@ static void store_gradients(const Document &document, int64_t size, const float 
   store(document.length - alone, size, from + alone * size, document.rows + alone, cosine, sine, 1.0f, to, stride);
 }
 
-// The grad_outputs in the slots, added up in the order of the documents into those of the first that has the token
+// Adds up the gradients in the slots, in the order of the documents, for the first document that has the token
 template <class T>
 static void add_slots(const std::vector<Document> &documents, int64_t stride, int64_t size, int64_t group, float *slots, T *to) {
   std::vector<float *> first_of;

@@ -1,5 +1,5 @@
 // The processor's dot products of short numbers, in vectors (AVX-512 BF16 and VNNI) and on matrix tiles (Intel AMX):
-// leave to use tiles, their shape, and rows laid out for both. Empty where there are none.
+// permission to use tiles, their shape, and the layout of rows for both. Empty if the processor has none.
 #pragma once
 #include "common.h"
 
@@ -12,7 +12,7 @@
 
 constexpr int64_t TILE_ROWS = 16, TILE_BYTES = 64, TILE = TILE_ROWS * TILE_BYTES;
 
-// Words (32 bits) w[i][c] = from[c][i] of 16 rows; those from `count` on are zero, and what is behind `bytes`
+// Words (32 bits) w[i][c] = from[c][i] of 16 rows; those from `count` on are zero, as are bytes after `bytes`
 inline void turn_words(const uint8_t *from, int64_t pitch, int64_t count, int64_t bytes, uint8_t *to) {
   const __mmask64 mask = bytes < 64 ? (1ull << bytes) - 1 : ~0ull;
   __m512i a[16], b[16];
@@ -36,7 +36,7 @@ inline void turn_words(const uint8_t *from, int64_t pitch, int64_t count, int64_
   }
 }
 
-// The order that lays numbers of 16 bits of two vectors side by side, from `first` on in each
+// The permutation that interleaves 16-bit numbers of two vectors, from `first` on in each
 inline __m512i side_by_side(int64_t first) {
   alignas(64) uint16_t order[32];
   for (int64_t i = 0; i < 32; i++) order[i] = uint16_t(first + i / 2 + i % 2 * 32);
@@ -46,11 +46,11 @@ inline __m512i side_by_side(int64_t first) {
 inline __m512i dot(__m512i sums, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(sums, a, b); }  // a is unsigned
 inline __m512 dot(__m512 sums, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b); }
 
-constexpr int64_t DOT_ROWS = 8;  // that are multiplied at a time: their sums fill half of the registers
+constexpr int64_t DOT_ROWS = 8;  // multiplied at a time: their sums fill half of the registers
 
-// Adds to `left` and `right` the products of DOT_ROWS rows of a and twice 16 columns of b, `steps` of TILE_BYTES deep. b is
-// laid out as for the tiles, its second columns `next` bytes behind; strides are bytes. `ahead` comes into the second cache
-// meanwhile, two lines a step.
+// Adds to `left` and `right` the products of DOT_ROWS rows of a and twice 16 columns of b, `steps` of TILE_BYTES deep. b has
+// the layout of the tiles, its second columns `next` bytes after the first; strides are bytes. `ahead` is prefetched into
+// the second cache, two lines per step.
 template <class Vector>
 __attribute__((always_inline)) inline void add_dots(int64_t steps, const uint8_t *a, int64_t a_row, int64_t a_step, const uint8_t *b,
                                                     int64_t b_step, int64_t next, const uint8_t *ahead, Vector *left, Vector *right) {
@@ -75,13 +75,13 @@ __attribute__((always_inline)) inline void add_dots(int64_t steps, const uint8_t
 #include <sys/syscall.h>
 #include <unistd.h>
 
-// Linux gives the tiles to a process that asks (arch_prctl(2): ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+// Linux permits the tiles to a process on request (arch_prctl(2): ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
 inline bool may_use_tiles() {
   static const bool granted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
   return granted;
 }
 
-// While it lives this thread's eight tiles, if they may be used, have 16 rows of 64 bytes
+// During its lifetime this thread's eight tiles, if permitted, have 16 rows of 64 bytes
 struct Tiles {
   const bool used;
   explicit Tiles(bool used) : used(used) {
@@ -92,7 +92,7 @@ struct Tiles {
       uint8_t rows[16] = {};
     } shape;
     for (int tile = 0; tile < 8; tile++) shape.bytes[tile] = TILE_BYTES, shape.rows[tile] = TILE_ROWS;
-    asm volatile("" : : "r"(&shape) : "memory");  // GCC 12 takes the first bytes alone for what the next line reads
+    asm volatile("" : : "r"(&shape) : "memory");  // GCC 12 assumes that the next line reads the first bytes only
     _tile_loadconfig(&shape);
   }
   ~Tiles() {
@@ -114,7 +114,7 @@ struct Aligned {  // memory on a cache line; not initialised
   Aligned &operator=(const Aligned &) = delete;
 };
 
-struct Space {  // of a thread, kept from call to call: fresh pages cost more than a row
+struct Space {  // of a thread, reused by later calls: new pages cost more than a row
   std::optional<Aligned> held;
   size_t size = 0;
   template <class Item>

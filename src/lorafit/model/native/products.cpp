@@ -3,11 +3,11 @@
 // out[r, c] = addend[r, c] + sum_k a[r, k] * w(k, c), in 8 bit times a_scale[r] * c_scale[c]; sums in float32 and int32.
 // a is (rows, depth); w(k, c) is weight[c, k] of a (columns, depth) weight (forward), or with `transposed` weight[k, c] of a
 // (depth, columns) one (input gradient). depth is a multiple of 64 bytes. addend may be null, or out itself. In bfloat16
-// a low-rank product of the same shape is added on the way: `rank` deep, of any depth, with factors low and factor.
+// a low-rank product of the same shape is added: `rank` deep, of any depth, with factors low and factor.
 //
-// All rows are laid out in tiles of 32, in `tiles` (rows rounded up to 32, times the bytes of depth and rank, each in
-// whole steps of 64). Each core takes a group of columns that stays in its cache, laid out in panels of 32, and lets the
-// tiles pass by. What is deeper than a chunk is done in chunks, with the sums kept in between.
+// All rows are rearranged into tiles of 32, in `tiles` (rows rounded up to 32, times the bytes of depth and rank, each in
+// whole steps of 64). Each core computes a group of columns that stays in its cache, rearranged into panels of 32, and
+// reads all tiles for it. A depth of more than a chunk is computed in chunks, and the sums are kept between them.
 #include "dots.h"
 
 extern "C" void has_tiles(int64_t *answer, int) { *answer = may_use_tiles(); }
@@ -16,10 +16,10 @@ extern "C" void has_tiles(int64_t *answer, int) { *answer = may_use_tiles(); }
 extern "C" void has_products(int64_t *answer, int) { *answer = 1; }
 
 constexpr int64_t PANEL = 2 * TILE_ROWS;  // columns of a panel, rows of a strip
-constexpr int64_t NEAR = 16;              // steps of a panel that stay in the nearest cache meanwhile
+constexpr int64_t NEAR = 16;              // steps of a panel that stay in the first cache
 
-// 64 bytes deep of a panel into two tiles, neighbours in depth side by side, as the tile product wants them; columns
-// from `count` on are zero, and what is deeper than `deep`
+// 64 bytes of depth of a panel into two tiles, adjacent depths interleaved, as the tile product needs them; columns
+// from `count` on are zero, as are depths after `deep`
 static void lay_out(const int8_t *weight, int64_t columns, int64_t count, int64_t deep, uint8_t *to) {
   const __mmask32 mask = count < 32 ? (1u << count) - 1 : ~0u;
   for (int64_t i = 0; i < 16; i++) {
@@ -59,7 +59,7 @@ static void lay_out(const bf16 *weight, int64_t columns, int64_t count, int64_t 
     DOT(3, 5, 7);                                                                      \
   }
 
-// Adds the product of a strip of rows and a panel of columns to sums (32, 32), or with `anew` puts it there
+// Adds the product of a strip of rows and a panel of columns to sums (32, 32), or overwrites them if `anew`
 template <class In, class Sum>
 static void multiply_tiles(int64_t steps, const uint8_t *strip, const uint8_t *panel, bool anew, Sum *sums) {
   Sum *const corners[] = {sums, sums + TILE_ROWS, sums + TILE_ROWS * PANEL, sums + TILE_ROWS * PANEL + TILE_ROWS};
@@ -93,7 +93,7 @@ static __m512 plus(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
 static void keep(__m512i sums, int32_t *to) { _mm512_store_si512(to, sums); }
 static void keep(__m512 sums, float *to) { _mm512_store_ps(to, sums); }
 
-// The same in vectors of 16 columns, with `start` of each column; `ahead` comes into the second cache meanwhile
+// The same in vectors of 16 columns, with `start` of each column; `ahead` is prefetched into the second cache
 template <class Sum>
 static void multiply(int64_t rows, int64_t steps, const uint8_t *strip, const uint8_t *panel, const Sum *start, bool anew, Sum *sums, const uint8_t *ahead) {
   typedef decltype(vector_of(start)) Vector;
@@ -127,7 +127,7 @@ static void multiply(int64_t rows, int64_t steps, const uint8_t *strip, const ui
   }
 }
 
-// Vectors multiply int8 with what is unsigned: a + 128. What that adds to the sums of a panel's 32 columns, negated
+// Vectors multiply int8 by unsigned numbers: a + 128. The negated effect on the sums of a panel's 32 columns
 static void offsets(int64_t steps, const uint8_t *panel, int32_t *to) {
   __m512i sums[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
   for (int64_t step = 0; step < steps; step++)

@@ -1,7 +1,7 @@
 // Kernels that work on one row at a time: norms, the swiglu product, 8-bit quantisation, cross-entropy.
 //
 // All tensors are contiguous, (rows, width) in row-major order. Arithmetic is float32 whatever the type of the
-// tensors. Each row is the work of one thread, so results do not depend on the number of threads.
+// tensors. One thread computes each row, so results do not depend on the number of threads.
 #include "common.h"
 
 // y = x * rstd * w, rstd = 1 / sqrt(mean(x^2) + eps)
@@ -80,7 +80,7 @@ static void swiglu_backward(int64_t rows, int64_t width, const T *dout, const T 
 FOR_BOTH_TYPES(swiglu_backward, (rows, width, dout, gate, up, dgate, dup, threads))
 #undef PARAMETERS
 
-// Largest |x * factor| of every column; `highest` (threads, width) is room for each thread's share.
+// Largest |x * factor| of every column; `highest` (threads, width) is a workspace, one row per thread.
 template <class T>
 static void column_peaks(int64_t rows, int64_t width, int64_t every, const T *x, const float *factor, float *highest, float *peaks,
                          int threads) {
@@ -107,7 +107,7 @@ static void column_peaks(int64_t rows, int64_t width, int64_t every, const T *x,
 FOR_BOTH_TYPES(column_peaks, (rows, width, every, x, factor, highest, peaks, threads))
 #undef PARAMETERS
 
-// q = round(x * factor / scale) with scale = max |x * factor| / 127 of the row; factor is one number a column.
+// q = round(x * factor / scale) with scale = max |x * factor| / 127 of the row; factor is one number per column.
 template <class T>
 static void quantize_rows(int64_t rows, int64_t width, const T *x, const float *factor, int8_t *q, float *scale,
                           int threads) {

@@ -11,7 +11,7 @@ typedef float vec __attribute__((vector_size(LANES * 4), aligned(4)));
 
 inline int64_t padded(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// to[i] = the sum of the lanes of sums[i], half on half: the same bits wherever it stands. Inlined it would take registers
+// to[i] = the sum of the lanes of sums[i], by halves: the same bits in every caller. Inlined it would take registers
 // from the loop before it.
 __attribute__((noinline)) inline void totals(const vec *sums, int64_t count, float *to) {
 #ifdef __AVX512F__
