@@ -22,6 +22,11 @@ def file_type(type_name: str) -> FileType:
     return value
 
 
+def type_named(type_name: str) -> Type:
+    """The number type with the short name `type_name` (`q8_0`)."""
+    return GGMLQuantizationType[type_name.upper()]
+
+
 def has_blocks(kind: Type, width: int) -> bool:
     """Whether rows of `width` numbers can be stored as `kind`: its blocks must divide them."""
     return kind not in (Type.Q8_0, Type.Q4_0) or width % BLOCK == 0
@@ -33,7 +38,7 @@ def tensor_type(type_name: str, name: str, shape: tuple[int, ...]) -> Type:
     Norms and biases are float32, rows that blocks do not divide float16, and the embedding and the head of 4-bit files
     have 8 bits, as in llama.cpp.
     """
-    kind = Type[type_name.upper()]
+    kind = type_named(type_name)
     if len(shape) == 1:
         return Type.F32
     if not has_blocks(kind, shape[-1]):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorafit.config.schema import Quantize
+from lorafit.config.schema import Quantize as Quantize
 from lorafit.errors import ConfigError
 from lorafit.model.linear import Frozen, LowRank, matmul, tile_workspace, with_low_rank
 from lorafit.model.native import fits, kernels
