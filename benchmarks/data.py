@@ -107,7 +107,7 @@ def measure(model: Path, file: Path, template: str) -> dict[str, Any]:
     import numpy as np
 
     from lorafit.data.ledger import Ledger
-    from lorafit.data.packing import make_packs
+    from lorafit.data.packing import Packer
     from lorafit.data.prompt import Renderer, contract
     from lorafit.data.row_order import RowOrder, split_holdout
     from lorafit.data.sources import find_files
@@ -128,7 +128,7 @@ def measure(model: Path, file: Path, template: str) -> dict[str, Any]:
     peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     order = RowOrder([np.arange(len(training))], [1.0], 16, 0, True)
     for step in range(order.steps_per_epoch):
-        make_packs([training.row(index) for index in order.rows(step)], 2048)
+        Packer(2048).packs([training.row(index) for index in order.rows(step)])
     marks.append(time.perf_counter())
     names = ["import", "tokenizer", "encode", "ledger", "pack"]
     parts = dict(zip((f"{name}_seconds" for name in names), np.diff(marks).tolist(), strict=True))

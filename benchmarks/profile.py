@@ -70,13 +70,14 @@ def profile(config: Config, model: Path, num_steps: int) -> dict[str, Any]:
     from torch.profiler import profile as profiler
 
     from lorafit.data.build import build_data
-    from lorafit.data.packing import make_packs
+    from lorafit.data.packing import Packer
     from lorafit.forward import pack_loss
     from lorafit.hub.client import ModelFolder
+    from lorafit.model.adamw import AdamW
     from lorafit.model.architecture import read_architecture
     from lorafit.model.build import build
     from lorafit.model.device import pick_device
-    from lorafit.training.optim import AdamW, clip
+    from lorafit.training.optim import clip
 
     inductor.cpp.enable_kernel_profile = True  # else fused kernels have no names
     data = config.data.model_copy(update={"holdout": 0.0})
@@ -96,7 +97,7 @@ def profile(config: Config, model: Path, num_steps: int) -> dict[str, Any]:
         size = config.train.batch_size
         with record_function("lorafit data"):
             chosen = [rows.row(index % len(rows)) for index in range(number * size, (number + 1) * size)]
-            packs = make_packs(chosen, config.train.micro_batch_tokens, config.data.packing)
+            packs = Packer(config.train.micro_batch_tokens, config.data.packing).packs(chosen)
         supervised = sum(len(pack.targets) for pack in packs)
         for pack in packs:
             (pack_loss(network, pack) / supervised).backward()

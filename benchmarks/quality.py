@@ -24,7 +24,7 @@ import lorafit
 from lorafit.config.load import load_config
 from lorafit.config.schema import Config
 from lorafit.data.build import build_data
-from lorafit.data.packing import Pack, make_packs
+from lorafit.data.packing import Pack, Packer
 from lorafit.forward import pack_loss
 from lorafit.hub.client import model_folder
 from lorafit.model import quant
@@ -78,7 +78,7 @@ def measure_gradients(config: Config) -> list[dict[str, Any]]:
     folder = Path(config.model.name)
     exact = load_network(folder, read_architecture(folder), torch.float32, torch.device("cpu"))
     material = build_data(config, model_folder(config.model.name), read_architecture(folder), quiet=True)
-    pack = make_packs([material.training.row(index) for index in range(10)], 2048)[0]
+    pack = Packer(2048).packs([material.training.row(index) for index in range(10)])[0]
     rows = []
     for activations in ("as they are", f"outliers ({FACTOR:.0f}x)"):
         if activations != "as they are":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from tests.bugs.catalogue import probe
 from tests.bugs.lab import Lab, Plant, difference, events
 
-from lorafit.data import batch
+from lorafit.data.batch import RankShare
 from lorafit.errors import TrainingError
 from lorafit.training import loop
 from lorafit.training.run import start_run
@@ -71,8 +72,8 @@ def every_trained_token_weighs_the_same(lab: Lab) -> None:
     3,
     Plant(
         "training.loop:_batch",
-        "return job.share.of(job.rows, job.order.rows(step), capacity, job.settings.packing)",
-        "made = job.share.of(job.rows, job.order.rows(step), capacity, job.settings.packing)\n"
+        "return job.share.of(job.rows, job.order.rows(step), packer)",
+        "made = job.share.of(job.rows, job.order.rows(step), packer)\n"
         "    counted = made.supervised * job.order.batch_size // len(made.indices)\n"
         "    return Batch(made.indices, made.packs, made.tokens, counted, 0.0)",
     ),
@@ -100,12 +101,13 @@ def the_last_step_of_an_epoch_counts_its_own_tokens(lab: Lab) -> None:
 )
 def a_step_without_trained_tokens_is_no_success(lab: Lab) -> None:
     """Rows whose masks are all empty: the run stops and names step and rows, and reports no loss of 0.0."""
-    make_packs = batch.make_packs
+    of_step = RankShare.of
 
-    def masked(rows: list[Any], *rest: Any) -> Any:
-        return make_packs([(ids, trained & False) for ids, trained in rows], *rest)
+    def masked(share: RankShare, rows: Any, *rest: Any) -> Any:
+        untrained = SimpleNamespace(row=lambda index: (rows.row(index)[0], rows.row(index)[1] & False))
+        return of_step(share, untrained, *rest)
 
-    lab.patch.setattr(batch, "make_packs", masked)
+    lab.patch.setattr(RankShare, "of", masked)
     _must_stop(lab, "step 1 has no supervised tokens")
 
 

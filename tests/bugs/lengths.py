@@ -81,7 +81,9 @@ def _tokens(row: dict[str, str]) -> int:
 @probe(
     17,
     Plant("data.row_order:RowOrder.steps_per_epoch", "math.ceil", "math.floor"),
-    Plant("data.packing:make_packs", "for members in bins]", "for members in bins[: max(1, len(bins) - 1)]]"),
+    Plant(
+        "data.packing:Packer.packs", "for members in bins]", "for members in bins[: max(1, len(bins) - 1)]]"
+    ),
 )
 def every_row_is_trained_once_an_epoch(lab: Lab) -> None:
     """Twenty rows in steps of six, three epochs: each row three times, and as many targets as the account says."""

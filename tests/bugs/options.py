@@ -73,7 +73,7 @@ _CLOCKS = {"seconds", "tokens_per_second", "memory_bytes"}
 
 @probe(
     29,
-    Plant("training.optim:AdamW.step", "if self.weight_decay:", "if not self.weight_decay:"),
+    Plant("model.adamw:AdamW.step", "if self.weight_decay:", "if not self.weight_decay:"),
     Plant("training.optim:warmup_steps", "return min(", "return 0 and min("),
     Plant("data.row_order:_epoch_rows", "if order.shuffle:", "if True:"),
     slow=True,

@@ -10,7 +10,7 @@ from tests.bugs.catalogue import probe
 from tests.bugs.lab import Lab, Plant, stir
 from tests.tiny_models import random_network
 
-from lorafit.data.packing import make_packs
+from lorafit.data.packing import build_pack
 from lorafit.forward import pack_loss
 from lorafit.infer import engine
 from lorafit.infer.sampling import Sampling
@@ -54,7 +54,7 @@ def _packed(network: Llama, lengths: Sequence[int], neighbour: int) -> tuple[flo
     for number, length in enumerate(lengths):
         ids = np.random.default_rng(7 if number == 1 else [neighbour, number]).integers(0, 250, length)
         rows.append((ids.astype(np.uint16), np.full(length, number == 1)))
-    [pack] = make_packs(rows, 10_000)
+    pack = build_pack(rows)
     assert len(pack.lengths) == 3
     for parameter in network.parameters():
         parameter.grad = None

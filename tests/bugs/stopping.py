@@ -14,7 +14,7 @@ from tests.tiny_models import byte_tokenizer
 
 from lorafit import load
 from lorafit.data.formats import Chat, Message
-from lorafit.data.packing import make_packs
+from lorafit.data.packing import build_pack
 
 CHATML = FORMATS["chatml"].source
 TURNS = Chat(
@@ -61,7 +61,7 @@ def the_stop_token_is_trained_though_it_pads_too(lab: Lab) -> None:
     ends = [i for i, on in enumerate(row.trained) if on and not (row.trained[i + 1 :] or [False])[0]]
     assert [row.ids[end] for end in ends] == [257, 257]
 
-    [pack] = make_packs([(np.array(row.ids, dtype=np.uint16), np.array(row.trained))], 1000)
+    pack = build_pack([(np.array(row.ids, dtype=np.uint16), np.array(row.trained))])
     assert pack.targets.tolist().count(257) == 2
 
 

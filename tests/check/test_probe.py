@@ -12,7 +12,7 @@ from tests.tiny_models import FAMILIES, random_network
 
 from lorafit.check import probe as probing
 from lorafit.check.probe import Measured, probe, probe_verdicts
-from lorafit.data.packing import Pack, make_packs
+from lorafit.data.packing import Pack, Packer
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, adapted, attach
 
@@ -31,7 +31,7 @@ def packs_of(lengths: tuple[int, ...] = (9, 14)) -> list[Pack]:
         (generator.integers(3, 250, length).astype(np.uint16), np.arange(length) >= length // 2)
         for length in lengths
     ]
-    return make_packs(rows, 64)
+    return Packer(64).packs(rows)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -277,11 +277,13 @@ def test_plan_prints_a_table_or_json_and_makes_nothing(cli: Cli, material: Path,
 def test_plan_says_what_would_fit_and_exits_2(
     cli: Cli, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorafit.plan.planner.available_bytes", lambda device: 1000)
+    monkeypatch.setattr("lorafit.plan.machine.available_bytes", lambda device: 1000)
     for verb in ("plan", "train"):
         done = cli(verb, *start(material, tmp_path / "run")[1:])
         assert (done.code, done.out) == (2, "")
-        assert re.search(r"^error: training needs about .* but only 0 MB can be had", done.err, re.MULTILINE)
+        assert re.search(
+            r"^error: training needs about .* but only 0 MB are available", done.err, re.MULTILINE
+        )
         assert " hint: use a smaller model" in done.err
     assert not (tmp_path / "run").exists()
 

@@ -8,7 +8,7 @@ import torch
 from tests.tiny_models import FAMILIES, random_network
 from torch import Tensor
 
-from lorafit.data.packing import TokenRow, make_packs
+from lorafit.data.packing import Packer, TokenRow
 from lorafit.forward import pack_loss
 from lorafit.model.attention import PackedDocuments, causal_attention, has_flash
 from lorafit.model.llama import Llama
@@ -74,7 +74,7 @@ def loss_and_gradients(network: Llama, rows: list[TokenRow], packing: bool) -> l
     torch.manual_seed(3)
     state = torch.get_rng_state()
     losses = []
-    for pack in make_packs(rows, 1000, packing):
+    for pack in Packer(1000, packing).packs(rows):
         torch.set_rng_state(state)  # as in a step
         losses.append(pack_loss(network, pack))
         losses[-1].backward()
@@ -101,7 +101,7 @@ def test_what_rows_share_gives_the_loss_and_gradients_of_each_alone(
             if name.endswith("lora_B"):
                 parameter.normal_(std=0.1)
     rows = [(np.array(ids, np.uint16), np.arange(len(ids)) >= len(ids) // 3) for ids in BEGINNINGS]
-    (pack,) = make_packs(rows, 1000)
+    (pack,) = Packer(1000).packs(rows)
     assert len(pack.ids) < 0.6 * sum(pack.lengths)
     together, alone = (loss_and_gradients(network, rows, packing) for packing in (True, False))
     assert len(together) == 29

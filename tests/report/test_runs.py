@@ -10,11 +10,10 @@ from tests.tiny_models import write_model, write_rows
 from tests.training.test_run import events, interrupt_after
 
 from lorafit.config.load import load_config
-from lorafit.data.build import TrainingData
 from lorafit.report.page import page
 from lorafit.report.run_data import read_facts
 from lorafit.run_dir import RunDirectory
-from lorafit.training import finish
+from lorafit.training import setup
 from lorafit.training.run import Result, resume_run, start_run
 
 
@@ -78,11 +77,11 @@ def test_rows_are_shown_as_they_are_trained(material: list[str], tmp_path: Path)
 def test_a_report_that_cannot_be_written_is_a_warning(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def in_the_way(material: TrainingData) -> dict[str, object]:
+    def in_the_way(*_: object) -> dict[str, object]:
         (tmp_path / "run" / "report.html").mkdir()
         return {}
 
-    monkeypatch.setattr(finish, "excerpt_of", in_the_way)
+    monkeypatch.setattr(setup, "excerpt", in_the_way)
     result = run(material, tmp_path / "run")
     assert result.finished
     warnings = [event["text"] for event in events(result, "note") if event["level"] == "warning"]

@@ -471,7 +471,9 @@ def test_another_machine_is_said(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = stopped(material, tmp_path / "run", monkeypatch)
-    monkeypatch.setattr("lorafit.training.run._machine", lambda device: {"device": "abacus", "torch": "1"})
+    monkeypatch.setattr(
+        "lorafit.training.run.machine_facts", lambda device: {"device": "abacus", "torch": "1"}
+    )
     resume_run(path, quiet=True)
     assert any("device was cpu and is abacus" in text for text in warnings(path))
 

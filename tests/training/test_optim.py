@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lorafit.training.optim import BETAS, EPS, AdamW, clip, learning_rate, warmup_steps
+from lorafit.model.adamw import BETAS, EPS, AdamW
+from lorafit.training.optim import clip, learning_rate, warmup_steps
 
 Schedule = Literal["cosine", "linear", "constant"]
 SCHEDULES = st.sampled_from(["cosine", "linear", "constant"])

@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from tests.tiny_models import write_model, write_rows
 
 from lorafit.config.load import load_config
-from lorafit.data import batch
+from lorafit.data.batch import RankShare
 from lorafit.errors import LorafitError, RunError, TrainingError
 from lorafit.observe.metrics_file import read_metrics
 from lorafit.run_dir import RunDirectory
@@ -268,12 +269,13 @@ def test_a_non_finite_gradient_stops_too(
 def test_a_step_without_supervised_tokens_stops(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_packs = batch.make_packs
+    of_step = RankShare.of
 
-    def masked(rows: list[Any], *rest: Any) -> Any:
-        return make_packs([(ids, trained & False) for ids, trained in rows], *rest)
+    def masked(share: RankShare, rows: Any, *rest: Any) -> Any:
+        untrained = SimpleNamespace(row=lambda index: (rows.row(index)[0], rows.row(index)[1] & False))
+        return of_step(share, untrained, *rest)
 
-    monkeypatch.setattr(batch, "make_packs", masked)
+    monkeypatch.setattr(RankShare, "of", masked)
     with pytest.raises(TrainingError, match="step 1 has no supervised tokens"):
         run(material, tmp_path / "run", "train.max_steps=2")
 

@@ -19,19 +19,20 @@ from torch import Tensor
 from lorafit.check.verdict import CheckResult, Outcome, of_error, refuse_failed
 from lorafit.config.schema import Config
 from lorafit.data.build import TrainingData
-from lorafit.data.packing import Pack, make_packs
+from lorafit.data.packing import Pack, Packer
 from lorafit.errors import LorafitError
 from lorafit.forward import pack_loss
+from lorafit.model.adamw import EPS
 from lorafit.model.build import build
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraLinear, adapted, disable_adapter, evaluating
 from lorafit.model.memory import is_out_of_memory, release_free_memory
 from lorafit.observe.progress import progress
 from lorafit.observe.units import duration, memory_size
-from lorafit.plan.planner import Planner
+from lorafit.plan.machine import Machine
+from lorafit.plan.planner import RunInputs, fit, make_plan
 from lorafit.plan.predict import Plan
 
-_EPS = 1e-8  # AdamW's, as in training/optim.py
 _FLOAT16_SCALES = tuple(2.0**power for power in (16, 12, 8, 4, 0))
 _KNOWN_BY_HEART = 0.01
 _LISTED = 3
@@ -71,7 +72,7 @@ def probe(network: Llama, packs: Sequence[Pack], learning_rate: float) -> Measur
         with torch.no_grad():
             for name, layer in layers.items():
                 gradient = gradients[f"{name}.lora_B"]
-                layer.lora_B.sub_(learning_rate * gradient / (gradient.abs() + _EPS))
+                layer.lora_B.sub_(learning_rate * gradient / (gradient.abs() + EPS))
         after, gradients = _gradients(network, packs, layers)
         looked_at |= {name: g for name, g in gradients.items() if name not in looked_at}
     wild = tuple(name for name, g in looked_at.items() if not bool(torch.isfinite(g).all()))
@@ -185,43 +186,44 @@ _FEW_FLOPS = 3e10  # less than a second on any machine
 _FLOPS_A_PARAMETER = 6  # forward and backward, a token
 
 
-def model_verdicts(planner: Planner, quiet: bool) -> list[CheckResult]:
+def model_verdicts(config: Config, data: RunInputs, machine: Machine, quiet: bool) -> list[CheckResult]:
     """Memory by the plan's real pass over the longest pack, then the probe. Errors become verdicts that fail."""
     try:
-        config = planner.fit()
+        fitted = fit(config, data, machine)
+        config = fitted.config
         with progress("loading the model", quiet=quiet) as advance:
-            built = build(config, planner.base.path, planner.device, advance)
+            built = build(config, data.base.path, machine.device, advance)
     except LorafitError as error:
         return of_error(error)
     with progress("a trial step", quiet=quiet):
         try:
-            memory = _of_memory(planner.plan(built.network, calibrated=True), config)
+            memory = _of_memory(make_plan(fitted, data, machine, built.network, calibrated=True), config)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             hint = f"set it below {config.train.micro_batch_tokens}, or train.recompute=layers"
             message = "the longest pack does not fit"
             return [CheckResult("memory", "fail", message, "train.micro_batch_tokens", hint)]
-        packs = probe_packs(planner.training_data, PROBE_ROWS, config)
+        packs = probe_packs(data.training_data, PROBE_ROWS, config)
         rate = config.train.learning_rate
         return [*probe_verdicts(probe(built.network, packs, rate), rate), memory]
 
 
-def trial_before_training(config: Config, planner: Planner, network: Llama) -> list[CheckResult]:
+def trial_before_training(config: Config, data: RunInputs, network: Llama) -> list[CheckResult]:
     """The probe on one row, before a run that it costs next to nothing; else none.
 
     Raises DataError with what fails, unless `run.check` says to go on.
     """
-    packs = probe_packs(planner.training_data, 1, config)
+    packs = probe_packs(data.training_data, 1, config)
     tokens = _PASSES * sum(pack.num_tokens for pack in packs)
     flops = _FLOPS_A_PARAMETER * tokens * network.arch.num_parameters
-    if flops > _FEW_FLOPS and tokens > _MOST_SHARE * planner.num_tokens:
+    if flops > _FEW_FLOPS and tokens > _MOST_SHARE * data.workload(config).tokens:
         return []
     network.recompute = config.train.recompute == "layers"
     rate = config.train.learning_rate
     verdicts = probe_verdicts(probe(network, packs, rate), rate)
     if any(verdict.verdict == "fail" for verdict in verdicts):  # one row may be an odd one
-        packs = probe_packs(planner.training_data, PROBE_ROWS, config)
+        packs = probe_packs(data.training_data, PROBE_ROWS, config)
         verdicts = probe_verdicts(probe(network, packs, rate), rate)
     if config.run.check == "error":
         refuse_failed(verdicts)
@@ -233,7 +235,7 @@ def probe_packs(training_data: TrainingData, count: int, config: Config) -> list
     lengths = training_data.training.lengths
     near = np.argsort(np.abs(lengths - np.median(lengths)), kind="stable")[:count]
     rows = [training_data.training.row(int(index)) for index in near]
-    return make_packs(rows, config.train.micro_batch_tokens, config.data.packing)
+    return Packer(config.train.micro_batch_tokens, config.data.packing).packs(rows)
 
 
 def _of_memory(plan: Plan, config: Config) -> CheckResult:

@@ -89,15 +89,20 @@ def check_data(config: Config, *, quiet: bool = False) -> Checked:
 def check_run(config: Config, *, quiet: bool = False) -> Checked:
     """Everything: rows, settings, a trial of the model, memory."""
     from lorafit.check.probe import model_verdicts
-    from lorafit.plan.planner import Planner
+    from lorafit.distributed.env import ProcessEnv
+    from lorafit.model.device import pick_device
+    from lorafit.plan.machine import Machine
+    from lorafit.plan.planner import RunInputs
 
     try:
-        planner = Planner(config, quiet)
-        training_data = planner.training_data
-        verdicts = data_verdicts(config, training_data, planner.arch.num_parameters, quiet)
+        device = pick_device(config.model.device)
+        data = RunInputs.read(config, quiet)
+        machine = Machine.read(device, ProcessEnv())
+        training_data = data.training_data
+        verdicts = data_verdicts(config, training_data, data.arch.num_parameters, quiet)
     except LorafitError as error:
         return refused(error)
-    verdicts += model_verdicts(planner, quiet)
+    verdicts += model_verdicts(config, data, machine, quiet)
     return Checked(verdicts, training_data.ledger, training_data.encoded.lengths)
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lorafit.data.packing import EMPTY_PACK, Pack, TokenRow, make_packs, num_packs
+from lorafit.data.packing import EMPTY_PACK, Pack, Packer, TokenRow
 
 
 class Rows(Protocol):
@@ -45,10 +45,10 @@ class RankShare:
     attention: float = 0.0
     lockstep: bool = False
 
-    def of(self, rows: Rows, indices: NDArray[np.int64], capacity: int, packing: bool) -> Batch:
+    def of(self, rows: Rows, indices: NDArray[np.int64], packer: Packer) -> Batch:
         """The step of the rows at `indices`; every rank finds the same division by itself."""
         if self.world_size == 1:
-            packs = make_packs([rows.row(index) for index in indices], capacity, packing)
+            packs = packer.packs([rows.row(index) for index in indices])
             counts = (sum(pack.num_tokens for pack in packs), sum(len(pack.targets) for pack in packs))
             return Batch(indices, packs, *counts, imbalance=0.0)
         found = [rows.row(index) for index in indices]
@@ -57,10 +57,10 @@ class RankShare:
         shares = balance(costs, self.world_size)
         loads = [sum(costs[at] for at in members) for members in shares]
         own = shares[self.rank]
-        packs = make_packs([found[at] for at in own], capacity, packing)
+        packs = packer.packs([found[at] for at in own])
         rounds = 1
         if self.lockstep:
-            rounds = max(num_packs([lengths[at] for at in members], capacity, packing) for members in shares)
+            rounds = max(packer.count([lengths[at] for at in members]) for members in shares)
         return Batch(
             indices,
             packs + [EMPTY_PACK] * (rounds - len(packs)),

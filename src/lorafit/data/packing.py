@@ -35,19 +35,28 @@ _ZERO = np.zeros(1, np.int64)
 EMPTY_PACK = Pack(_ZERO, (1,), _ZERO, _ZERO, _ZERO, num_tokens=0)
 
 
-def make_packs(rows: Sequence[TokenRow], capacity: int, packing: bool = True) -> list[Pack]:
-    """Packs of at most `capacity` tokens that hold every row once; a longer row gets a pack of its own.
+@dataclass(frozen=True, slots=True)
+class Packer:
+    """Lays rows in packs of at most `capacity` tokens; a longer row gets a pack of its own.
 
-    Without `packing` each row is a pack. How rows are laid out never changes the sum of the losses.
+    Without `packing` each row is a pack. The packs of a set of rows never change the sum of their losses.
     """
-    lengths = [len(ids) for ids, _ in rows]
-    bins = best_fit(lengths, capacity) if packing else [[index] for index in range(len(rows))]
-    return [_build_pack([rows[i] for i in members]) for members in bins]
 
+    capacity: int
+    packing: bool = True
 
-def num_packs(lengths: Sequence[int], capacity: int, packing: bool = True) -> int:
-    """How many packs `make_packs` makes of rows of `lengths` tokens."""
-    return len(best_fit(lengths, capacity)) if packing else len(lengths)
+    def bins(self, lengths: Sequence[int]) -> list[list[int]]:
+        """The indices of `lengths` that each pack holds."""
+        return best_fit(lengths, self.capacity) if self.packing else [[at] for at in range(len(lengths))]
+
+    def packs(self, rows: Sequence[TokenRow]) -> list[Pack]:
+        """Packs that hold every row once."""
+        bins = self.bins([len(ids) for ids, _ in rows])
+        return [build_pack([rows[at] for at in members]) for members in bins]
+
+    def count(self, lengths: Sequence[int]) -> int:
+        """How many packs rows of `lengths` tokens need."""
+        return len(self.bins(lengths))
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -66,7 +75,8 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def _build_pack(rows: Sequence[TokenRow]) -> Pack:
+def build_pack(rows: Sequence[TokenRow]) -> Pack:
+    """All of `rows` in one pass."""
     documents, num_tokens = [], 0
     for ids, trained in rows:
         # The first token has nothing before it to predict it from.

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from lorafit.distributed.env import ProcessEnv
 from lorafit.errors import ConfigError, LorafitError
 
 _POLL_SECONDS = 0.05
+T = TypeVar("T")
 
 
 class RankError(LorafitError, RuntimeError):
@@ -47,16 +49,31 @@ class Ranks:
     def is_main(self) -> bool:
         return self.env.is_main
 
-    def broadcast_from_rank0(self, what: str, make: Callable[[], str]) -> str:
-        """What the first rank makes, a text, on every rank. Its error, if it raises one, is its alone."""
+    @overload
+    def broadcast_from_rank0(self, what: str, make: Callable[[], str]) -> str: ...
+
+    @overload
+    def broadcast_from_rank0(
+        self, what: str, make: Callable[[], T], to_text: Callable[[T], str], from_text: Callable[[str], T]
+    ) -> T: ...
+
+    def broadcast_from_rank0(
+        self,
+        what: str,
+        make: Callable[[], Any],
+        to_text: Callable[[Any], str] = str,
+        from_text: Callable[[str], Any] = str,
+    ) -> Any:
+        """What the first rank makes, on every rank. Only the others read it from text. An error stays on its rank."""
         if self.store is None:
             return make()
+        store = self.store
         if self.is_main:
-            text = make()
-            self.store.set(what, text)
-            return text
-        _wait(lambda: self.store is None or self.store.check([what]))
-        return self.store.get(what).decode()
+            value = make()
+            store.set(what, to_text(value))
+            return value
+        _wait(lambda: store.check([what]))
+        return from_text(store.get(what).decode())
 
     def barrier(self, what: str) -> None:
         """Return when every rank has come here."""
@@ -109,10 +126,8 @@ class Ranks:
         if self.is_single_process:
             return read()
         files = read() if self.is_main else {}
-        sizes = json.loads(
-            self.broadcast_from_rank0(
-                "files", lambda: json.dumps({name: len(b) for name, b in files.items()})
-            )
+        sizes = self.broadcast_from_rank0(
+            "files", lambda: {name: len(content) for name, content in files.items()}, json.dumps, json.loads
         )
         found = {}
         for name, size in sizes.items():

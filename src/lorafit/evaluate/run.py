@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.data.build import build_data
-from lorafit.data.packing import Pack, make_packs
+from lorafit.data.packing import Pack, Packer
 from lorafit.errors import RunError
 from lorafit.evaluate.heldout import heldout_loss
 from lorafit.evaluate.tasks import Score, Task, read_tasks, score
@@ -110,7 +110,7 @@ def _heldout(run: RunDirectory, offline: bool) -> list[Pack]:
             hint="put the files back as they were",
         )
     rows = [training_data.heldout.row(index) for index in range(len(training_data.heldout))]
-    return make_packs(rows, config.train.micro_batch_tokens, config.data.packing)
+    return Packer(config.train.micro_batch_tokens, config.data.packing).packs(rows)
 
 
 def _measure(

@@ -18,13 +18,13 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from lorafit.errors import Problem, RunError
+from lorafit.model.adamw import AdamW
 from lorafit.model.adapter_file import CONFIG, WEIGHTS, adapter_files, adapter_tensors, fill_adapter
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, adapted
 from lorafit.storage.atomic import commit_folder, read_facts, verify_folder, write_files
 from lorafit.storage.safe_read import MB, parse_json, read_json
 from lorafit.training.loss_scale import LossScale
-from lorafit.training.optim import AdamW
 
 STATE, TENSORS = "state.json", "state.safetensors"
 MAX_STATE = MB
@@ -57,6 +57,10 @@ class TrainState:
     measuring_due: bool = False  # stopped between a step and its held-out measurement
     micro_batch_tokens: int | None = None  # smaller than the config's since memory ran out
     scale: LossScale = field(default_factory=LossScale)
+
+    def early_stopped(self, patience: int) -> bool:
+        """Whether the held-out loss has not fallen for `patience` measurements in a row; 0 is never."""
+        return 0 < patience <= self.num_worse
 
 
 _STATE = TypeAdapter(TrainState)
