@@ -17,7 +17,8 @@ from benchmarks.targets import TARGETS, Results, Target, linear_parameters, mode
 from tests.tiny_models import config_of
 
 from benchmarks import profile, programs, report, rows, speed, targets
-from lorafit.config.load import keys, load_config, recipe_file
+from lorafit.config.load import load_config, recipe_file
+from lorafit.config.schema import keys
 from lorafit.model.architecture import parse_architecture
 
 BENCHMARKS = Path(speed.__file__).parent

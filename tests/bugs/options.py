@@ -10,7 +10,7 @@ from typing import Any
 from tests.bugs.catalogue import probe
 from tests.bugs.lab import Lab, Plant
 
-from lorafit.config.load import keys
+from lorafit.config.schema import keys
 from lorafit.distributed.ranks import Ranks
 from lorafit.model.adapter_file import CONFIG, WEIGHTS
 from lorafit.model.llama import Layer

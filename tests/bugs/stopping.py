@@ -46,7 +46,7 @@ def chatml_model(lab: Lab, **names: str) -> Path:
         "return Rendered(ids, [t and i != self.contract.eos_id for i, t in zip(ids, trained)])",
     ),
     Plant(
-        "data.packing:_build_pack",
+        "data.packing:build_pack",
         "target_at = trained[1:].nonzero()[0] + 1",
         "target_at = trained[1:].nonzero()[0][:-1] + 1",
     ),

@@ -20,7 +20,7 @@ from tests.tiny_models import write_model, write_rows
 
 import lorafit
 from lorafit.cli.main import main
-from lorafit.config.load import keys
+from lorafit.config.schema import keys
 from lorafit.observe.metrics_file import read_metrics
 from lorafit.storage.atomic import verify_folder
 

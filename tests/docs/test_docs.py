@@ -11,9 +11,9 @@ import typer
 import yaml
 
 from lorafit.cli.main import app
-from lorafit.config.load import keys, load_config, recipes_folder, validate
+from lorafit.config.load import load_config, recipes_folder, validate
 from lorafit.config.reference import markdown
-from lorafit.config.schema import Config
+from lorafit.config.schema import Config, keys
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = [ROOT / "README.md", ROOT / "README.ko.md"]

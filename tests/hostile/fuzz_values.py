@@ -11,7 +11,7 @@ import yaml
 from hypothesis import strategies as st
 from tests.data.toy_tokenizers import hostile_text
 
-from lorafit.config.load import keys
+from lorafit.config.schema import keys
 from lorafit.data.formats import FORMATS
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".json.gz", ".jsonl.gz")

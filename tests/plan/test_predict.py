@@ -208,7 +208,7 @@ def test_auto_picks_the_cheapest_and_the_run_keeps_it(
     assert picked.model.quantize == "none"
     machine.free = 10
     assert resume_run(first.path, quiet=True).finished  # what began here is not refused
-    assert flag_overrides(None, None, None, auto=True) == ['run.too_large="auto"']
+    assert flag_overrides(None, None, None, auto=True) == {"run.too_large": "auto"}
     given = config_from_args(
         ["model.name=m", "data.path=d"], None, flag_overrides(None, None, None, auto=True)
     )

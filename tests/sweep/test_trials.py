@@ -123,7 +123,7 @@ def test_what_somebody_else_works_on_is_left_to_them(run: Sweep, tmp_path: Path)
         run("--vary", "lora.rank=2,4")
     (tmp_path / "s" / ".trial-001.lock").unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lorafit.sweep.trials.work", lambda *_, **__: True)
+        patch.setattr("lorafit.sweep.run.work", lambda *_, **__: True)
         run("--vary", "lora.rank=2,4")
     with lock(tmp_path / "s" / ".trial-001.lock"):
         _, found = run(resume=True)

@@ -58,7 +58,7 @@ def check(
         except ConfigError as error:
             if [problem.message for problem in error.problems] != ["`model.name` is missing"]:
                 raise
-            config = config_from_args(words, recipe, [*flags, "model.name=none"])
+            config = config_from_args(words, recipe, {**flags, "model.name": "none"})
             checked = run.check_texts(config)
     except LorafitError as error:
         checked = run.refused(error)

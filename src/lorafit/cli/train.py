@@ -59,7 +59,7 @@ def train(
 
     lorafit train --nproc 8 --model TinyLlama/TinyLlama-1.1B-Chat-v1.0 --data alpaca_data.json
     """
-    from lorafit.config.load import config_from_args, flag_overrides
+    from lorafit.config.load import config_from_args, flag_overrides, override_words
     from lorafit.distributed.env import ProcessEnv, mark_no_restart
     from lorafit.errors import ConfigError
 
@@ -83,7 +83,7 @@ def train(
 
             run = RunDirectory.new(config.run.output, config.model.name)
             recipes = [] if recipe is None else ["--recipe", recipe]
-            _launch(nproc, *(settings or []), *flags, *recipes, "--output", str(run.path))
+            _launch(nproc, *(settings or []), *override_words(flags), *recipes, "--output", str(run.path))
         from lorafit.training.run import start_run
 
         result = start_run(config)

@@ -61,7 +61,8 @@ class Memory:
     @property
     def total(self) -> int:
         """The sum of all parts."""
-        return round(sum(asdict(self).values()))
+        total: float = sum(asdict(self).values())
+        return round(total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,8 @@ class Times:
     @property
     def total(self) -> float:
         """The sum of all parts."""
-        return sum(asdict(self).values())
+        total: float = sum(asdict(self).values())
+        return total
 
 
 @dataclass(frozen=True, slots=True)
