@@ -205,7 +205,7 @@ def test_ranks_of_one_strategy_only(bench: Bench, monkeypatch: pytest.MonkeyPatc
 
 def test_only_plain_numbers_are_shared_out(bench: Bench) -> None:
     words = [*bench.material, "distributed.strategy=fsdp", "model.quantize=nf4"]
-    with pytest.raises(ConfigError, match="a base in nf4 cannot be shared out"):
+    with pytest.raises(ConfigError, match="a base in nf4 cannot be sharded"):
         start_run(load_config(None, words), quiet=True)
 
 

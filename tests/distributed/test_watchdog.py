@@ -1,4 +1,4 @@
-"""Who stands still: the verdict from two looks at all signs of life, and the thread that comes to it."""
+"""Which rank is stuck: the report from two readings of all heartbeats, and the thread that makes it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def test_a_rank_whose_sign_does_not_change_is_frozen_whatever_step_it_is_in() ->
     now = [sign(5, 9, SHARING), sign(3, 9, SHARING), None]
     found = standing_still(before, now)
     assert found[1] == (
-        "rank 1 (process 4711 on node-7, step 9, adding up gradients with the others) gives no sign of life"
+        "rank 1 (process 4711 on node-7, step 9, all-reducing gradients) does not respond"
     )
-    assert found[2] == "rank 2 (not heard of yet) gives no sign of life"
+    assert found[2] == "rank 2 (no heartbeat yet) does not respond"
     assert list(found) == [1, 2]
 
 
@@ -32,7 +32,7 @@ def test_among_the_living_the_one_behind_holds_up_the_others() -> None:
     before = [sign(3, 9, SHARING), sign(3, 9, COMPUTING), sign(3, 9, SHARING)]
     now = [{**one, "beats": 5} for one in before]
     assert list(standing_still(before, now)) == [1]
-    assert "stands still, the others wait" in standing_still(before, now)[1]
+    assert "is stuck; the other ranks wait" in standing_still(before, now)[1]
 
 
 def test_the_thread_names_the_lost_rank_within_its_time_out_and_ends_the_process(
@@ -56,7 +56,7 @@ def test_the_thread_names_the_lost_rank_within_its_time_out_and_ends_the_process
     assert ended == [1]
     verdict = json.loads(file.read_text())
     assert list(verdict["stands_still"]) == ["1"]
-    assert verdict["ranks"][0]["phase"] == "adding up gradients with the others"
+    assert verdict["ranks"][0]["phase"] == "all-reducing gradients"
     assert "rank 1 (process 4711 on node-7, step 2" in capsys.readouterr().err
 
 

@@ -18,10 +18,10 @@ def warmup_steps(warmup: float, num_steps: int) -> int:
 def learning_rate(
     step: int, num_steps: int, peak: float, schedule: Literal["cosine", "linear", "constant"], warmup: int
 ) -> float:
-    """The rate that step number `step` (from 0) uses.
+    """The rate of step number `step` (from 0).
 
-    Warm-up rises from peak / (warmup + 1), so that no step is wasted at zero; after it linear falls as
-    transformers' linear schedule does, cosine along half a wave.
+    Warm-up rises from peak / (warmup + 1), so that no step has a rate of zero. After it `linear` falls as in
+    transformers' linear schedule, `cosine` along half a wave.
     """
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
@@ -32,7 +32,7 @@ def learning_rate(
 
 
 def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients to at most `max_norm` (0 for never) and return their norm from before, a scalar."""
+    """Scale the gradients to a norm of at most `max_norm` (0 for never); returns their norm before, a scalar."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if max_norm:

@@ -99,11 +99,11 @@ def start_run(config: Config, *, quiet: bool = False, base: BaseModelCache | Non
     env = ProcessEnv.read()
     check_strategy(config.distributed.strategy, config.model.quantize, env)
     with init_process_group(env) as ranks, outside_steps(terminal_or_silent(env, quiet)):
-        if ranks.broadcast_from_rank0("begun", lambda: find_run_of_launch(env, config.run.output)):
+        if ranks.broadcast_from_rank0("begun", lambda: find_run_of_launch(env, config.run.output), str, str):
             assert config.run.output is not None
             return _resume(ranks, config.run.output, quiet=quiet, base=base)
         output = ranks.broadcast_from_rank0(
-            "output", lambda: str(RunDirectory.new(config.run.output, config.model.name).path)
+            "output", lambda: str(RunDirectory.new(config.run.output, config.model.name).path), str, str
         )
         run = RunDirectory(Path(output))
         config = config.model_copy(update={"run": config.run.model_copy(update={"output": str(run.path)})})
