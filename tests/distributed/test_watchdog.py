@@ -21,9 +21,7 @@ def test_a_rank_whose_sign_does_not_change_is_frozen_whatever_step_it_is_in() ->
     before = [sign(3, 9, SHARING), sign(3, 9, SHARING), None]
     now = [sign(5, 9, SHARING), sign(3, 9, SHARING), None]
     found = standing_still(before, now)
-    assert found[1] == (
-        "rank 1 (process 4711 on node-7, step 9, all-reducing gradients) does not respond"
-    )
+    assert found[1] == ("rank 1 (process 4711 on node-7, step 9, all-reducing gradients) does not respond")
     assert found[2] == "rank 2 (no heartbeat yet) does not respond"
     assert list(found) == [1, 2]
 

@@ -47,5 +47,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        # the incoming scale stays in the wide type until the last product: float16 would flush small ones
-        return (gradients[0] * gradient).to(gradient.dtype), None, None
+        # a scalar tensor takes the type of the tensor that it multiplies: widen first, or the scale itself is rounded
+        scale = gradients[0]
+        return (scale * gradient.to(scale.dtype)).to(gradient.dtype), None, None
