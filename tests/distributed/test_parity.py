@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,9 +20,14 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lorafit.config.load import load_config
+from lorafit.data.packing import build_pack
 from lorafit.distributed.fsdp import shard_base
+from lorafit.distributed.parallel import ReplicatedEngine
 from lorafit.errors import ConfigError
+from lorafit.forward import pack_loss
+from lorafit.model.linear import Frozen
 from lorafit.model.lora import LoraSpec, attach
+from lorafit.model.quant import Int8Linear
 from lorafit.run_dir import RunDirectory
 from lorafit.training import loop
 from lorafit.training.run import start_run
@@ -39,7 +45,7 @@ class Bench:
     def job(self, name: str, *settings: str, **more: Any) -> dict[str, Any]:
         return {"settings": [*self.material, f"run.output={self.folder / name}", *settings], **more}
 
-    def is_single_process(self, name: str, *settings: str, stop: int = 0) -> Path:
+    def alone(self, name: str, *settings: str, stop: int = 0) -> Path:
         """The run in this process, by itself, stopped in the step `stop`."""
         gradients = loop._gradients
 
@@ -220,6 +226,37 @@ def test_each_rank_keeps_its_part_of_the_base_only(bench: Bench) -> None:
         held = [p.to_local() for p in network.parameters() if isinstance(p, DTensor)]
         assert sum(tensor.numel() for tensor in held) == pytest.approx(before / 4, rel=0.01)
         assert not any(isinstance(p, DTensor) for p in network.parameters() if p.requires_grad)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_only_the_adapters_gradients_are_communicated(quantize: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = random_network()
+    for name, module in list(network.named_modules()):
+        if quantize == "int8" and isinstance(module, Frozen):
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, Int8Linear(module.weight.detach()))
+    attach(network, LoraSpec(2, 4.0, 0.0, ("all-linear",), False), seed=0)
+    network.train()
+    assert any(True for _ in network.buffers()) == (quantize == "int8")
+    broadcast: list[int] = []
+    real = dist._broadcast_coalesced
+
+    def counted(group: Any, tensors: list[torch.Tensor], *rest: Any) -> None:
+        broadcast.extend(tensor.numel() for tensor in tensors)
+        real(group, tensors, *rest)
+
+    monkeypatch.setattr(dist, "_broadcast_coalesced", counted)
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        engine = ReplicatedEngine(network)
+        pack = build_pack([(np.arange(3, 30, dtype=np.uint16), np.arange(27) > 5)])
+        for _ in range(2):
+            engine.loss(pack_loss, pack).backward()
+        trainable = sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
+        assert engine.reduced_bytes == 2 * trainable
+        assert broadcast == []
     finally:
         dist.destroy_process_group()
 

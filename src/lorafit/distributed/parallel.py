@@ -43,8 +43,14 @@ class ReplicatedEngine(Engine):
 
     def __init__(self, network: Llama) -> None:
         super().__init__(network)
+        passes = _PassLoss(network)
+        # The weights of a quantised base are buffers, which DDP broadcasts before every synchronised pass by default.
+        # Its switch for that, broadcast_buffers, warns in torch 2.13; this list works in all versions.
+        frozen = [name for name, parameter in passes.named_parameters() if not parameter.requires_grad]
+        frozen += [name for name, _ in passes.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(passes, frozen)
         self._module = DistributedDataParallel(
-            _PassLoss(network), init_sync=False, bucket_cap_mb=BUCKET_MIB, gradient_as_bucket_view=True
+            passes, init_sync=False, bucket_cap_mb=BUCKET_MIB, gradient_as_bucket_view=True
         )
         self._module.register_comm_hook(None, self._summed)
 
