@@ -22,8 +22,7 @@ from lorafit.errors import RunError
 from lorafit.run_dir import RunDirectory
 from lorafit.storage import atomic
 from lorafit.storage.atomic import read_facts, sha256_file
-from lorafit.training import checkpoint_writer, loop, setup
-from lorafit.training import run as training_run
+from lorafit.training import checkpoint_writer, finish, loop, setup
 from lorafit.training.run import resume_run, start_run
 
 
@@ -226,7 +225,7 @@ def test_signals_outside_of_steps_are_answered_and_none_kills_without_a_word(
 ) -> None:
     from lorafit.config.load import load_config
 
-    module, place = (setup, "build") if when == "loading" else (training_run, "export_adapter")
+    module, place = (setup, "build") if when == "loading" else (finish, "export_adapter")
     real = getattr(module, place)
 
     def signalled(*rest: Any) -> Any:

@@ -21,7 +21,7 @@ from lorafit.data.formats import Instruction, Row
 from lorafit.infer.model import Answer
 from lorafit.observe.metrics_file import read_metrics
 from lorafit.storage.atomic import commit_folder, read_facts, verify_folder, write_files
-from lorafit.training import checkpoint
+from lorafit.training import checkpoint, finish
 from lorafit.training import run as run_module
 from lorafit.training.run import Result, start_run
 from lorafit.verify import proof, reload
@@ -161,7 +161,7 @@ def test_what_is_on_disk_has_to_be_what_was_trained(
         export(folder, *rest)
         rewritten(folder, change)
 
-    monkeypatch.setattr(run_module, "export_adapter", swapped)
+    monkeypatch.setattr(finish, "export_adapter", swapped)
     result = run(material, tmp_path / "run")
     assert result.proven is False
     assert result.finished
@@ -184,7 +184,7 @@ def test_a_file_that_was_damaged_does_not_load(
         other_adapter(files)
         (folder / "adapter_model.safetensors").write_bytes(files["adapter_model.safetensors"])
 
-    monkeypatch.setattr(run_module, "export_adapter", damaged)
+    monkeypatch.setattr(finish, "export_adapter", damaged)
     result = run(material, tmp_path / "run")
     assert result.proven is False
     assert "cannot load the run" in checks(result)["reload"]["text"]
@@ -228,7 +228,7 @@ def test_a_failed_proof_is_exit_code_1_and_keeps_the_adapter(
         export(folder, *rest)
         rewritten(folder, too_strong)
 
-    monkeypatch.setattr(run_module, "export_adapter", swapped)
+    monkeypatch.setattr(finish, "export_adapter", swapped)
     monkeypatch.setattr(sys, "argv", ["lorafit", "train", *material, "--output", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as stopped:
         main()
