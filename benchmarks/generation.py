@@ -86,14 +86,13 @@ def prompts_of(vocab_size: int) -> dict[str, Prompts]:
 
 def ours(network: Llama) -> Generate:
     """Generation with lorafit's engine."""
-    from lorafit.infer.engine import stream
-    from lorafit.infer.sampling import Sampling
+    from lorafit.infer.continuous_batch import Request, generate_tokens
 
     def generate(prompts: Prompts, tokens: int) -> list[list[int]]:
         said: list[list[int]] = [[] for _ in prompts]
-        nothing: frozenset[int] = frozenset()
-        for token in stream(network, prompts, stop_ids=nothing, max_tokens=tokens, sampling=Sampling()):
-            said[token.row].append(token.id)
+        requests = [Request(prompt, frozenset(), tokens) for prompt in prompts]
+        for row, token in generate_tokens(network, requests):
+            said[row].append(token.id)
         return said
 
     return generate

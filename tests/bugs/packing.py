@@ -38,7 +38,7 @@ def _use(lab: Lab, backend: str) -> None:
         return
     lab.patch.setattr(attention, "fits", lambda *tensors: False)
     if backend == "side by side":
-        lab.patch.setattr("lorafit.evaluate.heldout.PackedDocuments", _SideBySide)
+        lab.patch.setattr("lorafit.forward.PackedDocuments", _SideBySide)
 
 
 def _network(family: str, dtype: torch.dtype) -> Llama:

@@ -61,12 +61,12 @@ def test_rows_that_changed_since_training_are_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     rows = tmp_path / "rows.json"
     rows.write_text(rows.read_text().replace("number", "figure"))
-    with pytest.raises(RunError, match="not those of the training"):
+    with pytest.raises(RunError, match="changed since the training"):
         evaluate_run(run, offline=True)
 
 
 def test_only_a_whole_merged_model_counts_as_export(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="no merged model"):
+    with pytest.raises(RunError, match="not a merged model"):
         evaluate_run(run, exports=[run / "adapter"], offline=True)
     export = export_run(run, "merged", output=tmp_path / "merged", verify=False).path
     weights = export / "model.safetensors"
@@ -99,19 +99,20 @@ def test_every_line_that_is_no_task_is_named(tmp_path: Path) -> None:
         ({"answer": "y"}, "`prompt` is missing"),
         ({"prompt": "x"}, "either `answer` or `pattern`"),
         ({"prompt": "x", "answer": "y", "pattern": "z"}, "either `answer` or `pattern`"),
-        ({"prompt": "x", "pattern": "("}, "no regular expression"),
-        ({"prompt": "x", "answer": []}, "`answer` is no text"),
-        ({"prompt": "x", "answer": "y", "system": 3}, "`system` is no text"),
+        ({"prompt": "x", "pattern": "("}, "not a regular expression"),
+        ({"prompt": "x", "answer": []}, "`answer` is neither"),
+        ({"prompt": "x", "answer": "y", "system": 3}, "`system` is not text"),
     ]
     with pytest.raises(DataError) as caught:
         read_tasks(tasks_file(tmp_path, *(line for line, _ in wrong)))
     assert len(caught.value.problems) == len(wrong)
     for number, (problem, (_, said)) in enumerate(zip(caught.value.problems, wrong, strict=True), 1):
-        assert problem.place.endswith(f"tasks.jsonl:{number}")
+        assert problem.place.endswith(f"line {number}")
         assert said in problem.message
+    (tmp_path / "empty.json").write_text("[]")
     with pytest.raises(DataError, match="no task in the file"):
-        read_tasks(tasks_file(tmp_path, ""))
-    with pytest.raises(DataError, match="cannot be read"):
+        read_tasks(tmp_path / "empty.json")
+    with pytest.raises(DataError, match="no such file"):
         read_tasks(tmp_path / "nothing.jsonl")
 
 

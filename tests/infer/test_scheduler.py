@@ -11,10 +11,8 @@ import pytest
 import torch
 from tests.tiny_models import random_network
 
-from lorafit.infer.continuous_batch import Batch, Request, Step
-from lorafit.infer.engine import stream
-from lorafit.infer.sampling import Sampling
-from lorafit.infer.scheduler import Event, QueueFullError, Scheduler, StoppedError, Ticket
+from lorafit.infer.continuous_batch import ContinuousBatch, GeneratedToken, Request, generate_tokens
+from lorafit.infer.scheduler import QueueFullError, Scheduler, StoppedError, Ticket, TicketEvent
 
 NETWORK = random_network(max_position_embeddings=4096)
 SOON, LATER = 0.05, 60.0
@@ -32,13 +30,13 @@ class Desk:
     """A scheduler and what it said about each ticket."""
 
     def __init__(self, num_slots: int = 2, max_waiting: int = 3) -> None:
-        self.events: dict[Ticket, list[Step | str]] = {}
+        self.events: dict[Ticket, list[GeneratedToken | str]] = {}
         self.order: list[Ticket] = []
         self.changed = threading.Condition()
-        self.batch = Batch(NETWORK, num_slots)
+        self.batch = ContinuousBatch[Ticket](NETWORK, num_slots)
         self.scheduler = Scheduler(self.batch, max_waiting, self.note)
 
-    def note(self, events: list[Event]) -> None:
+    def note(self, events: list[TicketEvent]) -> None:
         with self.changed:
             for ticket, event in events:
                 if ticket not in self.events:
@@ -58,7 +56,7 @@ class Desk:
 
     def ended(self, ticket: Ticket) -> bool:
         last = self.events.get(ticket, [""])[-1]
-        return last.end != "" if isinstance(last, Step) else last != ""
+        return last.end != "" if isinstance(last, GeneratedToken) else last != ""
 
     def wait_for(self, *tickets: Ticket) -> None:
         self.wait(lambda: all(map(self.ended, tickets)))
@@ -88,10 +86,9 @@ def test_everybody_is_answered_as_alone_and_in_turn(desk: Callable[..., Desk]) -
     one.wait_for(*tickets)
     assert one.order == tickets
     for ticket in tickets:
-        prompt = ticket.request.prompt
-        said = stream(NETWORK, [prompt], stop_ids=frozenset(), max_tokens=5, sampling=Sampling())
-        steps = [event for event in one.events[ticket] if isinstance(event, Step)]
-        assert [(step.id, step.end) for step in steps] == [(token.id, token.end) for token in said]
+        said = generate_tokens(NETWORK, [ticket.request])
+        steps = [event for event in one.events[ticket] if isinstance(event, GeneratedToken)]
+        assert [(step.id, step.end) for step in steps] == [(token.id, token.end) for _, token in said]
     assert one.scheduler.load() == (0, 0)
 
 
@@ -161,14 +158,14 @@ def test_a_prompt_that_fails_is_the_only_one(
     desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = desk(num_slots=3, max_waiting=4, start=False)
-    add = Batch.add
+    add = ContinuousBatch.add
 
-    def picky(batch: Batch, key: Ticket, request: Request) -> Step:
-        if request.prompt[0] == 13:
+    def picky(batch: ContinuousBatch[Ticket], requests: Any) -> Any:
+        if requests[0][1].prompt[0] == 13:
             raise MemoryError
-        return add(batch, key, request)
+        return add(batch, requests)
 
-    monkeypatch.setattr(Batch, "add", picky)
+    monkeypatch.setattr(ContinuousBatch, "add", picky)
     tickets = one.ask(1, 13, 2)
     one.scheduler.start()
     one.wait_for(*tickets)

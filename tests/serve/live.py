@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 from tests.tiny_models import random_network, write_adapter, write_model
 
-from lorafit.infer.continuous_batch import Batch
+from lorafit.infer.continuous_batch import ContinuousBatch
 from lorafit.infer.multi_adapter import Models, load_many
 from lorafit.infer.scheduler import Scheduler
 from lorafit.model.lora import LoraSpec
@@ -29,7 +29,7 @@ class Live:
     url: str
     client: httpx.Client
     server: Server
-    batch: Batch
+    batch: ContinuousBatch
 
     @property
     def scheduler(self) -> Scheduler:
@@ -81,7 +81,7 @@ def live(
     context: int = CONTEXT,
 ) -> Iterator[Live]:
     """A server for `models` while the block runs."""
-    batch = Batch(models.network, slots, context, models.adapters)
+    batch = ContinuousBatch(models.network, slots, context, models.adapters)
     place = Address("127.0.0.1", 0, hosts)
     listening = listen(place)
     port = listening.getsockname()[1]

@@ -11,7 +11,7 @@ import torch
 from tests.serve.live import TOKEN, Live, live, write_and_load
 
 from lorafit.data.formats import Completion, Message
-from lorafit.infer.engine import stream
+from lorafit.infer.model import Model
 from lorafit.infer.multi_adapter import Models
 from lorafit.infer.sampling import Sampling
 
@@ -53,15 +53,10 @@ def generated(
 ) -> str:
     """As infer/model.py answers, with the adapter alone."""
     named = models.named[name]
-    ids = []
     models.adapters.take([named.adapter])
-    prompt = named.renderer.prompt_ids([Message("user", question)])
-    stops = frozenset(named.renderer.contract.stop_ids)
-    for token in stream(
-        models.network, [prompt], stop_ids=stops, max_tokens=most, sampling=sampling or Sampling()
-    ):
-        ids += [token.id] if token.end != "stop" else []
-    return named.renderer.tokenizer.decode(ids, skip_special=True).strip()
+    messages = [Message("user", question)]
+    model = Model(models.network, named.renderer)
+    return model.generate([messages], max_tokens=most, sampling=sampling)[0].text
 
 
 @pytest.fixture(scope="module")

@@ -59,9 +59,11 @@ def serve(
     place = Address(host, port, tuple(allow_host or ()))
     token = find_token()
     with contextlib.closing(listen(place)) as listening:
-        from lorafit.infer.continuous_batch import Batch
+        from lorafit.infer.continuous_batch import ContinuousBatch
         from lorafit.infer.multi_adapter import check_context, load_many
 
         models = load_many(sources, device=device, offline=offline, quantize=quantize)
-        batch = Batch(models.network, slots, check_context(context, models.network), models.adapters)
+        batch = ContinuousBatch(
+            models.network, slots, check_context(context, models.network), models.adapters
+        )
         serve(models, batch, place, listening, token, max_waiting=queue, timeout=timeout)

@@ -18,8 +18,7 @@ from lorafit.data.formats import Message
 from lorafit.errors import DataError, RunError
 from lorafit.export.chat_template import written_prompt
 from lorafit.export.run_source import RunSource
-from lorafit.infer.engine import stream
-from lorafit.infer.sampling import Sampling
+from lorafit.infer.continuous_batch import Request, generate_tokens
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.build import build_saved
 from lorafit.model.linear import Frozen, LowRank, with_low_rank
@@ -154,9 +153,9 @@ def _questions(source: RunSource, longest: int) -> list[tuple[Message, ...]]:
 def _answered(source: RunSource, network: Llama, messages: tuple[Message, ...]) -> Prompt:
     ids = source.renderer.prompt_ids(messages)
     stops = frozenset(source.contract.stop_ids)
-    made = stream(network, [ids], stop_ids=stops, max_tokens=MAX_TOKENS, sampling=Sampling())
+    made = generate_tokens(network, [Request(ids, stops, MAX_TOKENS)])
     text = written_prompt(source.renderer, messages)
-    return Prompt(messages, text, ids, [token.id for token in made])
+    return Prompt(messages, text, ids, [token.id for _, token in made])
 
 
 def _logits(network: Llama, prompt: Prompt, into: Callable[[Tensor], Tensor]) -> Tensor:

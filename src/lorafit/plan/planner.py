@@ -17,7 +17,7 @@ from lorafit.distributed.ranks import share_cores
 from lorafit.errors import RunError
 from lorafit.evaluate.samples import SAMPLE_TOKENS
 from lorafit.hub.client import model_folder
-from lorafit.infer.model import AT_ONCE
+from lorafit.infer.continuous_batch import AT_ONCE
 from lorafit.model.architecture import read_architecture
 from lorafit.model.build import build, wanted_adapter
 from lorafit.model.device import DTYPES, describe, pick_device, pick_dtype

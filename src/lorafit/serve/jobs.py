@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from lorafit.errors import LorafitError
-from lorafit.infer.continuous_batch import Batch, Request, Step
+from lorafit.infer.continuous_batch import ContinuousBatch, GeneratedToken, Request
 from lorafit.infer.multi_adapter import Models, ServedModel
 from lorafit.infer.sampling import Sampling
 from lorafit.infer.scheduler import Event, Failure, QueueFullError, Scheduler, StoppedError, Ticket
@@ -39,7 +39,7 @@ class Piece:
 
     index: int
     text: str
-    step: Step | None
+    step: GeneratedToken | None
     finish: str
 
 
@@ -57,7 +57,7 @@ class Job:
         self.num_tokens = 0
         self._answering, self._tickets, self._texts = answering, list(tickets), texts
         self._index = {ticket: index for index, ticket in enumerate(tickets)}
-        self.events: asyncio.Queue[tuple[Ticket, Step | Failure]] = asyncio.Queue()
+        self.events: asyncio.Queue[tuple[Ticket, GeneratedToken | Failure]] = asyncio.Queue()
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """The pieces of all answers as they come, until each has its end. Raises ApiError where one fails."""
@@ -73,7 +73,7 @@ class Job:
                 going.discard(ticket)
             yield piece
 
-    def _piece(self, ticket: Ticket, step: Step) -> Piece:
+    def _piece(self, ticket: Ticket, step: GeneratedToken) -> Piece:
         index = self._index[ticket]
         text = self._texts[index]
         shown = None
@@ -97,7 +97,7 @@ class Job:
 class Answering:
     """Models behind a scheduler, for the one event loop that it is made on."""
 
-    def __init__(self, models: Models, batch: Batch, *, max_waiting: int, timeout: float) -> None:
+    def __init__(self, models: Models, batch: ContinuousBatch, *, max_waiting: int, timeout: float) -> None:
         self.models = models
         self.context = batch.context
         self.timeout = timeout

@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from lorafit.infer.continuous_batch import Step
+from lorafit.infer.continuous_batch import GeneratedToken
 from lorafit.infer.stream_text import TokenTexts
 from lorafit.serve.errors import ApiError
 from lorafit.serve.jobs import Job, Piece
@@ -20,7 +20,7 @@ class Chat:
     def __init__(self, texts: TokenTexts, with_logprobs: bool) -> None:
         self._texts, self._with_logprobs = texts, with_logprobs
 
-    def choice(self, index: int, text: str, steps: Sequence[Step], finish: str) -> dict[str, Any]:
+    def choice(self, index: int, text: str, steps: Sequence[GeneratedToken], finish: str) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}
         return {
             "index": index,
@@ -45,7 +45,7 @@ class Chat:
             "finish_reason": piece.finish or None,
         }
 
-    def _logprobs(self, steps: Sequence[Step]) -> dict[str, Any] | None:
+    def _logprobs(self, steps: Sequence[GeneratedToken]) -> dict[str, Any] | None:
         if not self._with_logprobs:
             return None
         content = [
@@ -71,7 +71,7 @@ class Completion:
     def __init__(self, texts: TokenTexts, with_logprobs: bool) -> None:
         self._texts, self._with_logprobs = texts, with_logprobs
 
-    def choice(self, index: int, text: str, steps: Sequence[Step], finish: str) -> dict[str, Any]:
+    def choice(self, index: int, text: str, steps: Sequence[GeneratedToken], finish: str) -> dict[str, Any]:
         logprobs = self._logprobs(steps, 0)
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
@@ -87,7 +87,7 @@ class Completion:
             "finish_reason": piece.finish or None,
         }
 
-    def _logprobs(self, steps: Sequence[Step], before: int) -> dict[str, Any] | None:
+    def _logprobs(self, steps: Sequence[GeneratedToken], before: int) -> dict[str, Any] | None:
         if not self._with_logprobs:
             return None
         tokens = [self._texts.of(step.id).text for step in steps]
@@ -106,7 +106,7 @@ class Completion:
 async def whole(job: Job, shape: Chat | Completion, head: dict[str, Any], num_choices: int) -> dict[str, Any]:
     """The reply once every answer has its end. Raises ApiError."""
     texts, finishes = [""] * num_choices, [""] * num_choices
-    steps: list[list[Step]] = [[] for _ in range(num_choices)]
+    steps: list[list[GeneratedToken]] = [[] for _ in range(num_choices)]
     async for piece in job.pieces():
         texts[piece.index] += piece.text
         finishes[piece.index] = piece.finish

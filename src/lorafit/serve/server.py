@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import uvicorn
 
 from lorafit.errors import ConfigError
-from lorafit.infer.continuous_batch import Batch, Request
+from lorafit.infer.continuous_batch import ContinuousBatch, Request
 from lorafit.infer.multi_adapter import Models
 from lorafit.observe.console import printable
 from lorafit.serve.app import make_app
@@ -76,7 +76,7 @@ def listen(place: Address) -> socket.socket:
 
 def serve(
     models: Models,
-    batch: Batch,
+    batch: ContinuousBatch,
     place: Address,
     listening: socket.socket,
     token: Token,
@@ -140,7 +140,7 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def _announce(models: Models, batch: Batch, place: Address, port: int, token: Token) -> None:
+def _announce(models: Models, batch: ContinuousBatch, place: Address, port: int, token: Token) -> None:
     host = f"[{place.host}]" if ":" in place.host else place.host
     url = f"http://{host}:{port}/v1"
     names = [f"{named.name} ({'adapter' if named.adapter else 'base'})" for named in models.named.values()]

@@ -34,7 +34,7 @@ def speaker_of(network: Llama, training_data: TrainingData, observe: Observer) -
 
 def speak(run: RunDirectory, speaker: SampleGenerator) -> None:
     """Base and tuned answers to the held-out prompts, shown and stored in samples.json."""
-    if samples := speaker.finish():
+    if samples := speaker.generate_samples():
         run.write_json(run.samples_file, samples)
 
 
