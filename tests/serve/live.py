@@ -16,7 +16,7 @@ from lorafit.infer.continuous_batch import ContinuousBatch
 from lorafit.infer.multi_adapter import Models, load_many
 from lorafit.infer.scheduler import Scheduler
 from lorafit.model.lora import LoraSpec
-from lorafit.serve.server import Address, Server, Token, listen, serve
+from lorafit.serve.server import AccessToken, Address, Server, listen, serve
 
 TOKEN = "a-token-of-the-tests"
 CONTEXT = 2048
@@ -34,7 +34,7 @@ class Live:
     @property
     def scheduler(self) -> Scheduler:
         app = self.server.config.app.app  # type: ignore[union-attr]  the guard's
-        scheduler = app.state.answering.scheduler
+        scheduler = app.state.service.scheduler
         assert isinstance(scheduler, Scheduler)
         return scheduler
 
@@ -88,7 +88,7 @@ def live(
     started: list[Server] = []
 
     def run() -> None:
-        token = Token(TOKEN, is_new=False)
+        token = AccessToken(TOKEN, is_new=False)
         serve(
             models,
             batch,

@@ -276,7 +276,9 @@ def test_an_answer_may_fill_the_context_and_a_prompt_may_not(client: openai.Open
     assert long.usage is not None
     assert long.usage.total_tokens == 2048
     assert long.choices[0].finish_reason == "length"
-    with pytest.raises(openai.BadRequestError, match="has 2,048 tokens; with its answer it may have 2,048"):
+    with pytest.raises(
+        openai.BadRequestError, match="has 2,048 tokens; the context with its answer is 2,048"
+    ):
         client.completions.create(model="base", prompt=[65] * 2048)
 
 
@@ -307,13 +309,13 @@ BAD = {
             ]
         },
         openai.BadRequestError,
-        "a system message is only taken as the first one",
+        "only the first message can be a system message",
     ),
-    "lonely": ({"top_logprobs": 2}, openai.BadRequestError, "`top_logprobs` is for `logprobs: true` only"),
+    "lonely": ({"top_logprobs": 2}, openai.BadRequestError, "`top_logprobs` needs `logprobs: true`"),
     "usage": (
         {"stream_options": {"include_usage": True}},
         openai.BadRequestError,
-        "`stream_options` is for `stream: true` only",
+        "`stream_options` needs `stream: true`",
     ),
     "noncharacter": (
         {"messages": [{"role": "user", "content": "a\ufdd0b"}]},

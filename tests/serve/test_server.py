@@ -130,7 +130,7 @@ def test_pages_of_other_sites_are_not_answered(origin: str, status: int, there: 
 def test_a_server_on_all_addresses_takes_any_address_but_no_foreign_name() -> None:
     def is_ours(host: str, any_address: bool) -> bool:
         checked = Guard(None, token="x", hosts=["localhost"], any_address=any_address, max_bytes=1)  # type: ignore[arg-type]
-        return checked._is_ours(host)
+        return checked._is_allowed(host)
 
     assert is_ours("10.0.0.7:8000", any_address=True)
     assert not is_ours("10.0.0.7:8000", any_address=False)
@@ -319,14 +319,14 @@ def test_names_and_bases_are_checked_together(tmp_path: Path, models: Models) ->
     assert list(named) == ["x", "two", "base"]
     assert [entry.adapter for entry in named.values()] == ["x", "two", None]
     assert list(load_many([str(tmp_path / "a" / "base")], device="cpu").named) == ["base"]
-    with pytest.raises(ConfigError, match="two models would be called `one`"):
+    with pytest.raises(ConfigError, match="two models have the name `one`"):
         load_many([one, one], device="cpu")
     other = write_models(tmp_path / "b")[0]
     base = str(tmp_path / "a" / "base")
     with pytest.raises(ConfigError) as refused:
         load_many([one, f"other={other}", f"plain={base}"], device="cpu")
     text = str(refused.value)
-    assert "`other` is not on the base of the others" in text
+    assert "`other` has another base model than the first" in text
     assert "`plain` is a base model" in text
     assert check_context(None, models.network) == 2048
     assert check_context(9, models.network) == 9
