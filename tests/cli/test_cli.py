@@ -197,7 +197,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "resume and a flag": (
         ["train", "--resume", "{run}", "--model", "{model}"],
-        ["--resume takes only settings"],
+        ["--resume accepts only settings"],
     ),
     "no such target": (["{ok}", "lora.targets=[q_porj]", "run.output={tmp}/new"], ["q_porj"]),
     "no such device": (["{ok}", "model.device=cuda:99", "run.output={tmp}/new"], ["cuda:99"]),

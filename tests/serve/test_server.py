@@ -330,7 +330,7 @@ def test_names_and_bases_are_checked_together(tmp_path: Path, models: Models) ->
     assert "`plain` is a base model" in text
     assert check_context(None, models.network) == 2048
     assert check_context(9, models.network) == 9
-    with pytest.raises(ConfigError, match="more than the model reads"):
+    with pytest.raises(ConfigError, match="more than the model can read"):
         check_context(2049, models.network)
 
 

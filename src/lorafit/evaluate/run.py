@@ -77,6 +77,21 @@ def evaluate_run(
     return measured
 
 
+def table_of(results: Sequence[ModelResult]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of a table with one row per model."""
+    headers = ["model", "held-out loss", "perplexity"]
+    for file in results[0].scores:
+        headers += [Path(file).name, "ended"]
+    rows = []
+    for result in results:
+        numbers = ("-" if n is None else f"{n:.4f}" for n in (result.loss, result.perplexity))
+        row = [result.model, *numbers]
+        for task_score in result.scores.values():
+            row += [f"{task_score.right} of {task_score.total}", f"{task_score.ended}"]
+        rows.append(row)
+    return headers, rows
+
+
 def _merged(folder: Path) -> Path:
     """The folder of a merged export. Raises RunError for anything else, and for a damaged one."""
     if (folder / MANIFEST).is_file() and (faults := verify_folder(folder, may_have_more=True)):

@@ -10,7 +10,7 @@ from pathlib import Path
 from lorafit.data.formats import Content, Instruction, Message
 from lorafit.data.prompt import PromptContract, Renderer, contract
 from lorafit.data.tokenizer import Tokenizer
-from lorafit.errors import ModelError
+from lorafit.errors import ConfigError, ModelError
 from lorafit.hub.client import adapter_folder, model_folder
 from lorafit.infer.continuous_batch import AT_ONCE, GeneratedToken, Request, generate_tokens
 from lorafit.infer.sampling import Sampling
@@ -91,6 +91,12 @@ class Model:
                 yield piece
         if piece := text.finish():
             yield piece
+
+    def require_adapter(self, source: str) -> None:
+        """Raise ConfigError where the model, loaded from `source`, has no adapter to compare with its base."""
+        if not self.has_adapter:
+            hint = "remove --base and --compare"
+            raise ConfigError(f"`{source}` is a base model, it has no adapter", hint=hint)
 
     def prompt_ids(self, question: Question) -> list[int]:
         """The ids of a prompt. Raises ModelError where the model cannot read it, DataError where it is no text."""
