@@ -13,7 +13,7 @@ from tests.tiny_models import random_network
 from lorafit.data.packing import make_packs
 from lorafit.forward import pack_loss
 from lorafit.infer import engine
-from lorafit.infer.sampling import Sampling
+from lorafit.infer.continuous_batch import Request, generate_tokens
 from lorafit.model import attention
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.llama import Llama
@@ -102,8 +102,8 @@ def a_row_has_the_same_bits_whatever_it_is_packed_with(lab: Lab) -> None:
     Plant("infer.engine:decode_attention", "attn_mask=visible[:, None, None]", "attn_mask=None"),
     Plant(
         "infer.engine:Decode.__call__",
-        "where = (self.cache.slots, self.positions)",
-        "where = (self.cache.slots, self.positions.max().expand(rows).contiguous())",
+        "slots_and_positions = (self.cache.slots, self.positions)",
+        "slots_and_positions = (self.cache.slots, self.positions.max().expand(rows).contiguous())",
     ),
     Plant("infer.engine:Prefill.__call__", "super().__call__(", "PackedDocuments([sum(self.lengths)])("),
 )
@@ -123,6 +123,6 @@ def an_answer_is_the_same_whatever_is_asked_beside_it(lab: Lab) -> None:
 
 def _answers(network: Llama, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     answers: list[list[int]] = [[] for _ in prompts]
-    for token in engine.stream(network, prompts, stop_ids=frozenset(), max_tokens=12, sampling=Sampling()):
-        answers[token.row].append(token.id)
+    for row, token in generate_tokens(network, [Request(prompt, frozenset(), 12) for prompt in prompts]):
+        answers[row].append(token.id)
     return answers

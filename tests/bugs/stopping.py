@@ -68,9 +68,9 @@ def the_stop_token_is_trained_though_it_pads_too(lab: Lab) -> None:
 @probe(
     7,
     Plant(
-        "infer.model:Model._tokens",
-        "stop_ids=frozenset(self.renderer.contract.stop_ids)",
-        "stop_ids=frozenset({self.renderer.contract.eos_id})",
+        "infer.model:Model.request",
+        "frozenset(self.renderer.contract.stop_ids)",
+        "frozenset({self.renderer.contract.eos_id})",
     ),
     Plant(
         "data.prompt:Renderer._assemble",
