@@ -71,8 +71,7 @@ def generate(
     if file is not None:
         from lorafit.infer.bulk import answer_file
 
-        settings = {"max_tokens": max_tokens, "sampling": sampling, "base": base}
-        answer_file(model, file, output, show=typer.echo, **settings)
+        answer_file(model, file, output, max_tokens=max_tokens, sampling=sampling, base=base, show=typer.echo)
         return
     assert prompts
     if len(prompts) == 1 and not (compare or as_json):

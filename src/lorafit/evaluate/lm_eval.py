@@ -98,7 +98,7 @@ class LorafitLM(LM):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """The answer to each context, up to a stop token or any text of the request's `until`."""
-        prompts = [self._request(*request.args, index) for index, request in enumerate(requests)]
+        prompts = [self._request(request, index) for index, request in enumerate(requests)]
         ids: list[list[int]] = [[] for _ in prompts]
         num_done = 0
         with progress("generating") as advance:
@@ -114,7 +114,8 @@ class LorafitLM(LM):  # type: ignore[misc]
             for text, request in zip(texts, requests, strict=True)
         ]
 
-    def _request(self, context: str, settings: Mapping[str, Any], index: int) -> Request:
+    def _request(self, request: Any, index: int) -> Request:
+        context, settings = request.args
         most = min(int(settings.get("max_gen_toks") or _MAX_TOKENS), self._longest - 1)
         sampling = Sampling()
         if settings.get("do_sample") or settings.get("temperature"):

@@ -46,8 +46,10 @@ def answer_file(
     write = kept.add if kept else show
     try:
         with progress("answering") as advance:
-            settings = {"max_tokens": max_tokens, "sampling": sampling, "base": base, "start": start}
-            for index, answer in enumerate(answers(model, rows, advance=advance, **settings), start):
+            made = answers(
+                model, rows, max_tokens=max_tokens, sampling=sampling, base=base, start=start, advance=advance
+            )
+            for index, answer in enumerate(made, start):
                 write(line_of(index, rows[index], answer))
     except KeyboardInterrupt:
         if kept:

@@ -154,14 +154,12 @@ class ContinuousBatch(Generic[K]):
 
     def _choose_next(self, logits: Tensor, rows: Sequence[_Row[K]]) -> list[tuple[K, GeneratedToken]]:
         tokens = []
-        logprobs = _logprobs(logits, [row.request for row in rows])
         for index, (row, token) in enumerate(zip(rows, _sample(logits, rows), strict=True)):
             row.num_generated, row.latest = row.num_generated + 1, token
             is_full = row.num_generated >= row.request.max_tokens
             is_full = is_full or len(row.request.prompt) + row.num_generated >= self.context
             end = "stop" if token in row.request.stop_ids else "length" if is_full else ""
-            top_logprobs = row.request.top_logprobs
-            tokens.append((row.key, _generated_token(token, end, top_logprobs, logprobs.get(index))))
+            tokens.append((row.key, _generated_token(token, end, row.request.top_logprobs, logits[index])))
         for key, generated in tokens:
             if generated.end:
                 self.drop(key)
@@ -204,17 +202,11 @@ def _sample(logits: Tensor, rows: Sequence[_Row[K]]) -> list[int]:
     return chosen
 
 
-def _logprobs(logits: Tensor, requests: Sequence[Request]) -> dict[int, Tensor]:
-    """Log-probabilities of all tokens, float64 (vocab_size,), for the rows whose request has `top_logprobs`."""
-    rows = [index for index, request in enumerate(requests) if request.top_logprobs is not None]
-    if not rows:
-        return {}
-    return dict(zip(rows, logits[rows].double().cpu().log_softmax(-1), strict=True))
-
-
-def _generated_token(token: int, end: str, num_top: int | None, logprobs: Tensor | None) -> GeneratedToken:
-    if logprobs is None:
+def _generated_token(token: int, end: str, num_top: int | None, logits: Tensor) -> GeneratedToken:
+    """The token, with log-probabilities in float64 unless `num_top` is None; `logits` (vocab_size,) are its row's."""
+    if num_top is None:
         return GeneratedToken(token, end)
-    best = logprobs.topk(min(num_top or 0, len(logprobs)))
+    logprobs = logits.double().cpu().log_softmax(-1)
+    best = logprobs.topk(min(num_top, len(logprobs)))
     top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
     return GeneratedToken(token, end, float(logprobs[token]), top)

@@ -142,7 +142,7 @@ class AnswerService:
         """Queue the answers to `prompts`, in order. Raises ApiError where the queue is full."""
         deadline = time.monotonic() + self.timeout
         stop_ids = frozenset(served.renderer.contract.stop_ids)
-        tickets = []
+        tickets: list[Ticket] = []
         for prompt in prompts:
             for _ in range(options.num):
                 request = Request(
