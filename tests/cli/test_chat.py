@@ -214,11 +214,11 @@ def test_generate_answers_a_file(cli: Cli, adapter: Path, tmp_path: Path) -> Non
     assert cli(*words)[1] == output.read_text()
     code, _, err = cli(*words, "--output", output)
     assert code == 2
-    assert "is there already" in err
+    assert "exists already" in err
     output.rename(output.with_name("answers.jsonl.part"))
     code, _, err = cli(*words, "--output", output)
     assert code == 2
-    assert "holds answers to other questions" in err
+    assert "answers to other prompts" in err
 
 
 def test_a_file_goes_with_nothing_else(cli: Cli, adapter: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _HELP = """\
 /base            show base and tuned answers side by side, on or off
 /system [TEXT]   set the system prompt; without TEXT, show it
-/reset           remove all turns of the conversation
+/reset           forget the conversation
 /help            show this help
 /quit            end the chat, as Ctrl-D does
 Ctrl-C stops an answer. \"\"\" begins and ends a question of several lines."""
@@ -178,8 +178,8 @@ class Session:
             self._note(str(error))
             return
         if asked.num_dropped:
-            turns = "the oldest turn is" if asked.num_dropped == 1 else f"{asked.num_dropped} turns are"
-            self._note(f"{turns} dropped from the conversation: the context is full")
+            turns = "the oldest turn does" if asked.num_dropped == 1 else f"{asked.num_dropped} turns do"
+            self._note(f"{turns} not fit any more and will not be read again")
         if not self.is_terminal:
             typer.echo(f"> {printable(question)}")
         reply = Reply(self, asked)
