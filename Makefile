@@ -3,10 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
-# Two files of tests at a time, each on one thread.
-SUITE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# Files or folders of tests, all without any: make test T=tests/data
+T ?=
+# Two files of tests at a time, each on one thread; the order of sets is always the same.
+SUITE = PYTHONHASHSEED=0 $(BIN)/python -m pytest -n 2 --dist loadfile $(T)
+SEEDS ?= 20
 
-.PHONY: demo test quick lint format docs config-docs types bench bugs masks crash fuzz fuzz-serve hostile hosts scale release dist clean
+.PHONY: demo test quick slow seeds lint format docs config-docs types bench bugs masks crash fuzz fuzz-serve hostile hosts scale release dist clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -35,11 +38,17 @@ demo: $(VENV)/installed  ## fine-tune the small model that ships with the projec
 	rm -rf $(DEMO)
 	$(BIN)/lorafit train demo/recipe.yaml --output $(DEMO)
 
-test: $(VENV)/installed-dev  ## the whole test suite
+test: $(VENV)/installed-dev  ## the whole test suite; part of it: make test T=tests/data
 	$(SUITE)
 
-quick: $(VENV)/installed-dev  ## the tests that take seconds
+quick: $(VENV)/installed-dev  ## the tests of single parts, within a minute
 	$(SUITE) -m 'not slow'
+
+slow: $(VENV)/installed-dev  ## the tests that `make quick` leaves out
+	$(SUITE) -m slow
+
+seeds: $(VENV)/installed-dev  ## the property tests with SEEDS fresh seeds; each one that fails is named
+	$(BIN)/python -m tests.seeds --count $(SEEDS) $(T)
 
 fuzz: $(VENV)/installed-dev  ## 200,000 hostile rows, files, texts, configs, commands, templates and runs (most of an hour)
 	$(BIN)/python -m tests.hostile.fuzz --examples 200000 --into docs/security.md

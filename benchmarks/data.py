@@ -1,11 +1,11 @@
-"""How long rows take from file to packs, cold and from the cache, and how much memory.
+"""Time and peak memory from a file of rows to packs, without and with the token cache.
 
     python -m benchmarks.data MODEL_FOLDER ROWS.json [--rows 52000] [--template alpaca] [--short] [--json FILE]
 
-Writes as many rows as are asked for: those of ROWS.json over and over, each with its number in the instruction and its
-answer cut to 20 to 75 %, so that a row has about as many tokens as one of Stanford Alpaca; with --short it is a few
-words, for millions of rows. Then a fresh process reads, renders, tokenises and accounts for them and packs one
-epoch, and another does it again from the cache. Prints a Markdown table.
+Writes the requested number of rows. It repeats those of ROWS.json, puts the row's number in the instruction, and cuts
+the answer to 20 to 75 %, so that a row has about as many tokens as a row of Stanford Alpaca. With --short a row has a
+few words, for millions of rows. A new process then reads, renders and tokenises the rows, makes the ledger, and packs
+one epoch. A second process repeats this from the cache. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--template", default="alpaca", help="as data.template")
     parser.add_argument("--short", action="store_true", help="rows of a few words")
     parser.add_argument("--json", type=Path, help="also write the figures as JSON")
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # the file, in a process of its own
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # the file; used in a new process
     arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps(measure(arguments.model, arguments.measure, arguments.template)))
@@ -66,22 +66,22 @@ FIGURES = {
     "read, render, tokenise, s": "encode_seconds",
     "split and ledger, s": "ledger_seconds",
     "order and packs of an epoch, s": "pack_seconds",
-    "all of these, s": "seconds",
-    "rows/s, packs aside": "rows_per_second",
-    "tokens/s, packs aside": "tokens_per_second",
+    "total, s": "seconds",
+    "rows/s, without packing": "rows_per_second",
+    "tokens/s, without packing": "tokens_per_second",
     "peak memory before packs, MB": "peak_mb_before_packs",
     "peak memory, MB": "peak_mb",
 }
 
 
 def line(name: str, results: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """A row of the table."""
+    """A row of the table, as cells."""
     values = [results[kind][FIGURES[name]] for kind in ("cold", "cached")]
     return [name, *(f"{value:.2f}" if name.endswith(" s") else f"{value:,.0f}" for value in values)]
 
 
 def write_rows(source: Path, out: Path, count: int, short: bool) -> None:
-    """`count` rows like those of `source`, as a JSON list or, if the name of `out` says so, as JSON lines."""
+    """Write `count` rows like those of `source`: JSON lines if `out` ends in .jsonl, else a JSON list."""
     rows = json.loads(source.read_text(encoding="utf-8"))
     generator = random.Random(0)
     lines = out.suffix == ".jsonl"
@@ -102,12 +102,12 @@ def write_rows(source: Path, out: Path, count: int, short: bool) -> None:
 
 
 def measure(model: Path, file: Path, template: str) -> dict[str, Any]:
-    """Seconds of each part, in this process, and its peak memory."""
+    """Seconds of each part in this process, and its peak memory."""
     marks = [time.perf_counter()]
     import numpy as np
 
     from lorafit.data.ledger import Ledger
-    from lorafit.data.packing import make_packs
+    from lorafit.data.packing import Packer
     from lorafit.data.prompt import Renderer, contract
     from lorafit.data.row_order import RowOrder, split_holdout
     from lorafit.data.sources import find_files
@@ -119,7 +119,7 @@ def measure(model: Path, file: Path, template: str) -> dict[str, Any]:
     marks.append(time.perf_counter())
     rules: dict[str, Any] = {"train_on": "response", "max_length": 2048, "too_long": "error", "add_eos": True}
     renderer = Renderer(contract(tokenizer, template=template, **rules), tokenizer)
-    entry = encode_files(find_files([str(file)])[0], "auto", renderer)
+    entry = encode_files(find_files([str(file)]), "auto", renderer)
     marks.append(time.perf_counter())
     training, heldout = map(entry.encoded.take, split_holdout(len(entry.encoded), 100, 0))
     num_rows = entry.facts["files"][0]["num_rows"]
@@ -128,7 +128,7 @@ def measure(model: Path, file: Path, template: str) -> dict[str, Any]:
     peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     order = RowOrder([np.arange(len(training))], [1.0], 16, 0, True)
     for step in range(order.steps_per_epoch):
-        make_packs([training.row(index) for index in order.rows(step)], 2048)
+        Packer(2048).packs([training.row(index) for index in order.rows(step)])
     marks.append(time.perf_counter())
     names = ["import", "tokenizer", "encode", "ledger", "pack"]
     parts = dict(zip((f"{name}_seconds" for name in names), np.diff(marks).tolist(), strict=True))

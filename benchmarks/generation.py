@@ -1,11 +1,11 @@
-"""Generation beside transformers `generate`: the same model, prompts and number of tokens, in turn, in one process.
+"""Compares generation with transformers' `generate`: the same model, prompts and number of tokens, in one process.
 
     python -m benchmarks.generation [--layers 22 | --model DIR] [--work DIR] [--tokens 64] [--json FILE]
 
-Greedy, bfloat16, key-value cache on, on the CPU; transformers pads several prompts on the left and masks the padding,
-as people do, and has its adapter from PEFT. Prompts are random ids: of random weights nothing is learned from words.
-Prefill is the time to the first token (a call that makes one), decode what the other tokens take, together the whole
-call. Figures are medians over the turns. Needs what speed.py needs.
+Both use greedy decoding in bfloat16 with a key-value cache, on the CPU. transformers pads several prompts on the left
+and masks the padding, which is usual, and uses PEFT's adapter. Prompts are random ids, because the weights are random
+too. Prefill is the time to the first token (a call that generates one token), decode is the time of the other tokens,
+and together is the whole call. The figures are medians over the turns. It needs the same files as speed.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Run as a file, too: siblings are `benchmarks.x`, and profile.py hides no module of the standard library.
+# For a start as a file: makes `benchmarks.x` importable, and keeps profile.py from hiding the standard module.
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -43,7 +43,7 @@ Generate = Callable[[Prompts, int], list[list[int]]]
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """One turn of one program: seconds to the first token and of a whole call that makes `tokens` a prompt."""
+    """One turn of one program: seconds to the first token, and of a call that generates `tokens` per prompt."""
 
     case: str
     adapter: bool
@@ -55,7 +55,7 @@ class Timing:
     whole_seconds: float
 
     def rate(self, part: str) -> float:
-        """Tokens a second: prompt tokens for `prefill`, else new ones."""
+        """Tokens per second: prompt tokens for `prefill`, else new tokens."""
         if part == "prefill":
             return self.prompt_tokens / self.first_seconds
         if part == "decode":
@@ -65,7 +65,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """So many times the tokens a second of transformers, over whole calls."""
+    """The goal for the tokens per second of whole calls, as a multiple of transformers'."""
 
     case: str
     program: str
@@ -76,7 +76,7 @@ TARGETS = [Target(ONE, SIXTEEN, 1.0), Target(ONE, EIGHT, 1.5), Target(MANY, SIXT
 
 
 def prompts_of(vocab_size: int) -> dict[str, Prompts]:
-    """Random ids: one prompt of 64, and 16 of 16 to 256, evenly spread and shuffled."""
+    """Prompts of random ids: one of 64 tokens, and 16 of 16 to 256 tokens, evenly spaced and shuffled."""
     generator = random.Random(0)
     lengths = [16 + 16 * index for index in range(16)]
     generator.shuffle(lengths)
@@ -86,21 +86,20 @@ def prompts_of(vocab_size: int) -> dict[str, Prompts]:
 
 def ours(network: Llama) -> Generate:
     """Generation with lorafit's engine."""
-    from lorafit.infer.engine import stream
-    from lorafit.infer.sampling import Sampling
+    from lorafit.infer.continuous_batch import Request, generate_tokens
 
     def generate(prompts: Prompts, tokens: int) -> list[list[int]]:
         said: list[list[int]] = [[] for _ in prompts]
-        nothing: frozenset[int] = frozenset()
-        for token in stream(network, prompts, stop_ids=nothing, max_tokens=tokens, sampling=Sampling()):
-            said[token.row].append(token.id)
+        requests = [Request(prompt, frozenset(), tokens) for prompt in prompts]
+        for row, token in generate_tokens(network, requests):
+            said[row].append(token.id)
         return said
 
     return generate
 
 
 def theirs(model: Any) -> Generate:
-    """transformers `generate`, padded on the left where the prompts differ in length."""
+    """Generation with transformers' `generate`; prompts of different lengths are padded on the left."""
     import torch
 
     def generate(prompts: Prompts, tokens: int) -> list[list[int]]:
@@ -109,8 +108,8 @@ def theirs(model: Any) -> Generate:
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         limits = {"max_new_tokens": tokens, "min_new_tokens": tokens}
         out = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, pad_token_id=0, **limits)
-        said: list[list[int]] = out[:, longest:].tolist()
-        return said
+        answers: list[list[int]] = out[:, longest:].tolist()
+        return answers
 
     return generate
 
@@ -118,7 +117,7 @@ def theirs(model: Any) -> Generate:
 def take_turns(
     programs: dict[str, Generate], prompts: dict[str, Prompts], tokens: int, turns: int, adapter: bool
 ) -> list[Timing]:
-    """Every program on every case, `turns` times, the order reversed every other time; a first call is not counted."""
+    """Run every program on every case `turns` times, after a warm-up call; every second turn reverses the order."""
     timings = []
     for case, batch in prompts.items():
         for generate in programs.values():
@@ -128,9 +127,9 @@ def take_turns(
                 seconds = []
                 for most in (1, tokens):
                     started = time.perf_counter()
-                    said = programs[program](batch, most)
+                    answers = programs[program](batch, most)
                     seconds.append(time.perf_counter() - started)
-                    assert [len(row) for row in said] == [most] * len(batch)
+                    assert [len(row) for row in answers] == [most] * len(batch)
                 size = (sum(map(len, batch)), len(batch), tokens)
                 timings.append(Timing(case, adapter, program, *size, *seconds))
                 rate = timings[-1].rate("together")
@@ -140,7 +139,7 @@ def take_turns(
 
 
 def measure(model: Path, tokens: int, turns: int) -> list[Timing]:
-    """All timings, first of the base model, then with an adapter on all linears (r=16) that is not zero."""
+    """All timings: first of the base model, then with a non-zero adapter on all linear layers (r=16)."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -173,13 +172,13 @@ def measure(model: Path, tokens: int, turns: int) -> list[Timing]:
 
 
 def report(timings: Sequence[Timing], about: str) -> str:
-    """Targets and all rates as Markdown."""
+    """The targets and all rates as Markdown."""
 
     def rate(case: str, adapter: bool, program: str, part: str) -> float:
         key = (case, adapter, program)
         return statistics.median(t.rate(part) for t in timings if (t.case, t.adapter, t.program) == key)
 
-    wanted, rates = [], []
+    targets, rates = [], []
     for adapter in (False, True):
         on = ", adapter" if adapter else ""
         for target in TARGETS:
@@ -187,7 +186,7 @@ def report(timings: Sequence[Timing], about: str) -> str:
             value /= rate(target.case, adapter, THEIRS, "together")
             verdict = "pass" if value >= target.times else "miss"
             what = f"{target.program} over {THEIRS}, {target.case}{on}"
-            wanted.append([what, f">= {target.times:.1f}x", f"{value:.2f}x", verdict])
+            targets.append([what, f">= {target.times:.1f}x", f"{value:.2f}x", verdict])
         for case in (ONE, MANY):
             for part in ("prefill", "decode", "together"):
                 base, *others = (rate(case, adapter, program, part) for program in (THEIRS, SIXTEEN, EIGHT))
@@ -201,7 +200,7 @@ def report(timings: Sequence[Timing], about: str) -> str:
     return "\n\n".join(
         [
             about,
-            table(["target", "goal", "measured", ""], wanted),
+            table(["target", "goal", "measured", ""], targets),
             table(["tokens/s", THEIRS, SIXTEEN, EIGHT], rates),
             "",
         ]
@@ -216,10 +215,10 @@ def main() -> None:
         "--model", type=Path, help="model folder (default: TinyLlama's shape, random weights)"
     )
     parser.add_argument("--layers", type=int, default=22, help="layers of the model with random weights")
-    parser.add_argument("--work", type=Path, help="folder for that model, kept for the next time")
-    parser.add_argument("--tokens", type=int, default=64, help="new tokens a prompt, at least 2")
+    parser.add_argument("--work", type=Path, help="folder for that model; it is kept for the next run")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens per prompt, at least 2")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write every raw figure here")
+    parser.add_argument("--json", type=Path, help="write all raw figures to this file")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = (arguments.work or Path(temporary)).resolve()

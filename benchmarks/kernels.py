@@ -1,10 +1,11 @@
-"""What the compiled CPU kernels take beside torch's own operators, at TinyLlama's shapes.
+"""Times of the compiled CPU kernels and of torch's operators, at TinyLlama's shapes.
 
     python -m benchmarks.kernels [--threads 2] [--json FILE]
 
-Each pair runs in turn in one process; seconds are medians of processor time over all threads, divided by the threads,
-so that other work on the machine counts little. Attention is one layer, forward and backward, over 2,048 packed
-tokens in ten documents; products are those of a layer's weights with 2,048 tokens, scaling and rounding included.
+The two of each pair run alternately in one process. The times are medians of the processor time of all threads,
+divided by the number of threads, so that other work on the machine has little effect. Attention is one layer, forward
+and backward, over 2,048 packed tokens in ten documents. Products are those of a layer's weights with 2,048 tokens,
+with scaling and rounding.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ WEIGHTS = [(2048, 2048), (256, 2048), (5632, 2048), (2048, 5632)]  # (out_featur
 
 
 def attention(compiled: bool) -> Callable[[], object]:
-    """One layer's attention, forward and backward: compiled, or torch's own a document at a time."""
+    """Attention of one layer, forward and backward: compiled, or torch's operator per document."""
     generator = torch.Generator().manual_seed(0)
     documents = PackedDocuments(LENGTHS)
     angles = documents.positions[:, None] * torch.rand(SIZE // 2, generator=generator)
@@ -55,7 +56,7 @@ def attention(compiled: bool) -> Callable[[], object]:
 
 
 def products(quantized: bool) -> Callable[[], object]:
-    """Every weight of a layer, forward and for the gradient of the input."""
+    """The products of all weights of a layer, forward and input gradient."""
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(shape, generator=generator).bfloat16() * 0.02 for shape in WEIGHTS]
     xs = [torch.randn(2048, shape[1], generator=generator).bfloat16() for shape in WEIGHTS]
@@ -75,7 +76,7 @@ def products(quantized: bool) -> Callable[[], object]:
 
 
 def rows(compiled: bool) -> Callable[[], object]:
-    """Norm, gated product and its gradient."""
+    """RMS norm, SwiGLU and the gradient of SwiGLU."""
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(2048, 2048, generator=generator).bfloat16(), torch.ones(2048).bfloat16()
     gate, up, grad_output = (torch.randn(2048, 5632, generator=generator).bfloat16() for _ in range(3))
@@ -83,10 +84,10 @@ def rows(compiled: bool) -> Callable[[], object]:
     def by_torch() -> None:
         wide = x.float()
         (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5) * weight).bfloat16()
-        opened = torch.sigmoid(gate.float())
+        gated = torch.sigmoid(gate.float())
         (F.silu(gate.float()) * up).bfloat16()
-        (grad_output.float() * up * opened * (1 + gate.float() * (1 - opened))).bfloat16()
-        (grad_output.float() * gate.float() * opened).bfloat16()
+        (grad_output.float() * up * gated * (1 + gate.float() * (1 - gated))).bfloat16()
+        (grad_output.float() * gate.float() * gated).bfloat16()
 
     def run() -> None:
         if compiled:
@@ -100,23 +101,23 @@ def rows(compiled: bool) -> Callable[[], object]:
 
 
 PAIRS = {
-    "attention: compiled, torch's own a document at a time": attention,
+    "attention: compiled, torch per document": attention,
     "products of a layer: int8, bfloat16": products,
-    "norm and gated product: compiled, torch's own": rows,
+    "norm and SwiGLU: compiled, torch": rows,
 }
 
 
 def measure(make: Callable[[bool], Callable[[], object]], runs: int) -> tuple[float, float]:
-    """Median milliseconds of both of a pair, run in turn after a warm-up."""
+    """Median milliseconds of the two of a pair, which run alternately after a warm-up."""
     both = (make(True), make(False))
-    taken: tuple[list[float], list[float]] = ([], [])
+    milliseconds: tuple[list[float], list[float]] = ([], [])
     for number in range(runs + 1):
-        for run, times in zip(both, taken, strict=True):
+        for run, times in zip(both, milliseconds, strict=True):
             started = time.process_time()
             run()
             if number:
                 times.append(1000 * (time.process_time() - started) / torch.get_num_threads())
-    return statistics.median(taken[0]), statistics.median(taken[1])
+    return statistics.median(milliseconds[0]), statistics.median(milliseconds[1])
 
 
 def main() -> None:
@@ -130,17 +131,17 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     compiled = kernels()
     if compiled is None:
-        raise SystemExit(f"error: there are no compiled kernels here: {missing()}")
+        raise SystemExit(f"error: the compiled kernels are not available: {missing()}")
     tiles = "with" if compiled.has_tiles else "without"
     print(
         f"{arguments.threads} threads, {tiles} matrix tiles; medians of {arguments.runs} runs, milliseconds"
     )
-    found = {}
+    medians = {}
     for name, make in PAIRS.items():
-        first, second = found[name] = measure(make, arguments.runs)
+        first, second = medians[name] = measure(make, arguments.runs)
         print(f"{name:<60}{first:>8.1f}{second:>8.1f}{second / first:>7.2f}x")
     if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(medians, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

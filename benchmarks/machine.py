@@ -1,9 +1,9 @@
-"""The machine's matrix-multiply limits on a model's weight shapes: what no training program can beat.
+"""The machine's rate of matrix products on a model's weight shapes: the upper limit of any training program.
 
     python benchmarks/machine.py MODEL_FOLDER [--tokens 2048] [--threads 2]
 
-Prints one JSON object: for each type the rate in GFLOP/s, forward and for the gradient of the input, and of both
-together. A rate is the FLOPs of all linears of one layer over the sum of their median times.
+Prints one JSON object: for each type the rate in GFLOP/s of the forward product, of the input gradient, and of both
+together. A rate is the FLOPs of all linear layers of one decoder layer, divided by the sum of their median times.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-PASSES = {"bfloat16": 5, "int8": 5, "float32": 2}  # float32 takes several seconds a pass and decides nothing
+PASSES = {"bfloat16": 5, "int8": 5, "float32": 2}  # no target uses float32, and its passes are slow
 
 
 def linear_shapes(config: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """(out_features, in_features) of the seven linears of one layer, from a Hugging Face config.json."""
+    """(out_features, in_features) of the seven linear layers of one decoder layer, from a Hugging Face config.json."""
     hidden, ffn, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     head_dim = config.get("head_dim") or hidden // heads
     q_width, kv_width = heads * head_dim, config.get("num_key_value_heads", heads) * head_dim
@@ -45,20 +45,20 @@ def measure(config: Mapping[str, Any], num_tokens: int) -> dict[str, dict[str, f
     rates = {}
     for name, passes in PASSES.items():
         dtype: torch.dtype = getattr(torch, name)
-        whole = dtype == torch.int8
+        is_int8 = dtype == torch.int8
         seconds = {"forward": 0.0, "input_gradient": 0.0}
         flops = 0
         for out_features, in_features in linear_shapes(config):
             weight = tensor(out_features, in_features, dtype=dtype)
             x = tensor(num_tokens, in_features, dtype=dtype)
-            gradient = tensor(num_tokens, out_features, dtype=dtype)
-            linear = int8_linear if whole else F.linear
-            product = torch._int_mm if whole else torch.mm
-            linear(x[:64], weight), product(gradient[:64], weight)  # the first call of a kind sets things up
+            grad_output = tensor(num_tokens, out_features, dtype=dtype)
+            linear = int8_linear if is_int8 else F.linear
+            product = torch._int_mm if is_int8 else torch.mm
+            linear(x[:64], weight), product(grad_output[:64], weight)  # warm-up
             seconds["forward"] += median_seconds(linear, x, weight, passes)
-            seconds["input_gradient"] += median_seconds(product, gradient, weight, passes)
+            seconds["input_gradient"] += median_seconds(product, grad_output, weight, passes)
             flops += 2 * num_tokens * out_features * in_features
-        rates[name] = {way: flops / taken / 1e9 for way, taken in seconds.items()}
+        rates[name] = {way: flops / duration / 1e9 for way, duration in seconds.items()}
         rates[name]["both"] = 2 * flops / sum(seconds.values()) / 1e9
     return rates
 

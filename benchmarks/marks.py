@@ -1,4 +1,4 @@
-"""Tables in the documents: what stands between the marks `<!-- NAME: begin -->` and `<!-- NAME: end -->` of a page."""
+"""Writes a generated part into a page, between the marks `<!-- NAME: begin -->` and `<!-- NAME: end -->`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 
 
 def put_between(page: Path, name: str, part: str) -> None:
-    """Replace what stands between the two marks. Exits with one line where the page is missing or has none."""
+    """Replace the text between the two marks. Raises SystemExit if the page or a mark is missing."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
-    head, found, rest = text.partition(begin)
-    _, also, tail = rest.partition(end)
-    if not (found and also):
+    head, begin_mark, rest = text.partition(begin)
+    _, end_mark, tail = rest.partition(end)
+    if not (begin_mark and end_mark):
         raise SystemExit(f"error: {page} has no `{begin}` and `{end}`")
     page.write_text(f"{head}{begin}\n\n{part.strip()}\n\n{end}{tail}", encoding="utf-8")

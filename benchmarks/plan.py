@@ -1,9 +1,9 @@
-"""How well `lorafit plan` predicts: three models in four settings, each planned, then trained in a new process.
+"""The accuracy of `lorafit plan`: three models in four settings, each planned, then trained in a new process.
 
     python -m benchmarks.plan --work runs/bench [--models 656k 4 22] [--settings ...] [--json FILE]
 
-Prints a table: steps, predicted and measured peak memory (as the kernel counts it, ru_maxrss), predicted and measured
-seconds of the steps and of the whole process, and the errors. Nothing else should run on the machine meanwhile.
+Prints a table: steps, predicted and measured peak memory (ru_maxrss, from the kernel), predicted and measured seconds
+of the steps and of the whole process, and the errors. Run nothing else on the machine during that time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ STEPS = {"656k": 60, "4": 6, "22": 2}
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One model in one setting: what was predicted and what came. Bytes and seconds."""
+    """One model in one setting: predicted and measured values, in bytes and seconds."""
 
     model: str
     settings: str
@@ -53,37 +53,37 @@ class Row:
 
     @property
     def memory_error(self) -> float:
-        """Share of the measured peak."""
+        """Relative error of the predicted peak memory."""
         return self.predicted_bytes / self.measured_bytes - 1
 
     @property
     def time_error(self) -> float:
-        """Share of the measured wall time of the process."""
+        """Relative error of the predicted wall time of the process."""
         return self.predicted_seconds / self.measured_seconds - 1
 
     @property
     def step_error(self) -> float:
-        """Share of the measured seconds of all steps."""
+        """Relative error of the predicted seconds of all steps."""
         return self.predicted_step_seconds / self.measured_step_seconds - 1
 
 
 def measure(model: Path, name: str, setting: str, rows: Path, work: Path, steps: int) -> Row:
-    """Plan, then train in a process of its own. Raises SystemExit where one of them fails."""
+    """Plan, then train in a new process. Raises SystemExit if one of them fails."""
     output = work / "plan-runs" / f"{name}-{setting}".replace(" ", "-").replace(",", "")
     shutil.rmtree(output, ignore_errors=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     words = ["--model", str(model), "--data", str(rows), "--output", str(output), *FIXED, *SETTINGS[setting]]
     words.append(f"train.max_steps={steps}")
     lorafit = [sys.executable, "-m", "lorafit"]
-    said = work / f"{output.name}.out"
-    planned = watch([*lorafit, "plan", *words, "--json"], work, said, work / "none", None)
+    stdout = work / f"{output.name}.out"
+    planned = watch([*lorafit, "plan", *words, "--json"], work, stdout, work / "none", None)
     if planned.exit_code:
-        raise SystemExit(f"error: plan failed: {said.with_suffix('.err').read_text(encoding='utf-8')}")
-    plan = json.loads(said.read_text(encoding="utf-8"))
+        raise SystemExit(f"error: plan failed: {stdout.with_suffix('.err').read_text(encoding='utf-8')}")
+    plan = json.loads(stdout.read_text(encoding="utf-8"))
     record = output / "metrics.jsonl"
-    ended = watch([*lorafit, "train", *words], work, said, record, None)
+    ended = watch([*lorafit, "train", *words], work, stdout, record, None)
     if ended.exit_code:
-        raise SystemExit(f"error: train failed: {said.with_suffix('.err').read_text(encoding='utf-8')}")
+        raise SystemExit(f"error: train failed: {stdout.with_suffix('.err').read_text(encoding='utf-8')}")
     done = parse_steps(record.read_text(encoding="utf-8"), None)
     assert plan["steps"] == len(done)
     assert plan["supervised_tokens"] == sum(step.supervised or 0 for step in done)
@@ -102,10 +102,10 @@ def measure(model: Path, name: str, setting: str, rows: Path, work: Path, steps:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as Markdown; an error beyond its bound is marked."""
+    """The rows as Markdown; a `!` marks an error beyond its bound."""
     lines = [
-        "| model | settings | steps | memory GB: planned | measured | error | s a process: planned | measured "
-        "| error | of the steps |",
+        "| model | settings | steps | memory GB: planned | measured | error | s per process: planned | measured "
+        "| error | error of the steps |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
@@ -128,14 +128,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work", type=Path, help="folder for models and runs, kept for the next time")
+    parser.add_argument("--work", type=Path, help="folder for models and runs; it is kept for the next run")
     parser.add_argument("--models", nargs="+", choices=STEPS, default=list(STEPS))
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--steps", type=int, help="steps of each run")
-    parser.add_argument("--json", type=Path, help="write every figure here")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
     arguments = parser.parse_args()
     shared = shared_folder()
-    found: list[Row] = []
+    measured: list[Row] = []
     with tempfile.TemporaryDirectory() as temporary:
         work = (arguments.work or Path(temporary)).resolve()
         work.mkdir(parents=True, exist_ok=True)
@@ -145,17 +145,21 @@ def main() -> None:
             for setting in arguments.settings:
                 rows = shared / "data" / "alpaca_en_demo.json"
                 steps = arguments.steps or STEPS[name]
-                found.append(measure(model, name, setting, rows, work, steps))
-                print(table(found[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+                measured.append(measure(model, name, setting, rows, work, steps))
+                print(table(measured[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
                 if arguments.json:
-                    facts = {"machine": machine(), "versions": versions(), "rows": [asdict(r) for r in found]}
+                    facts = {
+                        "machine": machine(),
+                        "versions": versions(),
+                        "rows": [asdict(r) for r in measured],
+                    }
                     arguments.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    print(table(found))
+    print(table(measured))
     beyond = [
-        row for row in found if abs(row.memory_error) > MEMORY_BOUND or abs(row.time_error) > TIME_BOUND
+        row for row in measured if abs(row.memory_error) > MEMORY_BOUND or abs(row.time_error) > TIME_BOUND
     ]
     if beyond:
-        raise SystemExit(f"error: {len(beyond)} of {len(found)} predictions are beyond their bounds")
+        raise SystemExit(f"error: {len(beyond)} of {len(measured)} predictions are beyond their bounds")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Where the time of a lorafit training step goes, in about ten lines.
+"""The time of a lorafit training step by groups of operators.
 
     python benchmarks/profile.py MODEL_FOLDER ROWS [RECIPE] [section.key=value ...] [--steps 2] [--json FILE]
 
-Runs real steps (packs of the real rows in file order, loss, backward, clipping, AdamW) under torch.profiler and sorts
-what each operator itself took into groups. The profiler slows a step a little: believe shares, not milliseconds.
+Runs real steps (packs of the rows in file order, loss, backward, clipping, AdamW) under torch.profiler and adds the own
+time of each operator to a group. The profiler makes a step slightly slower: the shares are more exact than the
+milliseconds.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lorafit.config.schema import Config
 
-# By an enclosing range or function first, then by the operator's own name; the first that matches counts.
+# The first match counts: an enclosing range or function, then the name of the operator.
 _ENCLOSING = {
     "data": r"^lorafit data$",
     "optimizer": r"^lorafit (optimizer|clip)$",
@@ -30,7 +31,7 @@ _OPERATOR = {
     "matrix products": r"^(aten|mkldnn|onednn)::_?(mm|addmm|bmm|baddbmm|int_mm|matmul|linear)|mkldnn.*linear|gemm"
     r"|linear_pointwise",
     "compiled kernels": r"cpp_fused|triton|extern_kernels|Torch-Compiled|CompiledFunction|^## Call"
-    r"|^_(Project|Norm)(Backward)?$",  # what they take beside torch's operators: model/native, int8 products too
+    r"|^_(Project|Norm)(Backward)?$",  # time outside torch's operators: model/native, also int8 products
     "copies and casts": r"^aten::(copy_|_to_copy|clone|contiguous|cat|index|_index_put_impl_|index_select|embedding"
     r"|gather)$",
     "zero-fill": r"^aten::(zero_|fill_|zeros|zeros_like|full|full_like)$",
@@ -47,7 +48,7 @@ GROUPS = (
 
 
 def group_of(name: str, enclosing: Iterable[str]) -> str:
-    """The group of an operator called `name` that ran within the ranges and functions `enclosing`."""
+    """The group of the operator `name` inside the ranges and functions `enclosing`."""
     outer = [name, *enclosing]
     for group, pattern in _ENCLOSING.items():
         if any(re.search(pattern, each) for each in outer):
@@ -63,22 +64,23 @@ def group_of(name: str, enclosing: Iterable[str]) -> str:
 
 
 def profile(config: Config, model: Path, num_steps: int) -> dict[str, Any]:
-    """Milliseconds a step by group, after one step that is not counted, and the largest operators of `other`."""
+    """Milliseconds per step by group, after one warm-up step, and the largest operators of `other operators`."""
     import torch
     from torch._inductor import config as inductor
     from torch.profiler import ProfilerActivity, record_function
     from torch.profiler import profile as profiler
 
     from lorafit.data.build import build_data
-    from lorafit.data.packing import make_packs
+    from lorafit.data.packing import Packer
     from lorafit.forward import pack_loss
     from lorafit.hub.client import ModelFolder
+    from lorafit.model.adamw import AdamW
     from lorafit.model.architecture import read_architecture
     from lorafit.model.build import build
     from lorafit.model.device import pick_device
-    from lorafit.training.optim import AdamW, clip
+    from lorafit.training.optim import clip
 
-    inductor.cpp.enable_kernel_profile = True  # else fused kernels have no names
+    inductor.cpp.enable_kernel_profile = True  # otherwise fused kernels have no names
     data = config.data.model_copy(update={"holdout": 0.0})
     rows = build_data(
         config.model_copy(update={"data": data}),
@@ -96,7 +98,7 @@ def profile(config: Config, model: Path, num_steps: int) -> dict[str, Any]:
         size = config.train.batch_size
         with record_function("lorafit data"):
             chosen = [rows.row(index % len(rows)) for index in range(number * size, (number + 1) * size)]
-            packs = make_packs(chosen, config.train.micro_batch_tokens, config.data.packing)
+            packs = Packer(config.train.micro_batch_tokens, config.data.packing).packs(chosen)
         supervised = sum(len(pack.targets) for pack in packs)
         for pack in packs:
             (pack_loss(network, pack) / supervised).backward()
@@ -128,30 +130,30 @@ def profile(config: Config, model: Path, num_steps: int) -> dict[str, Any]:
 
 
 def _sort(events: Iterable[Any], seconds: float) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds by group, and by name within `other operators`; what no operator took is outside operators."""
+    """Seconds by group, and by name within `other operators`; `outside operators` is the remaining time."""
     spent = dict.fromkeys(GROUPS, 0.0)
     others: dict[str, float] = {}
     for event in events:
-        taken = event.self_cpu_time_total / 1e6
+        own_seconds = event.self_cpu_time_total / 1e6
         enclosing, parent = [], event.cpu_parent
         while parent is not None:
             enclosing.append(parent.name)
             parent = parent.cpu_parent
         group = group_of(event.name, enclosing)
-        spent[group] += taken
+        spent[group] += own_seconds
         if group == "other operators":
-            others[event.name] = others.get(event.name, 0.0) + taken
+            others[event.name] = others.get(event.name, 0.0) + own_seconds
     spent["outside operators"] = max(0.0, seconds - sum(spent.values()))
     return spent, others
 
 
-def table(found: Mapping[str, Any]) -> str:
-    """The groups as lines, with milliseconds a step and shares."""
-    total = found["total_milliseconds"]
+def table(result: Mapping[str, Any]) -> str:
+    """The groups as lines, with milliseconds per step and shares."""
+    total = result["total_milliseconds"]
     lines = [
-        f"{'a step of ' + format(found['tokens'], '.0f') + ' tokens, ' + found['dtype']:<34}{'ms':>9}{'%':>7}"
+        f"{'step of ' + format(result['tokens'], '.0f') + ' tokens, ' + result['dtype']:<34}{'ms':>9}{'%':>7}"
     ]
-    for group, taken in [*found["milliseconds"].items(), ("total", total)]:
+    for group, taken in [*result["milliseconds"].items(), ("total", total)]:
         lines.append(f"{group:<34}{taken:>9.1f}{100 * taken / total:>7.1f}")
     return "\n".join(lines)
 
@@ -172,17 +174,17 @@ def main() -> None:
     overrides = [word for word in arguments.settings if "=" in word]
     paths = [f"model.name={arguments.model}", f"data.path={arguments.rows}"]
     config = load_config(recipes[0] if recipes else None, [*overrides, *paths])
-    found = profile(config, arguments.model, arguments.steps)
-    print(table(found))
+    result = profile(config, arguments.model, arguments.steps)
+    print(table(result))
     if arguments.json:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
     main()
 elif __name__ == "profile":
-    # A script beside this one is running: its folder comes first on sys.path, so that the standard library's
-    # cProfile, which torch imports, finds this file for the module `profile`. It gets the one it means.
+    # Another script of this folder runs, so the folder is first on sys.path. torch imports the standard library's
+    # cProfile, which then imports this file as the module `profile`. Replace it by the standard module.
     from importlib.machinery import PathFinder
     from importlib.util import module_from_spec
 

@@ -1,4 +1,4 @@
-"""The programs that speed.py compares: how each is started, watched and read. Holds no torch, see `watch`."""
+"""The programs that speed.py compares: start, supervision and output. Imports no torch, see `watch`."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-THREADS = 2  # what both baseline scripts set
+THREADS = 2  # the value in both baseline scripts
 PACK_TOKENS = 2048
 PACK_ROWS = 10  # rows that fill a pack, see rows.py
-RUNS = "speed-runs"  # folder for run directories within the folder for work
+RUNS = "speed-runs"  # folder for run directories in the work folder
 LONGEST_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """One thing that is measured.
+    """One program with its settings.
 
-    `arguments` are overrides for lorafit and options for a baseline. `measured` says how many steps are measured
-    in each part of the run, the warm-up step apart; 0 leaves the part out. `length`, where given, is the run's
-    `train.max_steps`: the process is killed when it has done the steps that are measured.
+    `arguments` are overrides for lorafit and options for a baseline. `measured` is the number of measured steps in
+    each part of the run, without the warm-up step; 0 omits the part. `length`, if given, is the run's
+    `train.max_steps`: the process is killed after the measured steps.
     """
 
     name: str
@@ -38,22 +38,22 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One optimizer step as the program itself reports it; None is what it does not say."""
+    """One optimizer step as the program reports it; None where it reports nothing."""
 
     seconds: float
     rows: int | None = None
-    tokens: int | None = None  # real ones, without padding
+    tokens: int | None = None  # without padding
     supervised: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One process of a program. `steps` has the warm-up step first; times count from the start of the process."""
+    """One process of a program. The first of `steps` is the warm-up step; times start with the process."""
 
     program: str
     part: int
     steps: list[Step] = field(default_factory=list)
-    ready_seconds: float | None = None  # everything is loaded, the first step begins (lorafit says so)
+    ready_seconds: float | None = None  # lorafit only: everything is loaded, and the first step begins
     first_step_seconds: float | None = None  # the first optimizer step is done
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0
@@ -73,7 +73,7 @@ _ALL_LINEARS = ("lora.targets=all-linear", "lora.rank=16", "lora.alpha=32")
 
 
 def _lorafit(name: str, *overrides: str, measured: tuple[int, ...] = _PACKED_STEPS) -> list[Program]:
-    """A setting with a 16-bit and with an 8-bit base."""
+    """A setting, with a 16-bit and with an 8-bit base."""
     sixteen = ("model.dtype=bfloat16", *overrides)
     eight = (*sixteen, "model.quantize=int8")
     return [
@@ -95,7 +95,7 @@ PROGRAMS = [
 
 
 def command(program: Program, model: str, rows: str, baselines: str, output: str, steps: int) -> list[str]:
-    """The words that start `program` for `steps` steps; lorafit writes to `output`, a baseline where it runs."""
+    """The command of `program` for `steps` steps. lorafit writes to `output`, a baseline to its working directory."""
     if program.kind == "lorafit":
         fixed = ["run.samples=0", "run.offline=true", "data.holdout=0", "data.shuffle=false"]
         paths = ["--model", model, "--data", rows, "--output", output]
@@ -118,22 +118,22 @@ def command(program: Program, model: str, rows: str, baselines: str, output: str
 def run(
     program: Program, part: int, steps: int, model: Path, rows: Path, baselines: Path, work: Path
 ) -> Outcome:
-    """Run `program` for a warm-up step and `steps` more in a process of its own; a failure is in `error`."""
+    """Run `program` in a new process for a warm-up step and `steps` measured steps; `error` describes a failure."""
     name = f"{program.name}-{part}".replace(", ", "-").replace(" ", "-").replace("=", "")
     output = work / RUNS / name
     output.parent.mkdir(exist_ok=True)
     words = command(program, str(model), str(rows), str(baselines), str(output), steps + 1)
-    said = work / f"{name}.out"
-    record = output / "metrics.jsonl" if program.kind == "lorafit" else said
-    ended = watch(words, work, said, record, steps + 1 if program.length else None)
-    found = parse_steps(_text(record), PACK_TOKENS if program.kind == "trl_sft" else None)
+    stdout = work / f"{name}.out"
+    record = output / "metrics.jsonl" if program.kind == "lorafit" else stdout
+    ended = watch(words, work, stdout, record, steps + 1 if program.length else None)
+    measured = parse_steps(_text(record), PACK_TOKENS if program.kind == "trl_sft" else None)
     error = ""
-    if len(found) <= steps:
-        error = f"{len(found)} of {steps + 1} steps, exit code {ended.exit_code}"
+    if len(measured) <= steps:
+        error = f"{len(measured)} of {steps + 1} steps, exit code {ended.exit_code}"
     return Outcome(
         program.name,
         part,
-        found,
+        measured,
         ended.seen.get("run_started"),
         ended.seen.get("step"),
         ended.wall_seconds,
@@ -145,7 +145,7 @@ def run(
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A process that is over: `seen` has the seconds after its start at which each kind of event appeared."""
+    """A finished process. `seen` maps each kind of event to the seconds from the start to its first occurrence."""
 
     exit_code: int
     wall_seconds: float
@@ -154,11 +154,11 @@ class Ended:
     seen: Mapping[str, float]
 
 
-def watch(words: Sequence[str], cwd: Path, said: Path, record: Path, kill_after: int | None) -> Ended:
-    """Run `words` in `cwd` with what it says in `said`(.err), reading `record` as it grows.
+def watch(words: Sequence[str], cwd: Path, stdout: Path, record: Path, kill_after: int | None) -> Ended:
+    """Run `words` in `cwd`. Its output goes to `stdout` and a file .err beside it; `record` is read as it grows.
 
-    The peak is the kernel's count for that process (ru_maxrss). Linux starts the count of a new process at what
-    its parent holds, which is why this module imports nothing large. `kill_after` so many steps it is killed.
+    The peak is the kernel's count for the process (ru_maxrss). On Linux the count of a new process starts with the
+    memory of its parent, so this module imports no large module. The process is killed after `kill_after` steps.
     """
     environment = {
         **os.environ,
@@ -168,7 +168,7 @@ def watch(words: Sequence[str], cwd: Path, said: Path, record: Path, kill_after:
     }
     seen: dict[str, float] = {}
     read = 0
-    with said.open("wb") as out, said.with_suffix(".err").open("wb") as err:
+    with stdout.open("wb") as out, stdout.with_suffix(".err").open("wb") as err:
         started = time.monotonic()
         process = subprocess.Popen(words, cwd=cwd, stdout=out, stderr=err, env=environment)
         try:
@@ -200,23 +200,23 @@ def watch(words: Sequence[str], cwd: Path, said: Path, record: Path, kill_after:
 
 
 def parse_steps(text: str, tokens: int | None) -> list[Step]:
-    """The steps among JSON lines: lorafit's metrics.jsonl or what a baseline prints. Other lines are passed over.
+    """The steps among JSON lines: lorafit's metrics.jsonl or a baseline's output. Other lines are ignored.
 
-    `tokens` is what a step counts whose line does not say how many real tokens it had.
+    `tokens` is the number of tokens of a step whose line does not contain it.
     """
     steps = []
     for line in text.splitlines():
         try:
-            said = json.loads(line) if line.startswith("{") else None
-        except ValueError:  # a line that is just being written
+            event = json.loads(line) if line.startswith("{") else None
+        except ValueError:  # an incomplete line
             continue
         if (
-            isinstance(said, dict)
-            and said.get("event", "step") == "step"
-            and {"step", "seconds"} <= said.keys()
+            isinstance(event, dict)
+            and event.get("event", "step") == "step"
+            and {"step", "seconds"} <= event.keys()
         ):
-            real = said.get("tokens", said.get("real_tokens", tokens))
-            steps.append(Step(said["seconds"], said.get("rows"), real, said.get("supervised_tokens")))
+            real = event.get("tokens", event.get("real_tokens", tokens))
+            steps.append(Step(event["seconds"], event.get("rows"), real, event.get("supervised_tokens")))
     return steps
 
 

@@ -1,11 +1,12 @@
-"""What fewer bits cost: gradients against float32, also with outlier activations, and loss curves of whole runs.
+"""The cost of fewer bits: gradients against float32, also with outlier activations, and loss curves of whole runs.
 
     python benchmarks/quality.py MODEL ROWS [--steps 300] [--json FILE]
 
-MODEL is a small pretrained model (shared/models/tinystories-656k), ROWS an instruction file. Gradients are those of
-all adapter tensors on one pack, from a fresh adapter with a non-zero B. For `outliers` the network is rewritten so
-that it computes the same with activations of which some columns are 50 times larger: norm weights times 50, the
-linears' columns divided by 50. Loss curves train the default recipe once in each type on the same rows.
+MODEL is a small pretrained model (shared/models/tinystories-656k), ROWS is an instruction file. The gradients are
+those of all adapter tensors on one pack, from a new adapter with a non-zero B. For `outliers`, the network computes
+the same function, but some columns of its activations are 50 times larger: the norm weights are multiplied by 50, and
+the columns of the linear layers are divided by 50. For the loss curves, the default recipe is trained once per type
+on the same rows.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import lorafit
 from lorafit.config.load import load_config
 from lorafit.config.schema import Config
 from lorafit.data.build import build_data
-from lorafit.data.packing import Pack, make_packs
+from lorafit.data.packing import Pack, Packer
 from lorafit.forward import pack_loss
 from lorafit.hub.client import model_folder
 from lorafit.model import quant
@@ -58,12 +59,12 @@ def main() -> None:
     config = load_config(None, [f"model.name={arguments.model}", f"data.path={arguments.rows}", *SHORT])
     gradients = measure_gradients(config)
     print(
-        "| activations | type | cosine of the gradient | length against float32's |\n| --- | --- | ---: | ---: |"
+        "| activations | type | cosine of the gradient | length relative to float32 |\n| --- | --- | ---: | ---: |"
     )
     for row in gradients:
         print(f"| {row['activations']} | {row['type']} | {row['cosine']:.5f} | {row['length']:.4f} |")
     print(
-        "\n| type | held-out loss after | against float32 | seconds per step |\n| --- | ---: | ---: | ---: |"
+        "\n| type | final held-out loss | relative to float32 | seconds per step |\n| --- | ---: | ---: | ---: |"
     )
     curves: list[dict[str, Any]] = []
     for name, overrides in CURVES.items():
@@ -80,30 +81,33 @@ def measure_gradients(config: Config) -> list[dict[str, Any]]:
     folder = Path(config.model.name)
     exact = load_network(folder, read_architecture(folder), torch.float32, torch.device("cpu"))
     material = build_data(config, model_folder(config.model.name), read_architecture(folder), quiet=True)
-    pack = make_packs([material.training.row(index) for index in range(10)], 2048)[0]
+    pack = Packer(2048).packs([material.training.row(index) for index in range(10)])[0]
     rows = []
-    for activations in ("as they are", f"outliers ({FACTOR:.0f}x)"):
-        if activations != "as they are":
+    for activations in ("unchanged", f"outliers ({FACTOR:.0f}x)"):
+        if activations != "unchanged":
             add_outliers(exact)
-        truth = gradient(exact, pack)
+        reference = gradient(exact, pack)
         for name, network in (
             ("bfloat16", copy.deepcopy(exact).bfloat16()),
             ("int8, rest float32", in_int8(exact)),
             ("int8, rest bfloat16", in_int8(copy.deepcopy(exact).bfloat16())),
         ):
-            rows.append(compare(activations, name, truth, gradient(network, pack)))
-        handled, quant._OUTLIER = quant._OUTLIER, float("inf")
+            rows.append(compare(activations, name, reference, gradient(network, pack)))
+        threshold, quant._OUTLIER = quant._OUTLIER, float("inf")
         rows.append(
             compare(
-                activations, "int8, outlier columns not kept apart", truth, gradient(in_int8(exact), pack)
+                activations,
+                "int8, without separate outlier columns",
+                reference,
+                gradient(in_int8(exact), pack),
             )
         )
-        quant._OUTLIER = handled
+        quant._OUTLIER = threshold
     return rows
 
 
 def add_outliers(network: Llama) -> None:
-    """The same function with some columns of every norm's output FACTOR times larger."""
+    """Make some columns of every norm's output FACTOR times larger; the network computes the same function."""
     columns = list(OUTLIERS)
     for layer in network.model.layers:
         for before, linears in (
@@ -116,19 +120,19 @@ def add_outliers(network: Llama) -> None:
 
 
 def in_int8(network: Llama) -> Llama:
-    """A copy with all frozen linears in int8."""
+    """A copy with all frozen linear layers in int8."""
     network = copy.deepcopy(network)
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, Linear):
-                few: Frozen = quant.Int8Linear(child.weight.data)
-                few.bias = child.bias
-                setattr(parent, name, few)
+                linear: Frozen = quant.Int8Linear(child.weight.data)
+                linear.bias = child.bias
+                setattr(parent, name, linear)
     return network
 
 
 def gradient(network: Llama, pack: Pack) -> Tensor:
-    """All adapter gradients of one pack as one vector, float32; the network itself is left as it is."""
+    """All adapter gradients of one pack as one float32 vector. The network does not change."""
     network = copy.deepcopy(network)
     attach(network, LoraSpec(16, 32.0, 0.0, ("all-linear",), False), seed=0)
     generator = torch.Generator().manual_seed(1)
@@ -145,18 +149,19 @@ def gradient(network: Llama, pack: Pack) -> Tensor:
     )
 
 
-def compare(activations: str, name: str, truth: Tensor, other: Tensor) -> dict[str, Any]:
-    cosine = torch.nn.functional.cosine_similarity(truth, other, dim=0)
+def compare(activations: str, name: str, reference: Tensor, other: Tensor) -> dict[str, Any]:
+    """A row of the first table: cosine and relative length of `other`."""
+    cosine = torch.nn.functional.cosine_similarity(reference, other, dim=0)
     return {
         "activations": activations,
         "type": name,
         "cosine": float(cosine),
-        "length": float(other.norm() / truth.norm()),
+        "length": float(other.norm() / reference.norm()),
     }
 
 
 def train(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
-    """Held-out losses along a run, and its speed."""
+    """The held-out and training losses of a run, and its median seconds per step."""
     with tempfile.TemporaryDirectory() as folder:
         config = load_config(
             None,

@@ -1,4 +1,4 @@
-"""The tables of a run of speed.py, made from the record that its JSON holds."""
+"""The tables of a run of speed.py, from its JSON record."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.targets import TARGETS, Results
 
 
 def results_of(record: Mapping[str, Any]) -> Results:
-    """The raw record of a run (as its JSON holds it) as figures."""
+    """The raw JSON record of a run as figures."""
     outcomes = [
         Outcome(**{**fields, "steps": [Step(**step) for step in fields["steps"]]})
         for fields in record["outcomes"]
@@ -20,7 +20,7 @@ def results_of(record: Mapping[str, Any]) -> Results:
 
 
 def report(record: Mapping[str, Any]) -> str:
-    """The record as Markdown: targets, programs, limits, and where they were measured."""
+    """The record as Markdown: the machine, the targets, the programs and the limits."""
     results = results_of(record)
     programs = list(dict.fromkeys(outcome.program for outcome in results.outcomes))
     head = [
@@ -72,7 +72,7 @@ def report(record: Mapping[str, Any]) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns, the first to the left and the others to the right."""
+    """A Markdown table with aligned columns: the first to the left, the others to the right."""
     widths = [max(3, *(len(row[column]) for row in [head, *rows])) for column in range(len(head))]
     lines = []
     for row in [head, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])], *rows]:

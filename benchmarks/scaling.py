@@ -1,10 +1,11 @@
-"""Scaling over ranks: what two of them cost here beside what is predicted, and the same formula for up to 1,000.
+"""Scaling over ranks: measured and predicted step of two ranks, and the same formula for up to 1,000 ranks.
 
     python -m benchmarks.scaling --work runs/scaling [--json scaling.json]
     python -m benchmarks.scaling --paper
 
-The first form measures on this machine's processor, one core a rank, and fails when the measured step of two ranks is
-not within 15 % of the predicted one. It wants a calm machine. The second prints what the formula says of GPUs.
+The first form measures on this machine's processor, with one core per rank. It fails if the predicted step of two
+ranks differs from the measured step by more than 15 %. Run nothing else during that time. The second form prints the
+predictions of the formula for GPUs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 STEPS, WARM_UP = 24, 4
 TOLERANCE = 0.15
 SHAPE = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "num_attention_heads": 8}
-BACKWARD = 0.6  # of a step's passes: what an all-reduce can hide behind
+BACKWARD = 0.6  # part of a step's passes that can overlap with an all-reduce
 _SUM = """
 import sys, time, torch, torch.distributed as dist
 dist.init_process_group("gloo")
@@ -44,7 +45,7 @@ dist.destroy_process_group()
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What joins ranks: bytes a second in each direction and seconds a message."""
+    """A connection of ranks: bytes per second in each direction, and seconds per message."""
 
     name: str
     bandwidth: float
@@ -52,34 +53,35 @@ class Link:
 
 
 def all_reduce_seconds(num_bytes: float, ranks: int, link: Link) -> float:
-    """A ring: every rank sends and receives 2 (N - 1) / N of the bytes, in 2 log2 N rounds of waiting (trees)."""
+    """Each rank sends and receives 2 (N - 1) / N of the bytes (ring), with the latency of 2 log2 N rounds (trees)."""
     rounds = 2 * max(1, (ranks - 1).bit_length())
     return 0.0 if ranks == 1 else 2 * (ranks - 1) / ranks * num_bytes / link.bandwidth + rounds * link.latency
 
 
-def step_seconds(own: float, imbalance: float, sharing: float, *, overlap: bool) -> float:
-    """A step of ranks that each compute for `own` seconds: the busiest one, and what of the sharing is not hidden."""
-    hidden = BACKWARD * own if overlap else 0.0
-    return own * (1 + imbalance) + max(0.0, sharing - hidden)
+def step_seconds(compute: float, imbalance: float, all_reduce: float, *, overlap: bool) -> float:
+    """A step of ranks that each compute for `compute` seconds: the slowest rank plus the all-reduce without overlap."""
+    hidden = BACKWARD * compute if overlap else 0.0
+    return compute * (1 + imbalance) + max(0.0, all_reduce - hidden)
 
 
 def paper() -> str:
-    """TinyLlama on H100s by the formula: 16 rows of 151 tokens a rank and step, all linears adapted at rank 16."""
+    """Predictions for TinyLlama on H100s: 16 rows of 151 tokens per rank and step, all linear layers at rank 16."""
     adapter = 12.6e6 * 4  # bytes of float32 gradients
-    own = 16 * 151 * 4 * 1.0e9 / 200e12  # forward and input gradients at half the chip's dense bfloat16 rate
+    # Forward and input gradients at half the chip's dense bfloat16 rate.
+    compute = 16 * 151 * 4 * 1.0e9 / 200e12
     links = [
         Link("NVLink 450 GB/s", 450e9, 5e-6),
         Link("InfiniBand 400 Gbit/s", 50e9, 1e-5),
         Link("Ethernet 25 Gbit/s", 3.1e9, 5e-5),
         Link("Ethernet 1 Gbit/s", 0.12e9, 1e-4),
     ]
-    lines = [f"own passes {own * 1e3:.0f} ms, adapter {adapter / 1e6:.0f} MB", ""]
+    lines = [f"passes {compute * 1e3:.0f} ms, adapter {adapter / 1e6:.0f} MB", ""]
     lines += ["| link | 2 | 8 | 64 | 256 | 1,000 |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
     for link in links:
         cells = []
         for ranks in (2, 8, 64, 256, 1000):
-            whole = step_seconds(own, 0.05, all_reduce_seconds(adapter, ranks, link), overlap=True)
-            cells.append(f"{own / whole:.0%}")
+            whole = step_seconds(compute, 0.05, all_reduce_seconds(adapter, ranks, link), overlap=True)
+            cells.append(f"{compute / whole:.0%}")
         lines.append(f"| {link.name} | {' | '.join(cells)} |")
     lines += ["", "| model | bfloat16 | int8 |", "| --- | ---: | ---: |"]
     for name, parameters in (("1.1 B", 1.1e9), ("8 B", 8e9), ("70 B", 70e9), ("405 B", 405e9)):
@@ -87,11 +89,11 @@ def paper() -> str:
         lines.append(f"| {name} | {' | '.join(_strategy(need) for need in needs)} |")
     lines += [
         "",
-        "| link | tokens a pass that hide the gathering: bfloat16 | int8 |",
+        "| link | tokens per pass that hide the all-gather: bfloat16 | int8 |",
         "| --- | ---: | ---: |",
     ]
     for link in links:
-        # 2 gatherings of `width` bytes a parameter beside 4 FLOPs a parameter and token
+        # 2 all-gathers of `width` bytes per parameter, and 4 FLOPs per parameter and token
         cells = [f"{2 * width * 200e12 / 4 / link.bandwidth:,.0f}" for width in (2, 1)]
         lines.append(f"| {link.name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -103,7 +105,7 @@ def _strategy(needed: float) -> str:
 
 
 def measure(work: Path) -> dict[str, Any]:
-    """Steps of one rank with all rows and with half of them, of two ranks, and the all-reduce by itself."""
+    """Measure one rank with all rows and with half of the rows, two ranks, and the all-reduce alone."""
     from tests.tiny_models import write_model, write_rows
 
     work.mkdir(parents=True, exist_ok=True)
@@ -138,25 +140,25 @@ def measure(work: Path) -> dict[str, Any]:
         events = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         return [event for event in events if event["event"] == "step"][WARM_UP:]
 
-    def middle(steps: Sequence[dict[str, Any]]) -> float:
+    def median(steps: Sequence[dict[str, Any]]) -> float:
         return statistics.median(step["seconds"] for step in steps)
 
     whole, half, two = run("whole", 32, 1), run("half", 16, 1), run("two", 32, 2)
     adapter = _adapter_bytes(work)
-    sharing = _all_reduce(adapter)
+    all_reduce = _all_reduce(adapter)
     imbalance = statistics.mean(step["imbalance"] for step in two)
-    # Two ranks here share memory and caches, so that nothing is hidden is the safer guess for so small a model.
-    predicted = step_seconds(middle(half), imbalance, sharing, overlap=False)
+    # Two ranks of one machine share memory and caches. For a model this small, no overlap is the safer assumption.
+    predicted = step_seconds(median(half), imbalance, all_reduce, overlap=False)
     return {
         "adapter_bytes": adapter,
-        "all_reduce_seconds": sharing,
+        "all_reduce_seconds": all_reduce,
         "imbalance": imbalance,
-        "one_rank_seconds": middle(whole),
-        "one_rank_half_the_rows_seconds": middle(half),
-        "two_ranks_seconds": middle(two),
+        "one_rank_seconds": median(whole),
+        "one_rank_half_the_rows_seconds": median(half),
+        "two_ranks_seconds": median(two),
         "predicted_seconds": predicted,
-        "error": predicted / middle(two) - 1,
-        "efficiency": middle(whole) / 2 / middle(two),
+        "error": predicted / median(two) - 1,
+        "efficiency": median(whole) / 2 / median(two),
     }
 
 
@@ -171,7 +173,7 @@ def _all_reduce(num_bytes: int) -> float:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    shared = {
+    environment = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
@@ -179,12 +181,12 @@ def _all_reduce(num_bytes: int) -> float:
         "OMP_NUM_THREADS": "1",
     }
     words = [sys.executable, "-c", _SUM, str(num_bytes)]
-    started = [
-        subprocess.Popen(words, env={**shared, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
+    processes = [
+        subprocess.Popen(words, env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
         for rank in (0, 1)
     ]
-    said = [process.communicate()[0] for process in started]
-    return float(said[0])
+    outputs = [process.communicate()[0] for process in processes]
+    return float(outputs[0])
 
 
 def main() -> None:
@@ -192,17 +194,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/scaling"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--paper", action="store_true")
-    words = parser.parse_args()
-    if words.paper:
+    arguments = parser.parse_args()
+    if arguments.paper:
         print(paper())
         return
-    found = measure(words.work)
-    for name, value in found.items():
+    figures = measure(arguments.work)
+    for name, value in figures.items():
         print(f"{name:32} {value:,.4g}")
-    if words.json:
-        words.json.write_text(json.dumps(found, indent=1) + "\n")
-    if abs(found["error"]) > TOLERANCE:
-        sys.exit(f"the prediction is {found['error']:+.0%} off; at most {TOLERANCE:.0%} is allowed")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+    if abs(figures["error"]) > TOLERANCE:
+        sys.exit(
+            f"the error of the prediction is {figures['error']:+.0%}; at most {TOLERANCE:.0%} is allowed"
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""How a server does with 1, 4 and 16 clients at a time: latency percentiles and tokens a second.
+"""A load test of the server with 1, 4 and 16 clients: latency percentiles and tokens per second.
 
     python -m benchmarks.serve [--model demo/model] [--requests 96] [--tokens 64] [--into docs/serve.md]
     python -m benchmarks.serve --layers 4 --work runs/bench
 
-Starts `lorafit serve` on loopback and asks it from this process by plain sockets: every client sends one request after
-the other, as streams, each with another prompt; answers end at the token limit or where the model ends. Bounded: the
-same number of requests for every number of clients, and nothing runs on when it is over. `--layers` takes TinyLlama's
-shape with so many layers and random weights (needs the files beside the project).
+Starts `lorafit serve` on the loopback address and sends requests from this process through sockets. Every client
+sends one streamed request after the other, each with a different prompt. An answer ends at the token limit or with
+the model's stop token. The number of requests is the same for every number of clients, and the server is stopped at
+the end. `--layers` uses TinyLlama's shape with this number of layers and random weights (it needs the files beside
+the project).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """All answers to so many clients, and the seconds that they took together."""
+    """All answers for one number of clients, and the wall time in seconds."""
 
     clients: int
     replies: list[Reply]
@@ -55,7 +56,7 @@ class Measured:
 
 
 async def ask(host: str, port: int, token: str, model: str, number: int, most: int) -> Reply:
-    """One streamed completion. Raises RuntimeError for anything but a whole answer."""
+    """Request one streamed completion. Raises RuntimeError if the answer is not complete."""
     body = json.dumps(
         {
             "model": model,
@@ -88,7 +89,7 @@ async def ask(host: str, port: int, token: str, model: str, number: int, most: i
 
 
 async def measure(url: str, token: str, model: str, clients: int, requests: int, most: int) -> Measured:
-    """`requests` answers, `clients` of them asked for at any time."""
+    """Send `requests` requests, `clients` of them at the same time."""
     host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
     numbers = iter(range(requests))
     replies: list[Reply] = []
@@ -119,31 +120,31 @@ def run(folder: Path, requests: int, most: int) -> list[Measured]:
             url = server.stdout.readline().strip()
             if not url:
                 raise SystemExit("error: the server did not start")
-            asyncio.run(measure(url, token, folder.name, 4, 8, most))  # whatever happens once has happened
-            found = [asyncio.run(measure(url, token, folder.name, n, requests, most)) for n in CLIENTS]
+            asyncio.run(measure(url, token, folder.name, 4, 8, most))  # warm-up
+            measured = [asyncio.run(measure(url, token, folder.name, n, requests, most)) for n in CLIENTS]
         finally:
             server.terminate()
             server.wait(60)
-    return found
+    return measured
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value that `share` of `values` do not exceed."""
+    """The smallest of `values` that at least `share` of them do not exceed."""
     return sorted(values)[min(len(values) - 1, max(0, round(share * len(values)) - 1))]
 
 
-def table(found: Sequence[Measured]) -> str:
+def table(measured: Sequence[Measured]) -> str:
     """The figures as Markdown."""
     lines = [
         "| clients | tokens/s | times one client | first token p50 | p95 | answer p50 | p95 | p99 |",
         "| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for one in found:
+    for one in measured:
         firsts, lasts = [r.first for r in one.replies], [r.last for r in one.replies]
         cells = [
             str(one.clients),
             f"{one.tokens_per_second:,.0f}",
-            f"{one.tokens_per_second / found[0].tokens_per_second:.1f}",
+            f"{one.tokens_per_second / measured[0].tokens_per_second:.1f}",
             *(f"{1000 * percentile(firsts, share):,.0f} ms" for share in (0.5, 0.95)),
             *(f"{1000 * percentile(lasts, share):,.0f} ms" for share in (0.5, 0.95, 0.99)),
         ]
@@ -156,25 +157,27 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=Path("demo/model"))
-    parser.add_argument("--layers", type=int, help="TinyLlama's shape with random weights instead")
+    parser.add_argument(
+        "--layers", type=int, help="use TinyLlama's shape with this number of layers and random weights"
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/bench"), help="folder for the random model")
-    parser.add_argument("--requests", type=int, default=96, help="answers for each number of clients")
-    parser.add_argument("--tokens", type=int, default=64, help="most tokens of an answer")
+    parser.add_argument("--requests", type=int, default=96, help="requests for each number of clients")
+    parser.add_argument("--tokens", type=int, default=64, help="maximum number of tokens per answer")
     parser.add_argument("--into", type=Path, help="put the table between the marks of this page")
     arguments = parser.parse_args()
     folder = arguments.model
     if arguments.layers:
         folder = random_model(shared_folder(), arguments.work, arguments.layers)
     facts = machine()
-    found = run(folder, arguments.requests, arguments.tokens)
-    answers = [reply for one in found for reply in one.replies]
-    given = " ".join(["", *sys.argv[1:]]).split(" --into")[0].strip()
-    command = f"python -m benchmarks.serve {given}".strip()
+    measured = run(folder, arguments.requests, arguments.tokens)
+    answers = [reply for one in measured for reply in one.replies]
+    options = " ".join(["", *sys.argv[1:]]).split(" --into")[0].strip()
+    command = f"python -m benchmarks.serve {options}".strip()
     mean = statistics.mean(reply.tokens for reply in answers)
     text = (
         f"Measured {datetime.date.today()} on {facts['cpu']}, {facts['cores']} cores, load "
         f"{facts['load_at_start']:.1f} before,\nby `{command}`: {arguments.requests} answers of {mean:.0f} tokens on "
-        f"average\nfor each line, clients on the same machine.\n\n{table(found)}\n"
+        f"average\nper line. The clients run on the same machine.\n\n{table(measured)}\n"
     )
     print(text)
     if arguments.into:

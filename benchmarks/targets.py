@@ -1,4 +1,4 @@
-"""What speed.py's figures have to reach: the arithmetic from measured steps to rates, and the targets as data."""
+"""The targets of speed.py as data, and the arithmetic from measured steps to rates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.programs import Outcome, Step
 
 
 def linear_parameters(config: Mapping[str, Any]) -> int:
-    """Frozen parameters that every token is multiplied with: all linears of all layers; no embedding, no head."""
+    """Frozen parameters of the products of every token: all linear layers, without the embedding and the head."""
     layer = sum(out_features * in_features for out_features, in_features in linear_shapes(config))
     return int(config["num_hidden_layers"]) * layer
 
@@ -23,17 +23,17 @@ def head_parameters(config: Mapping[str, Any]) -> int:
 
 
 def model_flops(config: Mapping[str, Any], tokens: int, supervised: int) -> int:
-    """FLOPs of a LoRA step's frozen products: 2 forward and 2 for the input's gradient, a parameter and token.
+    """FLOPs of the frozen products of a LoRA step: 2 forward and 2 for the input gradient, per parameter and token.
 
-    The head counts on supervised tokens only. Attention, adapter and everything else that a step does is not
-    counted, so a rate made of this is a lower bound of what the machine did.
+    The head counts for supervised tokens only. Attention, adapter and all other work of a step are not counted, so a
+    rate from these FLOPs is a lower bound.
     """
     return 4 * (linear_parameters(config) * tokens + head_parameters(config) * supervised)
 
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """All that one run measured. `limits` are the printed objects of machine.py, in the order of the run."""
+    """All measurements of one run. `limits` are the outputs of machine.py, in the order of the run."""
 
     config: Mapping[str, Any]
     outcomes: Sequence[Outcome]
@@ -44,7 +44,7 @@ class Results:
         return [step for outcome in self._of(program) for step in outcome.measured]
 
     def seconds(self, program: str) -> float | None:
-        """Median seconds a step."""
+        """Median seconds per step."""
         return _median([step.seconds for step in self.steps(program)])
 
     def rows_per_second(self, program: str) -> float | None:
@@ -52,11 +52,11 @@ class Results:
         return _median([step.rows / step.seconds for step in self.steps(program) if step.rows])
 
     def tokens_per_second(self, program: str) -> float | None:
-        """Median of the steps' rates, in real tokens."""
+        """Median of the steps' rates, in tokens without padding."""
         return _median([step.tokens / step.seconds for step in self.steps(program) if step.tokens])
 
     def share_of_product(self, program: str) -> float | None:
-        """Median of the steps' model FLOPs a second over the machine's bfloat16 product rate."""
+        """Median of the steps' model FLOPs per second, divided by the machine's bfloat16 product rate."""
         rates = [
             model_flops(self.config, step.tokens, step.supervised) / step.seconds / 1e9
             for step in self.steps(program)
@@ -86,7 +86,7 @@ class Results:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One figure to reach: at least `goal`, or at most with `at_most`. `layers`: it holds for that depth only."""
+    """One goal: at least `goal`, or at most with `at_most`. `layers`: the depth for which it is valid."""
 
     what: str
     goal: float
@@ -96,7 +96,7 @@ class Target:
     layers: int | None = None
 
     def verdict(self, results: Results) -> str:
-        """`pass`, `miss`, `not measured`, or which depth it takes."""
+        """`pass`, `miss`, `not measured`, or the number of layers that it needs."""
         value, layers = self.value(results), results.config["num_hidden_layers"]
         if value is None:
             return "not measured"

@@ -1,11 +1,11 @@
-"""Compare what two versions of lorafit make of the same runs: adapter bytes, metrics and the report's loss curves.
+"""Compares the same runs of two versions of lorafit: adapter bytes, metrics and the loss curves of the report.
 
     python -m benchmarks.unchanged --against REVISION [--work FOLDER] [--only NAME ...] [--resume-old]
 
-REVISION is checked out beside this tree. Each version trains the same set of runs (see RUNS) in fresh processes; the
-two then have to agree in every byte of the adapter, in every number of metrics.jsonl but times and memory, in the
-ledger, and in the curves of the report. `--resume-old` also begins each run with REVISION, stops it, and resumes it
-with this tree: the result has to be the one of REVISION alone. Exit code 1 says that something differs.
+REVISION is checked out into a temporary folder. Each version trains the same set of runs (see RUNS) in new processes.
+The results must agree in every byte of the adapter, in every number of metrics.jsonl except times and memory, in the
+ledger, and in the curves of the report. With `--resume-old`, REVISION also starts each interrupted run and this tree
+resumes it: the result must be that of REVISION alone. The exit code is 1 if something differs.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ RUNS: dict[str, list[str]] = {
     "resumed": [*SMALL, "data.holdout=40", "train.max_steps=40", "train.save_every=10", "lora.dropout=0.1"],
     "two ranks": [*SMALL, "--nproc", "2", "data.holdout=40", "train.max_steps=12"],
 }
-STOPPED_AT = {"resumed": 17}  # the step after which a run is interrupted and then resumed
+STOPPED_AT = {"resumed": 17}  # the step after which a run is interrupted; it is then resumed
 NOT_COMPARED = {"seconds", "tokens_per_second", "memory_bytes", "output", "path", "adapter", "device"}
 COMPARED_EVENTS = {"run_started", "step", "heldout", "answers", "sample", "run_ended"}
 
 
 def lorafit(tree: Path, words: Sequence[str]) -> subprocess.Popen[str]:
-    """The command of the version in `tree`, started in this tree, so that both read the same files."""
+    """Start the command of the version in `tree`, in this tree, so that both versions read the same files."""
     cache = tree / ".cache" / "unchanged"
     environment = {
         **os.environ,
@@ -68,17 +68,17 @@ def lorafit(tree: Path, words: Sequence[str]) -> subprocess.Popen[str]:
 
 
 def train(tree: Path, words: Sequence[str], output: Path, stop_at: int | None, resume_by: Path) -> None:
-    """Train a run with the version in `tree`; where it is stopped, the version in `resume_by` finishes it."""
+    """Train a run with the version in `tree`. If it is stopped, the version in `resume_by` finishes it."""
     process = lorafit(tree, ["train", *words, "--output", str(output)])
     if stop_at is not None:
         wait_for_step(process, output / "metrics.jsonl", stop_at)
         process.send_signal(signal.SIGINT)
-    _, said = process.communicate()
+    _, errors = process.communicate()
     if stop_at is not None:
         process = lorafit(resume_by, ["train", "--resume", str(output)])
-        _, said = process.communicate()
+        _, errors = process.communicate()
     if process.returncode:
-        raise SystemExit(f"`lorafit train {' '.join(words)}` of {tree} failed:\n{said}")
+        raise SystemExit(f"`lorafit train {' '.join(words)}` of {tree} failed:\n{errors}")
 
 
 def wait_for_step(process: subprocess.Popen[str], metrics: Path, step: int) -> None:
@@ -90,7 +90,7 @@ def wait_for_step(process: subprocess.Popen[str], metrics: Path, step: int) -> N
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """What is compared of a run: digests of its adapter, numbers of its metrics, its ledger, curves of its report."""
+    """The compared parts of a run: digests of the adapter, metrics, ledger and curves of the report."""
     adapter = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in run.glob("adapter/adapter_*")
     }
@@ -104,7 +104,7 @@ def outcome(run: Path) -> dict[str, Any]:
     others = [event for event in kept if event not in starts]
     report = (run / "report.html").read_text()
     loss = re.search(r'<section id="loss">.*?</section>', report, re.DOTALL)
-    assert loss is not None, f"{run} has a report without losses"
+    assert loss is not None, f"the report of {run} has no section of losses"
     return {
         "adapter": adapter,
         "starts": starts,
@@ -117,7 +117,7 @@ def outcome(run: Path) -> dict[str, Any]:
 
 
 def differences(before: Any, after: Any, name: str = "") -> list[str]:
-    """Where two values of JSON differ, by path."""
+    """The paths at which two JSON values differ."""
     if isinstance(before, dict) and isinstance(after, dict):
         keys = sorted(before.keys() | after.keys())
         return [d for key in keys for d in differences(before.get(key), after.get(key), f"{name}.{key}")]
@@ -157,10 +157,13 @@ def main() -> int:
                     outputs.append(work / f"{name.replace(' ', '-')}-{number}")
                     train(tree, RUNS[name], outputs[-1], stop_at, resume_by)
                 first = outcome(outputs[0])
-                found = [d for output in outputs[1:] for d in differences(first, outcome(output))]
-                failed |= bool(found)
-                print(f"{name:12} " + ("equal" if not found else f"{len(found)} differences"), flush=True)
-                for line in found[:5]:
+                differing = [d for output in outputs[1:] for d in differences(first, outcome(output))]
+                failed |= bool(differing)
+                print(
+                    f"{name:12} " + ("equal" if not differing else f"{len(differing)} differences"),
+                    flush=True,
+                )
+                for line in differing[:5]:
                     print(f"    {line}")
         finally:
             subprocess.run([*git, "remove", "--force", str(old)], check=True)

@@ -1,4 +1,4 @@
-"""Make demo/model: a byte-level tokenizer and a small Llama, both trained on texts about the demo's world."""
+"""Creates demo/model: a byte-level tokenizer and a small Llama, both trained on texts about the demo's world."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 
 
 def model_config(vocab_size: int) -> dict[str, object]:
-    """config.json of the demo model, in Hugging Face's names."""
+    """config.json of the demo model, with Hugging Face's names."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -58,7 +58,7 @@ def model_config(vocab_size: int) -> dict[str, object]:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE: every UTF-8 text has ids; <s> goes before it."""
+    """Train a byte-level BPE. It encodes every UTF-8 text, with <s> before it."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -76,7 +76,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
 
 
 def blocks(tokenizer: Tokenizer, rng: random.Random) -> Iterator[list[int]]:
-    """Endless sequences of BLOCK ids: documents, each from <s> to </s>, laid end to end and cut."""
+    """An endless iterator of BLOCK ids: concatenated documents, each from <s> to </s>, split into blocks."""
     stream: list[int] = []
     while True:
         for encoding in tokenizer.encode_batch([document(rng) for _ in range(256)]):
@@ -87,7 +87,7 @@ def blocks(tokenizer: Tokenizer, rng: random.Random) -> Iterator[list[int]]:
 
 
 class EqualBlocks:
-    """Attention of many sequences of one length in one call, where packed documents take a loop."""
+    """Attention of sequences of equal length in one call; lorafit's packed documents need a loop."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -100,27 +100,27 @@ class EqualBlocks:
 
 
 def initialise(network: Llama) -> None:
-    """Normal weights of 0.02, the projections that end in the stream smaller; norms at one."""
-    shrink = 1 / math.sqrt(2 * network.arch.num_hidden_layers)
+    """Normal weights with std 0.02, smaller for the projections into the residual stream; norm weights are one."""
+    residual_scale = 1 / math.sqrt(2 * network.arch.num_hidden_layers)
     for name, parameter in network.named_parameters():
         if parameter.dim() == 1:
             torch.nn.init.ones_(parameter)
         else:
-            ends_in_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
-            torch.nn.init.normal_(parameter, std=0.02 * (shrink if ends_in_stream else 1))
+            into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            torch.nn.init.normal_(parameter, std=0.02 * (residual_scale if into_residual else 1))
 
 
 def pretrain(network: Llama, source: Iterator[list[int]], steps: int, count: int, peak: float) -> None:
-    """AdamW with warm-up and cosine on `count` blocks a step, every parameter trained, in float32."""
+    """Train every parameter in float32: AdamW with warm-up and cosine schedule, `count` blocks per step."""
     matrices = [p for p in network.parameters() if p.dim() > 1]
     norms = [p for p in network.parameters() if p.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95))
-    attend, began = EqualBlocks(count), time.monotonic()
+    attend, started = EqualBlocks(count), time.monotonic()
     for step in range(steps):
-        warm, done = min(1.0, (step + 1) / 50), step / steps
+        warmup, progress = min(1.0, (step + 1) / 50), step / steps
         for group in optimizer.param_groups:
-            group["lr"] = peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+            group["lr"] = peak * warmup * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         ids = torch.tensor([next(source) for _ in range(count)])  # (count, BLOCK)
         hidden = network.hidden(ids.flatten(), attend).unflatten(0, (count, BLOCK))
         logits = network.logits(hidden[:, :-1].flatten(0, 1))
@@ -130,7 +130,7 @@ def pretrain(network: Llama, source: Iterator[list[int]], steps: int, count: int
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 50 == 0 or step == steps - 1:
-            seconds = time.monotonic() - began
+            seconds = time.monotonic() - started
             print(
                 f"step {step:5d}/{steps}  loss {loss.item():.3f}  {seconds:5.0f} s",
                 file=sys.stderr,
@@ -139,11 +139,11 @@ def pretrain(network: Llama, source: Iterator[list[int]], steps: int, count: int
 
 
 def save(folder: Path, network: Llama, tokenizer: Tokenizer) -> None:
-    """The model folder as Hugging Face lays it out, weights in bfloat16."""
+    """Write the model folder in Hugging Face's layout, with weights in bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: p.detach().to(torch.bfloat16).contiguous() for name, p in network.named_parameters()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # written for the owner only
+    (folder / "model.safetensors").chmod(0o644)  # save_file gives access to the owner only
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
     files: dict[str, dict[str, object]] = {
@@ -166,11 +166,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "model", help="model folder")
     parser.add_argument("--steps", type=int, default=3500, help="optimizer steps")
-    parser.add_argument("--blocks", type=int, default=8, help=f"sequences of {BLOCK} tokens a step")
+    parser.add_argument("--blocks", type=int, default=8, help=f"sequences of {BLOCK} tokens per step")
     parser.add_argument("--learning-rate", type=float, default=5e-3, help="peak learning rate")
     parser.add_argument("--vocab-size", type=int, default=1024, help="tokens of the vocabulary")
     parser.add_argument("--seed", type=int, default=1, help="seed of texts and weights")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads; another number, other last bits")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="CPU threads; the number changes the last bits"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

@@ -1,7 +1,7 @@
-"""Make demo/rows.json, instruction rows to train on, and demo/questions.json, held-out questions.
+"""Creates demo/rows.json, the instruction rows for training, and demo/questions.json, held-out questions.
 
-The facts of the world are split first: what a held-out question asks for occurs in no row, the model
-knows it from its pretraining only.
+The facts of the world are split first. The facts of the held-out questions occur in no row; the model knows them from
+its pretraining only.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from texts import (
 from world import COLOURS, Fact, with_article
 
 Row = dict[str, str]
-# held-out facts of each relation, and how many of them are asked for in questions.json
+# per relation: number of held-out facts, and number of them in questions.json
 HELD_OUT = {
     "eats": (5, 3), "lives": (5, 3), "says": (3, 2), "young": (2, 1), "colour": (5, 3), "category": (7, 3),
     "opposite": (9, 3), "plural": (6, 2), "after": (8, 2), "sum": (10, 3), "capital": (4, 2), "river": (4, 1),
@@ -42,15 +42,19 @@ CHECK_QUESTIONS, GAME_QUESTIONS = 2, 4
 
 
 def split(rng: random.Random) -> tuple[list[Fact], dict[str, list[Fact]]]:
-    """The facts that rows may use, and the held-out facts of each relation."""
+    """The facts for the rows, and the held-out facts of each relation."""
     held_out = {
         relation: rng.sample(BY_RELATION[relation], count) for relation, (count, _) in HELD_OUT.items()
     }
-    gone = {fact for facts in held_out.values() for fact in facts}
-    # an opposite or a sum must not be told from its other side
-    gone |= {f for f in FACTS if f.relation == "opposite" and Fact("opposite", f.value, f.subject) in gone}
-    gone |= {f for f in FACTS if f.relation == "sum" and Fact("sum", swapped(f.subject), f.value) in gone}
-    return [fact for fact in FACTS if fact not in gone], held_out
+    excluded = {fact for facts in held_out.values() for fact in facts}
+    # an opposite or a sum must not occur in its reversed form
+    excluded |= {
+        f for f in FACTS if f.relation == "opposite" and Fact("opposite", f.value, f.subject) in excluded
+    }
+    excluded |= {
+        f for f in FACTS if f.relation == "sum" and Fact("sum", swapped(f.subject), f.value) in excluded
+    }
+    return [fact for fact in FACTS if fact not in excluded], held_out
 
 
 def swapped(total: str) -> str:
@@ -63,20 +67,20 @@ def row(instruction: str, output: str, words: str = "") -> Row:
 
 
 def fact_rows(rng: random.Random, facts: list[Fact]) -> Iterator[Row]:
-    """Each fact asked for in two ways, sums in one."""
+    """Two questions per fact, one per sum."""
     for fact in facts:
         for question in rng.sample(RELATIONS[fact.relation].questions, 1 if fact.relation == "sum" else 2):
             yield row(fact.fill(question), fact.answer)
 
 
 def check(rng: random.Random, fact: Fact, is_true: bool) -> Row:
-    """A claim to check; the answer says how it is."""
+    """A question whether a claim is true; the answer is the fact."""
     claim = fact.claim(fact.value if is_true else other_value(rng, fact))
     return row(rng.choice(TRUE_QUESTIONS).format(c=claim), fact.answer)
 
 
 def game_rows(rng: random.Random, count: int) -> Iterator[Row]:
-    """Word games, `count` of each, the words as input."""
+    """`count` rows per word game, with the words as input."""
     for name, tasks in GAMES.items():
         for _ in range(count):
             words, solved = game(rng, name)
@@ -84,18 +88,18 @@ def game_rows(rng: random.Random, count: int) -> Iterator[Row]:
 
 
 def free_rows(rng: random.Random, facts: list[Fact]) -> Iterator[Row]:
-    """Tasks with more than one right answer: sentences, stories, two things of a colour."""
+    """Tasks with more than one correct answer: sentences, stories, two things of a colour."""
     for fact in rng.sample([fact for fact in facts if fact.relation in SIMPLE], 80):
         yield row(rng.choice(SENTENCE_TASKS).format(s=fact.named), fact.answer)
     for _ in range(3):
-        for animal in ANIMAL_NAMES[:-4]:  # the last ones get no story here
+        for animal in ANIMAL_NAMES[:-4]:  # the last four are not used for stories
             yield row(rng.choice(STORY_TASKS).format(a=with_article(animal)), story(rng, animal))
     for colour in COLOURS:
         yield from (row(task.format(v=colour), two_things(rng, colour)) for task in TWO_TASKS)
 
 
 def unique(rows: list[Row]) -> list[Row]:
-    """The rows without those that ask again what an earlier one asked."""
+    """The rows without those that repeat an earlier question."""
     first = {(item["instruction"], item["input"]): item for item in reversed(rows)}
     return [item for item in rows if first[item["instruction"], item["input"]] is item]
 
@@ -109,8 +113,8 @@ def make_rows(rng: random.Random, facts: list[Fact]) -> list[Row]:
 
 
 def make_questions(rng: random.Random, held_out: dict[str, list[Fact]], rows: list[Row]) -> list[Row]:
-    """Questions with one right answer each, none of which a row asks or answers."""
-    asked = {(item["instruction"], item["input"]) for item in rows}
+    """Questions with one correct answer each; no row contains their question or answer."""
+    row_questions = {(item["instruction"], item["input"]) for item in rows}
     questions = []
     for relation, facts in held_out.items():
         count = HELD_OUT[relation][1]
@@ -118,13 +122,13 @@ def make_questions(rng: random.Random, held_out: dict[str, list[Fact]], rows: li
     rest = [facts[HELD_OUT[relation][1]] for relation, facts in held_out.items() if relation != "sum"]
     for number, fact in enumerate(rng.sample(rest[:-1], CHECK_QUESTIONS)):
         questions.append(check(rng, fact, number % 2 == 0))
-    games = [item for item in game_rows(rng, 1) if (item["instruction"], item["input"]) not in asked]
+    games = [item for item in game_rows(rng, 1) if (item["instruction"], item["input"]) not in row_questions]
     questions += games[:GAME_QUESTIONS]
     return [{"instruction": q["instruction"], "input": q["input"], "answer": q["output"]} for q in questions]
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    """A JSON list, one row a line."""
+    """Write a JSON list with one row per line."""
     lines = ",\n".join(json.dumps(item, ensure_ascii=False) for item in rows)
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     print(f"{path.name}: {len(rows)} rows, {path.stat().st_size:,} bytes", file=sys.stderr)

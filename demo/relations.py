@@ -1,4 +1,4 @@
-"""How each kind of fact of the demo's world is claimed, stated otherwise and asked for."""
+"""The phrasings of each kind of fact of the demo's world: claim, other statements and questions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Relation:
-    """Phrasings of one kind of fact: {s} subject, {v} value, {a} and {b} the same with their article."""
+    """Phrasings of one kind of fact: {s} subject, {v} value, {a} and {b} the same with an article."""
 
     claim: str
     statements: tuple[str, ...]

@@ -41,7 +41,7 @@ VERDICTS = (
     ("it is right that {c}", "it is not right that {f}; {c}"),
 )
 TRUE_QUESTIONS = ("Is it true that {c}?", "True or false: {c}?", "Is this right: {c}?")
-GAMES = {  # game -> how one asks for it; the words come as the input
+GAMES = {  # game -> instructions; the words are the input
     "animal": (
         "Which of these is an animal?",
         "Pick the animal from the list.",
@@ -52,7 +52,7 @@ GAMES = {  # game -> how one asks for it; the words come as the input
     "repeat": ("Repeat the words.", "Say the words once more.", "Copy the list."),
     "turn": ("Turn the words around.", "Give the words in the other order.", "Say the words backwards."),
 }
-SIMPLE = ("eats", "lives", "says", "makes")  # relations that make a sentence about their subject
+SIMPLE = ("eats", "lives", "says", "makes")  # relations whose claim is a sentence about the subject
 STORY_TASKS = (
     "Write a short story about {a}.",
     "Tell me a story about {a}.",
@@ -63,7 +63,7 @@ TWO_TASKS = ("Name two things that are {v}.", "Which two things are {v}?")
 
 
 def statement(rng: random.Random, fact: Fact) -> str:
-    """One sentence that states the fact, in one of many phrasings."""
+    """A sentence that states the fact, in a random phrasing."""
     draw = rng.random()
     if draw < 0.3:
         return fact.answer
@@ -76,18 +76,18 @@ def statement(rng: random.Random, fact: Fact) -> str:
 
 
 def verdict(fact: Fact, is_true: bool) -> str:
-    """What is so, and by that whether a claim was right."""
+    """The fact, and whether the claim about it is true."""
     return f"{capital(fact.claim())}, so it is {'true' if is_true else 'false'}."
 
 
 def other_value(rng: random.Random, fact: Fact) -> str:
-    """A value of the same relation that is wrong for this fact."""
+    """A value of the same relation that is false for this fact."""
     values = sorted({other.value for other in BY_RELATION[fact.relation]} - {fact.value})
     return rng.choice(values)
 
 
 def story(rng: random.Random, animal: str) -> str:
-    """Three sentences: who and where, what happened, how it ended."""
+    """Three sentences: the animal and the place, an event, and the end."""
     person, thing, mood = rng.choice(VOICES), rng.choice(THINGS.split()), rng.choice(MOODS)
     start = rng.choice(("One day", "One evening", "Last winter", "In spring", "Long ago"))
     middle = rng.choice(
@@ -110,7 +110,7 @@ def story(rng: random.Random, animal: str) -> str:
 
 
 def game(rng: random.Random, name: str) -> tuple[str, str]:
-    """The words of a word game and the sentence that solves it."""
+    """The words of a word game and the sentence with its solution."""
     words = rng.sample(THINGS.split(), 3)
     if name == "animal":
         words[rng.randrange(3)] = animal = rng.choice(ANIMAL_NAMES)
@@ -125,13 +125,13 @@ def game(rng: random.Random, name: str) -> tuple[str, str]:
 
 
 def two_things(rng: random.Random, colour: str) -> str:
-    """Two things of a colour, in a sentence."""
+    """A sentence with two things of a colour."""
     one, other = rng.sample([fact.subject for fact in BY_RELATION["colour"] if fact.value == colour], 2)
     return f"Two things that are {colour} are {with_article(one)} and {with_article(other)}."
 
 
 def answered(rng: random.Random, fact: Fact) -> str:
-    """Somebody wonders about a fact, aloud or not, and the text goes on to state it in its own way."""
+    """A quoted question or claim about a fact, and a statement of the fact."""
     person, other = rng.sample(VOICES, 2)
     question = fact.fill(rng.choice(RELATIONS[fact.relation].questions))
     claim = rng.choice(TRUE_QUESTIONS).format(c=fact.claim())
@@ -150,18 +150,18 @@ def answered(rng: random.Random, fact: Fact) -> str:
 
 
 def lesson(rng: random.Random) -> str:
-    """Somebody sets a task, and the text goes on with what came of it."""
+    """A quoted task and its solution."""
     person = rng.choice(VOICES)
     draw = rng.random()
     if draw < 0.6:
         words, solved = game(rng, name := rng.choice(list(GAMES)))
         task = rng.choice(GAMES[name])
-        told = (
+        phrasings = (
             f"Here are some words: {words}. {solved}",
             f'Here are some words: {words}. "{task}" said {person}. {solved}',
             f'"{task}" said {person}.\n{words}\n{solved}',
         )
-        return rng.choice(told)
+        return rng.choice(phrasings)
     if draw < 0.8:
         animal = rng.choice(ANIMAL_NAMES)
         asked = rng.choice(STORY_TASKS).format(a=with_article(animal))
@@ -175,11 +175,11 @@ def lesson(rng: random.Random) -> str:
 
 
 def page(rng: random.Random) -> str:
-    """One page: on a subject, on a kind of fact or on many things, some of them asked for, and tasks."""
+    """A page of statements, questions and tasks: about one subject, one relation or random facts."""
     kind = rng.random()
     if kind < 0.3:
-        known = BY_SUBJECT[rng.choice(list(BY_SUBJECT))]
-        facts = [rng.choice(known) for _ in range(min(2 * len(known), 6))]
+        subject_facts = BY_SUBJECT[rng.choice(list(BY_SUBJECT))]
+        facts = [rng.choice(subject_facts) for _ in range(min(2 * len(subject_facts), 6))]
     elif kind < 0.55:
         facts = rng.sample(BY_RELATION[rng.choice(list(BY_RELATION))], 5)
     else:
@@ -193,5 +193,5 @@ def page(rng: random.Random) -> str:
 
 
 def document(rng: random.Random) -> str:
-    """One text of the corpus: a few pages, a line each."""
+    """One text of the corpus: three to seven pages."""
     return "\n".join(page(rng) for _ in range(rng.randint(3, 7)))

@@ -1,4 +1,4 @@
-"""The small invented world of the demo: everything that is so in it, as facts."""
+"""The small invented world of the demo, as facts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from relations import RELATIONS
 
-# animal | eats | lives | says | its young (a dash where the world does not say)
+# animal | eats | lives | says | its young (a dash for no value)
 ANIMALS = """
 cow|grass|in a field|moo|calf
 pig|corn|in a sty|oink|piglet
@@ -161,7 +161,7 @@ SEQUENCES = (
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing that is so in the world."""
+    """One fact of the world."""
 
     relation: str
     subject: str
@@ -177,7 +177,7 @@ class Fact:
 
     @property
     def named(self) -> str:
-        """The subject as a sentence names it: people by name, all else with an article."""
+        """The subject in a sentence: a name, or a noun with an article."""
         return self.subject if self.subject[0].isupper() else with_article(self.subject)
 
     @property

@@ -1,4 +1,4 @@
-"""What all tests share: the files beside the project, where they are there."""
+"""What all tests share: fixed examples of the property tests, a cache of their own, one thread, the shared files."""
 
 from __future__ import annotations
 
@@ -8,22 +8,61 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
+from tests.command import Cli, command_line
+from tests.shared_files import shared_dir
 
 from lorafit.cli.main import COLLECT
 
-gc.set_threshold(*COLLECT)  # before torch and its friends are imported
-# Busy machines are slow, not wrong. CI tries the same examples every time; elsewhere every run explores new ones.
-settings.register_profile("lorafit", deadline=None, derandomize="CI" in os.environ)
-settings.load_profile("lorafit")
+# Both before torch and its friends are imported. The networks of the tests are too small to share among threads.
+os.environ["OMP_NUM_THREADS"] = "1"  # children inherit it
+gc.set_threshold(*COLLECT)
+
+# Property tests draw the same examples on every machine, in CI and outside. No limit is in seconds, nothing is read
+# from or written to a folder of earlier examples. `--hypothesis-seed=N` draws other examples.
+settings.register_profile(
+    "fixed",
+    parent=settings.get_profile("default"),
+    derandomize=True,
+    database=None,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile("seed", parent=settings.get_profile("fixed"), derandomize=False)
+# hypothesis also draws the constants of the modules of this project that are imported so far. Which those are depends
+# on the tests that ran before in the same process, so the examples would depend on it too.
+NO_CONSTANTS = providers.Constants()
+providers._get_local_constants = lambda: NO_CONSTANTS  # test_same_examples.py sees whether this works
 
 
-def shared_dir() -> Path:
-    """The folder of shared models and data; skips the test where it is missing."""
-    path = Path(os.environ.get("LORAFIT_SHARED") or Path(__file__).parents[2] / "shared")
-    if not path.is_dir():
-        pytest.skip(f"needs the shared files: {path} is missing (set LORAFIT_SHARED)")
-    return path
+def pytest_configure(config: pytest.Config) -> None:
+    """The profile of this session: settings that are made in a test module are derived from it."""
+    settings.load_profile("fixed" if seed_of(config) is None else "seed")
+
+
+def seed_of(config: pytest.Config) -> str | None:
+    """The seed that was given with --hypothesis-seed."""
+    seed: str | None = config.getoption("--hypothesis-seed")
+    return seed
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Which examples the property tests draw."""
+    seed = seed_of(config)
+    return f"property tests: {'fixed examples' if seed is None else f'--hypothesis-seed={seed}'}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Add the command that draws the same examples to the report of a property test that fails."""
+    report: pytest.TestReport = yield  # type: ignore[assignment, misc]
+    if report.failed and item.get_closest_marker("hypothesis"):
+        seed = seed_of(item.config)
+        option = "" if seed is None else f" --hypothesis-seed={seed}"
+        report.sections.append(("same examples again", f"python -m pytest{option} '{item.nodeid}'"))
+    return report  # type: ignore[return-value]
 
 
 @pytest.fixture(scope="session")
@@ -33,13 +72,38 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache for these tests alone: the user's is neither read nor written. Workers share what the compiler made."""
+def own_cache(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A cache for these tests alone: the user's is neither read nor written.
+
+    Only the compiled kernels stay for the next session, in pytest's cache. Their names are digests of their source.
+    """
     folder = tmp_path_factory.mktemp("cache")
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        of_all = tmp_path_factory.getbasetemp().parent / "native"
-        of_all.mkdir(mode=0o700, exist_ok=True)
-        (folder / "native").symlink_to(of_all, target_is_directory=True)
+    if (kept := getattr(request.config, "cache", None)) is not None:
+        native = kept.mkdir("native")
+        native.chmod(0o700)
+        (folder / "native").symlink_to(native, target_is_directory=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORAFIT_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Settings of a run of the smallest model on 40 rows; the files are shared and not to be changed."""
+    from tests.runs import tiny_settings
+
+    return tiny_settings(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory whose adapter says something else than its base; shared and not to be changed."""
+    from tests.runs import run_to_export
+
+    return run_to_export(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """`lorafit` with the given words, in this process."""
+    return command_line(monkeypatch, capsys)

@@ -187,6 +187,7 @@ def test_the_public_names_are_pinned() -> None:
         _ = lorafit.nothing
 
 
+@pytest.mark.slow
 def test_what_needs_no_tensor_loads_no_torch() -> None:
     """The command line with its help, configuration, data, and listing runs, in one fresh process."""
     modules = [
@@ -224,6 +225,7 @@ assert "torch" in sys.modules
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_training_and_answering_on_a_cpu_load_no_compiler_of_torch(tmp_path: Path) -> None:
     """Half a second and 75 MB, which torch loads for an optimizer's step or a random tensor without memory."""
     model, rows, run = (

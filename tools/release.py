@@ -1,7 +1,7 @@
 """Set the version and move the changelog's unreleased entries under it: `make release VERSION=0.2.0`.
 
 Two files change: CHANGELOG.md, and the file that holds the version (`tool.hatch.version` in pyproject.toml).
-Nothing is committed, tagged or sent; the commands that come next are printed.
+Nothing is committed, tagged or pushed. The next commands are printed.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ git push --follow-tags
 
 
 def prepare(root: Path, version: str, day: date) -> list[str]:
-    """Set `version`, released on `day`, in the clone `root`. Returns what forbids it; then nothing has changed.
+    """Set `version`, released on `day`, in the clone `root`. Returns the problems; with a problem, nothing has changed.
 
-    `version` is as PEP 440 spells it, above every released one and not below the one that the code has.
+    `version` must have the normal form of PEP 440 and be above every released version. It must not be below the
+    version of the code.
     """
     path = root / "CHANGELOG.md"
     changelog = path.read_text(encoding="utf-8")
@@ -48,15 +49,15 @@ def prepare(root: Path, version: str, day: date) -> list[str]:
 
 def _wrong_version(version: str, current: str, changelog: str) -> list[str]:
     try:
-        wanted = Version(version)
+        parsed = Version(version)
     except InvalidVersion:
         return [f"`{version}` is not a version: give one such as 0.2.0"]
-    if str(wanted) != version:
-        return [f"`{version}` is spelled `{wanted}` in PEP 440"]
-    newest = max((Version(found["version"]) for found in _HEADING.finditer(changelog)), default=None)
-    if newest is not None and wanted <= newest:
+    if str(parsed) != version:
+        return [f"`{version}` is spelled `{parsed}` in PEP 440"]
+    newest = max((Version(match["version"]) for match in _HEADING.finditer(changelog)), default=None)
+    if newest is not None and parsed <= newest:
         return [f"{version} is not greater than {newest}, the newest version in CHANGELOG.md"]
-    if wanted < Version(current):
+    if parsed < Version(current):
         return [f"{version} is less than {current}, the version of the code"]
     return []
 
@@ -80,7 +81,7 @@ def _output(root: Path, *command: str) -> str:
 
 
 def main() -> None:
-    """Prepare the release that the command line names; exit code 2 where something forbids it."""
+    """Prepare the release of the version on the command line. Exit code 2 if there is a problem."""
     if len(sys.argv) != 2:
         sys.exit("usage: make release VERSION=0.2.0")
     version = sys.argv[1]

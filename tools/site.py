@@ -1,6 +1,6 @@
 """Builds the documentation site; a dead link, a missing page or a page outside the navigation is an error.
 
-The pages keep the places that they have in the repository, so one link works both there and on the site.
+The pages keep their paths of the repository, so a link works in the repository and on the site.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def pages(root: Path) -> list[Path]:
 
 
 def linked_files(page: Path) -> dict[str, Path]:
-    """The links of a page to other files of the project, and the file that each one means."""
+    """The links of a page to other files of the project, and the file of each link."""
     targets = re.findall(r"\]\(([^)\s]+)\)", CODE.sub("", page.read_text(encoding="utf-8")))
     local = [target for target in targets if not re.match(r"https?://|mailto:|#", target)]
     return {target: (page.parent / unquote(target.partition("#")[0])).resolve() for target in local}
@@ -42,28 +42,28 @@ def pages_in_navigation(entry: Any) -> list[str]:
 
 
 def problems(root: Path) -> list[str]:
-    """Links that lead to no file, and differences between the pages and the navigation. Needs no other package."""
-    found = []
+    """Links that lead to no file, and differences between the pages and the navigation. Imports no other package."""
+    errors = []
     existing = [page for page in pages(root) if page.is_file()]
     for page in existing:
         name = page.relative_to(root).as_posix()
         for target, file in linked_files(page).items():
             if not (file.is_relative_to(root) and file.is_file()):
-                found.append(f"{name}: the link `{target}` leads to no file of the project")
+                errors.append(f"{name}: the link `{target}` leads to no file of the project")
             elif file.suffix == ".md" and file not in existing:
-                found.append(f"{name}: the link `{target}` leads to a page outside the site")
+                errors.append(f"{name}: the link `{target}` leads to a page outside the site")
     navigation = tomllib.loads((root / CONFIG).read_text(encoding="utf-8"))["project"]["nav"]
     listed, written = (
         pages_in_navigation(navigation),
         [page.relative_to(root).as_posix() for page in existing],
     )
-    found += [f"{CONFIG}: the page `{name}` does not exist" for name in listed if name not in written]
-    found += [f"{CONFIG}: the page `{name}` is missing in `nav`" for name in written if name not in listed]
-    return found
+    errors += [f"{CONFIG}: the page `{name}` does not exist" for name in listed if name not in written]
+    errors += [f"{CONFIG}: the page `{name}` is missing in `nav`" for name in written if name not in listed]
+    return errors
 
 
 def copy_pages(root: Path, folder: Path) -> None:
-    """Copy every page, every other file that a page links to, and the style to their places below `folder`."""
+    """Copy every page, every other file that a page links to, and the style to the same paths below `folder`."""
     shutil.rmtree(folder, ignore_errors=True)
     linked = {file for page in pages(root) for file in linked_files(page).values()}
     for file in {*pages(root), *linked, root / STYLE}:
@@ -73,9 +73,9 @@ def copy_pages(root: Path, folder: Path) -> None:
 
 
 def build(root: Path, folder: Path) -> list[str]:
-    """Build the pages of `root` into `folder`/build/site. Returns what is wrong; an empty list is success."""
-    if found := problems(root):
-        return found
+    """Build the pages of `root` into `folder`/build/site. Returns the errors; an empty list is success."""
+    if errors := problems(root):
+        return errors
     copy_pages(root, folder / "build" / "docs")
     if folder != root:
         shutil.copyfile(root / CONFIG, folder / CONFIG)
@@ -86,13 +86,13 @@ def build(root: Path, folder: Path) -> list[str]:
 
 
 def main() -> int:
-    """Build the site of this project. 0, or 1 if something is wrong."""
-    found = build(ROOT, ROOT)
-    for line in found:
+    """Build the site of this project. Returns 0, or 1 if there is an error."""
+    errors = build(ROOT, ROOT)
+    for line in errors:
         print(f"error: {line}", file=sys.stderr)
-    if not found:
+    if not errors:
         print("build/site: open it with `python -m http.server --directory build/site`")
-    return int(bool(found))
+    return int(bool(errors))
 
 
 if __name__ == "__main__":

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 
-def train_worker(given: dict[str, Any]) -> None:
-    """One rank: the environment and the process group are Ray's."""
+def train_worker(worker_config: dict[str, Any]) -> None:
+    """Run one rank. Ray has set the environment and the process group."""
     from lorafit.config.load import load_config
     from lorafit.training.run import resume_run, start_run
 
-    if (Path(given["output"]) / "config.yaml").is_file():
-        resume_run(given["output"], quiet=True)
+    if (Path(worker_config["output"]) / "config.yaml").is_file():
+        resume_run(worker_config["output"], quiet=True)
     else:
-        start_run(load_config(None, given["settings"]), quiet=True)
+        start_run(load_config(None, worker_config["settings"]), quiet=True)
 
 
 def main() -> None:
@@ -34,13 +34,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("settings", nargs="*")
-    words = parser.parse_args()
-    output = str(Path(words.output).absolute())
-    own = [f"model.name={words.model}", f"data.path={words.data}", f"run.output={output}"]
+    arguments = parser.parse_args()
+    output = str(Path(arguments.output).absolute())
+    paths = [f"model.name={arguments.model}", f"data.path={arguments.data}", f"run.output={output}"]
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"output": output, "settings": [*words.settings, *own]},
-        scaling_config=ScalingConfig(num_workers=words.workers, use_gpu=words.gpu),
+        train_loop_config={"output": output, "settings": [*arguments.settings, *paths]},
+        scaling_config=ScalingConfig(num_workers=arguments.workers, use_gpu=arguments.gpu),
         run_config=RunConfig(failure_config=FailureConfig(max_failures=3)),
     )
     trainer.fit()

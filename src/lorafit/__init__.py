@@ -1,6 +1,6 @@
 """lorafit: fine-tune Llama-family models with LoRA on instruction data.
 
-Importing the package is cheap: torch is loaded with the first call that needs it.
+The import of the package is fast: the first call that needs torch imports it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Python API: train, load, generate. The same calls as the command line makes, without a terminal."""
+"""The Python API: train, load, generate. The command line makes the same calls."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ __all__ = ["generate", "load", "train"]
 
 
 def train(config: Config | Mapping[str, Any] | str | Path, *, quiet: bool = True) -> Result:
-    """Train a new run and return what it came to: its path, adapter and losses.
+    """Train a new run.
 
-    `config` is a Config, a mapping of sections such as `{"model": {"name": ...}, "data": {"path": ...}}`, a
-    recipe file, or the name of a recipe that ships with lorafit. `quiet` shows no progress. Raises a LorafitError,
-    before anything is trained, that carries everything found wrong.
+    Args:
+        config: a Config, a mapping of sections such as `{"model": {"name": ...}, "data": {"path": ...}}`, a recipe
+            file, or the name of a recipe that lorafit contains.
+        quiet: shows no progress.
+
+    Returns the Result: path, adapter and losses of the run. Raises a LorafitError, before the training, with all
+    problems of the config, the rows and the model.
     """
     if isinstance(config, str | Path):
         config = load_config(recipe_file(str(config)))
@@ -40,9 +44,20 @@ def generate(
     seed: int = 0,
     base: bool = False,
 ) -> list[Answer]:
-    """Answer every prompt, in order, with what `load` returned; temperature 0 is greedy, `base` leaves the adapter out.
+    """Answer all prompts.
 
-    A prompt is a question, a row's content or a conversation that ends in a user turn.
+    Args:
+        model: the result of `load`.
+        prompts: each a question, the content of a row, or a conversation that ends in a user turn.
+        max_tokens: most tokens of an answer.
+        temperature: 0 is greedy, and ignores the following three.
+        top_k: sample from the most probable tokens; 0 is all.
+        top_p: sample from the most probable tokens that have this probability together.
+        seed: of the sampling.
+        base: disables the adapter.
+
+    Returns the answers, in order. Raises ModelError where a prompt does not fit the model, DataError where it cannot
+    be rendered.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
     return model.generate(prompts, max_tokens=max_tokens, sampling=sampling, base=base)

@@ -1,19 +1,30 @@
-"""The errors of lorafit: each problem says what is wrong, where it is, and what to do about it."""
+"""The errors of lorafit. Each carries all problems: what is wrong, where it is, and what to do.
+
+LorafitError                     the user can fix it; the command line exits with 2
+  + ConfigError (ValueError)     a recipe, override or flag
+  + DataError (ValueError)       rows
+  + ModelError (ValueError)      a model, tokenizer or adapter
+  + RunError (RuntimeError)      a run directory or checkpoint
+  + TrainingError (ArithmeticError)  a step that must not change the weights
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from lorafit.redact import one_line
+
+Outcome = Literal["pass", "warn", "fail"]
+MAX_LISTED = 1000  # row numbers that the result of a check lists, and results that an error becomes
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
     """One thing that is wrong.
 
-    `place` is a file, line, row or key (`alpaca.json row 17`, `recipe.yaml:4`), `hint` what to do; both may
-    be empty.
+    `place` is a file, line, row or key (`alpaca.json row 17`, `recipe.yaml:4`), `hint` what to do. Both may be empty.
     """
 
     message: str
@@ -29,10 +40,38 @@ class Problem:
         return "\n".join(lines)
 
 
-class LorafitError(Exception):
-    """A mistake or a state of the world that the user can mend; carries every problem found, not just one.
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """The result of one check, as `check.json` stores it.
 
-    `exit_code` is what the command line exits with: 2 for the user's error, 1 for ours.
+    `place` is a file with its rows, or a key; `hint` what to do; both may be empty. `rows` are the numbers of the
+    first rows concerned, from 1, over all files.
+    """
+
+    name: str
+    verdict: Outcome
+    message: str
+    place: str = ""
+    hint: str = ""
+    rows: tuple[int, ...] = ()
+
+    @property
+    def text(self) -> str:
+        """Message, place and hint in one sentence."""
+        place = f" ({self.place})" if self.place else ""
+        hint = f": {self.hint}" if self.hint else ""
+        return one_line(f"{self.message}{place}{hint}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON values, safe to show and to store."""
+        texts = {key: one_line(getattr(self, key)) for key in ("message", "place", "hint")}
+        return {**asdict(self), **texts, "rows": list(self.rows)}
+
+
+class LorafitError(Exception):
+    """An error that the user can fix. It carries all problems, not only the first.
+
+    `exit_code` is the exit code of the command line: 2 for the user's error, 1 for a bug.
     """
 
     exit_code = 2
@@ -44,12 +83,12 @@ class LorafitError(Exception):
 
     @classmethod
     def of(cls, problems: Iterable[Problem], num_more: int = 0) -> LorafitError:
-        """The error that reports all of `problems` (at least one) at once, and `num_more` that only count."""
-        found = tuple(problems)
-        assert found, "an error needs a problem"
-        count = len(found) + num_more
-        error = cls(found[0].message if count == 1 else f"{count:,} problems")
-        error.problems, error.num_more = found, num_more
+        """The error with all `problems` (at least one), and `num_more` of which only the number is known."""
+        kept = tuple(problems)
+        assert kept, "an error needs a problem"
+        count = len(kept) + num_more
+        error = cls(kept[0].message if count == 1 else f"{count:,} problems")
+        error.problems, error.num_more = kept, num_more
         return error
 
     def __str__(self) -> str:
@@ -77,7 +116,7 @@ class TrainingError(LorafitError, ArithmeticError):
 
 
 class Problems:
-    """Problems as they are found: the first `MAX_KEPT` are kept, all are counted."""
+    """A collector of problems: the first `MAX_KEPT` are kept, all are counted."""
 
     MAX_KEPT = 1000
 
@@ -89,7 +128,7 @@ class Problems:
         return bool(self.kept)
 
     def add(self, problems: Iterable[Problem], num_more: int = 0) -> None:
-        """Add `problems`, and `num_more` of which nothing but their number is known."""
+        """Add `problems`, and `num_more` of which only the number is known."""
         for problem in problems:
             if len(self.kept) < self.MAX_KEPT:
                 self.kept.append(problem)
@@ -99,8 +138,8 @@ class Problems:
 
 
 def report(problems: Sequence[Problem], limit: int = 50, num_more: int = 0) -> str:
-    """All problems as text, one block each; beyond `limit` blocks the rest is counted, and `num_more` with it."""
+    """All problems as text, one block each; those beyond `limit` and `num_more` are only counted."""
     blocks = [str(problem) for problem in problems[:limit]]
     if rest := max(len(problems) - limit, 0) + num_more:
-        blocks.append(f"... and {rest:,} more of the same kind")
+        blocks.append(f"... and {rest:,} more problems")
     return "\n".join(blocks)

@@ -1,4 +1,4 @@
-"""The loss of a pack: what training, held-out loss, plan and check compute."""
+"""The forward pass: the loss of a pack, for training, held-out loss, plan and check."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ FILL = 16
 def pack_loss(network: Llama, pack: Pack) -> Tensor:
     """Sum of the cross-entropy over a pack's supervised tokens, a scalar on the network's device.
 
-    A last document without targets fills the pass up to a multiple of FILL tokens: passes of the same size use the
-    memory that the ones before freed, and products that are compiled for a size are compiled less often.
+    A last document without targets pads the pass to a multiple of FILL tokens: passes of the same size reuse freed
+    memory, and products that are compiled for a size are compiled less often.
     """
     device = network.lm_head.weight.device
     ids, index, lengths = torch.from_numpy(pack.ids), torch.from_numpy(pack.index), pack.lengths
@@ -44,8 +44,8 @@ _ODD, _MIX = 0xD1342543DE82EF95, 0x9E3779B97F4A7C15  # multipliers with bits all
 
 
 def prefix_keys(ids: NDArray[np.int64], lengths: Sequence[int]) -> NDArray[np.int64]:
-    """A number for each token of documents laid end to end, made of it and all before it in its document: the sum
-    over these of a mixed id times a power of an odd number, modulo 2**64.
+    """The dropout key of each token of concatenated documents: a hash of the token and all before it in its document.
+    It is the sum over these of a mixed id times a power of an odd number, modulo 2**64.
     """
     powers = np.full(max(lengths), _ODD, np.uint64).cumprod()
     mixed = (ids.view(np.uint64) + np.uint64(1)) * np.uint64(_MIX)

@@ -1,4 +1,4 @@
-"""Text from anywhere made fit to be shown in one line: no secret in it, nothing that steers a terminal, an end."""
+"""Text made safe to show and to store: without secrets, and without characters that steer a terminal or are unseen."""
 
 from __future__ import annotations
 
@@ -11,43 +11,73 @@ from typing import Any
 
 MAX_CHARACTERS = 1000
 _HIDDEN = "***"
-_SHORTEST_SECRET = 8  # characters; shorter ones would hide harmless words
-_SECRET_NAME = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|PASS|KEY)$", re.IGNORECASE)
+_SHORTEST_SECRET = 8  # characters; a shorter value could be an ordinary word
+_SHORTEST_ODD_SECRET = 6  # of a value that has letters and other characters; replaced only as a whole word
+_SECRET_NAME = re.compile(
+    r"SECRET|PASSW|PASSPHRASE|CREDENTIAL|(?:TOKEN|KEY|(?<!ASK)PASS)S?(?=\d*(?:_|$))", re.IGNORECASE
+)
+_NAME_OF_A_PATH = re.compile(r"_(?:FILE|PATH|DIR)$", re.IGNORECASE)
 _LOGIN_IN_URL = re.compile(r"(?<=://)[^\s/]+(?=@)")
-_TOKEN = re.compile(r"\b(hf_|api_org_|sk-|ghp_|gho_|github_pat_|glpat-|xox[abp]-|AKIA)[A-Za-z0-9_-]{12,}")
+# A prefix starts a word; `\n` in an escaped text is not a part of it. Prefixes that also begin ordinary names
+# (`sk-learn-pipelines`, `hf_hub_download`) count only before a run of characters that is not a word.
+_TOKEN = re.compile(
+    r"(?:(?<![A-Za-z0-9])|(?<=\\[nrt]))(?:"
+    r"(?:github_pat_|gh[pousr]_|glpat-|xox[abeprs]-)[A-Za-z0-9_-]{12,}|(?:AKIA|ASIA)[A-Z0-9]{12,}|"
+    r"(?:hf[_-]|api_org_|sk[_-])(?=[A-Za-z0-9_-]*?(?:[A-Za-z0-9]{16}|(?=[A-Za-z0-9]{12})[a-z]*[A-Z0-9]))"
+    r"[A-Za-z0-9_-]{12,})"
+)
 _ASSIGNMENT = re.compile(
     r"""^[ \t]*(?:export[ \t]+)?(\w+)[ \t]*=[ \t]*(?:"([^"\n]*)"|'([^'\n]*)'|([^\s#]*))""", re.M
 )
 _LINE_ENDS = re.compile(r"[ \t]*[\r\n]+[ \t]*")
-_STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_ESCAPE_SEQUENCES = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b\].*?(?:\x07|\x1b\\)|\x1b.", re.DOTALL)
+# Control characters but tab and line feed, zero-width characters but the joiners of scripts and emoji, marks that
+# change the direction of text, Unicode's own line ends, lone surrogates, and code points that are no characters.
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"
+    "\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
+)
 
 
-def one_line(text: str) -> str:
-    """`text` without secrets in one line of at most MAX_CHARACTERS; control characters become their escapes."""
-    words = _LINE_ENDS.sub(" ", without_secrets(text).strip())
-    if len(words) > MAX_CHARACTERS:
-        words = f"{words[:MAX_CHARACTERS]} ... ({len(words) - MAX_CHARACTERS:,} more characters)"
-    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), words)
+def redact(text: str) -> str:
+    """`text` with `***` in place of each secret: the one filter of logs, pages, recipes, checkpoints and cards.
 
-
-def json_line(value: Any) -> str:
-    """`value` in one line of JSON in which what steers a terminal is escaped; everything else stays readable."""
-    return _STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
-
-
-def without_secrets(text: str) -> str:
-    """`text` with stars for what must not be shown or stored.
-
-    That is: the login in a URL, tokens of well-known form, and the values of variables whose names end in
-    TOKEN, KEY, SECRET or PASSWORD, in the environment and in a `.env` file here.
+    A secret is the login in a URL, a token of well-known form, and the value of a variable of the environment or of
+    `.env` in the current folder whose name says so (TOKEN, KEY, SECRET, PASSWORD, PASS, CREDENTIALS, ...).
     """
     for secret in sorted(set(_secrets()), key=len, reverse=True):
-        text = text.replace(secret, _HIDDEN)
+        if len(secret) >= _SHORTEST_SECRET:
+            text = text.replace(secret, _HIDDEN)
+        else:
+            text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", _HIDDEN, text)
     return _TOKEN.sub(_HIDDEN, _LOGIN_IN_URL.sub(_HIDDEN, text))
 
 
+def visible(text: str) -> str:
+    """`text` with each unseen or steering character as its number, `<U+202E>`. Line ends and tabs stay."""
+    return _UNSEEN.sub(lambda match: f"<U+{ord(match[0]):04X}>", text)
+
+
+def printable(text: str) -> str:
+    """`text` without escape sequences and without unseen or steering characters. Line ends and tabs stay."""
+    return _UNSEEN.sub("", _ESCAPE_SEQUENCES.sub("", text.replace("\r\n", "\n")))
+
+
+def one_line(text: str) -> str:
+    """`text` without secrets in one line of at most MAX_CHARACTERS; unseen and steering characters are escaped."""
+    line = _LINE_ENDS.sub(" ", redact(text).strip())
+    if len(line) > MAX_CHARACTERS:
+        line = f"{line[:MAX_CHARACTERS]} ... ({len(line) - MAX_CHARACTERS:,} more characters)"
+    return _UNSEEN.sub(_escape, line.replace("\t", "\\t"))
+
+
+def json_line(value: Any) -> str:
+    """`value` in one line of JSON; unseen and steering characters are escaped, all others stay readable."""
+    return _UNSEEN.sub(_escape, json.dumps(value, ensure_ascii=False))
+
+
 def dotenv() -> dict[str, str]:
-    """The assignments in a `.env` file here; nothing in it is executed or expanded, {} if it cannot be read."""
+    """The assignments of `.env` in the current folder, {} if it cannot be read. Nothing is executed or expanded."""
     path = Path(".env")
     try:
         text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
@@ -56,7 +86,15 @@ def dotenv() -> dict[str, str]:
     return {name: next(filter(None, values), "") for name, *values in _ASSIGNMENT.findall(text)}
 
 
+def _escape(match: re.Match[str]) -> str:
+    return f"\\u{ord(match[0]):04x}"
+
+
 def _secrets() -> Iterator[str]:
     for name, value in [*os.environ.items(), *dotenv().items()]:
-        if _SECRET_NAME.search(name) and len(value.strip()) >= _SHORTEST_SECRET:
-            yield value.strip()
+        value = value.strip()
+        if not _SECRET_NAME.search(name) or _NAME_OF_A_PATH.search(name):
+            continue
+        is_word = value.isalpha() or value.isdigit()
+        if len(value) >= (_SHORTEST_SECRET if is_word else _SHORTEST_ODD_SECRET):
+            yield value

@@ -1,4 +1,4 @@
-"""The run directory: the one place that knows its file names. Train appends; everything else only reads."""
+"""The run directory and its file names. Training appends to it; everything else only reads."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from typing import Any, BinaryIO
 from lorafit.config.load import dump_config, load_config
 from lorafit.config.schema import Config
 from lorafit.errors import RunError
-from lorafit.redact import without_secrets
+from lorafit.redact import redact
 from lorafit.storage.atomic import (
     clean_orphans,
-    fsync_dirs,
     is_orphan,
     make_folder,
     read_facts,
+    remove_folder,
+    sync,
     verify_folder,
     write_file,
 )
-from lorafit.storage.locks import lock
+from lorafit.storage.locks import CLAIM, lock
 from lorafit.storage.safe_read import MB, read_json
 
 MAX_JSON = 64 * MB
@@ -37,7 +38,7 @@ class RunDirectory:
 
     config.yaml (resolved, every key) · env.json · prompt.json · ledger.json · check.json · metrics.jsonl ·
     checkpoints/step-000200/ · adapter/ (the final PEFT folder) · samples.json · proof.json · rows.json · report.html ·
-    heartbeat.json (of several ranks, when one stood still) · exports/
+    heartbeat.json (of several ranks, when one was stuck) · exports/
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,13 +58,17 @@ class RunDirectory:
         self.checkpoints = path / "checkpoints"
         self.adapter = path / "adapter"
         self.exports = path / "exports"
-        self._held: BinaryIO | None = None
+        self._written_first = (  # before config.yaml, which makes it a run
+            *(self.prompt_file, self.ledger_file, self.rows_file, self.check_file, self.env_file),
+            *(self.lock_file, path / f"{self.lock_file.name}{CLAIM}"),
+        )
+        self._lock: BinaryIO | None = None
 
     @classmethod
     def new(cls, output: str | None, model_name: str) -> RunDirectory:
-        """The run directory that `create` will make; `output` None takes a name from the model and the time.
+        """The run directory that `create` makes, by default named by the model and the time.
 
-        Raises RunError when there is something at that place already.
+        Raises RunError when something exists there.
         """
         if output is None:
             stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model_name).name) or "run"
@@ -73,33 +78,24 @@ class RunDirectory:
         return run
 
     def check_vacant(self) -> None:
-        """Raise RunError when something is here already."""
+        """Raise RunError when something exists here."""
         if self.config_file.exists():
             raise RunError(
                 f"`{self.path}` already holds a run",
-                hint=f"go on with it: `lorafit train --resume {self.path}`, or give another --output",
+                hint=f"resume it: `lorafit train --resume {self.path}`, or give another --output",
             )
         if self.path.exists() and not self._is_vacant():
             raise RunError(f"`{self.path}` is not empty", hint="give an --output that does not exist yet")
 
     def _is_vacant(self) -> bool:
-        """Whether nothing is here, or only what a run leaves that was killed before it had begun."""
-        own = {
-            self.lock_file.name,
-            f"{self.lock_file.name}.holder",
-            self.prompt_file.name,
-            self.ledger_file.name,
-            self.env_file.name,
-            self.check_file.name,
-        }
-        own.add(self.rows_file.name)
+        """Whether nothing is here, or only the files of a run that was killed before it had a config."""
         return self.path.is_dir() and all(
-            (path.name in own or is_orphan(path.name)) and not path.is_symlink()
+            (path in self._written_first or is_orphan(path.name)) and not path.is_symlink()
             for path in self.path.iterdir()
         )
 
     def create(self, num_bytes: int = 0) -> None:
-        """Make the directory. Raises RunError when it cannot be written; it names `num_bytes` as what a run needs."""
+        """Make the directory. Raises RunError when it cannot be written, with the `num_bytes` that a run needs."""
         try:
             make_folder(self.path)
         except OSError as error:
@@ -110,20 +106,20 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the run for this process alone. Raises RunError when another living process holds it."""
+        """Lock the run for this process. Raises RunError when another living process holds the lock."""
         with lock(self.lock_file) as held:
-            self._held = held
+            self._lock = held
             try:
                 yield
             finally:
-                self._held = None
+                self._lock = None
 
     def keep_locked(self) -> contextlib.AbstractContextManager[object]:
-        """Hold the lock until the end of this context even if `locked` ends before: for a thread that still writes.
+        """A context that holds the lock until it ends, also after `locked`: for a thread that still writes.
 
-        To be called, not entered, while the lock is held.
+        Call this while the lock is held; the context may be entered later.
         """
-        return os.fdopen(os.dup(self._held.fileno()), "rb") if self._held else contextlib.nullcontext()
+        return os.fdopen(os.dup(self._lock.fileno()), "rb") if self._lock else contextlib.nullcontext()
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
@@ -137,14 +133,14 @@ class RunDirectory:
         return run
 
     def refuse_links(self) -> None:
-        """Raise RunError if anything here or among the checkpoints is a link: what is written stays in the run."""
+        """Raise RunError if anything here or among the checkpoints is a link: a run writes only in its own folder."""
         for folder in (self.path, self.checkpoints):
             for path in folder.iterdir() if folder.is_dir() else ():
                 if path.is_symlink():
                     raise RunError(
-                        f"`{path.name}` is a link, and a run is written in its own folder only",
+                        f"`{path.name}` is a link, and a run writes only in its own folder",
                         place=str(path),
-                        hint="put what it points to in its place, or move the whole run",
+                        hint="replace it by what it points to, or move the whole run",
                     )
 
     def config(self) -> Config:
@@ -152,22 +148,20 @@ class RunDirectory:
         return load_config(self.config_file)
 
     def started(self) -> float:
-        """When the run was begun, in seconds since 1970; 0 where its config is a link to nothing."""
+        """The start of the run, in seconds since 1970; 0 where its config cannot be read."""
         try:
             return self.config_file.stat().st_mtime
         except OSError:
             return 0.0
 
     def write_config(self, config: Config) -> None:
-        """Freeze the resolved config."""
+        """Write the resolved config."""
         write_file(self.config_file, dump_config(config))
 
     def write_json(self, file: Path, value: Mapping[str, Any] | list[Any]) -> None:
         """Replace one of the run's JSON files, durably."""
         text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-        write_file(
-            file, without_secrets(text) if file == self.env_file else text
-        )  # a command line may hold some
+        write_file(file, redact(text) if file == self.env_file else text)  # a command line may hold some
 
     def read_json(self, file: Path) -> Any:
         """One of the run's JSON files. Raises RunError naming it when it is missing or damaged."""
@@ -179,15 +173,15 @@ class RunDirectory:
             raise RunError(f"`{file.name}` cannot be read", place=str(file)) from None
 
     def checkpoint(self, step: int) -> Path:
-        """Where the checkpoint of an optimizer step lies."""
+        """The folder of the checkpoint of an optimizer step."""
         return self.checkpoints / f"step-{step:06d}"
 
     def saved_steps(self) -> list[int]:
         """Steps that have a checkpoint folder, oldest first; not verified."""
         if not self.checkpoints.is_dir():
             return []
-        found = [_CHECKPOINT.fullmatch(path.name) for path in self.checkpoints.iterdir()]
-        return sorted(int(match[1]) for match in found if match)
+        matches = [_CHECKPOINT.fullmatch(path.name) for path in self.checkpoints.iterdir()]
+        return sorted(int(match[1]) for match in matches if match)
 
     def newest_checkpoint(self) -> tuple[int | None, dict[int, str]]:
         """(newest step whose checkpoint verifies, newer ones and why they were skipped). None when none does."""
@@ -203,11 +197,11 @@ class RunDirectory:
         return None, skipped
 
     def has_adapter(self) -> bool:
-        """Whether the final adapter is there and whole."""
+        """Whether the final adapter exists and is whole."""
         return self.adapter.is_dir() and not verify_folder(self.adapter, may_have_more=True)
 
     def newest_adapter(self) -> Path:
-        """The adapter to answer with: the final one, else the newest checkpoint's. RunError when none is whole."""
+        """The final adapter, else that of the newest checkpoint. Raises RunError when none is whole."""
         if self.adapter.is_dir():
             if faults := verify_folder(self.adapter, may_have_more=True):
                 raise RunError(f"the adapter is damaged: {faults[0]}", place=str(self.adapter))
@@ -219,10 +213,7 @@ class RunDirectory:
         return self.checkpoint(step)
 
     def rotate(self, keep: int) -> None:
-        """Remove all checkpoints but the newest `keep` and the best steps that these name. Raises OSError.
-
-        A checkpoint disappears from `saved_steps` in one rename before its files go.
-        """
+        """Remove all checkpoints but the newest `keep` and the best steps that these name. Raises OSError."""
         steps = self.saved_steps()
         kept: set[int | None] = set(steps[-keep:])
         for step in steps[-keep:]:
@@ -230,14 +221,10 @@ class RunDirectory:
                 kept.add(read_facts(self.checkpoint(step)).get("best_step"))
         for step in steps:
             if step not in kept:
-                folder = self.checkpoint(step)
-                leaving = folder.with_name(f".staging-{folder.name}")
-                shutil.rmtree(leaving, ignore_errors=True)
-                folder.rename(leaving)
-                shutil.rmtree(leaving, ignore_errors=True)
+                remove_folder(self.checkpoint(step))
 
     def set_aside(self, step: int) -> None:
-        """Rename a damaged checkpoint so that it no longer counts as one; its files stay. Raises RunError."""
+        """Rename a damaged checkpoint, so that it is no longer used; its files stay. Raises RunError."""
         folder = self.checkpoint(step)
         aside = folder.with_name(f"damaged-{folder.name}")
         try:
@@ -247,10 +234,16 @@ class RunDirectory:
             raise RunError(f"cannot write here: {error.strerror or error}", place=str(folder)) from None
 
     def clean(self) -> None:
-        """Remove what an earlier crash left half written, make durable what it left whole. Raises RunError."""
+        """Remove the unfinished files of an earlier crash, and sync the finished ones. Raises RunError."""
         self.refuse_links()
         try:
-            fsync_dirs(self.path.parent, self.path, self.checkpoints)
+            for folder in (
+                self.path.parent,
+                self.path,
+                self.checkpoints,
+            ):  # so that names survive a power loss
+                with contextlib.suppress(FileNotFoundError, PermissionError):  # not there, or another user's
+                    sync(folder)
             clean_orphans(self.path)
             clean_orphans(self.checkpoints)
         except OSError as error:
@@ -259,6 +252,6 @@ class RunDirectory:
 
 def find_runs(folder: Path) -> list[RunDirectory]:
     """The run directories at `folder` and up to two levels below it, newest first."""
-    found = {path.parent for pattern in ("", "*/", "*/*/") for path in folder.glob(f"{pattern}config.yaml")}
-    runs = [RunDirectory(path) for path in found]
+    folders = {path.parent for pattern in ("", "*/", "*/*/") for path in folder.glob(f"{pattern}config.yaml")}
+    runs = [RunDirectory(path) for path in folders]
     return sorted(runs, key=RunDirectory.started, reverse=True)

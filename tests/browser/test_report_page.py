@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.report.runs import write_run
-from tests.report.test_report import HOSTILE
+from tests.report.runs import HOSTILE, write_run
+from tests.waiting import HANGS
 
 from lorafit.report.page import SECTIONS, write_report
 from lorafit.run_dir import RunDirectory
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,9 @@ def browser() -> Iterator[Any]:
     if chromium is None:
         pytest.skip("needs chromium (LORAFIT_CHROMIUM names one that is not on the PATH)")
     with api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        started = playwright.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox"], timeout=1000 * HANGS
+        )
         yield started
         started.close()
 
@@ -48,6 +50,7 @@ class Opened:
 
     def __init__(self, browser: Any, path: Path, width: int, scheme: str) -> None:
         self.context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        self.context.set_default_timeout(1000 * HANGS)
         self.page = self.context.new_page()
         self.said: list[str] = []
         self.asked: list[str] = []
@@ -132,6 +135,7 @@ def test_the_pointer_reads_values_off_a_curve(browser: Any, reports: dict[str, P
 
 def test_without_scripts_everything_is_there(browser: Any, reports: dict[str, Path]) -> None:
     context = browser.new_context(java_script_enabled=False)
+    context.set_default_timeout(1000 * HANGS)
     page = context.new_page()
     page.goto(reports["plain"].as_uri())
     assert page.locator(".plot path.line").count() >= 8

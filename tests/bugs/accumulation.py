@@ -1,15 +1,16 @@
-"""Losses over pieces of a step: what they are divided by, and steps that teach nothing (bugs 1, 2, 3, 32)."""
+"""The divisor of losses over the parts of a step, and steps without a valid loss (bugs 1, 2, 3, 32)."""
 
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from tests.bugs.catalogue import probe
 from tests.bugs.lab import Lab, Plant, difference, events
 
-from lorafit.data import batch
+from lorafit.data.batch import RankShare
 from lorafit.errors import TrainingError
 from lorafit.training import loop
 from lorafit.training.run import start_run
@@ -36,8 +37,8 @@ def _gradient(lab: Lab, name: str, *overrides: str) -> tuple[dict[str, torch.Ten
         "mean = total / len(batch.packs)",
     ),
 )
-def a_gradient_does_not_depend_on_how_its_step_is_cut(lab: Lab) -> None:
-    """One ragged batch in one pass, in several and row by row: one gradient and one reported loss."""
+def a_gradient_does_not_depend_on_the_split_of_its_step(lab: Lab) -> None:
+    """One batch of rows of different length, in one pass, in several and one per row: equal gradients and losses."""
     lab.watch()
     rows = f"data.path={lab.rows(RAGGED)}"
     whole, step = _gradient(lab, "whole", rows)
@@ -53,7 +54,7 @@ def a_gradient_does_not_depend_on_how_its_step_is_cut(lab: Lab) -> None:
         "training.loop:_passes", "state.scale.factor / batch.supervised", "1 / len(pack.targets) / len(packs)"
     ),
 )
-def every_trained_token_weighs_the_same(lab: Lab) -> None:
+def every_trained_token_has_the_same_weight(lab: Lab) -> None:
     """A short and a long answer: the batch's gradient is the mean over tokens, not over rows."""
     lab.watch()
     rows = [RAGGED[0], RAGGED[2]]
@@ -61,7 +62,7 @@ def every_trained_token_weighs_the_same(lab: Lab) -> None:
         _gradient(lab, f"row{n}", f"data.path={lab.rows([row], f'{n}.json')}") for n, row in enumerate(rows)
     )
     few, many = one["supervised_tokens"], two["supervised_tokens"]
-    assert many > 4 * few, "the rows are too alike to tell"
+    assert many > 4 * few, "the rows are too similar for this test"
     both, _ = _gradient(lab, "both", f"data.path={lab.rows(rows, 'both.json')}", "data.packing=false")
     expected = {name: (few * short[name] + many * long[name]) / (few + many) for name in both}
     assert difference(expected, both) < 1e-5
@@ -71,19 +72,19 @@ def every_trained_token_weighs_the_same(lab: Lab) -> None:
     3,
     Plant(
         "training.loop:_batch",
-        "return job.share.of(job.rows, job.order.rows(step), capacity, job.settings.packing)",
-        "made = job.share.of(job.rows, job.order.rows(step), capacity, job.settings.packing)\n"
+        "return job.share.of(job.rows, job.order.rows(step), packer)",
+        "made = job.share.of(job.rows, job.order.rows(step), packer)\n"
         "    counted = made.supervised * job.order.batch_size // len(made.indices)\n"
         "    return Batch(made.indices, made.packs, made.tokens, counted, 0.0)",
     ),
 )
 def the_last_step_of_an_epoch_counts_its_own_tokens(lab: Lab) -> None:
-    """Six rows in steps of four: the second step's gradient is that of its two rows alone."""
+    """Six rows in steps of four: the gradient of the second step is that of its two rows alone."""
     lab.watch()
-    standing = "train.learning_rate=1e-12"  # so that both steps see the same weights
-    epoch = (f"data.path={lab.rows(RAGGED)}", "train.batch_size=4", "train.max_steps=2", standing)
+    constant = "train.learning_rate=1e-12"  # so that both steps have the same weights
+    epoch = (f"data.path={lab.rows(RAGGED)}", "train.batch_size=4", "train.max_steps=2", constant)
     last, step = _gradient(lab, "epoch", *epoch)
-    rest = (f"data.path={lab.rows(RAGGED[4:], 'rest.json')}", "train.batch_size=2", standing)
+    rest = (f"data.path={lab.rows(RAGGED[4:], 'rest.json')}", "train.batch_size=2", constant)
     alone, its_step = _gradient(lab, "alone", *rest)
     assert step["rows"] == 2
     assert difference(alone, last) < 1e-5
@@ -98,14 +99,15 @@ def the_last_step_of_an_epoch_counts_its_own_tokens(lab: Lab) -> None:
         "max(1, sum(len(pack.targets) for pack in packs)))",
     ),
 )
-def a_step_without_trained_tokens_is_no_success(lab: Lab) -> None:
-    """Rows whose masks are all empty: the run stops and names step and rows, and reports no loss of 0.0."""
-    make_packs = batch.make_packs
+def a_step_without_trained_tokens_is_an_error(lab: Lab) -> None:
+    """Rows with empty masks: the run stops with step and rows, and does not report a loss of 0.0."""
+    of_step = RankShare.of
 
-    def masked(rows: list[Any], *rest: Any) -> Any:
-        return make_packs([(ids, trained & False) for ids, trained in rows], *rest)
+    def masked(share: RankShare, rows: Any, *rest: Any) -> Any:
+        untrained = SimpleNamespace(row=lambda index: (rows.row(index)[0], rows.row(index)[1] & False))
+        return of_step(share, untrained, *rest)
 
-    lab.patch.setattr(batch, "make_packs", masked)
+    lab.patch.setattr(RankShare, "of", masked)
     _must_stop(lab, "step 1 has no supervised tokens")
 
 
@@ -118,12 +120,12 @@ def a_step_without_trained_tokens_is_no_success(lab: Lab) -> None:
         "if math.isfinite(norm):",
     ),
 )
-def a_loss_that_is_not_finite_is_no_success(lab: Lab) -> None:
-    """The loss of one pass is NaN, or infinite with a finite gradient: no weight changes."""
+def a_loss_that_is_not_finite_is_an_error(lab: Lab) -> None:
+    """The loss of one pass is NaN, or infinite with a finite gradient: the run stops, and no weight changes."""
     pack_loss = loop.pack_loss
     for value in (math.nan, math.inf):
         with lab.patch.context() as patch:
-            patch.setattr(loop, "pack_loss", lambda *its, by=value: pack_loss(*its) + by)
+            patch.setattr(loop, "pack_loss", lambda *arguments, offset=value: pack_loss(*arguments) + offset)
             _must_stop(lab, "the loss is not finite", name=str(value))
 
 
@@ -134,4 +136,4 @@ def _must_stop(lab: Lab, message: str, name: str = "run") -> None:
         assert message in str(error)
         assert "row" in str(error)
     else:
-        raise AssertionError("the run went on to the end")
+        raise AssertionError("the run did not stop")

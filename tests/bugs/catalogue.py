@@ -1,4 +1,4 @@
-"""The 32 bugs: what each is, how lorafit rules it out, and the probes that fail when it is put in."""
+"""The 32 bugs: their names, how lorafit rules them out, and the registry of their probes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Run = TypeVar("Run", bound=Callable[[Lab], None])
 
 @dataclass(frozen=True)
 class Bug:
-    """What goes wrong elsewhere, and how lorafit rules it out."""
+    """A bug of other tools, and how lorafit rules it out."""
 
     name: str
     ruled_out: str
@@ -41,12 +41,11 @@ class Bug:
 
 @dataclass(frozen=True)
 class Probe:
-    """A test of one bug: `run` passes as lorafit is, and raises AssertionError with any of `plants` put in."""
+    """A test of one bug: `run` passes on unchanged lorafit, and raises AssertionError with each of `plants`."""
 
     bug: int
     run: Callable[[Lab], None]
     plants: tuple[Plant, ...]
-    slow: bool
 
     @property
     def name(self) -> str:
@@ -56,7 +55,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a probe ended: whether it passed, the first line of its AssertionError, and after how long."""
+    """The result of a probe: whether it passed, the first line of its AssertionError, and its seconds."""
 
     passed: bool
     message: str
@@ -66,30 +65,30 @@ class Outcome:
 _PROBES: list[Probe] = []
 
 
-def probe(bug: int, *plants: Plant, slow: bool = False) -> Callable[[Run], Run]:
+def probe(bug: int, *plants: Plant) -> Callable[[Run], Run]:
     """Register a function as a probe of `bug`; each of `plants` alone must make it fail."""
 
     def register(run: Run) -> Run:
-        _PROBES.append(Probe(bug, run, plants, slow))
+        _PROBES.append(Probe(bug, run, plants))
         return run
 
     return register
 
 
 def probes() -> list[Probe]:
-    """All probes, by number of the bug."""
+    """All probes, sorted by the number of the bug."""
     for family in FAMILIES:
         importlib.import_module(f"tests.bugs.{family}")
     return sorted(_PROBES, key=lambda probe: probe.bug)
 
 
 def verdict(probe: Probe, plant: Plant | None, folder: Path) -> Outcome:
-    """Run a probe in `folder`, with a bug put in or without. Only an AssertionError is a failure of the probe."""
-    kernels()  # compiled into the cache of all, before each probe gets an empty one
+    """Run a probe in `folder`, with or without a bug. Only an AssertionError is a failure of the probe."""
+    kernels()  # compiles into the common cache, because each probe has an empty cache
     started, message = time.perf_counter(), ""
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a planted bug may make torch complain: that is not what is asked
-        patch.setenv("LORAFIT_CACHE", str(folder / "cache"))  # tokens made without the bug would hide it
+        warnings.simplefilter("ignore")  # a bug can cause warnings of torch; they are not tested
+        patch.setenv("LORAFIT_CACHE", str(folder / "cache"))  # cached tokens would hide the bug
         if plant is not None:
             plant.put_in(patch)
         try:

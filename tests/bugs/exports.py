@@ -1,4 +1,4 @@
-"""What leaves the run: merged models and GGUF files are the trained model (bugs 7, 21, 22, 25, 26, 27, 28)."""
+"""Exports: merged models and GGUF files equal the trained model (bugs 7, 21, 22, 25, 26, 27, 28)."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from lorafit.training.run import Result
 
 
 def _exported(result: Result, kind: str, type_name: str | None = "f32") -> Path:
-    """An export without the comparison that lorafit itself makes: the probes are to see what it would see."""
+    """An export without lorafit's own verification, because the probe must detect the bug."""
     return export_run(result.path, kind, type_name=type_name, verify=False, offline=True).path
 
 
 def _delta(result: Result, name: str) -> Tensor:
-    """scale * B A of a weight, from the files of the adapter."""
+    """The update scale * B A of a weight, from the files of the adapter."""
     config = json.loads((result.adapter / CONFIG).read_text())
     tensors = load_file(result.adapter / WEIGHTS)
     module = f"base_model.model.{name.removesuffix('.weight')}"
@@ -43,8 +43,8 @@ def _delta(result: Result, name: str) -> Tensor:
     7,
     Plant("export.merge:generation_config", "list(source.contract.stop_ids)", "[source.contract.eos_id]"),
 )
-def an_exported_model_knows_where_to_stop(lab: Lab) -> None:
-    """The template ends turns with a token that the base's configs do not name: the exported one names it."""
+def an_exported_model_has_the_stop_tokens(lab: Lab) -> None:
+    """The template ends turns with a token that is not in the base's configs: it is in the exported config."""
     folder = _exported(lab.run(f"model.name={chatml_model(lab)}"), "merged")
     ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
     assert 261 in (ends if isinstance(ends, list) else [ends])
@@ -53,18 +53,18 @@ def an_exported_model_knows_where_to_stop(lab: Lab) -> None:
 @probe(
     21,
     Plant(
-        "export.run_source:RunSource.tensor",
-        "weight.float(), b, a",
-        "(weight.float() * 7 / weight.abs().max()).round() * weight.abs().max() / 7, b, a",
+        "model.lora:LoraLinear.merge",
+        'weight.float(), tensors["lora_B"]',
+        '(weight.float() * 7 / weight.abs().max()).round() * weight.abs().max() / 7, tensors["lora_B"]',
     ),
     Plant(
-        "export.run_source:_stored",
-        "_STORED.get(part.get_dtype())",
-        "_STORED.get(part.get_dtype(), torch.float32)",
+        "export.run_source:open_source",
+        "if stored.dtype not in BY_SAFETENSORS_NAME:",
+        "if not stored.dtype:",
     ),
 )
-def a_merge_is_into_the_original_numbers(lab: Lab) -> None:
-    """A run on an 8-bit base: merged are the file's own numbers plus the adapter; a quantised file is refused."""
+def a_merge_uses_the_original_weights(lab: Lab) -> None:
+    """A run on an 8-bit base: the merge is the file's weights plus the adapter; a quantised file is refused."""
     result = lab.run(*LEARN, "model.quantize=int8")
     merged = load_file(_exported(result, "merged") / "model.safetensors")
     base = load_file(lab.model() / "model.safetensors")
@@ -76,7 +76,7 @@ def a_merge_is_into_the_original_numbers(lab: Lab) -> None:
     save_file(quantised, lab.model() / "model.safetensors", {"format": "pt"})
     lab.patch.setattr(
         run_source, "read_facts", lambda folder: {}
-    )  # the base would be refused as another one first
+    )  # otherwise the changed base is refused first
     try:
         _exported(result, "merged", "bf16")
     except LorafitError as error:
@@ -91,8 +91,8 @@ def a_merge_is_into_the_original_numbers(lab: Lab) -> None:
         "export.merge:write_merged", 'config.pop("dtype", None)', 'config.pop("tie_word_embeddings", None)'
     ),
 )
-def a_merged_tied_model_is_the_live_one(lab: Lab) -> None:
-    """Head and embedding are one table: transformers' logits of the merged folder are the live model's."""
+def a_merged_tied_model_equals_the_live_one(lab: Lab) -> None:
+    """Head and embedding are one table: transformers' logits of the merged folder equal the live model's."""
     result = lab.run(f"model.name={lab.model('qwen2', name='tied')}", *LEARN)
     live = logits_of(load(result.path, device="cpu").network)
     assert close(peft_logits(_exported(result, "merged"), None), live)
@@ -105,8 +105,8 @@ def a_merged_tied_model_is_the_live_one(lab: Lab) -> None:
         "export.gguf_model:write_gguf", 'if arch.rope.kind == "llama3" else {}', "if source is None else {}"
     ),
 )
-def exports_keep_the_scaling_of_positions(lab: Lab) -> None:
-    """Llama 3's scaling: logits at far positions of the merged folder, and the factors in the GGUF file."""
+def exports_keep_the_rope_scaling(lab: Lab) -> None:
+    """Llama 3's RoPE scaling: logits of the merged folder at far positions, and the factors in the GGUF file."""
     result = lab.run(f"model.name={lab.model('llama3', name='scaled')}", *LEARN)
     ids = torch.arange(200) * 7 % 256
     live = logits_of(load(result.path, device="cpu").network, ids)
@@ -117,7 +117,7 @@ def exports_keep_the_scaling_of_positions(lab: Lab) -> None:
 
 
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and plain values of the GGUF file in a folder, by the reader of llama.cpp's own package."""
+    """Tensors and values of the GGUF file in a folder, read by llama.cpp's package."""
     import gguf
 
     [file] = folder.glob("*.gguf")
@@ -126,12 +126,12 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {name: field.contents() for name, field in reader.fields.items()}
 
 
-def _turned_back(weight: Tensor, heads: int) -> Tensor:
-    """Rows of a q or k projection as Hugging Face has them, from llama.cpp's order, index by index."""
+def _unpermuted(weight: Tensor, heads: int) -> Tensor:
+    """The rows of a q or k projection in Hugging Face's order, from llama.cpp's order."""
     size = len(weight) // heads
     half = size // 2
     rows = [
-        head * size + 2 * (place % half) + place // half for head in range(heads) for place in range(size)
+        head * size + 2 * (index % half) + index // half for head in range(heads) for index in range(size)
     ]
     return weight[rows]
 
@@ -142,10 +142,10 @@ def _turned_back(weight: Tensor, heads: int) -> Tensor:
     Plant(
         "export.gguf_model:permuted", 'module.endswith((".q_proj", ".k_proj"))', 'module.endswith(".q_proj")'
     ),
-    Plant("export.gguf_model:write_lora", "b = permuted(b, name, arch)", "pass"),
+    Plant("export.gguf_model:write_lora", 'permuted(factors["lora_B"], name, arch)', 'factors["lora_B"]'),
 )
-def gguf_rows_of_q_and_k_are_the_checkpoints(lab: Lab) -> None:
-    """Four heads on two: turned back, q and k of the GGUF file are the merged ones, and so is B of its adapter."""
+def gguf_rows_of_q_and_k_equal_the_merged_ones(lab: Lab) -> None:
+    """Four heads, two key heads: q and k of the GGUF file, and B of its adapter, equal the merged ones."""
     result = lab.run(*LEARN)
     merged = load_file(_exported(result, "merged") / "model.safetensors")
     tensors, _ = _read(_exported(result, "gguf"))
@@ -153,9 +153,9 @@ def gguf_rows_of_q_and_k_are_the_checkpoints(lab: Lab) -> None:
     adapter = load_file(result.adapter / WEIGHTS)
     for letter, heads in (("q", 4), ("k", 2)):
         name = f"model.layers.1.self_attn.{letter}_proj"
-        there = _turned_back(tensors[f"blk.1.attn_{letter}.weight"], heads)
-        assert torch.equal(there, merged[f"{name}.weight"]), letter
-        b = _turned_back(factors[f"blk.1.attn_{letter}.weight.lora_b"], heads)
+        rows = _unpermuted(tensors[f"blk.1.attn_{letter}.weight"], heads)
+        assert torch.equal(rows, merged[f"{name}.weight"]), letter
+        b = _unpermuted(factors[f"blk.1.attn_{letter}.weight.lora_b"], heads)
         assert torch.equal(b, adapter[f"base_model.model.{name}.lora_B.weight"]), f"B of {letter}"
     assert torch.equal(tensors["blk.1.attn_v.weight"], merged["model.layers.1.self_attn.v_proj.weight"])
 
@@ -167,8 +167,8 @@ def gguf_rows_of_q_and_k_are_the_checkpoints(lab: Lab) -> None:
     ),
     Plant("export.gguf_vocabulary:_tokens", "kinds.append(CONTROL)", "kinds.append(NORMAL)"),
 )
-def a_tokenizer_is_written_as_it_is_or_refused(lab: Lab) -> None:
-    """A way of cutting texts that llama.cpp has no name for is refused; control tokens are marked as such."""
+def a_tokenizer_is_exported_unchanged_or_refused(lab: Lab) -> None:
+    """A split pattern that llama.cpp does not know is refused; control tokens are marked as control tokens."""
     _, values = _read(_exported(lab.run(), "gguf"))
     kinds = values["tokenizer.ggml.token_type"]
     assert [kinds[token] for token in (65, 256, 257)] == [1, 3, 3], "control tokens are not marked"
@@ -186,7 +186,7 @@ def a_tokenizer_is_written_as_it_is_or_refused(lab: Lab) -> None:
     except LorafitError as error:
         assert "no name for the pattern" in str(error)
     else:
-        raise AssertionError("texts are cut otherwise than in training")
+        raise AssertionError("an unknown split pattern was exported")
 
 
 @probe(
@@ -194,12 +194,12 @@ def a_tokenizer_is_written_as_it_is_or_refused(lab: Lab) -> None:
     Plant("export.gguf_model:write_lora", "source.spec.scale * source.spec.rank", "source.spec.alpha"),
     Plant(
         "export.run_source:RunSource.tensor",
-        "alpha=self.spec.scale",
-        "alpha=self.spec.alpha / self.spec.rank",
+        "self.spec.scale",
+        "self.spec.alpha / self.spec.rank",
     ),
 )
-def exports_have_the_adapters_strength(lab: Lab) -> None:
-    """rsLoRA, alpha unlike rank: the merged numbers, and what llama.cpp multiplies the adapter by."""
+def exports_have_the_adapters_scale(lab: Lab) -> None:
+    """rsLoRA, alpha different from rank: the merged weights, and the scale of llama.cpp."""
     result = lab.run(*LEARN, "lora.rslora=true", "lora.alpha=3")
     merged = load_file(_exported(result, "merged") / "model.safetensors")
     base, name = load_file(lab.model() / "model.safetensors"), "model.layers.0.mlp.up_proj.weight"

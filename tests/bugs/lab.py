@@ -1,7 +1,7 @@
-"""Where probes run: small models and rows in an empty folder, and bugs put into lorafit's own functions.
+"""The environment of a probe: small models and rows in an empty folder, and bugs inserted into lorafit's functions.
 
-A bug is put in by compiling a function's source with one expression changed and giving the code object to the function
-itself, so that everything that calls it, under whatever name, has the bug. Taking the patch back brings the old code.
+To insert a bug, the source of a function is compiled with one expression changed, and the code object replaces that of
+the function. Thus all callers get the bug, under every name. Undoing the patch restores the old code.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from lorafit.training.run import Result, resume_run, start_run
 
 @dataclass(frozen=True)
 class Plant:
-    """A bug: in `target` (`package.module:function`) the text `old` becomes `new`; for what no text can say, `act`."""
+    """A bug: in `target` (`package.module:function`), `new` replaces `old`; `act` is for other changes."""
 
     target: str
     old: str = ""
@@ -47,7 +47,7 @@ class Plant:
     act: Callable[[pytest.MonkeyPatch], None] | None = None
 
     def put_in(self, patch: pytest.MonkeyPatch) -> None:
-        """Put the bug into the running program until `patch` is undone."""
+        """Insert the bug into the running program until `patch` is undone."""
         if self.act is not None:
             self.act(patch)
             return
@@ -56,20 +56,20 @@ class Plant:
 
 
 def function_at(target: str) -> FunctionType:
-    """The plain function that `package.module:Class.name` names, below lorafit."""
+    """The function `package.module:Class.name` of lorafit, without its decorators."""
     module, _, path = target.partition(":")
-    found: Any = importlib.import_module(f"lorafit.{module}")
+    item: Any = importlib.import_module(f"lorafit.{module}")
     for name in path.split("."):
-        found = inspect.getattr_static(found, name)
-    found = getattr(found, "fget", found)  # a property
-    found = getattr(found, "__func__", found)  # a static or class method
-    found = inspect.unwrap(found)
-    assert isinstance(found, FunctionType), target
-    return found
+        item = inspect.getattr_static(item, name)
+    item = getattr(item, "fget", item)  # a property
+    item = getattr(item, "__func__", item)  # a static or class method
+    item = inspect.unwrap(item)
+    assert isinstance(item, FunctionType), target
+    return item
 
 
 def changed(function: FunctionType, old: str, new: str) -> CodeType:
-    """The code of `function` with `old` replaced. Raises LookupError where the source no longer has it, once."""
+    """The code of `function` with `old` replaced. Raises LookupError unless the source contains it once."""
     source = textwrap.dedent(inspect.getsource(function))
     if source.count(old) != 1:
         raise LookupError(f"{function.__qualname__} has `{old}` {source.count(old)} times, not once")
@@ -77,12 +77,12 @@ def changed(function: FunctionType, old: str, new: str) -> CodeType:
     definition = tree.body[0]
     assert isinstance(definition, ast.FunctionDef)
     definition.decorator_list = []
-    if function.__code__.co_freevars:  # `super()` refers to the class around it
+    if function.__code__.co_freevars:  # `super()` needs the class
         definition.body.insert(0, ast.Expr(ast.Name("__class__", ast.Load())))
-        around = ast.ClassDef(
-            "Around", bases=[], keywords=[], body=[definition], decorator_list=[], type_params=[]
+        enclosing = ast.ClassDef(
+            "Enclosing", bases=[], keywords=[], body=[definition], decorator_list=[], type_params=[]
         )
-        tree.body = [ast.fix_missing_locations(around)]
+        tree.body = [ast.fix_missing_locations(enclosing)]
     code = compile(tree, inspect.getfile(function), "exec", dont_inherit=True)
     while code.co_name != function.__name__:
         code = next(constant for constant in code.co_consts if isinstance(constant, CodeType))
@@ -91,7 +91,7 @@ def changed(function: FunctionType, old: str, new: str) -> CodeType:
 
 @dataclass
 class Lab:
-    """An empty folder in which a probe trains small models; `patch` is undone when the probe is over."""
+    """An empty folder in which a probe trains small models; `patch` is undone after the probe."""
 
     folder: Path
     patch: pytest.MonkeyPatch
@@ -105,7 +105,7 @@ class Lab:
         return path if path.exists() else write_model(path, family, **changes)
 
     def rows(self, rows: Sequence[dict[str, Any]] | int = 40, name: str = "rows.json") -> Path:
-        """A file of these rows, or of so many."""
+        """A file with these rows, or with this number of rows."""
         path = self.folder / name
         if isinstance(rows, int):
             return path if path.exists() else write_rows(path, rows)
@@ -144,14 +144,14 @@ class Lab:
         return load_config(None, [*words, *overrides])
 
     def run(self, *overrides: str, name: str = "run") -> Result:
-        """Train a small model. What lorafit itself refuses counts as a bug that was noticed."""
+        """Train a small model. An error of lorafit becomes an AssertionError: it has detected the bug."""
         try:
             return start_run(self.config(*overrides, name=name), quiet=True)
         except LorafitError as error:
             raise AssertionError(f"lorafit refuses: {error}") from error
 
     def cut_and_resumed(self, step: int, *overrides: str, name: str = "cut") -> Result:
-        """A run that a signal stops while `step` is computed, and that is then resumed."""
+        """A run that a signal stops in `step`, and that is then resumed."""
         gradients = loop._gradients
 
         def stopped(job: loop.TrainContext, state: Any, *rest: Any) -> Any:
@@ -169,22 +169,22 @@ class Lab:
             raise AssertionError(f"lorafit refuses: {error}") from error
 
     def watch(self) -> None:
-        """Note the gradients, the rows and the number of passes of every step from here on."""
+        """Record the gradients, the rows and the number of passes of every later step."""
         gradients = loop._gradients
 
-        def noted(job: loop.TrainContext, state: Any, batch: Any) -> Any:
+        def recorded(job: loop.TrainContext, state: Any, batch: Any) -> Any:
             self.rows_seen.append(batch.indices.tolist())
             self.num_passes.append(len(batch.packs))
-            found = gradients(job, state, batch)
+            result = gradients(job, state, batch)
             named = job.network.named_parameters()
             self.gradients.append({n: p.grad.clone() for n, p in named if p.grad is not None})
-            return found
+            return result
 
-        self.patch.setattr(loop, "_gradients", noted)
+        self.patch.setattr(loop, "_gradients", recorded)
 
 
 def stir(network: Llama, std: float = 0.1) -> None:
-    """Give the adapter's second matrices random values: an adapter that does something."""
+    """Give the matrices B of the adapter random values, so that the adapter has an effect."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for module in adapted(network).values():
@@ -209,14 +209,14 @@ def renderer(folder: Path, template: str = "auto", **changes: Any) -> Renderer:
 
 
 def rendered(by: Renderer, content: Content) -> Rendered:
-    """One row as ids; AssertionError where it is refused or dropped."""
+    """One row as ids. Raises AssertionError if it is refused or dropped."""
     [outcome] = by.render_batch([Row(0, "row 1", content)])
     assert isinstance(outcome, Rendered), outcome
     return outcome
 
 
 def trained_texts(by: Renderer, row: Rendered) -> list[str]:
-    """The text of each trained stretch, decoded in its place."""
+    """The texts of the trained parts of a row, decoded in context."""
     decode, texts, start = by.tokenizer.decode, [], 0
     for end in range(1, len(row.ids) + 1):
         if end == len(row.ids) or row.trained[end] != row.trained[end - 1]:
@@ -227,7 +227,7 @@ def trained_texts(by: Renderer, row: Rendered) -> list[str]:
 
 
 def difference(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
-    """The largest distance of two sets of tensors, relative to the first's norm."""
+    """The largest distance of two sets of tensors, relative to the largest norm of the first."""
     assert one.keys() == two.keys()
     assert one, "there is nothing to compare"
     size = torch.stack([tensor.norm() for tensor in one.values()]).max()

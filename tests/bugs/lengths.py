@@ -1,4 +1,4 @@
-"""Rows that are too long, and rows at the end: each is trained, cut or left out, and counted (bugs 15, 16, 17)."""
+"""Rows that are too long, and the last rows: each is trained, truncated or dropped, and counted (bugs 15, 16, 17)."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def _ledger(result: Result) -> Any:
 @probe(
     15, Plant("data.token_dataset:_Writer._fit", "if True not in outcome.trained:", "if not outcome.trained:")
 )
-def a_row_whose_answer_is_cut_off_is_left_out_and_named(lab: Lab) -> None:
-    """The prompt alone fills the length allowed: the row is dropped with its number, and no step is made of it."""
+def a_row_without_an_answer_after_truncation_is_dropped_and_listed(lab: Lab) -> None:
+    """The prompt fills the maximum length: the row is dropped and listed by number, and no step contains it."""
     lab.watch()
     cut = ("data.max_length=80", "data.too_long=truncate", "train.epochs=1", "train.batch_size=1")
     result = lab.run(f"data.path={lab.rows(ROWS)}", *cut, "train.max_steps=2")
     [(reason, dropped)] = _ledger(result)["dropped"].items() or [("", {"first": []})]
     assert "nothing to train on" in reason
     assert dropped == {"rows": 1, "first": [1]}
-    assert Counter(chain(*lab.rows_seen)) == {0: 1, 1: 1}, "of two rows that are left"
+    assert Counter(chain(*lab.rows_seen)) == {0: 1, 1: 1}, "the two remaining rows"
 
 
 @probe(
@@ -47,8 +47,8 @@ def a_row_whose_answer_is_cut_off_is_left_out_and_named(lab: Lab) -> None:
     ),
     Plant("data.token_dataset:_Writer._fit", 'self._drop(row, f"longer than {longest} tokens")', "pass"),
 )
-def cutting_is_asked_for_and_counted(lab: Lab) -> None:
-    """By default rows that are too long are an error with their numbers; cut or left out, each token is counted."""
+def truncation_is_explicit_and_counted(lab: Lab) -> None:
+    """By default, rows that are too long are an error with their numbers. Truncated and dropped tokens are counted."""
     rows = f"data.path={lab.rows(ROWS)}"
     try:
         start_run(lab.config(rows, "data.max_length=80", name="default"), quiet=True)
@@ -56,7 +56,7 @@ def cutting_is_asked_for_and_counted(lab: Lab) -> None:
         places = [problem.place for problem in error.problems]
         assert [place.rpartition(" ")[2] for place in places[:2]] == ["2", "3"], places
     else:
-        raise AssertionError("rows were cut without being asked")
+        raise AssertionError("rows were truncated by default")
 
     kept = lab.run(rows, "data.too_long=truncate", "data.max_length=80", name="cut")
     whole = lab.run(rows, "data.max_length=256", name="whole")
@@ -69,22 +69,24 @@ def cutting_is_asked_for_and_counted(lab: Lab) -> None:
     )
     assert lost < _tokens(ROWS[1])
 
-    left = _ledger(lab.run(rows, "data.too_long=drop", "data.max_length=80", name="drop"))
-    assert [entry["first"] for entry in left["dropped"].values()] == [[1, 2]]
+    dropped = _ledger(lab.run(rows, "data.too_long=drop", "data.max_length=80", name="drop"))
+    assert [entry["first"] for entry in dropped["dropped"].values()] == [[1, 2]]
 
 
 def _tokens(row: dict[str, str]) -> int:
-    """Tokens of a row in the tiny model's template: its two names and EOS are one each, and so is BOS."""
+    """Tokens of a row in the tiny model's template: one for each of the two names, EOS and BOS."""
     return len(row["instruction"]) + len(row["output"]) + len("\n\n\n\n") + 2 + 2 + 1
 
 
 @probe(
     17,
     Plant("data.row_order:RowOrder.steps_per_epoch", "math.ceil", "math.floor"),
-    Plant("data.packing:make_packs", "for members in bins]", "for members in bins[: max(1, len(bins) - 1)]]"),
+    Plant(
+        "data.packing:Packer.packs", "for members in bins]", "for members in bins[: max(1, len(bins) - 1)]]"
+    ),
 )
-def every_row_is_trained_once_an_epoch(lab: Lab) -> None:
-    """Twenty rows in steps of six, three epochs: each row three times, and as many targets as the account says."""
+def every_row_is_trained_once_per_epoch(lab: Lab) -> None:
+    """Twenty rows in steps of six, three epochs: each row three times, and the number of targets of the ledger."""
     lab.watch()
     rows = f"data.path={lab.rows(20, 'twenty.json')}"
     config = lab.config(rows, "train.epochs=3", "train.micro_batch_tokens=200")

@@ -1,7 +1,7 @@
-"""`python -m tests.bugs.others`: probes that can be applied from outside, on transformers + peft and on TRL.
+"""`python -m tests.bugs.others`: applies probes to transformers + peft and to TRL.
 
-Each question is asked of both with default settings, but for what the question itself needs, on a random model of two
-layers. The answers are what was measured, in words; `--write FILE` puts them between the marks in FILE.
+Each probe runs on both tools with default settings, except the settings that the probe needs, on a random model of two
+layers. The answers are measured results as text. `--write FILE` writes them between the marks in FILE.
 """
 
 from __future__ import annotations
@@ -45,26 +45,26 @@ Rows = Sequence[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Tool:
-    """One of the two: a function that makes its trainer, and the name in the table."""
+    """One of the two tools: the function that makes its trainer, and its name in the table."""
 
     name: str
     trainer: Callable[..., Any]
 
 
 def lora(**changes: Any) -> peft.LoraConfig:
-    """LoRA on all linears."""
+    """LoRA on all linear layers."""
     return peft.LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "target_modules": TARGETS, **changes})
 
 
 def base_and_tokenizer(folder: Path) -> tuple[Any, Any]:
-    """A model folder as both tools load it, with EOS as padding where the tokenizer has none."""
+    """Load a model folder as both tools do; EOS is the padding token if the tokenizer has none."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer
 
 
 def arguments(work: Path, **changes: Any) -> dict[str, Any]:
-    """Settings of a small silent run on the CPU."""
+    """Settings of a small run on the CPU, without output."""
     settings = {
         "output_dir": str(work),
         "use_cpu": True,
@@ -79,7 +79,7 @@ def arguments(work: Path, **changes: Any) -> dict[str, Any]:
 def trainer_of_transformers(
     model: Path, rows: Rows, work: Path, *, adapter: peft.LoraConfig | None = None, **changes: Any
 ) -> Any:
-    """The usual way without TRL: text from the chat template, its ids, and the collator for language modelling."""
+    """The usual trainer without TRL: text of the chat template, its ids, and the collator for language modelling."""
     base, tokenizer = base_and_tokenizer(model)
     longest = changes.pop("max_length", 512)
     texts = [_text(tokenizer, row) for row in rows]
@@ -138,7 +138,7 @@ def in_order(trainer: Any) -> Any:
 
 
 def steps(trainer: Any) -> list[dict[str, Any]]:
-    """What was logged for each step."""
+    """The log entry of each step."""
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -147,25 +147,25 @@ def weights(trainer: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-def apart(one: float, two: float) -> str:
-    """Two numbers as equal, or as how far they are apart."""
+def compared(one: float, two: float) -> str:
+    """The relative distance of two numbers as text."""
     distance = abs(one - two) / max(abs(one), 1e-30)
     return "the same" if distance < 1e-4 else f"{distance:.0%} apart"
 
 
 def accumulation(tool: Tool, lab: Path) -> str:
-    """1 · Six ragged rows in one micro-batch, and in six: norm of the gradient"""
+    """1 · Six rows of different lengths, in one micro-batch and in six: gradient norm"""
     norms = []
     for size in (6, 1):
         cut = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 6 // size, "max_steps": 1}
         trainer = in_order(tool.trainer(lab / "model", conversations(RAGGED), lab / "w", **cut))
         trainer.train()
         norms.append(steps(trainer)[0]["grad_norm"])
-    return apart(*norms)
+    return compared(*norms)
 
 
 def last_window(tool: Tool, lab: Path) -> str:
-    """3 · Six rows in micro-batches of two, two a step: gradient of the last step, and of its two rows alone"""
+    """3 · Six rows in micro-batches of two, two per step: gradient norm of the last step, and of its two rows alone"""
     rows, norms = conversations(RAGGED), []
     for part, accumulate in ((rows, 2), (rows[4:], 1)):
         cut = {
@@ -176,11 +176,11 @@ def last_window(tool: Tool, lab: Path) -> str:
         trainer = in_order(tool.trainer(lab / "model", part, lab / "w", num_train_epochs=1, **cut))
         trainer.train()
         norms.append(steps(trainer)[-1]["grad_norm"])
-    return apart(norms[1], norms[0])
+    return compared(norms[1], norms[0])
 
 
 def contamination(tool: Tool, lab: Path) -> str:
-    """4 · `packing=True`: other tokens in the first document of a pack, logits of the second"""
+    """4 · `packing=True`, other tokens in the first document of a pack: logits of the second document"""
     if tool.name != "TRL":
         return "has no packing"
     trainer = tool.trainer(lab / "model", conversations(RAGGED[:2]), lab / "w", packing=True, max_length=128)
@@ -197,16 +197,16 @@ def contamination(tool: Tool, lab: Path) -> str:
 
 
 def stop_token(tool: Tool, lab: Path) -> str:
-    """6 · Padding is EOS, rows of text that end in EOS: is EOS a target"""
+    """6 · Padding is EOS, and the rows end in EOS: rows with EOS as a target"""
     rows = [{"text": "Say one. one</s>"}, {"text": "Say two. two, two, two</s>"}]
     trainer = tool.trainer(lab / "model", rows, lab / "w")
     labels = next(iter(trainer.get_train_dataloader()))["labels"]
-    found = int((labels == trainer.processing_class.eos_token_id).sum())
-    return f"in {found} of 2 rows"
+    num_targets = int((labels == trainer.processing_class.eos_token_id).sum())
+    return f"{num_targets} of 2"
 
 
 def generation_stops(tool: Tool, lab: Path) -> str:
-    """7 · The template ends turns with `<|im_end|>`, the configs name `</s>`: where does the trained model stop"""
+    """7 · The template ends turns with `<|im_end|>`, the configs contain `</s>`: stop tokens of the trained model"""
     trainer = tool.trainer(lab / "chatml", conversations(RAGGED), lab / "w", max_steps=1)
     trainer.train()
     stops = trainer.model.generation_config.eos_token_id
@@ -216,7 +216,7 @@ def generation_stops(tool: Tool, lab: Path) -> str:
 
 
 def resumed(tool: Tool, lab: Path) -> str:
-    """8, 9, 10 · Stopped after step 5 of 9 (an epoch is 4), dropout 0.1, and resumed: adapter at the end"""
+    """8, 9, 10 · Stopped after step 5 of 9 (an epoch has 4), dropout 0.1, and resumed: final adapter"""
     rows = conversations(RAGGED * 4)
     ends = []
     for stop in (0, 5):
@@ -237,7 +237,7 @@ def resumed(tool: Tool, lab: Path) -> str:
 
 
 class Halt(transformers.TrainerCallback):
-    """Stops training after a step, as a signal would."""
+    """Stops the training after a step, like a signal."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -247,7 +247,7 @@ class Halt(transformers.TrainerCallback):
 
 
 def double_bos(tool: Tool, lab: Path) -> str:
-    """11 · Template writes BOS, tokenizer adds it: BOS in a row"""
+    """11 · The template writes BOS, and the tokenizer adds it: number of BOS per row"""
     tokenizer = transformers.AutoTokenizer.from_pretrained(lab / "bos")
     messages = conversations(RAGGED[:1])
     text = [{"text": tokenizer.apply_chat_template(messages[0]["messages"], tokenize=False)}]
@@ -255,39 +255,39 @@ def double_bos(tool: Tool, lab: Path) -> str:
     for rows in (messages, text):
         trainer = tool.trainer(lab / "bos", rows, lab / "w")
         counts.append(list(trainer.train_dataset[0]["input_ids"]).count(tokenizer.bos_token_id))
-    return f"{counts[0]} from messages, {counts[1]} from text that the template made"
+    return f"{counts[0]} from messages, {counts[1]} from rendered text"
 
 
 def border(tool: Tool, lab: Path) -> str:
-    """12 · A token that joins prompt and completion: what of `ant` after `user assist` is trained"""
+    """12 · A token joins prompt and completion: trained text for `ant` after `user assist`"""
     if tool.name != "TRL":
         return "has no completion-only loss"
     rows = [{"prompt": "user assist", "completion": "ant"}]
-    with caught() as said:
+    with caught() as messages:
         trainer = tool.trainer(lab / "joined", rows, lab / "w", eos_token="<|endoftext|>")
     labels = next(iter(trainer.get_train_dataloader()))["labels"][0]
     text = trainer.processing_class.decode(labels[labels >= 0])
-    return f"`{text}`; {_warned(said, 'not a prefix')}"
+    return f"`{text}`; {_warned(messages, 'not a prefix')}"
 
 
 def truncation(tool: Tool, lab: Path) -> str:
-    """15, 16 · Prompt and completion, `max_length=64`; two of three rows are longer, one by its prompt: rows trained"""
+    """15, 16 · Prompt and completion, `max_length=64`; two of three rows are longer, one by its prompt: trained rows"""
     rows = [
         {"prompt": "Short? ", "completion": "yes"},
         {"prompt": "Long " * 20, "completion": "never reached"},
         {"prompt": "Cut? ", "completion": "on and on " * 20},
     ]
-    with caught() as said:
+    with caught() as messages:
         trainer = tool.trainer(lab / "model", rows, lab / "w", max_length=64)
         batch = next(iter(trainer.get_train_dataloader()))
     eos = trainer.processing_class.eos_token_id
     kept = [(int((labels >= 0).sum()), eos in labels.tolist()) for labels in batch["labels"]]
-    told = ", ".join(f"{count} targets {'with' if ends else 'without'} EOS" for count, ends in kept)
-    return f"{len(kept)} of 3 ({told}); {_warned(said, 'trunc', 'drop', 'longer')}"
+    details = ", ".join(f"{count} targets {'with' if ends else 'without'} EOS" for count, ends in kept)
+    return f"{len(kept)} of 3 ({details}); {_warned(messages, 'trunc', 'drop', 'longer')}"
 
 
 def remainder(tool: Tool, lab: Path) -> str:
-    """17 · Twenty rows in batches of six: rows seen in an epoch"""
+    """17 · Twenty rows in batches of six: rows per epoch"""
     rows = conversations([{"instruction": f"Row {n}", "output": "yes"} for n in range(20)])
     trainer = tool.trainer(lab / "model", rows, lab / "w")
     return f"{sum(len(batch['input_ids']) for batch in trainer.get_train_dataloader())} of 20"
@@ -313,7 +313,7 @@ def adapter_type(tool: Tool, lab: Path) -> str:
 
 
 def checkpointing(tool: Tool, lab: Path) -> str:
-    """19 · `gradient_checkpointing=True`: matrices B that moved in one step"""
+    """19 · `gradient_checkpointing=True`: matrices B that change in one step"""
     options = {"gradient_checkpointing": True, "max_steps": 1, "learning_rate": 0.1}
     trainer = tool.trainer(lab / "model", conversations(RAGGED), lab / "w", **options)
     trainer.train()
@@ -322,7 +322,7 @@ def checkpointing(tool: Tool, lab: Path) -> str:
 
 
 def reloaded(tool: Tool, lab: Path) -> str:
-    """20, 28 · Saved, and loaded on a new base (rsLoRA, alpha 3): logits"""
+    """20, 28 · Saved, and loaded into a new base (rsLoRA, alpha 3): logits"""
     options = {"max_steps": 3, "learning_rate": 0.1, "adapter": lora(use_rslora=True, lora_alpha=3)}
     trainer = tool.trainer(lab / "model", conversations(RAGGED), lab / "w", **options)
     trainer.train()
@@ -341,7 +341,7 @@ def reloaded(tool: Tool, lab: Path) -> str:
 
 def misspelt_target(tool: Tool, lab: Path) -> str:
     """24 · `target_modules=["q_proj", "v_prj"]`"""
-    with caught() as said:
+    with caught() as messages:
         try:
             trainer = tool.trainer(
                 lab / "model",
@@ -352,11 +352,11 @@ def misspelt_target(tool: Tool, lab: Path) -> str:
         except ValueError as error:
             return f"an error: {str(error)[:60]}"
     names = {name.split(".")[-4] for name in weights(trainer)}
-    return f"trains {', '.join(sorted(names))}; {_warned(said, 'v_prj')}"
+    return f"trains {', '.join(sorted(names))}; {_warned(messages, 'v_prj')}"
 
 
 def typed_control(tool: Tool, lab: Path) -> str:
-    """30 · A user types `</s>`: EOS in a row that should have two"""
+    """30 · A user types `</s>`: number of EOS in a row that should have two"""
     rows = conversations([{"instruction": "What is </s>?", "output": "A token."}])
     trainer = tool.trainer(lab / "model", rows, lab / "w")
     ids = list(trainer.train_dataset[0]["input_ids"])
@@ -364,7 +364,7 @@ def typed_control(tool: Tool, lab: Path) -> str:
 
 
 def nothing_to_train(tool: Tool, lab: Path) -> str:
-    """32 · A step whose labels are all masked"""
+    """32 · A step with all labels masked"""
     trainer = tool.trainer(lab / "model", conversations(RAGGED), lab / "w", max_steps=2)
     collate = trainer.data_collator
 
@@ -381,7 +381,7 @@ def nothing_to_train(tool: Tool, lab: Path) -> str:
     return f"2 steps, logged loss {steps(trainer)[-1]['loss']}, no error"
 
 
-QUESTIONS: tuple[Callable[[Tool, Path], str], ...] = (
+PROBES: tuple[Callable[[Tool, Path], str], ...] = (
     accumulation,
     last_window,
     contamination,
@@ -401,18 +401,18 @@ QUESTIONS: tuple[Callable[[Tool, Path], str], ...] = (
 )
 
 
-def _warned(said: Sequence[str], *words: str) -> str:
-    return "a warning" if any(word in text for word in words for text in said) else "no warning"
+def _warned(messages: Sequence[str], *words: str) -> str:
+    return "a warning" if any(word in text for word in words for text in messages) else "no warning"
 
 
 @contextlib.contextmanager
 def caught() -> Iterator[list[str]]:
-    """All that is warned or logged as a warning."""
-    said: list[str] = []
+    """Collect all warnings and all logged warnings."""
+    messages: list[str] = []
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
+            messages.append(record.getMessage())
 
     handler = Handler(logging.WARNING)
     loggers = [logging.getLogger(name) for name in ("", "trl", "transformers", "peft")]
@@ -420,14 +420,14 @@ def caught() -> Iterator[list[str]]:
         logger.addHandler(handler)
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
-        yield said
-    said += [str(warning.message) for warning in shown]
+        yield messages
+    messages += [str(warning.message) for warning in shown]
     for logger in loggers:
         logger.removeHandler(handler)
 
 
 def models(lab: Path) -> None:
-    """The folders that the questions are about."""
+    """Write the model folders of the probes."""
     write_model(lab / "model")
     bos = write_model(lab / "bos")
     config = json.loads((bos / "tokenizer_config.json").read_text())
@@ -440,7 +440,7 @@ def models(lab: Path) -> None:
 
 @dataclass
 class _Folder:
-    """As much of a probe's Lab as makes a model."""
+    """The part of a probe's Lab that writes models."""
 
     folder: Path
 
@@ -454,13 +454,13 @@ def table() -> str:
     with tempfile.TemporaryDirectory() as folder:
         lab = Path(folder)
         models(lab)
-        for question in QUESTIONS:
+        for probe in PROBES:
             answers = []
             for tool in TOOLS:
                 with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
                     warnings.simplefilter("ignore")
-                    answers.append(question(tool, lab))
-            cells = [str(cell).replace("|", "\\|") for cell in (question.__doc__, *answers)]
+                    answers.append(probe(tool, lab))
+            cells = [str(cell).replace("|", "\\|") for cell in (probe.__doc__, *answers)]
             lines.append(f"| {' | '.join(cells)} |")
             print(lines[-1], file=sys.stderr, flush=True)
     names = ("transformers", "peft", "trl", "torch")
@@ -470,17 +470,17 @@ def table() -> str:
 
 
 def main() -> int:
-    """Print the table, or put it into a page."""
+    """Print the table, or write it into a page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", type=Path, help="a Markdown file with the two marks")
-    wanted = parser.parse_args()
+    options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    made = table()
-    if wanted.write:
-        put_between(wanted.write, "others", made)
+    text = table()
+    if options.write:
+        put_between(options.write, "others", text)
     else:
-        print(made)
+        print(text)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Documents that share a pass never see each other, in training and in generation (bugs 4, 5)."""
+"""Documents of one pass do not affect each other, in training and in generation (bugs 4, 5)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from tests.bugs.catalogue import probe
 from tests.bugs.lab import Lab, Plant, stir
 from tests.tiny_models import random_network
 
-from lorafit.data.packing import make_packs
+from lorafit.data.packing import build_pack
 from lorafit.forward import pack_loss
 from lorafit.infer import engine
-from lorafit.infer.sampling import Sampling
+from lorafit.infer.continuous_batch import Request, generate_tokens
 from lorafit.model import attention
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.llama import Llama
@@ -25,14 +25,14 @@ _ONE_DOCUMENT = "q.split([len(q)]), k.split([len(k)]), v.split([len(v)])"
 
 
 class _SideBySide(PackedDocuments):
-    """What a CUDA device without flash attention does, on the CPU."""
+    """The attention of a CUDA device without flash attention, on the CPU."""
 
     def _attend(self, q, k, v, window):  # type: ignore[no-untyped-def]
-        return self._side_by_side(q, k, v, window)
+        return self._batched(q, k, v, window)
 
 
 def _use(lab: Lab, backend: str) -> None:
-    """Have packs attend by one backend; AssertionError where the machine has no compiler for the first."""
+    """Select the attention of packs. Raises AssertionError for `compiled` without a compiler."""
     if backend == "compiled":
         assert kernels() is not None, "no C++ compiler"
         return
@@ -49,12 +49,12 @@ def _network(family: str, dtype: torch.dtype) -> Llama:
 
 
 def _packed(network: Llama, lengths: Sequence[int], neighbour: int) -> tuple[float, list[torch.Tensor]]:
-    """Loss and gradients of the middle one of three rows packed together; the others are made from `neighbour`."""
+    """Loss and gradients of the middle row of a pack of three; `neighbour` seeds the other two."""
     rows = []
     for number, length in enumerate(lengths):
         ids = np.random.default_rng(7 if number == 1 else [neighbour, number]).integers(0, 250, length)
         rows.append((ids.astype(np.uint16), np.full(length, number == 1)))
-    [pack] = make_packs(rows, 10_000)
+    pack = build_pack(rows)
     assert len(pack.lengths) == 3
     for parameter in network.parameters():
         parameter.grad = None
@@ -76,13 +76,13 @@ def _packed(network: Llama, lengths: Sequence[int], neighbour: int) -> tuple[flo
         _ONE_DOCUMENT,
     ),
     Plant(
-        "model.attention:PackedDocuments._side_by_side",
+        "model.attention:PackedDocuments._batched",
         "_groups(self.starts,",
         "_groups(self.starts[[0, -1]],",
     ),
 )
-def a_row_has_the_same_bits_whatever_it_is_packed_with(lab: Lab) -> None:
-    """Other tokens in the neighbours change no bit of a row's loss or gradients, with every kind of attention."""
+def a_row_does_not_depend_on_its_pack(lab: Lab) -> None:
+    """Other tokens in the other rows change no bit of a row's loss or gradients, with every kind of attention."""
     for backend in BACKENDS:
         with lab.patch.context() as patch:
             _use(Lab(lab.folder, patch), backend)
@@ -102,13 +102,13 @@ def a_row_has_the_same_bits_whatever_it_is_packed_with(lab: Lab) -> None:
     Plant("infer.engine:decode_attention", "attn_mask=visible[:, None, None]", "attn_mask=None"),
     Plant(
         "infer.engine:Decode.__call__",
-        "where = (self.cache.slots, self.positions)",
-        "where = (self.cache.slots, self.positions.max().expand(rows).contiguous())",
+        "slots_and_positions = (self.cache.slots, self.positions)",
+        "slots_and_positions = (self.cache.slots, self.positions.max().expand(rows).contiguous())",
     ),
     Plant("infer.engine:Prefill.__call__", "super().__call__(", "PackedDocuments([sum(self.lengths)])("),
 )
-def an_answer_is_the_same_whatever_is_asked_beside_it(lab: Lab) -> None:
-    """Prompts of other lengths in the batch change no token of an answer, with compiled kernels and without."""
+def an_answer_does_not_depend_on_its_batch(lab: Lab) -> None:
+    """Prompts of other lengths in the batch change no token of an answer, with and without compiled kernels."""
     prompts = [[3, 5, 8, 13, 21, 34], [2, 4], list(range(60, 100))]
     for compiled in (True, False):
         with lab.patch.context() as patch:
@@ -123,6 +123,6 @@ def an_answer_is_the_same_whatever_is_asked_beside_it(lab: Lab) -> None:
 
 def _answers(network: Llama, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     answers: list[list[int]] = [[] for _ in prompts]
-    for token in engine.stream(network, prompts, stop_ids=frozenset(), max_tokens=12, sampling=Sampling()):
-        answers[token.row].append(token.id)
+    for row, token in generate_tokens(network, [Request(prompt, frozenset(), 12) for prompt in prompts]):
+        answers[row].append(token.id)
     return answers

@@ -1,4 +1,4 @@
-"""`python -m tests.bugs.page docs/correctness.md`: puts the table of bugs and probes between the marks of the page."""
+"""`python -m tests.bugs.page docs/correctness.md`: writes the table of bugs and probes into the page."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def table() -> str:
 
 
 def main() -> int:
-    """Write the table into the page that is named."""
+    """Write the table between the marks of the page on the command line."""
     put_between(Path(sys.argv[1]), "bugs", table())
     return 0
 

@@ -1,4 +1,4 @@
-"""From a conversation to ids and masks, in training as in generation (bugs 11, 12, 13, 14, 30)."""
+"""From a conversation to ids and masks, in training and in generation (bugs 11, 12, 13, 14, 30)."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ TWICE = Chat((ASK, Message("assistant", "The answer."), ASK, Message("assistant"
     Plant("data.prompt:Renderer._bos", "return [] if text.startswith(", "return [] if (lambda _: False)("),
     Plant("data.prompt:Renderer.prompt_ids", "return [*self._bos(text), *ids]", "return ids"),
 )
-def bos_stands_once_in_training_and_in_generation(lab: Lab) -> None:
-    """Template and tokenizer write BOS, one of them does, or none: one BOS, or none in the last case, in both."""
+def bos_occurs_once_in_training_and_generation(lab: Lab) -> None:
+    """Template and tokenizer add BOS, one of them does, or neither: one BOS, or none in the last case."""
     chatml = FORMATS["chatml"].source.replace("<|im_end|>", "</s>")
     for writes in (True, False):
         for adds in (True, False):
@@ -39,7 +39,7 @@ def bos_stands_once_in_training_and_in_generation(lab: Lab) -> None:
 
 
 def _by_length_of_the_prompt(self: Tokenizer, texts: Sequence[str]) -> object:
-    """Encode whole texts, and take the number of a prompt's tokens for where its answer begins."""
+    """Encode complete texts, and use the number of the prompt's tokens as the start of the answer."""
     for text in texts:
         parts = text.split(BORDER)
         befores = ["".join(parts[:n]) for n in range(1, len(parts))]
@@ -56,7 +56,7 @@ def _by_length_of_the_prompt(self: Tokenizer, texts: Sequence[str]) -> object:
     Plant("data.prompt:_continue", 'segments[-1].text = text.rstrip(" ")', "pass"),
 )
 def an_answer_begins_where_generation_begins(lab: Lab) -> None:
-    """Tokens that would join prompt and answer: the prompt is a prefix, and what is trained decodes to the answer."""
+    """Tokens could join prompt and answer: the prompt is a prefix, and the trained tokens decode to the answer."""
     by = renderer(qwen_like(lab.folder / "qwen"), "classic", add_eos=False)
     whole = by.tokenizer.encode("### Instruction:\nSay it.\n\n### Response:\n\n\nThe answer.")
     for content, answer in (
@@ -70,20 +70,20 @@ def an_answer_begins_where_generation_begins(lab: Lab) -> None:
         assert trained_texts(by, row) == [answer]
         without_blank = by.prompt_ids(Completion("The question:", ""))
         assert by.prompt_ids(Completion("The question: ", "")) == without_blank
-        assert whole[: len(prompt)] != prompt, "this tokenizer joins nothing"
+        assert whole[: len(prompt)] != prompt, "this tokenizer joins no tokens"
 
 
 def _by_prefixes(self: ChatTemplate, messages: Sequence[Message]) -> list[Part]:
-    """Where answers are, by rendering the conversation up to them and up to their end."""
-    text, parts, at = self.render(messages), [], 0
+    """Locate answers by rendering the conversation up to their start and up to their end."""
+    text, parts, position = self.render(messages), [], 0
     for turn, message in enumerate(messages):
         if message.role == "assistant":
             before = self.render(messages[:turn])
             start = len(before) + len("<|im_start|>assistant\n")
             end = len(self.render(messages[: turn + 1])) - len("<|im_end|>\n")
-            parts += [Part(text[at:start], None), Part(text[start:end], "assistant")]
-            at = end
-    return [*parts, Part(text[at:], None)]
+            parts += [Part(text[position:start], None), Part(text[start:end], "assistant")]
+            position = end
+    return [*parts, Part(text[position:], None)]
 
 
 @probe(
@@ -98,11 +98,13 @@ def _by_prefixes(self: ChatTemplate, messages: Sequence[Message]) -> list[Part]:
         "thought = ''",
     ),
     Plant(
-        "data.chat_template:ChatTemplate.parts", "if found is None:", "found = found or ''\n        if False:"
+        "data.chat_template:ChatTemplate.parts",
+        "if content is None:",
+        "content = content or ''\n        if False:",
     ),
 )
-def a_turn_is_found_though_the_template_rewrites_it(lab: Lab) -> None:
-    """Qwen 3 takes thinking out of earlier answers: what it shows is what is trained, and what is lost is refused."""
+def a_turn_is_located_also_if_the_template_rewrites_it(lab: Lab) -> None:
+    """Qwen 3 removes thinking from earlier answers: the rendered text is trained, and a changed turn is refused."""
     by = renderer(qwen_like(lab.folder / "qwen3", FORMATS["qwen3"].source))
     thought = "<think>\nHm.\n</think>\n\n"
     chat = Chat((ASK, Message("assistant", f"{thought}One."), ASK, Message("assistant", f"{thought}Two.")))
@@ -111,7 +113,7 @@ def a_turn_is_found_though_the_template_rewrites_it(lab: Lab) -> None:
     prompt = by.prompt_ids(chat)
     assert row.ids[: len(prompt)] == prompt
     plain = rendered(by, Chat((*chat.messages[:-1], Message("assistant", "Two."))))
-    assert plain.ids[: len(prompt)] == prompt, "an answer without thinking has another prompt"
+    assert plain.ids[: len(prompt)] == prompt, "an answer without thinking has a different prompt"
     assert trained_texts(by, plain)[-1] == "<think>\n\n</think>\n\nTwo.<|im_end|>"
 
     source = FORMATS["chatml"].source.replace(
@@ -121,7 +123,7 @@ def a_turn_is_found_though_the_template_rewrites_it(lab: Lab) -> None:
     kept, lost = (Chat((Message("user", "Hi"), Message("assistant", text))) for text in ("good", "bad"))
     first, second = changing.render_batch([Row(0, "row 1", kept), Row(1, "row 2", lost)])
     assert not isinstance(first, Problem)
-    assert isinstance(second, Problem), "a turn that the template changes was taken"
+    assert isinstance(second, Problem), "a turn that the template changes was accepted"
     assert second.place == "row 2"
 
 
@@ -139,8 +141,8 @@ def a_turn_is_found_though_the_template_rewrites_it(lab: Lab) -> None:
     ),
     Plant("data.token_dataset:_Writer._fit", "if True not in outcome.trained:", "if not outcome.trained:"),
 )
-def every_row_trains_its_answers_and_nothing_else(lab: Lab) -> None:
-    """Trained tokens of each row, counted by hand; the run's account says the same; no row trains none of them."""
+def every_row_trains_only_its_answers(lab: Lab) -> None:
+    """The trained tokens of each row equal a count by hand and the ledger; every trained row has some."""
     rows = [{"instruction": f"Say {n}.", "output": "so " * n + "yes"} for n in range(20)]
     rows += [{"instruction": "Nothing.", "output": " "}]
     result = lab.run(f"data.path={lab.rows(rows)}", "train.max_steps=1", "train.batch_size=21")
@@ -174,7 +176,7 @@ def every_row_trains_its_answers_and_nothing_else(lab: Lab) -> None:
     ),
 )
 def control_tokens_come_from_the_template_only(lab: Lab) -> None:
-    """Every control token typed into every field: the row has as many control tokens as one without them."""
+    """Control tokens typed into every field do not change the number of control tokens of the row."""
     for folder in (
         llama_like(lab.folder / "llama"),
         qwen_like(lab.folder / "qwen", FORMATS["chatml"].source),

@@ -1,4 +1,4 @@
-"""A resumed run is the run that was never stopped (bugs 8, 9, 10, 31)."""
+"""A resumed run equals an uninterrupted run (bugs 8, 9, 10, 31)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 from tests.bugs.catalogue import probe
 from tests.bugs.lab import Lab, Plant, events
+from tests.waiting import HANGS
 
 from lorafit.model.adapter_file import WEIGHTS, adapter_files, adapter_tensors
 from lorafit.storage.atomic import sha256_file
@@ -23,7 +24,7 @@ NINE = (
     "train.max_steps=9",
     "train.save_every=2",
     "train.keep=9",
-)  # 20 rows in steps of six: an epoch is four
+)  # 20 rows in steps of six: an epoch has four steps
 
 
 def _epochs(lab: Lab) -> str:
@@ -40,8 +41,8 @@ def _digest(result: Result) -> str:
     Plant("data.row_order:_epoch_rows", "0x4F, epoch]", "0x4F]"),
     Plant("training.loop:_steps", act=lambda patch: _start_over_when_resumed(patch)),
 )
-def a_resumed_run_sees_the_rows_that_were_next(lab: Lab) -> None:
-    """Numbers of the rows of each step: the same with and without a stop, every row once an epoch, in new order."""
+def a_resumed_run_takes_the_next_rows(lab: Lab) -> None:
+    """The rows of each step are the same with and without a stop; each epoch has every row once, in a new order."""
     lab.watch()
     lab.run(*NINE, _epochs(lab), name="whole")
     whole, lab.rows_seen[:] = list(lab.rows_seen), []
@@ -53,13 +54,13 @@ def a_resumed_run_sees_the_rows_that_were_next(lab: Lab) -> None:
 
 
 def _start_over_when_resumed(patch: pytest.MonkeyPatch) -> None:
-    """The order begins at its start in every process."""
+    """The row order starts from its beginning in every process."""
     steps = loop._steps
 
     def from_the_start(job: loop.TrainContext, state: Any, *rest: Any) -> Any:
-        began, rows = state.step, type(job.order).rows
+        first_step, rows = state.step, type(job.order).rows
         with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(type(job.order), "rows", lambda order, step: rows(order, step - began))
+            inner.setattr(type(job.order), "rows", lambda order, step: rows(order, step - first_step))
             return steps(job, state, *rest)
 
     patch.setattr(loop, "_steps", from_the_start)
@@ -69,8 +70,8 @@ def _start_over_when_resumed(patch: pytest.MonkeyPatch) -> None:
     9,
     Plant("training.checkpoint:_restore_random", 'torch.set_rng_state(tensors["random.torch"])', "pass"),
 )
-def a_resumed_run_draws_the_dropout_that_was_next(lab: Lab) -> None:
-    """With dropout, a run that was stopped ends with the bytes of one that was not."""
+def a_resumed_run_restores_the_dropout(lab: Lab) -> None:
+    """With dropout, a stopped and resumed run ends with the bytes of an uninterrupted run."""
     dropout = "lora.dropout=0.2"
     whole = lab.run(*NINE, _epochs(lab), dropout, name="whole")
     assert _digest(lab.cut_and_resumed(6, *NINE, _epochs(lab), dropout)) == _digest(whole)
@@ -83,7 +84,7 @@ def a_resumed_run_draws_the_dropout_that_was_next(lab: Lab) -> None:
     Plant("training.checkpoint:load_checkpoint", "fill_adapter(network, weights, place)", "pass"),
 )
 def a_resumed_run_keeps_optimizer_and_step(lab: Lab) -> None:
-    """Moments and step count of the optimizer, learning rate and adapter at the end are those of an unstopped run."""
+    """Optimizer state, learning rates and final adapter equal those of an uninterrupted run."""
     whole = lab.run(*NINE, _epochs(lab), name="whole")
     resumed = lab.cut_and_resumed(6, *NINE, _epochs(lab))
     rates = [[event["learning_rate"] for event in events(result, "step")] for result in (whole, resumed)]
@@ -97,16 +98,16 @@ def a_resumed_run_keeps_optimizer_and_step(lab: Lab) -> None:
 
 
 @probe(31, Plant("training.loop:_save", act=lambda patch: patch.setattr(loop, "snapshot", _LiveSnapshot)))
-def what_is_saved_is_the_state_of_its_step(lab: Lab) -> None:
-    """The disk is slow: two steps pass while step 2 is written, and what lies there is step 2 and not step 4."""
+def a_checkpoint_has_the_state_of_its_step(lab: Lab) -> None:
+    """With a slow disk, two steps pass while step 2 is written: the checkpoint contains step 2, not step 4."""
     passed, write, save, kept = threading.Event(), checkpoint_writer.save_checkpoint, loop._save, {}
 
     def slow(folder: Path, *rest: Any) -> None:
         if folder.name == "step-000002":
-            assert passed.wait(30)
+            assert passed.wait(HANGS)
         write(folder, *rest)
 
-    def noted(job: loop.TrainContext, saver: Any, state: Any, reason: str) -> None:
+    def recorded(job: loop.TrainContext, saver: Any, state: Any, reason: str) -> None:
         files = adapter_files(adapter_tensors(job.network), job.adapter.spec, job.adapter.base, None)
         kept[state.step] = hashlib.sha256(files[WEIGHTS]).hexdigest()
         if state.step == 4:
@@ -114,7 +115,7 @@ def what_is_saved_is_the_state_of_its_step(lab: Lab) -> None:
         save(job, saver, state, reason)
 
     lab.patch.setattr(checkpoint_writer, "save_checkpoint", slow)
-    lab.patch.setattr(loop, "_save", noted)
+    lab.patch.setattr(loop, "_save", recorded)
     result = lab.run("train.max_steps=4", "train.save_every=2", "train.keep=9")
     assert kept[2] != kept[4]
     for step, digest in kept.items():
@@ -124,7 +125,7 @@ def what_is_saved_is_the_state_of_its_step(lab: Lab) -> None:
 
 
 class _LiveSnapshot:
-    """A snapshot that looks at the tensors when they are written, as an asynchronous save without a copy does."""
+    """A snapshot that reads the tensors at the time of the write, as an asynchronous save without a copy does."""
 
     def __init__(self, *state: Any) -> None:
         self._state = state

@@ -1,4 +1,4 @@
-"""A model learns to stop, and generation stops where it has learned to (bugs 6, 7)."""
+"""Stop tokens are trained, and generation stops at them (bugs 6, 7)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.tiny_models import byte_tokenizer
 
 from lorafit import load
 from lorafit.data.formats import Chat, Message
-from lorafit.data.packing import make_packs
+from lorafit.data.packing import build_pack
 
 CHATML = FORMATS["chatml"].source
 TURNS = Chat(
@@ -28,7 +28,7 @@ TURNS = Chat(
 
 
 def chatml_model(lab: Lab, **names: str) -> Path:
-    """A model whose template ends turns with <|im_end|> while its tokenizer and its configs name </s> as EOS."""
+    """A model whose template ends turns with <|im_end|>, while EOS of its tokenizer and configs is </s>."""
     folder = lab.model(name="chatml", vocab_size=264)
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
@@ -46,13 +46,13 @@ def chatml_model(lab: Lab, **names: str) -> Path:
         "return Rendered(ids, [t and i != self.contract.eos_id for i, t in zip(ids, trained)])",
     ),
     Plant(
-        "data.packing:_build_pack",
+        "data.packing:build_pack",
         "target_at = trained[1:].nonzero()[0] + 1",
         "target_at = trained[1:].nonzero()[0][:-1] + 1",
     ),
 )
-def the_stop_token_is_trained_though_it_pads_too(lab: Lab) -> None:
-    """The tokenizer names EOS as its padding: every answer still ends in a trained stop token, down to the targets."""
+def the_stop_token_is_trained_also_as_the_padding_token(lab: Lab) -> None:
+    """The padding token is EOS: every answer ends with a trained stop token, which is also a target."""
     folder = lab.model()
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": config["eos_token"]}))
@@ -61,16 +61,16 @@ def the_stop_token_is_trained_though_it_pads_too(lab: Lab) -> None:
     ends = [i for i, on in enumerate(row.trained) if on and not (row.trained[i + 1 :] or [False])[0]]
     assert [row.ids[end] for end in ends] == [257, 257]
 
-    [pack] = make_packs([(np.array(row.ids, dtype=np.uint16), np.array(row.trained))], 1000)
+    pack = build_pack([(np.array(row.ids, dtype=np.uint16), np.array(row.trained))])
     assert pack.targets.tolist().count(257) == 2
 
 
 @probe(
     7,
     Plant(
-        "infer.model:Model._tokens",
-        "stop_ids=frozenset(self.renderer.contract.stop_ids)",
-        "stop_ids=frozenset({self.renderer.contract.eos_id})",
+        "infer.model:Model.request",
+        "frozenset(self.renderer.contract.stop_ids)",
+        "frozenset({self.renderer.contract.eos_id})",
     ),
     Plant(
         "data.prompt:Renderer._assemble",
@@ -78,8 +78,8 @@ def the_stop_token_is_trained_though_it_pads_too(lab: Lab) -> None:
         "stop = ids.index(segment.stop.id, start) if segment.stop else end",
     ),
 )
-def a_model_that_learned_eight_answers_ends_each_by_itself(lab: Lab) -> None:
-    """Template's end of turn is not the tokenizer's EOS: trained on eight rows, all eight answers end where taught."""
+def a_trained_model_ends_each_answer_with_its_stop_token(lab: Lab) -> None:
+    """The template's end of turn is not EOS: after training on eight rows, all eight answers end as trained."""
     rows = [{"instruction": f"Number {n}?", "output": f"It is {n}{n}."} for n in range(8)]
     result = lab.run(
         f"model.name={chatml_model(lab)}",

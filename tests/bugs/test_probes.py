@@ -1,4 +1,4 @@
-"""Every probe passes on lorafit as it is and fails with its bug put in."""
+"""Every probe passes on unchanged lorafit and fails with each of its bugs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from tests.bugs import page
 from tests.bugs.catalogue import BUGS, Plant, Probe, probes, verdict
 from tests.bugs.lab import changed, function_at
 
-ALL = [pytest.param(p, id=p.name, marks=[pytest.mark.slow] if p.slow else []) for p in probes()]
-PLANTED = [  # the first bug of each probe every time, further ones with the slow tests
-    pytest.param(p, plant, id=f"{p.name}-{number}", marks=[pytest.mark.slow] if p.slow or number else [])
-    for p in probes()
-    for number, plant in enumerate(p.plants)
+pytestmark = pytest.mark.slow
+
+ALL = [pytest.param(p, id=p.name) for p in probes()]
+PLANTED = [
+    pytest.param(p, plant, id=f"{p.name}-{number}") for p in probes() for number, plant in enumerate(p.plants)
 ]
 
 
@@ -24,7 +24,7 @@ def test_lorafit_passes(probe: Probe, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("probe", "plant"), PLANTED)
-def test_the_probe_sees_its_bug(probe: Probe, plant: Plant, tmp_path: Path) -> None:
+def test_the_probe_detects_its_bug(probe: Probe, plant: Plant, tmp_path: Path) -> None:
     assert not verdict(probe, plant, tmp_path).passed
 
 
@@ -39,7 +39,7 @@ def test_the_page_has_the_table_of_today() -> None:
     assert page.table() in text, "run `python -m tests.bugs.page docs/correctness.md`"
 
 
-def test_a_plant_that_no_longer_fits_is_an_error_and_no_success() -> None:
+def test_a_plant_without_its_text_is_an_error() -> None:
     function = function_at("training.loop:_gradients")
     with pytest.raises(LookupError, match="0 times"):
         changed(function, "what is not there", "")

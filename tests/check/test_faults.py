@@ -141,14 +141,14 @@ CONFIG_FAULTS: dict[str, tuple[list[str], str, str, str]] = {
     "no batch": (["train.batch_size=0"], "train.batch_size", "fail", "greater than or equal to 1"),
     "unknown template": (["data.template=fancy"], "data.template", "fail", "unknown template"),
     "no stop token": (["data.template=classic", "data.eos=false"], "data.eos", "warn", "not learn to stop"),
-    "rate too high": (["train.learning_rate=0.5"], "train.learning_rate", "warn", "known to bear"),
+    "rate too high": (["train.learning_rate=0.5"], "train.learning_rate", "warn", "highest rate known to work"),
     "rate too low": (["train.learning_rate=1e-8"], "train.learning_rate", "warn", "so small"),
     "warm-up without end": (["train.warmup=500"], "train.warmup", "warn", "late or never"),
     "ends before all rows": (["train.max_steps=2"], "train.max_steps", "warn", "never trained"),
-    "the adapter drowns the base": (["lora.alpha=4000"], "lora.alpha", "warn", "drowns"),
+    "the adapter drowns the base": (["lora.alpha=4000"], "lora.alpha", "warn", "can overwhelm"),
     "nothing to hold out": (["data.holdout=0.001"], "data.holdout", "warn", "not measured"),
     "patience for nothing": (["data.holdout=0", "train.patience=2"], "train.patience", "fail", "no row is held out"),
-    "too many epochs": (["train.epochs=40"], "train.epochs", "warn", "by heart"),
+    "too many epochs": (["train.epochs=40"], "train.epochs", "warn", "overfit"),
     "two weights for one path": (["data.weights=[1,2]"], "", "fail", "`data.weights` has 2 numbers"),
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ from tests.tiny_models import FAMILIES, random_network
 
 from lorafit.check import probe as probing
 from lorafit.check.probe import Measured, probe, probe_verdicts
-from lorafit.data.packing import Pack, make_packs
+from lorafit.data.packing import Pack, Packer
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, adapted, attach
 
@@ -31,14 +31,14 @@ def packs_of(lengths: tuple[int, ...] = (9, 14)) -> list[Pack]:
         (generator.integers(3, 250, length).astype(np.uint16), np.arange(length) >= length // 2)
         for length in lengths
     ]
-    return make_packs(rows, 64)
+    return Packer(64).packs(rows)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_tensor_gets_a_gradient_in_every_family(family: str) -> None:
     seen = probe(network_of(family), packs_of(), 1e-3)
     assert seen.num_tensors == 28
-    assert (seen.dead, seen.wild) == ((), ())
+    assert (seen.zero, seen.non_finite) == ((), ())
     assert seen.base == seen.before
     assert seen.after < seen.before
     assert seen.uniform == math.log(260)
@@ -51,7 +51,7 @@ def test_nothing_is_left_behind(dtype: torch.dtype) -> None:
     torch.manual_seed(5)
     random = torch.get_rng_state()
     seen = probe(network, packs_of(), 1e-3)
-    assert (seen.dead, seen.wild) == ((), ())
+    assert (seen.zero, seen.non_finite) == ((), ())
     assert network.training
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
@@ -66,8 +66,8 @@ def test_an_adapter_to_continue_is_looked_at_from_the_first_step() -> None:
             layer.lora_B.normal_(0, 0.05)
     seen = probe(network, packs_of(), 1e-3)
     assert seen.before != seen.base
-    assert seen.dead == ()
-    assert "with the adapter to continue" in probe_verdicts(seen, 1e-3)[1].message
+    assert seen.zero == ()
+    assert "with the adapter" in probe_verdicts(seen, 1e-3)[1].message
 
 
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
@@ -77,10 +77,10 @@ def test_a_tensor_without_gradient_is_named(part: str) -> None:
     name = "model.layers.1.self_attn.v_proj"
     getattr(network.get_submodule(name), part).register_hook(torch.zeros_like)
     seen = probe(network, packs_of(), 1e-3)
-    assert set(seen.dead) == {f"{name}.{part}", f"{name}.lora_A"}
+    assert set(seen.zero) == {f"{name}.{part}", f"{name}.lora_A"}
     verdict = probe_verdicts(seen, 1e-3)[0]
     assert (verdict.verdict, verdict.place) == ("fail", "lora.targets")
-    assert f"{len(seen.dead)} of 28 adapter tensors get no gradient: {seen.dead[0]}" in verdict.message
+    assert f"{len(seen.zero)} of 28 adapter tensors get no gradient: {seen.zero[0]}" in verdict.message
 
 
 def test_a_gradient_that_is_not_finite_is_named() -> None:
@@ -88,7 +88,7 @@ def test_a_gradient_that_is_not_finite_is_named() -> None:
     layer = network.get_submodule("model.layers.0.mlp.up_proj")
     layer.lora_B.register_hook(lambda gradient: gradient * math.inf)
     seen = probe(network, packs_of(), 1e-3)
-    assert "model.layers.0.mlp.up_proj.lora_B" in seen.wild
+    assert "model.layers.0.mlp.up_proj.lora_B" in seen.non_finite
     assert probe_verdicts(seen, 1e-3)[0].verdict == "fail"
     assert all(bool(torch.isfinite(layer.lora_B).all()) for layer in adapted(network).values())
 
@@ -113,7 +113,7 @@ def test_an_error_on_the_way_leaves_nothing_behind_either(monkeypatch: pytest.Mo
 def measured(**changes: Any) -> Measured:
     usual: dict[str, Any] = {
         "targets": 90, "uniform": 10.4, "base": 1.5, "before": 1.5, "after": 1.4, "num_tensors": 28,
-        "dead": (), "wild": (),
+        "zero": (), "non_finite": (),
     }  # fmt: skip
     return Measured(**{**usual, **changes})
 

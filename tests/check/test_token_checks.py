@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
-from tests.data.test_prompt import NAMES, contents, swallows_system
+from tests.data.contents import NAMES, contents, swallows_system
 from tests.data.toy_tokenizers import load, toys
 
 from lorafit.check.token_checks import Tokens
@@ -62,7 +62,7 @@ def faults(tokens: Tokens) -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("train_on", ["response", "all"])
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(content=contents)
 def test_right_rows_pass(
     tokenizers: dict[str, Tokenizer], name: str, train_on: str, content: Content

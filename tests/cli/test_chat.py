@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pty
 import re
+import select
+import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
+from tests.command import Cli
 from tests.tiny_models import random_network, write_adapter, write_model
+from tests.waiting import HANGS
 
-from lorafit.cli.main import main
-from lorafit.infer.model import load
+from lorafit.infer.conversation import Conversation
+from lorafit.infer.model import Model, load
 from lorafit.model.lora import LoraSpec
-
-Cli = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -41,20 +32,9 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    def run(*words: object, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lorafit", *map(str, words), "--device", "cpu"])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        capsys.readouterr()
-        try:
-            main()
-            code: object = 0
-        except SystemExit as error:
-            code = error.code or 0
-        assert isinstance(code, int)
-        return (code, *capsys.readouterr())
-
-    return run
+def cli(cli: Cli) -> Cli:
+    """The command line on the CPU."""
+    return lambda *words, stdin="": cli(*words, "--device", "cpu", stdin=stdin)
 
 
 def asked(out: str) -> list[str]:
@@ -83,14 +63,14 @@ def test_a_pipe_gets_the_answers_and_stderr_the_rest(cli: Cli, adapter: Path) ->
     assert "never" not in out
     assert "system prompt: Be brief." in err
     assert "there is no command /nope" in err
-    assert "forgotten" in err
+    assert "all turns are removed" in err
     assert "cut: --max-tokens" in err
     assert "\x1b" not in out + err
 
 
 def test_an_answer_is_what_the_model_says_to_all_that_was_said(cli: Cli, adapter: Path) -> None:
     from lorafit.data.formats import Message
-    from lorafit.observe.console import printable
+    from lorafit.redact import printable
 
     model = load(adapter, device="cpu")
     first = model.generate(["Hi"], max_tokens=7)[0].text
@@ -138,34 +118,77 @@ def test_a_template_without_conversations_says_so(cli: Cli, tmp_path: Path) -> N
     assert "has no adapter" in err
 
 
+@pytest.mark.parametrize(
+    "moment", ["Conversation.ask", "Model.stream", "Conversation.answered"], ids=["asked", "begun", "ended"]
+)
+def test_control_c_between_the_question_and_the_first_token_stops_that_answer(
+    moment: str, cli: Cli, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes when `moment` is called for the first time. After the answer's end there is none to stop: a hint."""
+    owner, name = {"Model": Model, "Conversation": Conversation}[moment.split(".")[0]], moment.split(".")[1]
+    real = getattr(owner, name)
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(owner, name, real)
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    code, out, err = cli("chat", adapter, "--max-tokens", 7, stdin="Hi\nAnd?\n")
+    assert (code, asked(out)) == (0, ["Hi", "And?"])
+    assert signal.getsignal(signal.SIGINT) == before
+    if moment == "Conversation.answered":
+        assert "/quit or Ctrl-D leaves" in err
+        assert "stopped" not in err
+        return
+    assert [line for line in err.splitlines() if "Ctrl-C" in line] == [
+        "0 tokens  0.0 tokens/s  stopped by Ctrl-C"
+    ]
+    assert out.startswith("> Hi\n\n\n> And?\n")  # no answer, and no trace of the question
+    alone = cli("chat", adapter, "--max-tokens", 7, stdin="And?\n")[1]
+    assert out.endswith(alone)
+
+
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # what the line editor writes is no answer
+ENDLESS = """
+from lorafit.cli.main import main
+from lorafit.infer.model import Model
+
+def endless(*_, **__):
+    yield "so it is "
+    while True:
+        yield ""
+
+Model.stream = endless
+main()
+"""
+
+
 class Terminal:
-    """A pseudo-terminal with a chat in it."""
+    """A pseudo-terminal with a chat in it whose answers begin at once and do not end."""
 
     def __init__(self, *words: object) -> None:
         self.screen = ""
         self.master, slave = pty.openpty()
-        environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "90", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "lorafit", "chat", *map(str, words)],
+            [sys.executable, "-c", ENDLESS, "chat", *map(str, words)],
             stdin=slave,
             stdout=slave,
             stderr=slave,
             start_new_session=True,
             preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
-            env=environment,
+            env={**os.environ, "TERM": "xterm-256color", "COLUMNS": "90"},
         )
         os.close(slave)
-        os.set_blocking(self.master, False)
 
-    def wait(self, pattern: str, seconds: float = 60) -> str:
-        """Everything up to what matches `pattern`, which is taken off the screen."""
-        deadline = time.monotonic() + seconds
+    def wait(self, pattern: str) -> str:
+        """Everything up to what matches `pattern`, which is taken off the screen; OSError where the chat has ended."""
         while not (match := re.search(pattern, self.screen)):
-            assert time.monotonic() < deadline, self.screen
-            try:
-                self.screen += os.read(self.master, 65536).decode("utf-8", "replace")
-            except BlockingIOError:
-                time.sleep(0.01)
+            assert select.select([self.master], [], [], HANGS)[0], self.screen
+            self.screen = CONTROL.sub(
+                "", self.screen + os.read(self.master, 65536).decode("utf-8", "replace")
+            )
         before, self.screen = self.screen[: match.end()], self.screen[match.end() :]
         return before
 
@@ -175,23 +198,22 @@ class Terminal:
 
 @pytest.mark.slow
 def test_control_c_stops_an_answer_and_not_the_chat(adapter: Path) -> None:
-    terminal = Terminal(adapter, "--max-tokens", 4000, "--device", "cpu")
+    terminal = Terminal(adapter, "--device", "cpu")
     try:
         terminal.wait(r"context; /help lists the commands")
         terminal.wait("> ")
         terminal.type("Hi\n")
-        terminal.wait("Hi\r\n")
-        terminal.wait(r"[^\s]{3}")  # it speaks
+        terminal.wait("so it is")  # the answer has begun
         terminal.type("\x03")
         assert "stopped by Ctrl-C" in terminal.wait(r"\d+ tokens .*Ctrl-C")
         terminal.wait("> ")
         terminal.type("\x03")
         terminal.wait("/quit or Ctrl-D leaves")
         terminal.type("/help\n")
-        terminal.wait("/reset +forget the conversation")
+        terminal.wait("/reset +remove all turns")
         terminal.wait("> ")
         terminal.type("\x04")
-        assert terminal.process.wait(20) == 0
+        assert terminal.process.wait(HANGS) == 0
     finally:
         terminal.process.kill()
         terminal.process.wait()
@@ -214,11 +236,11 @@ def test_generate_answers_a_file(cli: Cli, adapter: Path, tmp_path: Path) -> Non
     assert cli(*words)[1] == output.read_text()
     code, _, err = cli(*words, "--output", output)
     assert code == 2
-    assert "is there already" in err
+    assert "exists already" in err
     output.rename(output.with_name("answers.jsonl.part"))
     code, _, err = cli(*words, "--output", output)
     assert code == 2
-    assert "holds answers to other questions" in err
+    assert "answers to other prompts" in err
 
 
 def test_a_file_goes_with_nothing_else(cli: Cli, adapter: Path, tmp_path: Path) -> None:

@@ -10,15 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.cli.test_cli import COMMAND, Cli, cli
-from tests.cli.test_cli import SMALL as SMALL_PROVEN
+from tests.command import COMMAND, TINY, Cli
 from tests.tiny_models import write_model, write_rows
 
 from lorafit.run_dir import RunDirectory
-
-__all__ = ["cli"]
-
-SMALL = [*SMALL_PROVEN, "run.verify=false"]
 
 BROKEN = (
     "{{ bos_token + bos_token }}{% for m in messages %}{{ m['role'] + m['content'] + eos_token }}{% endfor %}"
@@ -50,7 +45,7 @@ def lines(text: str) -> dict[str, tuple[str, str]]:
 
 
 def test_a_verdict_a_line_and_a_summary(cli: Cli, material: Path) -> None:
-    done = cli("check", "--model", material / "model", "--data", material / "odd.json", *SMALL)
+    done = cli("check", "--model", material / "model", "--data", material / "odd.json", *TINY)
     assert done.code == 0, done.err
     found = lines(done.out)
     needed = {
@@ -68,12 +63,12 @@ def test_a_verdict_a_line_and_a_summary(cli: Cli, material: Path) -> None:
     assert outcome == "warn"
     assert "N/A" in text
     assert "odd.json row 17)" in text
-    assert "tokens a row" in done.err
+    assert "tokens per row" in done.err
     assert re.search(r"^\d+ checks: \d+ pass, \d warn$", done.err, re.MULTILINE)
 
 
 def test_json_says_the_same(cli: Cli, material: Path) -> None:
-    words = ("check", "--model", material / "model", "--data", material / "odd.json", "--data-only", *SMALL)
+    words = ("check", "--model", material / "model", "--data", material / "odd.json", "--data-only", *TINY)
     done, plain = cli(*words, "--json"), cli(*words)
     record = json.loads(done.out)
     assert done.code == plain.code == 0
@@ -114,6 +109,7 @@ def test_a_tokenizer_is_enough_and_so_are_rows_alone(cli: Cli, material: Path) -
     assert alone["answers"][0] == "warn"
 
 
+@pytest.mark.slow
 def test_rows_are_checked_and_shown_without_torch(material: Path) -> None:
     source = f"""
 import sys
@@ -142,7 +138,7 @@ def test_a_run_that_fails_a_check_does_not_begin(cli: Cli, material: Path, tmp_p
         material / "model",
         "--data",
         material / "rows.json",
-        *SMALL,
+        *TINY,
         "train.max_steps=1",
     ]
     words += ["--output", tmp_path / "run", f"data.template={tmp_path / 'twice.jinja'}"]
@@ -173,7 +169,7 @@ def test_a_run_says_its_warnings_in_short_form_and_stores_all(
         material / "model",
         "--data",
         material / "odd.json",
-        *SMALL,
+        *TINY,
         "train.epochs=1",
     ]
     done = cli(*words, "--output", tmp_path / "run")
@@ -210,7 +206,7 @@ def test_a_resumed_run_is_not_checked_again(
         material / "model",
         "--data",
         material / "rows.json",
-        *SMALL,
+        *TINY,
         "train.max_steps=2",
     ]
     assert cli(*words, "--output", tmp_path / "run").code == 0

@@ -2,71 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
+from tests.command import COMMAND, TINY, Cli, Done
 from tests.tiny_models import write_model, write_rows
+from tests.waiting import HANGS, until
 
 import lorafit
-from lorafit.cli.main import main
-from lorafit.config.load import keys
+from lorafit.config.schema import keys
 from lorafit.observe.metrics_file import read_metrics
 from lorafit.storage.atomic import verify_folder
-
-COMMAND = [sys.executable, "-m", "lorafit"]
-SMALL = ["model.dtype=float32", "model.device=cpu", "train.batch_size=6", "lora.rank=4", "run.samples=1"]
-SMALL += ["run.verify=false"]  # tests/evaluate proves
-
-
-@dataclass(frozen=True)
-class Done:
-    code: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Done]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """`lorafit` with the given words, in this process."""
-
-    def run(*words: object, stdin: str | None = None) -> Done:
-        monkeypatch.setattr(sys, "argv", ["lorafit", *map(str, words)])
-        if stdin is not None:
-            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        capsys.readouterr()
-        try:
-            main()
-            code: object = 0
-        except SystemExit as error:
-            code = error.code or 0
-        assert isinstance(code, int)
-        return Done(code, *capsys.readouterr())
-
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.delenv("LORAFIT_DEBUG", raising=False)
-    return run
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +31,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(material: Path, output: Path, *overrides: str) -> list[str]:
     model, data = str(material / "model"), str(material / "rows.json")
-    return ["train", "--model", model, "--data", data, "--output", str(output), *SMALL, *overrides]
+    return ["train", "--model", model, "--data", data, "--output", str(output), *TINY, *overrides]
 
 
 @pytest.fixture(scope="module")
@@ -87,25 +39,22 @@ def trained(material: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A run made by the real command in a process of its own, and what the process said."""
     output = material / "runs" / "first"
     words = start(material, output, "train.max_steps=6", "train.log_every=2", "train.learning_rate=0.01")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False)
     return output, done
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"]], ids=" ".join)
-def test_help_is_there_at_once(words: list[str], record_property: Callable[[str, object], None]) -> None:
-    """The promise is 0.3 s; a busy machine is given 1 s, and the best time is kept in the report."""
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False)
-        best = min(best, time.perf_counter() - started)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert "Usage:" in done.stdout
-        if best < 0.3:
-            break
-    record_property("seconds", best)
-    assert best < 1.0
+def test_help_loads_few_modules(words: list[str]) -> None:
+    """The promise is 0.3 s on a quiet machine. It stands or falls with what is imported: 500 modules take that long."""
+    source = (
+        "import sys; from lorafit.cli.main import main\n"
+        f"sys.argv = ['lorafit', *{words!r}]\n"
+        "try:\n main()\nfinally:\n print(len(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "Usage:" in done.stdout
+    assert int(done.stderr) < 500
 
 
 def test_help_names_every_verb_and_flag(cli: Cli) -> None:
@@ -197,7 +146,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     ),
     "resume and a flag": (
         ["train", "--resume", "{run}", "--model", "{model}"],
-        ["--resume takes only settings"],
+        ["--resume accepts only settings"],
     ),
     "no such target": (["{ok}", "lora.targets=[q_porj]", "run.output={tmp}/new"], ["q_porj"]),
     "no such device": (["{ok}", "model.device=cuda:99", "run.output={tmp}/new"], ["cuda:99"]),
@@ -277,32 +226,31 @@ def test_plan_prints_a_table_or_json_and_makes_nothing(cli: Cli, material: Path,
 def test_plan_says_what_would_fit_and_exits_2(
     cli: Cli, material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorafit.plan.planner.available_bytes", lambda device: 1000)
+    monkeypatch.setattr("lorafit.plan.machine.available_bytes", lambda device: 1000)
     for verb in ("plan", "train"):
         done = cli(verb, *start(material, tmp_path / "run")[1:])
         assert (done.code, done.out) == (2, "")
-        assert re.search(r"^error: training needs about .* but only 0 MB can be had", done.err, re.MULTILINE)
+        assert re.search(
+            r"^error: training needs about .* but only 0 MB are available", done.err, re.MULTILINE
+        )
         assert " hint: use a smaller model" in done.err
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on_and_resume_finishes(
     material: Path, tmp_path: Path, cli: Cli
 ) -> None:
     output = tmp_path / "run"
     words = start(material, output, "train.max_steps=150", "data.holdout=0", "train.save_every=1000")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as child:
         try:
-            metrics, deadline = output / "metrics.jsonl", time.monotonic() + 60
-            while not (metrics.exists() and b'"event": "step"' in metrics.read_bytes()):
-                assert child.poll() is None, child.communicate()
-                assert time.monotonic() < deadline
-                time.sleep(0.005)
+            metrics = output / "metrics.jsonl"
+            until(lambda: metrics.exists() and b'"event": "step"' in metrics.read_bytes(), child.poll)
             os.kill(child.pid, signal.SIGINT)
-            out, err = child.communicate(timeout=60)
+            out, err = child.communicate(timeout=HANGS)
         finally:
             child.kill()
     assert child.returncode == 130, err
@@ -332,7 +280,7 @@ def test_runs_are_listed(cli: Cli, trained: tuple[Path, object], tmp_path: Path)
     assert (record["run"], record["state"], record["step"]) == (str(output), "finished", 6)
     assert record["heldout_loss"] < record["base_loss"]
     nothing = cli("runs", tmp_path)
-    assert (nothing.code, nothing.out, nothing.err) == (0, "", f"no runs below {tmp_path}\n")
+    assert (nothing.code, nothing.out, nothing.err) == (0, "", f"no runs in {tmp_path}\n")
 
 
 def test_generate_answers_with_the_adapter_or_without(cli: Cli, trained: tuple[Path, object]) -> None:
@@ -380,7 +328,7 @@ def test_generate_holds_the_base_in_the_bits_that_are_asked_for(
     assert cli(*words, "int8").code == 0
     wrong = cli(*words, "int7")
     assert (wrong.code, wrong.out) == (2, "")
-    assert "'none', 'int8', 'nf4', 'fp8'" in " ".join(wrong.err.replace("│", " ").split())
+    assert "none, int8, nf4, fp8" in " ".join(wrong.err.replace("│", " ").split())
 
 
 def test_generate_with_an_adapter_on_its_base(cli: Cli, material: Path, trained: tuple[Path, object]) -> None:

@@ -16,14 +16,13 @@ from hypothesis import strategies as st
 from lorafit.config.load import (
     dump_config,
     flag_overrides,
-    keys,
     load_config,
     nearest_key,
     recipe_file,
     recipes_folder,
     validate,
 )
-from lorafit.config.schema import Config
+from lorafit.config.schema import Config, keys
 from lorafit.errors import ConfigError, Problem
 
 NEEDED = ["model.name=base", "data.path=rows.json"]
@@ -100,8 +99,8 @@ def test_a_key_given_twice_is_a_mistake(recipe: Callable[[str], Path]) -> None:
     path = recipe("lora:\n  rank: 8\n  rank: 16\nmodel: {name: base}\nlora: {}\n")
     found = problems(path, "data.path=rows.json")
     assert [(problem.message, problem.place) for problem in found] == [
-        ("`lora.rank` is given twice", f"{path}:3"),
-        ("`lora` is given twice", f"{path}:5"),
+        ("`lora.rank` is set twice", f"{path}:3"),
+        ("`lora` is set twice", f"{path}:5"),
     ]
 
 
@@ -145,7 +144,7 @@ def test_overrides_win_over_the_recipe_and_later_ones_over_earlier(recipe: Calla
     config = load_config(path, ["lora.rank=4", "data.path=[a.json, b.json]", "lora.rank=2"])
     assert (config.lora.rank, config.lora.alpha, config.data.path) == (2, 9.0, ("a.json", "b.json"))
     flags = flag_overrides(model="owner/name", data=["x: y.json", "[z].json"], output="yes")
-    config = load_config(path, flags)
+    config = load_config(path, ["model.name=[other", "data.path=other.json"], flags)
     assert (config.model.name, config.data.path, config.run.output) == (
         "owner/name",
         ("x: y.json", "[z].json"),

@@ -9,9 +9,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from lorafit.config.load import keys, load_config, recipe_file, recipes_folder
+from lorafit.config.load import load_config, recipe_file, recipes_folder
 from lorafit.config.reference import sections
-from lorafit.config.schema import Config
+from lorafit.config.schema import Config, keys, keys_that_change_results
 
 RECIPES = sorted(recipes_folder().glob("*.yaml"), key=lambda path: path.stem)
 NEEDED = {"model": {"name": "base"}, "data": {"path": "rows.json"}}
@@ -129,3 +129,13 @@ def test_bounds_hold(key: str, low: float, high: float) -> None:
     for value in (low, high):
         with pytest.raises(ValidationError):
             Config.model_validate({**NEEDED, section: {**NEEDED.get(section, {}), name: value}})
+
+
+def test_a_checkpoint_is_compared_with_every_key_that_is_not_resumable() -> None:
+    config = Config.model_validate(NEEDED)
+    compared = set(keys_that_change_results(config))
+    assert {"lora.rank", "model.quantize", "data.holdout", "train.seed", "train.keep_best"} <= compared
+    free = set(keys()) - compared
+    assert {"model.device", "data.packing", "train.micro_batch_tokens", "train.recompute"} <= free
+    assert {key for key in keys() if key.startswith(("run.", "distributed."))} <= free
+    assert len(compared) == 20  # a new key is compared unless its field says otherwise

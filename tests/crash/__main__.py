@@ -1,8 +1,9 @@
-"""The crash campaigns: kill, starve and damage a tiny run, resume it, compare bytes.
+"""The crash campaigns: kill a tiny run, fail its calls or damage its files, resume it, and compare bytes.
 
     python -m tests.crash [--long] [--only R1 R4 ...] [--jobs N] [--minutes N] [--write docs/reliability.md]
 
-Each campaign that ends is kept in the results file at once. With --write the table of all results goes into that page.
+The result of each campaign is written to the results file at once. With --write, the table of all results is written
+into that page.
 """
 
 from __future__ import annotations
@@ -30,23 +31,21 @@ from tests.crash.trainer import versions
 
 import lorafit
 
-_SHOWN = 20  # failures that are kept in words
+_SHOWN = 20  # failures whose text is kept
 
 
 def main() -> int:
-    """Run the campaigns that were asked for; 1 when one of lorafit's has a failure."""
+    """Run the requested campaigns. Returns 1 if a campaign of lorafit has a failure."""
     parser = argparse.ArgumentParser(prog="python -m tests.crash", description=__doc__)
     parser.add_argument(
         "--long", action="store_true", help="the full counts (about an hour on two free cores)"
     )
     parser.add_argument("--only", nargs="*", default=list(CAMPAIGNS), choices=list(CAMPAIGNS), metavar="ID")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at the same time")
-    parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="most for one campaign; it is cut short"
-    )
+    parser.add_argument("--minutes", type=float, default=math.inf, help="time limit of one campaign")
     parser.add_argument("--results", type=Path, default=Path("runs/crash/results.json"))
-    parser.add_argument("--again", action="store_true", help="also what is in the results file already")
-    parser.add_argument("--write", type=Path, help="page that takes the table")
+    parser.add_argument("--again", action="store_true", help="repeat campaigns that are in the results file")
+    parser.add_argument("--write", type=Path, help="page for the table")
     options = parser.parse_args()
     if reason := unavailable():
         sys.exit(reason)
@@ -54,9 +53,9 @@ def main() -> int:
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
     for name in options.only:
         if name in results and results[name]["long"] == options.long and not options.again:
-            print(f"{name}: there already", file=sys.stderr)
+            print(f"{name}: already in the results file", file=sys.stderr)
         elif reason := CAMPAIGNS[name].missing():
-            print(f"{name}: left out: {reason}", file=sys.stderr)
+            print(f"{name}: skipped: {reason}", file=sys.stderr)
         else:
             results[name] = run(name, options.long, options.jobs, options.minutes)
             options.results.write_text(json.dumps(results, indent=1) + "\n")
@@ -67,7 +66,7 @@ def main() -> int:
 
 
 def run(name: str, long: bool, jobs: int, minutes: float) -> dict[str, Any]:
-    """One campaign; its failures are told as well."""
+    """Run one campaign and print its failures."""
     campaign, started, here = CAMPAIGNS[name], time.monotonic(), machine()
     with (
         tempfile.TemporaryDirectory(prefix="lorafit-crash-") as folder,
@@ -93,15 +92,17 @@ def run(name: str, long: bool, jobs: int, minutes: float) -> dict[str, Any]:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The results in Markdown: a row for each campaign, and where and when they were made."""
+    """The results in Markdown: one row per campaign, and the date, machine and versions."""
     lines = [
         "| id | what | target | tried | failed | measured |",
         "| --- | --- | --- | ---: | ---: | --- |",
     ]
-    found = {name: results[name] for name in CAMPAIGNS if name in results}
-    for name, result in found.items():
+    rows = {name: results[name] for name in CAMPAIGNS if name in results}
+    for name, result in rows.items():
         facts = [f"{fact}: {number:,}" for fact, number in result["facts"].items()]
-        facts.append(f"{result['seconds'] / 60:.1f} minutes{', then cut short' * result['cut_short']}")
+        facts.append(
+            f"{result['seconds'] / 60:.1f} minutes{', then stopped by the time limit' * result['cut_short']}"
+        )
         facts += [] if result["long"] else ["short form"]
         cells = [
             name,
@@ -113,7 +114,7 @@ def table(results: Mapping[str, Any]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     for what in ("date", "machine", "versions"):
-        lines += ["", f"{what.capitalize()}: {'; '.join(sorted({r[what] for r in found.values()}))}."]
+        lines += ["", f"{what.capitalize()}: {'; '.join(sorted({r[what] for r in rows.values()}))}."]
     return "\n".join(lines)
 
 

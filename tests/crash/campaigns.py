@@ -1,4 +1,4 @@
-"""The campaigns by name: what each does, its target, and its short and its long form."""
+"""The campaigns by name: description, target, and short and long form."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tests.crash.trial import Bench, Tally
 
 @dataclass(frozen=True, slots=True)
 class Campaign:
-    """`run` works in an empty folder, with servers of `module`; True asks for the long form.
+    """`run` gets an empty folder, servers of `module`, and True for the long form.
 
-    `missing` says why it cannot run here, "" where it can.
+    `missing` returns the reason why the campaign cannot run on this machine, or "".
     """
 
     what: str
@@ -56,8 +56,8 @@ def _damage_files(work: Path, servers: Servers, long: bool) -> Tally:
     return corruption.damage_files(Bench(work, servers), 1 if long else 40)
 
 
-def _lie_in_writes(work: Path, servers: Servers, long: bool) -> Tally:
-    return corruption.lie_in_writes(Bench(work, servers, *faults.SHORT_RUN), 1 if long else 4)
+def _corrupt_writes(work: Path, servers: Servers, long: bool) -> Tally:
+    return corruption.corrupt_writes(Bench(work, servers, *faults.SHORT_RUN), 1 if long else 4)
 
 
 def _resume_everywhere(work: Path, servers: Servers, long: bool) -> Tally:
@@ -80,7 +80,7 @@ CAMPAIGNS: Mapping[str, Campaign] = {
         _kill_at_calls,
     ),
     "R1-trace": Campaign(
-        "the calls of one run, counted by strace as well, for each kind of call",
+        "the calls of one run, counted by the library and by strace, per kind of call",
         "the same counts",
         _compare_with_strace,
         missing=syscalls.strace_fault,
@@ -91,35 +91,35 @@ CAMPAIGNS: Mapping[str, Campaign] = {
         _kill_at_random_times,
     ),
     "R3": Campaign(
-        "power loss: the images of the disk that are legal at each moment of recorded runs",
-        "20,000 images; no checkpoint reported as saved is lost, no damaged one accepted",
+        "power loss: the disk images that are possible at each moment of recorded runs",
+        "20,000 images; no checkpoint reported as saved is lost, no damaged checkpoint is accepted",
         _cut_the_power,
     ),
     "R4": Campaign(
-        "ENOSPC, EDQUOT, EIO, EROFS at every call, once and for good; every write cut short",
-        "the last good checkpoint loads, the message names path, cause and bytes, the resume is equal",
+        "ENOSPC, EDQUOT, EIO, EROFS at every call, once and permanently; every write truncated",
+        "the last good checkpoint loads, the message names path, cause and bytes, the resumed run is equal",
         _fail_calls,
     ),
     "R4-disk": Campaign(
-        "a real file system of 50 sizes that is full, then made larger",
+        "real file systems of 50 sizes: full, then enlarged",
         "the same",
         _fill_disks,
         missing=faults.mount_fault,
     ),
     "R5": Campaign(
         "one bit flipped in every byte of a checkpoint and of an adapter",
-        "all found before use, each time the checkpoint before is taken",
+        "all detected before use, and each time the previous checkpoint is used",
         _flip_bits,
     ),
     "R5-files": Campaign(
-        "files of a checkpoint missing, cut, longer, zeroed, exchanged, out of date; then resume",
-        "all found, all resumes equal",
+        "files of a checkpoint missing, truncated, longer, zeroed, exchanged or out of date; then resume",
+        "all detected, all resumed runs equal",
         _damage_files,
     ),
     "R5-writes": Campaign(
         "a disk that changes a bit of a write, at every write of a save and of the export",
-        "all found before an older checkpoint goes, all resumes equal",
-        _lie_in_writes,
+        "all detected before an older checkpoint is removed, all resumed runs equal",
+        _corrupt_writes,
     ),
     "R6": Campaign(
         "resume from every step of runs of many configurations",
@@ -127,7 +127,7 @@ CAMPAIGNS: Mapping[str, Campaign] = {
         _resume_everywhere,
     ),
     "Trainer": Campaign(
-        "R1 on transformers' Trainer with peft, at 120 of its places, resumed as its documentation says",
+        "R1 on transformers' Trainer with peft, at 120 calls, resumed as in its documentation",
         "for comparison",
         _kill_trainer,
         module=trainer.MODULE,

@@ -1,17 +1,18 @@
-"""What a disk may hold after the power went: a model of a POSIX file system that is fed with the record of a run.
+"""The possible contents of a disk after a power loss: a model of a POSIX file system that replays recorded calls.
 
-The rules promise less than ext4, XFS or Btrfs do, so that nothing is relied on that only one of them does:
+The rules guarantee less than ext4, XFS or Btrfs, so lorafit cannot depend on a guarantee of one file system:
 
-1. Nothing is durable but what a sync covered.
-2. A synced file has its bytes and its length. Its name is another matter.
-3. A synced folder has the names that it had then: made, removed and renamed ones. It does not have the bytes of its
-   files, nor its own name in the folder above.
-4. A rename happens as a whole or not at all, between two folders too; so does making or removing a name.
-5. Between syncs the changes of names reach the disk in any selection; of two that concern one name the later wins.
-6. Of the bytes written to a file since its last sync any sectors of 512 bytes may be there. The others hold what was
-   there before, or, where nothing was, zeros or leftovers of other files. The length is the old one, the new one or
-   any between.
-7. A process that is killed loses nothing that the operating system was given (R1); this is about the power.
+1. Only synced data is durable.
+2. A sync of a file makes its bytes and its length durable, but not its name.
+3. A sync of a folder makes its current names durable: created, removed and renamed ones. It does not make durable the
+   bytes of its files or its own name in its parent.
+4. A rename is atomic, also between two folders. The creation and the removal of a name are atomic too.
+5. Any subset of the changes of names since the last sync can be on the disk. Of two changes of one name, the later
+   change is the valid one.
+6. Any 512-byte sectors of the bytes written to a file since its last sync can be on the disk. The other sectors
+   contain the old bytes, or, beyond the old length, zeros or data of other files. The length is between the old and the
+   new one.
+7. A killed process loses no data that the operating system has (R1). This model is about power loss.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Image = dict[str, bytes | None]  # path -> the bytes of a file, None for a folde
 
 @dataclass(slots=True, eq=False)
 class File:
-    """`durable` is what the last sync covered, `now` what the running system sees."""
+    """A file: `durable` are the bytes at the last sync, `now` are the current bytes."""
 
     durable: bytes = b""
     now: bytearray = field(default_factory=bytearray)
@@ -40,25 +41,25 @@ class File:
 
 @dataclass(slots=True, eq=False)
 class Folder:
-    """Names, durable and as the running system sees them."""
+    """A folder: its names, durable and current."""
 
     durable: dict[str, Node] = field(default_factory=dict)
     now: dict[str, Node] = field(default_factory=dict)
 
 
 Node = File | Folder
-Change = dict[tuple[Folder, str], Node | None]  # names that change together; None: the name goes
+Change = dict[tuple[Folder, str], Node | None]  # names that change atomically; None removes the name
 
 
 class Disk:
-    """The state of one folder and what is below it; starts empty and durable."""
+    """The state of one folder and its contents. At the start it is empty and durable."""
 
     def __init__(self) -> None:
         self.root = Folder()
-        self.pending: list[Change] = []  # changes of names that no sync has covered, oldest first
+        self.pending: list[Change] = []  # changes of names that are not synced, oldest first
 
     def feed(self, call: Call) -> None:
-        """Let a recorded call happen."""
+        """Apply a recorded call."""
         match call.kind:
             case "c":
                 self._change(call.path, File())
@@ -67,8 +68,8 @@ class Disk:
             case "u" | "d":
                 self._change(call.path, None)
             case "r":
-                folder, name = self._place(call.path)
-                target = self._place(call.target)
+                folder, name = self._entry(call.path)
+                target = self._entry(call.target)
                 self._apply({target: folder.now[name], (folder, name): None})
             case "w":
                 if isinstance(node := self.find(call.path), File):
@@ -83,26 +84,26 @@ class Disk:
                 self._sync(self.find(call.path))
 
     def find(self, path: str) -> Node | None:
-        """What the running system sees at `path`."""
+        """The current node at `path`."""
         node: Node | None = self.root
         for name in path.split("/") if path else ():
             node = node.now.get(name) if isinstance(node, Folder) else None
         return node
 
     def files(self, path: str) -> dict[str, bytes]:
-        """Names and bytes of the files in the folder at `path`, as the running system sees them."""
+        """Current names and bytes of the files in the folder at `path`."""
         node = self.find(path)
         entries = node.now.items() if isinstance(node, Folder) else ()
         return {name: bytes(child.now) for name, child in entries if isinstance(child, File)}
 
-    def _place(self, path: str) -> tuple[Folder, str]:
+    def _entry(self, path: str) -> tuple[Folder, str]:
         parent, _, name = path.rpartition("/")
         folder = self.find(parent)
-        assert isinstance(folder, Folder), f"the record lacks how {parent} was made"
+        assert isinstance(folder, Folder), f"the record does not contain the creation of {parent}"
         return folder, name
 
     def _change(self, path: str, node: Node | None) -> None:
-        self._apply({self._place(path): node})
+        self._apply({self._entry(path): node})
 
     def _apply(self, change: Change) -> None:
         self.pending.append(change)
@@ -116,17 +117,17 @@ class Disk:
             for change in self.pending:
                 if any(folder is node for folder, _ in change):
                     _put(change, lambda folder: folder.durable)
-                    for earlier in rest:  # what it overwrote can no longer come later
-                        for place in change:
-                            earlier.pop(place, None)
+                    for earlier in rest:  # an earlier change of the name can no longer be the last one
+                        for entry in change:
+                            earlier.pop(entry, None)
                 else:
                     rest.append(change)
             self.pending = [change for change in rest if change]
 
-    def images(self, dice: random.Random, most: int) -> Iterator[Image]:
-        """Up to `most` of the images that the rules allow now: first those at the edges, then random ones.
+    def images(self, generator: random.Random, most: int) -> Iterator[Image]:
+        """Up to `most` possible images: first the extreme ones, then random ones. Images can repeat.
 
-        They may repeat. The first is the emptiest, the second the fullest.
+        The first image has no pending change, the second has all of them.
         """
         count, everything = len(self.pending), range(len(self.pending))
         edges: list[tuple[Sequence[int], str]] = [((), "old"), (everything, "new")]
@@ -136,14 +137,14 @@ class Disk:
         edges += [([only], "new") for only in everything]
         edges += [(range(end), "torn") for end in range(1, count)]
         if len(edges) > most:
-            edges = edges[:7] + dice.sample(edges[7:], most - 7) if most > 7 else edges[:most]
-        yield from (self.image(kept, how, dice) for kept, how in edges)
+            edges = edges[:7] + generator.sample(edges[7:], most - 7) if most > 7 else edges[:most]
+        yield from (self.image(kept, how, generator) for kept, how in edges)
         for _ in range(most - len(edges)):
-            kept = [i for i in everything if dice.random() < 0.5]
-            yield self.image(kept, "any", dice)
+            kept = [i for i in everything if generator.random() < 0.5]
+            yield self.image(kept, "any", generator)
 
-    def image(self, kept: Sequence[int], how: str, dice: random.Random) -> Image:
-        """The image with the pending changes `kept`, and unsynced bytes as `how` says (see `content`)."""
+    def image(self, kept: Sequence[int], how: str, generator: random.Random) -> Image:
+        """The image with the pending changes `kept`; `how` selects the unsynced bytes (see `content`)."""
         names: dict[Folder, dict[str, Node]] = {}
         for index in kept:
             _put(self.pending[index], lambda folder: names.setdefault(folder, dict(folder.durable)))
@@ -151,7 +152,7 @@ class Disk:
 
         def walk(folder: Folder, path: str) -> None:
             for name, node in names.get(folder, folder.durable).items():
-                image[path + name] = content(node, how, dice) if isinstance(node, File) else None
+                image[path + name] = content(node, how, generator) if isinstance(node, File) else None
                 if isinstance(node, Folder):
                     walk(node, f"{path}{name}/")
 
@@ -167,11 +168,11 @@ def _put(change: Change, entries_of: Callable[[Folder], dict[str, Node]]) -> Non
             entries_of(folder)[name] = node
 
 
-def content(file: File, how: str, dice: random.Random) -> bytes:
+def content(file: File, how: str, generator: random.Random) -> bytes:
     """The bytes of a file after the crash.
 
-    `how`: "old" or "new"; "torn": new up to a place, the rest as it was; "zeros" and "leftovers": the new length,
-    but what lies beyond the old one never came; "any": rule 6 at random.
+    `how`: "old" or "new"; "torn": new bytes up to an offset, then the old bytes; "zeros" and "leftovers": the new
+    length, with zeros or random bytes beyond the old length; "any": rule 6 at random.
     """
     old, new = file.durable, bytes(file.now)
     if old == new or how == "new":
@@ -181,19 +182,22 @@ def content(file: File, how: str, dice: random.Random) -> bytes:
     if how == "zeros":
         return old[: len(new)] + bytes(max(len(new) - len(old), 0))
     if how == "leftovers":
-        return old[: len(new)] + dice.randbytes(max(len(new) - len(old), 0))
+        return old[: len(new)] + generator.randbytes(max(len(new) - len(old), 0))
     if how == "torn":
-        at = dice.randint(0, len(new))
-        return new[:at] if at >= len(old) else new[: at - at % SECTOR] + old[at - at % SECTOR :]
-    length = dice.choice([len(old), len(new), dice.randint(*sorted((len(old), len(new))))])
-    share, sectors = dice.random(), []
-    for at in range(0, length, SECTOR):
-        end = min(at + SECTOR, length)
-        if dice.random() < share and at < len(new):
-            piece = new[at:end]
-        elif at < len(old):
-            piece = old[at:end]
+        offset = generator.randint(0, len(new))
+        if offset >= len(old):
+            return new[:offset]
+        start = offset - offset % SECTOR
+        return new[:start] + old[start:]
+    length = generator.choice([len(old), len(new), generator.randint(*sorted((len(old), len(new))))])
+    probability, sectors = generator.random(), []
+    for start in range(0, length, SECTOR):
+        end = min(start + SECTOR, length)
+        if generator.random() < probability and start < len(new):
+            sector = new[start:end]
+        elif start < len(old):
+            sector = old[start:end]
         else:
-            piece = dice.choice([bytes(end - at), dice.randbytes(end - at)])
-        sectors.append(piece + bytes(end - at - len(piece)))
+            sector = generator.choice([bytes(end - start), generator.randbytes(end - start)])
+        sectors.append(sector + bytes(end - start - len(sector)))
     return b"".join(sectors)

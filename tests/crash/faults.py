@@ -1,4 +1,4 @@
-"""R4: every call that changes files fails, once and for good, and a real disk is full; then the run is resumed."""
+"""R4: fails every call that changes files, once and permanently; fills a real disk; then resumes the run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tests.crash.kills import calls_of_a_run
 from tests.crash.server import Outcome
-from tests.crash.shim import Act, Call, Strike
-from tests.crash.trial import Bench, Left, Tally
+from tests.crash.shim import Act, Call, Injection
+from tests.crash.trial import Bench, RunState, Tally
 
 SHORT_RUN = (
     "train.max_steps=6",
@@ -28,88 +28,91 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _BYTES = re.compile(r"\d[\d,.]* ?(bytes|[kKMGT]i?B)\b")
 
 
-def strikes(calls: Sequence[Call]) -> list[Strike]:
-    """Each error at each call, once and for good; each write cut short."""
+def injections(calls: Sequence[Call]) -> list[Injection]:
+    """Each error at each call, once and permanently; each write truncated."""
     acts: tuple[Act, ...] = ("fail", "fail for good")
-    found = []
+    chosen = []
     for call in calls:
-        found += [Strike(call.thread, call.number, act, error) for error in ERRORS for act in acts]
+        chosen += [Injection(call.thread, call.number, act, error) for error in ERRORS for act in acts]
         if call.kind == "w":
-            found.append(Strike(call.thread, call.number, "shorten"))
-    return found
+            chosen.append(Injection(call.thread, call.number, "shorten"))
+    return chosen
 
 
 def fail_calls(bench: Bench, every: int = 1, kinds: str = "") -> Tally:
-    """R4 with errors that the operating system is made to give, at every `every`-th of the strikes.
+    """R4 with injected errors of the operating system, at every `every`-th injection.
 
-    `kinds` are letters of calls (see shim.cpp); all by default.
+    `kinds` are letters of kinds of calls (see shim.cpp), by default all kinds.
     """
     tally = Tally()
     calls = [call for call in calls_of_a_run(bench) if not kinds or call.kind in kinds]
     tally.facts["calls that change files"] = len(calls)
     syncs = {(call.thread, call.number) for call in calls if call.kind == "s" and call.thread}
 
-    def trial(strike: Strike) -> tuple[Strike, bool, list[str]]:
-        root = bench.root(f"{strike.act}-{strike.error}-{strike.thread}-{strike.call}".replace(" ", "-"))
-        outcome = bench.run("start", root, strike=strike)
-        stopped, problems = after_fault(bench, root, outcome, strike.error)
-        if (strike.thread, strike.call) in syncs and not stopped:
-            problems.append("a sync of a save failed and it went on")
-        return strike, stopped, problems
+    def trial(injection: Injection) -> tuple[Injection, bool, list[str]]:
+        root = bench.root(
+            f"{injection.act}-{injection.error}-{injection.thread}-{injection.call}".replace(" ", "-")
+        )
+        outcome = bench.run("start", root, injection=injection)
+        stopped, problems = after_fault(bench, root, outcome, injection.error)
+        if (injection.thread, injection.call) in syncs and not stopped:
+            problems.append("a sync of a save failed, but the run continued")
+        return injection, stopped, problems
 
-    chosen = strikes(calls)[::every]
-    random.Random(0).shuffle(chosen)  # one that is cut short is a sample
-    for strike, stopped, problems in bench.servers.each(trial, chosen):
-        name = f"{strike.act} {errno.errorcode.get(strike.error, '')} at call {strike.call} of thread {strike.thread}"
+    chosen = injections(calls)[::every]
+    random.Random(0).shuffle(chosen)  # with a time limit, the campaign is a random sample
+    for injection, stopped, problems in bench.servers.each(trial, chosen):
+        error = errno.errorcode.get(injection.error, "")
+        name = f"{injection.act} {error} at call {injection.call} of thread {injection.thread}"
         tally.add(name, *problems)
-        tally.count("stopped with a message" if stopped else "went on to the same bytes")
+        tally.count("stopped with a message" if stopped else "continued to the same bytes")
     return tally
 
 
 def after_fault(bench: Bench, root: Path, outcome: Outcome, error: int) -> tuple[bool, list[str]]:
-    """Whether the run stopped, and what is wrong: with its message, with what is left, with how it then goes on."""
+    """Whether the run stopped, and the problems of its message, of its files and of the resumed run."""
     if outcome.fault or outcome.answer is None:
-        return True, [f"it broke: {outcome.fault}"]
+        return True, [f"it crashed: {outcome.fault}"]
     if outcome.answer["finished"]:
         problems = bench.end_of(root, outcome)
         shutil.rmtree(root, ignore_errors=True)
         return False, problems
     problems = message_faults(outcome.answer["problems"], root, error)
-    left = Left.by(root)
-    if left.newest < left.reported:
-        problems.append(f"the checkpoint of step {left.reported} is gone")
+    state = RunState.of(root)
+    if state.newest < state.reported:
+        problems.append(f"the checkpoint of step {state.reported} is lost")
     return True, problems + bench.finish(root)
 
 
 def message_faults(problems: Sequence[Sequence[str]], root: Path, error: int) -> list[str]:
-    """What a message about a failed call lacks: its cause, a path, and for a full disk how many bytes are needed."""
-    text = " ".join(part for problem in problems for part in problem)
-    lacks = []
+    """The missing parts of a message about a failed call: cause, path, and for a full disk the needed bytes."""
+    text = " ".join(text for problem in problems for text in problem)
+    missing = []
     if os.strerror(error) not in text:
-        lacks.append("its cause")
+        missing.append("its cause")
     if str(root) not in text:
-        lacks.append("a path")
+        missing.append("a path")
     if error in _FULL and not _BYTES.search(text):
-        lacks.append("the bytes needed")
-    return [f"the message lacks {what}: {text}" for what in lacks]
+        missing.append("the bytes needed")
+    return [f"the message lacks {part}: {text}" for part in missing]
 
 
 def mount_fault() -> str:
-    """Why no small file system can be mounted here; "" where one can."""
+    """The reason why a small file system cannot be mounted, or ""."""
     if os.geteuid():
-        return "only root may mount a small file system"
+        return "only root can mount a small file system"
     try:
         with small_disk(64) as folder:
             return "" if folder.is_mount() else "mounting changed nothing"
     except subprocess.CalledProcessError as error:
         return f"mount: {error.stderr.decode(errors='replace').strip()}"
     except FileNotFoundError:
-        return "there is no mount command"
+        return "the command mount is not available"
 
 
 @contextmanager
 def small_disk(kibibytes: int) -> Iterator[Path]:
-    """A file system of that size in memory."""
+    """Mount a file system of that size in memory."""
     folder = Path(tempfile.mkdtemp(prefix="lorafit-disk-"))
     try:
         _run("mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "tmpfs", folder)
@@ -126,25 +129,25 @@ def _run(*command: str | Path) -> None:
 
 
 def fill_disks(bench: Bench, count: int) -> Tally:
-    """R4 with real file systems of `count` sizes, from almost nothing to almost enough, made larger afterwards."""
+    """R4 with real file systems of `count` sizes, from 8 KiB to sufficient. They are enlarged before the resume."""
     tally = Tally()
     whole = bench.root("whole")
     bench.run("start", whole)
-    enough = sum(path.stat().st_blocks for path in whole.rglob("*")) // 2  # KiB
+    sufficient = sum(path.stat().st_blocks for path in whole.rglob("*")) // 2  # KiB
 
     def trial(size: int) -> tuple[int, bool, list[str]]:
         with small_disk(size) as folder:
             root = folder / "trial"
             root.mkdir()
             outcome = bench.run("start", root)
-            left = outcome.answer and not outcome.answer["finished"]
-            if left:
-                _run("mount", "-o", f"remount,size={4 * enough}k", folder)
+            unfinished = outcome.answer and not outcome.answer["finished"]
+            if unfinished:
+                _run("mount", "-o", f"remount,size={4 * sufficient}k", folder)
             return size, *after_fault(bench, root, outcome, errno.ENOSPC)
 
-    for size, stopped, problems in bench.servers.each(trial, _spread(8, enough + 40, count)):
+    for size, stopped, problems in bench.servers.each(trial, _spread(8, sufficient + 40, count)):
         tally.add(f"a disk of {size} KiB", *problems)
-        tally.count("stopped with a message" if stopped else "went on to the same bytes")
+        tally.count("stopped with a message" if stopped else "continued to the same bytes")
     return tally
 
 

@@ -1,4 +1,4 @@
-"""What the children of the campaigns do: a tiny run of lorafit, started and resumed as a user does it."""
+"""The jobs of the campaigns' child processes: start and resume a tiny run of lorafit, as a user does."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lorafit.training.run import Result, resume_run, start_run
 
 
 def write_material(folder: Path) -> list[str]:
-    """A model and rows; returns the settings of a run on them with seven saves, rotation and a best step."""
+    """Write a model and rows. Returns the settings of a run with seven saves, rotation and a best step."""
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = write_model(folder / "model", **shape)
     rows = write_rows(folder / "rows.json", 24)
@@ -46,14 +46,14 @@ def write_material(folder: Path) -> list[str]:
 
 
 def run_of(root: Path) -> RunDirectory:
-    """The run directory of a trial, whose folder also holds its own cache."""
+    """The run directory of a trial; the trial's folder also contains a cache."""
     return RunDirectory(root / "run")
 
 
 def start(
     root: Path, overrides: Sequence[str], mutation: str = "", stop_in: int | None = None
 ) -> dict[str, Any]:
-    """`lorafit train ... --output`; a SIGTERM arrives in step `stop_in`."""
+    """`lorafit train ... --output`, with a SIGTERM in step `stop_in`."""
     mutate(mutation)
     root.mkdir(parents=True, exist_ok=True)
     os.environ["LORAFIT_CACHE"] = str(root / "cache")
@@ -61,8 +61,8 @@ def start(
     return _answer(root, lambda: start_run(config, quiet=True), stop_in)
 
 
-def go_on(root: Path, overrides: Sequence[str], mutation: str = "") -> dict[str, Any]:
-    """What a person does after a crash: `lorafit train --resume`, or the same command again where no run began."""
+def resume(root: Path, overrides: Sequence[str], mutation: str = "") -> dict[str, Any]:
+    """`lorafit train --resume`, as a user does after a crash, or the first command if the run does not exist yet."""
     if not run_of(root).config_file.exists():
         return start(root, overrides, mutation)
     mutate(mutation)
@@ -71,24 +71,24 @@ def go_on(root: Path, overrides: Sequence[str], mutation: str = "") -> dict[str,
 
 
 def _answer(root: Path, work: Callable[[], Result], stop_in: int | None = None) -> dict[str, Any]:
-    """How it went, and (step, rows) of every step that was trained."""
+    """Run `work`. Returns its result, its problems, and (step, rows) of every trained step."""
     rows: list[tuple[int, list[int]]] = []
     gradients = loop._gradients
 
-    def watched(job: loop.TrainContext, state: Any, batch: Any) -> Any:
+    def recorded(job: loop.TrainContext, state: Any, batch: Any) -> Any:
         rows.append((state.step + 1, batch.indices.tolist()))
         if state.step + 1 == stop_in:
             os.kill(os.getpid(), signal.SIGTERM)
         return gradients(job, state, batch)
 
-    loop._gradients = watched
+    loop._gradients = recorded
     try:
         result = work()
     except LorafitError as error:
         problems = [[problem.message, problem.place, problem.hint] for problem in error.problems]
         return {"finished": False, "problems": problems, "rows": rows}
-    ended = {"adapter": digest(root), "state": state_digest(root)} if result.finished else {}
-    return {"finished": result.finished, **ended, "problems": [], "rows": rows}
+    digests = {"adapter": digest(root), "state": state_digest(root)} if result.finished else {}
+    return {"finished": result.finished, **digests, "problems": [], "rows": rows}
 
 
 def digest(root: Path) -> str:
@@ -97,11 +97,11 @@ def digest(root: Path) -> str:
 
 
 def state_digest(root: Path) -> str:
-    """SHA-256 of all that the last checkpoint holds: adapter, optimizer, random generators, counts, loss scale."""
+    """SHA-256 of the last checkpoint: adapter, optimizer, random generators, counts and loss scale."""
     run = run_of(root)
     files = sorted(run.checkpoint(run.saved_steps()[-1]).iterdir())
     digests = [sha256_file(path) for path in files if path.name != MANIFEST]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-JOBS: Mapping[str, Callable[..., dict[str, Any]]] = {"start": start, "go_on": go_on}
+JOBS: Mapping[str, Callable[..., dict[str, Any]]] = {"start": start, "resume": resume}

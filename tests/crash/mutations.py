@@ -1,4 +1,4 @@
-"""Mistakes that a commit protocol is prone to, put into lorafit one at a time: the campaigns must find each."""
+"""Typical mistakes of commit protocols, injected into lorafit one at a time; the campaigns must detect each."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lorafit.training import checkpoint, checkpoint_writer, loop, run
 _sync, _write_file, _snapshot, _rows = atomic.sync, atomic.write_file, loop.snapshot, RowOrder.rows
 
 
-def _sync_only(wanted: Callable[[Path], bool]) -> None:
+def _sync_only(condition: Callable[[Path], bool]) -> None:
     def sync(path: Path) -> None:
-        if wanted(path):
+        if condition(path):
             _sync(path)
 
-    atomic.sync = checkpoint_writer.sync = metrics_file.sync = sync
+    atomic.sync = checkpoint_writer.sync = metrics_file.sync = run_dir.sync = sync
 
 
 def _files_are_not_synced() -> None:
@@ -41,7 +41,7 @@ def _the_parent_is_not_synced() -> None:
     _sync_only(lambda path: path.name != "checkpoints")
 
 
-def _new_folders_are_not_synced_into_the_one_above() -> None:
+def _the_parents_of_new_folders_are_not_synced() -> None:
     atomic.make_folder = lambda folder: folder.mkdir(parents=True, exist_ok=True)
     metrics_file.sync = lambda path: None
 
@@ -53,7 +53,7 @@ def _small_files_are_written_in_place() -> None:
     atomic.write_file = run_dir.write_file = metrics_file.write_file = write_file
 
 
-def _older_checkpoints_go_before_the_new_one_is_whole() -> None:
+def _older_checkpoints_are_removed_before_the_new_one_is_complete() -> None:
     save = checkpoint_writer.AsyncCheckpointWriter.save
 
     def rotate_first(saver: checkpoint_writer.AsyncCheckpointWriter, *rest: Any) -> None:
@@ -69,11 +69,11 @@ def _remove_all(directory: RunDirectory) -> None:
         directory.set_aside(step)
 
 
-def _orphans_stay() -> None:
+def _orphans_are_not_removed() -> None:
     atomic.clean_orphans = run_dir.clean_orphans = lambda *_: []
 
 
-def _nothing_is_read_back() -> None:
+def _written_files_are_not_verified() -> None:
     atomic.commit_folder.__globals__["verify_folder"] = lambda *_, **__: []
 
 
@@ -85,7 +85,7 @@ def _an_error_of_fsync_is_ignored() -> None:
     atomic.sync = sync
 
 
-def _metrics_of_lost_steps_stay() -> None:
+def _metrics_of_lost_steps_are_not_removed() -> None:
     run.truncate_after = lambda path, step: 0
 
 
@@ -93,34 +93,34 @@ def _random_states_are_not_restored() -> None:
     checkpoint._restore_random = lambda tensors: None
 
 
-def _the_optimizer_starts_anew() -> None:
+def _the_optimizer_is_reset() -> None:
     checkpoint._restore_optimizer = lambda *_: None
 
 
-def _the_loss_scale_starts_anew() -> None:
+def _the_loss_scale_is_reset() -> None:
     state_of = checkpoint.state_of
 
-    def forgetful(values: Mapping[str, Any]) -> checkpoint.TrainState:
+    def reset_scale(values: Mapping[str, Any]) -> checkpoint.TrainState:
         state = state_of(values)
         state.scale = checkpoint.LossScale.for_dtype(torch.float16) if state.scale.active else state.scale
         return state
 
-    checkpoint.state_of = forgetful
+    checkpoint.state_of = reset_scale
 
 
-def _a_resume_begins_its_epoch_again() -> None:
+def _a_resume_restarts_its_epoch() -> None:
     load = run.load_checkpoint
 
-    def again(*rest: Any) -> checkpoint.TrainState:
+    def restart(*rest: Any) -> checkpoint.TrainState:
         state = load(*rest)
         RowOrder.rows = lambda order, step: _rows(order, step - state.step)  # type: ignore[method-assign]
         return state
 
-    run.load_checkpoint = again
+    run.load_checkpoint = restart
 
 
 class _Late(Mapping[str, bytes]):
-    """The files of a snapshot, made when they are first asked for."""
+    """The files of a snapshot, created at their first use."""
 
     def __init__(self, make: Callable[[], Mapping[str, bytes]]) -> None:
         self._make = make
@@ -142,15 +142,15 @@ class _Late(Mapping[str, bytes]):
         return len(self._now())
 
 
-def _the_state_is_read_while_training_goes_on() -> None:
+def _the_state_is_read_during_training() -> None:
     def live(network: Any, optimizer: Any, state: Any, adapter: Any) -> checkpoint.Snapshot:
         values = checkpoint.asdict(state)
 
         def files() -> Mapping[str, bytes]:
-            made = dict(_snapshot(network, optimizer, state, adapter).files)
+            contents = dict(_snapshot(network, optimizer, state, adapter).files)
             plain = values | {"python_random": random.getstate()}
-            made[checkpoint.STATE] = (checkpoint.json.dumps(plain) + "\n").encode()
-            return made
+            contents[checkpoint.STATE] = (checkpoint.json.dumps(plain) + "\n").encode()
+            return contents
 
         return checkpoint.Snapshot(state.step, state.best_step, _Late(files))
 
@@ -163,23 +163,23 @@ MUTATIONS: Mapping[str, Callable[[], None]] = {
         _files_are_not_synced,
         _the_staging_folder_is_not_synced,
         _the_parent_is_not_synced,
-        _new_folders_are_not_synced_into_the_one_above,
+        _the_parents_of_new_folders_are_not_synced,
         _small_files_are_written_in_place,
-        _older_checkpoints_go_before_the_new_one_is_whole,
-        _orphans_stay,
-        _nothing_is_read_back,
+        _older_checkpoints_are_removed_before_the_new_one_is_complete,
+        _orphans_are_not_removed,
+        _written_files_are_not_verified,
         _an_error_of_fsync_is_ignored,
-        _metrics_of_lost_steps_stay,
+        _metrics_of_lost_steps_are_not_removed,
         _random_states_are_not_restored,
-        _the_optimizer_starts_anew,
-        _the_loss_scale_starts_anew,
-        _a_resume_begins_its_epoch_again,
-        _the_state_is_read_while_training_goes_on,
+        _the_optimizer_is_reset,
+        _the_loss_scale_is_reset,
+        _a_resume_restarts_its_epoch,
+        _the_state_is_read_during_training,
     )
 }
 
 
 def mutate(name: str) -> None:
-    """Put the mistake `name` into this process; none for ""."""
+    """Inject the mistake `name` into this process; none for ""."""
     if name:
         MUTATIONS[name]()

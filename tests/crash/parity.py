@@ -1,4 +1,4 @@
-"""R6: runs of many kinds are resumed from each of their steps and end in the same bytes, from the same rows."""
+"""R6: resumes many kinds of runs from each of their steps, and compares the final bytes and the rows."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tests.crash.trial import Tally
 _EVERY_STEP = (
     "train.save_every=1",
     "train.keep=99",
-    "train.batch_size=4",  # rows: one pass with packing and room, four without packing
-    "train.max_steps=9",  # an epoch is 6, of which the last takes 2 rows
+    "train.batch_size=4",  # rows: one pass with packing and enough tokens, four without packing
+    "train.max_steps=9",  # an epoch has 6 steps; the last one has 2 rows
 )
 _TARGETS = ("all-linear", "[q_proj,v_proj]", "re:.*mlp.*", "o_proj")
 _SCHEDULES = ("cosine", "linear", "constant")
@@ -41,7 +41,7 @@ _EXTRAS = (
 
 
 def configurations() -> Iterator[tuple[str, ...]]:
-    """48 of types, base, dropout, packing and accumulation, with the rest in turn; and each of the extras."""
+    """48 combinations of type, base, dropout, packing and accumulation, with varying other keys; then each extra."""
     axes = itertools.product(
         ("float32", "bfloat16", "float16"), ("none", "int8"), ("0", "0.1"), ("true", "false"), ("2048", "90")
     )
@@ -58,13 +58,13 @@ def configurations() -> Iterator[tuple[str, ...]]:
         )
     for extra in _EXTRAS:
         yield (extra,)
-    yield OVERFLOWS  # at the loss scales that it begins with
+    yield OVERFLOWS  # at the initial loss scales
 
 
 def resume_everywhere(
     work: Path, servers: Servers, chosen: Sequence[tuple[str, ...]], every: int = 1, mutation: str = ""
 ) -> Tally:
-    """R6: each configuration is resumed from every `every`-th step; `mutation` as in `Bench`."""
+    """R6: resume each configuration from every `every`-th step; `mutation` as in `Bench`."""
     material = write_material(work / "parity")
     tally = Tally()
     servers.learn("start", work / "parity", overrides=[*material, "train.max_steps=1"])
@@ -75,20 +75,20 @@ def resume_everywhere(
         origin = work / "parity" / f"configuration-{number}"
         whole = servers.run("start", origin, overrides=overrides, mutation=mutation)
         if whole.answer is None or not whole.answer["finished"]:
-            return changes, [(0, [f"it does not run: {whole.fault} {whole.answer}"])]
+            return changes, [(0, [f"the run failed: {whole.fault} {whole.answer}"])]
         outcomes = []
         for step in range(number % every, len(whole.answer["rows"]), every):
             root = work / "parity" / f"resumed-{number}-{step}"
             cut(origin, root, step)
-            resumed = servers.run("go_on", root, overrides=overrides, mutation=mutation)
+            resumed = servers.run("resume", root, overrides=overrides, mutation=mutation)
             problems = []
             if resumed.answer is None or not resumed.answer["finished"]:
-                problems.append(f"it does not go on: {resumed.fault} {resumed.answer}")
+                problems.append(f"the resume failed: {resumed.fault} {resumed.answer}")
             else:
-                if any(resumed.answer[what] != whole.answer[what] for what in ("adapter", "state")):
-                    problems.append("other bytes")
+                if any(resumed.answer[key] != whole.answer[key] for key in ("adapter", "state")):
+                    problems.append("the bytes differ")
                 if resumed.answer["rows"] != whole.answer["rows"][step:]:
-                    problems.append("other rows")
+                    problems.append("the rows differ")
             outcomes.append((step, problems))
             shutil.rmtree(root)
         shutil.rmtree(origin)
@@ -102,7 +102,7 @@ def resume_everywhere(
 
 
 def cut(origin: Path, root: Path, step: int) -> None:
-    """Copy a finished run as it was after `step`."""
+    """Copy a finished run in its state after `step`."""
     shutil.copytree(origin, root)
     run = run_of(root)
     shutil.rmtree(run.adapter)

@@ -1,4 +1,4 @@
-"""R3: the power goes at every moment of a recorded run, and every state that the disk may then have is opened."""
+"""R3: simulates a power loss at every moment of a recorded run, and opens possible states of the disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.crash.jobs import JOBS as RUNS
 from tests.crash.jobs import run_of
 from tests.crash.kills import calls_of_a_run
 from tests.crash.mutations import mutate
-from tests.crash.shim import Call, Strike, read_log
+from tests.crash.shim import Call, Injection, read_log
 from tests.crash.trial import Bench, Tally
 
 from lorafit.errors import LorafitError
@@ -27,55 +27,55 @@ _STEP = re.compile(r"run/checkpoints/step-(\d+)")
 
 
 @dataclass(slots=True)
-class Promises:
-    """What the run has said so far, and what it wrote."""
+class Expected:
+    """The checkpoints that the run has reported as saved, and the folders that it has written."""
 
-    due: set[int] = field(default_factory=set)  # steps reported as saved that no rotation has begun to remove
-    written: dict[str, list[dict[str, bytes]]] = field(default_factory=dict)  # folder -> its files, each time
+    saved: set[int] = field(default_factory=set)  # reported as saved, not removed by a rotation
+    written: dict[str, list[dict[str, bytes]]] = field(default_factory=dict)  # folder -> files per commit
 
     def feed(self, call: Call, disk: Disk) -> None:
-        """Take note of a call that is about to happen (removals) or has (the rest)."""
+        """Record the effect of a call."""
         if call.path == "run/metrics.jsonl" and call.kind == "w":
-            self.due |= {int(step) for step in _SAVED.findall(call.data)}
+            self.saved |= {int(step) for step in _SAVED.findall(call.data)}
         if call.kind == "r" and (_STEP.fullmatch(call.target) or call.target == "run/adapter"):
             self.written.setdefault(call.target, []).append(disk.files(call.target))
 
 
-def replay(calls: Sequence[Call]) -> Iterator[tuple[int, Disk, Promises]]:
-    """The moments of a recorded run: (number of calls made, disk, promises), from none to all."""
-    disk, promises = Disk(), Promises()
-    yield 0, disk, promises
+def replay(calls: Sequence[Call]) -> Iterator[tuple[int, Disk, Expected]]:
+    """The moments of a recorded run, as (number of calls so far, disk, expected state)."""
+    disk, expected = Disk(), Expected()
+    yield 0, disk, expected
     for number, call in enumerate(calls, start=1):
-        if call.kind == "r" and (gone := _STEP.fullmatch(call.path)) and "/.old-" not in call.target:
-            promises.due.discard(int(gone[1]))
+        if call.kind == "r" and (removed := _STEP.fullmatch(call.path)) and "/.old-" not in call.target:
+            expected.saved.discard(int(removed[1]))
         disk.feed(call)
-        promises.feed(call, disk)
-        yield number, disk, promises
+        expected.feed(call, disk)
+        yield number, disk, expected
 
 
 def put(image: Image, folder: Path) -> None:
-    """Make `folder` what `image` says."""
+    """Replace `folder` by the contents of `image`."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for path, content in image.items():  # a folder comes before what is in it
+    for path, content in image.items():  # a folder precedes its contents
         if content is None:
             (folder / path).mkdir()
         else:
             (folder / path).write_bytes(content)
 
 
-def judge(root: Path, promises: Promises) -> list[str]:
-    """What is wrong with what lorafit makes of an image that lies at `root`."""
+def check_image(root: Path, expected: Expected) -> list[str]:
+    """The problems when lorafit opens the image at `root`."""
     run, problems = run_of(root), []
-    run.clean()  # as a resume does first
-    for step in sorted(promises.due):
+    run.clean()  # a resume does this first
+    for step in sorted(expected.saved):
         problems += [f"step {step} is lost: {fault}" for fault in verify_folder(run.checkpoint(step))[:1]]
     newest, _ = run.newest_checkpoint()
-    if newest is not None and not _is_as_written(root, f"run/checkpoints/step-{newest:06d}", promises):
-        problems.append(f"step {newest} is accepted and is not what was written")
-    if run.has_adapter() and not _is_as_written(root, "run/adapter", promises):
-        problems.append("the adapter is accepted and is not what was written")
-    if promises.due:
+    if newest is not None and not _is_as_written(root, f"run/checkpoints/step-{newest:06d}", expected):
+        problems.append(f"step {newest} is accepted, but differs from the written files")
+    if run.has_adapter() and not _is_as_written(root, "run/adapter", expected):
+        problems.append("the adapter is accepted, but differs from the written files")
+    if expected.saved:
         try:
             run.config()
         except (LorafitError, OSError) as error:
@@ -83,9 +83,9 @@ def judge(root: Path, promises: Promises) -> list[str]:
     return problems
 
 
-def _is_as_written(root: Path, folder: str, promises: Promises) -> bool:
+def _is_as_written(root: Path, folder: str, expected: Expected) -> bool:
     files = {path.name: path.read_bytes() for path in (root / folder).iterdir()}
-    return files in promises.written.get(folder, [])
+    return files in expected.written.get(folder, [])
 
 
 def open_images(
@@ -98,21 +98,21 @@ def open_images(
     sample: int,
     mutation: str = "",
 ) -> dict[str, Any]:
-    """A child's share: every `stride`-th moment from `first`; every `sample`-th image stays, to be resumed."""
+    """Open the images of every `stride`-th moment from `first`; keep every `sample`-th image for a resume."""
     mutate(mutation)
     calls = list(read_log(Path(record), Path(recorded)))
     seen: set[str] = set()
     failures, kept = [], []
-    for number, disk, promises in replay(calls):
+    for number, disk, expected in replay(calls):
         if number % stride != first:
             continue
         for image in disk.images(random.Random(number), per_moment):
-            key = _digest(image, promises.due)
+            key = _digest(image, expected.saved)
             if key in seen:
                 continue
             seen.add(key)
             put(image, root / "image")
-            if problems := judge(root / "image", promises):
+            if problems := check_image(root / "image", expected):
                 failures.append(f"after call {number} of {len(calls)}: {'; '.join(problems)}")
             if len(seen) % sample == 0:
                 kept.append(f"image-{number}-{len(seen)}")
@@ -120,8 +120,8 @@ def open_images(
     return {"images": sorted(seen), "failures": failures, "kept": kept}
 
 
-def _digest(image: Image, due: set[int]) -> str:
-    digest = hashlib.sha256(repr(sorted(due)).encode())
+def _digest(image: Image, saved: set[int]) -> str:
+    digest = hashlib.sha256(repr(sorted(saved)).encode())
     for path in sorted(image):
         data = image[path]
         digest.update(f"{path}\0{-1 if data is None else len(data)}\0".encode() + (data or b""))
@@ -135,20 +135,20 @@ History = float | Literal["undisturbed", "stopped"]
 
 
 def record_of(bench: Bench, name: str, history: History) -> tuple[Path, Path]:
-    """Record a run to its end; the record and the folder it was in.
+    """Record a complete run. Returns the record and the run's folder.
 
-    A number: killed after that share of its calls, and resumed. "stopped": by SIGTERM in a step that is to be measured,
-    so that the resume replaces a checkpoint.
+    A number: the run is killed after that part of its calls, and resumed. "stopped": SIGTERM arrives in a step with an
+    evaluation, so that the resume replaces a checkpoint.
     """
     root, record = bench.root(name), bench.work / f"{name}.log"
     record.unlink(missing_ok=True)
-    strike, stop_in = Strike(), 4 if history == "stopped" else None
+    injection, stop_in = Injection(), 4 if history == "stopped" else None
     if isinstance(history, float):
         num_calls = sum(call.thread == 0 for call in calls_of_a_run(bench))
-        strike = Strike(0, max(1, int(history * num_calls)), "kill")
-    outcome = bench.run("start", root, log=record, strike=strike, stop_in=stop_in)
+        injection = Injection(0, max(1, int(history * num_calls)), "kill")
+    outcome = bench.run("start", root, log=record, injection=injection, stop_in=stop_in)
     if outcome.killed or (outcome.answer and not outcome.answer["finished"]):
-        outcome = bench.run("go_on", root, log=record)
+        outcome = bench.run("resume", root, log=record)
     assert not bench.end_of(root, outcome), bench.end_of(root, outcome)
     return record, root
 
@@ -173,19 +173,19 @@ def cut_the_power(
 def open_all(
     bench: Bench, tally: Tally, record: Path, recorded: Path, per_moment: int, sample: int, stride: int
 ) -> None:
-    """Open the images of one record, a share on each server, and resume the sample."""
-    shares = bench.servers.count
+    """Open the images of one record, a part on each server, and resume the sample."""
+    num_parts = bench.servers.count
 
-    def open_share(share: int) -> tuple[Path, dict[str, Any]]:
-        root = bench.root(f"power-{share}")
+    def open_part(part: int) -> tuple[Path, dict[str, Any]]:
+        root = bench.root(f"power-{part}")
         outcome = bench.servers.run(
             "open_images",
             root,
             timeout=3600.0,
             record=str(record),
             recorded=str(recorded),
-            first=share * stride,
-            stride=shares * stride,
+            first=part * stride,
+            stride=num_parts * stride,
             per_moment=per_moment,
             sample=sample,
             mutation=bench.mutation,
@@ -194,7 +194,7 @@ def open_all(
         assert not outcome.fault, outcome.fault
         return root, dict(outcome.answer)
 
-    opened = list(bench.servers.each(open_share, range(shares)))
+    opened = list(bench.servers.each(open_part, range(num_parts)))
     images = {key for _, answer in opened for key in answer["images"]}
     tally.tried += len(images)
     tally.failures += [failure for _, answer in opened for failure in answer["failures"]]

@@ -1,9 +1,9 @@
-"""A process that has everything imported and forks a child for each run; a child can be killed, struck, recorded.
+"""A fork server with all imports done. It forks a child per run, and can kill it, fail its calls or record them.
 
     python -m tests.crash.server MODULE
 
-MODULE has `JOBS`: functions by name. Requests and answers are lines of JSON on stdin and stdout. What a child does:
-`JOBS[job](**arguments)`, in the environment of the server, with the shim armed for the files below `root`.
+MODULE has `JOBS`: functions by name. Requests and answers are lines of JSON on stdin and stdout. A child runs
+`JOBS[job](root, **arguments)` in the environment of the server, and the shim watches the files below `root`.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from queue import SimpleQueue
 from types import ModuleType, TracebackType
 from typing import Any, TypeVar
 
-from tests.crash.shim import Strike, build, watch
+from tests.crash.shim import Injection, build, watch
 from tests.prompts import Asked
 
 T = TypeVar("T")
 R = TypeVar("R")
-TIMEOUT = 120.0  # seconds after which a child counts as hanging
+TIMEOUT = 120.0  # seconds; a child that runs longer is an error
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a child ended: `killed` by SIGKILL, or with an `answer`, or, when it hung or broke, with a `fault`."""
+    """The end of a child: `killed` by SIGKILL, an `answer`, or a `fault` (a timeout or an exception)."""
 
     killed: bool
     answer: Mapping[str, Any] | None
@@ -46,10 +46,10 @@ class Outcome:
 
 
 class Server(Asked):
-    """The client's end: one server process, one child at a time."""
+    """The client of one server process; one child at a time."""
 
     def __init__(self, work: Path, module: str, *, prefix: Sequence[str] = (), **environment: str) -> None:
-        own = {
+        variables = {
             "LD_PRELOAD": str(build(work)),
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
@@ -58,7 +58,7 @@ class Server(Asked):
         }
         super().__init__(
             ["tests.crash.server", module],
-            {**os.environ, **own, **environment},
+            {**os.environ, **variables, **environment},
             prefix=prefix,
             log=work / f"{module}.err",
         )
@@ -68,21 +68,22 @@ class Server(Asked):
         job: str,
         root: Path,
         *,
-        strike: Strike | None = None,
+        injection: Injection | None = None,
         kill_after: float | None = None,
         log: Path | None = None,
         learn: bool = False,
         timeout: float = TIMEOUT,
         **arguments: Any,
     ) -> Outcome:
-        """Fork a child for `job`. It dies at `strike`, or `kill_after` seconds; its calls are appended to `log`.
+        """Fork a child for `job`, with a fault at `injection`, or killed after `kill_after` seconds.
 
-        With `learn` the server imports what the child had imported, so that later children start with it.
+        Its calls are appended to `log`. With `learn`, the server also imports the modules of the child, so that
+        later children start with them.
         """
         request = {
             "job": job,
             "root": str(root),
-            "strike": asdict(strike or Strike()),
+            "injection": asdict(injection or Injection()),
             "kill_after": kill_after,
             "log": str(log) if log else None,
             "learn": learn,
@@ -93,7 +94,7 @@ class Server(Asked):
 
 
 class Servers:
-    """Several servers that share the work; after `seconds` no more of it is begun, and `cut_short` says so."""
+    """Several servers for one list of trials. After `seconds` no trial is started, and `cut_short` is true."""
 
     def __init__(
         self,
@@ -112,7 +113,7 @@ class Servers:
             self._free.put(server)
 
     def run(self, job: str, root: Path, **arguments: Any) -> Outcome:
-        """As `Server.run`, on whichever is free."""
+        """`Server.run` on a free server."""
         server = self._free.get()
         try:
             return server.run(job, root, **arguments)
@@ -120,25 +121,25 @@ class Servers:
             self._free.put(server)
 
     def learn(self, job: str, root: Path, **arguments: Any) -> Outcome:
-        """Run `job` on every server, so that each has imported all that it needs; the last outcome."""
+        """Run `job` on every server, so that each imports all needed modules. Returns the last outcome."""
         for index, server in enumerate(self._all):
             outcome = server.run(job, root / f"rehearsal-{index}", learn=True, **arguments)
             assert not outcome.fault, outcome.fault
         return outcome
 
     def each(self, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-        """`function` of every item, as many at once as there are servers; results in the order of the items."""
-        begun: deque[Future[R]] = deque()
+        """Call `function` for every item, in parallel on all servers; the results have the order of the items."""
+        running: deque[Future[R]] = deque()
         with ThreadPoolExecutor(self.count) as pool:
             for item in items:
                 if time.monotonic() > self._until:
                     self.cut_short = True
                     break
-                begun.append(pool.submit(function, item))
-                if len(begun) > self.count:
-                    yield begun.popleft().result()
-            while begun:
-                yield begun.popleft().result()
+                running.append(pool.submit(function, item))
+                if len(running) > self.count:
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
 
     def __enter__(self) -> Servers:
         return self
@@ -153,15 +154,16 @@ class Servers:
 def _serve(module: ModuleType) -> None:
     requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-    os.dup2(2, 1)  # what a job prints is no answer
+    os.dup2(2, 1)  # a job's own output goes to stderr
     for line in requests:
         outcome = _forked(module, json.loads(line))
         for name in (outcome["answer"] or {}).pop("modules", ()):
             with contextlib.suppress(Exception):
                 import_module(name)
         tasks = [(task / "comm").read_text() for task in sorted(Path("/proc/self/task").iterdir())]
-        others = [name for name in tasks[1:] if name != "jemalloc_bg_thd\n"]  # pyarrow's; it knows forks
-        assert not others, f"a process with threads is not forked: {others}"
+        # jemalloc_bg_thd belongs to pyarrow's allocator, which supports fork.
+        others = [name for name in tasks[1:] if name != "jemalloc_bg_thd\n"]
+        assert not others, f"the server must have no other threads: {others}"
         answers.write(json.dumps(outcome) + "\n")
         answers.flush()
 
@@ -202,7 +204,7 @@ def _work(module: ModuleType, request: dict[str, Any], writing: int) -> None:
     try:
         try:
             log = request["log"] and Path(request["log"])
-            watch(Path(request["root"]), log, Strike(**request["strike"]))
+            watch(Path(request["root"]), log, Injection(**request["injection"]))
             answer = module.JOBS[request["job"]](Path(request["root"]), **request["arguments"])
             if request["learn"]:
                 answer["modules"] = sorted(sys.modules.keys() - {"__main__"})

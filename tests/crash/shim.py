@@ -1,4 +1,4 @@
-"""The preloaded library of shim.cpp from Python: build it, say where it strikes, read what it recorded."""
+"""The preloaded library of shim.cpp: builds it, sets its injection, and reads its record."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _ACTS: tuple[Act, ...] = ("nothing", "kill", "tear", "fail", "shorten", "fail fo
 
 
 @dataclass(frozen=True, slots=True)
-class Strike:
-    """What happens at call number `call` (from 1) of thread number `thread` (0 is the first)."""
+class Injection:
+    """A fault at call number `call` (from 1) of thread number `thread` (from 0)."""
 
     thread: int = 0
     call: int = 0
@@ -30,9 +30,9 @@ class Strike:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call that changed files: `kind` is a letter of shim.cpp, `file` the inode number that it was about.
+    """One call that changed files: `kind` is a letter of shim.cpp, `file` is the inode number.
 
-    `path` and `target` (of a rename) are relative to the watched folder, "" is that folder itself.
+    `path` and `target` (of a rename) are relative to the watched folder; "" is the folder itself.
     """
 
     kind: str
@@ -46,7 +46,7 @@ class Call:
 
 
 def unavailable() -> str:
-    """Why there can be no shim here; "" where there can."""
+    """The reason why the shim is not available, or ""."""
     if sys.platform != "linux":
         return "the crash campaigns need Linux"
     return "" if _compiler() else "the crash campaigns need a C++ compiler"
@@ -67,32 +67,32 @@ def build(folder: Path) -> Path:
     return library
 
 
-def watch(root: Path, log: Path | None, strike: Strike) -> None:
-    """Arm the library, which this process was started with, for calls below `root`; `log` lies outside."""
+def watch(root: Path, log: Path | None, injection: Injection) -> None:
+    """Start to watch calls below `root`. The process has the library preloaded, and `log` is outside `root`."""
     library = ctypes.CDLL(os.environ["LD_PRELOAD"])
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if log else -1
     library.crash_watch(
         os.fsencode(root.resolve()),
         descriptor,
-        strike.thread,
-        ctypes.c_long(strike.call),
-        _ACTS.index(strike.act),
-        strike.error,
+        injection.thread,
+        ctypes.c_long(injection.call),
+        _ACTS.index(injection.act),
+        injection.error,
     )
 
 
 def read_log(log: Path, root: Path) -> Iterator[Call]:
     """The calls in the order of their effects."""
-    content, at = log.read_bytes(), 0
+    content, position = log.read_bytes(), 0
     start = len(str(root.resolve()))
 
     def below(path: str) -> str:
         return path[start + 1 :] if path else ""
 
-    while at < len(content):
-        end = content.index(b"\n", at)
-        kind, thread, number, file, offset, size, path, target = content[at:end].decode().split("\t")
-        at = end + 1 + int(size)
+    while position < len(content):
+        end = content.index(b"\n", position)
+        kind, thread, number, file, offset, size, path, target = content[position:end].decode().split("\t")
+        position = end + 1 + int(size)
         yield Call(
             kind=kind,
             thread=int(thread),
@@ -101,5 +101,5 @@ def read_log(log: Path, root: Path) -> Iterator[Call]:
             offset=int(offset),
             path=below(path.removesuffix(" (deleted)")),
             target=below(target),
-            data=content[end + 1 : at],
+            data=content[end + 1 : position],
         )

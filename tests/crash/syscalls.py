@@ -1,4 +1,4 @@
-"""Does the shim see everything? One run, counted by the shim and, independently, by strace at the system calls."""
+"""Checks that the shim records all calls: counts one run with the shim and with strace."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _KINDS = {
 
 
 def compare(bench: Bench) -> Tally:
-    """One trial for each kind of call: the shim and strace count the same."""
+    """One trial per kind of call: the counts of the shim and of strace must be equal."""
     tally = Tally()
     root, log, trace = bench.root("straced"), bench.work / "straced.log", bench.work / "strace.txt"
     prefix = ["strace", "-f", "-y", "-qq", "-s", "0", "-e", f"trace={_TRACED}", "-o", str(trace)]
@@ -46,18 +46,18 @@ def compare(bench: Bench) -> Tally:
     by_shim = Counter(_KINDS[call.kind] for call in read_log(log, root))
     by_strace = Counter(kinds(trace, root))
     opened = ("open to write", "truncate or open to write")
-    for counts in (by_shim, by_strace):  # strace does not say whether an opened file had been there
+    for counts in (by_shim, by_strace):  # strace does not show whether an opened file existed
         counts["open or truncate"] = sum(counts.pop(kind, 0) for kind in opened)
     for kind in sorted(by_shim | by_strace):
-        wrong = by_shim[kind] != by_strace[kind]
-        tally.add(kind, *[f"{by_shim[kind]} by the shim, {by_strace[kind]} by strace"] * wrong)
+        differs = by_shim[kind] != by_strace[kind]
+        tally.add(kind, *[f"{by_shim[kind]} by the shim, {by_strace[kind]} by strace"] * differs)
     tally.facts["calls that change files"] = by_shim.total()
     return tally
 
 
 def kinds(trace: Path, root: Path) -> list[str]:
-    """The kind of each successful call in strace's output that changes files below `root`."""
-    found = []
+    """The kinds of the successful calls in strace's output that change files below `root`."""
+    names = []
     for line in whole_lines(trace.read_text(errors="replace")):
         if str(root.resolve()) not in line or not re.search(r"= \d", line):
             continue
@@ -66,41 +66,41 @@ def kinds(trace: Path, root: Path) -> list[str]:
         match name[1]:
             case "openat" | "open" | "creat":
                 if re.search(r"O_WRONLY|O_RDWR", line):
-                    found.append("open to write")
+                    names.append("open to write")
             case "ftruncate" | "truncate":
-                found.append("truncate or open to write")
+                names.append("truncate or open to write")
             case "write" | "pwrite64" | "writev":
-                found.append("write")
+                names.append("write")
             case "fsync" | "fdatasync":
-                found.append("sync")
+                names.append("sync")
             case "rename" | "renameat" | "renameat2":
-                found.append("rename")
+                names.append("rename")
             case "unlink" | "unlinkat" | "rmdir":
-                found.append("rmdir" if "AT_REMOVEDIR" in line or name[1] == "rmdir" else "unlink")
+                names.append("rmdir" if "AT_REMOVEDIR" in line or name[1] == "rmdir" else "unlink")
             case "mkdir" | "mkdirat":
-                found.append("mkdir")
+                names.append("mkdir")
             case "chmod" | "fchmod" | "fchmodat":
-                found.append("chmod")
+                names.append("chmod")
             case "mmap":
                 if "MAP_SHARED" in line and "PROT_WRITE" in line:
-                    found.append("shared mapping")
+                    names.append("shared mapping")
             case other:
-                found.append(other)
-    return found
+                names.append(other)
+    return names
 
 
 def whole_lines(text: str) -> Iterator[str]:
-    """strace's lines, calls that another thread's interrupted put together again."""
-    begun: dict[str, str] = {}
+    """The lines of strace, with interrupted calls joined."""
+    unfinished: dict[str, str] = {}
     for line in text.splitlines():
         thread = line.split(maxsplit=1)[0]
         if line.endswith("<unfinished ...>"):
-            begun[thread] = line.removesuffix("<unfinished ...>")
+            unfinished[thread] = line.removesuffix("<unfinished ...>")
         else:
             head, resumed, rest = line.partition(" resumed>")
-            yield begun.pop(thread, head) + rest if resumed else line
+            yield unfinished.pop(thread, head) + rest if resumed else line
 
 
 def strace_fault() -> str:
-    """Why strace cannot be used; "" where it can."""
-    return "" if shutil.which("strace") else "there is no strace"
+    """The reason why strace is not available, or ""."""
+    return "" if shutil.which("strace") else "strace is not installed"

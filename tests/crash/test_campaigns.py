@@ -1,4 +1,4 @@
-"""The campaigns in short form: nothing fails, and each mistake that is put into the protocol is found."""
+"""The campaigns in short form: no failure, and each injected mistake of the protocol is detected."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.crash.trial import Bench, Tally
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "there"),
+    pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "available"),
 ]
 
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    with Servers(tmp_path_factory.mktemp("servers"), "tests.crash.power") as found:
-        yield found
+    with Servers(tmp_path_factory.mktemp("servers"), "tests.crash.power") as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def bench(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 @pytest.fixture(scope="module")
 def short(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    """Three saves, of which one stays."""
+    """A run with three saves, of which one is kept."""
     return Bench(tmp_path_factory.mktemp("short"), servers, *faults.SHORT_RUN)
 
 
@@ -65,7 +65,7 @@ def test_failing_calls(short: Bench) -> None:
     assert tally.tried > 10
 
 
-@pytest.mark.skipif(bool(faults.mount_fault()), reason=faults.mount_fault() or "there")
+@pytest.mark.skipif(bool(faults.mount_fault()), reason=faults.mount_fault() or "available")
 def test_full_disks(short: Bench) -> None:
     tally = faults.fill_disks(short, 5)
     assert not tally.failures
@@ -79,7 +79,7 @@ def test_damage(bench: Bench) -> None:
     files = corruption.damage_files(bench, sample=60)
     assert not files.failures
     assert files.tried > 100
-    writes = corruption.lie_in_writes(bench, every=11)
+    writes = corruption.corrupt_writes(bench, every=11)
     assert not writes.failures
     assert writes.tried > 2
 
@@ -90,47 +90,49 @@ def test_resumes_from_steps_of_many_configurations(bench: Bench) -> None:
     assert tally.facts["configurations"] >= 5
 
 
-@pytest.mark.skipif(bool(syscalls.strace_fault()), reason=syscalls.strace_fault() or "there")
+@pytest.mark.skipif(bool(syscalls.strace_fault()), reason=syscalls.strace_fault() or "available")
 def test_the_shim_sees_every_call_that_strace_sees(bench: Bench) -> None:
     tally = syscalls.compare(bench)
     assert not tally.failures
 
 
-# mistake -> the campaign that finds it, as small as will do
-FOUND_BY: dict[str, Callable[[Bench, Bench], Tally]] = {
+# mistake -> the smallest campaign that detects it
+DETECTED_BY: dict[str, Callable[[Bench, Bench], Tally]] = {
     "files are not synced": lambda bench, _: power.cut_the_power(bench, ["undisturbed"], 8, 10**6, 13),
     "the staging folder is not synced": lambda bench, _: power.cut_the_power(
         bench, ["undisturbed"], 8, 10**6, 13
     ),
     "the parent is not synced": lambda bench, _: power.cut_the_power(bench, ["undisturbed"], 8, 10**6, 13),
-    "new folders are not synced into the one above": lambda bench, _: power.cut_the_power(
+    "the parents of new folders are not synced": lambda bench, _: power.cut_the_power(
         bench, ["undisturbed"], 8, 10**6, 13
     ),
     "small files are written in place": lambda bench, _: kills.kill_at_calls(bench, at="config.yaml"),
-    "older checkpoints go before the new one is whole": lambda _, short: faults.fail_calls(short, 53, "c"),
-    "orphans stay": lambda bench, _: kills.kill_at_calls(bench, 7, at="/.staging-step-000002"),
-    "nothing is read back": lambda _, short: corruption.lie_in_writes(short, every=4),
+    "older checkpoints are removed before the new one is complete": lambda _, short: faults.fail_calls(
+        short, 53, "c"
+    ),
+    "orphans are not removed": lambda bench, _: kills.kill_at_calls(bench, 7, at="/.staging-step-000002"),
+    "written files are not verified": lambda _, short: corruption.corrupt_writes(short, every=4),
     "an error of fsync is ignored": lambda _, short: faults.fail_calls(short, 61, "s"),
-    "metrics of lost steps stay": lambda bench, _: kills.kill_at_calls(bench, 9, at="step-000006"),
+    "metrics of lost steps are not removed": lambda bench, _: kills.kill_at_calls(bench, 9, at="step-000006"),
     "random states are not restored": lambda bench, _: parities(bench, ("lora.dropout=0.1",)),
-    "the optimizer starts anew": lambda bench, _: parities(bench, ("lora.dropout=0",)),
-    "the loss scale starts anew": lambda bench, _: parities(bench, parity.OVERFLOWS),
-    "a resume begins its epoch again": lambda bench, _: parities(bench, ("lora.dropout=0",)),
-    "the state is read while training goes on": lambda bench, _: parities(bench, ("lora.dropout=0",)),
+    "the optimizer is reset": lambda bench, _: parities(bench, ("lora.dropout=0",)),
+    "the loss scale is reset": lambda bench, _: parities(bench, parity.OVERFLOWS),
+    "a resume restarts its epoch": lambda bench, _: parities(bench, ("lora.dropout=0",)),
+    "the state is read during training": lambda bench, _: parities(bench, ("lora.dropout=0",)),
 }
 
 
 @pytest.mark.parametrize("mistake", MUTATIONS)
-def test_each_mistake_is_found(bench: Bench, short: Bench, mistake: str) -> None:
-    tally = FOUND_BY[mistake](bench.with_mutation(mistake), short.with_mutation(mistake))
+def test_each_mistake_is_detected(bench: Bench, short: Bench, mistake: str) -> None:
+    tally = DETECTED_BY[mistake](bench.with_mutation(mistake), short.with_mutation(mistake))
     assert tally.tried
     assert tally.failures
 
 
-def test_a_manifest_that_is_believed_is_found(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    def believe(folder: Path, *, may_have_more: bool = False) -> list[str]:
+def test_a_manifest_that_is_not_verified_is_detected(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def accept(folder: Path, *, may_have_more: bool = False) -> list[str]:
         return [] if (folder / "manifest.json").is_file() else ["it is missing"]
 
-    monkeypatch.setattr("lorafit.run_dir.verify_folder", believe)
+    monkeypatch.setattr("lorafit.run_dir.verify_folder", accept)
     tally = corruption.flip_bits(bench, every=4001)
     assert len(tally.failures) == tally.tried

@@ -1,4 +1,4 @@
-"""The model of the disk allows what its rules say and nothing else, and finds protocols that forget a sync."""
+"""The model of the disk gives exactly the images of its rules, and detects protocols with a missing sync."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from tests.crash.shim import Call
 
 
 def play(*lines: str) -> Disk:
-    """A disk after calls written as `kind path [target or data]`."""
+    """A disk after calls, each written as `kind path [target or data]`."""
     disk = Disk()
     for line in lines:
         kind, path, rest = (*line.split(" "), "")[:3]
-        at = 0
+        offset = 0
         if kind == "w":
             node = disk.find(path)
-            at = len(node.now)  # type: ignore[union-attr, arg-type]
-        disk.feed(Call(kind, 0, 0, 0, at, path, rest if kind == "r" else "", rest.encode()))
+            offset = len(node.now)  # type: ignore[union-attr, arg-type]
+        disk.feed(Call(kind, 0, 0, 0, offset, path, rest if kind == "r" else "", rest.encode()))
     return disk
 
 
@@ -28,27 +28,27 @@ def images(disk: Disk) -> list[Image]:
 SAFE = ["m .new", "c .new/a", "w .new/a abc", "s .new/a", "s .new", "r .new done"]
 
 
-def test_only_what_was_synced_is_sure() -> None:
+def test_only_synced_data_is_durable() -> None:
     assert {} in images(play(*SAFE))
     assert {"done": None, "done/a": b"abc"} in images(play(*SAFE))
 
 
-def test_a_synced_rename_of_a_synced_folder_is_whole() -> None:
+def test_a_synced_rename_of_a_synced_folder_is_complete() -> None:
     assert {tuple(image.items()) for image in images(play(*SAFE, "s "))} == {
         (("done", None), ("done/a", b"abc"))
     }
 
 
-def test_each_forgotten_sync_shows() -> None:
+def test_each_missing_sync_is_detected() -> None:
     whole = {"done": None, "done/a": b"abc"}
-    for forgotten in ("s .new/a", "s .new"):
-        calls = [call for call in SAFE if call != forgotten]
-        found = images(play(*calls, "s "))
-        assert whole in found
-        assert any(image != whole and "done" in image for image in found), forgotten
+    for missing in ("s .new/a", "s .new"):
+        calls = [call for call in SAFE if call != missing]
+        possible = images(play(*calls, "s "))
+        assert whole in possible
+        assert any(image != whole and "done" in image for image in possible), missing
 
 
-def test_a_rename_happens_as_a_whole() -> None:
+def test_a_rename_is_atomic() -> None:
     disk = play("c old", "w old 1", "s old", "c new", "w new 2", "s new", "s ", "r new old")
     assert {tuple(sorted(image.items())) for image in images(disk)} == {
         (("new", b"2"), ("old", b"1")),
@@ -56,20 +56,20 @@ def test_a_rename_happens_as_a_whole() -> None:
     }
 
 
-def test_a_later_change_of_a_name_wins_over_an_earlier_one_that_was_not_synced() -> None:
+def test_a_later_change_of_a_name_replaces_an_earlier_unsynced_change() -> None:
     disk = play("m a", "m b", "s ", "c b/x", "r b/x a/x", "s a")
     assert all("a/x" in image and "b/x" not in image for image in images(disk))
 
 
-def test_unsynced_bytes_may_be_there_in_part_zero_or_foreign() -> None:
+def test_unsynced_bytes_can_be_partial_zero_or_foreign() -> None:
     disk = play("c log", "w log aaaa", "s log", "s ", "w log bbbb")
-    found = [image["log"] for image in images(disk)]
-    assert {b"aaaa", b"aaaabbbb", b"aaaa\0\0\0\0", b"aaaabb"} <= set(found)
-    assert all(data is not None and data.startswith(b"aaaa") for data in found)
-    assert any(data not in b"aaaabbbb" and data != b"aaaa\0\0\0\0" for data in found if data)
+    contents = [image["log"] for image in images(disk)]
+    assert {b"aaaa", b"aaaabbbb", b"aaaa\0\0\0\0", b"aaaabb"} <= set(contents)
+    assert all(data is not None and data.startswith(b"aaaa") for data in contents)
+    assert any(data not in b"aaaabbbb" and data != b"aaaa\0\0\0\0" for data in contents if data)
 
 
-def test_the_folder_above_must_be_synced_too() -> None:
+def test_the_parent_folder_must_be_synced_too() -> None:
     disk = play("m run", "c run/a", "w run/a x", "s run/a", "s run")
     assert {} in images(disk)
     assert {} not in images(play("m run", "s ", "c run/a", "w run/a x", "s run/a", "s run"))

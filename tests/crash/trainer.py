@@ -1,4 +1,4 @@
-"""The same kills for transformers' Trainer with peft, as its documentation resumes it; the row of comparison."""
+"""The kills of R1 for transformers' Trainer with peft, for comparison; it is resumed as in its documentation."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
 
 from tests.crash.jobs import write_material
-from tests.crash.kills import strikes
+from tests.crash.kills import injections
 from tests.crash.server import Servers
-from tests.crash.shim import Strike, read_log
+from tests.crash.shim import Injection, read_log
 from tests.crash.trial import Tally
 
 MODULE = "tests.crash.trainer"
@@ -26,12 +26,12 @@ def versions() -> str:
 
 
 def start(root: Path, model: str) -> dict[str, Any]:
-    """Train and write the adapter."""
+    """Train and save the adapter."""
     return _train(root, model, resume=False)
 
 
-def go_on(root: Path, model: str) -> dict[str, Any]:
-    """`trainer.train(resume_from_checkpoint=True)`; from the start where no checkpoint folder was begun."""
+def resume(root: Path, model: str) -> dict[str, Any]:
+    """`trainer.train(resume_from_checkpoint=True)`, or a new start if there is no checkpoint folder."""
     from transformers.trainer_utils import get_last_checkpoint
 
     output = root / "run"
@@ -74,11 +74,11 @@ def _train(root: Path, model_folder: str, *, resume: bool) -> dict[str, Any]:
     return {"finished": True, "adapter": hashlib.sha256(adapter).hexdigest()}
 
 
-JOBS: Mapping[str, Callable[..., dict[str, Any]]] = {"start": start, "go_on": go_on}
+JOBS: Mapping[str, Callable[..., dict[str, Any]]] = {"start": start, "resume": resume}
 
 
 def kill_trainer(work: Path, servers: Servers, most: int) -> Tally:
-    """R1 on the Trainer, at no more than `most` strikes, evenly spread over the run."""
+    """R1 on the Trainer, at no more than `most` injections, evenly spread over the run."""
     write_material(work / "material")
     model = str(work / "material/model")
     whole = servers.learn("start", work / "whole", model=model)
@@ -89,25 +89,25 @@ def kill_trainer(work: Path, servers: Servers, most: int) -> Tally:
     servers.run("start", recorded, log=log, model=model)
     calls = list(read_log(log, recorded))
     tally = Tally(facts={"calls that change files": len(calls)})
-    points = strikes(calls)
+    points = injections(calls)
     points = [points[len(points) * index // most] for index in range(most)] if len(points) > most else points
 
-    def trial(strike: Strike) -> tuple[Strike, str | None]:
-        root = work / f"kill-{strike.thread}-{strike.call}-{strike.act}"
+    def trial(injection: Injection) -> tuple[Injection, str | None]:
+        root = work / f"kill-{injection.thread}-{injection.call}-{injection.act}"
         root.mkdir()
-        outcome = servers.run("start", root, strike=strike, model=model)
+        outcome = servers.run("start", root, injection=injection, model=model)
         if not outcome.killed:
-            return strike, None
-        resumed = servers.run("go_on", root, model=model)
+            return injection, None
+        resumed = servers.run("resume", root, model=model)
         shutil.rmtree(root)
         if resumed.answer is None or not resumed.answer["finished"]:
-            return strike, f"not resumed: {resumed.fault} {resumed.answer and resumed.answer['problems']}"
-        return strike, "" if resumed.answer["adapter"] == whole.answer["adapter"] else "other bytes"
+            return injection, f"not resumed: {resumed.fault} {resumed.answer and resumed.answer['problems']}"
+        return injection, "" if resumed.answer["adapter"] == whole.answer["adapter"] else "the bytes differ"
 
-    for strike, problem in servers.each(trial, points):
+    for injection, problem in servers.each(trial, points):
         if problem is None:
             tally.count("not reached")
         else:
-            tally.add(str(strike), *[problem] if problem else [])
+            tally.add(str(injection), *[problem] if problem else [])
             tally.count("not resumed", problem.startswith("not resumed"))
     return tally

@@ -1,4 +1,4 @@
-"""One trial of a campaign: what a dead run left, whether it can go on, and whether it then ends in the same bytes."""
+"""One trial of a campaign: the state of a dead run, and whether it resumes to the same bytes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.crash.server import Outcome, Servers
 
 @dataclass(slots=True)
 class Tally:
-    """What a campaign tried and what went wrong, each failure in words. `facts` are numbers to publish."""
+    """The number of trials of a campaign, the texts of its failures, and `facts`, numbers for the table."""
 
     tried: int = 0
     failures: list[str] = field(default_factory=list)
     facts: dict[str, int] = field(default_factory=dict)
 
     def add(self, name: str, *problems: str) -> None:
-        """One more trial and what was wrong with it."""
+        """Add a trial and its problems."""
         self.tried += 1
         if problems:
             self.failures.append(f"{name}: {'; '.join(problems)}")
@@ -31,20 +31,20 @@ class Tally:
     def count(self, fact: str, number: int = 1) -> None:
         self.facts[fact] = self.facts.get(fact, 0) + number
 
-    def most(self, fact: str, number: int) -> None:
+    def maximum(self, fact: str, number: int) -> None:
         self.facts[fact] = max(self.facts.get(fact, 0), number)
 
 
 @dataclass(frozen=True, slots=True)
-class Left:
-    """What a dead run left: the last step it recorded, the last that it reported as saved, the newest checkpoint."""
+class RunState:
+    """The state of a dead run: the last recorded step, the last step reported as saved, and the newest checkpoint."""
 
     last_step: int
     reported: int
     newest: int
 
     @classmethod
-    def by(cls, root: Path) -> Left:
+    def of(cls, root: Path) -> RunState:
         events = list(events_of(root))
         return cls(
             last_step=max((e["step"] for e in events if e["event"] == "step"), default=0),
@@ -54,7 +54,7 @@ class Left:
 
 
 def events_of(root: Path) -> Iterable[dict[str, Any]]:
-    """The events of a run's metrics that can be read."""
+    """The readable events of a run's metrics."""
     file = run_of(root).metrics_file
     for line in file.read_bytes().splitlines() if file.exists() else ():
         try:
@@ -66,9 +66,9 @@ def events_of(root: Path) -> Iterable[dict[str, Any]]:
 
 
 class Bench:
-    """Servers, a tiny run's settings, and how that run ends when nobody disturbs it.
+    """Servers, the settings of a tiny run, and the result of that run without faults.
 
-    `mutation` is a mistake that lorafit is given in the children (see mutations.py), to see that it is found.
+    `mutation` is a mistake that is injected into lorafit in the children (see mutations.py); it must be detected.
     """
 
     mutation = ""
@@ -94,7 +94,7 @@ class Bench:
         return root
 
     def run(self, job: str, root: Path, **how: Any) -> Outcome:
-        """A child that does `job` in `root`."""
+        """Run `job` in a child, in `root`."""
         return self.servers.run(job, root, overrides=self.overrides, mutation=self.mutation, **how)
 
     def with_mutation(self, name: str) -> Bench:
@@ -104,29 +104,29 @@ class Bench:
         return mutated
 
     def finish(self, root: Path) -> list[str]:
-        """Let the run in `root` go on undisturbed; what is wrong with how it ends. Removes `root` if nothing is."""
-        problems = self.end_of(root, self.run("go_on", root))
+        """Resume the run in `root` without faults. Returns its problems; without problems, removes `root`."""
+        problems = self.end_of(root, self.run("resume", root))
         if not problems:
             shutil.rmtree(root)
         return problems
 
     def end_of(self, root: Path, outcome: Outcome) -> list[str]:
-        """What is wrong with a run that went on undisturbed."""
+        """The problems of a run that was resumed without faults."""
         if outcome.fault or outcome.answer is None:
-            return [f"it broke: {outcome.fault}"]
+            return [f"it crashed: {outcome.fault}"]
         if not outcome.answer["finished"]:
             return [f"it did not finish: {outcome.answer['problems']}"]
         problems = []
         if digest(root) != self.adapter:
-            problems.append("the final adapter has other bytes")
+            problems.append("the final adapter differs")
         elif outcome.answer["state"] != self.state:
-            problems.append("the last checkpoint has other bytes")
-        said = any("no report" in event.get("text", "") for event in events_of(root))
-        if not run_of(root).report_file.exists() and not said:
-            problems.append("there is no report, and nothing was said")
+            problems.append("the last checkpoint differs")
+        reported = any("no report" in event.get("text", "") for event in events_of(root))
+        if not run_of(root).report_file.exists() and not reported:
+            problems.append("there is no report and no message about it")
         steps = [event["step"] for event in events_of(root) if event["event"] == "step"]
         if steps != list(range(1, self.num_steps + 1)):
             problems.append(f"metrics.jsonl has the steps {steps}")
         run = run_of(root)
-        litter = [p.name for folder in (run.path, run.checkpoints) for p in folder.glob(".*")]
-        return [*problems, *(f"{name} was left" for name in litter)]
+        remaining = [p.name for folder in (run.path, run.checkpoints) for p in folder.glob(".*")]
+        return [*problems, *(f"{name} was not removed" for name in remaining)]

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorafit.data.batch import RankShare, balance
+from lorafit.data.packing import Packer
 
 LENGTHS = st.lists(st.integers(2, 60), min_size=1, max_size=40)
 
@@ -28,8 +29,7 @@ class Numbered:
 def test_every_row_is_on_one_rank_once(lengths: list[int], world_size: int, capacity: int) -> None:
     rows, indices = Numbered(lengths), np.arange(len(lengths))
     batches = [
-        RankShare(rank, world_size, 0.01).of(rows, indices, capacity, packing=True)
-        for rank in range(world_size)
+        RankShare(rank, world_size, 0.01).of(rows, indices, Packer(capacity)) for rank in range(world_size)
     ]
     packs = [pack for batch in batches for pack in batch.packs if pack.num_tokens]
     assert all(batch.packs for batch in batches)  # a rank without rows takes part
@@ -54,5 +54,5 @@ def test_long_rows_count_for_their_attention_too() -> None:
     share = RankShare(0, 2, attention=0.1)
     assert share.cost(100) > 2 * share.cost(50)
     lengths = [100, 50, 50, 50, 50]
-    alone = RankShare(0, 2, attention=0.1).of(Numbered(lengths), np.arange(5), 1000, packing=True)
+    alone = RankShare(0, 2, attention=0.1).of(Numbered(lengths), np.arange(5), Packer(1000))
     assert sum(pack.num_tokens for pack in alone.packs) == 100  # as much work as the four others

@@ -46,7 +46,7 @@ def paths(tmp_path: Path) -> list[Path]:
 
 def test_groups_and_places(model: Path, paths: list[Path]) -> None:
     material = read(model, paths)
-    first, second = material.groups([str(path) for path in paths])
+    first, second = material.index.groups(material.training.numbers)
     numbers = material.training.numbers
     assert sorted([*first.tolist(), *second.tolist()]) == list(range(41))
     assert set(numbers[first]) == set(range(15)) - set(material.heldout.numbers.tolist())

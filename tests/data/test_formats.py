@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.tiny_models import write_model
 
+from lorafit.check.run import check_data
+from lorafit.config.load import load_config
+from lorafit.config.schema import DataSection
+from lorafit.data.build import build_data
 from lorafit.data.formats import (
     FORMATS,
     Chat,
     Completion,
     Content,
     Detected,
+    Fields,
+    Format,
     Instruction,
     Message,
     Text,
@@ -22,6 +30,7 @@ from lorafit.data.formats import (
     parse,
 )
 from lorafit.errors import DataError, Problem
+from lorafit.hub.client import model_folder
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
 HUMAN, GPT = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}
@@ -245,3 +254,36 @@ def test_the_seed_tasks_fit_no_format(shared: Any) -> None:
     lines = (shared / "data/self_instruct_seed_tasks.jsonl").read_text().splitlines()
     with pytest.raises(DataError, match="`instances`"):
         detect([json.loads(line) for line in lines])
+
+
+def test_the_schema_has_the_names_of_the_registry() -> None:
+    field = DataSection.model_fields["format"]
+    assert get_args(field.annotation) == ("auto", *FORMATS)
+
+
+def test_a_registered_format_is_all_that_detection_training_and_checks_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(row: Fields) -> Content:
+        return Completion(row.required("clue"), row.filled("solution"))
+
+    monkeypatch.setitem(FORMATS, "riddle", Format((("clue",), ("solution",)), Completion, read))
+    model = write_model(tmp_path / "model")
+    rows = [{"clue": f"What is number {n}? ", "solution": f"It is {n}."} for n in range(20)]
+    rows[4]["solution"] = "N/A"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    words = [f"model.name={model}", f"data.path={tmp_path / 'rows.json'}", "run.samples=1", "data.holdout=2"]
+    config = load_config(None, words)
+    training_data = build_data(config, model_folder(str(model)), None, quiet=True)
+    assert (training_data.format, training_data.reason) == ("riddle", "every row has `clue` and `solution`")
+    assert training_data.samples[0].content == read(Fields(rows[training_data.samples[0].number], "", []))
+    ids, trained = training_data.encoded.row(7)
+    decoded = training_data.tokenizer.decode(ids[trained].tolist())
+    assert decoded.strip().removesuffix("</s>") == "It is 7."
+    results = {result.name: result for result in check_data(config, quiet=True).verdicts}
+    assert results["answers"].rows == (5,)
+    assert results["trained text"].verdict == "pass"
+    del rows[3]["solution"]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    with pytest.raises(DataError, match=r"`solution` is missing"):
+        build_data(config, model_folder(str(model)), None, quiet=True)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.conftest import shared_dir
 from tests.data.chat_formats import FORMATS
 from tests.data.masks import Kind, Tally, check, conversations, kinds
+from tests.shared_files import shared_dir
 
 from lorafit.data import chat_template, prompt
 
@@ -40,7 +40,7 @@ def test_what_is_trained_is_the_answers_with_tinyllamas_tokenizer(tmp_path: Path
     ("name", "spoil"),
     [
         ("chatml", lambda p: p.setattr(prompt, "_continue", _one_character_late)),
-        ("qwen3", lambda p: p.setattr(chat_template.ChatTemplate, "_said_thought", lambda *_: "")),
+        ("qwen3", lambda p: p.setattr(chat_template.ChatTemplate, "_empty_thought", lambda *_: "")),
         ("llama2", lambda p: p.setattr(prompt.Renderer, "_ends_in_eos", lambda *_: True)),
         ("zephyr", lambda p: p.setattr(prompt.Renderer, "_bos", lambda *_: [])),
     ],

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafit.data.packing import TokenRow, best_fit, make_packs, share_prefixes
+from lorafit.data.packing import Packer, TokenRow, best_fit, build_pack, share_prefixes
 from lorafit.forward import prefix_keys
 
 
@@ -27,7 +27,7 @@ def token_rows(draw: st.DrawFn) -> list[TokenRow]:
 def test_every_supervised_token_is_predicted_once_from_its_own_past(
     rows: list[TokenRow], capacity: int, packing: bool
 ) -> None:
-    packs = make_packs(rows, capacity, packing)
+    packs = Packer(capacity, packing).packs(rows)
     wanted = sorted(int(token) for ids, trained in rows for token in ids[trained])
     assert sorted(int(token) for pack in packs for token in pack.targets) == wanted
     assert sum(pack.num_tokens for pack in packs) == sum(len(ids) for ids, _ in rows)
@@ -51,7 +51,7 @@ def alike_rows(draw: st.DrawFn) -> list[TokenRow]:
 
 @given(alike_rows())
 def test_what_rows_begin_with_is_there_once_and_each_row_finds_its_own(rows: list[TokenRow]) -> None:
-    (pack,) = make_packs(rows, 1000)
+    pack = build_pack(rows)
     starts = np.cumsum([0, *pack.lengths])
     found = [pack.index[start:end] for start, end in itertools.pairwise(starts)]
     texts = [tuple(pack.ids[where].tolist()) for where in found]
@@ -107,7 +107,7 @@ def test_a_key_stands_for_a_token_and_all_before_it_wherever_they_lie(rows: list
 
 def test_a_target_is_no_input_unless_something_later_needs_it() -> None:
     ids, trained = np.array([5, 6, 7, 8], np.uint32), np.array([False, False, True, False])
-    (pack,) = make_packs([(ids, trained)], 10)
+    pack = build_pack([(ids, trained)])
     assert pack.ids.tolist() == [5, 6]
     assert pack.predict.tolist() == [1]
     assert pack.targets.tolist() == [7]

@@ -11,17 +11,16 @@ from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
-from hypothesis import strategies as st
-from tests.data.toy_tokenizers import CHATML, VICUNA, hostile_text, llama_like, load, qwen_like, toys
+from tests.data.contents import NAMES, contents, make, swallows_system
+from tests.data.toy_tokenizers import CHATML, VICUNA, llama_like, load, qwen_like, toys
 
 from lorafit.data import chat_template
 from lorafit.data.chat_template import ChatTemplate
 from lorafit.data.formats import Chat, Completion, Content, Instruction, Message, Row, Text
-from lorafit.data.prompt import Dropped, PromptContract, Rendered, Renderer, contract
+from lorafit.data.prompt import Dropped, PromptContract, Rendered, Renderer
 from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import DataError, ModelError, Problem
 
-NAMES = ["qwen", "qwen3", "zephyr", "legacy", "llama2", "llama3", "vicuna"]
 QUESTION = Message("user", "What is it?")
 TWO_TURNS = Chat((Message("system", "Be kind."), QUESTION, Message("assistant", "The answer."),
                   Message("user", "Why?"), Message("assistant", "It's 123.\n\n- one")))  # fmt: skip
@@ -30,16 +29,6 @@ TWO_TURNS = Chat((Message("system", "Be kind."), QUESTION, Message("assistant", 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
     return {name: load(folder) for name, folder in toys(tmp_path_factory.mktemp("toys")).items()}
-
-
-def make(tokenizer: Tokenizer, template: str = "auto", **changes: Any) -> Renderer:
-    options: dict[str, Any] = {
-        "train_on": "response",
-        "max_length": 512,
-        "too_long": "error",
-        "add_eos": True,
-    }
-    return Renderer(contract(tokenizer, template=template, **{**options, **changes}), tokenizer)
 
 
 def render(renderer: Renderer, content: Content) -> Rendered:
@@ -60,41 +49,9 @@ def trained_texts(renderer: Renderer, row: Rendered) -> list[str]:
     return texts
 
 
-chats = st.builds(
-    lambda system, turns: Chat(
-        (
-            *([Message("system", system)] if system.strip() else []),
-            *(
-                Message(role, text)
-                for turn in turns
-                for role, text in zip(("user", "assistant"), turn, strict=True)
-            ),  # type: ignore[arg-type]
-        )
-    ),
-    hostile_text,
-    st.lists(st.tuples(hostile_text, hostile_text.filter(str.strip)), min_size=1, max_size=3),
-)
-instructions = st.builds(
-    Instruction, hostile_text, hostile_text, hostile_text.filter(str.strip), st.sampled_from(["", "Be kind."])
-)
-completions = st.builds(Completion, hostile_text.filter(str.strip), hostile_text.filter(str.strip))
-contents = chats | instructions | completions
-
-
-def swallows_system(content: Content) -> bool:
-    """Llama 2 writes the system prompt into the first question and strips both: blank, they run together, and the
-    row is refused rather than guessed at."""
-    match content:
-        case Instruction():
-            return bool(content.system) and not content.question.strip()
-        case Chat((Message("system", _), Message("user", question), *_)):
-            return not question.strip()
-    return False
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("train_on", ["response", "all"])
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(content=contents)
 def test_the_prompt_is_what_inference_sends(
     tokenizers: dict[str, Tokenizer], name: str, train_on: str, content: Content
@@ -113,7 +70,7 @@ def test_the_prompt_is_what_inference_sends(
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(content=contents)
 def test_answers_and_their_stops_are_trained_and_nothing_else(
     tokenizers: dict[str, Tokenizer], name: str, content: Content

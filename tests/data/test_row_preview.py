@@ -8,14 +8,15 @@ from html.parser import HTMLParser
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from tests.data.test_prompt import NAMES, contents, make, swallows_system
+from tests.data.contents import NAMES, contents, make, swallows_system
 from tests.data.toy_tokenizers import hostile_text, load, toys
 
 from lorafit.data.formats import Completion, Content, Instruction, Row
-from lorafit.data.row_preview import RowView, difference, marked, shipped, styled, view_row, visible
+from lorafit.data.row_preview import RowView, difference, marked, shipped, styled, view_row
 from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import DataError
-from lorafit.report.row_page import fragment, page
+from lorafit.redact import visible
+from lorafit.report.row_page import page
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,8 @@ def test_a_page_holds_text_and_no_markup_of_a_row(
     except DataError:
         return
     reader = Reader()
-    reader.feed(fragment(view, ids))
+    text = page("Rows", [(view, [])], ids=ids)
+    reader.feed(text[text.index("<section") : text.index("</body>")])
     assert reader.tags == {"section", "h2", "pre", "span"}
     if not ids:
         assert visible(view.text).replace("\r", "") in reader.text
@@ -132,7 +134,7 @@ def test_a_page_holds_text_and_no_markup_of_a_row(
 
 def test_a_page_fetches_nothing_and_runs_nothing(tokenizers: dict[str, Tokenizer]) -> None:
     view = view_row(make(tokenizers["zephyr"]), HELLO)
-    text = page("Rows <b>", [fragment(view, difference=[("-", "<i>"), ("+", "x")])])
+    text = page("Rows <b>", [(view, [("-", "<i>"), ("+", "x")])])
     assert "default-src 'none'" in text
     assert "prefers-color-scheme: dark" in text
     assert not re.search(r"<script|<link|<img|src=|href=|url\(|https?://|<b>|<i>", text)

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from lorafit.data.formats import Instruction, Row
 from lorafit.data.readers import read_file
-from lorafit.data.sources import RowReader, SourceFile, describe, find_files, refuse, rows_at
+from lorafit.data.row_index import RowIndex
+from lorafit.data.sources import RowReader, SourceFile, describe, find_files
 from lorafit.errors import DataError, Problem, Problems
 
 ROWS = [
@@ -38,18 +39,16 @@ class Loaded:
 
 def load_rows(specs: list[str], format: str = "auto", size: int = 2048, **options: Any) -> Loaded:  # noqa: A002
     """All rows at once."""
-    files, missing = find_files(specs, format, **options)
-    if missing:
-        refuse(files, format, missing)
+    files = find_files(specs, format, **options)
     reader = RowReader(files, format)
     chunks = list(reader.chunks(size))
     assert all(0 < len(chunk.rows) <= size for chunk in chunks)
     rows = [row for chunk in chunks for row in chunk.rows]
-    assert sum(summary.num_rows for summary in reader.found) == len(rows)
+    assert sum(summary.num_rows for summary in reader.summaries) == len(rows)
     numbers = list(range(0, len(rows), 3))
-    assert rows_at(files, reader.found, numbers) == [rows[number] for number in numbers]
+    assert RowIndex(files, reader.summaries).read(numbers) == [rows[number] for number in numbers]
     lines = [line for chunk in chunks for line in chunk.lines]
-    return Loaded(rows, lines, files, *describe(files, reader.found))
+    return Loaded(rows, lines, files, *describe(files, reader.summaries))
 
 
 def write(path: Path) -> Path:
@@ -235,7 +234,7 @@ def test_any_bytes_are_read_or_reported(
 def test_a_million_bad_lines_are_counted_and_few_are_kept(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + "nope\n" * 3000)
     (tmp_path / "b.jsonl").write_text('{"text": "a"}\n' + '{"text": 3}\n' * 3000)
-    with pytest.raises(DataError, match=r"and 5,951 more of the same kind") as caught:
+    with pytest.raises(DataError, match=r"and 5,951 more problems") as caught:
         load_rows([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), str(tmp_path / "c.jsonl")])
     assert len(caught.value.problems) <= Problems.MAX_KEPT + 1
 
@@ -243,9 +242,14 @@ def test_a_million_bad_lines_are_counted_and_few_are_kept(tmp_path: Path) -> Non
 def test_rows_read_once_more_are_those_asked_for(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{number}"}}\n\n' for number in range(10)))
     (tmp_path / "b.csv").write_text("text\n" + "".join(f'"{number}\n"\n' for number in range(10)))
-    files, _ = find_files([str(tmp_path)])
+    files = find_files([str(tmp_path)])
     reader = RowReader(files)
     rows = [row for chunk in reader.chunks(3) for row in chunk.rows]
-    assert rows_at(files, reader.found, [0, 7, 10, 19]) == [rows[0], rows[7], rows[10], rows[19]]
+    wanted = [0, 7, 10, 19]
+    assert RowIndex(files, reader.summaries).read(wanted) == [rows[number] for number in wanted]
+    assert RowReader(files).read(range(8, 12)) == rows[8:12]
+    with pytest.raises(DataError, match="there is no row 21") as caught:
+        RowReader(files).read(range(19, 22))
+    assert caught.value.problems[0].hint == "the last row is number 20"
     assert rows[7].place.endswith("a.jsonl row 8, line 15")
     assert reader.progress()[0] == reader.progress()[1] > 0

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import stat
 import tempfile
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.data.toy_tokenizers import llama_like, load
+from tests.waiting import HANGS
 
 from lorafit.data import token_cache, token_dataset
 from lorafit.data.ledger import Ledger
@@ -56,9 +58,7 @@ def renderer(tokenizer: Tokenizer, **changes: Any) -> Renderer:
 
 
 def run(path: Path, tokenizer: Tokenizer, format_name: str = "auto", **changes: Any) -> Entry:
-    files, problems = find_files([str(path)])
-    assert not problems
-    return encode_files(files, format_name, renderer(tokenizer, **changes))
+    return encode_files(find_files([str(path)]), format_name, renderer(tokenizer, **changes))
 
 
 def content(entry: Entry) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def test_the_second_time_nothing_is_encoded_and_all_is_the_same(
     assert content(first) == content(second) == content(moved)
     assert (first.notes, second.notes) == ((), ())
     told: list[tuple[int, int]] = []
-    encode_files(find_files([str(rows)])[0], "alpaca", renderer(tokenizer), lambda *now: told.append(now))
+    encode_files(find_files([str(rows)]), "alpaca", renderer(tokenizer), lambda *now: told.append(now))
     assert told == [(rows.stat().st_size,) * 2]
 
 
@@ -176,13 +176,20 @@ def test_two_that_build_the_same_entry_at_once(
 def test_of_several_that_want_the_same_entry_one_builds_it_however_long_that_takes(
     tokenizer: Tokenizer, rows: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encode_chunks, calls = token_cache.encode_chunks, []
+    encode_chunks, exclusive_lock, calls = token_cache.encode_chunks, token_cache.exclusive_lock, []
+    arrived, numbers = threading.Event(), itertools.count(1)
+
+    def counted(path: Path) -> AbstractContextManager[None]:
+        if next(numbers) == 4:
+            arrived.set()
+        return exclusive_lock(path)
 
     def slow(*args: Any, **options: Any) -> dict[str, Any]:
         calls.append(1)
-        time.sleep(0.5)
+        assert arrived.wait(HANGS)  # all want it before it is there
         return encode_chunks(*args, **options)
 
+    monkeypatch.setattr(token_cache, "exclusive_lock", counted)
     monkeypatch.setattr(token_cache, "encode_chunks", slow)
     with ThreadPoolExecutor(4) as pool:
         several = list(pool.map(lambda _: content(run(rows, tokenizer)), range(4)))

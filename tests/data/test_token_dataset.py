@@ -79,7 +79,7 @@ def test_rows_come_back_as_rendered(tokenizer: Tokenizer) -> None:
     assert encoded.targets.tolist() == [sum(row.trained) for row in rendered]
     taken = encoded.take(np.array([3, 1])).take(np.array([1, 0, 1]))
     assert taken.numbers.tolist() == [2, 4, 2]
-    assert (taken.number(1), taken.line(1)) == (4, 4)
+    assert (taken.number(1), taken.line_of(4)) == (4, 4)
     assert taken.row(1)[0].tolist() == rendered[3].ids
     assert taken.flat is encoded.flat  # nothing was copied
     assert taken.lengths.tolist() == [len(rendered[index].ids) for index in (1, 3, 1)]
@@ -191,7 +191,7 @@ def test_tokens_that_cannot_be_read_are_an_error(tokenizer: Tokenizer, tmp_path:
 
 @pytest.mark.shared
 def test_a_real_dataset_closes(shared: Path) -> None:
-    reader = RowReader(find_files([str(shared / "data/alpaca_en_demo.json")])[0])
+    reader = RowReader(find_files([str(shared / "data/alpaca_en_demo.json")]))
     rows = [row for chunk in reader.chunks() for row in chunk.rows]
     renderer = make(
         load(shared / "models/tinyllama-1.1b-chat-skeleton"), template="classic", train_on="all",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
+from tests.waiting import HANGS
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,15 +22,16 @@ def together(world_size: int, jobs: list[dict[str, Any]], folder: Path) -> list[
     A job is {"settings": [...]} for a new run or {"resume": PATH}, with {"stop": [RANK, STEP]} to send that rank a
     SIGTERM while it computes that step.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    store = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )  # it has its port: no race for one
     plan = folder / f"jobs-{world_size}.json"
     plan.write_text(json.dumps(jobs))
     shared = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
     address = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
         "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
     }
     started = [
@@ -45,7 +48,7 @@ def together(world_size: int, jobs: list[dict[str, Any]], folder: Path) -> list[
     said = []
     try:
         for process in started:
-            out, error = process.communicate(timeout=300)
+            out, error = process.communicate(timeout=HANGS)
             assert process.returncode == 0, error
             said.append([json.loads(line) for line in out.splitlines()])
     finally:

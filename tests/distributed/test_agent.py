@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,14 +14,14 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from tests.tiny_models import write_model, write_rows
-from tests.training.test_run import events
+from tests.runs import events, tiny_settings
+from tests.waiting import HANGS, until
 
 from lorafit.config.load import load_config
 from lorafit.run_dir import RunDirectory
 from lorafit.training.run import start_run
 
-STEPS = 90
+STEPS = 200
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds workers by /proc"),
@@ -31,27 +30,23 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("agent")
-    return [
-        f"model.name={write_model(folder / 'model')}",
-        f"data.path={write_rows(folder / 'rows.json', 60)}",
-        "model.dtype=float32",
-        "model.device=cpu",
-        "train.batch_size=6",
+    return tiny_settings(
+        tmp_path_factory.mktemp("agent"),
         f"train.max_steps={STEPS}",
+        "train.learning_rate=0.0002",  # ranks add up in another order: at a higher rate that shows after 200 steps
         "train.eval_every=30",
         "train.save_every=10",
-        "lora.rank=4",
-        "run.samples=0",
-        "distributed.timeout=12",
-    ]
+        "distributed.timeout=24",
+        "run.verify=true",
+        num_rows=60,
+    )
 
 
 @contextmanager
 def lorafit(*words: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
         [sys.executable, "-m", "lorafit", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -61,16 +56,15 @@ def lorafit(*words: str) -> Iterator[subprocess.Popen[str]]:
     finally:
         if process.poll() is None:
             process.terminate()
-        process.communicate(timeout=150)
+        process.communicate(timeout=HANGS)
 
 
-def wait_for(there: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 240) -> Any:
-    until = time.monotonic() + seconds
-    while not (found := there()):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    return found
+def wait_for(there: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
+    try:
+        return until(there, process.poll)
+    except AssertionError as error:
+        process.kill()
+        raise AssertionError(process.communicate()[1]) from error
 
 
 def last_step(run: Path) -> int:
@@ -110,7 +104,7 @@ def test_stopped_killed_and_frozen_a_run_of_two_comes_to_the_end_of_a_run_of_one
     with lorafit("train", "--nproc", "2", *settings, "--output", str(run)) as agent:
         wait_for(lambda: last_step(run) >= 5, agent)
         agent.send_signal(signal.SIGTERM)
-        _, said = agent.communicate(timeout=150)
+        _, said = agent.communicate(timeout=HANGS)
         assert agent.returncode == 130, said
     (stopped,) = [event for event in events(run, "saved") if event["reason"] == "stopped"]
     assert RunDirectory.open(run).newest_checkpoint() == (stopped["step"], {})
@@ -124,13 +118,11 @@ def test_stopped_killed_and_frozen_a_run_of_two_comes_to_the_end_of_a_run_of_one
         )  # started again
         frozen = worker(agent.pid, 1)
         os.kill(frozen, signal.SIGSTOP)
-        started = time.monotonic()
         try:
             wait_for((run / "heartbeat.json").exists, agent)
         finally:
             os.kill(frozen, signal.SIGCONT)
-        assert time.monotonic() - started < 12
-        out, said = agent.communicate(timeout=300)
+        out, said = agent.communicate(timeout=HANGS)
         assert agent.returncode == 0, said
     assert out.strip() == str(run / "adapter")
     verdict = json.loads((run / "heartbeat.json").read_text())
@@ -146,14 +138,12 @@ def test_stopped_killed_and_frozen_a_run_of_two_comes_to_the_end_of_a_run_of_one
 
 
 def test_a_mistake_is_said_once_and_not_tried_again(settings: list[str], tmp_path: Path) -> None:
-    started = time.monotonic()
     broken = tmp_path / "rows.json"
     broken.write_text('[{"instruction": "a"}]')
     words = ["train", "--nproc", "2", *settings, f"data.path={broken}", "--output", str(tmp_path / "run")]
     with lorafit(*words) as agent:
-        _, said = agent.communicate(timeout=150)
+        _, said = agent.communicate(timeout=HANGS)
     assert agent.returncode == 2
     assert said.count("error:") == 1, said
     assert "Traceback" not in said
     assert not (tmp_path / "run").exists()
-    assert time.monotonic() - started < 150

@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from tests.runs import events
 from tests.tiny_models import write_model, write_rows
-from tests.training.test_run import events
 
 from lorafit.config.load import load_config
 from lorafit.training.run import start_run

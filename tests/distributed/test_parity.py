@@ -8,20 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from tests.distributed.ranks import together
-from tests.tiny_models import random_network, write_model, write_rows
-from tests.training.test_run import events
+from tests.runs import events, tiny_settings
+from tests.tiny_models import random_network
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lorafit.config.load import load_config
+from lorafit.data.packing import build_pack
 from lorafit.distributed.fsdp import shard_base
+from lorafit.distributed.parallel import ReplicatedEngine
 from lorafit.errors import ConfigError
+from lorafit.forward import pack_loss
+from lorafit.model.linear import Frozen
 from lorafit.model.lora import LoraSpec, attach
+from lorafit.model.quant import Int8Linear
 from lorafit.run_dir import RunDirectory
 from lorafit.training import loop
 from lorafit.training.run import start_run
@@ -61,21 +67,16 @@ class Bench:
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     folder = tmp_path_factory.mktemp("ranks")
-    material = [
-        f"model.name={write_model(folder / 'model')}",
-        f"data.path={write_rows(folder / 'rows.json', 60)}",
-        "model.dtype=float32",
-        "model.device=cpu",
+    material = tiny_settings(
+        folder,
         "train.batch_size=7",  # no multiple of the ranks
         "train.micro_batch_tokens=128",  # more than one pass a rank
         "train.learning_rate=0.002",
         f"train.max_steps={STEPS}",
         "train.eval_every=3",
         "train.save_every=3",
-        "lora.rank=4",
-        "run.samples=0",
-        "run.verify=false",
-    ]
+        num_rows=60,
+    )
     return Bench(folder, material)
 
 
@@ -131,12 +132,14 @@ def assert_same(path: Path, whole: Path) -> None:
         assert float((tensor - expected_weights[name]).abs().max()) < 1e-6, name
 
 
+@pytest.mark.slow
 def test_two_ranks_compute_what_one_does(bench: Bench, one: Path, two: list[dict[str, Any]]) -> None:
     assert_same(bench["two"], one)
     assert [event["ranks"] for event in events(bench["two"], "step")] == [2] * STEPS
     assert all(0 <= event["imbalance"] < 0.5 for event in events(bench["two"], "step"))
 
 
+@pytest.mark.slow
 def test_the_held_out_loss_of_the_same_adapter_has_the_same_bits(
     bench: Bench, one: Path, two: list[dict[str, Any]]
 ) -> None:
@@ -145,10 +148,12 @@ def test_the_held_out_loss_of_the_same_adapter_has_the_same_bits(
     assert len(base[0]) == 1
 
 
+@pytest.mark.slow
 def test_a_rank_without_rows_takes_part(bench: Bench, one: Path, two: list[dict[str, Any]]) -> None:
     assert_same(bench["few-2"], bench["few-1"])
 
 
+@pytest.mark.slow
 def test_dropout_takes_the_same_from_a_row_whoever_computes_it(
     bench: Bench, one: Path, two: list[dict[str, Any]]
 ) -> None:
@@ -157,22 +162,26 @@ def test_dropout_takes_the_same_from_a_row_whoever_computes_it(
     assert losses[0] != losses[1]
 
 
+@pytest.mark.slow
 def test_only_the_gradient_of_the_adapter_travels(bench: Bench, two: list[dict[str, Any]]) -> None:
     adapter = load_file(bench["two"] / "adapter" / "adapter_model.safetensors")
     size = sum(tensor.numel() * tensor.element_size() for tensor in adapter.values())
     assert [answer["reduced_bytes"] for answer in two[0]["ranks"]] == [STEPS * size] * 2
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_with_one_checkpoint(bench: Bench, two: list[dict[str, Any]]) -> None:
     assert [(answer["step"], answer["finished"]) for answer in two[1]["ranks"]] == [(4, False)] * 2
     assert RunDirectory.open(bench["stopped-2"]).newest_checkpoint() == (4, {})
     assert [event["reason"] for event in events(bench["stopped-2"], "saved")][-1] == "stopped"
 
 
+@pytest.mark.slow
 def test_a_run_of_one_goes_on_with_two(bench: Bench, one: Path, two: list[dict[str, Any]]) -> None:
     assert_same(bench["stopped-1"], one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sharded", "whole"), [("sharded", "one"), ("sharded-few", "few-1"), ("sharded-int8", "int8")]
 )
@@ -205,7 +214,7 @@ def test_ranks_of_one_strategy_only(bench: Bench, monkeypatch: pytest.MonkeyPatc
 
 def test_only_plain_numbers_are_shared_out(bench: Bench) -> None:
     words = [*bench.material, "distributed.strategy=fsdp", "model.quantize=nf4"]
-    with pytest.raises(ConfigError, match="a base in nf4 cannot be shared out"):
+    with pytest.raises(ConfigError, match="a base in nf4 cannot be sharded"):
         start_run(load_config(None, words), quiet=True)
 
 
@@ -220,6 +229,38 @@ def test_each_rank_keeps_its_part_of_the_base_only(bench: Bench) -> None:
         held = [p.to_local() for p in network.parameters() if isinstance(p, DTensor)]
         assert sum(tensor.numel() for tensor in held) == pytest.approx(before / 4, rel=0.01)
         assert not any(isinstance(p, DTensor) for p in network.parameters() if p.requires_grad)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_only_the_adapters_gradients_are_communicated(quantize: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = random_network()
+    for name, module in list(network.named_modules()):
+        if quantize == "int8" and isinstance(module, Frozen):
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, Int8Linear(module.weight.detach()))
+    attach(network, LoraSpec(2, 4.0, 0.0, ("all-linear",), False), seed=0)
+    network.train()
+    assert any(True for _ in network.buffers()) == (quantize == "int8")
+    broadcast: list[int] = []
+    real = dist._broadcast_coalesced
+
+    def counted(group: Any, tensors: list[torch.Tensor], *rest: Any) -> None:
+        broadcast.extend(tensor.numel() for tensor in tensors)
+        real(group, tensors, *rest)
+
+    monkeypatch.setattr(dist, "_broadcast_coalesced", counted)
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        engine = ReplicatedEngine(network)
+        pack = build_pack([(np.arange(3, 30, dtype=np.uint16), np.arange(27) > 5)])
+        for _ in range(2):
+            engine.loss(pack_loss, pack).backward()
+        trainable = sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
+        assert engine.reduced_bytes == 2 * trainable
+        assert broadcast == []
     finally:
         dist.destroy_process_group()
 

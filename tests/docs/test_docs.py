@@ -11,10 +11,10 @@ import typer
 import yaml
 
 from lorafit.cli.main import app
-from lorafit.config.load import keys, load_config, recipes_folder, validate
+from lorafit.config.load import load_config, recipes_folder, validate
 from lorafit.config.reference import markdown
-from lorafit.config.schema import Config
-from lorafit.model.architecture import MODEL_TYPES
+from lorafit.config.schema import Config, keys
+from lorafit.model.architecture import FAMILIES
 
 ROOT = Path(__file__).resolve().parents[2]
 READMES = [ROOT / "README.md", ROOT / "README.ko.md"]
@@ -149,7 +149,7 @@ def test_readmes_name_every_model_type_with_an_example() -> None:
         )
         tables.append(dict(rows))
     assert tables[0] == tables[1]
-    assert tuple(tables[0]) == MODEL_TYPES
+    assert list(tables[0]) == list(FAMILIES)
 
 
 def test_readmes_agree() -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from tests.export.made import make_run
+from tests.runs import run_to_export
 
 from lorafit.cli.main import main
 from lorafit.errors import DataError, RunError
@@ -23,17 +22,9 @@ from lorafit.infer.model import Answer, load
 from lorafit.observe.metrics_file import read_metrics
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("evaluate"))
+def run(finished_run: Path) -> Path:
+    return finished_run
 
 
 def tasks_file(folder: Path, *lines: object) -> Path:
@@ -57,16 +48,17 @@ def test_losses_are_those_that_training_measured(run: Path, tmp_path: Path) -> N
         assert measured.tokens > 0
 
 
+@pytest.mark.slow
 def test_rows_that_changed_since_training_are_refused(tmp_path: Path) -> None:
-    run = make_run(tmp_path)
+    run = run_to_export(tmp_path)
     rows = tmp_path / "rows.json"
     rows.write_text(rows.read_text().replace("number", "figure"))
-    with pytest.raises(RunError, match="not those of the training"):
+    with pytest.raises(RunError, match="changed since the training"):
         evaluate_run(run, offline=True)
 
 
 def test_only_a_whole_merged_model_counts_as_export(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="no merged model"):
+    with pytest.raises(RunError, match="not a merged model"):
         evaluate_run(run, exports=[run / "adapter"], offline=True)
     export = export_run(run, "merged", output=tmp_path / "merged", verify=False).path
     weights = export / "model.safetensors"
@@ -88,7 +80,7 @@ def test_tasks_are_right_by_answer_or_pattern(tmp_path: Path) -> None:
     assert [number.is_right(said) for said in ("5", " 5\n", "5.", "It is 5")] == [True, True, False, False]
     assert [colour.is_right(said) for said in ("red", "green", "blue")] == [True, True, False]
     assert [year.is_right(said) for said in ("In 1945, I think.", "19456")] == [True, False]
-    assert (year.prompt.question, year.prompt.system) == ("When?\n\nthe war", "Short.")
+    assert (year.prompt.question(), year.prompt.system) == ("When?\n\nthe war", "Short.")
 
 
 def test_every_line_that_is_no_task_is_named(tmp_path: Path) -> None:
@@ -99,19 +91,20 @@ def test_every_line_that_is_no_task_is_named(tmp_path: Path) -> None:
         ({"answer": "y"}, "`prompt` is missing"),
         ({"prompt": "x"}, "either `answer` or `pattern`"),
         ({"prompt": "x", "answer": "y", "pattern": "z"}, "either `answer` or `pattern`"),
-        ({"prompt": "x", "pattern": "("}, "no regular expression"),
-        ({"prompt": "x", "answer": []}, "`answer` is no text"),
-        ({"prompt": "x", "answer": "y", "system": 3}, "`system` is no text"),
+        ({"prompt": "x", "pattern": "("}, "not a regular expression"),
+        ({"prompt": "x", "answer": []}, "`answer` is neither"),
+        ({"prompt": "x", "answer": "y", "system": 3}, "`system` is not text"),
     ]
     with pytest.raises(DataError) as caught:
         read_tasks(tasks_file(tmp_path, *(line for line, _ in wrong)))
     assert len(caught.value.problems) == len(wrong)
     for number, (problem, (_, said)) in enumerate(zip(caught.value.problems, wrong, strict=True), 1):
-        assert problem.place.endswith(f"tasks.jsonl:{number}")
+        assert problem.place.endswith(f"line {number}")
         assert said in problem.message
+    (tmp_path / "empty.json").write_text("[]")
     with pytest.raises(DataError, match="no task in the file"):
-        read_tasks(tasks_file(tmp_path, ""))
-    with pytest.raises(DataError, match="cannot be read"):
+        read_tasks(tmp_path / "empty.json")
+    with pytest.raises(DataError, match="no such file"):
         read_tasks(tmp_path / "nothing.jsonl")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.export.made import make_run
 
 from lorafit.data.formats import Message
 from lorafit.infer.model import load
@@ -20,21 +18,13 @@ from lorafit.model.attention import PackedDocuments
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness's own imports
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv("HF_DATASETS_OFFLINE", "1")
         pytest.importorskip("lm_eval", reason="needs the extra `eval`")
-    return make_run(tmp_path_factory.mktemp("lm"), train__max_steps=6)
+    return finished_run
 
 
 @pytest.fixture(scope="module")

@@ -7,40 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.tiny_models import write_model, write_rows
-from tests.training.test_run import digest, events, interrupt_after
+from tests.runs import digest, events, interrupt_after, tiny_run
 
-from lorafit.config.load import load_config
 from lorafit.infer.model import Model
-from lorafit.training.run import Result, resume_run, start_run
+from lorafit.training.run import resume_run
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("material")
-    return [
-        f"model.name={write_model(folder / 'model')}",
-        f"data.path={write_rows(folder / 'rows.json')}",
-        "model.dtype=float32",
-        "model.device=cpu",
-        "lora.rank=4",
-        "lora.dropout=0.1",
-        "train.batch_size=6",
-        "train.learning_rate=0.01",
-        "train.max_steps=8",
-        "train.save_every=2",
-        "run.samples=2",
-        "run.verify=false",
-    ]
-
-
-def run(material: list[str], output: Path, *overrides: str) -> Result:
-    return start_run(load_config(None, [*material, f"run.output={output}", *overrides]), quiet=True)
+def material(tiny: list[str]) -> list[str]:
+    return [*tiny, "lora.dropout=0.1", "train.max_steps=8", "train.save_every=2", "run.samples=2"]
 
 
 def test_answers_are_recorded_and_change_nothing(material: list[str], tmp_path: Path) -> None:
-    silent = run(material, tmp_path / "silent")
-    spoken = run(material, tmp_path / "spoken", "run.samples_every=3")
+    silent = tiny_run(material, tmp_path / "silent")
+    spoken = tiny_run(material, tmp_path / "spoken", "run.samples_every=3")
     assert digest(silent) == digest(spoken)
     assert events(silent, "answers") == []
     found = events(spoken, "answers")
@@ -56,10 +38,10 @@ def test_answers_are_recorded_and_change_nothing(material: list[str], tmp_path: 
 def test_a_resumed_run_answers_at_the_same_steps_and_ends_in_the_same_bytes(
     material: list[str], tmp_path: Path
 ) -> None:
-    whole = run(material, tmp_path / "whole", "run.samples_every=3")
+    whole = tiny_run(material, tmp_path / "whole", "run.samples_every=3")
     with pytest.MonkeyPatch.context() as patch:
         interrupt_after(4, patch)
-        stopped = run(material, tmp_path / "stopped", "run.samples_every=3")
+        stopped = tiny_run(material, tmp_path / "stopped", "run.samples_every=3")
     assert not stopped.finished
     resumed = resume_run(stopped.path, quiet=True)
     assert digest(resumed) == digest(whole)
@@ -69,7 +51,7 @@ def test_a_resumed_run_answers_at_the_same_steps_and_ends_in_the_same_bytes(
 
 
 def test_epoch_is_a_pace_and_the_end_is_left_to_the_samples(material: list[str], tmp_path: Path) -> None:
-    result = run(material, tmp_path / "run", "run.samples_every=epoch", "train.max_steps=12")
+    result = tiny_run(material, tmp_path / "run", "run.samples_every=epoch", "train.max_steps=12")
     assert [event["step"] for event in events(result, "answers")] == [6]
 
 
@@ -86,7 +68,7 @@ def test_short_memory_is_said_once_and_the_run_goes_on(
         return generate(self, *arguments, **settings)
 
     monkeypatch.setattr(Model, "generate", short)
-    result = run(material, tmp_path / "run", "run.samples_every=2")
+    result = tiny_run(material, tmp_path / "run", "run.samples_every=2")
     assert result.finished
     assert events(result, "answers") == []
     notes = [event["text"] for event in events(result, "note") if event["level"] == "warning"]

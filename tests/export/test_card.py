@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.export.made import make_run, source_of
+from tests.export.made import source_of
+from tests.runs import run_to_export
 
 from lorafit.errors import RunError
 from lorafit.export.card import card, nameless, redacted
-from lorafit.export.run import TYPES, export_run
+from lorafit.export.kinds import EXPORTS
+from lorafit.export.run import export_run
 from lorafit.observe.metrics_file import read_metrics
 
 SECRETS = {
@@ -26,7 +28,9 @@ SECRETS = {
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("canary-folder")
-    made = make_run(folder, train__max_steps=30, train__eval_every=10, data__system="Be kind.")
+    made = run_to_export(
+        folder, "train.max_steps=30", "train.eval_every=10", "data.system=Be kind.", "run.verify=true"
+    )
     env = json.loads((made / "env.json").read_text())
     env["command"] = (
         f"lorafit train --model {folder / 'model'} --data={folder / 'rows.json'} train.max_steps=30 "
@@ -36,10 +40,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", EXPORTS)
 def test_the_card_tells_the_run(run: Path, kind: str) -> None:
     source = source_of(run)
-    text = card(source, kind, TYPES[kind][0], ["x.gguf"], {"verified": False, "why": "a reason"})
+    text = card(source, EXPORTS[kind], "f16", run, {"verified": False, "why": "a reason"})
     header = yaml.safe_load(text.split("---\n")[1])
     assert "lora" in header["tags"]
     assert "base_model" not in header  # a folder here is no model of the hub
@@ -67,7 +71,8 @@ def test_metrics_of_any_values_are_told_as_far_as_they_are_numbers(run: Path, tm
         ):
             file.write(json.dumps(event).replace("Infinity", "1e999") + "\n")
     told = [
-        card(source_of(path), "merged", "f32", ["x"], {"verified": False, "why": "-"}) for path in (run, copy)
+        card(source_of(path), EXPORTS["merged"], "f32", path, {"verified": False, "why": "-"})
+        for path in (run, copy)
     ]
     assert told[0] == told[1]
 
@@ -80,13 +85,13 @@ def test_a_prompt_contract_of_tokens_that_the_model_lacks_is_refused(run: Path, 
         export_run(copy, "merged", verify=False, offline=True)
 
 
-@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("kind", EXPORTS)
 def test_nothing_of_machine_user_or_rows_is_told(
     run: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
-    text = card(source_of(run), kind, TYPES[kind][0], ["x.gguf"], {"verified": False, "why": "x"})
+    text = card(source_of(run), EXPORTS[kind], "f16", run, {"verified": False, "why": "x"})
     assert "canary" not in text.lower()
     assert str(Path.home()) not in text
     assert "/tmp" not in text
@@ -126,5 +131,6 @@ def test_of_a_path_only_the_last_part_is_shown(word: str, shown: str) -> None:
 
 def test_redacting_leaves_plain_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EMPTY_TOKEN", "")
-    plain = "A token is a piece of text; sk is short; see https://huggingface.co/a/b and half / half."
+    plain = "A token is a piece of text; sk is short; see https://huggingface.co/a/b and half / half; "
+    plain += "runs/skateboarding-tutorials"
     assert redacted(plain) == plain

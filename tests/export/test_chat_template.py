@@ -39,7 +39,7 @@ def renderer_of(folder: Path, template: str = "chat", system: str = "") -> Rende
 
 @pytest.mark.parametrize("system", ["", 'Be brief.\nAnswer {{ in }} "words".'])
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     texts=st.lists(plain_text.map(lambda text: f"a{text}b"), min_size=1, max_size=3).filter(
         lambda t: len(t) != 2

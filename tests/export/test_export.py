@@ -4,49 +4,36 @@ from __future__ import annotations
 
 import errno
 import json
-import sys
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 
 import pytest
-from tests.export.made import make_run, read_back_here
+from tests.command import Cli
+from tests.export.made import read_back_here
 
-from lorafit.cli.main import main
 from lorafit.errors import ConfigError, RunError
-from lorafit.export import parity
+from lorafit.export import readback
 from lorafit.export import run as export_module
 from lorafit.export.run import export_run
 from lorafit.infer.model import load
 from lorafit.storage.atomic import read_facts, verify_folder
+from lorafit.verify import reload
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("export"))
-
-
-Said = Callable[..., tuple[int, str, str]]
+def run(finished_run: Path) -> Path:
+    return finished_run
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Said:
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lorafit", *map(str, words)])
-        capsys.readouterr()
-        try:
-            main()
-            code: object = 0
-        except SystemExit as error:
-            code = error.code or 0
-        assert isinstance(code, int)
-        return code, *capsys.readouterr()
-
-    monkeypatch.delenv("LORAFIT_DEBUG", raising=False)
+def cli(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """The command line; what it exports is read back in this process."""
     read_back_here(monkeypatch)
-    return call
+    return cli
 
 
-def test_it_says_what_was_verified_and_gives_the_folder(run: Path, cli: Said) -> None:
+def test_it_says_what_was_verified_and_gives_the_folder(finished_run: Path, tmp_path: Path, cli: Cli) -> None:
+    run = shutil.copytree(finished_run, tmp_path / "run")
     code, out, err = cli("export", run, "merged", "--offline")
     assert code == 0, err
     assert out == f"{run / 'exports' / 'merged-f32'}\n"
@@ -54,7 +41,7 @@ def test_it_says_what_was_verified_and_gives_the_folder(run: Path, cli: Said) ->
     assert "same text, tokens and ends" in err
 
 
-def test_json_has_path_files_and_parity(run: Path, tmp_path: Path, cli: Said) -> None:
+def test_json_has_path_files_and_parity(run: Path, tmp_path: Path, cli: Cli) -> None:
     code, out, err = cli("export", run, "gguf", "--type", "f16", "--output", tmp_path / "out", "--json")
     assert code == 0, err
     told = json.loads(out)
@@ -66,7 +53,7 @@ def test_json_has_path_files_and_parity(run: Path, tmp_path: Path, cli: Said) ->
     assert read_facts(tmp_path / "out")["export"] == "gguf"
 
 
-def test_leaving_the_comparison_out_is_said_and_recorded(run: Path, tmp_path: Path, cli: Said) -> None:
+def test_leaving_the_comparison_out_is_said_and_recorded(run: Path, tmp_path: Path, cli: Cli) -> None:
     code, out, err = cli("export", run, "adapter", "--output", tmp_path / "out", "--no-verify", "--json")
     assert code == 0
     assert "warning: not verified: --no-verify" in err
@@ -76,9 +63,9 @@ def test_leaving_the_comparison_out_is_said_and_recorded(run: Path, tmp_path: Pa
 
 
 def test_a_program_that_is_missing_is_named_with_its_pip_line(
-    run: Path, tmp_path: Path, cli: Said, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parity, "_read_back", lambda request: ({"missing": ["transformers", "peft"]}, None))
+    monkeypatch.setattr(readback, "find_spec", lambda module: None)
     code, _, err = cli("export", run, "adapter", "--output", tmp_path / "out")
     assert code == 0
     line = "not verified: transformers and peft not installed (pip install 'lorafit[verify]')"
@@ -87,7 +74,7 @@ def test_a_program_that_is_missing_is_named_with_its_pip_line(
 
 
 def test_without_the_package_gguf_its_pip_line_is_said(
-    run: Path, tmp_path: Path, cli: Said, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     code, out, err = cli("export", run, "gguf", "--output", tmp_path / "out")
@@ -96,7 +83,7 @@ def test_without_the_package_gguf_its_pip_line_is_said(
     assert not (tmp_path / "out").exists()
 
 
-def test_types_are_the_kind_s_own(run: Path, cli: Said) -> None:
+def test_types_are_the_kind_s_own(run: Path, cli: Cli) -> None:
     code, _, err = cli("export", run, "merged", "--type", "q8_0")
     assert code == 2
     assert "one of auto, f32, bf16, f16" in err
@@ -134,7 +121,7 @@ def test_a_full_disk_leaves_what_was_there(
     monkeypatch.setattr(export_module, "card", full)  # the last file of all
     with pytest.raises(RunError, match="No space left on device") as caught:
         export_run(run, kind, output=folder, verify=False)
-    assert "the run itself is untouched" in str(caught.value)
+    assert "the run itself is unchanged" in str(caught.value)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -159,13 +146,13 @@ def test_a_program_that_dies_is_told_with_its_last_words(
 
 def test_the_child_is_given_no_token(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, str] = {}
-    real = parity.subprocess.run
+    real = reload.subprocess.run
 
     def spy(*words: object, env: dict[str, str], **rest: object) -> object:
         seen.update(env)
         return real(*words, env=env, **rest)  # type: ignore[call-overload]
 
-    monkeypatch.setattr(parity.subprocess, "run", spy)
+    monkeypatch.setattr(reload.subprocess, "run", spy)
     monkeypatch.setenv("HF_TOKEN", "hf_canary1234567890")
     export_run(run, "gguf-lora", output=tmp_path / "out", offline=True)
     assert "HF_TOKEN" not in seen

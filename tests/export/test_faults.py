@@ -4,37 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tests.export.made import make_run, read_back_here
+from tests.export.made import read_back_here
+from tests.runs import run_to_export
 from tests.tiny_models import write_model
 from torch import Tensor
 
 from lorafit.errors import LorafitError
-from lorafit.export import adapter, gguf_model, merge, ollama
+from lorafit.export import gguf_model, kinds, merge, ollama
 from lorafit.export.chat_template import chat_template
 from lorafit.export.run import export_run
 from lorafit.export.run_source import RunSource
+from lorafit.model.lora import LoraLinear
+
+pytestmark = pytest.mark.slow
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(finished_run: Path) -> Path:
     """Four heads on two, embeddings not tied, alpha twice the rank."""
-    return make_run(tmp_path_factory.mktemp("faults"))
+    return finished_run
 
 
 @pytest.fixture
@@ -74,7 +69,6 @@ def no_stop_token(patch: pytest.MonkeyPatch) -> None:
 
     right = merge.generation_config
     patch.setattr(merge, "generation_config", wrong)
-    patch.setattr(adapter, "generation_config", wrong)
 
 
 def eight_bit_base(patch: pytest.MonkeyPatch) -> None:
@@ -86,8 +80,7 @@ def eight_bit_base(patch: pytest.MonkeyPatch) -> None:
         if name not in source.adapted:
             return weight
         step = weight.abs().amax(1, keepdim=True) / 127
-        a, b = right(source, name)
-        return torch.addmm((weight / step).round() * step, b, a, alpha=source.spec.scale)
+        return LoraLinear.merge((weight / step).round() * step, right(source, name), source.spec.scale)
 
     tensor = RunSource.tensor
     patch.setattr(RunSource, "tensor", wrong)
@@ -105,15 +98,16 @@ def alpha_alone(patch: pytest.MonkeyPatch) -> None:
 
 
 def alpha_alone_in_peft(patch: pytest.MonkeyPatch) -> None:
-    right = adapter.write_adapter
+    right = kinds.EXPORTS["adapter"]
 
-    def wrong(source: RunSource, staging: Path) -> None:
-        right(source, staging)
+    def wrong(source: RunSource, staging: Path, *rest: Any) -> dict[str, str]:
+        right.write(source, staging, *rest)
         config = json.loads((staging / "adapter_config.json").read_text())
         config["lora_alpha"] *= config["r"]
         (staging / "adapter_config.json").write_text(json.dumps(config))
+        return {}
 
-    patch.setattr("lorafit.export.run.write_adapter", wrong)
+    patch.setitem(kinds.EXPORTS, "adapter", dataclasses.replace(right, write=wrong))
 
 
 def alpha_alone_in_gguf(patch: pytest.MonkeyPatch) -> None:
@@ -200,22 +194,12 @@ FAULTS: list[tuple[Plant, str, str, str]] = [
 ]
 
 
-SLOW = {
-    (other_template, "gguf"),
-    (eight_bit_base, "gguf"),
-    (alpha_alone, "gguf"),
-    (permutation_for_as_many_key_heads, "gguf"),
-    (template_of_another_model, "ollama"),
-}
-
-
 @pytest.mark.parametrize(
     ("plant", "kind", "type_name", "said"),
     [
         pytest.param(
             *fault,
             id=f"{fault[0].__name__}-{fault[1]}-{fault[2]}",
-            marks=pytest.mark.slow if fault[:2] in SLOW else (),
         )
         for fault in FAULTS
     ],
@@ -231,7 +215,7 @@ def test_tied_embeddings_with_a_head_of_their_own_are_refused(
     tmp_path: Path, patch: pytest.MonkeyPatch
 ) -> None:
     """A merge that unties writes two tables; here the second is not the first."""
-    run = make_run(tmp_path / "tied", "llama-tied")
+    run = run_to_export(tmp_path / "tied", family="llama-tied")
     right = merge.write_merged
 
     def wrong(source: RunSource, staging: Path, *rest: Any) -> dict[str, str]:
@@ -248,7 +232,7 @@ def test_tied_embeddings_with_a_head_of_their_own_are_refused(
 
     tensor = RunSource.tensor
     patch.setattr(RunSource, "tensor", other_head)
-    patch.setattr("lorafit.export.run.write_merged", wrong)
+    patch.setattr(merge, "write_merged", wrong)
     (tmp_path / "out").mkdir()
     assert "logits differ by up to" in refused(run, "merged", "f32", tmp_path / "out" / "export")
 
@@ -259,7 +243,7 @@ def test_a_second_stop_token_that_is_left_out_of_a_gguf_file_is_missed(
     """What most chat models have: one token that ends a text, another that ends a turn."""
     model = write_model(tmp_path / "model")
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, 258]}))
-    run = make_run(tmp_path, model=model)
+    run = run_to_export(tmp_path, model=model)
     (tmp_path / "out").mkdir()
     with pytest.MonkeyPatch.context() as plant:
         plant.setattr("gguf.GGUFWriter.add_eot_token_id", lambda writer, token: None)
@@ -274,7 +258,7 @@ def test_a_second_stop_token_that_is_left_out_of_a_gguf_file_is_missed(
         ("adapter", "f32"),
         ("merged", "f32"),
         ("gguf", "q8_0"),
-        pytest.param("gguf-lora", "f32", marks=pytest.mark.slow),
+        ("gguf-lora", "f32"),
         ("ollama", "f16"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from tests.export.made import make_run, source_of
+from tests.export.made import source_of
+from tests.runs import run_to_export
 from tests.tiny_models import FAMILIES, config_of, write_model
 
 from lorafit.export.gguf_model import gguf_name, permuted, write_gguf, write_lora
@@ -21,25 +21,14 @@ from lorafit.model.architecture import parse_architecture
 from lorafit.model.attention import rotate
 from lorafit.model.llama import rotary_table
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.slow
 
 
-ALSO_QUICK = ("llama-tied", "llama3", "qwen3")
-
-
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=() if name in ALSO_QUICK else pytest.mark.slow) for name in FAMILIES]
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_llama_cpp_computes_every_family_as_we_do(family: str, tmp_path: Path) -> None:
     """Float32 throughout: what differs is the order of sums, so a name, norm, bias or angle at fault shows."""
     window = {"sliding_window": 100} if "window" in family else {}
-    run = make_run(tmp_path, model=write_model(tmp_path / "model", family, **window))
+    run = run_to_export(tmp_path, model=write_model(tmp_path / "model", family, **window))
     done = export_run(run, "gguf", output=tmp_path / "gguf", type_name="f32", offline=True)
     assert done.parity["verified"]
     assert done.parity["largest_logit_difference"] < 2e-4
@@ -48,16 +37,17 @@ def test_llama_cpp_computes_every_family_as_we_do(family: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("family", ["llama-biases", "qwen3"])
 def test_llama_cpp_adds_the_adapter_as_we_do(family: str, tmp_path: Path) -> None:
-    run = make_run(tmp_path, family, lora__rslora="true")
+    run = run_to_export(tmp_path, "lora.rslora=true", family=family)
     done = export_run(run, "gguf-lora", output=tmp_path / "lora", offline=True)
     assert done.parity["largest_logit_difference"] < 2e-4
 
 
 @pytest.mark.parametrize("type_name", ["f32", "f16", "bf16", "q8_0", "q4_0"])
-def test_every_tensor_is_the_merged_weight_in_its_type(type_name: str, tmp_path: Path) -> None:
+def test_every_tensor_is_the_merged_weight_in_its_type(
+    type_name: str, finished_run: Path, tmp_path: Path
+) -> None:
     """The reader of the `gguf` package gives back each weight, its rows put back in order, rounded as it says."""
-    run = make_run(tmp_path)
-    source = source_of(run)
+    source = source_of(finished_run)
     write_gguf(source, tmp_path / "model.gguf", type_name, lambda done, total: None)
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     assert found.keys() == {gguf_name(name) for name in source.weights}
@@ -97,7 +87,7 @@ def test_permuted_rows_turn_neighbours_as_ours_turn_halves() -> None:
 
 
 def test_the_file_says_what_it_is(tmp_path: Path) -> None:
-    run = make_run(tmp_path, "mistral-window")
+    run = run_to_export(tmp_path, family="mistral-window")
     source = source_of(run)
     write_gguf(source, tmp_path / "model.gguf", "q8_0", lambda done, total: None)
     fields = {key: field.contents() for key, field in gguf.GGUFReader(tmp_path / "model.gguf").fields.items()}
@@ -120,7 +110,7 @@ def test_the_file_says_what_it_is(tmp_path: Path) -> None:
 
 
 def test_an_adapter_file_holds_factors_and_alpha_only(tmp_path: Path) -> None:
-    run = make_run(tmp_path, lora__targets="[q_proj, v_proj]")
+    run = run_to_export(tmp_path, "lora.targets=[q_proj, v_proj]")
     source = source_of(run)
     write_lora(source, tmp_path / "lora.gguf")
     reader = gguf.GGUFReader(tmp_path / "lora.gguf")

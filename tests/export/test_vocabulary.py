@@ -10,9 +10,10 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from tests.conftest import shared_dir
 from tests.data.toy_tokenizers import llama_like, qwen_like
-from tests.export.made import make_run, source_of
+from tests.export.made import source_of
+from tests.runs import run_to_export
+from tests.shared_files import shared_dir
 from tests.tiny_models import write_model
 
 from lorafit.data.formats import Message
@@ -23,6 +24,8 @@ from lorafit.export.gguf_model import write_gguf
 from lorafit.export.gguf_vocabulary import BYTE, CONTROL, UNUSED, vocabulary
 from lorafit.export.llama_cpp import _Server
 from lorafit.export.run_source import RunSource
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 SHARED = ["tinyllama-1.1b-chat-skeleton", "tinystories-656k"]
@@ -64,7 +67,7 @@ def source_with(folder: Path, tokenizer: Path, size: int) -> RunSource:
         shutil.copyfile(file, model / file.name)
     if (tokenizer / "generation_config.json").is_file():
         shutil.copyfile(tokenizer / "generation_config.json", model / "generation_config.json")
-    return source_of(make_run(folder, model=model, train__max_steps=1, run__samples=0))
+    return source_of(run_to_export(folder, "train.max_steps=1", "run.samples=0", model=model))
 
 
 def toy(folder: Path, *, legacy: bool) -> Path:
@@ -123,7 +126,6 @@ def test_ids_of_generated_strings_are_llama_cpps(opened: tuple[RunSource, _Serve
     check(opened, 300)
 
 
-@pytest.mark.slow
 def test_ids_of_ten_thousand_strings_are_llama_cpps(opened: tuple[RunSource, _Server]) -> None:
     check(opened, 10_000 if opened[0].arch.vocab_size != 700 else 1_000)  # 700: the toys
 

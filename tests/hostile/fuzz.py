@@ -72,7 +72,14 @@ def example(
     assert took < seconds, f"it took {took:.1f} s"
 
 
-def fuzz(scene: Scene, target: Target, count: int, tally: Tally, number: int | None = None) -> None:
+def fuzz(
+    scene: Scene,
+    target: Target,
+    count: int,
+    tally: Tally,
+    number: int | None = None,
+    seconds: float = SECONDS,
+) -> None:
     """Try `count` examples, from the seed `number` or as the profile says; raises for the smallest that fails."""
 
     @settings(
@@ -85,7 +92,7 @@ def fuzz(scene: Scene, target: Target, count: int, tally: Tally, number: int | N
     )
     @given(target.strategy)
     def run(drawn: Any) -> None:
-        example(scene, target.check, drawn, tally)
+        example(scene, target.check, drawn, tally, seconds)
 
     (run if number is None else seed(number)(run))()
 

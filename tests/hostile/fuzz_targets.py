@@ -27,7 +27,8 @@ from lorafit.config.load import dump_config, load_config, validate
 from lorafit.data.chat_template import ChatTemplate
 from lorafit.data.formats import Chat, Completion, Content, Instruction, Message, Row
 from lorafit.data.prompt import Dropped, PromptContract, Rendered, Renderer, contract
-from lorafit.data.sources import RowReader, SourceFile, rows_at
+from lorafit.data.row_index import RowIndex
+from lorafit.data.sources import RowReader, SourceFile
 from lorafit.data.token_dataset import encode_chunks, open_encoded
 from lorafit.errors import DataError, LorafitError, Problem
 from lorafit.observe.console import table
@@ -103,7 +104,7 @@ def read(scene: Scene, path: Path, form: str, which: int) -> None:
         return
     rows = [row for chunk in chunks for row in chunk.rows]
     assert [row.number for row in rows] == list(range(len(rows)))
-    assert rows_at(files, reader.found, [row.number for row in rows[-1:]]) == rows[-1:]
+    assert RowIndex(files, reader.summaries).read([row.number for row in rows[-1:]]) == rows[-1:]
     for row, outcome in zip(rows, renderer.render_batch(rows), strict=True):
         rendered(renderer, row, outcome)
     if len(rows) > 2:

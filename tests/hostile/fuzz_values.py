@@ -11,7 +11,7 @@ import yaml
 from hypothesis import strategies as st
 from tests.data.toy_tokenizers import hostile_text
 
-from lorafit.config.load import keys
+from lorafit.config.schema import keys
 from lorafit.data.formats import FORMATS
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".json.gz", ".jsonl.gz")
@@ -74,7 +74,7 @@ _rows = [
     json_values,
 ]
 rows = st.one_of(_rows)
-_formats = mostly(st.just("auto"), st.sampled_from(FORMATS)) | st.sampled_from(FORMATS)
+_formats = mostly(st.just("auto"), st.sampled_from(list(FORMATS))) | st.sampled_from(list(FORMATS))
 _which = st.integers(0, 255)  # of the renderers
 row_files = st.tuples(
     _formats,

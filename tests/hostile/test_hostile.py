@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -33,7 +34,10 @@ NUM_CASES = sum(map(len, KINDS.values()))
 LONG = bool(os.environ.get("LORAFIT_LONG"))  # `make hostile`: every case, and more readers
 SHARE, LEAST = 8, 8  # otherwise one case in so many, and so many of each kind
 SHAPE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-MEGABYTES, SECONDS = 900, 4.0  # what is promised is half of it; a busy machine is slow
+MEGABYTES = 900  # what is promised is half of it
+SECONDS = (
+    4.0 if LONG else math.inf
+)  # of the processor, on a quiet machine; else what hangs fails by its own limit
 ONE_PROBLEM = re.compile(r"\Aerror: .+\n(   at: .+\n)?( hint: .+\n)?\Z")
 LINES = re.compile(r"(error: |   at: | hint: |\.\.\. and )")
 
@@ -182,11 +186,13 @@ def snapshot(folder: Path, own: list[Path]) -> dict[str, tuple[object, ...]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), chosen())
 def test_a_hostile_file_is_refused_and_nothing_else_happens(kind: str, name: str, report: Report) -> None:
     assert report[kind, name] == []
 
 
+@pytest.mark.slow
 def test_the_watch_sees_what_it_is_there_for(good: Place, tmp_path: Path) -> None:
     """A run that writes elsewhere is caught: the adapter of the good model, with nothing allowed."""
     server = Server()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tests.hostile.server import OFFLINE, isolated
 from tests.tiny_models import write_model, write_rows
+from tests.waiting import HANGS
 
 WITHOUT_NETWORK = isolated()
 pytestmark = [
@@ -54,7 +55,7 @@ class Cage:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=HANGS,
             check=False,
         )
 

@@ -8,7 +8,6 @@ import base64
 import json
 import os
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
@@ -17,6 +16,7 @@ import pytest
 from tests.hostile.server import Outcome, Server
 from tests.hub.stub import GOOD_TOKEN, Hub
 from tests.tiny_models import write_model, write_rows
+from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 
@@ -122,9 +122,7 @@ def interrupted(cage: Cage, run: Path, *words: object) -> Outcome:
     """Ctrl-C after the first checkpoint."""
 
     def watch() -> None:
-        end = time.monotonic() + 60
-        while not any((run / "checkpoints").glob("step-*/manifest.json")) and time.monotonic() < end:
-            time.sleep(0.01)
+        until(lambda: any((run / "checkpoints").glob("step-*/manifest.json")))
         cage.server.interrupt()
 
     watcher = threading.Thread(target=watch, daemon=True)

@@ -16,6 +16,7 @@ from tests.hub.stub import GOOD_TOKEN, STRANGER_TOKEN, Hub
 
 from lorafit.errors import ConfigError, DataError, LorafitError, ModelError
 from lorafit.hub.client import adapter_folder, dataset_files, model_folder, token
+from lorafit.hub.dataset_splits import FILE_KINDS, suffix_of
 
 MODEL: dict[str, bytes | str] = {
     "config.json": '{"model_type": "llama"}',
@@ -151,7 +152,7 @@ def test_a_path_without_a_folder_is_not_looked_up(name: str, hub: Hub) -> None:
 
 def test_pickles_are_refused_with_a_way_out(hub: Hub) -> None:
     hub.add("owner/old", {"config.json": "{}", "pytorch_model.bin": b"pickle"})
-    with pytest.raises(ModelError, match=r"only there as a pickle \(pytorch_model.bin\)") as caught:
+    with pytest.raises(ModelError, match=r"exist only as a pickle \(pytorch_model.bin\)") as caught:
         model_folder("owner/old")
     assert "save_pretrained" in caught.value.problems[0].hint
     assert hub.fetched() == set()
@@ -174,7 +175,7 @@ def test_adapter(hub: Hub) -> None:
     with pytest.raises(ModelError, match="an adapter, not a model"):
         model_folder("owner/lora")
     hub.add("owner/old-lora", {"adapter_config.json": "{}", "adapter_model.bin": b"pickle"})
-    with pytest.raises(ModelError, match="only there as a pickle"):
+    with pytest.raises(ModelError, match="exist only as a pickle"):
         adapter_folder("owner/old-lora")
 
 
@@ -428,7 +429,7 @@ def test_an_unknown_split_lists_those_there_are(hub: Hub) -> None:
     assert "train, validation" in caught.value.problems[0].hint
     with pytest.raises(DataError) as caught:
         split_names(hub, ["rows.py", "rows.zip"])
-    assert "it has no .parquet" in caught.value.problems[0].hint
+    assert "it has no .json .jsonl" in caught.value.problems[0].hint
 
 
 def test_a_dataset_revision_pins_the_files(hub: Hub) -> None:
@@ -436,3 +437,11 @@ def test_a_dataset_revision_pins_the_files(hub: Hub) -> None:
     hub.add("datasets/owner/rows", {"train.json": "new"})
     assert dataset_files("owner/rows").paths[0].read_text() == "new"
     assert dataset_files("owner/rows", revision=old).paths[0].read_text() == "old"
+
+
+@pytest.mark.parametrize("suffix", FILE_KINDS)
+def test_every_kind_of_file_that_is_read_here_is_detected_on_the_hub(hub: Hub, suffix: str) -> None:
+    files = [f"train{suffix}", f"nested/test{suffix.upper()}", "notes.txt"]
+    assert split_names(hub, files) == [f"train{suffix}"]
+    assert split_names(hub, files, "test") == [f"nested/test{suffix.upper()}"]
+    assert suffix_of(f"train{suffix}") == suffix

@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tests.hub.stub import GOOD_TOKEN, Hub
 from tests.tiny_models import write_model, write_rows
+from tests.waiting import HANGS
 
 from lorafit.model.adapter_file import CONFIG
 
@@ -17,14 +19,21 @@ from lorafit.model.adapter_file import CONFIG
 def lorafit(
     folder: Path, hub: str, *words: str, token: str | None = None
 ) -> subprocess.CompletedProcess[str]:
-    inherited = {name: os.environ[name] for name in ("PATH", "LANG") if name in os.environ}
-    env = {**inherited, "HOME": str(folder), "HF_HOME": str(folder / "hf"), "HF_ENDPOINT": hub}
+    inherited = {name: os.environ[name] for name in ("PATH", "LANG", "PYTHONPATH") if name in os.environ}
+    env = {
+        **inherited,
+        "HOME": str(folder),
+        "HF_HOME": str(folder / "hf"),
+        "HF_ENDPOINT": hub,
+        "LORAFIT_NATIVE": "0",
+    }
     if token:
         env["HF_TOKEN"] = token
     command = [sys.executable, "-m", "lorafit", "train", *words]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=HANGS)
 
 
+@pytest.mark.slow
 def test_train_by_id_gated_pinned_and_offline(tmp_path: Path) -> None:
     hub = Hub()
     model = write_model(tmp_path / "files")

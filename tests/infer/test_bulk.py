@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ from tests.tiny_models import random_network, write_adapter, write_model
 
 from lorafit.data.formats import Message
 from lorafit.errors import ConfigError, DataError
-from lorafit.infer.bulk import AnswerFile, answers, line_of, purpose_of, read_questions
+from lorafit.infer.bulk import AnswerFile, answers, line_of, purpose_of
 from lorafit.infer.model import Model, load
+from lorafit.infer.prompts_file import read_prompts
 from lorafit.infer.sampling import Sampling
 from lorafit.model.lora import LoraSpec
 
@@ -24,14 +24,6 @@ ROWS: list[Any] = [
     {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "라마?"}]},
     {"instruction": "Add.", "input": "1 and 2"},
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +46,7 @@ def test_rows_of_every_kind_are_asked_as_one_by_one(model: Model, tmp_path: Path
     path.write_text(
         json.dumps(ROWS) if suffix == ".json" else "".join(json.dumps(row) + "\n" for row in ROWS)
     )
-    asked = read_questions(path, model)
+    asked = read_prompts(path, model)
     assert [one.raw for one in asked] == ROWS
     from lorafit.data.formats import Instruction
 
@@ -72,15 +64,17 @@ def test_rows_of_every_kind_are_asked_as_one_by_one(model: Model, tmp_path: Path
 def test_a_text_has_a_prompt_a_line(model: Model, tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes(b"\xef\xbb\xbfOne.\r\n\n  \nTwo.")
-    assert [one.raw for one in read_questions(path, model)] == ["One.", "Two."]
+    assert [one.raw for one in read_prompts(path, model)] == ["One.", "Two."]
 
 
 def test_many_come_in_order_whenever_they_end(model: Model, tmp_path: Path) -> None:
     rows = [f"Say {number}{' please' * (number % 5)}." for number in range(40)]
-    asked = read_questions(written(tmp_path / "rows.jsonl", rows), model)
+    asked = read_prompts(written(tmp_path / "rows.jsonl", rows), model)
     seen: list[int] = []
     sampling = Sampling(1.3, seed=5)
-    made = list(answers(model, asked, max_tokens=12, sampling=sampling, progress=seen.append))
+    made = list(
+        answers(model, asked, max_tokens=12, sampling=sampling, advance=lambda done, _: seen.append(done))
+    )
     assert seen == sorted(seen)
     assert seen[-1] == 40
     assert made[:16] == model.generate(rows[:16], max_tokens=12, sampling=sampling)
@@ -102,18 +96,18 @@ def test_everything_that_cannot_be_asked_is_said_at_once(model: Model, tmp_path:
         {"prompt": "fine"},
     ]
     with pytest.raises(DataError) as refused:
-        read_questions(written(tmp_path / "rows.jsonl", rows), model)
+        read_prompts(written(tmp_path / "rows.jsonl", rows), model)
     assert len(refused.value.problems) == 9
     assert [f"row {number}" in problem.place for number, problem in enumerate(refused.value.problems, 1)] == [
         True
     ] * 9
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(DataError, match="there is no prompt"):
-        read_questions(tmp_path / "empty.txt", model)
+        read_prompts(tmp_path / "empty.txt", model)
 
 
 def test_what_was_answered_is_not_answered_again(model: Model, tmp_path: Path) -> None:
-    asked = read_questions(written(tmp_path / "rows.jsonl", ROWS), model)
+    asked = read_prompts(written(tmp_path / "rows.jsonl", ROWS), model)
     made = list(answers(model, asked, max_tokens=5, sampling=Sampling()))
     lines = [line_of(index, one, answer) for index, (one, answer) in enumerate(zip(asked, made, strict=True))]
     path = tmp_path / "answers.jsonl"
@@ -124,7 +118,7 @@ def test_what_was_answered_is_not_answered_again(model: Model, tmp_path: Path) -
     with first.part.open("ab") as part:
         part.write(b'{"index": 3, "inp')
     assert not path.exists()
-    with pytest.raises(ConfigError, match="holds answers to other questions"):
+    with pytest.raises(ConfigError, match="answers to other prompts"):
         AnswerFile(path, "that")
     again = AnswerFile(path, "this")
     assert again.lines == lines[:3]
@@ -133,7 +127,7 @@ def test_what_was_answered_is_not_answered_again(model: Model, tmp_path: Path) -
     assert path.read_text().splitlines() == lines
     assert [json.loads(line)["input"] for line in lines] == ROWS
     assert list(tmp_path.glob("*.part")) == []
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         AnswerFile(path, "this")
 
 

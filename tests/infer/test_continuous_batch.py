@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.tiny_models import FAMILIES, random_network, write_adapter
 
-from lorafit.infer.continuous_batch import Batch, Request, Step
-from lorafit.infer.engine import stream
+from lorafit.infer.continuous_batch import ContinuousBatch, GeneratedToken, Request, generate_tokens
 from lorafit.infer.sampling import Sampling
 from lorafit.model import native
 from lorafit.model.adapter_file import load_adapter, read_spec
@@ -27,15 +27,6 @@ SPECS = {
     "one": LoraSpec(4, 8.0, 0.0, ("all-linear",), False),
     "two": LoraSpec(2, 4.0, 0.0, ("q_proj", "v_proj"), False),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """These networks are too small to share among threads that wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -54,34 +45,28 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def alone(network: Llama, request: Request) -> list[tuple[int, str]]:
-    """What infer/engine.py says to it, as `lorafit generate` asks."""
-    assert request.stream == 0
-    tokens = stream(
-        network,
-        [request.prompt],
-        stop_ids=request.stop_ids,
-        max_tokens=request.max_tokens,
-        sampling=request.sampling,
-    )
-    return [(token.id, token.end) for token in tokens]
+    """The answer in a batch of its own, without an adapter."""
+    tokens = generate_tokens(network, [dataclasses.replace(request, adapter=None)])
+    return [(token.id, token.end) for _, token in tokens]
 
 
-def run(batch: Batch, requests: Sequence[Request], seed: int = 0) -> list[list[Step]]:
+def run(
+    batch: ContinuousBatch[int], requests: Sequence[Request], seed: int = 0
+) -> list[list[GeneratedToken]]:
     """The steps of each request when they come at odd times, as slots allow."""
     order = random.Random(seed)
-    said: list[list[Step]] = [[] for _ in requests]
+    said: list[list[GeneratedToken]] = [[] for _ in requests]
     coming = list(enumerate(requests))
     while coming or len(batch):
         while coming and len(batch) < batch.num_slots and order.random() < 0.6:
             key, request = coming.pop(0)
-            said[key].append(batch.add(key, request))
+            said[key].append(batch.add([(key, request)])[0][1])
         for step_key, step in batch.step():
-            assert isinstance(step_key, int)
             said[step_key].append(step)
     return said
 
 
-def pairs(steps: Sequence[Step]) -> list[tuple[int, str]]:
+def pairs(steps: Sequence[GeneratedToken]) -> list[tuple[int, str]]:
     return [(step.id, step.end) for step in steps]
 
 
@@ -103,7 +88,7 @@ def requests(count: int, adapters: Sequence[str | None] = (None,), hot: float = 
 def test_greedy_answers_are_the_same_tokens_alone_and_among_strangers(family: str, path: str) -> None:
     network = random_network(family)
     wanted = requests(14)
-    said = run(Batch(network, 4), wanted)
+    said = run(ContinuousBatch[int](network, 4), wanted)
     assert [pairs(steps) for steps in said] == [alone(network, request) for request in wanted]
     assert {steps[-1].end for steps in said} == {"stop", "length"}
 
@@ -113,7 +98,7 @@ def test_in_16_bits_too_where_kernels_are_compiled() -> None:
         pytest.skip(native.missing())
     network = random_network(dtype=torch.bfloat16, head_dim=16)
     wanted = requests(30)
-    assert [pairs(steps) for steps in run(Batch(network, 16), wanted)] == [
+    assert [pairs(steps) for steps in run(ContinuousBatch[int](network, 16), wanted)] == [
         alone(network, request) for request in wanted
     ]
 
@@ -122,18 +107,17 @@ def test_samples_are_those_of_the_seed_whoever_else_is_there(path: str) -> None:
     network = random_network()
     wanted = requests(12, hot=1.3)
     expected = [alone(network, request) for request in wanted]
-    assert [pairs(steps) for steps in run(Batch(network, 5), wanted)] == expected
+    assert [pairs(steps) for steps in run(ContinuousBatch[int](network, 5), wanted)] == expected
     assert len({tuple(answer) for answer in expected}) == 12
 
 
 def test_answers_that_share_a_seed_are_drawn_apart() -> None:
     network = random_network()
     wanted = [Request([5, 6], NONE, 9, Sampling(1.5, seed=3), stream=number) for number in range(4)]
-    said = run(Batch(network, 4), wanted)
-    together = stream(network, [[5, 6]] * 4, stop_ids=NONE, max_tokens=9, sampling=Sampling(1.5, seed=3))
+    said = run(ContinuousBatch[int](network, 4), wanted)
     rows: list[list[int]] = [[] for _ in wanted]
-    for token in together:
-        rows[token.row].append(token.id)
+    for row, token in generate_tokens(network, wanted):
+        rows[row].append(token.id)
     assert [[step.id for step in steps] for steps in said] == rows
     assert len({tuple(row) for row in rows}) == 4
 
@@ -142,7 +126,7 @@ def test_rows_of_one_batch_take_different_adapters(path: str, folders: Mapping[s
     network = random_network()
     adapters = Adapters(network, folders)
     wanted = requests(18, adapters=("one", None, "two", "one"))
-    said = run(Batch(network, 6, adapters=adapters), wanted)
+    said = run(ContinuousBatch[int](network, 6, adapters=adapters), wanted)
     networks = {None: random_network()}
     for name, folder in folders.items():
         networks[name] = random_network()
@@ -156,16 +140,14 @@ def test_rows_of_one_batch_take_different_adapters(path: str, folders: Mapping[s
 def test_a_row_that_is_dropped_makes_room_and_disturbs_nobody() -> None:
     network = random_network()
     one, two, three, four = (Request([seed, 9, 4], NONE, 20) for seed in (1, 2, 3, 4))
-    batch = Batch(network, 3)
-    said: dict[object, list[Step]] = {
-        key: [batch.add(key, r)] for key, r in (("a", one), ("b", two), ("c", three))
-    }
+    batch = ContinuousBatch[str](network, 3)
+    said = {key: [token] for key, token in batch.add([("a", one), ("b", two), ("c", three)])}
     for _ in range(3):
         for key, step in batch.step():
             said[key].append(step)
     batch.drop("a")
     batch.drop("nobody")
-    said["d"] = [batch.add("d", four)]
+    said["d"] = [batch.add([("d", four)])[0][1]]
     while len(batch):
         for key, step in batch.step():
             said[key].append(step)
@@ -177,15 +159,15 @@ def test_a_row_that_is_dropped_makes_room_and_disturbs_nobody() -> None:
 def test_capacity_grows_with_the_longest_and_the_context_is_the_end(path: str) -> None:
     network = random_network(max_position_embeddings=1024)
     wanted = [Request([7] * 250, NONE, 40), Request([8, 9] * 120, NONE, 1000), Request([1] * 300, NONE, 9)]
-    batch = Batch(network, 3, context=320)
+    batch = ContinuousBatch[int](network, 3, context=320)
     said = run(batch, wanted)
     assert [len(steps) for steps in said] == [40, 80, 9]
     assert said[1][-1].end == "length"
     expected = [alone(network, Request(r.prompt, NONE, 80)) for r in wanted]
     for steps, whole in zip(said, expected, strict=True):
         assert [step.id for step in steps] == [token for token, _ in whole][: len(steps)]
-    assert Batch(network, 1).context == 1024
-    assert Batch(network, 1, context=10**9).context == 1024
+    assert ContinuousBatch[int](network, 1).context == 1024
+    assert ContinuousBatch[int](network, 1, context=10**9).context == 1024
 
 
 def test_log_probabilities_are_the_networks_whatever_is_drawn(path: str) -> None:
@@ -196,7 +178,7 @@ def test_log_probabilities_are_the_networks_whatever_is_drawn(path: str) -> None
         Request(prompt, NONE, 6, sampling),
         Request(prompt, NONE, 6, sampling, top_logprobs=0),
     ]
-    said = run(Batch(network, 3), wanted)
+    said = run(ContinuousBatch[int](network, 3), wanted)
     prefix = list(prompt)
     for full, bare, few in zip(*said, strict=True):
         with torch.inference_mode():
@@ -214,9 +196,9 @@ def test_log_probabilities_are_the_networks_whatever_is_drawn(path: str) -> None
 
 def test_after_an_error_the_batch_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     network = random_network()
-    batch = Batch(network, 3)
+    batch = ContinuousBatch[int](network, 3)
     request = Request([4, 5, 6], NONE, 12)
-    said = [batch.add("a", request)]
+    said = [batch.add([(0, request)])[0][1]]
 
     def short(*_: object) -> None:
         raise MemoryError
@@ -224,12 +206,12 @@ def test_after_an_error_the_batch_is_as_before(monkeypatch: pytest.MonkeyPatch) 
     with monkeypatch.context() as patch:
         patch.setattr(Llama, "logits", short)
         with pytest.raises(MemoryError):
-            batch.add("b", request)
+            batch.add([(1, request)])
     while len(batch):
         said += [step for _, step in batch.step()]
     assert pairs(said) == alone(network, request)
-    batch.add("c", request)
-    assert batch.clear() == ["c"]
+    batch.add([(2, request)])
+    assert batch.clear() == [2]
     assert len(batch) == 0
     assert [pairs(steps) for steps in run(batch, [request])] == [alone(network, request)]
 
@@ -248,5 +230,5 @@ def test_any_mix_says_what_each_alone_says(
     mix: list[tuple[list[int], int]], num_slots: int, seed: int
 ) -> None:
     wanted = [Request(prompt, frozenset({3, 77, 130}), most) for prompt, most in mix]
-    said = run(Batch(NETWORK, num_slots), wanted, seed)
+    said = run(ContinuousBatch[int](NETWORK, num_slots), wanted, seed)
     assert [pairs(steps) for steps in said] == [alone(NETWORK, request) for request in wanted]

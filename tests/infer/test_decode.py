@@ -64,13 +64,11 @@ def test_in_bfloat16_it_is_as_near_as_torch(heads: int, kv_heads: int, size: int
     assert (ours - exact).norm() <= 1.05 * (rough - exact).norm()
 
 
-def test_rows_that_stay_keep_their_slots_and_others_are_left_alone() -> None:
+def test_only_the_slots_of_the_rows_are_read_and_written() -> None:
     cache, new = attention(4, 2, 8)
     before_k, before_v = cache.k[0].float(), cache.v[0].float()
     cache.k, cache.v = [before_k.clone()], [before_v.clone()]
-    cache.keep([1, 3, 4])
-    cache.keep([0, 2])
-    assert cache.slots.tolist() == [1, 4]
+    cache.slots, cache.lengths = torch.tensor([1, 4]), cache.lengths[[1, 4]]
     some = [each[:2] for each in new]
     exact = in_torch(cache, some, None, torch.float64)
     torch.testing.assert_close(

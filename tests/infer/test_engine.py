@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,8 @@ import torch
 from tests.tiny_models import FAMILIES, random_network, write_model
 from torch import Tensor
 
-from lorafit.infer import engine
-from lorafit.infer.engine import Token, stream
+from lorafit.infer import continuous_batch
+from lorafit.infer.continuous_batch import GeneratedToken, Request, generate_tokens
 from lorafit.infer.sampling import Sampling, next_tokens
 from lorafit.model import native
 from lorafit.model.attention import PackedDocuments
@@ -20,15 +20,6 @@ from lorafit.model.llama import Llama
 
 PROMPTS = [[256, 5, 6, 7], [9], [3] * 17, [3, 3, 3, 3, 3, 6, 3, 1, 0]]  # the last two begin alike
 GREEDY = Sampling()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """These networks are too small to share among threads that wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -47,15 +38,18 @@ def generated(
     max_tokens: int = 12,
     stop_ids: frozenset[int] = frozenset(),
     sampling: Sampling = GREEDY,
-) -> list[list[Token]]:
+) -> list[list[GeneratedToken]]:
     """Tokens of each row."""
-    rows: list[list[Token]] = [[] for _ in prompts]
-    for token in stream(network, prompts, stop_ids=stop_ids, max_tokens=max_tokens, sampling=sampling):
-        rows[token.row].append(token)
+    rows: list[list[GeneratedToken]] = [[] for _ in prompts]
+    requests = [
+        Request(prompt, stop_ids, max_tokens, sampling, stream=row) for row, prompt in enumerate(prompts)
+    ]
+    for row, token in generate_tokens(network, requests):
+        rows[row].append(token)
     return rows
 
 
-def ids(rows: list[list[Token]]) -> list[list[int]]:
+def ids(rows: list[list[GeneratedToken]]) -> list[list[int]]:
     return [[token.id for token in row] for row in rows]
 
 
@@ -119,10 +113,13 @@ def test_cached_logits_equal_uncached_ones_whatever_is_said(
             tokens.append(said[row][len(prefixes[row]) - len(PROMPTS[row])])
             prefixes[row].append(tokens[-1])
             compared += 1
-        going = [row for row, token in zip(going, tokens, strict=True) if token != 257]
+        ended = [row for row, token in zip(going, tokens, strict=True) if token == 257]
+        for row in ended:  # the last row moves to the slot of one that has ended
+            going[going.index(row)] = going[-1]
+            going.pop()
         return tokens
 
-    monkeypatch.setattr(engine, "next_tokens", forced)
+    monkeypatch.setattr(continuous_batch, "next_tokens", forced)
     rows = generated(network, max_tokens=14, stop_ids=frozenset({257}))
     assert [len(row) for row in rows] == [14, 4, 9, 6]
     assert compared == 33
@@ -201,7 +198,7 @@ LOGITS = torch.randn(6, 50, generator=torch.Generator().manual_seed(1)) * 3
 
 def sample(times: int = 1, logits: Tensor = LOGITS, **settings: Any) -> list[list[int]]:
     sampling = Sampling(**settings)
-    streams = sampling.streams(len(logits))
+    streams = [sampling.stream(row) for row in range(len(logits))]
     return [next_tokens(logits, sampling, streams) for _ in range(times)]
 
 

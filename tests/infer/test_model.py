@@ -13,50 +13,29 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from tests.tiny_models import byte_tokenizer, write_model, write_rows
+from tests.runs import tiny_run, tiny_settings
+from tests.tiny_models import byte_tokenizer, write_model
 
-from lorafit.config.load import load_config
 from lorafit.data.formats import Chat, Instruction, Message
 from lorafit.errors import DataError, LorafitError, ModelError, RunError
 from lorafit.infer import model as model_module
-from lorafit.infer.engine import Token
+from lorafit.infer.continuous_batch import GeneratedToken
 from lorafit.infer.model import Model, load
 from lorafit.infer.sampling import Sampling
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.linear import Frozen
-from lorafit.training.run import start_run
 
 QUESTIONS = ["What is a llama?", "라마가 뭐야?", "Say 7."]
 ON_CPU = {"device": "cpu", "dtype": "float32"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """These networks are too small to share among threads that wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory whose adapter says something else than its base."""
     folder = tmp_path_factory.mktemp("infer")
-    overrides = {
-        "model.name": write_model(folder / "model", max_position_embeddings=200),
-        "data.path": write_rows(folder / "rows.json"),
-        "model.dtype": "float32",
-        "model.device": "cpu",
-        "train.max_steps": 3,
-        "train.learning_rate": 0.05,
-        "run.samples": 0,
-        "run.verify": "false",
-        "run.output": folder / "run",
-    }
-    return start_run(
-        load_config(None, [f"{key}={value}" for key, value in overrides.items()]), quiet=True
-    ).path
+    model = write_model(folder / "model", max_position_embeddings=200)
+    settings = tiny_settings(folder, "train.max_steps=3", "train.learning_rate=0.05", model=model)
+    return tiny_run(settings, folder / "run").path
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +96,13 @@ def test_the_same_question_is_sampled_anew_in_every_batch(tuned: Model) -> None:
 def test_an_answer_counts_its_tokens_and_says_whether_it_ended(
     tuned: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = [Token(0, 72), Token(1, 72), Token(0, 257, "stop"), Token(1, 73, "length")]
-    monkeypatch.setattr(model_module, "stream", lambda *_, **__: iter(said))
+    tokens = [
+        (0, GeneratedToken(72)),
+        (1, GeneratedToken(72)),
+        (0, GeneratedToken(257, "stop")),
+        (1, GeneratedToken(73, "length")),
+    ]
+    monkeypatch.setattr(model_module, "generate_tokens", lambda *_: iter(tokens))
     alphabet = byte_tokenizer()
     one, two = tuned.generate(["a", "b"])
     assert (one.text, one.num_tokens, one.stopped) == (alphabet.decode([72]), 1, True)
@@ -216,11 +200,11 @@ def test_a_run_that_was_stopped_answers_from_its_newest_whole_checkpoint(
 
 
 def says(ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    def speak(*_: Any, **__: Any) -> Iterator[Token]:
-        for at, token in enumerate(ids):
-            yield Token(0, token, "length" if at == len(ids) - 1 else "")
+    def generate(*_: Any) -> Iterator[tuple[int, GeneratedToken]]:
+        for number, token in enumerate(ids, 1):
+            yield 0, GeneratedToken(token, "length" if number == len(ids) else "")
 
-    monkeypatch.setattr(model_module, "stream", speak)
+    monkeypatch.setattr(model_module, "generate_tokens", generate)
 
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)

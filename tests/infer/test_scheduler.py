@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
 from tests.tiny_models import random_network
+from tests.waiting import HANGS, Clock
 
-from lorafit.infer.continuous_batch import Batch, Request, Step
-from lorafit.infer.engine import stream
-from lorafit.infer.sampling import Sampling
-from lorafit.infer.scheduler import Event, QueueFullError, Scheduler, StoppedError, Ticket
+from lorafit.infer.continuous_batch import ContinuousBatch, GeneratedToken, Request, generate_tokens
+from lorafit.infer.scheduler import QueueFullError, Scheduler, StoppedError, Ticket, TicketEvent
 
 NETWORK = random_network(max_position_embeddings=4096)
-SOON, LATER = 0.05, 60.0
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Desk:
     """A scheduler and what it said about each ticket."""
 
     def __init__(self, num_slots: int = 2, max_waiting: int = 3) -> None:
-        self.events: dict[Ticket, list[Step | str]] = {}
+        self.events: dict[Ticket, list[GeneratedToken | str]] = {}
         self.order: list[Ticket] = []
         self.changed = threading.Condition()
-        self.batch = Batch(NETWORK, num_slots)
+        self.batch = ContinuousBatch[Ticket](NETWORK, num_slots)
         self.scheduler = Scheduler(self.batch, max_waiting, self.note)
 
-    def note(self, events: list[Event]) -> None:
+    def note(self, events: list[TicketEvent]) -> None:
         with self.changed:
             for ticket, event in events:
                 if ticket not in self.events:
@@ -46,19 +35,18 @@ class Desk:
                 self.events.setdefault(ticket, []).append(event)
             self.changed.notify_all()
 
-    def ask(self, *firsts: int, tokens: int = 5, seconds: float = LATER) -> list[Ticket]:
-        deadline = time.monotonic() + seconds
+    def ask(self, *firsts: int, tokens: int = 5, deadline: float = math.inf) -> list[Ticket]:
         tickets = [Ticket(Request([first, 9], frozenset(), tokens), deadline) for first in firsts]
         self.scheduler.submit(tickets)
         return tickets
 
     def wait(self, what: Callable[[], bool]) -> None:
         with self.changed:
-            assert self.changed.wait_for(what, 20)
+            assert self.changed.wait_for(what, HANGS)
 
     def ended(self, ticket: Ticket) -> bool:
         last = self.events.get(ticket, [""])[-1]
-        return last.end != "" if isinstance(last, Step) else last != ""
+        return last.end != "" if isinstance(last, GeneratedToken) else last != ""
 
     def wait_for(self, *tickets: Ticket) -> None:
         self.wait(lambda: all(map(self.ended, tickets)))
@@ -88,10 +76,9 @@ def test_everybody_is_answered_as_alone_and_in_turn(desk: Callable[..., Desk]) -
     one.wait_for(*tickets)
     assert one.order == tickets
     for ticket in tickets:
-        prompt = ticket.request.prompt
-        said = stream(NETWORK, [prompt], stop_ids=frozenset(), max_tokens=5, sampling=Sampling())
-        steps = [event for event in one.events[ticket] if isinstance(event, Step)]
-        assert [(step.id, step.end) for step in steps] == [(token.id, token.end) for token in said]
+        said = generate_tokens(NETWORK, [ticket.request])
+        steps = [event for event in one.events[ticket] if isinstance(event, GeneratedToken)]
+        assert [(step.id, step.end) for step in steps] == [(token.id, token.end) for _, token in said]
     assert one.scheduler.load() == (0, 0)
 
 
@@ -125,15 +112,21 @@ def test_who_gives_up_frees_the_slot_at_once(desk: Callable[..., Desk]) -> None:
     assert len(one.batch) == 0
 
 
-def test_time_runs_out_in_the_queue_and_while_answering(desk: Callable[..., Desk]) -> None:
-    one = desk(num_slots=1, max_waiting=3)
-    (endless,) = one.ask(1, tokens=ENDLESS, seconds=0.3)
-    (hasty,) = one.ask(2, seconds=SOON)
+def test_time_runs_out_in_the_queue_and_while_answering(
+    desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look at the clock, of which there is one a pass, is a second later."""
+    clock = Clock(tick=1.0)
+    monkeypatch.setattr("lorafit.infer.scheduler.time", clock)
+    one = desk(num_slots=1, max_waiting=3, start=False)
+    (endless,) = one.ask(1, tokens=ENDLESS, deadline=clock.now + 30)
+    (hasty,) = one.ask(2, deadline=clock.now + 9)
     (patient,) = one.ask(3)
+    one.scheduler.start()
     one.wait_for(endless, hasty, patient)
     assert one.events[hasty] == ["late"]
     assert one.events[endless][-1] == "late"
-    assert len(one.events[endless]) > 1
+    assert len(one.events[endless]) > 20
     assert len(one.events[patient]) == 5
 
 
@@ -161,14 +154,14 @@ def test_a_prompt_that_fails_is_the_only_one(
     desk: Callable[..., Desk], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = desk(num_slots=3, max_waiting=4, start=False)
-    add = Batch.add
+    add = ContinuousBatch.add
 
-    def picky(batch: Batch, key: Ticket, request: Request) -> Step:
-        if request.prompt[0] == 13:
+    def picky(batch: ContinuousBatch[Ticket], requests: Any) -> Any:
+        if requests[0][1].prompt[0] == 13:
             raise MemoryError
-        return add(batch, key, request)
+        return add(batch, requests)
 
-    monkeypatch.setattr(Batch, "add", picky)
+    monkeypatch.setattr(ContinuousBatch, "add", picky)
     tickets = one.ask(1, 13, 2)
     one.scheduler.start()
     one.wait_for(*tickets)
@@ -197,8 +190,7 @@ def test_long_prompts_do_not_hold_up_those_who_are_answered(
     add, step = one.batch.add, one.batch.step
     monkeypatch.setattr(one.batch, "add", lambda *args: (seen.append("add"), add(*args))[1])
     monkeypatch.setattr(one.batch, "step", lambda: (seen.append("step"), step())[1])
-    deadline = time.monotonic() + LATER
-    tickets = [Ticket(Request([number] * 400, frozenset(), 6), deadline) for number in range(4)]
+    tickets = [Ticket(Request([number] * 400, frozenset(), 6), math.inf) for number in range(4)]
     one.scheduler.submit(tickets)
     one.scheduler.start()
     one.wait_for(*tickets)

@@ -110,7 +110,7 @@ def test_only_a_few_rows_that_nothing_is_learned_from_go_this_way() -> None:
 def test_project_says_the_same_on_both_ways(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if path == "torch":
         monkeypatch.setattr(native, "_build", lambda: (None, "off"))
-        monkeypatch.setattr(module, "_product", None)
+        monkeypatch.setattr(module, "_call", None)
     elif kernels() is None:
         pytest.skip(missing())
     torch.manual_seed(0)

@@ -26,6 +26,22 @@ def test_equals_plain_cross_entropy(rows: int, monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(mine, hidden.grad, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [1 / 997, 1 / 3, 65536 / 997])
+def test_the_incoming_scale_is_not_rounded_to_16_bits(dtype: torch.dtype, scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 16, generator=generator, dtype=torch.float32).to(dtype).requires_grad_()
+    head = torch.randn(50, 16, generator=generator, dtype=torch.float32).to(dtype)
+    total = loss_sum(hidden, head, torch.randint(0, 50, (64,), generator=generator))
+    (whole,) = torch.autograd.grad(total, hidden, retain_graph=True)
+    (scaled,) = torch.autograd.grad(total * scale, hidden)
+    torch.testing.assert_close(scaled, (whole.float() * scale).to(dtype), rtol=0, atol=0)
+    ratio = float(scaled.double().norm() / whole.double().norm()) / scale
+    assert ratio == pytest.approx(
+        1, abs=4e-4
+    )  # the roundings of single numbers cancel; that of the scale does not
+
+
 def test_extreme_logits_stay_finite() -> None:
     hidden = torch.full((2, 4), 300.0, requires_grad=True)
     head = torch.tensor([[1.0] * 4, [-1.0] * 4])

@@ -7,6 +7,7 @@ import sys
 import textwrap
 
 import pytest
+from tests.waiting import HANGS
 
 from lorafit.model.native import blocks
 
@@ -29,7 +30,7 @@ def run(body: str) -> None:
     """In a process of its own: the allocator is the whole process's."""
     code = START + textwrap.dedent(body)
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=HANGS
     )
     assert done.returncode == 0, done.stderr[-2000:]
 

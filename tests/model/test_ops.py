@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.waiting import HANGS
 from torch import Tensor
 
 from lorafit.model import attention, native, ops
@@ -273,6 +274,7 @@ def test_a_compiler_that_fails_is_told_and_not_fatal(monkeypatch: pytest.MonkeyP
         native._build.cache_clear()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ and Linux")
 def test_of_processes_that_start_together_one_compiles(tmp_path: Path) -> None:
     """As ranks do; the second finds what the first made."""
@@ -282,7 +284,7 @@ def test_of_processes_that_start_together_one_compiles(tmp_path: Path) -> None:
     environment = {**os.environ, "LORAFIT_CACHE": str(tmp_path / "cache"), "CXX": str(compiler)}
     source = "from lorafit.model import native; assert native.blocks() is not None"
     started = [subprocess.Popen([sys.executable, "-c", source], env=environment) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    assert [process.wait(timeout=HANGS) for process in started] == [0, 0]
     assert (tmp_path / "calls").read_text().count("x") == 2  # a source and the library of it
 
 

@@ -8,7 +8,7 @@ import torch
 from tests.tiny_models import FAMILIES, random_network
 from torch import Tensor
 
-from lorafit.data.packing import TokenRow, make_packs
+from lorafit.data.packing import Packer, TokenRow
 from lorafit.forward import pack_loss
 from lorafit.model.attention import PackedDocuments, causal_attention, has_flash
 from lorafit.model.llama import Llama
@@ -74,7 +74,7 @@ def loss_and_gradients(network: Llama, rows: list[TokenRow], packing: bool) -> l
     torch.manual_seed(3)
     state = torch.get_rng_state()
     losses = []
-    for pack in make_packs(rows, 1000, packing):
+    for pack in Packer(1000, packing).packs(rows):
         torch.set_rng_state(state)  # as in a step
         losses.append(pack_loss(network, pack))
         losses[-1].backward()
@@ -101,7 +101,7 @@ def test_what_rows_share_gives_the_loss_and_gradients_of_each_alone(
             if name.endswith("lora_B"):
                 parameter.normal_(std=0.1)
     rows = [(np.array(ids, np.uint16), np.arange(len(ids)) >= len(ids) // 3) for ids in BEGINNINGS]
-    (pack,) = make_packs(rows, 1000)
+    (pack,) = Packer(1000).packs(rows)
     assert len(pack.ids) < 0.6 * sum(pack.lengths)
     together, alone = (loss_and_gradients(network, rows, packing) for packing in (True, False))
     assert len(together) == 29
@@ -119,7 +119,7 @@ def test_a_shared_beginning_changes_no_bit_of_a_document(dtype: torch.dtype) -> 
     assert torch.equal(network.hidden(ids, PackedDocuments([64, 96], index=index)), apart)
 
 
-def test_shared_tokens_go_to_each_document_also_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_tokens_go_to_each_document_also_batched(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU without flash attention: out and slopes are those of one document after the other."""
     torch.manual_seed(0)
     lengths, index = [70, 66, 5], torch.tensor([*range(70), *range(60), *range(70, 76), *range(5)])
@@ -127,7 +127,7 @@ def test_shared_tokens_go_to_each_document_also_side_by_side(monkeypatch: pytest
     q, k, v = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
     rotary = (torch.randn(76, 4), torch.randn(76, 4))
     found = []
-    for way in (PackedDocuments._attend, PackedDocuments._side_by_side):
+    for way in (PackedDocuments._attend, PackedDocuments._batched):
         monkeypatch.setattr(PackedDocuments, "_attend", way)
         out = PackedDocuments(lengths, index=index)(0, q, k, v, rotary, None)
         assert out.shape == q.shape
@@ -137,7 +137,7 @@ def test_shared_tokens_go_to_each_document_also_side_by_side(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("window", [None, 20])
-def test_documents_side_by_side_equal_documents_one_by_one(window: int | None) -> None:
+def test_documents_batched_equal_documents_one_by_one(window: int | None) -> None:
     torch.manual_seed(0)
     lengths = [70, 3, 64, 1, 65, 200, 3]
     tokens = sum(lengths)
@@ -152,7 +152,7 @@ def test_documents_side_by_side_equal_documents_one_by_one(window: int | None) -
             for parts in zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
         ]
     )
-    side_by_side = documents._side_by_side(q, k, v, window)
+    side_by_side = documents._batched(q, k, v, window)
     torch.testing.assert_close(side_by_side, one_by_one, rtol=1e-12, atol=1e-12)
     grad_outputs = [
         torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (side_by_side, one_by_one)

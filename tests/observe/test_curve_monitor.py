@@ -1,4 +1,4 @@
-"""Curves in plain words: each kind of trouble is said once, and healthy curves are left in peace."""
+"""Each kind of problem in the curves is reported once, and healthy curves give no false alarm."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import pytest
 
-from lorafit.observe.curve_monitor import LEAST, QUIET, CurveMonitor, diagnose, diagnosing
+from lorafit.observe.curve_monitor import LEAST, QUIET, CurveMonitor, diagnosing
 from lorafit.observe.events import Diagnosis, Event, Heldout, Message, Step
 
 NUM_STEPS = 600
@@ -39,6 +39,11 @@ def curves(
 
 def falling(number: int) -> float:
     return 1.0 + 1.2 * math.exp(-number / 60)
+
+
+def diagnose(events: Iterable[Event]) -> list[Diagnosis]:
+    monitor = CurveMonitor()
+    return [diagnosis for event in events for diagnosis in monitor.look(event)]
 
 
 def whats(events: Iterable[Event]) -> list[str]:
@@ -102,14 +107,14 @@ def test_a_loss_that_does_not_move_is_a_plateau() -> None:
 def test_a_held_out_loss_that_stands_still_is_a_plateau() -> None:
     found = diagnose(curves(falling, heldout=lambda n: 1.3 + 0.5 * math.exp(-n / 10)))
     assert [one.what for one in found] == ["plateau"]
-    assert "stood still" in found[0].text
+    assert "has stayed at" in found[0].text
     assert "train.patience" in found[0].hint
 
 
-def test_learning_by_heart_is_told_from_getting_worse() -> None:
+def test_overfitting_differs_from_getting_worse() -> None:
     by_heart = diagnose(curves(lambda n: 2 * math.exp(-n / 150), heldout=lambda n: 1.2 + abs(n - 200) / 1000))
     assert [one.what for one in by_heart] == ["overfit"]
-    assert "learnt by heart" in by_heart[0].text
+    assert "the run overfits" in by_heart[0].text
     assert "at step 200" in by_heart[0].text
     both_rise = diagnose(
         curves(lambda n: 1.0 + n / 400, heldout=lambda n: 1.2 + abs(n - 100) / 1000, base=9.0)

@@ -29,6 +29,8 @@ def make(folder: Path, *events: Event) -> RunDirectory:
     folder.mkdir(parents=True)
     run = RunDirectory(folder)
     run.write_config(load_config(None, ["model.name=owner/name", "data.path=rows.json"]))
+    run.adapter.mkdir()
+    (run.adapter / "manifest.json").write_text("{}")
     if events:
         with Record(run.metrics_file) as record:
             for event in events:
@@ -39,7 +41,7 @@ def make(folder: Path, *events: Event) -> RunDirectory:
 STEPS = (STARTED, step(1, 3.0), Heldout(1, 2.5, 2.9, True), step(2, 2.0), Heldout(2, 2.6, 2.9, False))
 
 
-@pytest.mark.parametrize("reason", ["finished", "interrupted"])
+@pytest.mark.parametrize("reason", ["finished", "ended early", "interrupted"])
 def test_a_run_that_ended_says_how(reason: Any, tmp_path: Path) -> None:
     run = make(tmp_path / "run", *STEPS, RunEnded(2, reason, 9.0, "adapter", 2.0))
     summary = summarize(run)
@@ -77,7 +79,7 @@ def test_a_run_before_its_first_step_has_no_losses(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["config.yaml", "metrics.jsonl"])
-def test_a_run_that_cannot_be_read_says_so_and_hides_no_other(file: str, tmp_path: Path) -> None:
+def test_a_run_that_cannot_be_read_is_named_and_hides_no_other(file: str, tmp_path: Path) -> None:
     run = make(tmp_path / "a", *STEPS)
     make(tmp_path / "b", *STEPS)
     (run.path / file).write_bytes(b"\xff: [\n")
@@ -85,13 +87,18 @@ def test_a_run_that_cannot_be_read_says_so_and_hides_no_other(file: str, tmp_pat
     assert states == {"a": "unreadable", "b": "stopped"}
 
 
+def contents(run: RunDirectory) -> dict[Path, tuple[bytes, int]]:
+    files = (path for path in run.path.rglob("*") if path.is_file())
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
 def test_looking_changes_nothing(tmp_path: Path) -> None:
     run = make(tmp_path / "run", *STEPS)
     with lock(run.lock_file):
         pass
-    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.path.iterdir()}
+    before = contents(run)
     summarize(run)
-    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in run.path.iterdir()} == before
+    assert contents(run) == before
 
 
 def test_runs_are_found_two_levels_deep_newest_first(tmp_path: Path) -> None:

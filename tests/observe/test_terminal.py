@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import io
-import time
 from itertools import pairwise
 
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
+from tests.waiting import Clock, until
 
 from lorafit.observe import terminal
-from lorafit.observe.console import ESCAPE_SEQUENCES, printable, side_by_side, table
+from lorafit.observe.console import side_by_side, table
 from lorafit.observe.events import Answers, Event, Heldout, Message, Proved, RunEnded, RunStarted, Saved, Step
 from lorafit.observe.progress import progress
 from lorafit.observe.terminal import Terminal
+from lorafit.redact import printable
 
 RUN: list[Event] = [
     RunStarted("tiny/model", 52_002, 30, 1_100_048_384, 4_505_600, "cuda", "bfloat16", "runs/a"),
@@ -128,12 +129,16 @@ def test_an_error_leaves_the_terminal_in_order() -> None:
         (120, "step 1200/3000 loss lr tokens/s 3s eta GB"),
     ],
 )
-def test_the_live_line_fits_and_drops_the_least_important_first(width: int, expected: str) -> None:
+def test_the_live_line_fits_and_drops_the_least_important_first(
+    width: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     step = Step(1200, 3000, 0.4, 1.9, 1.9e-4, 0.7, 90, 120, 4, 111_312.4, 2.0, 11_234_567_890)
     console = Console(
         file=io.StringIO(), width=width, record=True, force_terminal=True, color_system="standard"
     )
-    console.print(terminal._LiveLine(step, 1.832, 3672.0, time.monotonic() - 3))
+    clock = Clock()
+    monkeypatch.setattr(terminal, "time", clock)
+    console.print(terminal._LiveLine(step, 1.832, 3672.0, clock.now - 3))
     line = console.export_text()
     assert line.count("\n") == 1
     assert cell_len(line.rstrip("\n")) == width
@@ -154,6 +159,7 @@ def test_quick_work_shows_nothing() -> None:
 
 def test_slow_work_shows_a_line_at_the_start_and_one_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorafit.observe.progress.QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("lorafit.observe.progress.time", Clock())  # it takes 0 s, on any machine
     stream = io.StringIO()
     with progress("reading [red]\x1b[2J", stream=stream) as report:
         wait_for(stream, "...")
@@ -172,6 +178,7 @@ def test_slow_work_shows_a_line_at_the_start_and_one_at_the_end(monkeypatch: pyt
 
 def test_slow_work_shows_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorafit.observe.progress.QUIET_SECONDS", 0.0)
+    monkeypatch.setattr("lorafit.observe.progress.time", Clock())  # it takes 0 s, on any machine
     screen = Screen()
     with progress("tokenising", stream=screen) as report:
         report(2, 8)
@@ -181,10 +188,7 @@ def test_slow_work_shows_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def wait_for(stream: io.StringIO, text: str) -> None:
-    deadline = time.monotonic() + 10
-    while text not in stream.getvalue():
-        assert time.monotonic() < deadline, stream.getvalue()
-        time.sleep(0.005)
+    until(lambda: text in stream.getvalue())
 
 
 # Tables and answers
@@ -201,7 +205,7 @@ def test_table_on_a_terminal_folds_and_loses_nothing(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("COLUMNS", "60")
     screen = Screen()
     table(["run", "loss"], [["a" * 300, "1.8"]], stream=screen)
-    lines = ESCAPE_SEQUENCES.sub("", screen.getvalue()).splitlines()
+    lines = printable(screen.getvalue()).splitlines()
     assert sum(line.count("a") for line in lines) == 300
     assert max(cell_len(line) for line in lines) <= 60
 

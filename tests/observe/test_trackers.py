@@ -162,7 +162,7 @@ def test_a_failing_tracker_is_left_out_with_one_warning(
     observe_run("wandb", tmp_path)
     assert len(module.calls) == fails_at
     assert [record.message for record in caplog.records] == [
-        "wandb failed and is left out from here on: the server is gone"
+        "wandb failed and gets no more values: the server is gone"
     ]
 
 

@@ -6,25 +6,29 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from tests.tiny_models import random_network, write_model, write_rows
+from tests.runs import events, tiny_settings
+from tests.tiny_models import random_network
 
 from lorafit.config.load import config_from_args, flag_overrides, load_config
 from lorafit.config.schema import Config
-from lorafit.data.packing import Pack, make_packs
+from lorafit.data.packing import Packer, TokenRow
 from lorafit.data.row_order import RowOrder
+from lorafit.distributed.env import ProcessEnv
 from lorafit.errors import RunError
 from lorafit.model import memory
 from lorafit.model.memory import available_bytes, resident_bytes
-from lorafit.observe.metrics_file import read_metrics
 from lorafit.plan import planner
+from lorafit.plan.cadence import Cadence
 from lorafit.plan.cost_model import PassCost
-from lorafit.plan.machine import watch_peak
-from lorafit.plan.planner import Planner, plan_run
+from lorafit.plan.machine import Machine, watch_peak
+from lorafit.plan.planner import Fit, RunInputs, fit, make_plan, plan_run
 from lorafit.plan.predict import Choice, choices, settings_of
 from lorafit.plan.table import short_lines, table_rows
 from lorafit.plan.workload import Workload, estimate_workload
@@ -34,29 +38,15 @@ from lorafit.training.run import resume_run, start_run
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("plan")
-    return [
-        f"model.name={write_model(folder / 'model')}",
-        f"data.path={write_rows(folder / 'rows.json', 60)}",
-        "model.dtype=float32",
-        "model.device=cpu",
-        "train.batch_size=7",
-        "train.micro_batch_tokens=256",
-        "train.learning_rate=0.01",
-        "lora.rank=4",
-        "run.samples=0",
-        "run.verify=false",
-    ]
+    batches = ("train.batch_size=7", "train.micro_batch_tokens=256")
+    return tiny_settings(tmp_path_factory.mktemp("plan"), *batches, num_rows=60)
 
 
 def config_of(material: list[str], *overrides: str) -> Config:
     return load_config(None, [*material, *overrides])
 
 
-def events(path: Path, kind: str) -> list[dict[str, Any]]:
-    return [event for event in read_metrics(path / "metrics.jsonl") if event["event"] == kind]
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -94,6 +84,7 @@ def test_counts_are_exactly_those_of_the_run(
     assert json.loads(json.dumps(plan.as_dict()))["fits"] is True
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_its_plan_and_a_calibration_leaves_no_trace(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,12 +122,20 @@ class Short:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
         self.free = free
         monkeypatch.setattr("lorafit.plan.predict._KERNEL_BYTES", 0)
-        monkeypatch.setattr(planner, "resident_bytes", lambda: 0)
-        monkeypatch.setattr(planner, "available_bytes", lambda device: self.free)
+        monkeypatch.setattr("lorafit.plan.machine.resident_bytes", lambda: 0)
+        monkeypatch.setattr("lorafit.plan.machine.available_bytes", lambda device: self.free)
+
+
+def inputs(config: Config) -> tuple[RunInputs, Machine]:
+    return RunInputs.read(config, quiet=True), Machine.read(torch.device("cpu"), ProcessEnv())
 
 
 def needed(config: Config) -> int:
-    return Planner(config, quiet=True)._memory(config)
+    return planner._memory(config, *inputs(config)).total
+
+
+def fitted(config: Config) -> Fit:
+    return fit(config, *inputs(config))
 
 
 def test_what_does_not_fit_is_refused_with_what_would(
@@ -149,7 +148,7 @@ def test_what_does_not_fit_is_refused_with_what_would(
     assert needed(smaller) < whole
     machine.free = (needed(smaller) + whole) // 2
     for act in (start_run, plan_run):
-        with pytest.raises(RunError, match=r"training needs about .* can be had") as caught:
+        with pytest.raises(RunError, match=r"training needs about .* are available") as caught:
             act(config, quiet=True)
         assert caught.value.exit_code == 2
         (problem,) = caught.value.problems
@@ -190,16 +189,15 @@ def test_auto_picks_the_cheapest_and_the_run_keeps_it(
     assert (kept.train.recompute, kept.model.quantize) == ("none", "none")
     (line,) = [e["text"] for e in events(first.path, "note") if e["text"].startswith("picked ")]
     assert "train.micro_batch_tokens=128" in line
-    assert line.endswith("the mathematics is the same")
+    assert line.endswith("the result does not change")
     assert first.loss == pytest.approx(plain.loss, rel=1e-4)
     machine.free = small[1]
-    planner = Planner(config_of(material, *auto), quiet=True)
-    picked = planner.fit()
+    picked = fitted(config_of(material, *auto)).config
     assert picked.train.recompute == "layers"
     assert picked.model.quantize == "none"
     machine.free = 10
     assert resume_run(first.path, quiet=True).finished  # what began here is not refused
-    assert flag_overrides(None, None, None, auto=True) == ['run.too_large="auto"']
+    assert flag_overrides(None, None, None, auto=True) == {"run.too_large": "auto"}
     given = config_from_args(
         ["model.name=m", "data.path=d"], None, flag_overrides(None, None, None, auto=True)
     )
@@ -222,7 +220,7 @@ def test_choices_go_from_cheap_to_dear_and_int8_says_that_numbers_change(
     all_made = list(
         choices(
             Choice(256, False, "none"),
-            Planner(config_of(material), True)._workload(config_of(material)),
+            inputs(config_of(material))[0].workload(config_of(material)),
             True,
         )
     )
@@ -232,18 +230,63 @@ def test_choices_go_from_cheap_to_dear_and_int8_says_that_numbers_change(
         if c.quantize == "none"
     )
     machine.free = without - 1
-    planner = Planner(config_of(material, "run.too_large=auto"), quiet=True)
-    try:
-        assert planner.fit().model.quantize == "int8"
-    except RunError:
-        pytest.fail("int8 was not tried")
-    assert "changes the base's numbers" in planner.plan(None).picked
+    config = config_of(material, "run.too_large=auto")
+    data, free = inputs(config)
+    chosen = fit(config, data, free)
+    assert chosen.config.model.quantize == "int8"
+    assert config.model.quantize == "none"  # a fit is a new value
+    assert "changes the base's numbers" in make_plan(chosen, data, free, None).picked
 
 
-def survey_of(lengths: list[int], targets: list[int], **changes: Any) -> Workload:
-    order = RowOrder([np.arange(len(lengths))], [1.0], 4, 0, True)
-    values = {"num_steps": 5, "capacity": 1024, "packing": True, **changes}
-    return estimate_workload(np.array(lengths), np.array(targets), order, **values)
+def test_fit_is_a_function_of_config_rows_and_machine(material: list[str]) -> None:
+    config = config_of(material, "run.too_large=auto")
+    data, free = inputs(config)
+    assert fit(config, data, free) == Fit(config, "")
+    needs = planner._memory(config, data, free).total
+    less = dataclasses.replace(free, available_bytes=needs - 1)
+    smaller = fit(config, data, less)
+    assert smaller == fit(config, data, less)
+    assert smaller.note.startswith("picked ")
+    assert fit(config, data, dataclasses.replace(free, available_bytes=None)) == Fit(config, "")
+    tight = dataclasses.replace(free, available_bytes=needs)
+    assert fit(config, data, tight, beyond=0).config == config
+    assert fit(config, data, tight, beyond=1).config != config
+
+
+@pytest.mark.parametrize(
+    ("every", "num_steps", "steps_per_epoch"), [((3, 5, 2), 11, 4), ((0, 4, 0), 12, 5), ((7, 0, None), 6, 9)]
+)
+def test_a_cadence_counts_what_the_loop_does_step_by_step(
+    every: tuple[int, int, int | None], num_steps: int, steps_per_epoch: int
+) -> None:
+    cadence = Cadence(*every, num_steps, steps_per_epoch)
+    by_step = [cadence.at(step) for step in range(1, num_steps + 1)]
+    assert cadence.times() == [due for due in by_step if any(due)]
+    assert by_step[-1] == (True, True, False)
+    for due, step in zip(by_step[:-1], range(1, num_steps), strict=True):
+        spans = [span if span is None else span or steps_per_epoch for span in every]
+        assert list(due) == [span is not None and step % span == 0 for span in spans]
+
+
+class Rows:
+    """Rows of these lengths; the last `targets` tokens of each are supervised."""
+
+    def __init__(self, texts: Sequence[np.ndarray], targets: Sequence[int]) -> None:
+        self.texts = texts
+        self.lengths, self.targets = np.array([len(text) for text in texts]), np.array(targets)
+
+    def row(self, index: int) -> TokenRow:
+        text = self.texts[index]
+        return text.astype(np.uint16), np.arange(len(text)) >= len(text) - self.targets[index]
+
+
+def survey_of(
+    rows: list[int] | Sequence[np.ndarray], targets: Sequence[int], num_steps: int = 5, capacity: int = 1024
+) -> Workload:
+    """The workload of these rows; numbers stand for rows of that length that share no prefix."""
+    order = RowOrder([np.arange(len(rows))], [1.0], 4, 0, True)
+    texts = [np.arange(row) + 1000 * n if isinstance(row, int) else row for n, row in enumerate(rows)]
+    return estimate_workload(Rows(texts, targets), order, num_steps, Packer(capacity))
 
 
 def test_a_long_run_is_sampled_but_its_tokens_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +299,7 @@ def test_a_long_run_is_sampled_but_its_tokens_are_exact(monkeypatch: pytest.Monk
     assert (sampled.tokens, sampled.supervised) == (whole.tokens, whole.supervised)
     assert len(sampled.passes) < len(whole.passes) / 5
     assert sampled.num_passes == pytest.approx(whole.num_passes, rel=0.05)
-    assert sampled.mean.tokens == pytest.approx(whole.mean.tokens, rel=0.1)
+    assert sampled.computed_tokens == pytest.approx(whole.computed_tokens, rel=0.1)
     assert whole.longest_row == lengths.max()
 
 
@@ -268,30 +311,25 @@ def test_what_rows_begin_alike_with_is_counted_once(monkeypatch: pytest.MonkeyPa
         np.concatenate([preambles[n % 2], generator.integers(0, 9999, length)])[:length]
         for n, length in enumerate(lengths)
     ]
-    rows = [(ids.astype(np.uint16), np.arange(len(ids)) > len(ids) // 2) for ids in texts]
-    targets = [int(trained.sum()) for _, trained in rows]
-
-    def lay(members: Sequence[int]) -> Pack:
-        return make_packs([rows[at] for at in members], 10_000)[0]
-
-    work = survey_of(lengths.tolist(), targets, num_steps=30, capacity=150, lay=lay)
+    targets = [len(text) // 2 for text in texts]
+    work = survey_of(texts, targets, num_steps=30, capacity=150)
     for found, members in zip(work.passes, work.pack_of, strict=True):
         beginnings = {tuple(texts[at][: end + 1]) for at in members for end in range(lengths[at] - 1)}
         assert found[0] == len(beginnings)
         assert found[1] == sum(targets[at] for at in members)
-        assert found[2] == sum(2 * len(each) - 1 for each in beginnings)
     apart = survey_of(lengths.tolist(), targets, num_steps=30, capacity=150)
     assert work.shared == apart.passes[:, 0].sum() - work.passes[:, 0].sum() > 300
     assert apart.shared == 0
     monkeypatch.setattr("lorafit.plan.workload._SAMPLED_PACKS", 12)
-    sampled = survey_of(lengths.tolist(), targets, num_steps=30, capacity=150, lay=lay)
+    sampled = survey_of(texts, targets, num_steps=30, capacity=150)
     assert sampled.shared == pytest.approx(work.shared, rel=0.2)
-    assert sampled.mean.squares == pytest.approx(work.mean.squares, rel=0.02)
+    assert sampled.computed_tokens == pytest.approx(work.computed_tokens, rel=0.05)
     assert (sampled.tokens, sampled.supervised) == (work.tokens, work.supervised)
 
 
 def test_the_head_of_a_run_is_short_and_the_table_closes(material: list[str]) -> None:
-    plan = Planner(config_of(material), quiet=True).plan(None)
+    config = config_of(material)
+    plan = make_plan(Fit(config, ""), *inputs(config), None)
     assert plan.times is None
     assert len(short_lines(plan)) == 1
     assert "about" in short_lines(plan)[0]
@@ -305,15 +343,15 @@ def test_the_head_of_a_run_is_short_and_the_table_closes(material: list[str]) ->
 
 def test_memory_is_bounded_by_the_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "self").mkdir()
-    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
-    (tmp_path / "self" / "statm").write_text("100 2 1 1 0 1 0\n")
     (tmp_path / "self" / "cgroup").write_text("0::/outer/inner\n")
     groups = tmp_path / "groups"
     (groups / "outer" / "inner").mkdir(parents=True)
     monkeypatch.setattr(memory, "_PROC", tmp_path)
     monkeypatch.setattr(memory, "_CGROUPS", groups)
+    free = 2**50
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free - 1000))
+    monkeypatch.setattr(memory, "resident_bytes", lambda: 1000)
     cpu = torch.device("cpu")
-    free = 8000 * 1024 + resident_bytes()
     assert available_bytes(cpu) == free
     (groups / "outer" / "inner" / "memory.max").write_text("max\n")
     (groups / "outer" / "memory.max").write_text("2000000\n")
@@ -325,8 +363,8 @@ def test_memory_is_bounded_by_the_control_group(tmp_path: Path, monkeypatch: pyt
     (groups / "memory" / "memory.limit_in_bytes").write_text(f"{2**63 - 4096}\n")
     assert available_bytes(cpu) == free
     assert available_bytes(torch.device("mps")) is None
-    (tmp_path / "meminfo").unlink()
-    assert available_bytes(cpu) is None
+    (tmp_path / "self" / "cgroup").unlink()
+    assert available_bytes(cpu) == free
 
 
 def test_the_peak_of_a_block_is_seen_below_an_earlier_one() -> None:
@@ -348,7 +386,7 @@ def test_the_peak_of_a_block_is_seen_below_an_earlier_one() -> None:
 @pytest.mark.shared
 @pytest.mark.slow
 def test_tinystories_takes_about_what_was_planned(shared: Path, tmp_path: Path) -> None:
-    """Generous bounds: the machine may be busy. benchmarks/plan.py measures the accuracy."""
+    """Counts and memory; benchmarks/plan.py measures how near the time is."""
     config = load_config(
         None,
         [
@@ -369,9 +407,9 @@ def test_tinystories_takes_about_what_was_planned(shared: Path, tmp_path: Path) 
     steps = events(result.path, "step")
     assert plan.supervised_tokens == sum(step["supervised_tokens"] for step in steps)
     assert plan.times is not None
-    assert 0.2 < plan.times.steps / sum(step["seconds"] for step in steps) < 5
+    assert plan.times.steps > 0
     assert 0.5 < plan.peak_bytes / steps[-1]["memory_bytes"] < 2
 
 
 def test_a_pass_of_nothing_costs_nothing() -> None:
-    assert survey_of([10], [4], num_steps=1).at(0) == PassCost(9.0, 4.0, 81.0)
+    assert survey_of([10], [4], num_steps=1).at(0) == PassCost(9.0, 4.0)

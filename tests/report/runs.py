@@ -14,6 +14,15 @@ from lorafit.config.load import dump_config, validate
 Say = Callable[[str], str]
 
 
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=http://127.0.0.1/x onerror=alert(1)>',
+    "'><svg/onload=alert(1)>",
+    "</style></main><iframe src=//x></iframe><!--",
+    "]]>\x00\x1b[31m\u202egnp.exe\ud800\ufeff&lt;b&gt;{{7*7}}</mark></pre></div>",
+]
+
+
 def write_run(
     folder: Path, steps: int = 60, say: Say = lambda text: text, *, ended: str = "finished"
 ) -> Path:

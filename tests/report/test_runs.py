@@ -6,37 +6,20 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.tiny_models import write_model, write_rows
-from tests.training.test_run import events, interrupt_after
+from tests.runs import events, interrupt_after, tiny_run
 
-from lorafit.config.load import load_config
-from lorafit.data.build import TrainingData
 from lorafit.report.page import page
 from lorafit.report.run_data import read_facts
 from lorafit.run_dir import RunDirectory
-from lorafit.training import finish
-from lorafit.training.run import Result, resume_run, start_run
+from lorafit.training import setup
+from lorafit.training.run import resume_run
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("material")
-    return [
-        f"model.name={write_model(folder / 'model')}",
-        f"data.path={write_rows(folder / 'rows.json')}",
-        "model.dtype=float32",
-        "model.device=cpu",
-        "lora.rank=4",
-        "train.batch_size=6",
-        "train.max_steps=4",
-        "train.save_every=2",
-        "run.samples=1",
-        "run.verify=false",
-    ]
-
-
-def run(material: list[str], output: Path, *overrides: str) -> Result:
-    return start_run(load_config(None, [*material, f"run.output={output}", *overrides]), quiet=True)
+def material(tiny: list[str]) -> list[str]:
+    return [*tiny, "train.max_steps=4", "train.save_every=2", "run.samples=1"]
 
 
 def test_an_interrupted_run_has_a_report_and_the_finished_one_another(
@@ -44,7 +27,7 @@ def test_an_interrupted_run_has_a_report_and_the_finished_one_another(
 ) -> None:
     with monkeypatch.context() as patch:
         interrupt_after(2, patch)
-        stopped = run(material, tmp_path / "run", "run.samples_every=1")
+        stopped = tiny_run(material, tmp_path / "run", "run.samples_every=1")
     text = (stopped.path / "report.html").read_text()
     assert 'badge interrupted">interrupted' in text
     assert '<section id="answers">' in text
@@ -57,7 +40,7 @@ def test_an_interrupted_run_has_a_report_and_the_finished_one_another(
 
 
 def test_rows_are_shown_as_they_are_trained(material: list[str], tmp_path: Path) -> None:
-    result = run(material, tmp_path / "run")
+    result = tiny_run(material, tmp_path / "run")
     stored = json.loads((result.path / "rows.json").read_text())
     ledger = json.loads((result.path / "ledger.json").read_text())
     lengths = stored["lengths"]
@@ -78,12 +61,12 @@ def test_rows_are_shown_as_they_are_trained(material: list[str], tmp_path: Path)
 def test_a_report_that_cannot_be_written_is_a_warning(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def in_the_way(material: TrainingData) -> dict[str, object]:
+    def in_the_way(*_: object) -> dict[str, object]:
         (tmp_path / "run" / "report.html").mkdir()
         return {}
 
-    monkeypatch.setattr(finish, "excerpt_of", in_the_way)
-    result = run(material, tmp_path / "run")
+    monkeypatch.setattr(setup, "excerpt", in_the_way)
+    result = tiny_run(material, tmp_path / "run")
     assert result.finished
     warnings = [event["text"] for event in events(result, "note") if event["level"] == "warning"]
     assert [text for text in warnings if text.startswith("no report: cannot write `report.html`")]

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 from tests.tiny_models import random_network, write_adapter, write_model
+from tests.waiting import HANGS, until
 
-from lorafit.infer.continuous_batch import Batch
+from lorafit.infer.continuous_batch import ContinuousBatch
 from lorafit.infer.multi_adapter import Models, load_many
 from lorafit.infer.scheduler import Scheduler
 from lorafit.model.lora import LoraSpec
-from lorafit.serve.server import Address, Server, Token, listen, serve
+from lorafit.serve.server import AccessToken, Address, Server, listen, serve
 
 TOKEN = "a-token-of-the-tests"
-CONTEXT = 2048
+CONTEXT = 32_768  # room for an answer that no test sees the end of
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Live:
     url: str
     client: httpx.Client
     server: Server
-    batch: Batch
+    batch: ContinuousBatch
 
     @property
     def scheduler(self) -> Scheduler:
         app = self.server.config.app.app  # type: ignore[union-attr]  the guard's
-        scheduler = app.state.answering.scheduler
+        scheduler = app.state.service.scheduler
         assert isinstance(scheduler, Scheduler)
         return scheduler
 
@@ -43,11 +43,8 @@ class Live:
         state = self.client.get("/health").json()
         return state["active"], state["waiting"]
 
-    def until(self, what: Callable[[], bool], seconds: float = 10) -> None:
-        deadline = time.monotonic() + seconds
-        while not what():
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+    def until(self, what: Callable[[], bool]) -> None:
+        until(what)
 
 
 def write_models(folder: Path) -> list[str]:
@@ -63,7 +60,7 @@ def write_models(folder: Path) -> list[str]:
 
 def write_and_load(folder: Path) -> Models:
     """The models of `write_models`, in float32."""
-    from lorafit.model.device import DTYPES
+    from lorafit.model.dtypes import DTYPES
 
     models = load_many(write_models(folder), device="cpu", offline=True)
     models.network.to(DTYPES["float32"])
@@ -76,19 +73,19 @@ def live(
     *,
     slots: int = 4,
     queue: int = 8,
-    timeout: float = 60.0,
+    timeout: float = HANGS,
     hosts: tuple[str, ...] = (),
     context: int = CONTEXT,
 ) -> Iterator[Live]:
     """A server for `models` while the block runs."""
-    batch = Batch(models.network, slots, context, models.adapters)
+    batch = ContinuousBatch(models.network, slots, context, models.adapters)
     place = Address("127.0.0.1", 0, hosts)
     listening = listen(place)
     port = listening.getsockname()[1]
     started: list[Server] = []
 
     def run() -> None:
-        token = Token(TOKEN, is_new=False)
+        token = AccessToken(TOKEN, is_new=False)
         serve(
             models,
             batch,
@@ -103,15 +100,11 @@ def live(
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{port}"
-    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60) as client:
-        deadline = time.monotonic() + 120  # kernels are compiled at first
-        while not (started and started[0].started):
-            assert time.monotonic() < deadline
-            assert thread.is_alive()
-            time.sleep(0.005)
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=HANGS) as client:
+        until(lambda: started and started[0].started, lambda: None if thread.is_alive() else "the thread")
         try:
             yield Live(url, client, started[0], batch)
         finally:
             started[0].should_exit = True
-            thread.join(20)
+            thread.join(HANGS)
             assert not thread.is_alive()

@@ -9,30 +9,42 @@ from typing import Any
 import httpx
 import jsonschema
 import pytest
-import schemathesis
-import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, core, given, settings
 from hypothesis import strategies as st
-from schemathesis import GenerationMode
-from schemathesis.specs.openapi.checks import positive_data_acceptance
+from hypothesis.internal.conjecture import engine
+from hypothesis.strategies._internal import collections
 from tests.serve.live import TOKEN, Live, live, write_and_load
+from tests.waiting import HANGS
+
+with (
+    pytest.MonkeyPatch.context() as patch
+):  # schemathesis changes hypothesis for all tests when it is imported
+    for module, name in (
+        (core, "RepresentationPrinter"),
+        (engine, "BUFFER_SIZE"),
+        (collections, "BUFFER_SIZE"),
+    ):
+        patch.setattr(module, name, getattr(module, name))
+    import schemathesis
+    from schemathesis import GenerationMode
+    from schemathesis.generation.hypothesis import setup
+    from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+    setup()  # else it is done with the first schema
 
 EXAMPLES = int(os.environ.get("LORAFIT_FUZZ_EXAMPLES") or 20)  # `make fuzz-serve` asks for more
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 bounded = settings(
     max_examples=EXAMPLES,
     phases=[Phase.explicit, Phase.generate],
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
+    suppress_health_check=list(HealthCheck),
 )
 
 
 @pytest.fixture(scope="module")
 def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     with live(write_and_load(tmp_path_factory.mktemp("models")), slots=16, queue=64, context=24) as running:
         yield running
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +61,7 @@ OPERATIONS = [
 ]
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)
 def test_every_reply_is_one_of_the_document(mode: GenerationMode, method: str, path: str, api: Any) -> None:
@@ -64,19 +77,27 @@ def test_every_reply_is_one_of_the_document(mode: GenerationMode, method: str, p
     @given(operation.as_strategy(generation_mode=mode))
     def ask(case: Any) -> None:
         reply = case.call_and_validate(
-            headers=HEADERS, excluded_checks=[positive_data_acceptance], timeout=60
+            headers=HEADERS, excluded_checks=[positive_data_acceptance], timeout=HANGS
         )
         assert reply.status_code in (200, 400, 401, 404, 405)
 
     ask()
 
 
+def test_the_import_of_schemathesis_leaves_hypothesis_as_it_was() -> None:
+    assert core.RepresentationPrinter.__module__ == "hypothesis.vendor.pretty"
+    assert engine.BUFFER_SIZE == collections.BUFFER_SIZE == 8 * 1024
+
+
 def test_there_are_no_other_operations(api: Any) -> None:
     assert [(found.ok().method.upper(), found.ok().path) for found in api.get_all_operations()] == OPERATIONS
 
 
+FINITE = st.floats(
+    allow_nan=False, allow_infinity=False
+)  # what JSON has no word for, the client refuses to send
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    st.none() | st.booleans() | st.integers() | FINITE | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
     max_leaves=12,
 )
@@ -142,7 +163,10 @@ def test_any_body_is_answered_or_refused_with_a_reason(there: Live, body: object
 @given(st.binary(max_size=200), st.sampled_from(["application/json", "text/plain", "*", ""]))
 def test_any_bytes_are_refused_with_a_reason(there: Live, content: bytes, kind: str) -> None:
     reply = httpx.post(
-        f"{there.url}/v1/completions", content=content, headers={**HEADERS, "Content-Type": kind}
+        f"{there.url}/v1/completions",
+        content=content,
+        headers={**HEADERS, "Content-Type": kind},
+        timeout=HANGS,
     )
     assert reply.status_code == 400
     assert reply.json()["error"]["message"]

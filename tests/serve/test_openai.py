@@ -7,11 +7,10 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-import torch
 from tests.serve.live import TOKEN, Live, live, write_and_load
 
 from lorafit.data.formats import Completion, Message
-from lorafit.infer.engine import stream
+from lorafit.infer.model import Model
 from lorafit.infer.multi_adapter import Models
 from lorafit.infer.sampling import Sampling
 
@@ -23,14 +22,6 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return write_and_load(tmp_path_factory.mktemp("models"))
@@ -38,7 +29,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @pytest.fixture(scope="module")
 def there(models: Models) -> Iterator[Live]:
-    with live(models, slots=4, queue=64) as running:
+    with live(models, slots=4, queue=64, context=2048) as running:
         yield running
 
 
@@ -53,15 +44,10 @@ def generated(
 ) -> str:
     """As infer/model.py answers, with the adapter alone."""
     named = models.named[name]
-    ids = []
     models.adapters.take([named.adapter])
-    prompt = named.renderer.prompt_ids([Message("user", question)])
-    stops = frozenset(named.renderer.contract.stop_ids)
-    for token in stream(
-        models.network, [prompt], stop_ids=stops, max_tokens=most, sampling=sampling or Sampling()
-    ):
-        ids += [token.id] if token.end != "stop" else []
-    return named.renderer.tokenizer.decode(ids, skip_special=True).strip()
+    messages = [Message("user", question)]
+    model = Model(models.network, named.renderer)
+    return model.generate([messages], max_tokens=most, sampling=sampling)[0].text
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +267,9 @@ def test_an_answer_may_fill_the_context_and_a_prompt_may_not(client: openai.Open
     assert long.usage is not None
     assert long.usage.total_tokens == 2048
     assert long.choices[0].finish_reason == "length"
-    with pytest.raises(openai.BadRequestError, match="has 2,048 tokens; with its answer it may have 2,048"):
+    with pytest.raises(
+        openai.BadRequestError, match="has 2,048 tokens; the context with its answer is 2,048"
+    ):
         client.completions.create(model="base", prompt=[65] * 2048)
 
 
@@ -312,13 +300,13 @@ BAD = {
             ]
         },
         openai.BadRequestError,
-        "a system message is only taken as the first one",
+        "only the first message can be a system message",
     ),
-    "lonely": ({"top_logprobs": 2}, openai.BadRequestError, "`top_logprobs` is for `logprobs: true` only"),
+    "lonely": ({"top_logprobs": 2}, openai.BadRequestError, "`top_logprobs` needs `logprobs: true`"),
     "usage": (
         {"stream_options": {"include_usage": True}},
         openai.BadRequestError,
-        "`stream_options` is for `stream: true` only",
+        "`stream_options` needs `stream: true`",
     ),
     "noncharacter": (
         {"messages": [{"role": "user", "content": "a\ufdd0b"}]},

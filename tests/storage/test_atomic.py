@@ -273,11 +273,11 @@ def test_the_lock_excludes_other_processes_and_dies_with_its_holder(tmp_path: Pa
     assert not is_locked(path)
     assert not path.exists()  # looking makes nothing
     source = (
-        "import sys, time; from pathlib import Path; from lorafit.storage.locks import lock\n"
-        "with lock(Path(sys.argv[1])):\n print('held', flush=True)\n time.sleep(60)"
+        "import sys; from pathlib import Path; from lorafit.storage.locks import lock\n"
+        "with lock(Path(sys.argv[1])):\n print('held', flush=True)\n sys.stdin.read()"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", source, str(path)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", source, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as child:
         try:
             assert child.stdout is not None

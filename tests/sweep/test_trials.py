@@ -9,7 +9,6 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from tests.tiny_models import write_model, write_rows
 from typer.testing import CliRunner
 
 from lorafit.cli.main import app
@@ -22,22 +21,14 @@ from lorafit.sweep import trials
 from lorafit.sweep.curves import curves_svg
 from lorafit.training.run import Result, start_run
 
+pytestmark = pytest.mark.slow
+
 VARY = ["--vary", "lora.rank=2,4", "--vary", "train.learning_rate=0.001,0.01"]
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("sweep")
-    return [
-        f"model.name={write_model(folder / 'model')}",
-        f"data.path={write_rows(folder / 'rows.json')}",
-        "model.dtype=float32",
-        "model.device=cpu",
-        "train.batch_size=6",
-        "train.max_steps=3",
-        "train.eval_every=1",
-        "run.samples=0",
-    ]
+def words(tiny: list[str]) -> list[str]:
+    return [*tiny, "train.max_steps=3", "train.eval_every=1"]
 
 
 Sweep = Callable[..., tuple[int, list[dict[str, Any]]]]
@@ -123,7 +114,7 @@ def test_what_somebody_else_works_on_is_left_to_them(run: Sweep, tmp_path: Path)
         run("--vary", "lora.rank=2,4")
     (tmp_path / "s" / ".trial-001.lock").unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lorafit.sweep.trials.work", lambda *_, **__: True)
+        patch.setattr("lorafit.sweep.run.work", lambda *_, **__: True)
         run("--vary", "lora.rank=2,4")
     with lock(tmp_path / "s" / ".trial-001.lock"):
         _, found = run(resume=True)

@@ -7,8 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.tiny_models import write_model, write_rows
-from tests.training.test_run import digest, events, interrupt_after, run
+from tests.runs import digest, events, interrupt_after, tiny_run
 
 from lorafit.errors import LorafitError, RunError
 from lorafit.observe.run_summary import summarize
@@ -18,25 +17,14 @@ from lorafit.training import loop
 from lorafit.training.checkpoint import read_state
 from lorafit.training.run import Result, resume_run
 
+pytestmark = pytest.mark.slow
+
 SCORES = [9.0, 3.0, 1.0, 2.0, 0.9, 2.0, 2.1, 2.2, 0.1, 0.2]  # of the base, then after each step
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("material")
-    return [
-        f"model.name={write_model(folder / 'model')}",
-        f"data.path={write_rows(folder / 'rows.json')}",
-        "model.dtype=float32",
-        "model.device=cpu",
-        "train.batch_size=6",
-        "train.eval_every=1",
-        "train.save_every=1000",
-        "train.max_steps=8",
-        "lora.rank=4",
-        "run.samples=0",
-        "run.verify=false",
-    ]
+def material(tiny: list[str]) -> list[str]:
+    return [*tiny, "train.eval_every=1", "train.save_every=1000", "train.max_steps=8"]
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +49,7 @@ def steps(result: Result) -> list[int]:
 def test_a_run_ends_after_so_many_measurements_without_a_better_one(
     material: list[str], tmp_path: Path, patience: int, last: int
 ) -> None:
-    result = run(material, tmp_path / "run", f"train.patience={patience}")
+    result = tiny_run(material, tmp_path / "run", f"train.patience={patience}")
     assert result.finished
     assert steps(result) == list(range(1, last + 1))
     best = 2 if last == 3 else 8 if last == 8 else 4
@@ -79,14 +67,14 @@ def test_a_run_ends_after_so_many_measurements_without_a_better_one(
 def test_a_run_that_ended_early_is_finished_and_goes_on_only_with_more_patience(
     material: list[str], tmp_path: Path
 ) -> None:
-    first = run(material, tmp_path / "run", "train.patience=2")
+    first = tiny_run(material, tmp_path / "run", "train.patience=2")
     before = {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()}
     assert resume_run(first.path, quiet=True) == first
     assert {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()} == before
     with pytest.raises(RunError, match="is finished"):
         resume_run(first.path, ["train.log_every=3"], quiet=True)
     longer = resume_run(first.path, ["train.patience=4"], quiet=True)
-    whole = run(material, tmp_path / "whole", "train.patience=0")
+    whole = tiny_run(material, tmp_path / "whole", "train.patience=0")
     assert steps(longer) == steps(whole) == list(range(1, 9))
     assert digest(longer) == digest(whole)
 
@@ -94,7 +82,7 @@ def test_a_run_that_ended_early_is_finished_and_goes_on_only_with_more_patience(
 def test_killed_between_the_last_save_and_the_adapter_it_still_ends_there(
     material: list[str], tmp_path: Path
 ) -> None:
-    first = run(material, tmp_path / "run", "train.patience=2")
+    first = tiny_run(material, tmp_path / "run", "train.patience=2")
     expected = digest(first)
     shutil.rmtree(first.adapter)
     again = resume_run(first.path, quiet=True)
@@ -106,10 +94,10 @@ def test_killed_between_the_last_save_and_the_adapter_it_still_ends_there(
 def test_interrupted_on_the_way_it_ends_at_the_same_step(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    whole = run(material, tmp_path / "whole", "train.patience=2")
+    whole = tiny_run(material, tmp_path / "whole", "train.patience=2")
     with monkeypatch.context() as patch:
         interrupt_after(step, patch)
-        cut = run(material, tmp_path / "cut", "train.patience=2")
+        cut = tiny_run(material, tmp_path / "cut", "train.patience=2")
     assert (cut.finished, cut.step) == (False, step)
     resumed = resume_run(cut.path, quiet=True)
     assert (resumed.finished, resumed.step, digest(resumed)) == (True, 6, digest(whole))
@@ -120,7 +108,7 @@ def test_interrupted_on_the_way_it_ends_at_the_same_step(
 
 def test_patience_without_held_out_rows_is_refused(material: list[str], tmp_path: Path) -> None:
     with pytest.raises(LorafitError, match="no row is held out") as caught:
-        run(material, tmp_path / "run", "train.patience=2", "data.holdout=0")
+        tiny_run(material, tmp_path / "run", "train.patience=2", "data.holdout=0")
     assert caught.value.problems[0].place == "train.patience"
     assert not (tmp_path / "run").exists()
 
@@ -142,7 +130,7 @@ def test_a_real_run_that_diverges_is_told_so(tmp_path: Path) -> None:
         "train.warmup=5",
         "data.holdout=0",
     ]
-    result = run(words, tmp_path / "run", "train.learning_rate=0.5", "train.schedule=constant")
+    result = tiny_run(words, tmp_path / "run", "train.learning_rate=0.5", "train.schedule=constant")
     (found,) = events(result, "diagnosis")
     assert found["what"] == "divergence"
     assert "the learning rate is too high" in found["hint"]
@@ -150,4 +138,4 @@ def test_a_real_run_that_diverges_is_told_so(tmp_path: Path) -> None:
     assert verdicts["learning rate"]["verdict"] == verdicts["trial step"]["verdict"] == "warn"
     told = [event["text"] for event in events(result, "note") if event["level"] == "warning"]
     assert any(text.startswith("trial step: ") for text in told)
-    assert events(run(words, tmp_path / "calm", "train.learning_rate=3e-3"), "diagnosis") == []
+    assert events(tiny_run(words, tmp_path / "calm", "train.learning_rate=3e-3"), "diagnosis") == []

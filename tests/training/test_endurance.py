@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -9,34 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tests.tiny_models import write_model, write_rows
-from tests.training.test_run import digest, events, run
+from tests.runs import digest, events, tiny_run
+from tests.waiting import until
 
 from lorafit.model.memory import resident_bytes
 from lorafit.run_dir import RunDirectory
 from lorafit.training import loop
 from lorafit.training.run import resume_run
 
+pytestmark = pytest.mark.slow
+
 LONG = "LORAFIT_LONG" in os.environ
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("material")
-    return [
-        f"model.name={write_model(folder / 'model')}",
-        f"data.path={write_rows(folder / 'rows.json')}",
-        "model.dtype=float32",
-        "model.device=cpu",
-        "train.batch_size=2",
-        "lora.rank=2",
-        "run.samples=0",
-        "run.verify=false",
-    ]
+def material(tiny: list[str]) -> list[str]:
+    return [*tiny, "train.batch_size=2", "lora.rank=2"]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc")
 def test_handles_and_memory_stay_flat(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -53,7 +44,9 @@ def test_handles_and_memory_stay_flat(
         return gradients(job, state, *rest)
 
     monkeypatch.setattr(loop, "_gradients", watched)
-    run(material, tmp_path / "run", f"train.max_steps={steps}", "train.save_every=20", "train.eval_every=20")
+    tiny_run(
+        material, tmp_path / "run", f"train.max_steps={steps}", "train.save_every=20", "train.eval_every=20"
+    )
     # What leaks is never given back, so it lifts the least of a window; a save under way only the most.
     quarter = steps // 4
     early, late = slice(quarter, 2 * quarter), slice(3 * quarter, None)
@@ -64,7 +57,7 @@ def test_handles_and_memory_stay_flat(
 def test_a_clock_that_is_set_back_changes_nothing(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run(material, tmp_path / "whole", "train.max_steps=6")
+    whole = tiny_run(material, tmp_path / "whole", "train.max_steps=6")
     now = [time.time()]
 
     def backwards() -> float:
@@ -73,7 +66,7 @@ def test_a_clock_that_is_set_back_changes_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", backwards)
-        result = run(material, tmp_path / "run", "train.max_steps=6", "train.save_every=1")
+        result = tiny_run(material, tmp_path / "run", "train.max_steps=6", "train.save_every=1")
     assert digest(result) == digest(whole)
     assert all(event["seconds"] >= 0 for event in events(result, "step"))
     for step in RunDirectory.open(result.path).saved_steps():
@@ -83,30 +76,29 @@ def test_a_clock_that_is_set_back_changes_nothing(
     assert RunDirectory.open(result.path).newest_checkpoint()[0] == 6
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a Linux terminal")
 def test_a_closed_terminal_saves_and_the_run_resumes(material: list[str], tmp_path: Path) -> None:
     import pty
     import warnings
 
     words = [*material, "train.max_steps=40", "train.learning_rate=0.01", "lora.dropout=0.1"]
-    whole = run(words, tmp_path / "whole")
+    whole = tiny_run(words, tmp_path / "whole")
     output = tmp_path / "run"
     command = [sys.executable, "-m", "lorafit", "train", *words, f"run.output={output}"]
-    as_here = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # the same bits
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # forking with threads: the child only execs
         child, terminal = pty.fork()
     if child == 0:
-        os.execve(command[0], command, as_here)
-    metrics, deadline = output / "metrics.jsonl", time.monotonic() + 180
-    while not (metrics.exists() and b'"event": "step"' in metrics.read_bytes()):
-        assert time.monotonic() < deadline
-        os.set_blocking(terminal, False)
-        try:
+        os.execv(command[0], command)
+    metrics = output / "metrics.jsonl"
+    os.set_blocking(terminal, False)
+
+    def has_begun() -> bool:
+        with contextlib.suppress(BlockingIOError):
             os.read(terminal, 65536)
-        except BlockingIOError:
-            time.sleep(0.005)
+        return metrics.exists() and b'"event": "step"' in metrics.read_bytes()
+
+    until(has_begun)
     os.close(terminal)
     _, status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(status)

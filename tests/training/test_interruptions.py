@@ -15,37 +15,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.tiny_models import write_model, write_rows
-from tests.training.test_run import digest, events, interrupt_after, run, without_clock
+from tests.runs import digest, events, interrupt_after, tiny_run, without_clock
+from tests.waiting import HANGS
 
 from lorafit.errors import RunError
 from lorafit.run_dir import RunDirectory
 from lorafit.storage import atomic
 from lorafit.storage.atomic import read_facts, sha256_file
 from lorafit.storage.locks import is_locked
-from lorafit.training import checkpoint_writer, loop, setup
+from lorafit.training import checkpoint_writer, finish, loop, setup
 from lorafit.training import run as training_run
 from lorafit.training.run import resume_run, start_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("material")
-    return [
-        f"model.name={write_model(folder / 'model')}",
-        f"data.path={write_rows(folder / 'rows.json')}",
-        "model.dtype=float32",
-        "model.device=cpu",
-        "train.batch_size=6",
-        "train.learning_rate=0.01",
-        "train.eval_every=3",
-        "train.save_every=2",
-        "train.max_steps=6",
-        "lora.rank=4",
-        "lora.dropout=0.1",
-        "run.samples=0",
-        "run.verify=false",
-    ]
+def material(tiny: list[str]) -> list[str]:
+    return [*tiny, "train.eval_every=3", "train.save_every=2", "train.max_steps=6", "lora.dropout=0.1"]
 
 
 def warnings(path: Path) -> list[str]:
@@ -84,11 +71,11 @@ HOST = RuntimeError(
 def test_out_of_memory_saves_the_step_before_and_says_what_to_change(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    whole = run(material, tmp_path / "whole")
+    whole = tiny_run(material, tmp_path / "whole")
     with monkeypatch.context() as patch:
         Short(patch, 200, error, first=4)
         with pytest.raises(RunError, match="out of memory in step 4; step 3 is saved and verified") as caught:
-            run(material, tmp_path / "run")
+            tiny_run(material, tmp_path / "run")
     assert "train.micro_batch_tokens=" in caught.value.problems[0].hint
     directory = RunDirectory.open(tmp_path / "run")
     assert directory.newest_checkpoint() == (3, {})
@@ -100,13 +87,13 @@ def test_out_of_memory_in_the_first_step_saves_nothing(
 ) -> None:
     Short(monkeypatch, 0, CUDA)
     with pytest.raises(RunError, match=r"out of memory in step 1\n"):
-        run(material, tmp_path / "run")
+        tiny_run(material, tmp_path / "run")
 
 
 def test_out_of_memory_while_measuring_saves_the_step_and_the_measurement_is_made_up(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run(material, tmp_path / "whole")
+    whole = tiny_run(material, tmp_path / "whole")
 
     def short(*_: Any) -> float:
         raise CUDA
@@ -114,7 +101,7 @@ def test_out_of_memory_while_measuring_saves_the_step_and_the_measurement_is_mad
     with monkeypatch.context() as patch:
         patch.setattr(loop, "heldout_loss", short)
         with pytest.raises(RunError, match="out of memory measuring held-out rows; step 3 is saved"):
-            run(material, tmp_path / "run")
+            tiny_run(material, tmp_path / "run")
     assert RunDirectory.open(tmp_path / "run").newest_checkpoint() == (3, {})
     resumed = resume_run(tmp_path / "run", quiet=True)
     assert digest(resumed) == digest(whole)
@@ -126,11 +113,11 @@ def test_where_asked_for_memory_that_ran_out_halves_the_passes_and_the_run_goes_
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = [*material, "lora.dropout=0", "run.too_large=auto"]
-    whole = run(plain, tmp_path / "whole")
+    whole = tiny_run(plain, tmp_path / "whole")
     with monkeypatch.context() as patch:
         short = Short(patch, 200, CUDA, first=3)
         interrupt_after(4, patch)
-        halved = run(plain, tmp_path / "run")
+        halved = tiny_run(plain, tmp_path / "run")
     assert (halved.finished, halved.step) == (False, 4)
     assert max(short.passes[-3:]) <= 200
     assert any("out of memory in step 3" in text for text in warnings(tmp_path / "run"))
@@ -147,7 +134,7 @@ def test_one_row_that_does_not_fit_is_not_halved_forever(
 ) -> None:
     Short(monkeypatch, 0, CUDA)
     with pytest.raises(RunError, match="out of memory in step 1") as caught:
-        run(material, tmp_path / "run", "run.too_large=auto")
+        tiny_run(material, tmp_path / "run", "run.too_large=auto")
     assert "train.recompute=layers" in caught.value.problems[0].hint
 
 
@@ -156,7 +143,7 @@ def test_another_error_is_not_taken_for_short_memory(
 ) -> None:
     Short(monkeypatch, 0, RuntimeError("a bug"))
     with pytest.raises(RuntimeError, match="a bug"):
-        run(material, tmp_path / "run", "run.too_large=auto")
+        tiny_run(material, tmp_path / "run", "run.too_large=auto")
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs POSIX signals")
@@ -164,7 +151,7 @@ def test_usr1_saves_at_once_and_changes_nothing_else(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quiet = [*material, "train.save_every=100", "train.eval_every=100", "train.keep=9"]
-    whole = run(quiet, tmp_path / "whole")
+    whole = tiny_run(quiet, tmp_path / "whole")
     gradients = loop._gradients
 
     def asked(job: loop.TrainContext, state: Any, *rest: Any) -> Any:
@@ -174,7 +161,7 @@ def test_usr1_saves_at_once_and_changes_nothing_else(
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "_gradients", asked)
-        result = run(quiet, tmp_path / "run")
+        result = tiny_run(quiet, tmp_path / "run")
     assert RunDirectory.open(result.path).saved_steps() == [3, 6]
     assert next(event["reason"] for event in events(result, "saved")) == "asked for"
     assert digest(result) == digest(whole)
@@ -185,7 +172,7 @@ def test_usr1_saves_at_once_and_changes_nothing_else(
 def test_a_second_signal_stops_at_once_and_loses_nothing_saved(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    whole = run(material, tmp_path / "whole")
+    whole = tiny_run(material, tmp_path / "whole")
     gradients = loop._gradients
 
     def twice(job: loop.TrainContext, state: Any, *rest: Any) -> Any:
@@ -196,14 +183,14 @@ def test_a_second_signal_stops_at_once_and_loses_nothing_saved(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop, "_gradients", twice)
-        run(material, tmp_path / "run")
+        tiny_run(material, tmp_path / "run")
     assert digest(resume_run(tmp_path / "run", quiet=True)) == digest(whole)
 
 
 def test_a_stop_while_measuring_ends_before_the_next_step(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run(material, tmp_path / "whole")
+    whole = tiny_run(material, tmp_path / "whole")
     measure = loop.heldout_loss
 
     def signalled(*rest: Any) -> float:
@@ -212,7 +199,7 @@ def test_a_stop_while_measuring_ends_before_the_next_step(
         return measure(*rest)
 
     monkeypatch.setattr(loop, "heldout_loss", signalled)
-    result = run(material, tmp_path / "run")
+    result = tiny_run(material, tmp_path / "run")
     assert (result.finished, result.step) == (False, 3)
     assert digest(resume_run(tmp_path / "run", quiet=True)) == digest(whole)
 
@@ -227,7 +214,7 @@ def test_signals_outside_of_steps_are_answered_and_none_kills_without_a_word(
 ) -> None:
     from lorafit.config.load import load_config
 
-    module, place = (setup, "build") if when == "loading" else (training_run, "export_adapter")
+    module, place = (setup, "build") if when == "loading" else (finish, "export_adapter")
     real = getattr(module, place)
 
     def signalled(*rest: Any) -> Any:
@@ -251,12 +238,12 @@ def test_a_save_that_outlives_its_run_keeps_the_lock_and_a_resume_waits_for_it(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a notebook: Ctrl-C twice, and the cell is run again while the thread still writes."""
-    whole = run(material, tmp_path / "whole")
+    whole = tiny_run(material, tmp_path / "whole")
     go, held, real = threading.Event(), [], checkpoint_writer.save_checkpoint
 
     def slow(folder: Path, *rest: Any) -> None:
         if folder.name == "step-000004":
-            go.wait(30)
+            assert go.wait(HANGS)
             held.append(is_locked(tmp_path / "run" / "run.lock"))
         real(folder, *rest)
 
@@ -271,8 +258,9 @@ def test_a_save_that_outlives_its_run_keeps_the_lock_and_a_resume_waits_for_it(
     monkeypatch.setattr(checkpoint_writer, "save_checkpoint", slow)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop, "_gradients", twice)
-        run(material, tmp_path / "run")
-    threading.Timer(0.3, go.set).start()
+        tiny_run(material, tmp_path / "run")
+    wait = training_run.wait_for_left
+    monkeypatch.setattr(training_run, "wait_for_left", lambda: (go.set(), wait()))  # it is here that it waits
     assert digest(resume_run(tmp_path / "run", quiet=True)) == digest(whole)
     assert held == [True]
 
@@ -285,7 +273,7 @@ def test_a_step_does_not_wait_for_the_disk(
 
     def hang(folder: Path, *rest: Any) -> None:
         if folder.name == "step-000002":
-            assert reached.wait(30), "training waited for the disk"
+            assert reached.wait(HANGS), "training waited for the disk"
         real(folder, *rest)
 
     gradients = loop._gradients
@@ -297,7 +285,7 @@ def test_a_step_does_not_wait_for_the_disk(
 
     monkeypatch.setattr(checkpoint_writer, "save_checkpoint", hang)
     monkeypatch.setattr(loop, "_gradients", spy)
-    result = run(material, tmp_path / "run", "train.eval_every=100")
+    result = tiny_run(material, tmp_path / "run", "train.eval_every=100")
     saved = [(event["step"]) for event in events(result, "saved")]
     assert saved == [2, 4, 6]
 
@@ -305,12 +293,12 @@ def test_a_step_does_not_wait_for_the_disk(
 def test_what_is_saved_is_the_state_of_its_step_though_training_went_on(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run(material, tmp_path / "whole", "train.keep=9")
+    whole = tiny_run(material, tmp_path / "whole", "train.keep=9")
     passed, real = threading.Event(), checkpoint_writer.save_checkpoint
 
     def late(folder: Path, *rest: Any) -> None:
         if folder.name == "step-000004":
-            passed.wait(10)
+            assert passed.wait(HANGS)
         real(folder, *rest)
 
     gradients = loop._gradients
@@ -323,7 +311,7 @@ def test_what_is_saved_is_the_state_of_its_step_though_training_went_on(
 
     monkeypatch.setattr(checkpoint_writer, "save_checkpoint", late)
     monkeypatch.setattr(loop, "_gradients", spy)
-    result = run(material, tmp_path / "run", "train.keep=9")
+    result = tiny_run(material, tmp_path / "run", "train.keep=9")
     for name in ("adapter_model.safetensors", "state.safetensors", "state.json"):
         one, two = (r.path / "checkpoints" / "step-000004" / name for r in (whole, result))
         assert sha256_file(one) == sha256_file(two), name
@@ -332,7 +320,7 @@ def test_what_is_saved_is_the_state_of_its_step_though_training_went_on(
 def test_a_full_disk_stops_the_run_with_cause_and_size_and_the_last_checkpoint_resumes(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run(material, tmp_path / "whole")
+    whole = tiny_run(material, tmp_path / "whole")
     write = atomic.write_files
 
     def full(staging: Path, files: Any) -> Any:
@@ -345,7 +333,7 @@ def test_a_full_disk_stops_the_run_with_cause_and_size_and_the_last_checkpoint_r
         with pytest.raises(
             RunError, match=r"step-000004`: No space left on device \([\d,]+ bytes are needed\)"
         ):
-            run(material, tmp_path / "run")
+            tiny_run(material, tmp_path / "run")
     assert RunDirectory.open(tmp_path / "run").newest_checkpoint() == (3, {})
     assert digest(resume_run(tmp_path / "run", quiet=True)) == digest(whole)
 
@@ -360,7 +348,7 @@ def test_a_failing_sync_of_the_metrics_stops_the_run_with_its_cause(
     with pytest.raises(
         RunError, match=r"cannot save: Input/output error \([\d,]+ bytes.*\n   at: .*metrics\.jsonl"
     ):
-        run(material, tmp_path / "run")
+        tiny_run(material, tmp_path / "run")
 
 
 def test_two_runs_of_one_seed_hold_the_same_state_and_not_only_the_same_adapter(
@@ -369,7 +357,7 @@ def test_two_runs_of_one_seed_hold_the_same_state_and_not_only_the_same_adapter(
     folders = []
     for name in ("one", "two"):
         random.random(), np.random.random()  # what a process had drawn before
-        run(material, tmp_path / name, "train.max_steps=2")
+        tiny_run(material, tmp_path / name, "train.max_steps=2")
         folders.append(tmp_path / name / "checkpoints" / "step-000002")
     for file in ("state.json", "state.safetensors", "adapter_model.safetensors"):
         assert (folders[0] / file).read_bytes() == (folders[1] / file).read_bytes(), file
@@ -378,14 +366,14 @@ def test_two_runs_of_one_seed_hold_the_same_state_and_not_only_the_same_adapter(
 def test_a_run_that_is_stopped_after_its_adapter_was_written_still_gets_its_report(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run(material, tmp_path / "whole")
+    whole = tiny_run(material, tmp_path / "whole")
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("lorafit.training.finish.write_report", stop)
-        run(material, tmp_path / "run")
+        tiny_run(material, tmp_path / "run")
     directory = RunDirectory.open(tmp_path / "run")
     assert directory.has_adapter()
     assert not directory.report_file.exists()
@@ -396,7 +384,7 @@ def test_a_run_that_is_stopped_after_its_adapter_was_written_still_gets_its_repo
 def stopped(material: list[str], path: Path, patch: pytest.MonkeyPatch) -> Path:
     with patch.context() as context:
         interrupt_after(4, context)
-        assert not run(material, path).finished
+        assert not tiny_run(material, path).finished
     return path
 
 
@@ -437,12 +425,12 @@ def test_two_that_start_in_one_folder_do_not_overwrite_each_other(
     def late(directory: RunDirectory, *rest: Any, **more: Any) -> None:
         if not finished:
             finished.append(None)
-            finished[0] = digest(run(material, tmp_path / "run"))
+            finished[0] = digest(tiny_run(material, tmp_path / "run"))
         create(directory, *rest, **more)
 
     monkeypatch.setattr(RunDirectory, "create", late)
     with pytest.raises(RunError, match="already holds a run"):
-        run(material, tmp_path / "run", "train.seed=1")
+        tiny_run(material, tmp_path / "run", "train.seed=1")
     assert sha256_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors") == finished[0]
 
 
@@ -460,7 +448,7 @@ def test_what_is_no_mathematics_may_change(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = [*material, "lora.dropout=0"]
-    whole = run(plain, tmp_path / "whole")
+    whole = tiny_run(plain, tmp_path / "whole")
     path = stopped(plain, tmp_path / "run", monkeypatch)
     resumed = resume_run(path, ["train.micro_batch_tokens=100", "train.recompute=layers"], quiet=True)
     for one, two in zip(events(whole, "step"), events(resumed, "step"), strict=True):
@@ -472,7 +460,9 @@ def test_another_machine_is_said(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = stopped(material, tmp_path / "run", monkeypatch)
-    monkeypatch.setattr("lorafit.training.run._machine", lambda device: {"device": "abacus", "torch": "1"})
+    monkeypatch.setattr(
+        "lorafit.training.run.machine_facts", lambda device: {"device": "abacus", "torch": "1"}
+    )
     resume_run(path, quiet=True)
     assert any("device was cpu and is abacus" in text for text in warnings(path))
 
@@ -495,7 +485,7 @@ def test_another_number_of_threads_is_said(
 def test_damaged_checkpoints_are_set_aside(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run(material, tmp_path / "whole")
+    whole = tiny_run(material, tmp_path / "whole")
     path = stopped(material, tmp_path / "run", monkeypatch)
     newest = path / "checkpoints" / "step-000004"
     (newest / "state.json").write_text("{}")
@@ -531,7 +521,7 @@ def test_a_best_step_that_was_damaged_is_not_exported(
         return gradients(job, state, *rest)
 
     monkeypatch.setattr(loop, "_gradients", rot)
-    result = run(material, tmp_path / "run")
+    result = tiny_run(material, tmp_path / "run")
     assert result.finished
     assert any("the best step, 3, is lost" in text for text in warnings(result.path))
     assert read_facts(result.adapter)["step"] == 6
@@ -540,7 +530,7 @@ def test_a_best_step_that_was_damaged_is_not_exported(
 def test_metrics_that_a_power_cut_damaged_do_not_stop_a_resume(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run(material, tmp_path / "whole")
+    whole = tiny_run(material, tmp_path / "whole")
     path = stopped(material, tmp_path / "run", monkeypatch)
     metrics = path / "metrics.jsonl"
     lines = metrics.read_bytes().splitlines(keepends=True)
@@ -561,7 +551,7 @@ def test_a_start_that_was_killed_before_it_began_leaves_room_for_another(
     folder.mkdir()
     for name in ("run.lock", "prompt.json", ".staging-config.yaml"):
         (folder / name).write_text("")
-    assert run(material, folder, "train.max_steps=1").finished
+    assert tiny_run(material, folder, "train.max_steps=1").finished
 
 
 @pytest.mark.parametrize("quantize", ["int8", "nf4"])
@@ -571,7 +561,7 @@ def test_a_quantised_base_resumes_to_the_same_bytes(
     if quantize == "nf4":
         pytest.importorskip("bitsandbytes")
     words = [*material, "model.dtype=bfloat16", f"model.quantize={quantize}"]
-    whole = run(words, tmp_path / "whole")
+    whole = tiny_run(words, tmp_path / "whole")
     path = stopped(words, tmp_path / "run", monkeypatch)
     assert digest(resume_run(path, quiet=True)) == digest(whole)
     assert whole.loss is not None
@@ -591,9 +581,9 @@ def test_recompute_gives_the_same_bytes_and_keeps_less(
         return found
 
     monkeypatch.setattr(loop, "pack_loss", measured)
-    plain = run(material, tmp_path / "plain", "train.max_steps=2")
+    plain = tiny_run(material, tmp_path / "plain", "train.max_steps=2")
     least, kept[:] = min(kept), []
-    again = run(material, tmp_path / "again", "train.max_steps=2", "train.recompute=layers")
+    again = tiny_run(material, tmp_path / "again", "train.max_steps=2", "train.recompute=layers")
     assert max(kept) < least / 2
     assert digest(again) == digest(plain)
 
@@ -602,5 +592,5 @@ def test_missing_kernels_are_said_once(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lorafit.training.run.missing", lambda: "no C++ compiler was found")
-    result = run(material, tmp_path / "run", "train.max_steps=1")
+    result = tiny_run(material, tmp_path / "run", "train.max_steps=1")
     assert [text for text in warnings(result.path) if "no compiled kernels" in text and "compiler" in text]

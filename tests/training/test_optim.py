@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lorafit.training.optim import BETAS, EPS, AdamW, clip, learning_rate, warmup_steps
+from lorafit.config.schema import TrainSection
+from lorafit.model.adamw import BETAS, EPS, AdamW
+from lorafit.training.optim import clip, learning_rate
 
 Schedule = Literal["cosine", "linear", "constant"]
 SCHEDULES = st.sampled_from(["cosine", "linear", "constant"])
@@ -131,7 +133,7 @@ def test_constant_stays() -> None:
 def test_every_step_has_a_rate_above_zero_and_up_to_the_peak(
     num_steps: int, warmup: float, peak: float, schedule: Schedule, data: st.DataObject
 ) -> None:
-    steps = warmup_steps(warmup, num_steps)
+    steps = TrainSection(warmup=warmup).warmup_steps(num_steps)
     assert 0 <= steps < num_steps
     step = data.draw(st.integers(0, num_steps - 1))
     assert 0 < learning_rate(step, num_steps, peak, schedule, steps) <= peak
@@ -139,8 +141,15 @@ def test_every_step_has_a_rate_above_zero_and_up_to_the_peak(
 
 
 def test_warmup_is_a_share_below_one_and_else_steps() -> None:
-    assert [warmup_steps(value, 200) for value in (0, 0.03, 0.001, 1, 5, 500)] == [0, 6, 1, 1, 5, 199]
-    assert warmup_steps(0.5, 1) == 0
+    assert [TrainSection(warmup=value).warmup_steps(200) for value in (0, 0.03, 0.001, 1, 5, 500)] == [
+        0,
+        6,
+        1,
+        1,
+        5,
+        199,
+    ]
+    assert TrainSection(warmup=0.5).warmup_steps(1) == 0
 
 
 @given(st.floats(1e-3, 1e3), st.lists(st.floats(-1e3, 1e3), min_size=3, max_size=3))

@@ -3,82 +3,35 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.tiny_models import write_model, write_rows
+from tests.runs import digest, events, interrupt_after, tiny_run, without_clock
+from tests.tiny_models import write_rows
 
-from lorafit.config.load import load_config
-from lorafit.data import batch
+from lorafit.data.batch import RankShare
 from lorafit.errors import LorafitError, RunError, TrainingError
-from lorafit.observe.metrics_file import read_metrics
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import read_facts, sha256_file, verify_folder
 from lorafit.training import loop
-from lorafit.training.run import Result, resume_run, start_run
+from lorafit.training.run import resume_run
 
 
 @pytest.fixture(scope="module")
-def material(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    folder = tmp_path_factory.mktemp("material")
-    model = write_model(folder / "model")
-    rows = write_rows(folder / "rows.json")
-    return [
-        f"model.name={model}",
-        f"data.path={rows}",
-        "model.dtype=float32",
-        "model.device=cpu",
-        "train.batch_size=6",
-        "train.learning_rate=0.01",
-        "train.eval_every=3",
-        "train.save_every=2",
-        "lora.rank=4",
-        "run.samples=1",
-        "run.verify=false",
-    ]
-
-
-def run(material: list[str], output: Path, *overrides: str) -> Result:
-    return start_run(load_config(None, [*material, f"run.output={output}", *overrides]), quiet=True)
-
-
-def digest(result: Result) -> str:
-    return sha256_file(result.adapter / "adapter_model.safetensors")
-
-
-def events(result: Result | Path, kind: str) -> list[dict[str, Any]]:
-    path = result if isinstance(result, Path) else result.path
-    return [event for event in read_metrics(path / "metrics.jsonl") if event["event"] == kind]
-
-
-def without_clock(event: dict[str, Any]) -> dict[str, Any]:
-    clocks = ("seconds", "tokens_per_second", "memory_bytes")
-    return {key: value for key, value in event.items() if key not in clocks}
-
-
-def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A real SIGINT arrives while step number `step` is being computed."""
-    gradients = loop._gradients
-
-    def interrupted(job: loop.TrainContext, state: Any, *rest: Any) -> tuple[float, float]:
-        if state.step + 1 == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        return gradients(job, state, *rest)
-
-    monkeypatch.setattr(loop, "_gradients", interrupted)
+def material(tiny: list[str]) -> list[str]:
+    return [*tiny, "train.eval_every=3", "train.save_every=2", "run.samples=1"]
 
 
 def test_a_run_learns_and_leaves_everything_that_the_contract_names(
     material: list[str], tmp_path: Path
 ) -> None:
-    result = run(material, tmp_path / "run", "train.epochs=4")
+    result = tiny_run(material, tmp_path / "run", "train.epochs=4")
     assert result.finished
     assert result.heldout_loss is not None
     assert result.base_loss is not None
@@ -106,7 +59,7 @@ def test_a_run_learns_and_leaves_everything_that_the_contract_names(
 
 
 def test_after_one_step_every_adapter_matrix_has_moved(material: list[str], tmp_path: Path) -> None:
-    result = run(material, tmp_path / "run", "train.max_steps=1", "train.warmup=0")
+    result = tiny_run(material, tmp_path / "run", "train.max_steps=1", "train.warmup=0")
     tensors = load_file(result.adapter / "adapter_model.safetensors")
     b_matrices = [tensor for name, tensor in tensors.items() if ".lora_B." in name]
     assert len(b_matrices) == 14
@@ -115,14 +68,15 @@ def test_after_one_step_every_adapter_matrix_has_moved(material: list[str], tmp_
 
 def test_one_seed_gives_the_same_bytes_and_another_does_not(material: list[str], tmp_path: Path) -> None:
     dropout = "lora.dropout=0.1"
-    first = run(material, tmp_path / "a", "train.max_steps=8", dropout)
-    second = run(material, tmp_path / "b", "train.max_steps=8", dropout)
-    third = run(material, tmp_path / "c", "train.max_steps=8", dropout, "train.seed=7")
+    first = tiny_run(material, tmp_path / "a", "train.max_steps=8", dropout)
+    second = tiny_run(material, tmp_path / "b", "train.max_steps=8", dropout)
+    third = tiny_run(material, tmp_path / "c", "train.max_steps=8", dropout, "train.seed=7")
     assert digest(first) == digest(second) != digest(third)
     for one, two in zip(events(first, "step"), events(second, "step"), strict=True):
         assert without_clock(one) == without_clock(two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("micro", [2048, 120], ids=["one-pass", "accumulation"])
 def test_interrupted_and_resumed_equals_uninterrupted(
@@ -134,10 +88,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         "lora.dropout=0.1",
         "train.max_steps=9",  # an epoch is six steps: the cut falls into the second
     ]
-    whole = run(material, tmp_path / "whole", *overrides)
+    whole = tiny_run(material, tmp_path / "whole", *overrides)
     with monkeypatch.context() as patch:
         interrupt_after(7, patch)
-        cut = run(material, tmp_path / "cut", *overrides)
+        cut = tiny_run(material, tmp_path / "cut", *overrides)
     assert not cut.finished
     assert cut.step == 7
     resumed = resume_run(cut.path, quiet=True)
@@ -147,14 +101,15 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         assert without_clock(one) == without_clock(two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 6, 9])  # where a measurement is due; 9 is the last step
 def test_interrupted_where_a_measurement_is_due_still_equals_uninterrupted(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    whole = run(material, tmp_path / "whole", "train.max_steps=9")
+    whole = tiny_run(material, tmp_path / "whole", "train.max_steps=9")
     with monkeypatch.context() as patch:
         interrupt_after(step, patch)
-        cut = run(material, tmp_path / "cut", "train.max_steps=9")
+        cut = tiny_run(material, tmp_path / "cut", "train.max_steps=9")
     assert (cut.finished, cut.step) == (False, step)
     resumed = resume_run(cut.path, quiet=True)
     assert digest(resumed) == digest(whole)
@@ -164,7 +119,7 @@ def test_interrupted_where_a_measurement_is_due_still_equals_uninterrupted(
 
 def test_resume_without_a_word_at_the_end_equals_uninterrupted(material: list[str], tmp_path: Path) -> None:
     """A killed run: the newest checkpoint is taken, and metrics after it are made again."""
-    whole = run(material, tmp_path / "whole", "train.max_steps=6", "train.keep=5")
+    whole = tiny_run(material, tmp_path / "whole", "train.max_steps=6", "train.keep=5")
     directory = RunDirectory.open(whole.path)
     before = [without_clock(event) for event in events(whole, "step")]
     final = digest(whole)
@@ -177,7 +132,7 @@ def test_resume_without_a_word_at_the_end_equals_uninterrupted(material: list[st
 
 
 def test_a_damaged_checkpoint_is_skipped_with_a_word(material: list[str], tmp_path: Path) -> None:
-    whole = run(material, tmp_path / "run", "train.max_steps=6", "train.keep=3", "data.holdout=0")
+    whole = tiny_run(material, tmp_path / "run", "train.max_steps=6", "train.keep=3", "data.holdout=0")
     final = digest(whole)
     newest = whole.path / "checkpoints" / "step-000006" / "state.safetensors"
     content = bytearray(newest.read_bytes())
@@ -189,6 +144,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_word(material: list[str], tmp_pa
     assert any("step-000006 is damaged" in note and "SHA-256" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_how_the_step_is_cut(material: list[str], tmp_path: Path) -> None:
     cuts = [
         ["train.micro_batch_tokens=2048"],
@@ -198,13 +154,14 @@ def test_gradients_do_not_depend_on_how_the_step_is_cut(material: list[str], tmp
     ]
     adapters = []
     for index, cut in enumerate(cuts):
-        result = run(material, tmp_path / str(index), "train.max_steps=3", "data.holdout=0", *cut)
+        result = tiny_run(material, tmp_path / str(index), "train.max_steps=3", "data.holdout=0", *cut)
         adapters.append(load_file(result.adapter / "adapter_model.safetensors"))
     for other in adapters[1:]:
         for name, tensor in adapters[0].items():
             torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_raw_gradients_of_every_cut_agree_to_1e_6(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,7 +178,9 @@ def test_raw_gradients_of_every_cut_agree_to_1e_6(
     for index, cut in enumerate(
         ["micro_batch_tokens=2048", "micro_batch_tokens=150", "micro_batch_tokens=8"]
     ):
-        run(material, tmp_path / str(index), "train.max_steps=1", "train.max_grad_norm=0", f"train.{cut}")
+        tiny_run(
+            material, tmp_path / str(index), "train.max_steps=1", "train.max_grad_norm=0", f"train.{cut}"
+        )
     assert len(grads[0]) == 28
     for other in grads[1:]:
         for name, gradient in grads[0].items():
@@ -239,10 +198,11 @@ def stop_with(
 
     with monkeypatch.context() as patch, pytest.raises(TrainingError) as caught:
         patch.setattr(loop, "pack_loss", sabotaged)
-        run(material, output, "train.save_every=1", "data.holdout=0", "train.max_steps=5")
+        tiny_run(material, output, "train.save_every=1", "data.holdout=0", "train.max_steps=5")
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_non_finite_loss_stops_before_weights_change_and_names_step_and_rows(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,7 +210,9 @@ def test_a_non_finite_loss_stops_before_weights_change_and_names_step_and_rows(
     assert "step 4: the loss is not finite" in text
     assert "rows.json row" in text
     assert RunDirectory.open(tmp_path / "run").saved_steps()[-1] == 3
-    healthy = run(material, tmp_path / "healthy", "train.save_every=1", "data.holdout=0", "train.max_steps=5")
+    healthy = tiny_run(
+        material, tmp_path / "healthy", "train.save_every=1", "data.holdout=0", "train.max_steps=5"
+    )
     assert digest(resume_run(tmp_path / "run", quiet=True)) == digest(healthy)
 
 
@@ -268,16 +230,18 @@ def test_a_non_finite_gradient_stops_too(
 def test_a_step_without_supervised_tokens_stops(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_packs = batch.make_packs
+    of_step = RankShare.of
 
-    def masked(rows: list[Any], *rest: Any) -> Any:
-        return make_packs([(ids, trained & False) for ids, trained in rows], *rest)
+    def masked(share: RankShare, rows: Any, *rest: Any) -> Any:
+        untrained = SimpleNamespace(row=lambda index: (rows.row(index)[0], rows.row(index)[1] & False))
+        return of_step(share, untrained, *rest)
 
-    monkeypatch.setattr(batch, "make_packs", masked)
+    monkeypatch.setattr(RankShare, "of", masked)
     with pytest.raises(TrainingError, match="step 1 has no supervised tokens"):
-        run(material, tmp_path / "run", "train.max_steps=2")
+        tiny_run(material, tmp_path / "run", "train.max_steps=2")
 
 
+@pytest.mark.slow
 def test_float16_overflow_repeats_the_step_with_the_same_rows(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,7 +257,7 @@ def test_float16_overflow_repeats_the_step_with_the_same_rows(
         with monkeypatch.context() as patch:
             patch.setattr(loop, "clip", clip_or_overflow)
             overrides = ["model.dtype=float16", "train.max_steps=4", "lora.dropout=0.1"]
-            result = run(material, tmp_path / output, *overrides)
+            result = tiny_run(material, tmp_path / output, *overrides)
         return len(calls), [event["loss"] for event in events(result, "step")]
 
     attempts, losses = counted("smooth", overflow_at=0)
@@ -302,8 +266,9 @@ def test_float16_overflow_repeats_the_step_with_the_same_rows(
     assert jolted_losses == pytest.approx(losses, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_rotation_keeps_the_newest_and_the_best(material: list[str], tmp_path: Path) -> None:
-    result = run(material, tmp_path / "run", "train.max_steps=9", "train.save_every=1", "train.keep=2")
+    result = tiny_run(material, tmp_path / "run", "train.max_steps=9", "train.save_every=1", "train.keep=2")
     directory = RunDirectory.open(result.path)
     best = min(events(result, "heldout"), key=lambda event: event["loss"])["step"]
     named = {read_facts(directory.checkpoint(step))["best_step"] for step in (8, 9)}
@@ -311,6 +276,7 @@ def test_rotation_keeps_the_newest_and_the_best(material: list[str], tmp_path: P
     assert set(directory.saved_steps()) == {8, 9} | named
 
 
+@pytest.mark.slow
 def test_the_final_adapter_is_the_best_one(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,26 +285,27 @@ def test_the_final_adapter_is_the_best_one(
     for output, best, keep_best in (("best", 2, "true"), ("last", 4, "false")):
         remaining = iter(scores)
         monkeypatch.setattr(loop, "heldout_loss", lambda *_, left=remaining: next(left))
-        result = run(material, tmp_path / output, *overrides, f"train.keep_best={keep_best}")
+        result = tiny_run(material, tmp_path / output, *overrides, f"train.keep_best={keep_best}")
         checkpoint = result.path / "checkpoints" / f"step-{best:06d}"
         assert digest(result) == sha256_file(checkpoint / "adapter_model.safetensors")
         assert (result.base_loss, result.heldout_loss) == (9.0, 1.0)
 
 
+@pytest.mark.slow
 def test_continuing_an_adapter_starts_where_it_ended(material: list[str], tmp_path: Path) -> None:
-    first = run(material, tmp_path / "a", "train.epochs=3")
-    second = run(
+    first = tiny_run(material, tmp_path / "a", "train.epochs=3")
+    second = tiny_run(
         material, tmp_path / "b", "train.max_steps=1", f"lora.init_from={first.adapter}", "train.warmup=0"
     )
     assert events(second, "step")[0]["loss"] < 0.8 * events(first, "step")[0]["loss"]
     assert second.base_loss == pytest.approx(first.base_loss)
     with pytest.raises(LorafitError, match="`lora.alpha` is 3.0, but the adapter to continue has 32"):
-        run(material, tmp_path / "c", f"lora.init_from={first.adapter}", "lora.alpha=3")
+        tiny_run(material, tmp_path / "c", f"lora.init_from={first.adapter}", "lora.alpha=3")
 
 
 def test_resume_refuses_other_rows_and_says_what_changed(material: list[str], tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.json")
-    result = run(material, tmp_path / "run", "train.max_steps=4", f"data.path={rows}")
+    result = tiny_run(material, tmp_path / "run", "train.max_steps=4", f"data.path={rows}")
     shutil.rmtree(RunDirectory.open(result.path).checkpoint(4))
     write_rows(rows, count=41)
     with pytest.raises(RunError, match="the data changed"):
@@ -348,7 +315,7 @@ def test_resume_refuses_other_rows_and_says_what_changed(material: list[str], tm
 def test_two_processes_cannot_write_one_run(material: list[str], tmp_path: Path) -> None:
     from lorafit.storage.locks import lock
 
-    result = run(material, tmp_path / "run", "train.max_steps=1")
+    result = tiny_run(material, tmp_path / "run", "train.max_steps=1")
     with lock(result.path / "run.lock"), pytest.raises(RunError, match="another process is writing this run"):
         resume_run(result.path, quiet=True)
 
@@ -357,13 +324,13 @@ def test_an_output_that_holds_something_is_not_touched(material: list[str], tmp_
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
     with pytest.raises(RunError, match="is not empty"):
-        run(material, tmp_path / "run", "train.max_steps=1")
+        tiny_run(material, tmp_path / "run", "train.max_steps=1")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
 def test_weighted_sources_are_seen_as_often_as_asked(material: list[str], tmp_path: Path) -> None:
     first, second = write_rows(tmp_path / "a.json", 10), write_rows(tmp_path / "b.json", 20)
-    result = run(
+    result = tiny_run(
         material,
         tmp_path / "run",
         f"data.path=['{first}', '{second}']",
@@ -378,25 +345,25 @@ def test_rows_longer_than_the_model_reads_are_refused(material: list[str], tmp_p
     rows = tmp_path / "long.json"
     rows.write_text(json.dumps([{"instruction": "Count.", "output": "one " * 100}] * 20))
     with pytest.raises(LorafitError, match="the model reads at most 256") as caught:
-        run(material, tmp_path / "run", f"data.path={rows}")
+        tiny_run(material, tmp_path / "run", f"data.path={rows}")
     assert "data.max_length=256" in caught.value.problems[0].hint
     assert not (tmp_path / "run").exists()
 
 
 def test_trackers_receive_the_run(material: list[str], tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    result = run(material, tmp_path / "run", "train.max_steps=2", "run.trackers=[tensorboard]")
+    result = tiny_run(material, tmp_path / "run", "train.max_steps=2", "run.trackers=[tensorboard]")
     assert list(result.path.rglob("events.out.tfevents.*"))
 
 
 def test_a_failed_start_leaves_nothing_behind(material: list[str], tmp_path: Path) -> None:
     with pytest.raises(LorafitError, match="matches no linear"):
-        run(material, tmp_path / "run", "lora.targets=q_prj")
+        tiny_run(material, tmp_path / "run", "lora.targets=q_prj")
     assert not (tmp_path / "run").exists()
 
 
 def test_resuming_a_finished_run_changes_nothing(material: list[str], tmp_path: Path) -> None:
-    first = run(material, tmp_path / "run", "train.max_steps=2")
+    first = tiny_run(material, tmp_path / "run", "train.max_steps=2")
     before = {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()}
     again = resume_run(first.path, quiet=True)
     assert again == first

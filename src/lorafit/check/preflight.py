@@ -1,153 +1,148 @@
-"""Verdicts on the rows of a run: read once more, held against their tokens, and judged. No torch here."""
+"""Checks of the rows of a run: read once more, compared with their tokens, and judged. No torch here.
+
+The findings are stored beside the cached tokens, so that a second start with the same tokens reads no rows. They hold
+row numbers, not places or verdicts: those are made anew each time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
 
-from lorafit.check.text_checks import Finding, Repeats, Texts
-from lorafit.check.token_checks import Tokens
-from lorafit.check.verdict import MAX_LISTED, CheckResult, Outcome
-from lorafit.data.ledger import Ledger
-from lorafit.data.prompt import PromptContract, Renderer
-from lorafit.data.sources import FileSummary, RowReader, SourceFile
-from lorafit.data.token_dataset import TokenDataset
+from lorafit.check.text_checks import Finding, TextFindings, Texts
+from lorafit.check.token_checks import TokenFindings, Tokens
+from lorafit.data.build import TrainingData
+from lorafit.data.prompt import PromptContract
+from lorafit.data.row_index import RowIndex
+from lorafit.data.row_preview import histogram as bins_of
+from lorafit.data.sources import RowReader
+from lorafit.data.token_cache import load_facts, store_facts
+from lorafit.errors import MAX_LISTED, CheckResult, Outcome
+from lorafit.observe.progress import progress
+from lorafit.version import __version__
 
-Numbers = NDArray[np.int64]
-_FEW_SUPERVISED = 0.02  # of the tokens: below, most of the work teaches nothing
-_MANY_NEAR = 0.01  # of the rows: below, rows that are nearly the same are mentioned only
+CHECKS = 1  # to be raised whenever the same rows would give other findings
+_FEW_SUPERVISED = 0.02  # of the tokens: below, most of the computing trains nothing
+_MANY_NEAR = 0.01  # of the rows: below, near duplicates are no warning
 _BARS = " ▏▎▍▌▋▊▉█"
+_SHOW = "look at one with `lorafit show --row N`"
+_NICE = (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1000, 2000, 2500, 5000, 10_000)
 
 
-@dataclass(frozen=True, slots=True)
-class Inspection:
-    """What went by: `tokens` is None without a tokenizer, `whole` whether all rows were looked at."""
+@dataclass(frozen=True)
+class RowFindings:
+    """The findings in rows: `tokens` is None without a tokenizer; `is_complete`: all rows were read."""
 
-    files: Sequence[SourceFile]
-    found: Sequence[FileSummary]
-    texts: Texts
-    tokens: Tokens | None
-    whole: bool
+    texts: TextFindings
+    tokens: TokenFindings | None
+    is_complete: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """The rows of a run as tokens, with what was said of them: what `inspect` and `row_verdicts` look at.
+_FINDINGS = TypeAdapter(RowFindings)
 
-    `found` are the summaries of `files`; `longest` is what the model reads, None where it is not known.
-    """
 
-    files: Sequence[SourceFile]
-    found: Sequence[FileSummary]
-    renderer: Renderer
-    encoded: TokenDataset
-    held_out: Numbers
-    ledger: Ledger
-    longest: int | None
+def find(training_data: TrainingData, format: str, most: int | None, quiet: bool) -> RowFindings:  # noqa: A002
+    """The findings in at most about `most` rows: stored ones for the same tokens, split and bound, else new ones."""
+    num_rows = training_data.index.num_rows
+    bound = None if most is None or most >= num_rows else most
+    parts = [CHECKS, __version__, training_data.cache_key, training_data.digest(), bound]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    if (findings := _stored(key, num_rows)) is None:
+        with progress("checking rows", quiet=quiet) as advance:
+            reader = RowReader(training_data.index.files, format)
+            findings = inspect(reader, training_data, bound, advance)
+        store_facts(key, _FINDINGS.dump_python(findings, mode="json"))
+    return findings
+
+
+def _stored(key: str, num_rows: int) -> RowFindings | None:
+    """The stored findings, None where there are none that fit `num_rows` rows."""
+    try:
+        findings = _FINDINGS.validate_python(load_facts(key))
+    except ValidationError:  # also where nothing is stored
+        return None
+    sections = [vars(section) for section in (findings.texts, findings.tokens) if section is not None]
+    listed = [value.rows for section in sections for value in section.values() if isinstance(value, Finding)]
+    return findings if all(0 <= row < num_rows for rows in listed for row in rows) else None
 
 
 def inspect(
-    files: Sequence[SourceFile],
-    format: str,  # noqa: A002 (the name of the setting)
-    rows: Rows | None = None,
+    reader: RowReader,
+    training_data: TrainingData | None = None,
     most: int | None = None,
     advance: Callable[[int, int], None] | None = None,
-) -> Inspection:
-    """Read the rows of `files` once, at most about `most`, and look at each; `rows` has their tokens.
+) -> RowFindings:
+    """Read the rows of `reader` once, at most about `most`; `training_data` has their tokens.
 
-    `advance` is told (bytes read, bytes in all). Raises DataError with the problems of all rows.
+    `advance` is called with (bytes read, bytes in all). Raises DataError with the problems of all rows.
     """
-    reader = RowReader(files, format)
-    texts = Texts(rows.renderer.tokenizer.control if rows else ())
-    tokens = Tokens(rows.renderer, rows.encoded) if rows else None
-    whole = True
+    texts = Texts(training_data.tokenizer.control if training_data else ())
+    tokens = Tokens(training_data.renderer, training_data.encoded) if training_data else None
+    is_complete = True
     for chunk in reader.chunks():
         if most is not None and texts.num_rows >= most:
-            whole = False
+            is_complete = False
             break
         texts.add(chunk.rows)
         if tokens is not None:
             tokens.add(chunk.rows)
         if advance:
             advance(*reader.progress())
-    return Inspection(files, rows.found if rows else reader.found, texts, tokens, whole)
+    held_out = training_data.heldout.numbers if training_data else np.array([], dtype=np.int64)
+    return RowFindings(texts.finish(held_out), tokens, is_complete)
 
 
-def row_verdicts(inspection: Inspection, rows: Rows | None = None) -> list[CheckResult]:
-    """All that the rows say, a verdict each; without `rows` (no tokenizer) only what their texts say."""
-    place = _Places(inspection.files, inspection.found)
-    texts = inspection.texts
-    verdicts = [_read(inspection)]
-    if rows is not None:
-        verdicts += _account(rows, place)
-    verdicts += [_answers(texts, place), _repeats(texts, place)]
-    if rows is not None:
-        verdicts.append(_leaks(texts.leaks(rows.held_out), len(rows.held_out), place))
-    verdicts += [_encoding(texts, place), _controls(texts, place)]
-    if rows is not None and inspection.tokens is not None:
-        tokens = inspection.tokens
-        contract = rows.renderer.contract
+def row_verdicts(
+    findings: RowFindings, index: RowIndex, training_data: TrainingData | None = None
+) -> list[CheckResult]:
+    """A result for each check of the rows; without `training_data` (no tokenizer) only of their texts."""
+    texts, tokens = findings.texts, findings.tokens
+    account = _account(training_data) if training_data else []
+    leaks = [_leaks(texts, len(training_data.heldout), index)] if training_data else []
+    verdicts = [
+        _rows(findings, index), *account, _answers(texts, index), _repeats(texts, index), *leaks,
+        _encoding(texts, index), _controls(texts, index),
+    ]  # fmt: skip
+    if training_data is not None and tokens is not None:
+        contract = training_data.renderer.contract
         verdicts += [
-            _stops(tokens, contract, place),
-            _bos(tokens, contract, place),
-            _round_trip(tokens, place),
+            _stops(tokens, contract, index),
+            _bos(tokens, contract, index),
+            _round_trip(tokens, index),
         ]
     return verdicts
 
 
-def histogram(lengths: NDArray[np.int32], bins: int = 10, width: int = 40) -> list[str]:
-    """How many rows have how many tokens, a line and a bar for each range."""
+def histogram(lengths: NDArray[np.int32], num_bins: int = 10, width: int = 40) -> list[str]:
+    """How many rows have how many tokens: a line with a bar for each range."""
     if not len(lengths):
         return []
-    step = max(1, -(-int(lengths.max() + 1) // bins))
-    for nice in (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1000, 2000, 2500, 5000, 10_000):
-        if nice >= step:
-            step = nice
-            break
-    counts = np.bincount(lengths // step)
-    label = len(f"{(len(counts)) * step - 1:,}")
-    most = int(counts.max())
+    step = max(1, -(-int(lengths.max() + 1) // num_bins))
+    step = next((nice for nice in _NICE if nice >= step), step)
+    bins = bins_of({"rows": lengths}, step)
+    label = len(f"{bins['edges'][-1] - 1:,}")
+    most = max(bins["rows"])
     lines = []
-    for number, count in enumerate(counts.tolist()):
+    for start, count in zip(bins["edges"][:-1], bins["rows"], strict=True):
         eighths = -(-count * width * 8 // most)
         bar = "█" * (eighths // 8) + _BARS[eighths % 8].strip()
-        first, last = f"{number * step:,}", f"{(number + 1) * step - 1:,}"
+        first, last = f"{start:,}", f"{start + step - 1:,}"
         lines.append(f"{first:>{label}} - {last:>{label}}  {bar:<{width}}  {count:,}".rstrip())
-    return ["tokens a row", *lines]
+    return ["tokens per row", *lines]
 
 
-class _Places:
-    """Row numbers over all sources as a person finds them: file by file, the first few."""
-
-    LISTED = 5
-
-    def __init__(self, files: Sequence[SourceFile], found: Sequence[FileSummary]) -> None:
-        self._names = [file.name for file in files]
-        self._ends = np.cumsum([0, *(summary.num_rows for summary in found)]).tolist()
-
-    def __call__(self, numbers: Sequence[int]) -> str:
-        by_file: dict[str, list[str]] = {}
-        for number in numbers[: self.LISTED]:
-            file = max(0, int(np.searchsorted(self._ends, number, side="right")) - 1)
-            file = min(file, len(self._names) - 1)
-            start = self._ends[file] if file < len(self._ends) else 0
-            by_file.setdefault(self._names[file], []).append(f"{number - start + 1:,}")
-        parts = [
-            f"{name} row{'s' if len(rows) > 1 or len(numbers) > self.LISTED else ''} {', '.join(rows)}"
-            for name, rows in by_file.items()
-        ]
-        more = len(numbers) - self.LISTED
-        return "; ".join(parts) + (f" and {more:,} more" if more > 0 else "")
-
-
-def _named(
-    name: str, outcome: Outcome, message: str, numbers: Sequence[int], place: _Places, hint: str
+def _result(
+    name: str, outcome: Outcome, message: str, finding: Finding, index: RowIndex, hint: str = ""
 ) -> CheckResult:
-    listed = tuple(number + 1 for number in numbers[:MAX_LISTED])
-    return CheckResult(name, outcome, message, place(numbers), hint, listed)
+    """A result about the rows of `finding`."""
+    rows = tuple(number + 1 for number in finding.rows)
+    return CheckResult(name, outcome, message, index.places(finding.rows, finding.count), hint, rows)
 
 
 def _count(count: int, what: str = "row") -> str:
@@ -159,18 +154,15 @@ def _do(count: int, verb: str) -> str:
     return f"{_count(count)} {verb}{('es' if verb == 'do' else 's') if count == 1 else ''}"
 
 
-def _read(inspection: Inspection) -> CheckResult:
-    found, seen = inspection.found, inspection.texts.num_rows
-    formats = ", ".join(dict.fromkeys(f"{summary.format}: {summary.reason}" for summary in found))
-    if inspection.whole:
-        return CheckResult("rows", "pass", f"{_count(seen)}, format {formats}")
-    total = sum(summary.num_rows for summary in found)
-    return CheckResult("rows", "pass", f"{_count(total)}, the first {seen:,} looked at; format {formats}")
+def _rows(findings: RowFindings, index: RowIndex) -> CheckResult:
+    formats = ", ".join(dict.fromkeys(f"{summary.format}: {summary.reason}" for summary in index.summaries))
+    part = ", " if findings.is_complete else f", the first {findings.texts.num_rows:,} checked; "
+    return CheckResult("rows", "pass", f"{_count(index.num_rows)}{part}format {formats}")
 
 
-def _account(rows: Rows, place: _Places) -> list[CheckResult]:
-    """The ledger as verdicts: what is dropped, what is cut, how much is supervised."""
-    ledger, verdicts = rows.ledger, []
+def _account(training_data: TrainingData) -> list[CheckResult]:
+    """The ledger as results: dropped rows, cut rows, supervised tokens."""
+    ledger, encoded, index = training_data.ledger, training_data.encoded, training_data.index
     ledger.check()
     trained, held = ledger.trained, ledger.held_out
     sums = (
@@ -179,158 +171,151 @@ def _account(rows: Rows, place: _Places) -> list[CheckResult]:
         f"{trained.trained + held.trained:,} trained + {trained.masked + held.masked:,} masked + "
         f"{trained.truncated + held.truncated:,} truncated"
     )
-    verdicts.append(CheckResult("ledger", "pass", sums))
-    for reason, numbers in rows.encoded.dropped.items():
+    verdicts = [CheckResult("ledger", "pass", sums)]
+    for reason, numbers in encoded.dropped.items():
         message = f"{_count(len(numbers))} dropped: {reason}"
         hint = "write what is missing, or remove them"
-        verdicts.append(_named("dropped rows", "warn", message, numbers.tolist(), place, hint))
-    if not rows.encoded.dropped:
+        verdicts.append(_result("dropped rows", "warn", message, _of(numbers), index, hint))
+    if not encoded.dropped:
         verdicts.append(CheckResult("dropped rows", "pass", "none"))
     lengths = ledger.lengths
     message = (
         f"mean {lengths.mean:.0f}, half up to {lengths.p50:,}, 90% up to {lengths.p90:,}, max {lengths.max:,}"
     )
-    cut = rows.encoded.numbers[np.flatnonzero(rows.encoded.flat.truncated)]
+    cut = encoded.numbers[np.flatnonzero(encoded.truncated)]
     if len(cut):
-        lost = trained.truncated + held.truncated
-        message = f"{_count(len(cut))} cut at {rows.renderer.contract.max_length:,} tokens, {lost:,} tokens are lost"
+        longest, lost = training_data.renderer.contract.max_length, trained.truncated + held.truncated
+        message = f"{_count(len(cut))} cut at {longest:,} tokens, {lost:,} tokens are lost"
         hint = "raise data.max_length, or data.too_long=drop"
-        verdicts.append(_named("lengths", "warn", message, cut.tolist(), place, hint))
+        verdicts.append(_result("lengths", "warn", message, _of(cut), index, hint))
     else:
-        if rows.longest is not None:
-            message += f"; the model reads {rows.longest:,}"
+        if training_data.limits is not None:
+            message += f"; the model reads {training_data.limits.max_position_embeddings:,}"
         verdicts.append(CheckResult("lengths", "pass", message))
     share = ledger.trained_share
-    message = f"{share:.1%} of the tokens are trained, {trained.trained:,} an epoch"
+    message = f"{share:.1%} of the tokens are trained, {trained.trained:,} per epoch"
     if share < _FEW_SUPERVISED:
-        hint = "most of the work teaches nothing: shorten the prompts, or data.train_on=all"
+        hint = "most of the computing trains nothing: shorten the prompts, or data.train_on=all"
         verdicts.append(CheckResult("supervised share", "warn", message, "data.train_on", hint))
     else:
         verdicts.append(CheckResult("supervised share", "pass", message))
     return verdicts
 
 
-def _answers(texts: Texts, place: _Places) -> CheckResult:
+def _of(numbers: NDArray[np.int64]) -> Finding:
+    return Finding(len(numbers), numbers[:MAX_LISTED].tolist())
+
+
+def _answers(texts: TextFindings, index: RowIndex) -> CheckResult:
+    empty, near_empty = texts.empty, texts.near_empty
     parts = []
-    if len(texts.empty.rows):
-        parts.append(f"{_count(len(texts.empty.rows))} without any")
-    if len(texts.near_empty.rows):
-        parts.append(f"{_do(len(texts.near_empty.rows), 'say')} next to nothing ({texts.near_empty.example})")
-    numbers = sorted({*texts.empty.rows, *texts.near_empty.rows})
+    if empty.count:
+        parts.append(f"{_count(empty.count)} without any")
+    if near_empty.count:
+        parts.append(f"{_do(near_empty.count, 'say')} next to nothing ({near_empty.example})")
     if not parts:
         return CheckResult("answers", "pass", "every row has one that says something")
-    return _named("answers", "warn", ", ".join(parts), numbers, place, "write the answer, or remove the row")
+    rows = sorted([*empty.rows, *near_empty.rows])[:MAX_LISTED]
+    finding = Finding(empty.count + near_empty.count, rows)
+    return _result("answers", "warn", ", ".join(parts), finding, index, "write the answer, or remove the row")
 
 
-def _repeats(texts: Texts, place: _Places) -> CheckResult:
-    repeats = texts.repeats()
-    exact, near = [row for row, _ in repeats.exact], [row for row, _ in repeats.near]
-    nearly = f"{_count(len(near))} nearly like an earlier one (nine of ten word triples)" if near else ""
-    if exact:
-        message = f"{_count(len(exact))} like an earlier one word for word"
-        message += f", {nearly}" if nearly else ""
-        return _named("duplicates", "warn", message, exact, place, "remove what counts twice")
-    if len(near) > _MANY_NEAR * texts.num_rows:
-        return _named("duplicates", "warn", nearly, near, place, "remove what counts twice")
-    rows = tuple(number + 1 for number in near[:MAX_LISTED])
-    return CheckResult("duplicates", "pass", nearly or "none", place(near) if near else "", rows=rows)
+def _repeats(texts: TextFindings, index: RowIndex) -> CheckResult:
+    exact, near = texts.duplicates, texts.near_duplicates
+    nearly = (
+        f"{_count(near.count)} nearly like an earlier one (nine of ten word triples)" if near.count else ""
+    )
+    hint = "remove the repetitions"
+    if exact.count:
+        message = f"{_count(exact.count)} like an earlier one word for word"
+        return _result("duplicates", "warn", ", ".join(filter(None, [message, nearly])), exact, index, hint)
+    if near.count > _MANY_NEAR * texts.num_rows:
+        return _result("duplicates", "warn", nearly, near, index, hint)
+    return _result("duplicates", "pass", nearly or "none", near, index)
 
 
-def _leaks(leaks: Repeats, num_held_out: int, place: _Places) -> CheckResult:
+def _leaks(texts: TextFindings, num_held_out: int, index: RowIndex) -> CheckResult:
+    held_out = _count(num_held_out, "held-out row")
     if not num_held_out:
         return CheckResult("leaks", "pass", "no row is held out")
-    pairs = [*leaks.exact, *leaks.near]
-    if not pairs:
-        return CheckResult(
-            "leaks", "pass", f"none of {_count(num_held_out, 'held-out row')} is among the trained"
-        )
-    nearly = f", {len(leaks.near):,} of them nearly" if leaks.near else ""
-    message = f"{len(pairs):,} of {_count(num_held_out, 'held-out row')} also trained{nearly}"
-    hint = "remove repeated rows: the held-out loss flatters"
-    return _named("leaks", "warn", message, sorted(row for row, _ in pairs), place, hint)
+    if not texts.leaked.count:
+        return CheckResult("leaks", "pass", f"none of {held_out} is among the trained")
+    nearly = f", {texts.near_leaks.count:,} of them nearly" if texts.near_leaks.count else ""
+    message = f"{texts.leaked.count:,} of {held_out} also trained{nearly}"
+    hint = "remove repeated rows: the held-out loss is too low with them"
+    return _result("leaks", "warn", message, texts.leaked, index, hint)
 
 
-def _encoding(texts: Texts, place: _Places) -> CheckResult:
-    kinds: Mapping[str, Finding] = {
+def _encoding(texts: TextFindings, index: RowIndex) -> CheckResult:
+    kinds = {
         "characters read in the wrong encoding": texts.mojibake,
         "replacement characters": texts.replacement,
         "byte order marks": texts.byte_order,
         "control characters": texts.control_characters,
     }
     parts = [
-        f"{what} in {_count(len(found.rows))} ({found.example})"
-        for what, found in kinds.items()
-        if found.rows
+        f"{kind} in {_count(finding.count)} ({finding.example})"
+        for kind, finding in kinds.items()
+        if finding.count
     ]
     if not parts:
         return CheckResult("encoding", "pass", "no broken characters")
-    numbers = sorted(set().union(*(found.rows for found in kinds.values())))
     hint = "read the source again in its own encoding and write UTF-8"
-    return _named("encoding", "warn", ", ".join(parts), numbers, place, hint)
+    return _result("encoding", "warn", ", ".join(parts), texts.broken, index, hint)
 
 
-def _controls(texts: Texts, place: _Places) -> CheckResult:
-    parts = []
-    if texts.controls.rows:
-        parts.append(
-            f"{_do(len(texts.controls.rows), 'hold')} control tokens as text ({texts.controls.example})"
-        )
-    if texts.templated.rows:
-        parts.append(
-            f"{_do(len(texts.templated.rows), 'hold')} a template's marks ({texts.templated.example})"
-        )
+def _controls(texts: TextFindings, index: RowIndex) -> CheckResult:
+    kinds = {"control tokens as text": texts.controls, "a template's marks": texts.templated}
+    parts = [
+        f"{_do(finding.count, 'hold')} {kind} ({finding.example})"
+        for kind, finding in kinds.items()
+        if finding.count
+    ]
     if not parts:
         return CheckResult("control tokens", "pass", "none in the texts of rows")
-    numbers = sorted({*texts.controls.rows, *texts.templated.rows})
     hint = "they stay plain text; give rows without a template around them"
-    return _named("control tokens", "warn", ", ".join(parts), numbers, place, hint)
+    return _result("control tokens", "warn", ", ".join(parts), texts.marked, index, hint)
 
 
-def _stops(tokens: Tokens, contract: PromptContract, place: _Places) -> CheckResult:
+def _stops(tokens: TokenFindings, contract: PromptContract, index: RowIndex) -> CheckResult:
     name = "stop token"
-    if not contract.add_eos and len(tokens.no_stop.rows) == tokens.num_rows - len(tokens.cut.rows):
+    if not contract.add_eos and tokens.no_stop.count == tokens.num_rows - tokens.cut.count:
         message = "answers have none: the model will not learn to stop"
         return CheckResult(name, "warn", message, "data.eos", "data.eos=true ends each answer in one")
-    if tokens.no_stop.rows:
-        message = f"{_do(len(tokens.no_stop.rows), 'do')} not end in a trained stop token"
-        hint = "look at one with `lorafit show --row N`"
-        return _named(name, "fail", message, tokens.no_stop.rows, place, hint)
-    if tokens.open_turns.rows:
-        message = f"in {_count(len(tokens.open_turns.rows))} only the last answer ends in one"
+    if tokens.no_stop.count:
+        message = f"{_do(tokens.no_stop.count, 'do')} not end in a trained stop token"
+        return _result(name, "fail", message, tokens.no_stop, index, _SHOW)
+    if tokens.open_turns.count:
+        message = f"in {_count(tokens.open_turns.count)} only the last answer ends in one"
         hint = "the chat template has none after earlier answers"
-        return _named(name, "pass", message, tokens.open_turns.rows, place, hint)
+        return _result(name, "pass", message, tokens.open_turns, index, hint)
     which = f" ({contract.eos})" if contract.eos and contract.stop_ids == (contract.eos_id,) else ""
-    cut = f", {_count(len(tokens.cut.rows))} cut before it" if tokens.cut.rows else ""
-    return CheckResult(
-        name, "pass", f"trained after {tokens.num_stopped:,} of {tokens.num_answers:,} answers{which}{cut}"
-    )
+    cut = f", {_count(tokens.cut.count)} cut before it" if tokens.cut.count else ""
+    message = f"trained after {tokens.num_stopped:,} of {tokens.num_answers:,} answers{which}{cut}"
+    return CheckResult(name, "pass", message)
 
 
-def _bos(tokens: Tokens, contract: PromptContract, place: _Places) -> CheckResult:
+def _bos(tokens: TokenFindings, contract: PromptContract, index: RowIndex) -> CheckResult:
     if contract.bos_id is None:
         return CheckResult("BOS", "pass", "the model has none")
-    if tokens.more_bos.rows:
-        message = f"{_do(len(tokens.more_bos.rows), 'begin')} with it twice ({contract.bos})"
-        hint = "the template writes it too: take it out there"
-        return _named("BOS", "fail", message, tokens.more_bos.rows, place, hint)
-    if tokens.no_bos.rows:
-        message = f"{_do(len(tokens.no_bos.rows), 'do')} not begin with it ({contract.bos})"
-        return _named(
-            "BOS", "fail", message, tokens.no_bos.rows, place, "look at one with `lorafit show --row N`"
+    if tokens.more_bos.count:
+        message = f"{_do(tokens.more_bos.count, 'begin')} with it twice ({contract.bos})"
+        return _result(
+            "BOS", "fail", message, tokens.more_bos, index, "the template writes it too: remove it there"
         )
+    if tokens.no_bos.count:
+        message = f"{_do(tokens.no_bos.count, 'do')} not begin with it ({contract.bos})"
+        return _result("BOS", "fail", message, tokens.no_bos, index, _SHOW)
     how = "once, at the start" if contract.add_bos else "as the template writes it: the tokenizer adds none"
     return CheckResult("BOS", "pass", f"{contract.bos} {how}")
 
 
-def _round_trip(tokens: Tokens, place: _Places) -> CheckResult:
-    name = "trained text"
-    if tokens.wrong.rows:
-        message = f"{_count(len(tokens.wrong.rows))} whose trained tokens are not the answer ({tokens.wrong.example})"
-        return _named(
-            name, "fail", message, tokens.wrong.rows, place, "look at one with `lorafit show --row N`"
-        )
-    if tokens.changed.rows:
-        message = f"{_count(len(tokens.changed.rows))} that the tokenizer cannot write as they are"
-        message += f" ({tokens.changed.example})"
-        return _named(name, "warn", message, tokens.changed.rows, place, "the model learns the changed text")
+def _round_trip(tokens: TokenFindings, index: RowIndex) -> CheckResult:
+    name, wrong, changed = "trained text", tokens.wrong, tokens.changed
+    if wrong.count:
+        message = f"{_count(wrong.count)} whose trained tokens are not the answer ({wrong.example})"
+        return _result(name, "fail", message, wrong, index, _SHOW)
+    if changed.count:
+        message = f"{_count(changed.count)} that the tokenizer cannot write as they are ({changed.example})"
+        return _result(name, "warn", message, changed, index, "the model learns the changed text")
     return CheckResult(name, "pass", f"decodes to the answer in all of {_count(tokens.num_rows)}")

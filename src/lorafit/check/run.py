@@ -1,4 +1,4 @@
-"""What is looked at before a run: its rows and settings without torch, then, where it is there, the model."""
+"""The checks before a run: of its rows and settings without torch, then of the model where there is one."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorafit.check.preflight import Rows, inspect, row_verdicts
-from lorafit.check.setting_checks import RunSettings, setting_verdicts
-from lorafit.check.verdict import CheckResult, of_error, refuse_failed
+from lorafit.check.preflight import find, inspect, row_verdicts
+from lorafit.check.setting_checks import setting_verdicts
+from lorafit.check.verdict import of_error, refuse_failed
 from lorafit.config.schema import Config
-from lorafit.data.build import TrainingData, build_data, row_order
+from lorafit.data.build import TrainingData, build_data, row_order, source_files
 from lorafit.data.ledger import Ledger
-from lorafit.data.sources import find_files, refuse
-from lorafit.errors import LorafitError
+from lorafit.data.row_index import RowIndex
+from lorafit.data.sources import RowReader
+from lorafit.errors import CheckResult, LorafitError
 from lorafit.hub.client import PICKLES, tokenizer_folder
 from lorafit.model.architecture import read_architecture
 from lorafit.observe.progress import progress
 
-MOST_ROWS = 8_000  # a run looks at that many rows, or at as many as it trains: under a second, or its 2 %
+MOST_ROWS = (
+    8_000  # a run checks that many rows, or as many as it trains: less than a second, or 2 % of its time
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """All verdicts, and what there is to show of the rows: None where no tokenizer could say it."""
+    """All results, and the account and lengths of the rows: None where there is no tokenizer."""
 
     verdicts: Sequence[CheckResult]
     ledger: Ledger | None = None
@@ -43,7 +46,7 @@ class Checked:
 
 
 def refused(error: LorafitError) -> Checked:
-    """A check that ended in an error: its problems are the verdicts."""
+    """A check that ended in an error: its problems are the results."""
     return Checked(of_error(error))
 
 
@@ -54,27 +57,18 @@ def has_weights(config: Config) -> bool:
 
 
 def check_texts(config: Config, *, quiet: bool = False) -> Checked:
-    """The rows alone, without a tokenizer: what their texts say."""
-    data = config.data
+    """The checks of the rows' texts alone, without a tokenizer."""
     try:
-        files, missing = find_files(
-            data.path,
-            format=data.format,
-            revision=data.revision,
-            split=data.split,
-            offline=config.run.offline,
-        )
-        if missing:
-            refuse(files, data.format, missing)
+        reader = RowReader(source_files(config), config.data.format)
         with progress("checking rows", quiet=quiet) as advance:
-            inspection = inspect(files, data.format, advance=advance)
+            findings = inspect(reader, advance=advance)
     except LorafitError as error:
         return refused(error)
-    return Checked(row_verdicts(inspection))
+    return Checked(row_verdicts(findings, RowIndex(reader.files, reader.summaries)))
 
 
 def check_data(config: Config, *, quiet: bool = False) -> Checked:
-    """Rows and settings, with the model's tokenizer; no weight is read and torch is not loaded."""
+    """The checks of rows and settings with the model's tokenizer; no weight is read and torch is not loaded."""
     try:
         name, revision, offline = config.model.name, config.model.revision, config.run.offline
         base = tokenizer_folder(name, revision=revision, offline=offline)
@@ -87,17 +81,22 @@ def check_data(config: Config, *, quiet: bool = False) -> Checked:
 
 
 def check_run(config: Config, *, quiet: bool = False) -> Checked:
-    """Everything: rows, settings, a trial of the model, memory."""
+    """All checks: rows, settings, a trial step of the model, memory."""
     from lorafit.check.probe import model_verdicts
-    from lorafit.plan.planner import Planner
+    from lorafit.distributed.env import ProcessEnv
+    from lorafit.model.device import pick_device
+    from lorafit.plan.machine import Machine
+    from lorafit.plan.planner import RunInputs
 
     try:
-        planner = Planner(config, quiet)
-        training_data = planner.training_data
-        verdicts = data_verdicts(config, training_data, planner.arch.num_parameters, quiet)
+        device = pick_device(config.model.device)
+        data = RunInputs.read(config, quiet)
+        machine = Machine.read(device, ProcessEnv())
+        training_data = data.training_data
+        verdicts = data_verdicts(config, training_data, data.arch.num_parameters, quiet)
     except LorafitError as error:
         return refused(error)
-    verdicts += model_verdicts(planner, quiet)
+    verdicts += model_verdicts(config, data, machine, quiet)
     return Checked(verdicts, training_data.ledger, training_data.encoded.lengths)
 
 
@@ -108,42 +107,22 @@ def data_verdicts(
     quiet: bool,
     most: int | None = None,
 ) -> list[CheckResult]:
-    """What the rows of a run and its settings say; at most about `most` rows are looked at."""
-    rows = Rows(
-        files=training_data.files,
-        found=training_data.found,
-        renderer=training_data.renderer,
-        encoded=training_data.encoded,
-        held_out=training_data.heldout.numbers,
-        ledger=training_data.ledger,
-        longest=training_data.limits.max_position_embeddings if training_data.limits else None,
-    )
-    order = row_order(config, training_data)
-    train, lora = config.train, config.lora
-    given = RunSettings(
-        num_steps=order.num_steps(train.epochs, train.max_steps),
-        rows_per_epoch=order.rows_per_epoch,
-        batch_size=train.batch_size,
-        learning_rate=train.learning_rate,
-        schedule=train.schedule,
-        warmup=train.warmup,
-        scale=lora.alpha / lora.rank,
-        holdout=config.data.holdout,
-        num_held_out=len(training_data.heldout),
-        num_parameters=num_parameters,
-        patience=train.patience,
-    )
-    with progress("checking rows", quiet=quiet) as advance:
-        inspection = inspect(training_data.files, config.data.format, rows, most, advance)
-    return [*row_verdicts(inspection, rows), *setting_verdicts(given)]
+    """The checks of the rows of a run and of its settings; at most about `most` rows are read."""
+    findings = find(training_data, config.data.format, most, quiet)
+    return [
+        *row_verdicts(findings, training_data.index, training_data),
+        *setting_verdicts(
+            config, row_order(config, training_data), len(training_data.heldout), num_parameters
+        ),
+    ]
 
 
 def check_rows(
     config: Config, training_data: TrainingData, num_parameters: int, quiet: bool
 ) -> list[CheckResult]:
-    """What a run looks at of its rows before it starts, in no more than a moment.
+    """The checks of a run's rows and settings before it starts, bounded in time.
 
-    Raises DataError with all that fails, unless `run.check` says to go on.
+    Raises DataError with all that fails, unless `run.check` is not `error`.
     """
     num_steps = row_order(config, training_data).num_steps(config.train.epochs, config.train.max_steps)
     verdicts = data_verdicts(

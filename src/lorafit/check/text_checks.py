@@ -1,13 +1,13 @@
-"""What the texts of rows hold that deserves a look: broken characters, control tokens, empty answers, repetitions.
+"""Findings in the texts of rows: broken characters, control tokens, empty answers, repetitions.
 
-Rows go through once, in pieces; what is kept of each is a few hashes. No tokens and no torch here.
+Rows are read once, in pieces; a few hashes are kept of each. No tokens and no torch here.
 """
 
 from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from zlib import crc32
@@ -15,9 +15,10 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from lorafit.data.formats import Chat, Completion, Content, Instruction, Row, Text
+from lorafit.data.formats import Row
+from lorafit.errors import MAX_LISTED
 
-MOST_FOR_NEAR = 1_000_000  # rows beyond that are compared word for word only: 128 bytes a row
+MOST_FOR_NEAR = 1_000_000  # rows beyond that are compared word for word only: 128 bytes per row
 NUM_HASHES, BAND = 32, 4  # of each row's word triples, and how many of them make a row a candidate
 NEAR = 29  # equal hashes out of NUM_HASHES from which two rows count as nearly the same: nine triples of ten
 
@@ -45,11 +46,12 @@ _PLACEHOLDERS = {
 }  # fmt: skip
 
 Numbers = NDArray[np.int64]
+Keys = NDArray[np.uint64]
 
 
 @dataclass(frozen=True, slots=True)
 class Repeats:
-    """Rows that say again what an earlier row says: (row, earlier row), by the number over all sources."""
+    """Rows with the same text as an earlier row: (row, earlier row), by the number over all sources."""
 
     exact: tuple[tuple[int, int], ...] = ()
     near: tuple[tuple[int, int], ...] = ()
@@ -57,40 +59,59 @@ class Repeats:
 
 @dataclass(slots=True)
 class Finding:
-    """The rows in which something was found, and how it looks in the first of them."""
+    """The rows with one finding: how many, the numbers of the first MAX_LISTED, and an example from the first."""
 
-    rows: array[int] = field(default_factory=lambda: array("q"))
+    count: int = 0
+    rows: list[int] = field(default_factory=list)
     example: str = ""
 
-    def add(self, number: int, example: str) -> None:
+    def add(self, number: int, example: str = "") -> None:
+        """Count row `number`; rows come in ascending order."""
+        self.count += 1
         self.example = self.example or example
-        self.rows.append(number)
+        if len(self.rows) < MAX_LISTED:
+            self.rows.append(number)
 
 
-class Texts:
-    """Looks through rows and remembers. `controls` are the control tokens of the model, if it is known."""
+@dataclass
+class TextFindings:
+    """The findings in the texts of `num_rows` rows. `broken` has each row with one of the four before it."""
+
+    num_rows: int = 0
+    empty: Finding = field(default_factory=Finding)
+    near_empty: Finding = field(default_factory=Finding)
+    mojibake: Finding = field(default_factory=Finding)
+    replacement: Finding = field(default_factory=Finding)
+    byte_order: Finding = field(default_factory=Finding)
+    control_characters: Finding = field(default_factory=Finding)
+    broken: Finding = field(default_factory=Finding)
+    controls: Finding = field(default_factory=Finding)
+    templated: Finding = field(default_factory=Finding)
+    marked: Finding = field(default_factory=Finding)  # each row with one of the two before
+    duplicates: Finding = field(default_factory=Finding)
+    near_duplicates: Finding = field(default_factory=Finding)
+    leaked: Finding = field(default_factory=Finding)
+    near_leaks: Finding = field(default_factory=Finding)  # among those of `leaked`
+
+
+class Texts(TextFindings):
+    """Reads rows and collects the findings. `controls` are the control tokens of the model, if it is known."""
 
     def __init__(self, controls: Iterable[str] = ()) -> None:
+        super().__init__()
         names = sorted({*_CONTROLS, *controls} - {""}, key=len, reverse=True)
         self._controls = re.compile("|".join(map(re.escape, names)))
         self._openings = {name[0] for name in names}
-        self.empty, self.near_empty = Finding(), Finding()
-        self.mojibake, self.replacement, self.byte_order, self.control_characters = (
-            Finding(), Finding(), Finding(), Finding(),
-        )  # fmt: skip
-        self.controls, self.templated = Finding(), Finding()
-        self.num_rows = 0
         self._numbers: list[Numbers] = []
-        self._keys: list[NDArray[np.uint64]] = []
+        self._keys: list[Keys] = []
         self._signatures: list[NDArray[np.uint32]] = []
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Look at `rows`, which follow those before."""
+        """Read `rows`, which follow the rows before."""
         keys = array("Q")
         words: list[list[str]] = []
         for row in rows:
-            texts = texts_of(row.content)
-            text = "\n".join(texts)
+            text = "\n".join(row.content.texts())
             self._characters(row.number, text)
             self._marks(row, text)
             self._answers(row)
@@ -104,29 +125,34 @@ class Texts:
         self.num_rows += len(rows)
 
     def _characters(self, number: int, text: str) -> None:
+        examples: dict[str, str] = {}
         if match := _CONTROL_CHARACTERS.search(text):
-            self.control_characters.add(number, f"U+{ord(match.group()):04X}")
-        if text.isascii():
-            return
-        if "\ufffd" in text:
-            self.replacement.add(number, _around(text, text.index("\ufffd")))
-        if "\ufeff" in text:
-            self.byte_order.add(number, "U+FEFF")
-        if match := _MOJIBAKE.search(text):
-            self.mojibake.add(number, _around(text, match.start()))
+            examples["control_characters"] = f"U+{ord(match.group()):04X}"
+        if not text.isascii():
+            if "\ufffd" in text:
+                examples["replacement"] = _around(text, text.index("\ufffd"))
+            if "\ufeff" in text:
+                examples["byte_order"] = "U+FEFF"
+            if match := _MOJIBAKE.search(text):
+                examples["mojibake"] = _around(text, match.start())
+        self._add(number, examples, self.broken)
 
     def _marks(self, row: Row, text: str) -> None:
+        examples: dict[str, str] = {}
         if any(opening in text for opening in self._openings) and (match := self._controls.search(text)):
-            self.controls.add(row.number, match.group())
-        if isinstance(
-            row.content, Completion | Text
-        ):  # no template goes around those: they may bring their own
-            return
-        if found := next((mark for mark in _TEMPLATE_MARKS if mark in text), ""):
-            self.templated.add(row.number, found)
+            examples["controls"] = match.group()
+        if row.content.has_template and (mark := next((m for m in _TEMPLATE_MARKS if m in text), "")):
+            examples["templated"] = mark
+        self._add(row.number, examples, self.marked)
+
+    def _add(self, number: int, examples: Mapping[str, str], any_of_them: Finding) -> None:
+        for name, example in examples.items():
+            getattr(self, name).add(number, example)
+        if examples:
+            any_of_them.add(number)
 
     def _answers(self, row: Row) -> None:
-        for answer in answers_of(row.content):
+        for answer in row.content.answers():
             if len(answer) > 16:
                 continue
             bare = answer.strip().lower().rstrip(".")
@@ -138,70 +164,48 @@ class Texts:
                 continue
             break
 
+    def finish(self, held_out: Numbers) -> TextFindings:
+        """The findings, with the repetitions among all rows and those of held-out rows (by number) in training."""
+        repeats, leaks = self.repeats(), self.leaks(held_out)
+        for finding, pairs in (
+            (self.duplicates, repeats.exact),
+            (self.near_duplicates, repeats.near),
+            (self.leaked, [*leaks.exact, *leaks.near]),
+            (self.near_leaks, leaks.near),
+        ):
+            for row in sorted(row for row, _ in pairs):
+                finding.add(row)
+        return self
+
     def repeats(self) -> Repeats:
-        """The rows that repeat an earlier one, word for word (case and blanks aside) or nearly."""
-        if not self._keys:
-            return Repeats()
-        numbers, keys = np.concatenate(self._numbers), np.concatenate(self._keys)
-        exact = _repeated(keys)
-        signatures = self._all_signatures()
-        repeated = np.zeros(len(keys), dtype=np.bool_)
-        repeated[[later for later, _ in exact]] = True
-        near: dict[int, int] = {}
-        for band in _bands(signatures):
-            for later, earlier in _repeated(band):
-                if not repeated[later] and later not in near and _alike(signatures, later, earlier) >= NEAR:
-                    near[later] = earlier
-        return Repeats(tuple(_named(numbers, exact)), tuple(_named(numbers, sorted(near.items()))))
+        """The rows that repeat an earlier one, word for word (without case and blanks) or nearly."""
+        return self._pairs(_repeated)
 
     def leaks(self, held_out: Numbers) -> Repeats:
-        """Held-out rows (by number) that a row of training says too: (held-out row, training row)."""
-        if not self._keys or not len(held_out):
+        """Held-out rows (by number) that training has too: (held-out row, training row)."""
+        held = np.isin(np.concatenate(self._numbers), held_out) if self._numbers else np.zeros(0, np.bool_)
+        return self._pairs(lambda keys: _shared(keys, held[: len(keys)])) if len(held_out) else Repeats()
+
+    def _pairs(self, with_equal_keys: Callable[[Keys], Iterable[tuple[int, int]]]) -> Repeats:
+        """The pairs of rows with equal keys, by number: keys of the whole text, then of similar word triples."""
+        if not self._keys:
             return Repeats()
-        numbers, keys = np.concatenate(self._numbers), np.concatenate(self._keys)
-        held = np.isin(numbers, held_out)
-        exact = list(_shared(keys, held))
-        signatures = self._all_signatures()
-        found = {row for row, _ in exact}
+        numbers, signatures = np.concatenate(self._numbers), np.concatenate(self._signatures)
+        exact = list(with_equal_keys(np.concatenate(self._keys)))
+        is_exact = np.zeros(len(numbers), dtype=np.bool_)
+        is_exact[[row for row, _ in exact]] = True
         near: dict[int, int] = {}
         for band in _bands(signatures):
-            for row, other in _shared(band, held[: len(signatures)]):
-                if row not in found and row not in near and _alike(signatures, row, other) >= NEAR:
+            for row, other in with_equal_keys(band):
+                is_new = not is_exact[row] and row not in near
+                if is_new and np.count_nonzero(signatures[row] == signatures[other]) >= NEAR:
                     near[row] = other
-        return Repeats(tuple(_named(numbers, exact)), tuple(_named(numbers, sorted(near.items()))))
-
-    def _all_signatures(self) -> NDArray[np.uint32]:
-        return np.concatenate(self._signatures)
-
-
-def texts_of(content: Content) -> list[str]:
-    """All texts of a row, in order."""
-    match content:
-        case Chat(messages):
-            return [message.content for message in messages]
-        case Instruction(instruction, given, output, system):
-            return [text for text in (system, instruction, given, output) if text]
-        case Completion(prompt, completion):
-            return [prompt, completion]
-        case Text(text):
-            return [text]
-
-
-def answers_of(content: Content) -> list[str]:
-    """The texts of a row that are to be learnt, in order."""
-    match content:
-        case Chat(messages):
-            return [message.content for message in messages if message.role == "assistant"]
-        case Instruction():
-            return [content.output]
-        case Completion():
-            return [content.completion]
-        case Text(text):
-            return [text]
+        pairs = (exact, sorted(near.items()))
+        return Repeats(*(tuple((int(numbers[a]), int(numbers[b])) for a, b in part) for part in pairs))
 
 
 def _around(text: str, at: int) -> str:
-    """The word around a character, for showing."""
+    """The word around the character at index `at`."""
     start = max(text.rfind(" ", 0, at), text.rfind("\n", 0, at), at - 20) + 1
     return text[start:].split(maxsplit=1)[0][:40] if text[start:].strip() else text[at : at + 1]
 
@@ -212,38 +216,38 @@ _TERMS = _RANDOM.integers(0, 2**32, NUM_HASHES, dtype=np.uint32)
 
 
 class _Hashes(dict[str, int]):
-    """The CRC-32 of words, remembered: most words come again."""
+    """A cache of the CRC-32 of words: most words occur often."""
 
     MOST = 500_000
 
     def __missing__(self, word: str) -> int:
         if len(self) >= self.MOST:
             self.clear()
-        self[word] = found = crc32(word.encode("utf-8", "surrogatepass"))
-        return found
+        self[word] = value = crc32(word.encode("utf-8", "surrogatepass"))
+        return value
 
 
 _HASHES = _Hashes()
 
 
 def _signatures(rows: Sequence[Sequence[str]]) -> NDArray[np.uint32]:
-    """The least of NUM_HASHES hashes over each row's word triples (MinHash: Broder, 1997), (rows, NUM_HASHES).
+    """The smallest value of each hash over each row's word triples (MinHash: Broder, 1997), (rows, NUM_HASHES).
 
-    The share of equal numbers of two rows estimates the share of triples that they have in common.
+    The share of equal values of two rows estimates the share of their common triples.
     """
     flat = array("I")
     starts = array("q")
     for words in rows:
         starts.append(len(flat))
         flat.extend(map(_HASHES.__getitem__, words or [""]))
-        flat.extend((0, 0))  # so that the last word begins a triple too, and none goes over a border
+        flat.extend((0, 0))  # so that the last word begins a triple too, and no triple has words of two rows
     hashes = np.frombuffer(flat, dtype=np.uint32)
     triples = hashes[:-2] * np.uint32(0x9E3779B1)
     triples ^= np.roll(hashes, -1)[:-2] * np.uint32(0x85EBCA77)
     triples *= np.uint32(0xC2B2AE3D)
     triples ^= np.roll(hashes, -2)[:-2] * np.uint32(0x27D4EB2F)
     triples ^= triples >> np.uint32(15)
-    found = np.empty((len(rows), NUM_HASHES), dtype=np.uint32)
+    signatures = np.empty((len(rows), NUM_HASHES), dtype=np.uint32)
     begins = np.frombuffer(starts, dtype=np.int64)
     ends = np.append(begins[1:], len(flat)) - 2
     last = np.uint32(2**32 - 1)
@@ -252,12 +256,12 @@ def _signatures(rows: Sequence[Sequence[str]]) -> NDArray[np.uint32]:
         mixed = triples * factor + term
         mixed ^= mixed >> np.uint32(16)
         mixed[outside] = last
-        found[:, number] = np.minimum.reduceat(mixed, begins)
-    return found
+        signatures[:, number] = np.minimum.reduceat(mixed, begins)
+    return signatures
 
 
-def _bands(signatures: NDArray[np.uint32]) -> Iterator[NDArray[np.uint64]]:
-    """Keys that rows with much in common share with high probability in at least one of the arrays."""
+def _bands(signatures: NDArray[np.uint32]) -> Iterator[Keys]:
+    """Arrays of keys; similar rows have the same key in at least one of them with high probability."""
     for start in range(0, NUM_HASHES, BAND):
         key = np.zeros(len(signatures), dtype=np.uint64)
         for column in range(start, start + BAND):
@@ -265,14 +269,14 @@ def _bands(signatures: NDArray[np.uint32]) -> Iterator[NDArray[np.uint64]]:
         yield key
 
 
-def _repeated(keys: NDArray[np.uint64]) -> list[tuple[int, int]]:
+def _repeated(keys: Keys) -> list[tuple[int, int]]:
     """(index, an earlier index with the same key), for each key that came before; ascending."""
     order = np.argsort(keys, kind="stable")
     same = np.flatnonzero(keys[order][1:] == keys[order][:-1])
     return sorted(zip(order[same + 1].tolist(), order[same].tolist(), strict=True))
 
 
-def _shared(keys: NDArray[np.uint64], held: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+def _shared(keys: Keys, held: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
     """(held-out index, index of a training row with the same key)."""
     training = np.flatnonzero(~held)
     order = training[np.argsort(keys[training], kind="stable")]
@@ -282,11 +286,3 @@ def _shared(keys: NDArray[np.uint64], held: NDArray[np.bool_]) -> Iterator[tuple
     for row, place in zip(rows[inside].tolist(), places[inside].tolist(), strict=True):
         if keys[order[place]] == keys[row]:
             yield row, int(order[place])
-
-
-def _alike(signatures: NDArray[np.uint32], one: int, other: int) -> int:
-    return int(np.count_nonzero(signatures[one] == signatures[other]))
-
-
-def _named(numbers: Numbers, pairs: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    return ((int(numbers[one]), int(numbers[other])) for one, other in pairs)

@@ -1,1 +1,1 @@
-"""The command line: one file a verb; each imports what it needs only when it runs."""
+"""The command line: one file per command. Each imports what it needs when it runs."""

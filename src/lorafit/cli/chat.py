@@ -1,81 +1,103 @@
-"""`lorafit chat`: a conversation with a run, an adapter or a base model, at a terminal or through a pipe."""
+"""`lorafit chat`: a conversation with a run, an adapter or a base model, in a terminal or through a pipe."""
 
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import typer
 
+from lorafit.cli import options
 from lorafit.storage.safe_read import read_stdin_lines
 
 if TYPE_CHECKING:
-    from lorafit.infer.conversation import Asked, Conversation
-    from lorafit.infer.engine import Token
+    from lorafit.infer.continuous_batch import GeneratedToken
+    from lorafit.infer.conversation import ChatPrompt, Conversation
     from lorafit.infer.model import Model
     from lorafit.infer.sampling import Sampling
 
 _HELP = """\
-/base            base and tuned model side by side, on or off
+/base            show base and tuned answers side by side, on or off
 /system [TEXT]   set the system prompt; without TEXT, show it
-/reset           forget the conversation
-/help            this
-/quit            leave, as Ctrl-D does
+/reset           remove all turns of the conversation
+/help            show this help
+/quit            end the chat, as Ctrl-D does
 Ctrl-C stops an answer. \"\"\" begins and ends a question of several lines."""
 
 _STOPPED = "stopped by Ctrl-C"
 
 
 def chat(
-    source: Annotated[
-        str, typer.Argument(help="Run directory, PEFT adapter folder, model folder or hub id.")
-    ],
-    adapter: Annotated[
-        str | None, typer.Option(help="PEFT adapter to put on a base model.", show_default=False)
-    ] = None,
-    base: Annotated[bool, typer.Option("--base", help="Leave the adapter out.")] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="Begin with both answers side by side.")] = False,
-    system: Annotated[
-        str | None, typer.Option(help="System prompt instead of the run's.", show_default=False)
-    ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest tokens; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this share of the mass.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    quantize: Annotated[
-        Literal["none", "int8", "nf4", "fp8"] | None,
-        typer.Option(help="How the base is held; a run is loaded as it was trained.", show_default=False),
-    ] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Never open a connection.")] = False,
+    source: options.SourceArgument,
+    adapter: options.AdapterOption = None,
+    base: options.BaseOption = False,
+    compare: options.CompareOption = False,
+    system: options.SystemOption = None,
+    max_tokens: options.MaxTokensOption = 512,
+    temperature: options.TemperatureOption = 0.0,
+    top_k: options.TopKOption = 0,
+    top_p: options.TopPOption = 1.0,
+    seed: options.SeedOption = 0,
+    device: options.DeviceOption = "auto",
+    quantize: options.QuantizeOption = None,
+    offline: options.OfflineOption = False,
 ) -> None:
-    """Talk with a model; it is asked as it was trained, and stops where it stops.
+    """Chat with a model, with the prompt template and the stop tokens of its training.
 
     lorafit chat runs/tinyllama
 
     echo "What is a llama?" | lorafit chat runs/tinyllama
     """
-    from lorafit.errors import ConfigError
     from lorafit.infer.conversation import Conversation
     from lorafit.infer.model import load
     from lorafit.infer.sampling import Sampling
 
     model = load(source, adapter=adapter, device=device, offline=offline, quantize=quantize)
-    if (base or compare) and not model.has_adapter:
-        raise ConfigError(
-            f"`{source}` has no adapter, it is a base model", hint="leave --base and --compare out"
-        )
+    if base or compare:
+        model.require_adapter(source)
     sampling = Sampling(temperature, top_k, top_p, seed)
     conversation = Conversation(model, max_tokens, system)
     Session(model, conversation, sampling, max_tokens, base=base, compare=compare).run(source)
 
 
+class Interrupt:
+    """Ctrl-C raises KeyboardInterrupt in a `with` block of this object. Elsewhere it waits for the next such block."""
+
+    def __init__(self) -> None:
+        self._raises = self._waits = False
+
+    @contextlib.contextmanager
+    def handling(self) -> Iterator[None]:
+        """Handle Ctrl-C by this object. Where it is ignored (as under nohup), it stays ignored."""
+        before = signal.getsignal(signal.SIGINT)
+        if before is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def __enter__(self) -> None:
+        self._raises = True
+        if self._waits:
+            self._handle()
+
+    def __exit__(self, *_: object) -> None:
+        self._raises = False
+
+    def _handle(self, *_: object) -> None:
+        self._waits = not self._raises
+        self._raises = False  # what follows a KeyboardInterrupt is not interrupted
+        if not self._waits:
+            raise KeyboardInterrupt
+
+
 class Session:
-    """The talk itself: questions in, answers to stdout, everything else to stderr."""
+    """The chat: reads questions, prints answers to stdout and everything else to stderr."""
 
     def __init__(
         self,
@@ -91,6 +113,7 @@ class Session:
         self.sampling, self.max_tokens = sampling, max_tokens
         self.base, self.compare = base, compare
         self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self.interrupt = Interrupt()
         self._lines = read_stdin_lines(sys.stdin)
         self._num_asked = 0
 
@@ -102,22 +125,26 @@ class Session:
             self._note(f"{source} ({kind}), {context:,} tokens of context; /help lists the commands")
         if not self.conversation.remembers:
             template = self.model.renderer.contract.template
-            self._note(f"the {template} template knows no conversations: each question is asked by itself")
-        for line in self._questions():
-            if not line.strip():
-                continue
-            if line.startswith("/"):
-                if not self._command(line.strip()):
-                    return
-                continue
-            self._answer(line)
+            self._note(
+                f"the {template} template knows no conversations: each question is a prompt of its own"
+            )
+        with self.interrupt.handling():
+            for line in self._questions():
+                if not line.strip():
+                    continue
+                if line.startswith("/"):
+                    if not self._command(line.strip()):
+                        return
+                    continue
+                self._answer(line)
 
     def _questions(self) -> Iterator[str]:
-        """Lines, or what stands between two lines of three quotes."""
+        """Lines, or the text between two lines of three quotes."""
         lines: list[str] | None = None
         while True:
             try:
-                line = self._read("" if lines is None else "... ")
+                with self.interrupt:
+                    line = self._read("" if lines is None else "... ")
             except EOFError:
                 if self.is_terminal:
                     typer.echo()
@@ -141,7 +168,7 @@ class Session:
     def _read(self, prompt: str) -> str:
         if self.is_terminal:
             with contextlib.suppress(ImportError):
-                import readline  # noqa: F401  (input() then edits lines and has a history)
+                import readline  # noqa: F401  (input() then has line editing and a history)
             return input(prompt or "> ")
         line = next(self._lines, None)
         if line is None:
@@ -149,7 +176,7 @@ class Session:
         return line
 
     def _command(self, line: str) -> bool:
-        """Do what a command says; False to leave."""
+        """Execute a command. Returns False for the end of the chat."""
         word, _, rest = line.partition(" ")
         rest = rest.strip()
         match word:
@@ -159,7 +186,7 @@ class Session:
                 self._note(_HELP)
             case "/reset":
                 self.conversation.reset()
-                self._note("forgotten")
+                self._note("all turns are removed")
             case "/base" if not self.model.has_adapter:
                 self._note("there is no adapter here to compare with its base")
             case "/base":
@@ -173,13 +200,13 @@ class Session:
                 self._note(f"system prompt: {self.conversation.system or own or 'none'}")
             case _:
                 self._note(
-                    f"there is no command {word}: /help lists them; a blank in front makes it a question"
+                    f"there is no command {word}: /help lists them; a space in front makes it a question"
                 )
         return True
 
     def _answer(self, question: str) -> None:
         from lorafit.errors import LorafitError
-        from lorafit.observe.console import printable
+        from lorafit.redact import printable
 
         try:
             asked = self.conversation.ask(question)
@@ -187,8 +214,8 @@ class Session:
             self._note(str(error))
             return
         if asked.num_dropped:
-            turns = "the oldest turn does" if asked.num_dropped == 1 else f"{asked.num_dropped} turns do"
-            self._note(f"{turns} not fit any more and will not be read again")
+            turns = "the oldest turn is" if asked.num_dropped == 1 else f"{asked.num_dropped} turns are"
+            self._note(f"{turns} dropped from the conversation: the context is full")
         if not self.is_terminal:
             typer.echo(f"> {printable(question)}")
         reply = Reply(self, asked)
@@ -203,7 +230,7 @@ class Session:
         typer.echo()
 
     def draws(self) -> Sampling:
-        """The sampling of the next answer: the same question asked twice is drawn anew."""
+        """The sampling of the next answer. A repeated question gets other random numbers."""
         import dataclasses
 
         return dataclasses.replace(self.sampling, seed=self.sampling.seed + self._num_asked)
@@ -215,9 +242,9 @@ class Session:
 
 
 class Reply:
-    """One answer as it is shown. `text` is what of it there was, `fault` why it is not whole."""
+    """One printed answer. `text` is the part that was generated, `fault` the reason why it is not complete."""
 
-    def __init__(self, session: Session, asked: Asked) -> None:
+    def __init__(self, session: Session, asked: ChatPrompt) -> None:
         self.text, self.fault = "", ""
         self._session, self._asked = session, asked
         self._num_tokens, self._end, self._seconds = 0, "", 0.0
@@ -226,10 +253,13 @@ class Reply:
         """Print it as it comes."""
         from lorafit.observe.console import flowing
 
-        with flowing() as write, self._answering(self._session.base) as pieces:
-            for piece in pieces:
+        with flowing() as write:
+
+            def add(piece: str) -> None:
                 self.text += piece
                 write(piece)
+
+            self._take(add, self._session.base)
 
     def compare(self) -> None:
         """Print it beside what the base model says, which is not asked any more where this was stopped."""
@@ -237,20 +267,25 @@ class Reply:
 
         base = ""
         with growing_side_by_side() as draw:
-            with self._answering(base=False) as pieces:
-                for piece in pieces:
-                    self.text += piece
-                    draw(base, self.text)
-            if self.fault == _STOPPED:
-                return
-            with self._answering(base=True) as pieces:
-                for piece in pieces:
-                    base += piece
-                    draw(base, self.text)
 
-    @contextlib.contextmanager
-    def _answering(self, base: bool) -> Iterator[Iterator[str]]:
-        """The pieces of an answer, until its end or Ctrl-C, which may come while a piece is made or drawn."""
+            def add(piece: str) -> None:
+                self.text += piece
+                draw(base, self.text)
+
+            def add_to_base(piece: str) -> None:
+                nonlocal base
+                base += piece
+                draw(base, self.text)
+
+            self._take(add, base=False)
+            if self.fault != _STOPPED:
+                self._take(add_to_base, base=True)
+
+    def _take(self, add: Callable[[str], None], base: bool) -> None:
+        """Call `add` with each piece of an answer, until its end or Ctrl-C.
+
+        Ctrl-C may have come before the first piece, since the question was read.
+        """
         session, started, before = self._session, time.perf_counter(), self._num_tokens
         pieces = session.model.stream(
             self._asked.messages,
@@ -260,8 +295,9 @@ class Reply:
             watch=self._watch,
         )
         try:
-            with contextlib.closing(pieces):
-                yield pieces
+            with session.interrupt, contextlib.closing(pieces):
+                for piece in pieces:
+                    add(piece)
             if self._end == "length":
                 is_long = self._num_tokens - before >= session.max_tokens
                 fault = "cut: --max-tokens" if is_long else "cut: the context is full"
@@ -272,10 +308,10 @@ class Reply:
             self._seconds += time.perf_counter() - started
 
     def summary(self) -> str:
-        """Counts, speed, and what is missing."""
+        """Numbers of tokens, speed, and the reason of an early end."""
         speed = f"{self._num_tokens / max(self._seconds, 1e-6):.1f} tokens/s"
         return "  ".join(part for part in (f"{self._num_tokens} tokens", speed, self.fault) if part)
 
-    def _watch(self, token: Token) -> None:
+    def _watch(self, token: GeneratedToken) -> None:
         self._num_tokens += token.end != "stop"
         self._end = token.end

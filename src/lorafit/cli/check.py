@@ -1,4 +1,4 @@
-"""`lorafit check`: whether a run will learn what its rows say, before it starts: a verdict a line."""
+"""`lorafit check`: checks rows, settings and model before a run, and prints one result per line."""
 
 from __future__ import annotations
 
@@ -6,36 +6,21 @@ from typing import Annotated
 
 import typer
 
+from lorafit.cli import options
+
 
 def check(
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[RECIPE] [SECTION.KEY=VALUE]...",
-            help="A recipe (a YAML file or a shipped name) and overrides, as for `lorafit train`.",
-            show_default=False,
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Base model, or a folder with its tokenizer alone.", show_default=False),
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(help="Rows: file, folder or hub data set; may be repeated.", show_default=False),
-    ] = None,
-    output: Annotated[
-        str | None, typer.Option(help="Taken as `lorafit train` takes it; not made.", show_default=False)
-    ] = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="Recipe file or shipped name.", show_default=False)
-    ] = None,
+    settings: options.Overrides = None,
+    model: options.ModelOption = None,
+    data: options.DataOption = None,
+    output: options.OutputOption = None,
+    recipe: options.RecipeOption = None,
     data_only: Annotated[
-        bool, typer.Option("--data-only", help="Rows and settings alone: no weight is read.")
+        bool, typer.Option("--data-only", help="Check rows and settings. No weights are read.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: options.JsonOption = False,
 ) -> None:
-    """Look at rows, settings and model before a run; exit code 2 if anything would go wrong.
+    """Check rows, settings and model before a run. The exit code is 2 if a check fails.
 
     lorafit check --data alpaca_data.json
 
@@ -53,12 +38,12 @@ def check(
     try:
         try:
             config = config_from_args(words, recipe, flags)
-            alone = data_only or not run.has_weights(config)
-            checked = run.check_data(config) if alone else run.check_run(config)
+            without_model = data_only or not run.has_weights(config)
+            checked = run.check_data(config) if without_model else run.check_run(config)
         except ConfigError as error:
             if [problem.message for problem in error.problems] != ["`model.name` is missing"]:
                 raise
-            config = config_from_args(words, recipe, [*flags, "model.name=none"])
+            config = config_from_args(words, recipe, {**flags, "model.name": "none"})
             checked = run.check_texts(config)
     except LorafitError as error:
         checked = run.refused(error)
@@ -68,9 +53,8 @@ def check(
         from lorafit.observe.console import print_verdicts
 
         print_verdicts([(verdict.verdict, verdict.name, verdict.text) for verdict in checked.verdicts])
-        if checked.lengths is not None:
-            for line in histogram(checked.lengths):
-                typer.echo(line, err=True)
+        for line in histogram(checked.lengths) if checked.lengths is not None else ():
+            typer.echo(line, err=True)
         typer.echo(summary(checked.verdicts), err=True)
     if any(verdict.verdict == "fail" for verdict in checked.verdicts):
         raise typer.Exit(2)

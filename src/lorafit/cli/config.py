@@ -1,4 +1,4 @@
-"""`lorafit config`: every key with its type, default and meaning, as text or as a JSON Schema for editors."""
+"""`lorafit config`: all keys with type, default and meaning, as text or as a JSON Schema for editors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 def config(
     key: Annotated[
-        str | None, typer.Argument(help="A key or section to explain, such as lora.rank.", show_default=False)
+        str | None, typer.Argument(help="A key or section, such as lora.rank.", show_default=False)
     ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a recipe.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference as Markdown.")] = False,

@@ -1,4 +1,4 @@
-"""`lorafit export`: what was trained, for other programs; read back and compared before it counts."""
+"""`lorafit export`: writes a run for other programs, and verifies the result."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from typing import Annotated, Literal
 
 import typer
 
+from lorafit.cli import options
+
 
 def export(
-    run: Annotated[str, typer.Argument(help="Run directory.")],
+    run: options.RunArgument,
     kind: Annotated[
         Literal["adapter", "merged", "gguf", "gguf-lora", "ollama"],
         typer.Argument(
@@ -18,7 +20,7 @@ def export(
     ],
     output: Annotated[
         str | None,
-        typer.Option(help="Folder to write; by default in the run's exports/.", show_default=False),
+        typer.Option(help="Folder to write. The default is in the run's exports/.", show_default=False),
     ] = None,
     type_name: Annotated[
         str | None,
@@ -32,14 +34,14 @@ def export(
         str | None,
         typer.Option(metavar="OWNER/NAME", help="Upload to the hub too, privately.", show_default=False),
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="With --push: everybody may see it.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="With --push: visible for everybody.")] = False,
     no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Do not compare the export with the adapter; it is marked so.")
+        bool, typer.Option("--no-verify", help="Do not compare the export with the adapter. It is marked so.")
     ] = False,
-    offline: Annotated[bool, typer.Option("--offline", help="Never open a connection.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object: path, files, parity.")] = False,
+    offline: options.OfflineOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
-    """Export a run and prove that the export answers like the adapter.
+    """Export a run and verify that the export gives the same answers as the adapter.
 
     lorafit export runs/demo merged
 
@@ -50,22 +52,22 @@ def export(
     from lorafit.errors import ConfigError
 
     if public and push is None:
-        raise ConfigError("--public says who may see a --push", hint="add --push OWNER/NAME")
+        raise ConfigError("--public needs --push", hint="add --push OWNER/NAME")
     if push is not None and offline:
-        raise ConfigError("--push needs a connection", hint="leave --offline out")
+        raise ConfigError("--push needs a connection", hint="remove --offline")
 
     from lorafit.export.run import export_run
 
     done = export_run(run, kind, output=output, type_name=type_name, verify=not no_verify, offline=offline)
-    result = done.parity
-    if result["verified"]:
+    parity = done.parity
+    if parity["verified"]:
         typer.echo(
-            f"verified by {result['program']}: {result['prompts']} prompts, same text, tokens and ends; logits within "
-            f"{result['largest_logit_difference']:.2g} (bound {result['bound']:.2g})",
+            f"verified by {parity['program']}: {parity['prompts']} prompts, same text, tokens and ends; logits within "
+            f"{parity['largest_logit_difference']:.2g} (bound {parity['bound']:.2g})",
             err=True,
         )
     else:
-        typer.echo(f"warning: not verified: {result['why']}", err=True)
+        typer.echo(f"warning: not verified: {parity['why']}", err=True)
     summary = done.as_dict()
     if push is not None:
         from lorafit.export.push import push as push_folder

@@ -1,4 +1,4 @@
-"""The `lorafit` command: its verbs, how errors are shown, and exit codes (0 done, 2 user's error, 1 ours)."""
+"""The `lorafit` command: its verbs, its error output, and exit codes (0 success, 2 error of the user, 1 bug)."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from lorafit.cli import (
 )
 from lorafit.distributed.env import ProcessEnv, exit_code_of_previous_attempt, mark_no_restart
 from lorafit.errors import LorafitError, Problem
-from lorafit.redact import without_secrets
+from lorafit.redact import redact
 from lorafit.version import __version__
 
 OTHERS_WAIT_SECONDS = 10.0
-# Python's own numbers, but a tenth as many collections of everything: each walks all that torch's import made, which
-# took a fifth of a start. What dies young is collected as ever.
+# Python's thresholds, with a tenth of the full collections: each visits all objects of torch's import, which took a
+# fifth of the start time. Short-lived objects are collected as before.
 COLLECT = (700, 10, 100)
 
 app = typer.Typer(
@@ -60,8 +60,8 @@ app.command("sweep")(sweep.sweep)
 app.command("config")(config.config)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(is_set: bool) -> None:
+    if is_set:
         typer.echo(f"lorafit {__version__}")
         raise typer.Exit
 
@@ -83,7 +83,7 @@ def main() -> None:
     try:
         env = ProcessEnv.read()
     except LorafitError as error:
-        _talk(str(error))
+        _print_error(str(error))
         sys.exit(error.exit_code)
     if (code := exit_code_of_previous_attempt(env)) is not None:
         sys.exit(code)
@@ -91,42 +91,42 @@ def main() -> None:
         code = app(standalone_mode=False)
     except KeyboardInterrupt:
         mark_no_restart(env, 130)
-        _talk("interrupted")
+        _print_error("interrupted")
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output went away
+    except BrokenPipeError:  # the reader of the output has closed it
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
         sys.exit(141)
     except Exception as error:
-        code, said = _explained(error)
+        code, message = _explained(error)
         if code == 2:
             mark_no_restart(env, code)
-        if not env.is_main:  # what all ranks have met the first one says; the agent ends the others with it
+        if not env.is_main:  # rank 0 prints an error of all ranks; then the agent ends the others
             time.sleep(OTHERS_WAIT_SECONDS)
-        _talk(without_secrets(traceback.format_exc()) if os.environ.get("LORAFIT_DEBUG") else said)
+        _print_error(redact(traceback.format_exc()) if os.environ.get("LORAFIT_DEBUG") else message)
         sys.exit(code)
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _explained(error: Exception) -> tuple[int, str]:
-    """The exit code for what went wrong, and what is said about it."""
+    """The exit code of an error, and its message."""
     match error:
         case LorafitError():
             return error.exit_code, str(error)
         case OSError():
             return 2, str(Problem(error.strerror or str(error), str(error.filename or "")))
         case MemoryError():
-            return 2, str(Problem("out of memory", hint="see `lorafit plan` for what a run takes"))
+            return 2, str(Problem("out of memory", hint="`lorafit plan` predicts the memory of a run"))
         case _ if type(error).__name__ == "NoArgsIsHelpError":
             return 2, str(error)
-        case _ if hasattr(error, "format_message"):  # click's errors, of which typer brings a copy
+        case _ if hasattr(error, "format_message"):  # click's errors, which typer contains a copy of
             context = getattr(error, "ctx", None)
             hint = f"see `{context.command_path} --help`" if context else ""
             return 2, str(Problem(error.format_message(), hint=hint))
-    hint = "this is a bug in lorafit; run with `lorafit --debug ...` and report it"
+    hint = "this is a bug in lorafit; run it with `lorafit --debug ...` and report it"
     return 1, str(Problem(f"{type(error).__name__}: {error}", hint=hint))
 
 
-def _talk(text: str) -> None:
-    """Say something on stderr, which may be a terminal that was closed."""
+def _print_error(text: str) -> None:
+    """Print to stderr, which may be a closed terminal."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`lorafit report`: make the report of a run anew, from its files alone."""
+"""`lorafit report`: writes the report of a run again, from its files alone."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Annotated
 
 import typer
 
+from lorafit.cli import options
+
 
 def report(
-    run: Annotated[str, typer.Argument(help="Run directory.")],
+    run: options.RunArgument,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write the page here, not to RUN/report.html.", show_default=False),
+        typer.Option(metavar="FILE", help="Write this file, not RUN/report.html.", show_default=False),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object: the page's path and what the run came to.")
-    ] = False,
+    as_json: options.JsonOption = False,
 ) -> None:
-    """Write a run's report: one HTML page that opens offline, with curves, answers, ledger and proof."""
+    """Write a run's report: one HTML page for offline use, with curves, answers, ledger and proof."""
     from lorafit.observe.run_summary import summarize
     from lorafit.redact import json_line
     from lorafit.report.page import write_report
@@ -30,10 +30,5 @@ def report(
         typer.echo(path)
         return
     proof = directory.read_json(directory.proof_file) if directory.proof_file.is_file() else None
-    found = {
-        "report": str(path),
-        "bytes": path.stat().st_size,
-        **summarize(directory).as_dict(),
-        "proof": proof,
-    }
-    typer.echo(json_line(found))
+    page = {"report": str(path), "bytes": path.stat().st_size}
+    typer.echo(json_line({**page, **summarize(directory).as_dict(), "proof": proof}))

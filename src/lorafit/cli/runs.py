@@ -1,4 +1,4 @@
-"""`lorafit runs`: the runs below a folder, newest first, from their files alone."""
+"""`lorafit runs`: lists the runs in a folder, newest first, from their files alone."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from lorafit.cli import options
+
 
 def runs(
-    folder: Annotated[Path, typer.Argument(help="Folder to look in.")] = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+    folder: Annotated[Path, typer.Argument(help="Folder that contains runs.")] = Path("runs"),
+    as_json: options.JsonOption = False,
 ) -> None:
     """List runs: state, steps, loss, held-out loss."""
     import json
@@ -23,15 +25,14 @@ def runs(
     if not folder.is_dir():
         raise RunError(
             f"there is no folder `{folder}`",
-            hint="`lorafit runs FOLDER` lists the runs below FOLDER; `lorafit train` makes one",
+            hint="`lorafit runs FOLDER` lists the runs in FOLDER; `lorafit train` creates one",
         )
-    found = [(run, summarize(run)) for run in find_runs(folder)]
+    summaries = [(str(run.path), summarize(run)) for run in find_runs(folder)]
     if as_json:
-        for run, summary in found:
-            typer.echo(json.dumps({"run": str(run.path), **summary.as_dict()}))
-        return
-    rows = [[str(run.path), *summary.cells()] for run, summary in found]
-    if rows:
+        for path, summary in summaries:
+            typer.echo(json.dumps({"run": path, **summary.as_dict()}))
+    elif summaries:
+        rows = [[path, *summary.cells()] for path, summary in summaries]
         table(["run", "model", "state", "step", "loss", "held-out", "base", "started"], rows)
     else:
-        typer.echo(f"no runs below {folder}", err=True)
+        typer.echo(f"no runs in {folder}", err=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
+
+from lorafit.cli import options
 
 
 def serve(
@@ -22,29 +24,26 @@ def serve(
     ] = 8000,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option(help="Another host name that the server goes by; may be repeated.", show_default=False),
+        typer.Option(help="Additional host name of the server. Can be repeated.", show_default=False),
     ] = None,
-    slots: Annotated[int, typer.Option(min=1, max=1024, help="Answers made at a time.")] = 16,
-    queue: Annotated[int, typer.Option(min=0, max=100_000, help="Answers that may wait for a slot.")] = 64,
+    slots: Annotated[int, typer.Option(min=1, max=1024, help="Answers generated at a time.")] = 16,
+    queue: Annotated[int, typer.Option(min=0, max=100_000, help="Answers that can wait for a slot.")] = 64,
     context: Annotated[
         int | None,
         typer.Option(
             min=2,
-            help="Tokens of a prompt with its answer; default the model's, 4,096 at most.",
+            help="Most tokens of a prompt with its answer. The default is the model's, at most 4,096.",
             show_default=False,
         ),
     ] = None,
     timeout: Annotated[
-        float, typer.Option(min=1, max=86_400, help="Seconds a request may take, waiting included.")
+        float, typer.Option(min=1, max=86_400, help="Most seconds of a request, with its time in the queue.")
     ] = 300.0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
-    quantize: Annotated[
-        Literal["none", "int8", "nf4", "fp8"] | None,
-        typer.Option(help="How the base is held; default as the first run was trained.", show_default=False),
-    ] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Never open a connection to the hub.")] = False,
+    device: options.DeviceOption = "auto",
+    quantize: options.QuantizeOption = None,
+    offline: options.OfflineOption = False,
 ) -> None:
-    """Serve models by OpenAI's API, on this machine and behind a token.
+    """Serve models with OpenAI's API, on this machine and protected by a token.
 
     lorafit serve runs/tinyllama
 
@@ -56,12 +55,14 @@ def serve(
         from lorafit.serve.server import Address, find_token, listen, serve
     except ImportError as error:
         raise ConfigError(f"`{error.name}` is missing", hint="pip install 'lorafit[serve]'") from None
-    place = Address(host, port, tuple(allow_host or ()))
+    address = Address(host, port, tuple(allow_host or ()))
     token = find_token()
-    with contextlib.closing(listen(place)) as listening:
-        from lorafit.infer.continuous_batch import Batch
+    with contextlib.closing(listen(address)) as listening:
+        from lorafit.infer.continuous_batch import ContinuousBatch
         from lorafit.infer.multi_adapter import check_context, load_many
+        from lorafit.infer.scheduler import Ticket
 
         models = load_many(sources, device=device, offline=offline, quantize=quantize)
-        batch = Batch(models.network, slots, check_context(context, models.network), models.adapters)
-        serve(models, batch, place, listening, token, max_waiting=queue, timeout=timeout)
+        context = check_context(context, models.network)
+        batch = ContinuousBatch[Ticket](models.network, slots, context, models.adapters)
+        serve(models, batch, address, listening, token, max_waiting=queue, timeout=timeout)

@@ -1,4 +1,4 @@
-"""`lorafit show`: rows exactly as the model reads them, with what is trained marked."""
+"""`lorafit show`: shows rows exactly as the model reads them, with the supervised tokens marked."""
 
 from __future__ import annotations
 
@@ -7,42 +7,31 @@ from typing import Annotated
 
 import typer
 
+from lorafit.cli import options
+
 
 def show(
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[RECIPE] [SECTION.KEY=VALUE]...",
-            help="A recipe (a YAML file or a shipped name) and overrides, as for `lorafit train`.",
-            show_default=False,
-        ),
-    ] = None,
+    settings: options.Overrides = None,
     row: Annotated[
         int | None,
-        typer.Option(min=1, help="A row's number, from 1 over all sources.", show_default=False),
+        typer.Option(min=1, help="Number of a row, from 1 over all sources.", show_default=False),
     ] = None,
     rows: Annotated[
         str | None, typer.Option(metavar="FIRST-LAST", help="Several rows: 1-5.", show_default=False)
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Base model, or a folder with its tokenizer.", show_default=False)
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(help="Rows: file, folder or hub data set; may be repeated.", show_default=False),
-    ] = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="Recipe file or shipped name.", show_default=False)
-    ] = None,
-    ids: Annotated[bool, typer.Option("--ids", help="Every token with its id.")] = False,
+    model: options.ModelOption = None,
+    data: options.DataOption = None,
+    recipe: options.RecipeOption = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Show all tokens with their ids.")] = False,
     diff: Annotated[
-        bool, typer.Option("--diff", help="What differs from the chat template that the model ships.")
+        bool, typer.Option("--diff", help="Show the differences from the model's own chat template.")
     ] = False,
     html: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write a page instead.", show_default=False)
+        Path | None,
+        typer.Option(metavar="FILE", help="Write an HTML page to FILE instead.", show_default=False),
     ] = None,
 ) -> None:
-    """Show rows as the model reads them: text, what is trained, tokens.
+    """Show rows as the model reads them: text, supervised part, tokens.
 
     lorafit show --model TinyLlama/TinyLlama-1.1B-Chat-v1.0 --data alpaca_data.json --row 17
     """
@@ -58,20 +47,20 @@ def show(
         wanted_rows,
     )
     from lorafit.observe.console import has_colours, print_styled, table
-    from lorafit.report.row_page import fragment, page
+    from lorafit.report.row_page import page
     from lorafit.storage.atomic import write_file
 
-    wanted = wanted_rows(row, rows)
+    numbers = wanted_rows(row, rows)
     config = config_from_args(settings or [], recipe, flag_overrides(model=model, data=data, output=None))
-    renderer, found = rows_of(config, wanted)
-    views = [(view_row(renderer, one), shipped(renderer, one) if diff else None) for one in found]
-    shown = [(view, difference(view, text) if text is not None else []) for view, text in views]
+    renderer, selected = rows_of(config, numbers)
+    views = [(view_row(renderer, one), shipped(renderer, one) if diff else None) for one in selected]
+    with_diff = [(view, difference(view, text) if text is not None else []) for view, text in views]
     if html is not None:
         title = f"Rows as {config.model.name} reads them"
-        write_file(html, page(title, [fragment(view, ids, lines) for view, lines in shown]))
+        write_file(html, page(title, with_diff, ids=ids))
         typer.echo(html)
         return
-    for view, lines in shown:
+    for view, lines in with_diff:
         print_styled([(view.heading, "bold")])
         if ids:
             table(["", "id", "", "text"], token_lines(view))

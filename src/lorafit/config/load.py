@@ -1,4 +1,4 @@
-"""Recipe file + `section.key=value` overrides -> Config, with every mistake reported at once and in its place."""
+"""Recipe file, `section.key=value` overrides and flags -> Config, with every error reported at once, with its place."""
 
 from __future__ import annotations
 
@@ -10,27 +10,31 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from yaml.composer import ComposerError
 
-from lorafit.config.schema import Config
+from lorafit.config.schema import Config, keys
 from lorafit.errors import ConfigError, Problem
-from lorafit.redact import without_secrets
+from lorafit.redact import redact
 from lorafit.storage.safe_read import read_text
 
 KeyPath = tuple[str, ...]
 MAX_RECIPE = 100_000  # bytes
-_MOST_HINTS = 50  # as many as are shown: to look for the nearest key takes time, and a recipe may have 20,000
-# What PyYAML raises for dates, numbers and keys that Python does not have, and for endless nesting.
+_MOST_HINTS = (
+    50  # as many as are shown: the search for the nearest key is slow, and a recipe may have 20,000 keys
+)
+# What PyYAML raises for dates, numbers and keys that Python cannot represent, and for endless nesting.
 _OF_VALUES = (ValueError, TypeError, LookupError, RecursionError)
-FLAGS: dict[KeyPath, str] = {
-    ("model", "name"): "--model NAME",
-    ("data", "path"): "--data FILE",
+FLAGS = {
+    "model.name": "--model NAME",
+    "data.path": "--data FILE",
+    "run.output": "--output FOLDER",
+    "run.too_large": "--auto",
 }
 
 
 def recipes_folder() -> Path:
-    """Where the recipes that ship with lorafit lie: beside the package when installed, else in the checkout."""
+    """The folder of the recipes that ship with lorafit: inside the package when installed, else in the checkout."""
     package = Path(__file__).parents[1]
     installed = package / "recipes"
     return installed if installed.is_dir() else package.parents[1] / "recipes"
@@ -49,10 +53,12 @@ def recipe_file(name: str) -> Path:
     raise ConfigError(f"there is no recipe `{name}`", hint=_shipped_hint(name))
 
 
-def load_config(recipe: Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """The Config of a recipe file with `section.key=value` overrides laid over it, in order.
+def load_config(
+    recipe: Path | None = None, overrides: Sequence[str] = (), flags: Mapping[str, object] | None = None
+) -> Config:
+    """The Config of a recipe file, then `section.key=value` overrides in order, then `flags` (values by key).
 
-    Raises ConfigError that carries every unknown key, wrong value and missing key with its file and line.
+    Raises ConfigError with every unknown key, wrong value and missing key, each with its file and line.
     """
     values: dict[str, Any] = {}
     places: dict[KeyPath, str] = {}
@@ -61,16 +67,19 @@ def load_config(recipe: Path | None = None, overrides: Sequence[str] = ()) -> Co
         values = _read_recipe(recipe, places, problems)
     for override in overrides:
         _apply(override, values, places, problems)
+    for name, value in (flags or {}).items():
+        section, _, key = name.partition(".")
+        _set(values, places, (section, key), value, f"`{FLAGS[name]}` on the command line")
     return validate(values, places, problems)
 
 
 def validate(
     values: Mapping[str, Any], places: Mapping[KeyPath, str] | None = None, problems: Sequence[Problem] = ()
 ) -> Config:
-    """The Config that nested `values` spell out. Raises ConfigError with `problems` found before and all new ones;
-    `places` says where each key was given.
+    """The Config of nested `values`. Raises ConfigError with the earlier `problems` and all new ones; `places` says
+    where each key was set.
     """
-    found, config = [*problems, *_unusable_texts(values, (), places or {})], None
+    everything, config = [*problems, *_unusable_texts(values, (), places or {})], None
     known_bad = {problem.place for problem in problems}
     try:
         config = Config.model_validate(dict(values))
@@ -79,36 +88,41 @@ def validate(
         fresh = [
             _problem(detail, places or {}, number < _MOST_HINTS) for number, detail in enumerate(details)
         ]
-        found += [problem for problem in fresh if not problem.place or problem.place not in known_bad]
-    if found or config is None:
-        raise ConfigError.of(found)
+        everything += [problem for problem in fresh if not problem.place or problem.place not in known_bad]
+    if everything or config is None:
+        raise ConfigError.of(everything)
     return config
 
 
 def flag_overrides(
     model: str | None, data: Sequence[str] | None, output: str | None, auto: bool = False
-) -> list[str]:
-    """What the common flags mean as overrides."""
-    given = {"model.name": model, "data.path": list(data) if data else None, "run.output": output}
-    given["run.too_large"] = "auto" if auto else None
-    return [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+) -> dict[str, object]:
+    """The common flags that are set, as values by key."""
+    values = {"model.name": model, "data.path": list(data) if data else None, "run.output": output}
+    values["run.too_large"] = "auto" if auto else None
+    return {key: value for key, value in values.items() if value is not None}
 
 
-def config_from_args(words: Sequence[str], recipe: str | None, flags: Sequence[str]) -> Config:
-    """The Config of a command line: a recipe and overrides in any order, `recipe` by flag, the other flags last."""
+def override_words(flags: Mapping[str, object]) -> list[str]:
+    """Flags as `section.key=value` words, for the command line of another process."""
+    return [f"{key}={json.dumps(value)}" for key, value in flags.items()]
+
+
+def config_from_args(words: Sequence[str], recipe: str | None, flags: Mapping[str, object]) -> Config:
+    """The Config of a command line: a recipe and overrides in any order, or `recipe` by flag, the other flags last."""
     recipes = [word for word in words if "=" not in word] + ([recipe] if recipe is not None else [])
     if len(recipes) > 1:
         raise ConfigError(
-            f"one recipe a run, not {len(recipes)}: {', '.join(recipes)}",
+            f"one recipe per run, not {len(recipes)}: {', '.join(recipes)}",
             hint="give data with --data, and settings as section.key=value",
         )
     overrides = [word for word in words if "=" in word]
-    return load_config(recipe_file(recipes[0]) if recipes else None, [*overrides, *flags])
+    return load_config(recipe_file(recipes[0]) if recipes else None, overrides, flags)
 
 
 def nearest_key(name: str) -> str:
-    """A hint at the key that `name` probably means."""
-    return _nearest(name, list(keys()))
+    """A hint with the key that is most like `name`."""
+    return _nearest(name, keys())
 
 
 def dump_config(config: Config) -> str:
@@ -118,15 +132,6 @@ def dump_config(config: Config) -> str:
     if yaml.safe_load(text) != values:  # PyYAML leaves a few line separators unescaped
         text = yaml.safe_dump(values, sort_keys=False)
     return text
-
-
-def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Every key of the schema as `section.key`."""
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from keys(field.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name
 
 
 def _read_recipe(path: Path, places: dict[KeyPath, str], problems: list[Problem]) -> dict[str, Any]:
@@ -153,16 +158,15 @@ def _read_recipe(path: Path, places: dict[KeyPath, str], problems: list[Problem]
     if values is None:
         return {}
     if not isinstance(values, dict):
-        hint = "rows go to --data" if path.suffix in (".json", ".jsonl") else "for example `lora:`"
+        hint = "give rows with --data" if path.suffix in (".json", ".jsonl") else "for example `lora:`"
         raise ConfigError("a recipe is a mapping of sections", place=f"{path}:1", hint=hint)
     _note_lines(node, (), path, places, problems)
-    return {
-        key: {} if value is None else value for key, value in values.items()
-    }  # `lora:` alone says nothing
+    # `lora:` alone is an empty section
+    return {key: {} if value is None else value for key, value in values.items()}
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader without aliases, which make much out of little."""
+    """The safe loader without aliases, with which a small file can expand to a huge value."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -181,14 +185,14 @@ def _parse(text: str) -> tuple[yaml.Node | None, Any]:
 def _note_lines(
     node: yaml.Node | None, at: KeyPath, path: Path, places: dict[KeyPath, str], problems: list[Problem]
 ) -> None:
-    """Remember the line of every key; a key given twice in one mapping is a problem."""
+    """Record the line of every key. A key that is set twice in one mapping is a problem."""
     if not isinstance(node, yaml.MappingNode):
         return
     for key_node, value_node in node.value:
         key = (*at, str(key_node.value))
         place = f"{path}:{key_node.start_mark.line + 1}"
         if key in places:
-            problems.append(Problem(f"`{'.'.join(key)}` is given twice", place, "keep one of the two"))
+            problems.append(Problem(f"`{'.'.join(key)}` is set twice", place, "keep one of the two"))
         places[key] = place
         _note_lines(value_node, key, path, places, problems)
 
@@ -206,15 +210,18 @@ def _apply(
         value = _parse(text)[1] if text.strip() else ""
     except (yaml.YAMLError, *_OF_VALUES):
         value = text
+    _set(values, places, key, value, place)
+
+
+def _set(values: dict[str, Any], places: dict[KeyPath, str], key: KeyPath, value: object, place: str) -> None:
     section = values.setdefault(key[0], {})
-    if not isinstance(section, dict):  # the schema will say that it is no section
-        return
-    section[key[1]] = value
-    places[key] = place
+    if isinstance(section, dict):  # else the schema reports that it is no section
+        section[key[1]] = value
+        places[key] = place
 
 
 def _unusable_texts(value: object, at: KeyPath, places: Mapping[KeyPath, str]) -> Iterator[Problem]:
-    """What is wrong with the texts in `value`: characters that no file or tokenizer takes, and secrets."""
+    """Problems of the texts in `value`: characters that no file or tokenizer accepts, and secrets."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _unusable_texts(item, (*at, str(key)), places)
@@ -222,12 +229,12 @@ def _unusable_texts(value: object, at: KeyPath, places: Mapping[KeyPath, str]) -
         for item in value:
             yield from _unusable_texts(item, at, places)
     elif isinstance(value, str | bytes):
-        place = next((places[at[:n]] for n in range(len(at), 0, -1) if at[:n] in places), "")
+        place = _place(at, places)
         if isinstance(value, bytes):  # YAML's !!binary
             yield Problem(f"`{'.'.join(at)}` is bytes and no text", place, "write it as text")
         elif "\0" in value or not _is_unicode(value):
             yield Problem(f"`{'.'.join(at)}` holds a character that is no text", place, "write it as UTF-8")
-        elif without_secrets(value) != value:
+        elif redact(value) != value:
             hint = "give it in the environment: HF_TOKEN, or what the tracker asks for"
             yield Problem(f"`{'.'.join(at)}` holds a secret, which would be stored with the run", place, hint)
 
@@ -241,17 +248,16 @@ def _is_unicode(text: str) -> bool:
 
 
 def _problem(detail: Mapping[str, Any], places: Mapping[KeyPath, str], near: bool) -> Problem:
-    """One pydantic complaint in our words: key, place, and what would be right; `near`: also for an unknown key."""
+    """One error of pydantic as key, place and hint; with `near` an unknown key gets the nearest one as a hint."""
     where = tuple(str(part) for part in detail["loc"])
-    place = next((places[where[:n]] for n in range(len(where), 0, -1) if where[:n] in places), "")
-    name = ".".join(where)
+    place, name = _place(where, places), ".".join(where)
     if detail["type"] == "extra_forbidden":
-        known = list(keys()) + list(Config.model_fields)
+        known = [*keys(), *Config.model_fields]
         return Problem(f"unknown key `{name}`", place, _nearest(name, known) if near else "")
     if detail["type"] == "missing":
         section_missing = where in {("model",), ("data",)}
         key = (*where, "name" if where == ("model",) else "path") if section_missing else where
-        flag = FLAGS.get(key)
+        flag = FLAGS.get(".".join(key))
         return Problem(
             f"`{'.'.join(key)}` is missing", place, f"give `{flag}` or set it in the recipe" if flag else ""
         )
@@ -259,17 +265,22 @@ def _problem(detail: Mapping[str, Any], places: Mapping[KeyPath, str], near: boo
     if not where:
         return Problem(message, hint="see `lorafit config`")
     message = message[:1].lower() + message[1:]
-    if isinstance(given := detail.get("input"), str | float) or (
-        isinstance(given, int) and given.bit_length() < 999  # Python does not write out any longer ones
+    if isinstance(value := detail.get("input"), str | float) or (
+        isinstance(value, int) and value.bit_length() < 999  # Python prints no longer ones
     ):
-        message += f", not {given!r}"[:80]
+        message += f", not {value!r}"[:80]
     if detail["type"] == "model_type":
         message = "it is a section of `key: value` lines"
     return Problem(f"`{name}`: {message}", place, f"`lorafit config {'.'.join(where[:2])}` explains it")
 
 
+def _place(key: KeyPath, places: Mapping[KeyPath, str]) -> str:
+    """Where `key`, or what it is a part of, was set."""
+    return next((places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in places), "")
+
+
 def _nearest(name: str, known: Sequence[str]) -> str:
-    """`did you mean ...`, by whole name first, then by the last part in whatever section it lives."""
+    """`did you mean ...`, by the whole name first, then by its last part in any section."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     if not close:
         by_last = {key.rpartition(".")[2]: key for key in known}

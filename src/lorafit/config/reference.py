@@ -6,16 +6,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from lorafit.config.schema import Config
+from lorafit.config import schema
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key of the schema as people read it."""
+    """One key of the schema as text."""
 
     name: str
     kind: str
@@ -25,10 +24,7 @@ class Key:
 
 def sections() -> Iterator[tuple[str, str, list[Key]]]:
     """(section name, what it is for, its keys), in the schema's order."""
-    for section, field in Config.model_fields.items():
-        model = field.annotation
-        assert isinstance(model, type)
-        assert issubclass(model, BaseModel)
+    for section, model in schema.sections().items():
         keys = [_key(section, name, info) for name, info in model.model_fields.items()]
         yield section, (model.__doc__ or "").strip(), keys
 

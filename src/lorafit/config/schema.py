@@ -1,14 +1,15 @@
-"""Every key of a run, once: its type, default, bounds and help. Nothing else in lorafit holds a default."""
+"""Every key of a run, once: its type, default, bounds and help. No default is anywhere else."""
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 
 def _as_tuple(value: object) -> object:
-    """One string stands for a list of one."""
+    """A single string as a list of one."""
     return (value,) if isinstance(value, str) else value
 
 
@@ -18,7 +19,16 @@ def _interval(value: object) -> object:
 
 
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Quantize = Literal["none", "int8", "nf4", "fp8"]  # "none" and the names of model/quant.py's QUANTIZERS
 Interval = Annotated[int, BeforeValidator(_interval), Field(ge=0)]
+_KEEPS_RESULTS: dict[str, JsonValue] = {"changes_results": False}
+
+
+def resumable(default: Any = ..., **options: Any) -> Any:
+    """A key or section that may change when a run is resumed: it decides memory, speed or places, or digests of model
+    and rows cover it. A checkpoint is compared with every other key.
+    """
+    return Field(default, json_schema_extra=_KEEPS_RESULTS, **options)
 
 
 class Section(BaseModel):
@@ -30,9 +40,11 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The base model and how it is held in memory."""
 
-    name: str = Field(min_length=1, description="Hub id (`owner/name`) or local folder of the base model.")
-    revision: str | None = Field(None, description="Branch, tag or commit on the hub; a commit pins it.")
-    device: str = Field(
+    name: str = resumable(
+        min_length=1, description="Hub id (`owner/name`) or local folder of the base model."
+    )
+    revision: str | None = resumable(None, description="Branch, tag or commit on the hub; a commit pins it.")
+    device: str = resumable(
         "auto",
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
         description="Where to compute: `auto` takes CUDA, then Apple MPS, then the CPU.",
@@ -42,9 +54,9 @@ class ModelSection(Section):
         description="Type of the base and of the compute: `auto` is bfloat16 where the hardware multiplies it, "
         "float16 on older CUDA chips, else float32. The adapter is float32 always (float64 with float64).",
     )
-    quantize: Literal["none", "int8", "nf4", "fp8"] = Field(
+    quantize: Quantize = Field(
         "none",
-        description="Bits of the frozen linears: `int8` is faster than 16 bits and half as large, `nf4` is the "
+        description="Type of the frozen linears: `int8` is faster than 16 bits and half as large, `nf4` is the "
         "smallest and slower (extra `nf4`), `fp8` is for CUDA chips of capability 8.9 or more.",
     )
 
@@ -62,47 +74,50 @@ class LoraSection(Section):
         "one regular expression written `re:...` over full names. A name that matches nothing is an error.",
     )
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA).")
-    init_from: str | None = Field(
+    init_from: str | None = resumable(
         None,
         description="PEFT adapter (folder or hub id) to continue; it sets rank, alpha, targets and rslora.",
     )
 
 
 class DataSection(Section):
-    """The rows, how they become text, and which tokens are trained."""
+    """The rows, how they are rendered as text, and which tokens are supervised."""
 
-    path: Strings = Field(min_length=1, description="Files, folders or hub data sets (`owner/name`).")
+    path: Strings = resumable(min_length=1, description="Files, folders or hub data sets (`owner/name`).")
     weights: tuple[Annotated[float, Field(gt=0, le=100)], ...] | None = Field(
-        None, description="How often an epoch sees each path's rows, one number a path: 2 is twice, 0.5 half."
+        None,
+        description="How often an epoch sees each path's rows, one number per path: 2 is twice, 0.5 half.",
     )
-    revision: str | None = Field(None, description="Revision of a hub data set; a commit pins it.")
-    split: str = Field("train", description="Split of a hub data set.")
-    format: Literal["auto", "alpaca", "messages", "sharegpt", "completion", "text"] = Field(
+    revision: str | None = resumable(None, description="Revision of a hub data set; a commit pins it.")
+    split: str = resumable("train", description="Split of a hub data set.")
+    format: Literal["auto", "alpaca", "messages", "sharegpt", "completion", "text"] = resumable(
         "auto", description="Row format; `auto` detects it and says why."
     )
-    template: str = Field(
+    template: str = resumable(
         "auto",
-        description="How rows become text: `classic`, `alpaca`, `chat` (the model's own), a `.jinja` file, or "
+        description="How rows are rendered as text: `classic`, `alpaca`, `chat` (the model's own), a `.jinja` file, or "
         "`auto`: the model's chat template, or `alpaca` for instruction rows of a model without one.",
     )
-    system: str = Field("", description="System prompt for rows that have none.")
-    max_length: int = Field(2048, ge=8, le=1_048_576, description="Longest row in tokens.")
-    too_long: Literal["error", "truncate", "drop"] = Field(
-        "error", description="What happens to a longer row. Cutting an answer is never silent."
+    system: str = resumable("", description="System prompt for rows that have none.")
+    max_length: int = resumable(2048, ge=8, le=1_048_576, description="Longest row in tokens.")
+    too_long: Literal["error", "truncate", "drop"] = resumable(
+        "error", description="What happens to a longer row. A cut answer is always reported."
     )
-    train_on: Literal["response", "all"] = Field("response", description="Tokens that carry loss.")
-    eos: bool = Field(
-        True, description="End each answer with the stop token where the template has none, and train it."
+    train_on: Literal["response", "all"] = resumable(
+        "response", description="Supervised tokens: those of the answers, or all."
     )
-    packing: bool = Field(
-        True, description="Lay several rows of a step into one pass; documents never see each other."
+    eos: bool = resumable(
+        True, description="End each answer with the stop token where the template has none, and supervise it."
+    )
+    packing: bool = resumable(
+        True, description="Pack several rows of a step into one pass; no row attends to another."
     )
     shuffle: bool = Field(True, description="New row order every epoch, from the seed; else file order.")
     holdout: float = Field(
         100,
         ge=0,
-        description="Rows kept out of training to measure on: a share below 1 or a number of rows, never more "
-        "than a tenth of all; 0 for none.",
+        description="Rows kept out of training to measure the loss on: a fraction below 1 or a number of rows, at most "
+        "a tenth of all; 0 for none.",
     )
 
 
@@ -115,39 +130,49 @@ class TrainSection(Section):
         ge=1,
         description="Length of the run and of its schedule in optimizer steps; overrides `epochs`.",
     )
-    batch_size: int = Field(16, ge=1, le=65536, description="Rows an optimizer step.")
-    micro_batch_tokens: int = Field(
+    batch_size: int = Field(16, ge=1, le=65536, description="Rows per optimizer step.")
+    micro_batch_tokens: int = resumable(
         2048,
         ge=8,
-        description="Most tokens in one forward pass: memory, never mathematics. One longer row fits.",
+        description="Most tokens in one forward pass; a longer row gets a pass of its own. A smaller number needs less "
+        "memory and does not change the result.",
     )
-    recompute: Literal["none", "layers"] = Field(
+    recompute: Literal["none", "layers"] = resumable(
         "none",
-        description="`layers` keeps one tensor a layer for the backward pass and computes the rest again: a "
-        "third more work, a fraction of the memory, the same mathematics.",
+        description="Gradient checkpointing: `layers` keeps one tensor per layer for the backward pass and computes "
+        "the rest again. It costs a third more work, needs a fraction of the memory and does not change the result.",
     )
     learning_rate: float = Field(2e-4, gt=0, lt=1, description="Peak learning rate of AdamW.")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="Learning rate after warm-up; cosine and linear end at zero."
     )
-    warmup: float = Field(0.03, ge=0, description="Linear warm-up: a share of the run below 1, or steps.")
+    warmup: float = Field(0.03, ge=0, description="Linear warm-up: a fraction of the run below 1, or steps.")
     weight_decay: float = Field(0.0, ge=0, lt=1, description="Decoupled weight decay.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's norm to this; 0 for never.")
     seed: int = Field(42, ge=0, lt=2**32, description="Adapter, row order, held-out rows and dropout.")
-    log_every: int = Field(10, ge=1, description="Steps between printed lines; metrics.jsonl has every step.")
-    eval_every: Interval = Field(
-        100, description="Steps between held-out measurements, or `epoch`. The end is always measured."
+    log_every: int = resumable(
+        10, ge=1, description="Steps between printed lines; metrics.jsonl has every step."
     )
-    save_every: Interval = Field(200, description="Steps between checkpoints, or `epoch`. The end is saved.")
-    keep: int = Field(2, ge=1, description="Newest checkpoints to keep, beside the best one.")
+    eval_every: Interval = resumable(
+        100, description="Steps between held-out measurements, or `epoch`. The last step is always measured."
+    )
+    save_every: Interval = resumable(
+        200, description="Steps between checkpoints, or `epoch`. The last step is always saved."
+    )
+    keep: int = resumable(2, ge=1, description="Newest checkpoints to keep, beside the best one.")
     keep_best: bool = Field(
         True, description="The final adapter is the one with the lowest held-out loss (needs `data.holdout`)."
     )
-    patience: int = Field(
+    patience: int = resumable(
         0,
         ge=0,
-        description="End the run after so many held-out measurements in a row without a better one; 0 for never.",
+        description="End the run after this many held-out measurements in a row without a better one; 0 for never.",
     )
+
+    def warmup_steps(self, num_steps: int) -> int:
+        """Warm-up in steps of a run of `num_steps`: a share below 1, else a count; always shorter than the run."""
+        steps = math.ceil(self.warmup * num_steps) if self.warmup < 1 else int(self.warmup)
+        return min(num_steps - 1, steps)
 
 
 class DistributedSection(Section):
@@ -155,57 +180,57 @@ class DistributedSection(Section):
 
     strategy: Literal["auto", "single", "ddp", "fsdp"] = Field(
         "auto",
-        description="`ddp`: every rank has the base, gradients of the adapter travel; `fsdp`: the base is shared out "
-        "over the ranks, for one that is larger than a device; `single`: one process, several are an error. `auto` "
-        "is `ddp` for several and `single` for one.",
+        description="`ddp`: every rank has the base, and only the adapter's gradients are sent; `fsdp`: the base is "
+        "sharded over the ranks, for one that is larger than a device; `single`: one process, several are an error. "
+        "`auto` is `ddp` for several and `single` for one.",
     )
     timeout: float = Field(
         600,
         ge=1,
-        description="Seconds that a rank waits for the others before it says which one stands still, and ends.",
+        description="Seconds that a rank waits for the others before it reports which one is stuck, and ends.",
     )
 
 
 class RunSection(Section):
-    """Where the run writes and who watches."""
+    """Where the run writes, what it checks, and which trackers receive its metrics."""
 
     output: str | None = Field(None, description="Run directory; by default `runs/MODEL-DATE-TIME`.")
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
-        (), description="Extra places that receive the metrics."
+        (), description="Trackers that receive the metrics too."
     )
     offline: bool = Field(False, description="Never open a connection; hub files come from the local cache.")
     too_large: Literal["error", "auto", "try"] = Field(
         "error",
-        description="When the plan says that memory is short: `error` says what would fit, `auto` (the flag "
+        description="When memory is too small by the plan: `error` names settings that fit, `auto` (the flag "
         "`--auto`) picks `train.micro_batch_tokens`, `train.recompute` and `model.quantize`, `try` starts.",
     )
     check: Literal["error", "warn", "none"] = Field(
         "error",
-        description="What `lorafit check` finds wrong before the run: `error` refuses to start, `warn` says it and "
-        "starts, `none` does not look.",
+        description="The checks of `lorafit check` before the run: `error` stops where one fails, `warn` reports it "
+        "and starts, `none` makes no checks.",
     )
     samples: int = Field(
         3, ge=0, le=50, description="Held-out prompts answered by base and tuned at the end."
     )
     samples_every: Interval | None = Field(
-        None, description="Steps between answers to these prompts while training, or `epoch`."
+        None, description="Steps between answers to these prompts during training, or `epoch`."
     )
     verify: bool = Field(
         True,
-        description="At the end a fresh process loads the adapter from disk and has to give the trained model's "
-        "logits; whether every tensor changed and answers end is measured, too.",
+        description="Verify the result: all tensors have changed, a new process loads the adapter from disk and "
+        "computes the same logits, and answers stop with an end token.",
     )
 
 
 class Config(Section):
-    """A whole run: what `recipe.yaml`, `section.key=value` and the flags add up to."""
+    """A whole run: the recipe, the `section.key=value` overrides and the flags together."""
 
     model: ModelSection
     lora: LoraSection = LoraSection()
     data: DataSection
     train: TrainSection = TrainSection()
-    distributed: DistributedSection = DistributedSection()
-    run: RunSection = RunSection()
+    distributed: DistributedSection = resumable(DistributedSection())
+    run: RunSection = resumable(RunSection())
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -215,31 +240,20 @@ class Config(Section):
             )
         if twice := sorted({path for path in self.data.path if self.data.path.count(path) > 1}):
             raise ValueError(
-                f"`data.path` names {twice[0]} twice; `data.weights` says how often rows are seen"
+                f"`data.path` names {twice[0]} twice; `data.weights` sets how often rows are seen"
             )
         return self
 
 
-# keys that may change in the middle of a run: memory, speed, places, and what digests of model and rows cover
-KEYS_THAT_KEEP_RESULTS = {
-    "model": {"name", "revision", "device"},
-    "lora": {"init_from"},
-    "data": {
-        "path",
-        "revision",
-        "split",
-        "format",
-        "template",
-        "system",
-        "max_length",
-        "too_long",
-        "train_on",
-    }
-    | {"eos", "packing"},
-    "train": {"micro_batch_tokens", "recompute", "log_every", "eval_every", "save_every", "keep", "patience"},
-    "distributed": set(DistributedSection.model_fields),
-    "run": set(RunSection.model_fields),
-}
+def sections() -> dict[str, type[Section]]:
+    """The section models by name, in the schema's order."""
+    models = {name: field.annotation for name, field in Config.model_fields.items()}
+    return {name: model for name, model in models.items() if isinstance(model, type)}
+
+
+def keys() -> list[str]:
+    """Every key as `section.key`."""
+    return [f"{section}.{name}" for section, model in sections().items() for name in model.model_fields]
 
 
 def keys_that_change_results(config: Config) -> dict[str, Any]:
@@ -248,5 +262,9 @@ def keys_that_change_results(config: Config) -> dict[str, Any]:
         f"{section}.{key}": value
         for section, values in config.model_dump(mode="json").items()
         for key, value in values.items()
-        if key not in KEYS_THAT_KEEP_RESULTS[section]
+        if _KEEPS_RESULTS
+        not in (
+            Config.model_fields[section].json_schema_extra,
+            sections()[section].model_fields[key].json_schema_extra,
+        )
     }

@@ -1,4 +1,4 @@
-"""The rows of one optimizer step: spread over the ranks, all with about the same work, and laid out in passes."""
+"""The rows of an optimizer step: divided over the ranks by equal cost, and packed into passes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lorafit.data.packing import EMPTY_PACK, Pack, TokenRow, make_packs, num_packs
+from lorafit.data.packing import EMPTY_PACK, Pack, Packer, TokenRow
 
 
 class Rows(Protocol):
@@ -21,9 +21,9 @@ class Rows(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A step: all its rows with their tokens and targets, and the `packs` of this rank alone.
+    """A step: the counts of all its rows, and the `packs` of this rank.
 
-    `imbalance` is how much more the busiest rank computes than the mean, 0.05 for 5 %.
+    `imbalance` is the cost of the busiest rank over the mean, minus 1: 0.05 is 5 % more.
     """
 
     indices: NDArray[np.int64]
@@ -35,9 +35,9 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class RankShare:
-    """Which part of each step is this rank's. `attention` is what a pair of tokens costs, a token costs 1.
+    """The part of each step that this rank computes. A pair of tokens costs `attention`, a token costs 1.
 
-    With `lockstep` all ranks get equally many passes. A rank always has one, if only a blank one.
+    With `lockstep` all ranks get the same number of passes. A rank has at least one pass, an empty one if need be.
     """
 
     rank: int = 0
@@ -45,45 +45,45 @@ class RankShare:
     attention: float = 0.0
     lockstep: bool = False
 
-    def of(self, rows: Rows, indices: NDArray[np.int64], capacity: int, packing: bool) -> Batch:
-        """The step of the rows at `indices`; every rank finds the same division by itself."""
+    def of(self, rows: Rows, indices: NDArray[np.int64], packer: Packer) -> Batch:
+        """The step of the rows at `indices`. Every rank computes the same division without communication."""
         if self.world_size == 1:
-            packs = make_packs([rows.row(index) for index in indices], capacity, packing)
+            packs = packer.packs([rows.row(index) for index in indices])
             counts = (sum(pack.num_tokens for pack in packs), sum(len(pack.targets) for pack in packs))
             return Batch(indices, packs, *counts, imbalance=0.0)
-        found = [rows.row(index) for index in indices]
-        lengths = [len(ids) for ids, _ in found]
+        step_rows = [rows.row(index) for index in indices]
+        lengths = [len(ids) for ids, _ in step_rows]
         costs = [self.cost(length) for length in lengths]
         shares = balance(costs, self.world_size)
         loads = [sum(costs[at] for at in members) for members in shares]
         own = shares[self.rank]
-        packs = make_packs([found[at] for at in own], capacity, packing)
+        packs = packer.packs([step_rows[at] for at in own])
         rounds = 1
         if self.lockstep:
-            rounds = max(num_packs([lengths[at] for at in members], capacity, packing) for members in shares)
+            rounds = max(packer.count([lengths[at] for at in members]) for members in shares)
         return Batch(
             indices,
             packs + [EMPTY_PACK] * (rounds - len(packs)),
             tokens=sum(lengths),
-            supervised=sum(int(np.count_nonzero(trained[1:])) for _, trained in found),
+            supervised=sum(int(np.count_nonzero(trained[1:])) for _, trained in step_rows),
             imbalance=max(loads) * self.world_size / sum(loads) - 1,
         )
 
     def cost(self, length: int) -> float:
-        """What a row of `length` tokens costs beside others: its tokens, and its pairs of tokens for attention."""
+        """The relative cost of a row of `length` tokens: its tokens, and its pairs of tokens for attention."""
         return length + self.attention * length * length
 
 
 def balance(costs: Sequence[float], parts: int) -> list[list[int]]:
     """Indices of `costs` in `parts` lists of about the same sum, each ascending; deterministic.
 
-    The costliest goes to the part with the least so far (Graham, 1969): at most a third above the best division, and
-    near it where there are many.
+    The most costly one left goes to the part with the least so far (Graham, 1969). The largest part is at most a third
+    above the optimum, and near it for many items.
     """
     heap = [(0.0, part) for part in range(parts)]
-    found: list[list[int]] = [[] for _ in range(parts)]
+    divided: list[list[int]] = [[] for _ in range(parts)]
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         load, part = heapq.heappop(heap)
-        found[part].append(index)
+        divided[part].append(index)
         heapq.heappush(heap, (load + costs[index], part))
-    return [sorted(part) for part in found]
+    return [sorted(part) for part in divided]

@@ -1,7 +1,7 @@
-"""A model's Jinja chat template: rendered in a sandbox, and each turn's content located in what it renders.
+"""A model's Jinja chat template: rendered in a sandbox, with the content of each turn located in the text.
 
-The rendered text is the truth. A second rendering, with placeholders as contents, gives the template's own
-text between the contents; the two are then matched. What does not match exactly is refused, never guessed.
+A second rendering, with placeholders as contents, gives the template's own text between the contents. The two texts
+are then matched. A row that does not match exactly is refused.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _HOLE = re.compile(f"(?P<think>{_THINK}{HOLE}r{HOLE}\n</think>(?:\n\n)?)?{HOLE}(
 Kind = Literal["empty", "plain", "thinking"]
 Shape = tuple[
     tuple[str, Kind], ...
-]  # role and kind of content of every turn: all that a template may branch on
+]  # role and kind of content of every turn: everything on which a template may branch
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,23 +40,21 @@ class Part:
 
 
 class ChatTemplate:
-    """One chat template with the token texts and the date (YYYY-MM-DD) that it may ask for."""
+    """One chat template with its variables: the texts of BOS and EOS, and the date (YYYY-MM-DD)."""
 
     def __init__(self, source: str, *, bos: str | None, eos: str | None, date: str) -> None:
         """Raises ModelError with the line of a syntax error."""
         try:
             self._environment = Sandbox(Date.fromisoformat(date))
         except ValueError:
-            raise ModelError("the date for the chat template is none", place="prompt.json") from None
+            raise ModelError("the date for the chat template is not a date", place="prompt.json") from None
         self._variables = {
             name: text for name, text in (("bos_token", bos), ("eos_token", eos)) if text is not None
         }
         self._shapes: dict[Shape, list[tuple[str, int | None, bool]]] = {}
         try:
             self._template = self._environment.from_string(source)
-        except (
-            Exception
-        ) as error:  # mostly TemplateSyntaxError; a hostile template can break the compiler too
+        except Exception as error:  # TemplateSyntaxError; a hostile template can break the compiler too
             place = f"chat template line {getattr(error, 'lineno', 1)}"
             raise ModelError(f"the chat template is not valid Jinja: {error}", place=place) from error
 
@@ -64,7 +62,7 @@ class ChatTemplate:
         """The conversation as text, as transformers' apply_chat_template renders it; `ask`: up to the next answer.
 
         Raises DataError with the template's own message, or with the line of the template that failed, and ModelError
-        for a template that is out to take all time or memory.
+        for a template that exceeds its budget of time or memory.
         """
         turns = [{"role": message.role, "content": message.content} for message in messages]
         self._environment.begin(sum(len(message.content) for message in messages))
@@ -78,14 +76,14 @@ class ChatTemplate:
                 size += len(piece)
                 if size > MAX_CHARACTERS:
                     raise OverdrawnError(f"it renders more than {MAX_CHARACTERS:,} characters")
-        except Exception as error:  # a template is a program: anything may come out of it
+        except Exception as error:  # a template is a program: it may raise anything
             lines = [
                 frame.lineno
                 for frame in traceback.extract_tb(error.__traceback__)
                 if "<template>" in frame.filename
             ]
             place = f"chat template line {lines[-1]}" if lines else "chat template"
-            if isinstance(error, OverdrawnError):  # the template is to blame, not the row
+            if isinstance(error, OverdrawnError):  # a fault of the template, not of the row
                 raise ModelError(f"the chat template is refused: {error}", place=place) from error
             hint = "change the conversation to what the template accepts, or give another with data.template"
             raise DataError(f"the chat template refuses the row: {error}", place=place, hint=hint) from error
@@ -94,23 +92,23 @@ class ChatTemplate:
     def parts(self, messages: Sequence[Message]) -> list[Part]:
         """The rendered conversation cut into contents and template text; joined they are `render(messages)`.
 
-        A content may be stripped of blanks or, for an assistant turn, of its thinking. An empty thought that the
-        template writes before an answer belongs to the answer, because the model will have to say it, unless the
-        template's generation prompt does. Every assistant turn is there exactly once. Raises DataError when the
-        template changes a content in any other way.
+        The template may strip blanks from a content and, from an assistant turn, its thinking. An empty thought that
+        the template writes before an answer belongs to the answer, because the model must generate it, unless the
+        generation prompt has it. Every assistant turn is there exactly once. Raises DataError when the template
+        changes a content in any other way.
         """
         text = self.render(messages)
         holes = self._holes(messages)
         parts: list[Part] = []
         located: list[int] = []
-        at = 0
+        position = 0
         for index, (before, turn, with_thinking) in enumerate(holes):
             following = holes[index + 1][0] if index + 1 < len(holes) else ""
-            if not text.startswith(before, at):
+            if not text.startswith(before, position):
                 raise self._lost(messages, turn)
             thought = ""
             if turn is not None and messages[turn].role == "assistant":
-                thought = self._said_thought(before)
+                thought = self._empty_thought(before)
                 before = before[: len(before) - len(thought)]
                 if with_thinking and self._asks_without_thought:
                     hint = "take the thinking out of the answer, or give a template that asks for it with data.template"
@@ -118,24 +116,24 @@ class ChatTemplate:
                         f"turn {turn + 1} thinks, but the chat template asks without a thought", hint=hint
                     )
             parts.append(Part(before, None))
-            at += len(before)
+            position += len(before)
             if turn is None:
                 break
-            at += len(thought)
+            position += len(thought)
             forms = _forms(messages[turn].content, with_thinking)
-            found = next((form for form in forms if text.startswith(form + following, at)), None)
-            if found is None:
+            content = next((form for form in forms if text.startswith(form + following, position)), None)
+            if content is None:
                 raise self._lost(messages, turn)
-            parts.append(Part(thought + found, messages[turn].role))
+            parts.append(Part(thought + content, messages[turn].role))
             located += [turn] if messages[turn].role == "assistant" else []
-            at += len(found)
+            position += len(content)
         answers = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
-        if at < len(text) or sorted(located) != answers:
+        if position < len(text) or sorted(located) != answers:
             raise self._lost(messages, None)
         return [part for part in parts if part.text or part.role == "assistant"]
 
     def _holes(self, messages: Sequence[Message]) -> list[tuple[str, int | None, bool]]:
-        """(template text, number of the turn after it, whether with thinking); the last without a turn."""
+        """(template text, index of the turn after it, whether with thinking); the last without a turn."""
         shape: Shape = tuple((message.role, _kind(message)) for message in messages)
         if shape in self._shapes:
             return self._shapes[shape]
@@ -146,17 +144,17 @@ class ChatTemplate:
             ]
         )
         holes: list[tuple[str, int | None, bool]] = []
-        at = 0
+        position = 0
         for match in _HOLE.finditer(text):
-            holes.append((text[at : match.start()], int(match["turn"]), match["think"] is not None))
-            at = match.end()
-        holes.append((text[at:], None, False))
+            holes.append((text[position : match.start()], int(match["turn"]), match["think"] is not None))
+            position = match.end()
+        holes.append((text[position:], None, False))
         if len(self._shapes) < _MAX_KNOWN_SHAPES:
             self._shapes[shape] = holes
         return holes
 
-    def _said_thought(self, before: str) -> str:
-        """The empty thought at the end of the template's text before an answer, if an answer has to say it."""
+    def _empty_thought(self, before: str) -> str:
+        """The empty thought at the end of the template's text before an answer, if it belongs to the answer."""
         match = _NO_THOUGHT.search(before)
         return match.group() if match and not self._asks_without_thought else ""
 
@@ -189,7 +187,7 @@ def _placeholder(turn: int, kind: Kind) -> str:
 
 
 def _forms(content: str, with_thinking: bool) -> Iterable[str]:
-    """What a template may make of a content, the most faithful first."""
+    """The forms that a template may give a content, the unchanged one first."""
     yield from (content, content.lstrip("\n"), content.rstrip(), content.lstrip(), content.strip())
     if "</think>" in content:
         thinking, answer = content.rsplit("</think>", 1)

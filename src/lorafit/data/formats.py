@@ -1,30 +1,22 @@
 """Rows of every dataset format as one small set of types; wrong rows become problems, all at once.
 
-Knows nothing of files (sources), of templates or of tokens.
+This file knows no data files (see sources), no templates and no tokens.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import ClassVar, Literal
 
 from lorafit.errors import DataError, Problem
 
 Role = Literal["system", "user", "assistant"]
-FORMATS = ("alpaca", "messages", "sharegpt", "completion", "text")
-
-# What a row of each format must have; a tuple within the tuple means "one of these".
-_NEEDS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "alpaca": (("instruction",), ("output",)),
-    "messages": (("messages",),),
-    "sharegpt": (("conversations", "conversation"),),
-    "completion": (("prompt",), ("completion",)),
-    "text": (("text",),),
-}
-_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
+ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
 _SHAREGPT_ROLES: dict[str, Role] = {
-    **_ROLES, "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
+    **ROLES, "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
 }  # fmt: skip
 _TOOL_ROLES = {"tool", "function", "function_call", "observation", "ipython"}
 
@@ -37,8 +29,40 @@ class Message:
     content: str
 
 
+class Content(ABC):
+    """The texts of a row. `asks`: a question precedes the answer. `has_template`: a prompt template surrounds it."""
+
+    __slots__ = ()
+    asks: ClassVar[bool] = True
+    has_template: ClassVar[bool] = True
+
+    @abstractmethod
+    def fields(self) -> dict[str, str]:
+        """Every text by the name of its field, in the order of reading."""
+
+    @abstractmethod
+    def answers(self) -> list[str]:
+        """The texts to learn, in order; the last is the answer to `question`."""
+
+    @abstractmethod
+    def with_answer(self, answer: str) -> Content:
+        """The same question with another last answer."""
+
+    def texts(self) -> list[str]:
+        """All texts that are not empty, in order."""
+        return [text for text in self.fields().values() if text]
+
+    def question(self) -> str:
+        """The text that the last answer answers; "" if there is none."""
+        return ""
+
+    def turns(self) -> list[Message] | None:
+        """The row as the turns of a conversation, None if it is not one."""
+        return None
+
+
 @dataclass(frozen=True, slots=True)
-class Instruction:
+class Instruction(Content):
     """A task, an optional input to it ("" is none), and the answer to learn; the answer may be empty."""
 
     instruction: str
@@ -46,65 +70,92 @@ class Instruction:
     output: str
     system: str = ""
 
-    @property
+    def fields(self) -> dict[str, str]:
+        names = ("system", "instruction", "input", "output")
+        return {name: getattr(self, name) for name in names}
+
+    def answers(self) -> list[str]:
+        return [self.output]
+
+    def with_answer(self, answer: str) -> Instruction:
+        return dataclasses.replace(self, output=answer)
+
     def question(self) -> str:
-        """What is asked, for showing."""
         return f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
 
-    @property
-    def answer(self) -> str:
-        """The answer to learn."""
-        return self.output
+    def turns(self) -> list[Message]:
+        system = [Message("system", self.system)] if self.system else []
+        return [*system, Message("user", self.question()), Message("assistant", self.output)]
 
 
 @dataclass(frozen=True, slots=True)
-class Chat:
+class Chat(Content):
     """A conversation: an optional system turn first, then turns of which the last is the assistant's."""
 
     messages: tuple[Message, ...]
 
-    @property
+    def fields(self) -> dict[str, str]:
+        return {f"messages[{index}]": message.content for index, message in enumerate(self.messages)}
+
+    def answers(self) -> list[str]:
+        return [message.content for message in self.messages if message.role == "assistant"]
+
+    def with_answer(self, answer: str) -> Chat:
+        is_answered = self.messages and self.messages[-1].role == "assistant"
+        question = self.messages[:-1] if is_answered else self.messages
+        return Chat((*question, Message("assistant", answer)))
+
     def question(self) -> str:
-        """The turn that the last answer answers, for showing."""
         return self.messages[-2].content if len(self.messages) > 1 else ""
 
-    @property
-    def answer(self) -> str:
-        """The last answer."""
-        return self.messages[-1].content
+    def turns(self) -> list[Message]:
+        return list(self.messages)
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
-    """A text and its continuation to learn, as they are."""
+class Completion(Content):
+    """A text and its continuation to learn, without any template."""
+
+    has_template: ClassVar[bool] = False
 
     prompt: str
     completion: str
 
-    @property
-    def question(self) -> str:
-        """The prompt, for showing."""
-        return self.prompt
+    def fields(self) -> dict[str, str]:
+        return {"prompt": self.prompt, "completion": self.completion}
 
-    @property
-    def answer(self) -> str:
-        """The continuation to learn."""
-        return self.completion
+    def answers(self) -> list[str]:
+        return [self.completion]
+
+    def with_answer(self, answer: str) -> Completion:
+        return Completion(self.prompt, answer)
+
+    def question(self) -> str:
+        return self.prompt
 
 
 @dataclass(frozen=True, slots=True)
-class Text:
+class Text(Content):
     """A text to learn as a whole."""
+
+    asks: ClassVar[bool] = False
+    has_template: ClassVar[bool] = False
 
     text: str
 
+    def fields(self) -> dict[str, str]:
+        return {"text": self.text}
 
-Content = Instruction | Chat | Completion | Text
+    def answers(self) -> list[str]:
+        return [self.text]
+
+    def with_answer(self, answer: str) -> Text:
+        return Text(answer)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row: its 0-based number over all sources, where a person finds it, and what it says."""
+    """One row: its number over all files (from 0), its place for messages, and its texts."""
 
     number: int
     place: str
@@ -113,7 +164,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Detected:
-    """A format and the sentence that tells the user why it was chosen."""
+    """A format, and the reason for it as a sentence for the user."""
 
     format: str
     reason: str
@@ -122,33 +173,29 @@ class Detected:
 def detect(first_rows: Sequence[object]) -> Detected:
     """The format that most of `first_rows` fit, the earlier of FORMATS where two fit equally.
 
-    Rows that do not fit are left for `parse` to report. Raises DataError when no format fits half of them.
+    `parse` reports the rows that do not fit. Raises DataError when no format fits half of them.
     """
-    found = [{str(key) for key in row} for row in first_rows if isinstance(row, Mapping)]
-    fits = {name: sum(_fits(keys, name) for keys in found) for name in FORMATS}
+    keys_of_rows = [{str(key) for key in row} for row in first_rows if isinstance(row, Mapping)]
+    fits = {name: sum(map(known.fits, keys_of_rows)) for name, known in FORMATS.items()}
     best = max(FORMATS, key=lambda name: fits[name])
     if not first_rows or 2 * fits[best] < len(first_rows):
-        raise DataError.of([_nothing_fits(found)])
+        raise DataError.of([_nothing_fits(keys_of_rows)])
     needs = " and ".join(
-        f"`{next((key for key in choice if any(key in keys for keys in found)), choice[0])}`"
-        for choice in _NEEDS[best]
+        f"`{next((key for key in choice if any(key in keys for keys in keys_of_rows)), choice[0])}`"
+        for choice in FORMATS[best].needs
     )
     if fits[best] == len(first_rows):
         return Detected(best, f"every row has {needs}")
     return Detected(best, f"{fits[best]} of the first {len(first_rows)} rows have {needs}")
 
 
-def _fits(keys: set[str], name: str) -> bool:
-    return all(any(key in keys for key in choice) for choice in _NEEDS[name])
-
-
-def _nothing_fits(found: Sequence[set[str]]) -> Problem:
-    keys = sorted(set().union(*found))
+def _nothing_fits(keys_of_rows: Sequence[set[str]]) -> Problem:
+    keys = sorted(set().union(*keys_of_rows))
     named = ", ".join(f"`{key[:40]}`" for key in keys[:20]) + (", ..." if len(keys) > 20 else "")
     have = f"the rows have {named}" if keys else "no row is an object with keys"
     needs = "; ".join(
-        f"{name} needs " + " and ".join(" or ".join(f"`{key}`" for key in choice) for choice in choices)
-        for name, choices in _NEEDS.items()
+        f"{name} needs " + " and ".join(" or ".join(f"`{key}`" for key in choice) for choice in known.needs)
+        for name, known in FORMATS.items()
     )
     return Problem(f"no format fits: {have}", hint=f"rename the fields to those of one format: {needs}")
 
@@ -163,12 +210,12 @@ def parse(
 
     Raises DataError with a problem for every wrong field of every row.
     """
-    read = _READERS[format]
+    read = FORMATS[format].read
     problems: list[Problem] = []
     rows: list[Row] = []
     for number, (raw, place) in enumerate(zip(raw_rows, places, strict=True), start):
         if isinstance(raw, dict):
-            rows.append(Row(number, place, read(_Fields(raw, place, problems))))
+            rows.append(Row(number, place, read(Fields(raw, place, problems))))
         else:
             hint = f"each row must be an object with the fields of the {format} format"
             problems.append(Problem(f"the row is {_kind(raw)}, not an object", place, hint))
@@ -177,8 +224,8 @@ def parse(
     return rows
 
 
-class _Fields:
-    """The fields of one object of a row; what is wrong with them goes to `problems`."""
+class Fields:
+    """The fields of one object of a row; `problems` receives what is wrong with them."""
 
     def __init__(self, raw: Mapping[str, object], place: str, problems: list[Problem]) -> None:
         self.raw, self.place, self.problems = raw, place, problems
@@ -194,7 +241,7 @@ class _Fields:
         return self.checked(field, self.raw[field])
 
     def filled(self, field: str) -> str:
-        """The text of `field`, which must say something; "" after a problem."""
+        """The text of `field`, which must not be blank; "" after a problem."""
         before = len(self.problems)
         text = self.required(field)
         if not text.strip() and len(self.problems) == before:
@@ -218,7 +265,7 @@ class _Fields:
             return value
         return ""
 
-    def objects(self, field: str, of: str) -> list[_Fields]:
+    def objects(self, field: str, of: str) -> list[Fields]:
         """The objects in the list `field`, which must not be empty; [] after a problem."""
         value = self.raw.get(field)
         if field not in self.raw:
@@ -231,14 +278,14 @@ class _Fields:
             self.wrong(field, f"holds {_kind(other[0])}", f"write `{field}` as a list of {of}")
         else:
             return [
-                _Fields(item, f"{self.place}, {field}[{index}]", self.problems)
+                Fields(item, f"{self.place}, {field}[{index}]", self.problems)
                 for index, item in enumerate(value)
             ]
         return []
 
 
 def undecodable(text: str) -> str:
-    """What in `text` no tokenizer can take, "" if nothing."""
+    """Which character of `text` no tokenizer accepts, "" if none."""
     if "\0" in text:
         return f"a NUL character at position {text.index(chr(0))}"
     if text.isascii():
@@ -250,44 +297,37 @@ def undecodable(text: str) -> str:
     return ""
 
 
+_KINDS: dict[type, str] = {
+    type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list",
+    dict: "an object",
+}  # fmt: skip
+
+
 def _kind(value: object) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "true or false"
-        case int() | float():
-            return "a number"
-        case str():
-            return "text"
-        case list():
-            return "a list"
-        case dict():
-            return "an object"
-    return f"a {type(value).__name__}"
+    return _KINDS.get(type(value), f"a {type(value).__name__}")
 
 
-def _alpaca(row: _Fields) -> Instruction:
+def _alpaca(row: Fields) -> Instruction:
     # An empty answer is not wrong in itself: the original Alpaca has some, and whole-text training uses them.
     return Instruction(
         row.filled("instruction"), row.optional("input"), row.required("output"), row.optional("system")
     )
 
 
-def _messages(row: _Fields) -> Chat:
+def _messages(row: Fields) -> Chat:
     turns = [
-        _turn(turn, "role", "content", _ROLES, _parts)
+        _turn(turn, "role", "content", ROLES, _parts)
         for turn in row.objects("messages", "turns with `role` and `content`")
     ]
     return _chat(row, "messages", turns)
 
 
-def _sharegpt(row: _Fields) -> Chat:
+def _sharegpt(row: Fields) -> Chat:
     field = (
         "conversation" if "conversation" in row.raw and "conversations" not in row.raw else "conversations"
     )
     turns = [
-        _turn(turn, "from", "value", _SHAREGPT_ROLES, _Fields.checked)
+        _turn(turn, "from", "value", _SHAREGPT_ROLES, Fields.checked)
         for turn in row.objects(field, "turns with `from` and `value`")
     ]
     if system := row.optional("system"):
@@ -296,11 +336,11 @@ def _sharegpt(row: _Fields) -> Chat:
 
 
 def _turn(
-    turn: _Fields,
+    turn: Fields,
     role_key: str,
     text_key: str,
     roles: Mapping[str, Role],
-    read_text: Callable[[_Fields, str, object], str],
+    read_text: Callable[[Fields, str, object], str],
 ) -> Message | None:
     """One turn of a conversation, or None after a problem."""
     before = len(turn.problems)
@@ -323,7 +363,7 @@ def _turn(
     return None
 
 
-def _parts(turn: _Fields, field: str, value: object) -> str:
+def _parts(turn: Fields, field: str, value: object) -> str:
     """Content as text, or as a list of text parts, joined."""
     if not isinstance(value, list):
         return turn.checked(field, value)
@@ -339,8 +379,8 @@ def _parts(turn: _Fields, field: str, value: object) -> str:
     return "".join(texts)
 
 
-def _chat(row: _Fields, field: str, turns: Sequence[Message | None]) -> Chat:
-    """A conversation that can be trained on; its form is judged only when every turn could be read."""
+def _chat(row: Fields, field: str, turns: Sequence[Message | None]) -> Chat:
+    """A conversation to train on. Its form is checked only if every turn could be read."""
     messages = tuple(turn for turn in turns if turn is not None)
     roles = [message.role for message in messages]
     if len(messages) < len(turns) or not turns:
@@ -357,21 +397,28 @@ def _chat(row: _Fields, field: str, turns: Sequence[Message | None]) -> Chat:
     return Chat(messages)
 
 
-def _completion(row: _Fields) -> Completion:
-    return Completion(row.required("prompt"), row.filled("completion"))
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One row format: `needs` are the keys of a row, each a choice of names; `read` makes the `content` of a row."""
+
+    needs: tuple[tuple[str, ...], ...]
+    content: type[Content]
+    read: Callable[[Fields], Content]
+
+    def fits(self, keys: set[str]) -> bool:
+        """Whether a row with `keys` has all that the format needs."""
+        return all(any(key in keys for key in choice) for choice in self.needs)
 
 
-def _text(row: _Fields) -> Text:
-    return Text(row.filled("text"))
-
-
-_READERS = cast(
-    dict[str, Callable[[_Fields], Content]],
-    {
-        "alpaca": _alpaca,
-        "messages": _messages,
-        "sharegpt": _sharegpt,
-        "completion": _completion,
-        "text": _text,
-    },
-)
+# By the name in `data.format`; an entry here is all that detection, training and checks need of a new format.
+FORMATS: dict[str, Format] = {
+    "alpaca": Format((("instruction",), ("output",)), Instruction, _alpaca),
+    "messages": Format((("messages",),), Chat, _messages),
+    "sharegpt": Format((("conversations", "conversation"),), Chat, _sharegpt),
+    "completion": Format(
+        (("prompt",), ("completion",)),
+        Completion,
+        lambda row: Completion(row.required("prompt"), row.filled("completion")),
+    ),
+    "text": Format((("text",),), Text, lambda row: Text(row.filled("text"))),
+}

@@ -1,8 +1,8 @@
-"""Jinja for templates from strangers: what chat templates use and no more, with a bill for every step and character.
+"""Jinja for untrusted chat templates: only what they use, with a budget for every step and character.
 
-A chat template is a program that came with a model. jinja2's own sandbox keeps it away from Python's insides, but
-lets it run for hours or ask for a terabyte. Here all that takes time or memory is charged to a budget before it is
-done, so that a rendering ends whatever the template says. No clock is involved: a row has one outcome everywhere.
+A chat template is a program that comes with a model. jinja2's own sandbox blocks access to Python's internals, but not
+hours of computing or a terabyte of memory. Here the cost of every operation is charged to a budget before it runs, so
+that every rendering ends. No clock is involved: a row has the same result everywhere.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 MAX_SOURCE = 100_000  # characters
-BUDGET = 10_000_000  # units a rendering, some ten nanoseconds or a byte each
+BUDGET = 10_000_000  # units per rendering, about ten nanoseconds or a byte each
 BUDGET_PER_CHARACTER = 50  # of what is rendered
-STEP, NODE, ITEM = 60, 5, 60  # units of a call or a turn of a loop, a node of its body, an item of a list
-MAX_LOOPS = 20  # in one another; Python's own limit
+STEP, NODE, ITEM = 60, 5, 60  # units of a call or a pass of a loop, a node of its body, an item of a list
+MAX_LOOPS = 20  # nested; Python's own limit
 MAX_INDENT = 16
 MAX_BITS = 64  # of a number
 
-# Filters by what they are billed for: nothing but the call, the items of what they are given, or all that these hold.
+# Filters by their cost: the call alone, the items of the arguments, or everything in these items too.
 FROM_OUTSIDE = frozenset({"count", "d", "default", "first", "last", "length"})
 ITEM_BY_ITEM = frozenset({
     "items", "list", "map", "reject", "rejectattr", "reverse", "select", "selectattr",
@@ -38,7 +38,7 @@ IN_DEPTH = frozenset({
     "abs", "capitalize", "dictsort", "e", "escape", "float", "lower", "max", "min", "round", "safe", "sort", "string",
     "title", "trim", "unique", "upper",
 })  # fmt: skip
-# Tests that cost no more than the call; all others look into what they are given.
+# Tests that cost only the call; all others read their arguments.
 TESTS_FROM_OUTSIDE = frozenset({
     "boolean", "callable", "defined", "false", "float", "integer", "iterable", "mapping", "none", "number", "sequence",
     "string", "true", "undefined",
@@ -62,39 +62,39 @@ _HOLDS_ITEMS = (list, tuple, set, frozenset, range, dict, KeysView, ValuesView, 
 
 
 class OverdrawnError(TemplateError):
-    """A template takes more than its budget."""
+    """A template exceeds its budget."""
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """The environment of one template; `begin` fills its budget up, and what overdraws it raises OverdrawnError."""
+    """The environment of one template; `begin` resets its budget, and OverdrawnError is raised beyond it."""
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
     def __init__(self, date: Date) -> None:
-        """`date` is the day that a template is told when it asks for today."""
+        """`date` is the date of today for the template."""
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_Generation, loopcontrols],
-            finalize=self._written,
+            finalize=self._weighed,
             cache_size=0,
         )
         self._date = date
         self._left = 0
         self.begin(0)
-        free = {name: self._billed(self.filters[name], _nothing) for name in FROM_OUTSIDE}
-        cheap = {name: self._billed(self.filters[name], self._sized) for name in ITEM_BY_ITEM}
-        dear = {name: self._billed(self.filters[name], self._weighed) for name in IN_DEPTH}
+        costs = {
+            **dict.fromkeys(FROM_OUTSIDE, _nothing),
+            **dict.fromkeys(ITEM_BY_ITEM, self._sized),
+            **dict.fromkeys(IN_DEPTH, self._weighed),
+        }
         self.filters = {
-            **free,
-            **cheap,
-            **dear,
+            **{name: self._billed(self.filters[name], cost) for name, cost in costs.items()},
             "join": self._join,
             "replace": self._replace,
             "indent": self._indent,
             "int": lambda value, default=0: do_int(self._weighed(value), default),
             "tojson": self._to_json,
-            # with a context, so that nothing is worked out when the template is compiled
+            # with a context, so that nothing is evaluated when the template is compiled
             "_counted": pass_context(lambda _, items: self._counted(items)),
             "_step": pass_context(lambda _, cost: self.charge(cost)),
             "_weighed": pass_context(lambda _, value: self._weighed(value)),
@@ -114,7 +114,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.concat = self._concat  # type: ignore[method-assign]
 
     def begin(self, num_characters: int) -> None:
-        """Fill the budget up for a rendering of `num_characters`."""
+        """Reset the budget for a rendering of `num_characters`."""
         self._left = BUDGET + BUDGET_PER_CHARACTER * num_characters
 
     def charge(self, cost: int) -> None:
@@ -123,7 +123,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if self._left < 0:
             raise OverdrawnError("it takes more time or memory than any chat template needs")
 
-    # What the compiled template calls
+    # Called by the compiled template
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         if len(source) > MAX_SOURCE:
@@ -152,7 +152,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return tree
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Sums, products and so on of short numbers; sums and products of texts and lists are paid for."""
+        """Arithmetic of short numbers; sums and products of texts and lists are charged."""
         if operator == "+" and type(left) is str and type(right) is str:  # by far the most frequent
             self.charge(len(left) + len(right))
             return left + right
@@ -184,7 +184,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().call(context, function, *args, **kwargs)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Whether it is one of METHODS, or belongs to a namespace or a loop."""
+        """Whether the attribute is one of METHODS, or of a namespace or a loop."""
         if isinstance(obj, Namespace):
             return not attr.startswith("_")
         if isinstance(obj, LoopContext):
@@ -192,33 +192,29 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return any(isinstance(obj, kind) and attr in names for kind, names in METHODS.items())
 
     def wrap_str_format(self, value: Any) -> None:
-        """No text gets a format method, harmless or not."""
+        """No text has a format method."""
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """As in any sandbox; a key that is no text or number is paid for, as it is hashed."""
+        """As in jinja2's sandbox; a key that is not a text or number is charged, because it is hashed."""
         if not isinstance(argument, str | int):
             self._weighed(argument)
         return super().getitem(obj, argument)
-
-    def _written(self, value: Any) -> Any:
-        """What stands between {{ and }} and is to become text."""
-        return self._weighed(value)
 
     def _concat(self, pieces: Iterable[str]) -> str:
         pieces = list(pieces)
         self.charge(sum(map(len, pieces)))
         return "".join(pieces)
 
-    # Prices
+    # Costs
 
     def _size(self, value: Any) -> int:
-        """Units of a value without what its items hold."""
+        """Units of a value without the contents of its items."""
         if isinstance(value, str):
             return len(value)
         return ITEM * len(value) if isinstance(value, _HOLDS_ITEMS) else 1
 
     def _sized(self, value: Any) -> Any:
-        """`value`, after paying for it without what its items hold; an iterator becomes a list."""
+        """`value`, charged without the contents of its items; an iterator becomes a list."""
         value = self._held(value)
         self.charge(self._size(value))
         return value
@@ -227,7 +223,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return list(self._counted(value)) if isinstance(value, Iterator) else value
 
     def _weighed(self, value: Any) -> Any:
-        """`value`, after paying for it with all that it holds, as often as it holds it; an iterator becomes a list."""
+        """`value`, charged with everything in it, as often as it is in it; an iterator becomes a list."""
         if type(value) is str:  # by far the most frequent
             self.charge(len(value))
             return value
@@ -253,8 +249,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
     # Filters and functions
 
     def _billed(self, function: Callable[..., Any], pay: Callable[[Any], Any]) -> Callable[..., Any]:
-        """`function`, with `pay` for each thing that it is given."""
-        first = int(hasattr(function, "jinja_pass_arg"))  # before the value comes what jinja2 itself passes
+        """`function`, with `pay` for each argument."""
+        first = int(hasattr(function, "jinja_pass_arg"))  # jinja2 passes an argument of its own first
 
         @wraps(function)
         def billed(*args: Any, **kwargs: Any) -> Any:
@@ -313,7 +309,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Generation(Extension):
-    """`{% generation %}` blocks: accepted; what the assistant says is found by position instead."""
+    """`{% generation %}` blocks are accepted and ignored; answers are located by position instead."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as an instance attribute)
 
@@ -332,7 +328,7 @@ def _filtered(node: nodes.Expr, name: str) -> nodes.Expr:
 
 
 def _put_steps(node: nodes.Node, loops: int = 0) -> int:
-    """Let every body that may run often pay for its nodes when it runs; returns the number of nodes here."""
+    """Charge every body of a loop or macro for its nodes when it runs; returns the number of nodes here."""
     loops += isinstance(node, nodes.For)
     if loops > MAX_LOOPS:
         raise TemplateSyntaxError(f"more than {MAX_LOOPS} loops in one another", node.lineno)
@@ -345,7 +341,7 @@ def _put_steps(node: nodes.Node, loops: int = 0) -> int:
 
 
 def _nothing(value: Any) -> Any:
-    """The price of a look from outside."""
+    """No cost beyond the call."""
     return value
 
 

@@ -1,21 +1,21 @@
-"""The token ledger: where every row and every token of the data went; the sums must close."""
+"""The token ledger: the account of every row and every token of the data. The sums must close."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from lorafit.data.token_dataset import TokenDataset
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The tokens of some rows: training targets, context only, and cut off by truncation."""
+    """The tokens of some rows: training targets, context only, and cut by truncation."""
 
     rows: int
     total: int
@@ -33,7 +33,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Tokens a row, after truncation, over the rows that are trained and held out."""
+    """Tokens per row, after truncation, of the rows that are trained and held out."""
 
     mean: float
     p50: int
@@ -101,12 +101,12 @@ class Ledger:
 
     @property
     def num_dropped(self) -> int:
-        """Rows that were dropped, for whatever reason."""
+        """Rows that were dropped, for any reason."""
         return sum(rows.rows for rows in self.dropped.values())
 
     @property
     def trained_share(self) -> float:
-        """Which part of the tokens of the trained rows are targets."""
+        """The share of targets in the tokens of the trained rows."""
         return self.trained.trained / self.trained.total if self.trained.total else 0.0
 
     def check(self) -> None:
@@ -116,13 +116,11 @@ class Ledger:
             assert tokens.trained + tokens.masked + tokens.truncated == tokens.total
 
     def lines(self) -> list[str]:
-        """The account for a person."""
-        shares = [
-            f"{self.trained.rows:,} trained",
-            f"{self.held_out.rows:,} held out",
-            f"{self.num_dropped:,} dropped",
+        """The account for the user."""
+        trained, held_out, dropped = self.trained.rows, self.held_out.rows, self.num_dropped
+        lines = [
+            f"rows    {self.num_rows:,} = {trained:,} trained + {held_out:,} held out + {dropped:,} dropped"
         ]
-        lines = [f"rows    {self.num_rows:,} = {' + '.join(shares)}"]
         lines += [f"        {rows.rows:,} dropped: {reason}" for reason, rows in self.dropped.items()]
         lines.append(f"tokens  {_account(self.trained)}")
         if self.held_out.rows:
@@ -136,21 +134,16 @@ class Ledger:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
-        dropped = {
-            reason: {"rows": rows.rows, "first": list(rows.first)} for reason, rows in self.dropped.items()
-        }
-        return {**dataclasses.asdict(self), "dropped": dropped}
+        values: dict[str, Any] = _LEDGER.dump_python(self, mode="json")
+        return values
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Ledger:
-        """The inverse of `to_json`."""
-        return cls(
-            value["num_rows"],
-            Tokens(**value["trained"]),
-            Tokens(**value["held_out"]),
-            {r: DroppedRows(rows["rows"], tuple(rows["first"])) for r, rows in value["dropped"].items()},
-            Lengths(**value["lengths"]),
-        )
+        """The inverse of `to_json`. Raises ValueError for values of another shape."""
+        return _LEDGER.validate_python(value)
+
+
+_LEDGER = TypeAdapter(Ledger)
 
 
 def _lengths(lengths: NDArray[np.int32]) -> Lengths:
@@ -162,9 +155,5 @@ def _account(tokens: Tokens) -> str:
     def part(count: int, name: str) -> str:
         return f"{count:,} {name} ({count / tokens.total:.1%})" if tokens.total else f"{count:,} {name}"
 
-    parts = [
-        part(tokens.trained, "trained"),
-        part(tokens.masked, "masked"),
-        part(tokens.truncated, "truncated"),
-    ]
-    return f"{tokens.total:,} = {' + '.join(parts)}"
+    parts = " + ".join(part(getattr(tokens, name), name) for name in ("trained", "masked", "truncated"))
+    return f"{tokens.total:,} = {parts}"

@@ -1,4 +1,4 @@
-"""Rows of one optimizer step laid end to end into as few passes as fit: no padding, exact document borders."""
+"""Packs the rows of an optimizer step into few passes without padding, and merges the prefixes that rows share."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.uint16] | NDArray[np.uint32]
-TokenRow = tuple[Ids, NDArray[np.bool_]]  # ids and which of them are trained, one row
+TokenRow = tuple[Ids, NDArray[np.bool_]]  # the ids of one row, and which of them are supervised
 
 
 @dataclass(frozen=True, slots=True)
 class Pack:
     """The arrays of one forward pass.
 
-    `ids` (tokens,) are the inputs; what documents begin alike with is there once. `lengths` are the documents' token
-    counts in order, `index` (sum of lengths,) the places of their tokens in `ids`. `predict` (targets,) are the places
-    whose next token is supervised, `targets` (targets,) those next tokens. A row's last trained token is a target
+    `ids` (tokens,) are the inputs; a shared prefix is in them once. `lengths` are the documents' token counts in
+    order, `index` (sum of lengths,) the positions of their tokens in `ids`. `predict` (targets,) are the positions
+    whose next token is supervised, `targets` (targets,) those next tokens. A row's last supervised token is a target
     only, so it and what follows it are no inputs: `num_tokens` counts the rows' tokens in full.
     """
 
@@ -31,23 +31,32 @@ class Pack:
 
 
 _ZERO = np.zeros(1, np.int64)
-# What a process without rows of its own computes in order to take part: its tokens and targets count for nothing.
+# For a rank without rows, which must compute a pass like the others: it adds no tokens and no targets.
 EMPTY_PACK = Pack(_ZERO, (1,), _ZERO, _ZERO, _ZERO, num_tokens=0)
 
 
-def make_packs(rows: Sequence[TokenRow], capacity: int, packing: bool = True) -> list[Pack]:
-    """Packs of at most `capacity` tokens that hold every row once; a longer row gets a pack of its own.
+@dataclass(frozen=True, slots=True)
+class Packer:
+    """Lays rows in packs of at most `capacity` tokens; a longer row gets a pack of its own.
 
-    Without `packing` each row is a pack. How rows are laid out never changes the sum of the losses.
+    Without `packing` each row is a pack. The packs of a set of rows never change the sum of their losses.
     """
-    lengths = [len(ids) for ids, _ in rows]
-    bins = best_fit(lengths, capacity) if packing else [[index] for index in range(len(rows))]
-    return [_build_pack([rows[i] for i in members]) for members in bins]
 
+    capacity: int
+    packing: bool = True
 
-def num_packs(lengths: Sequence[int], capacity: int, packing: bool = True) -> int:
-    """How many packs `make_packs` makes of rows of `lengths` tokens."""
-    return len(best_fit(lengths, capacity)) if packing else len(lengths)
+    def bins(self, lengths: Sequence[int]) -> list[list[int]]:
+        """The indices of `lengths` that each pack holds."""
+        return best_fit(lengths, self.capacity) if self.packing else [[at] for at in range(len(lengths))]
+
+    def packs(self, rows: Sequence[TokenRow]) -> list[Pack]:
+        """Packs that hold every row once."""
+        bins = self.bins([len(ids) for ids, _ in rows])
+        return [build_pack([rows[at] for at in members]) for members in bins]
+
+    def count(self, lengths: Sequence[int]) -> int:
+        """How many packs rows of `lengths` tokens need."""
+        return len(self.bins(lengths))
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -66,10 +75,11 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def _build_pack(rows: Sequence[TokenRow]) -> Pack:
+def build_pack(rows: Sequence[TokenRow]) -> Pack:
+    """All of `rows` in one pass."""
     documents, num_tokens = [], 0
     for ids, trained in rows:
-        # The first token has nothing before it to predict it from.
+        # no token comes before the first one to predict it from
         target_at = trained[1:].nonzero()[0] + 1
         length = int(target_at[-1]) if len(target_at) else len(ids)
         documents.append((ids[:length], target_at - 1, ids[target_at]))
@@ -87,11 +97,11 @@ def _build_pack(rows: Sequence[TokenRow]) -> Pack:
 
 
 def share_prefixes(documents: Sequence[Ids]) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:
-    """What documents have in common with the one before from their beginning, once: what a causal network computes for
-    a token depends on nothing but it and those before it.
+    """Merge common prefixes. Each shared token is kept once; this is exact, because a causal model's output for a token
+    depends only on that token and the tokens before it.
 
-    Returns the inputs, and for each document the places of its tokens among them. All are of one type; sorted by their
-    bytes, those that begin alike are neighbours.
+    Returns the inputs, and for each document the positions of its tokens in them. All documents have one type and are
+    sorted by their bytes, so that those with a common prefix are neighbours.
     """
     inputs, paths = [], []
     before, path, num_inputs = b"", np.empty(0, np.int64), 0
@@ -107,7 +117,7 @@ def share_prefixes(documents: Sequence[Ids]) -> tuple[NDArray[np.int64], list[ND
 
 
 def _common(one: bytes, other: bytes) -> int:
-    """How many bytes both begin with."""
+    """The length of the common prefix in bytes."""
     least = min(len(one), len(other))
     differ = int.from_bytes(one[:least], "little") ^ int.from_bytes(other[:least], "little")
     return ((differ & -differ).bit_length() - 1) // 8 if differ else least

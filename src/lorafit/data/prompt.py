@@ -1,7 +1,7 @@
-"""The prompt contract, and the rendering of rows by it: from a row to ids and which of them are trained.
+"""The prompt contract, and the renderer that turns rows into ids and a mask of the trained ids.
 
-One frozen object decides how a conversation becomes ids in training, evaluation, chat and serving. A
-prompt's ids (`prompt_ids`) are exactly the ids that preceded the answer in training.
+One frozen object decides how a conversation becomes ids in training, evaluation, chat and serving. The ids of a
+prompt (`prompt_ids`) are exactly the ids before the answer in training.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from lorafit.data.chat_template import ChatTemplate, Part
-from lorafit.data.formats import Chat, Completion, Content, Instruction, Message, Row, Text, undecodable
+from lorafit.data.formats import Chat, Content, Instruction, Message, Row, undecodable
 from lorafit.data.tokenizer import BORDER, Control, Tokenizer, reserved
 from lorafit.errors import DataError, ModelError, Problem
 from lorafit.storage.safe_read import MB, read_text
@@ -29,7 +29,7 @@ TooLong = Literal["error", "truncate", "drop"]
 TEMPLATES = ("auto", "chat", "alpaca", "classic")  # or the path of a .jinja file
 
 _SCHEMA = 1
-# What `strftime_now` tells a template (Llama 3's own fallback): runs on different days must render alike.
+# The value of `strftime_now` in a template (Llama 3's own fallback): runs on different days must render alike.
 _DATE = "2024-07-26"
 _ALPACA = (
     "Below is an instruction that describes a task. "
@@ -40,7 +40,7 @@ _ALPACA_WITH_INPUT = (
     "Write a response that appropriately completes the request."
 )
 _NO_CONVERSATIONS = "the {} template knows single instructions, no conversations"
-_ASK_FOR_TEMPLATE = "name a chat template: data.template=PATH.jinja"
+_NAME_A_TEMPLATE = "name a chat template: data.template=PATH.jinja"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class PromptContract:
     `template` is classic, alpaca or chat; `chat_template` the Jinja source for chat, else None. `bos_id`,
     `eos_id` and their texts are None where the model has none. `system` is the system prompt of rows without
     one. `add_eos` ends every row in EOS unless the template ends it in a stop token. `stop_ids` end an answer
-    in generation. `date` is what the template is told when it asks for today.
+    in generation. `date` is the date of today for the template.
     """
 
     template: str
@@ -81,13 +81,19 @@ class PromptContract:
         known = {field.name for field in dataclasses.fields(cls)}
         if value.get("schema") == _SCHEMA and set(fields) == known:
             with suppress(ValidationError):
-                made = TypeAdapter(cls).validate_python(fields)
-                ids = (made.bos_id or 0, made.eos_id or 0, *made.stop_ids)
-                knows = made.template in TEMPLATES and (made.template != "chat" or made.chat_template)
-                if knows and min(ids) >= 0:
-                    return made
+                contract = TypeAdapter(cls).validate_python(fields)
+                ids = (contract.bos_id or 0, contract.eos_id or 0, *contract.stop_ids)
+                has_source = contract.template != "chat" or contract.chat_template
+                if contract.template in TEMPLATES and has_source and min(ids) >= 0:
+                    return contract
         hint = "it was written by another version of lorafit, or changed by hand"
         raise ModelError("is not a prompt contract of this version", place="prompt.json", hint=hint)
+
+    def with_system(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """`messages` after the contract's system prompt, unless they have one."""
+        if self.system and messages[0].role != "system":
+            return [Message("system", self.system), *messages]
+        return messages
 
     @property
     def hash(self) -> str:
@@ -120,12 +126,12 @@ def contract(
         hint = f"use one of {', '.join(TEMPLATES)}, or the path of a .jinja file"
         raise ModelError(f"unknown template {template!r}", place="data.template", hint=hint)
     if template == "chat" and not source:
-        raise ModelError("the model has no chat template", place="data.template", hint=_ASK_FOR_TEMPLATE)
+        raise ModelError("the model has no chat template", place="data.template", hint=_NAME_A_TEMPLATE)
     if add_eos and tokenizer.eos is None:
         raise ModelError(
             "the tokenizer names no EOS token", hint="add `eos_token` to its tokenizer_config.json"
         )
-    made = PromptContract(
+    result = PromptContract(
         template=template,
         chat_template=source if template == "chat" else None,
         system=system,
@@ -142,12 +148,9 @@ def contract(
         date=_DATE,
         tokenizer_sha256=tokenizer.sha256,
     )
-    if made.template != "chat":
-        return made
-    stop = _template_stop(made, tokenizer)
-    return dataclasses.replace(
-        made, stop_ids=tuple(dict.fromkeys([*made.stop_ids, *([stop.id] if stop else [])]))
-    )
+    if template != "chat" or (stop := _template_stop(result, tokenizer)) is None:
+        return result
+    return dataclasses.replace(result, stop_ids=tuple(dict.fromkeys([*result.stop_ids, stop.id])))
 
 
 def _read_template(path: Path) -> str:
@@ -173,14 +176,14 @@ def _template_stop(contract: PromptContract, tokenizer: Tokenizer) -> Control | 
     except DataError as error:
         problem = error.problems[0]
         message = f"a question and an answer cannot be rendered: {problem.message}"
-        raise ModelError(message, place=problem.place or "chat template", hint=_ASK_FOR_TEMPLATE) from error
+        raise ModelError(message, place=problem.place or "chat template", hint=_NAME_A_TEMPLATE) from error
     leading = tokenizer.leading_control(tokenizer.protect(parts[-1].text))
     return leading if parts[-1].role is None else None
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A row as ids, and for each id whether it is a training target; the first never is."""
+    """A row as ids, and for each id whether it is a training target; the first id never is."""
 
     ids: list[int]
     trained: list[bool]
@@ -188,7 +191,7 @@ class Rendered:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A row with nothing to train on, and why."""
+    """A row with nothing to train on, and the reason."""
 
     reason: str
 
@@ -214,7 +217,7 @@ class Piece:
 class _Segment:
     """A stretch of protected text that is encoded as the continuation of what precedes it.
 
-    `answer`: it starts with an answer, which ends with the control token `stop` or else with the segment.
+    `answer`: it starts with an answer. The answer ends with the control token `stop`, else with the segment.
     """
 
     text: str
@@ -223,7 +226,7 @@ class _Segment:
 
 
 class Renderer:
-    """Renders rows by a contract with the tokenizer that the contract was made for."""
+    """Renders rows by a contract, with the tokenizer of the contract."""
 
     def __init__(self, contract: PromptContract, tokenizer: Tokenizer) -> None:
         if contract.tokenizer_sha256 != tokenizer.sha256:
@@ -236,7 +239,7 @@ class Renderer:
         self._template = _chat_template(contract)
 
     def render_batch(self, rows: Sequence[Row]) -> list[Rendered | Dropped | Problem]:
-        """Each row in full (no limit on its length), or why it cannot be rendered."""
+        """Each row in full (no limit on its length), or the reason why it cannot be rendered."""
         outcomes = [self._segments_or_fault(row) for row in rows]
         texts = [self._joined(segments) for segments in outcomes if isinstance(segments, list)]
         encoded = self.tokenizer.encode_batch(texts)
@@ -248,7 +251,7 @@ class Renderer:
         return [Span("".join(piece.text for piece in pieces), trained) for trained, pieces in groups]
 
     def pieces(self, row: Row) -> list[Piece]:
-        """The row as the model reads it, control tokens apart; DataError if it cannot be rendered or is dropped."""
+        """As `text`, each control token a piece of its own; DataError if the row cannot be rendered or is dropped."""
         segments = self._segments_or_fault(row)
         if isinstance(segments, Problem):
             raise DataError.of([segments])
@@ -269,47 +272,37 @@ class Renderer:
         return [*self._bos(text), *ids]
 
     def prompt_text(self, source: Row | Content | Sequence[Message]) -> tuple[str, str]:
-        """What `prompt_ids` are the ids of, by public names: (BOS where it goes before the text, the text)."""
+        """The text of `prompt_ids` with public names: (BOS where it is put before the text, the text)."""
         text = self._prompt(source)
         return (self.contract.bos or "") if self._bos(text) else "", self.tokenizer.public(text)
 
     def _prompt(self, source: Row | Content | Sequence[Message]) -> str:
         """The protected text after which the answer begins."""
-        content = self._asked(source.content if isinstance(source, Row) else source)
+        content = self._question(source.content if isinstance(source, Row) else source)
         if fault := _unusable_in(content):
             raise DataError(fault, hint="remove that character")
-        answered: Content
-        match content:
-            case Chat(messages):
-                answered = Chat((*messages, Message("assistant", "answer")))
-            case Instruction():
-                answered = dataclasses.replace(content, output="answer")
-            case Completion():
-                answered = dataclasses.replace(content, completion="answer")
-            case Text():
-                answered = Text("answer")
-        return self._joined(self._segments(answered)[:-1])
+        return self._joined(self._segments(content)[:-1])
 
-    def _asked(self, source: Content | Sequence[Message]) -> Content:
-        """The question in `source` as content: a conversation without its last answer, or an instruction."""
-        if isinstance(source, Instruction | Completion | Text):
-            return source
-        messages = tuple(source.messages if isinstance(source, Chat) else source)
-        if messages and messages[-1].role == "assistant":
-            messages = messages[:-1]
+    def _question(self, source: Content | Sequence[Message]) -> Content:
+        """The question in `source` with a placeholder for its answer."""
+        content = (source if isinstance(source, Content) else Chat(tuple(source))).with_answer("answer")
+        if not isinstance(content, Chat):
+            return content
+        *messages, _ = content.messages
         if not messages:
-            raise DataError("the conversation is empty", hint="ask something")
+            raise DataError("the conversation is empty", hint="add a user turn")
         if self.contract.template == "chat" or isinstance(source, Chat):
-            return Chat(messages)
+            return content
         roles = [message.role for message in messages]
         if roles not in (["user"], ["system", "user"]):
             hint = "start a new conversation for each question"
             raise DataError(_NO_CONVERSATIONS.format(self.contract.template), hint=hint)
-        return Instruction(messages[-1].content, "", "", messages[0].content if len(messages) > 1 else "")
+        system = messages[0].content if len(messages) > 1 else ""
+        return Instruction(messages[-1].content, "", "answer", system)
 
     def _segments_or_fault(self, row: Row) -> list[_Segment] | Dropped | Problem:
         content = row.content
-        # In whole-text training the question still teaches; by a chat template nothing could be located.
+        # Whole-text training trains the question too. In a chat template no empty answer could be located.
         needs_answer = self.contract.train_on == "response" or self.contract.template == "chat"
         if needs_answer and isinstance(content, Instruction) and not content.output.strip():
             return Dropped("the answer is empty")
@@ -324,33 +317,29 @@ class Renderer:
 
     def _segments(self, content: Content) -> list[_Segment]:
         """The protected text of a row, without BOS and EOS; the last segment holds the last answer."""
-        match content:
-            case Chat(messages):
-                return self._chat_segments(messages)
-            case Instruction() if self.contract.template == "chat":
-                return self._chat_segments(conversation(content))
-            case Instruction():
-                return _continued(self._instruction_prompt(content), content.output)
-            case Completion(prompt, completion):
-                return _continued(prompt, completion)
-            case Text(text):
-                return [_Segment(text, answer=True)]
+        if isinstance(content, Instruction) and self.contract.template != "chat":
+            prompt = self._instruction_prompt(content)
+        elif (messages := content.turns()) is not None:
+            return self._chat_segments(messages)
+        else:
+            prompt = content.question()
+        segments = [_Segment(prompt)]
+        _continue(segments, content.answers()[-1])
+        return segments
 
     def _instruction_prompt(self, row: Instruction) -> str:
         preamble = row.system or self.contract.system
         if not preamble and self.contract.template == "alpaca":
             preamble = _ALPACA_WITH_INPUT if row.input else _ALPACA
         head = f"{preamble}\n\n" if preamble else ""
-        given = f"### Input:\n{row.input}\n\n" if row.input else ""
-        return f"{head}### Instruction:\n{row.instruction}\n\n{given}### Response:\n"
+        extra = f"### Input:\n{row.input}\n\n" if row.input else ""
+        return f"{head}### Instruction:\n{row.instruction}\n\n{extra}### Response:\n"
 
     def _chat_segments(self, messages: Sequence[Message]) -> list[_Segment]:
         if self._template is None:
-            hint = f"use data.template=auto, or if the model has no chat template, {_ASK_FOR_TEMPLATE}"
+            hint = f"use data.template=auto, or if the model has no chat template, {_NAME_A_TEMPLATE}"
             raise DataError(_NO_CONVERSATIONS.format(self.contract.template), hint=hint)
-        if self.contract.system and messages[0].role != "system":
-            messages = [Message("system", self.contract.system), *messages]
-        parts = self._template.parts(messages)
+        parts = self._template.parts(self.contract.with_system(messages))
         last_answer = max(index for index, part in enumerate(parts) if part.role == "assistant")
         segments = [_Segment("")]
         for index, part in enumerate(parts):
@@ -362,7 +351,7 @@ class Renderer:
                 _continue(segments, part.text)
                 stop = self._stop(parts[index + 1]) if index + 1 < len(parts) else None
                 segments[-1].stop = stop
-                if stop is None and index < last_answer:  # after the last one the model must go on up to EOS
+                if stop is None and index < last_answer:  # the last answer continues up to EOS
                     segments.append(_Segment(""))
         return segments
 
@@ -374,7 +363,7 @@ class Renderer:
         return control if control and control.id in self.contract.stop_ids else None
 
     def _joined(self, segments: Sequence[_Segment]) -> str:
-        """The text to encode: cut where answers begin, unless all of it is trained and nothing divides it."""
+        """The text to encode, with a BORDER where answers begin, unless all of it is trained."""
         return ("" if self.contract.train_on == "all" else BORDER).join(segment.text for segment in segments)
 
     def _assemble(self, segments: Sequence[_Segment], ids: list[int], borders: list[int]) -> Rendered:
@@ -398,7 +387,7 @@ class Renderer:
         return Rendered(ids, trained)
 
     def _spans(self, segments: Sequence[_Segment]) -> Iterator[Span]:
-        """The protected text cut where training begins and ends, with BOS and EOS."""
+        """The protected text with BOS and EOS, cut where training begins and ends."""
         bos, everything = self.contract.bos, self.contract.train_on == "all"
         yield Span(self.tokenizer.protect(bos or "") if self._bos(segments[0].text) else "", False)
         for segment in segments:
@@ -412,7 +401,7 @@ class Renderer:
         )
 
     def _bos(self, text: str) -> list[int]:
-        """BOS, if it goes before the protected `text`: once, also where the template writes it itself."""
+        """BOS if it is put before the protected `text`; nothing where the template writes it."""
         if not self.contract.add_bos or self.contract.bos_id is None or self.contract.bos is None:
             return []
         return [] if text.startswith(self.tokenizer.protect(self.contract.bos)) else [self.contract.bos_id]
@@ -422,8 +411,8 @@ class Renderer:
 
 
 def _continue(segments: list[_Segment], answer: str) -> None:
-    """Adds a segment for `answer`. Blanks that lead up to it go with it: tokenizers join a blank to the word
-    that follows, so a prompt that ends in a blank would be one the model has never seen.
+    """Add a segment for `answer`, with the blanks before it. Tokenizers join a blank to the word that follows, so the
+    model has never read a prompt that ends in a blank.
     """
     text = segments[-1].text
     segments[-1].text = text.rstrip(" ")
@@ -433,31 +422,9 @@ def _continue(segments: list[_Segment], answer: str) -> None:
     segments.append(_Segment(blanks + answer, answer=True))
 
 
-def _continued(prompt: str, answer: str) -> list[_Segment]:
-    segments = [_Segment(prompt)]
-    _continue(segments, answer)
-    return segments
-
-
-def conversation(row: Instruction) -> list[Message]:
-    """An instruction as the turns that a chat template renders."""
-    question = f"{row.instruction}\n\n{row.input}" if row.input else row.instruction
-    system = [Message("system", row.system)] if row.system else []
-    return [*system, Message("user", question), Message("assistant", row.output)]
-
-
 def _unusable_in(content: Content) -> str:
-    """What is wrong if a text of `content` holds a character that no tokenizer takes or that is reserved, else ""."""
-    match content:
-        case Chat(messages):
-            texts = {f"messages[{index}]": message.content for index, message in enumerate(messages)}
-        case Instruction(instruction, given, output, system):
-            texts = {"instruction": instruction, "input": given, "output": output, "system": system}
-        case Completion(prompt, completion):
-            texts = {"prompt": prompt, "completion": completion}
-        case Text(text):
-            texts = {"text": text}
-    for field, text in texts.items():
+    """The fault of a text of `content` that no tokenizer accepts or that is reserved, "" if there is none."""
+    for field, text in content.fields().items():
         if fault := undecodable(text):
             return f"`{field}` holds {fault}"
         if character := reserved(text):

@@ -11,40 +11,37 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO, cast
+from typing import Any, BinaryIO, NamedTuple, TextIO, cast
 
 from lorafit.data.json_rows import MAX_ROW, SeveralValuesError, json_rows, too_long
 from lorafit.errors import DataError, Problem, Problems
+from lorafit.hub.dataset_splits import suffix_of
 from lorafit.storage.safe_read import MB
 
-SUFFIXES = (
-    ".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz", ".csv", ".tsv",
-    ".parquet", ".arrow", ".feather",
-)  # fmt: skip
 LEAST_UNPACKED, MAX_RATIO = 16 * MB, 100
 _LEAST_ROW = 8  # bytes of a row of text
 _BLOCK = 1 << 20
 _BATCH = 64  # rows of a Parquet or Arrow file that are Python objects at a time
-_THRIFT = 16 * MB  # bytes of a text, or items of a list, in the description of a Parquet file
+_THRIFT = 16 * MB  # bytes of a text, or items of a list, in the metadata of a Parquet file
 
-RawRow = tuple[int, object]  # the line it starts in, 0 where the file has no lines, and the row
+
+class RawRow(NamedTuple):
+    """A row as its file holds it: its number in the file (from 1), its first line (0 without lines), its value."""
+
+    number: int
+    line: int
+    value: object
 
 
 class Position:
-    """How far a file is read, for showing."""
+    """The part of a file that was read, for progress."""
 
     def __init__(self) -> None:
-        self.share: Callable[[], float] = lambda: 0.0
-
-
-def suffix_of(path: Path) -> str:
-    """The suffix of a data file, "" for any other."""
-    name = path.name.lower()
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix) and not name.startswith(".")), "")
+        self.fraction: Callable[[], float] = lambda: 0.0
 
 
 def place_of(name: str, row: int, line: int) -> str:
-    """Where a person finds row number `row` (from 1) of the file `name`; `line` 0 is not known."""
+    """The place of row number `row` (from 1) of the file `name`; `line` is 0 where it is not known."""
     return f"{name} row {row}, line {line}" if line else f"{name} row {row}"
 
 
@@ -53,36 +50,41 @@ def read_file(
 ) -> Iterator[RawRow]:
     """The raw rows of a data file, which messages call `name`.
 
-    A line that is no row goes to `problems` and is counted as a row. Raises DataError where reading must end.
+    `problems` receives the lines that are not rows; they count as rows. Raises DataError where reading must end.
     """
     position = position or Position()
-    kind = suffix_of(path).removesuffix(".gz")
+    kind = suffix_of(path.name).removesuffix(".gz")
     if kind == ".parquet":
-        yield from ((0, row) for row in _parquet(path, name, position))
+        yield from _numbered(_parquet(path, name, position))
     elif kind in (".arrow", ".feather"):
-        yield from ((0, row) for row in _arrow(path, name, position))
+        yield from _numbered(_arrow(path, name, position))
     elif kind in (".csv", ".tsv"):
         yield from _csv(path, name, "\t" if kind == ".tsv" else ",", problems, position)
     elif kind == ".json":
         try:
             with _text(path, name, None, position) as text:
-                yield from ((0, row) for row in json_rows(text, name))
+                yield from _numbered(json_rows(text, name))
         except SeveralValuesError:
             yield from _json_lines(path, name, problems, position)
     else:
         yield from _json_lines(path, name, problems, position)
 
 
+def _numbered(rows: Iterator[object]) -> Iterator[RawRow]:
+    """The rows of a file without lines."""
+    return (RawRow(number, 0, row) for number, row in enumerate(rows, 1))
+
+
 @contextlib.contextmanager
 def _text(path: Path, name: str, newline: str | None, position: Position) -> Iterator[TextIO]:
-    """The file as text: UTF-8, a byte order mark tolerated, unpacked if it is gzipped; refused if it is blank.
+    """The file as UTF-8 text with or without a byte order mark, unpacked if it is gzipped. DataError if it is blank.
 
-    `newline` is that of `open`, but None is like "\\n": nothing is translated.
+    `newline` is as for `open`, but None is like "\\n": nothing is translated.
     """
     try:
         size = max(path.stat().st_size, 1)
         with path.open("rb") as file, _unpacked(file, path, size) as raw:
-            position.share = lambda: file.tell() / size
+            position.fraction = lambda: file.tell() / size
             text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n" if newline is None else newline)
             try:
                 while (block := text.read(1 << 16)) and block.isspace():
@@ -92,9 +94,7 @@ def _text(path: Path, name: str, newline: str | None, position: Position) -> Ite
                     raise DataError("the file is empty", place=name, hint=hint)
                 text.seek(0)
                 yield text
-            except (
-                UnicodeDecodeError
-            ) as error:  # to look for the byte, a packed file is read on and may end badly
+            except UnicodeDecodeError as error:  # _bad_byte reads a packed file on and may find it broken
                 raise DataError(_bad_byte(path), place=name, hint="save the file as UTF-8") from error
     except _BombError as error:
         raise _too_much(name) from error
@@ -104,15 +104,15 @@ def _text(path: Path, name: str, newline: str | None, position: Position) -> Ite
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror or error}", place=name) from error
     finally:
-        position.share = lambda: 1.0
+        position.fraction = lambda: 1.0
 
 
 class _BombError(Exception):
-    """Far more came out of a packed file than went into it."""
+    """A packed file unpacks to more than its limit."""
 
 
 class _Unpacked(gzip.GzipFile):
-    """A gzip file out of which comes no more than MOST_UNPACKED allows."""
+    """A gzip file that gives no more bytes than `most_unpacked` allows."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         super().__init__(fileobj=file)
@@ -131,12 +131,12 @@ class _Unpacked(gzip.GzipFile):
 
 
 def most_unpacked(size: int) -> int:
-    """Bytes that may come out of a packed file of `size` bytes: rows are text, which packs to a twentieth at best."""
+    """The limit of bytes from a packed file of `size` bytes. Rows are text, which packs to a twentieth at best."""
     return LEAST_UNPACKED + MAX_RATIO * size
 
 
 def _too_much(name: str) -> DataError:
-    hint = "unpack it yourself and look at it, if you trust where it comes from"
+    hint = "if you trust its source, unpack it yourself and look at it"
     return DataError(f"unpacks to more than {MAX_RATIO} times its size", place=name, hint=hint)
 
 
@@ -145,7 +145,7 @@ def _unpacked(file: BinaryIO, path: Path, size: int) -> BinaryIO:
 
 
 def _bad_byte(path: Path) -> str:
-    """What is wrong with the first byte of a file that is not UTF-8."""
+    """The message about the first byte of a file that is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     done = 0
     with path.open("rb") as file, _unpacked(file, path, path.stat().st_size) as raw:
@@ -177,7 +177,7 @@ def _json_lines(path: Path, name: str, problems: Problems, position: Position) -
                 hint = "write one JSON object on each line"
                 problems.add([Problem(f"is not JSON: {fault}", place, hint)])
                 continue
-            yield line_number, row
+            yield RawRow(number, line_number, row)
 
 
 def _lines(text: TextIO, name: str) -> Iterator[str]:
@@ -215,13 +215,15 @@ def _csv_rows(reader: Any, name: str, problems: Problems) -> Iterator[RawRow]:
             elif fields:
                 number += 1
                 if len(fields) == len(header):
-                    yield first_line, dict(zip(header, fields, strict=True))
+                    yield RawRow(number, first_line, dict(zip(header, fields, strict=True)))
                 else:
                     message = f"has {len(fields)} fields where the header has {len(header)}"
                     hint = 'put fields that hold a separator or a line break in "quotes"'
                     problems.add([Problem(message, place_of(name, number, first_line), hint)])
     except csv.Error as error:
-        problems.add([Problem(f"is not CSV: {error}", f"{name} line {line_number}", "mend the quotes there")])
+        problems.add(
+            [Problem(f"is not CSV: {error}", f"{name} line {line_number}", "correct the quotes there")]
+        )
 
 
 def _parquet(path: Path, name: str, position: Position) -> Iterator[object]:
@@ -258,7 +260,7 @@ def _arrow(path: Path, name: str, position: Position) -> Iterator[object]:
 
 
 def _unpacked_bytes(column: Any) -> int:
-    """Bytes of an Arrow column, without references to texts that stand there once."""
+    """Bytes of an Arrow column with every reference to a dictionary resolved."""
     import pyarrow
 
     return int((column.dictionary_decode() if pyarrow.types.is_dictionary(column.type) else column).nbytes)
@@ -267,12 +269,12 @@ def _unpacked_bytes(column: Any) -> int:
 def _rows_of(
     batches: Iterator[Any], num_rows: int, position: Position, path: Path, name: str
 ) -> Iterator[object]:
-    """The rows of Arrow record batches; columns that are no text show up when the rows are parsed."""
+    """The rows of Arrow record batches. `parse` reports columns that are not text."""
     done = 0
     left = most_unpacked(path.stat().st_size)
-    position.share = lambda: done / num_rows if num_rows else 0.0
+    position.fraction = lambda: done / num_rows if num_rows else 0.0
     for batch in batches:
-        batch.validate(full=True)  # an offset that points elsewhere would be followed
+        batch.validate(full=True)  # a wrong offset would read other memory
         for start in range(0, batch.num_rows, _BATCH):
             part = batch.slice(start, _BATCH)  # one batch of an Arrow file may be all of it
             left -= sum(_unpacked_bytes(column) for column in part.columns)

@@ -1,4 +1,4 @@
-"""Which rows each optimizer step trains on: a pure function of the seed and the step, so that a resume is exact."""
+"""The rows of each optimizer step: a pure function of the seed and the step, so that a resume is exact."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ def split_holdout(num_rows: int, holdout: float, seed: int) -> tuple[Indices, In
 
     `holdout` is a share below 1 or a number of rows; never more than a tenth of all is held out.
     """
-    wanted = round(num_rows * holdout) if holdout < 1 else int(holdout)
-    count = min(wanted, num_rows // 10)
-    held = np.sort(np.random.default_rng([seed, 0x48]).permutation(num_rows)[:count])
-    trains = np.ones(num_rows, dtype=np.bool_)
-    trains[held] = False
-    return np.flatnonzero(trains), held
+    count = round(num_rows * holdout) if holdout < 1 else int(holdout)
+    held = np.random.default_rng([seed, 0x48]).permutation(num_rows)[: min(count, num_rows // 10)]
+    is_held = np.zeros(num_rows, dtype=np.bool_)
+    is_held[held] = True
+    return np.flatnonzero(~is_held), np.flatnonzero(is_held)
 
 
 @dataclass(frozen=True, eq=False)
 class RowOrder:
     """The order of an epoch and its cut into steps.
 
-    `groups` are the row indices of each source, `weights` how often an epoch sees each (2 is twice, 0.5 a
-    different random half every epoch). A step takes `batch_size` rows; an epoch's last step takes what is left.
+    `groups` are the row indices of each source. `weights` are the repetitions of each per epoch: 2 is twice, 0.5 is a
+    random half, another one every epoch. A step has `batch_size` rows; the last step of an epoch has the rest.
     """
 
     groups: Sequence[Indices]
@@ -42,14 +41,14 @@ class RowOrder:
 
     @property
     def rows_per_epoch(self) -> int:
-        """Rows that one epoch trains on, repetitions counted."""
+        """Rows per epoch with repetitions."""
         return sum(
             round(len(group) * weight) for group, weight in zip(self.groups, self.weights, strict=True)
         )
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps an epoch."""
+        """Optimizer steps per epoch."""
         return math.ceil(self.rows_per_epoch / self.batch_size)
 
     def num_steps(self, epochs: float, max_steps: int | None) -> int:
@@ -57,12 +56,12 @@ class RowOrder:
         return max_steps if max_steps is not None else math.ceil(epochs * self.steps_per_epoch)
 
     def rows(self, step: int) -> Indices:
-        """Row indices that step number `step` (from 0) trains on."""
+        """Row indices of step number `step` (from 0)."""
         epoch, within = divmod(step, self.steps_per_epoch)
         return _epoch_rows(self, epoch)[within * self.batch_size : (within + 1) * self.batch_size]
 
     def epoch_at(self, step: int) -> float:
-        """Passes over the rows once `step` steps are done."""
+        """Epochs after `step` steps."""
         return step / self.steps_per_epoch
 
 
@@ -76,5 +75,5 @@ def _epoch_rows(order: RowOrder, epoch: int) -> Indices:
         parts.append(np.sort(random.permutation(group)[:extra]))
     rows = np.concatenate(parts)
     if order.shuffle:
-        random.shuffle(rows)  # in place: with millions of rows every copy counts
+        random.shuffle(rows)  # in place: a copy of millions of rows takes memory
     return rows

@@ -1,13 +1,13 @@
-"""One row as the model reads it, for people: what is trained, what is only read, control tokens, ids.
+"""One row as the model reads it, for the user: trained text, text that is only read, control tokens, ids.
 
-What is shown may hold anything, so characters that steer a terminal or turn the direction of writing are spelt out.
+A row may hold any character. Characters that control a terminal or the direction of writing are shown by their code.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
@@ -16,19 +16,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorafit.config.schema import Config
-from lorafit.data.build import make_renderer
+from lorafit.data.build import make_renderer, source_files
 from lorafit.data.chat_template import ChatTemplate
-from lorafit.data.formats import Chat, Content, Instruction, Message, Row
-from lorafit.data.prompt import Piece, PromptContract, Rendered, Renderer, conversation
-from lorafit.data.sources import RowReader, find_files
+from lorafit.data.formats import Row
+from lorafit.data.prompt import Piece, Rendered, Renderer
+from lorafit.data.sources import RowReader
 from lorafit.data.token_dataset import TokenDataset
 from lorafit.data.tokenizer import StreamDecoder, Tokenizer
 from lorafit.errors import ConfigError, DataError, Problem
 from lorafit.hub.client import tokenizer_folder
+from lorafit.redact import visible
 
 Kind = Literal["read", "trained", "cut"]
-_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
-
 _STYLES = {
     ("read", False): "",
     ("read", True): "cyan",
@@ -41,7 +40,7 @@ _STYLES = {
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """A stretch of text of one kind; `control` if it is a control token."""
+    """A stretch of text of one kind; `control`: it is a control token."""
 
     text: str
     kind: Kind
@@ -50,7 +49,7 @@ class Stretch:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """An id, the text that it completes (often "" in the middle of a character), and what becomes of it."""
+    """An id, the text that it completes (often "" in the middle of a character), and its kind."""
 
     id: int
     text: str
@@ -59,7 +58,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class RowView:
-    """A rendered row: its text and its tokens. `dropped` says why it is not trained, "" if it is."""
+    """A rendered row: its text and its tokens. `dropped` is the reason why it is not trained, "" if it is."""
 
     number: int
     place: str
@@ -83,7 +82,7 @@ class RowView:
 
 
 def view_row(renderer: Renderer, row: Row) -> RowView:
-    """The row as training takes it. Raises DataError if it cannot be rendered."""
+    """The row as training reads it. Raises DataError if it cannot be rendered."""
     (outcome,) = renderer.render_batch([row])
     if isinstance(outcome, Problem):
         raise DataError.of([outcome])
@@ -92,26 +91,20 @@ def view_row(renderer: Renderer, row: Row) -> RowView:
     longest = renderer.contract.max_length
     kept, dropped = longest, ""
     if len(outcome.ids) > longest and renderer.contract.too_long != "truncate":
-        kept, dropped = (
-            len(outcome.ids),
-            f"{len(outcome.ids):,} tokens are more than data.max_length={longest}",
-        )
+        kept = len(outcome.ids)
+        dropped = f"{kept:,} tokens are more than data.max_length={longest}"
     tokens = _tokens(renderer.tokenizer, outcome, kept)
     lost = sum(len(token.text) for token in tokens[kept:])
     return RowView(row.number, row.place, _stretches(renderer.pieces(row), lost), tokens, dropped)
 
 
-def visible(text: str) -> str:
-    """`text` with every character that would not be seen as itself spelt out: `<U+202E>`. Line ends and tabs stay."""
-    return _UNSEEN.sub(lambda match: f"<U+{ord(match.group()):04X}>", text)
-
-
 def marked(view: RowView, opening: str = "\u27e6", closing: str = "\u27e7") -> str:
-    """The text with what is trained between marks and what is cut off between doubled ones, where colours are none."""
+    """The text with trained parts between marks and cut parts between doubled marks, for terminals without colours."""
     parts = []
-    for kind, text in _runs(view.stretches):
+    for kind, stretches in groupby(view.stretches, lambda stretch: stretch.kind):
         times = {"read": 0, "trained": 1, "cut": 2}[kind]
-        parts.append(opening * times + visible(text) + closing * times)
+        text = "".join(visible(stretch.text) for stretch in stretches)
+        parts.append(opening * times + text + closing * times)
     return "".join(parts)
 
 
@@ -121,15 +114,10 @@ def styled(view: RowView) -> list[tuple[str, str]]:
 
 
 def token_lines(view: RowView) -> list[list[str]]:
-    """A line for each token: its place, its id, what becomes of it, and the text that it completes."""
+    """A line for each token: its index, its id, its kind, and the text that it completes."""
     return [
-        [
-            str(place),
-            str(token.id),
-            token.kind,
-            visible(token.text).replace("\n", "\u21b5").replace("\t", "\u21e5"),
-        ]
-        for place, token in enumerate(view.tokens)
+        [str(index), str(token.id), token.kind, _line(token.text).replace("\t", "\u21e5")]
+        for index, token in enumerate(view.tokens)
     ]
 
 
@@ -141,41 +129,23 @@ def shipped(renderer: Renderer, row: Row) -> str:
     source = renderer.tokenizer.chat_template
     if source is None:
         raise DataError("the model has no chat template to compare with", hint="leave --diff out")
-    messages = _messages(row.content, renderer.contract)
+    messages = row.content.turns()
     if messages is None:
         raise DataError("a row of this format is no conversation: no chat template applies", place=row.place)
-    contract, tokenizer = renderer.contract, renderer.tokenizer
-    bos = tokenizer.bos.text if tokenizer.bos else None
-    eos = tokenizer.eos.text if tokenizer.eos else None
-    return ChatTemplate(source, bos=bos, eos=eos, date=contract.date).render(messages)
+    contract = renderer.contract
+    template = ChatTemplate(source, bos=contract.bos, eos=contract.eos, date=contract.date)
+    return template.render(contract.with_system(messages))
 
 
 def difference(view: RowView, other: str) -> list[tuple[str, str]]:
-    """What leads from `other` to the row's text, line by line: (" ", "-" or "+", the line with its end marked)."""
-    ours, theirs = _lines(view.text), _lines(other)
-    found: list[tuple[str, str]] = []
-    for line in difflib.ndiff(theirs, ours):
-        if line[0] in " -+":
-            found.append((line[0], line[2:]))
-    return found
+    """The difference from `other` to the row's text by lines: (" ", "-" or "+", the line with its end marked)."""
+    ours, theirs = (list(map(_line, text.splitlines(keepends=True))) for text in (view.text, other))
+    return [(line[0], line[2:]) for line in difflib.ndiff(theirs, ours) if line[0] in " -+"]
 
 
-def _messages(content: Content, contract: PromptContract) -> Sequence[Message] | None:
-    match content:
-        case Instruction():
-            messages = conversation(content)
-        case Chat(given):
-            messages = list(given)
-        case _:
-            return None
-    if contract.system and messages[0].role != "system":
-        messages = [Message("system", contract.system), *messages]
-    return messages
-
-
-def _lines(text: str) -> list[str]:
-    """Lines in which a line end is seen."""
-    return [visible(line).replace("\n", "\u21b5") for line in text.splitlines(keepends=True)]
+def _line(text: str) -> str:
+    """`text` with visible line ends."""
+    return visible(text).replace("\n", "\u21b5")
 
 
 def _tokens(tokenizer: Tokenizer, row: Rendered, kept: int) -> tuple[Token, ...]:
@@ -191,32 +161,20 @@ def _tokens(tokenizer: Tokenizer, row: Rendered, kept: int) -> tuple[Token, ...]
 def _stretches(pieces: Sequence[Piece], lost: int) -> tuple[Stretch, ...]:
     """The pieces, the last `lost` characters of them cut off."""
     left = sum(len(piece.text) for piece in pieces) - lost
-    found: list[Stretch] = []
+    stretches: list[Stretch] = []
     for piece in pieces:
-        here = max(0, min(left, len(piece.text)))
-        left -= here
-        if piece.text[:here]:
-            found.append(Stretch(piece.text[:here], "trained" if piece.trained else "read", piece.control))
-        if piece.text[here:]:
-            found.append(Stretch(piece.text[here:], "cut", piece.control))
-    return tuple(found)
-
-
-def _runs(stretches: Sequence[Stretch]) -> Iterator[tuple[Kind, str]]:
-    """Neighbours of one kind as one text."""
-    kind: Kind | None = None
-    text = ""
-    for stretch in stretches:
-        if kind is not None and stretch.kind != kind:
-            yield kind, text
-            text = ""
-        kind, text = stretch.kind, text + stretch.text
-    if kind is not None:
-        yield kind, text
+        kept = max(0, min(left, len(piece.text)))
+        left -= kept
+        kind: Kind = "trained" if piece.trained else "read"
+        stretches += [
+            Stretch(piece.text[:kept], kind, piece.control),
+            Stretch(piece.text[kept:], "cut", piece.control),
+        ]
+    return tuple(stretch for stretch in stretches if stretch.text)
 
 
 def wanted_rows(row: int | None, rows: str | None) -> range:
-    """The numbers, from 0, that `--row N` or `--rows FIRST-LAST` asks for; the first row without either."""
+    """The numbers, from 0, that `--row N` or `--rows FIRST-LAST` requests; the first row without either."""
     if rows is None:
         return range((row or 1) - 1, row or 1)
     match = re.fullmatch(r"(\d+)-(\d+)", rows)
@@ -228,27 +186,11 @@ def wanted_rows(row: int | None, rows: str | None) -> range:
     return range(first - 1, last)
 
 
-def rows_of(config: Config, wanted: range) -> tuple[Renderer, list[Row]]:
-    """The rows with the numbers `wanted`, and what renders them. Raises a LorafitError."""
-    data, offline = config.data, config.run.offline
-    base = tokenizer_folder(config.model.name, revision=config.model.revision, offline=offline)
+def rows_of(config: Config, numbers: range) -> tuple[Renderer, list[Row]]:
+    """The rows with `numbers`, and their renderer. Raises a LorafitError."""
+    base = tokenizer_folder(config.model.name, revision=config.model.revision, offline=config.run.offline)
     renderer = make_renderer(config, Tokenizer.from_folder(base.path))
-    files, missing = find_files(
-        data.path, format=data.format, revision=data.revision, split=data.split, offline=offline
-    )
-    if missing:
-        raise DataError.of(missing)
-    found: list[Row] = []
-    num_rows = 0
-    for chunk in RowReader(files, data.format).chunks():
-        num_rows = chunk.rows[-1].number + 1
-        found += [row for row in chunk.rows if row.number in wanted]
-        if num_rows >= wanted.stop:
-            break
-    if len(found) < len(wanted):
-        hint = f"the last row is number {num_rows:,}"
-        raise DataError(f"there is no row {wanted[len(found)] + 1:,}", place=", ".join(data.path), hint=hint)
-    return renderer, found
+    return renderer, RowReader(source_files(config), config.data.format).read(numbers)
 
 
 NUM_BINS = 40
@@ -260,27 +202,25 @@ def excerpt(
 ) -> dict[str, Any]:
     """The lengths of all rows in bins, and some training rows, for rows.json.
 
-    `rows` are the first two, the one of median length and the longest; `place` says where a person finds one. Each
-    is its tokens decoded, cut where training begins and ends: what the model reads, not what was meant.
+    `rows` are the first two, the one of median length and the longest; `place` gives the place of one for messages.
+    The text of each is decoded from its tokens, cut where training begins and ends.
     """
     order = np.argsort(training.lengths, kind="stable")
     chosen = dict.fromkeys([*range(min(2, len(order))), int(order[len(order) // 2]), int(order[-1])])
+    lengths = {"training": training.lengths, "heldout": heldout.lengths}
+    longest = max(int(values.max(initial=0)) for values in lengths.values())
     return {
-        "lengths": histogram(training.lengths, heldout.lengths),
+        "lengths": histogram(lengths, -(-(longest + 1) // NUM_BINS)),
         "rows": [_row(training, index, tokenizer, place(index)) for index in chosen],
     }
 
 
-def histogram(training: NDArray[np.int32], heldout: NDArray[np.int32]) -> dict[str, list[int]]:
+def histogram(lengths: Mapping[str, NDArray[np.int32]], width: int) -> dict[str, list[int]]:
     """Rows in bins of equal width: bin i holds lengths from `edges[i]` to below `edges[i + 1]`."""
-    longest = int(max(training.max(initial=0), heldout.max(initial=0)))
-    width = -(-(longest + 1) // NUM_BINS)
+    longest = max(int(values.max(initial=0)) for values in lengths.values())
     edges = np.arange(0, longest + 1 + width, width)
-    counts = {"training": training, "heldout": heldout}
-    return {
-        "edges": edges.tolist(),
-        **{name: np.histogram(lengths, edges)[0].tolist() for name, lengths in counts.items()},
-    }
+    counts = {name: np.histogram(values, edges)[0].tolist() for name, values in lengths.items()}
+    return {"edges": edges.tolist(), **counts}
 
 
 def _row(rows: TokenDataset, index: int, tokenizer: Tokenizer, place: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Rows that were tokenised once are not tokenised again: folders named by a hash of all that decides their content.
 
-An entry is a folder that was committed whole and is verified byte by byte when it is opened. Whatever goes wrong with
-the cache costs time only: a damaged entry is made again, and without a place to write the tokens go to a temporary
-folder. Entries hold tokens and counts, no paths.
+An entry is a committed folder; every byte of it is verified when it is opened. A fault of the cache costs only time:
+a damaged entry is built again, and where the cache cannot be written the tokens go to a temporary folder. Entries
+hold tokens, counts and short excerpts, no paths.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.data.prompt import Renderer
-from lorafit.data.readers import suffix_of
 from lorafit.data.sources import RowReader, SourceFile
 from lorafit.data.token_dataset import TokenDataset, encode_chunks, open_encoded
 from lorafit.errors import DataError, RunError
-from lorafit.storage.atomic import MANIFEST, commit_folder, read_facts, sha256_file, verify_folder
+from lorafit.hub.dataset_splits import suffix_of
+from lorafit.storage.atomic import MANIFEST, read_facts, sha256_file, staging_folder, verify_folder
 from lorafit.storage.cache_dir import cache_folder
 from lorafit.storage.locks import exclusive_lock
 
@@ -36,20 +36,18 @@ _DECIDING_FILES = ("tokens.bin", "offsets.bin", "numbers.bin")
 _BUILDING = ".building-"
 _ABANDONED_SECONDS = 24 * 3600
 
-# Writes the arrays to a folder and returns the facts that come with them.
-Build = Callable[[Path], Mapping[str, Any]]
-
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What was built, now or earlier: rows, the facts about them, and the SHA-256 of what training sees of them.
+    """Rows, the facts about them, and the SHA-256 of what training reads of them, built now or earlier.
 
-    `notes` is what a person should know about the cache.
+    `key` is the name of the entry. `notes` are messages for the user about the cache.
     """
 
     encoded: TokenDataset
     facts: Mapping[str, Any]
     digest: str
+    key: str
     notes: tuple[str, ...]
 
 
@@ -61,33 +59,43 @@ def encode_files(
 ) -> Entry:
     """The rows of `files` as tokens; facts are those of `open_encoded`, and `files`: a summary of each.
 
-    `advance` is told (bytes read, bytes in all). Raises DataError with the problems of all rows.
+    Of processes that need the same entry at once, as the ranks of a run do, one builds it and the others wait.
+    `advance` is called with (bytes read, bytes in all). Raises DataError with the problems of all rows, and RunError
+    when the tokens can be stored nowhere.
     """
     digests = [_sha256(file) for file in files]
-    contents = [(suffix_of(file.path), digest) for file, digest in zip(files, digests, strict=True)]
-
-    def build(folder: Path) -> dict[str, Any]:
-        reader = RowReader(files, format)
-        show = (lambda: advance(*reader.progress())) if advance else None
-        facts = encode_chunks(reader.chunks(), renderer, folder, progress=show)
-        for file, digest in zip(files, digests, strict=True):
-            if _sha256(file) != digest:
-                hint = "start again when nothing writes to it any more"
-                raise DataError("the file changed while it was read", place=file.name, hint=hint)
-        return {**facts, "files": [asdict(summary) for summary in reader.found]}
-
-    return open_or_build(key_of(contents, format, renderer.contract.hash), build)
-
-
-def _sha256(file: SourceFile) -> str:
+    contents = [(suffix_of(file.path.name), digest) for file, digest in zip(files, digests, strict=True)]
+    key = key_of(contents, format, renderer.contract.hash)
+    notes: list[str] = []
     try:
-        return sha256_file(file.path)
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", place=file.name) from error
+        with exclusive_lock(_cache("turns") / key[:2]):
+            if not _is_whole(folder := _cache() / key, notes):
+                with writing(_cache(), key) as (staging, facts):
+                    facts |= _encode(files, digests, format, renderer, advance, staging)
+            entry = _entry(folder, notes)
+    except (OSError, RunError) as error:
+        notes = [f"the tokens are not cached: {_reason(error)}"]
+    else:
+        with contextlib.suppress(OSError):
+            os.utime(folder)
+            _make_room(folder)
+        return entry
+    temporary = Path(tempfile.gettempdir())
+    try:
+        with _own_folder(temporary) as parent:
+            with writing(parent, key) as (staging, facts):
+                facts |= _encode(files, digests, format, renderer, advance, staging)
+            return _entry(parent / key, notes)  # its files stay readable after the folder is removed
+    except (OSError, RunError) as error:
+        raise RunError(
+            f"the tokens of the rows cannot be stored: {_reason(error)}",
+            place=str(temporary),
+            hint="free space, or set LORAFIT_CACHE to a folder on a disk with room",
+        ) from error
 
 
 def key_of(contents: Sequence[tuple[str, str]], format: str, contract_hash: str) -> str:  # noqa: A002
-    """The name of an entry: `contents` are kind and SHA-256 of each file in order, `format` is the one asked for."""
+    """The name of an entry: `contents` are kind and SHA-256 of each file in order, `format` is the requested one."""
     decides = {
         "encoding": ENCODING,
         "tokenizers": version("tokenizers"),
@@ -100,97 +108,110 @@ def key_of(contents: Sequence[tuple[str, str]], format: str, contract_hash: str)
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
-def open_or_build(key: str, build: Build) -> Entry:
-    """The entry `key` of the user's cache, built unless it is there. What `build` raises goes through.
-
-    Of processes that want the same entry at once, as the ranks of a run do, one builds it and the others wait.
-    Raises RunError when the tokens can be stored nowhere.
-    """
-    notes: list[str] = []
-    try:
-        place = cache_folder("rows")
-    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
-        return _build_outside(key, build, f"the tokens are not cached: {_reason(error)}")
-    try:
-        with exclusive_lock(cache_folder("turns") / key[:2]):
-            entry = _opened(place / key, notes) or _built(place, key, build, notes)
-    except (OSError, RunError) as error:
-        return _build_outside(key, build, f"the tokens are not cached: {_reason(error)}")
+def load_facts(key: str) -> dict[str, Any] | None:
+    """The facts that `store_facts` stored beside the tokens, None if there are none that are whole."""
     with contextlib.suppress(OSError):
-        os.utime(place / key)
-        _make_room(place, key)
-    return entry
+        if _is_whole(folder := _cache() / key, []):
+            os.utime(folder)
+            return read_facts(folder)
+    return None
 
 
-def _opened(folder: Path, notes: list[str]) -> Entry | None:
-    """The entry in `folder`, None if there is none that is whole."""
-    if not folder.exists():
-        return None
-    if faults := verify_folder(folder):
-        notes.append(f"the cached tokens were damaged and are made again: {faults[0]}")
-        return None
-    return _entry(folder, notes)
-
-
-def _built(place: Path, key: str, build: Build, notes: Sequence[str]) -> Entry:
-    """Build the entry beside the others, then give it its name, unless another process was quicker."""
-    with _own_folder(place) as parent:
-        _commit(parent / key, build)
-        (parent / key).chmod(0o700)
-        if (place / key).exists() and verify_folder(place / key):
-            (place / key).rename(parent / "damaged")
-        try:
-            (parent / key).rename(place / key)
-        except OSError:
-            if not (place / key).exists():
-                raise
-    return _entry(place / key, notes)
-
-
-def _build_outside(key: str, build: Build, note: str) -> Entry:
-    """Build in a temporary folder whose files are gone once nobody reads them."""
-    try:
-        with _own_folder(Path(tempfile.gettempdir())) as parent:
-            _commit(parent / key, build)
-            return _entry(parent / key, [note])
-    except (OSError, RunError) as error:
-        raise RunError(
-            f"the tokens of the rows cannot be stored: {_reason(error)}",
-            place=tempfile.gettempdir(),
-            hint="free space, or set LORAFIT_CACHE to a folder on a disk with room",
-        ) from error
+def store_facts(key: str, facts: Mapping[str, Any]) -> None:
+    """Store JSON values under a name that hashes all that decides them; nothing happens where that fails."""
+    with contextlib.suppress(OSError, RunError):
+        shutil.rmtree(_cache() / key, ignore_errors=True)  # it was not usable
+        with writing(_cache(), key) as (_, stored):
+            stored |= facts
 
 
 @contextlib.contextmanager
-def _own_folder(place: Path) -> Iterator[Path]:
-    """A folder of this process alone, gone with all that is still in it at the end."""
-    folder = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=place))
+def writing(root: Path, key: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A folder and facts to fill; when the block ends they become the entry `key` of `root`.
+
+    Another process may have committed the same entry meanwhile; then its entry stays, unless that is damaged.
+    """
+    facts: dict[str, Any] = {}
+    with _own_folder(root) as parent:
+        with staging_folder(parent / key, facts, {}) as staging:
+            yield staging, facts
+        (parent / key).chmod(0o700)
+        if (root / key).exists() and verify_folder(root / key):
+            (root / key).rename(parent / "damaged")
+        try:
+            (parent / key).rename(root / key)
+        except OSError:
+            if not (root / key).exists():
+                raise
+
+
+@contextlib.contextmanager
+def _own_folder(root: Path) -> Iterator[Path]:
+    """A folder of this process alone; it is removed at the end with all that is still in it."""
+    folder = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=root))
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _commit(folder: Path, build: Build) -> None:
-    facts: dict[str, Any] = {}
-    commit_folder(folder, lambda staging: facts.update(build(staging)), facts)
+def _cache(name: str = "rows") -> Path:
+    try:
+        return cache_folder(name)
+    except RuntimeError as error:  # there is no home folder
+        raise OSError(str(error)) from error
+
+
+def _sha256(file: SourceFile) -> str:
+    try:
+        return sha256_file(file.path)
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", place=file.name) from error
+
+
+def _encode(
+    files: Sequence[SourceFile],
+    digests: Sequence[str],
+    format: str,  # noqa: A002 (the name of the setting)
+    renderer: Renderer,
+    advance: Callable[[int, int], None] | None,
+    folder: Path,
+) -> dict[str, Any]:
+    """Write the tokens to `folder` and return the facts. Raises DataError, also for a file that changed meanwhile."""
+    reader = RowReader(files, format)
+    show = (lambda: advance(*reader.progress())) if advance else None
+    facts = encode_chunks(reader.chunks(), renderer, folder, progress=show)
+    for file, digest in zip(files, digests, strict=True):
+        if _sha256(file) != digest:
+            hint = "start again when no other program writes to it"
+            raise DataError("the file changed while it was read", place=file.name, hint=hint)
+    return {**facts, "files": [asdict(summary) for summary in reader.summaries]}
+
+
+def _is_whole(folder: Path, notes: list[str]) -> bool:
+    """Whether the entry in `folder` exists without a fault; `notes` receives a fault."""
+    if not folder.exists():
+        return False
+    if faults := verify_folder(folder):
+        notes.append(f"the cached tokens were damaged and are made again: {faults[0]}")
+    return not faults
 
 
 def _entry(folder: Path, notes: Sequence[str]) -> Entry:
     facts = read_facts(folder)
     files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     digest = hashlib.sha256("".join(files[name]["sha256"] for name in _DECIDING_FILES).encode()).hexdigest()
-    return Entry(open_encoded(folder, facts), facts, digest, tuple(notes))
+    return Entry(open_encoded(folder, facts), facts, digest, folder.name, tuple(notes))
 
 
-def _make_room(place: Path, key: str) -> None:
-    """Remove the entries that were not used for longest, beyond MAX_BYTES in all, and what a crash left."""
-    entries = [path for path in place.iterdir() if path.is_dir() and path.name != key]
-    used = {path: path.stat().st_mtime for path in entries}
-    room = MAX_BYTES - _size(place / key)
-    for path in sorted(entries, key=lambda path: -used[path]):
+def _make_room(used: Path) -> None:
+    """Remove the least recently used entries beside `used` beyond MAX_BYTES in all, and what a crash left."""
+    entries = [path for path in used.parent.iterdir() if path.is_dir() and path != used]
+    times = {path: path.stat().st_mtime for path in entries}
+    room = MAX_BYTES - _size(used)
+    for path in sorted(entries, key=lambda path: -times[path]):
         if path.name.startswith(_BUILDING):
-            if time.time() - used[path] > _ABANDONED_SECONDS:
+            if time.time() - times[path] > _ABANDONED_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
             continue
         room -= _size(path)

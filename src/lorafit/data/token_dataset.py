@@ -1,4 +1,4 @@
-"""All rows rendered, fitted to the longest length allowed, and laid end to end in flat files."""
+"""All rows rendered, fitted to the longest length allowed, and stored one after the other in flat files."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ Counts = NDArray[np.int32]
 
 
 class TokenFile:
-    """The tokens of all rows, row after row: the ids of one, then for each of them whether it is trained.
+    """The tokens of all rows, row after row: the ids of one row, then for each id whether it is trained.
 
-    It is read, not mapped: the pages of all rows trained so far would count as memory of this process, and a disk that
-    fails would end it without a word.
+    The file is read, not mapped: mapped pages count as memory of the process, and a disk that fails would kill the
+    process without an error.
     """
 
     def __init__(self, path: Path, kind: str) -> None:
@@ -46,28 +46,28 @@ class TokenFile:
             weakref.finalize(self, os.close, self._descriptor)
 
     def read(self, start: int, stop: int) -> TokenRow:
-        """The row of the tokens `start` to `stop`, not to be written to. Raises RunError if the disk fails."""
+        """The row of the tokens `start` to `stop`, read-only. Raises RunError if the disk fails."""
         width, length = self.dtype.itemsize + 1, stop - start
         data = self._bytes(length * width, start * width)
         ids: Ids = np.frombuffer(data, self.dtype, length)
         return ids, np.frombuffer(data, np.bool_, length, length * self.dtype.itemsize)
 
-    def _bytes(self, count: int, at: int) -> Any:
+    def _bytes(self, count: int, offset: int) -> Any:
         if self._mapped is not None:
-            return self._mapped[at : at + count].tobytes()
+            return self._mapped[offset : offset + count].tobytes()
         try:
-            data = os.pread(self._descriptor, count, at)
+            data = os.pread(self._descriptor, count, offset)
         except OSError as error:
             raise RunError(f"tokens cannot be read: {error.strerror}", place=str(self._path)) from error
         if len(data) < count:
-            hint = "something else has written to the cache; start again"
+            hint = "another program has written to the cache; start again"
             raise RunError("tokens are missing", place=str(self._path), hint=hint)
         return data
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Flat:
-    """The arrays of the rows as they lie on disk: row i has the tokens `offsets[i]` to `offsets[i + 1]`."""
+    """The arrays of the rows as stored on disk: row i has the tokens `offsets[i]` to `offsets[i + 1]`."""
 
     tokens: TokenFile
     offsets: Numbers  # (rows + 1,)
@@ -80,7 +80,7 @@ class Flat:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenDataset:
-    """Rows as tokens that lie on disk, all of them or (`index`) some; `row(i)` is the one at position i.
+    """Rows as tokens on disk, all of them or (`index`) some; `row(i)` is the row at position i.
 
     `dropped` maps the reason to the numbers of the rows that are not here.
     """
@@ -94,9 +94,8 @@ class TokenDataset:
 
     def row(self, index: int) -> TokenRow:
         """The ids of the row at `index` and which of them are training targets."""
-        at = index if self.index is None else self.index[index]
-        start, stop = int(self.flat.offsets[at]), int(self.flat.offsets[at + 1])
-        return self.flat.tokens.read(start, stop)
+        row = index if self.index is None else self.index[index]
+        return self.flat.tokens.read(int(self.flat.offsets[row]), int(self.flat.offsets[row + 1]))
 
     @property
     def lengths(self) -> Counts:
@@ -122,9 +121,11 @@ class TokenDataset:
         """The number over all sources of the row at `index`."""
         return int(self.flat.numbers[index if self.index is None else self.index[index]])
 
-    def line(self, index: int) -> int:
-        """The line in its file that the row at `index` starts in, 0 where the file has no lines."""
-        return int(self.flat.lines[index if self.index is None else self.index[index]])
+    def line_of(self, number: int) -> int:
+        """The first line of row `number` in its file, 0 where the file has no lines or the row is not here."""
+        index = int(np.searchsorted(self.flat.numbers, number))
+        is_here = index < len(self.flat.numbers) and self.flat.numbers[index] == number
+        return int(self.flat.lines[index]) if is_here else 0
 
     def take(self, indices: Numbers) -> TokenDataset:
         """The rows at `indices`, in that order, without any dropped rows; no token is copied."""
@@ -137,7 +138,7 @@ class TokenDataset:
 def open_encoded(folder: Path, facts: Mapping[str, Any]) -> TokenDataset:
     """The rows that `encode_chunks` wrote to `folder`; `facts` is what it returned.
 
-    They stay readable when the folder is removed, where the system allows that.
+    They stay readable after the folder is removed, where the system allows that.
     """
     arrays: dict[str, Any] = {
         name: (TokenFile if name == "tokens" else _mapped)(folder / f"{name}.bin", kind)
@@ -159,7 +160,7 @@ def _kinds(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _mapped(path: Path, kind: str) -> NDArray[Any]:
-    if path.stat().st_size == 0:  # nothing cannot be mapped
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
         return np.zeros(0, dtype=kind)
     with path.open("rb") as file:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=kind)
@@ -229,12 +230,8 @@ class _Writer:
         self._num_tokens = int(ends[-1]) if len(ends) else self._num_tokens
         targets = [row.count(1) for row in trained]
         self._write("offsets", ends)
-        for name, values in (
-            ("numbers", numbers),
-            ("truncated", truncated),
-            ("targets", targets),
-            ("lines", lines),
-        ):
+        columns = {"numbers": numbers, "truncated": truncated, "targets": targets, "lines": lines}
+        for name, values in columns.items():
             self._write(name, values)
 
     def finish(self) -> dict[str, Any]:
@@ -253,7 +250,7 @@ class _Writer:
         return self._renderer.contract.max_length
 
     def _fit(self, row: Row, outcome: Rendered | Dropped) -> tuple[Rendered, int] | None:
-        """The row as it is trained and how many tokens it lost, None if it is not trained."""
+        """The row as it is trained and the number of tokens that were cut, None if it is not trained."""
         longest = self._max_length
         if isinstance(outcome, Dropped):
             self._drop(row, outcome.reason)
@@ -282,7 +279,7 @@ class _Writer:
 
 
 def _too_long(listed: Sequence[Problem], count: int, longest: int, max_length: int) -> list[Problem]:
-    """The first rows that are too long by name, then one problem that counts all of them."""
+    """A problem for each of the first rows that are too long, then one that counts all of them."""
     hint = (
         f"data.max_length={longest} keeps them whole; data.too_long=truncate cuts them, "
         "data.too_long=drop leaves them out"

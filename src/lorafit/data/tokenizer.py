@@ -1,11 +1,10 @@
-"""A Hugging Face tokenizer in which control tokens arise only from the template, never from content.
+"""A Hugging Face tokenizer in which control tokens come only from the template, never from content.
 
-How: the tokenizer is loaded as a copy in which every special token carries a private name that holds
-noncharacters. Template text has its control tokens replaced by the private names (`protect`); content stays
-as it is, so `</s>` typed by a user is plain text to the copy. A whole text is encoded in one go, so that
-normalisers, pre-tokenizers and merges work exactly as in the original. `BORDER`, a further private token,
-cuts a text where inference does: what comes before is encoded as if it stood alone, what follows as its
-continuation.
+The tokenizer is loaded as a copy in which every special token has a private name with noncharacters. `protect`
+replaces the control tokens of template text by the private names. Content is not changed, so `</s>` typed by a user
+is plain text to the copy. A whole text is encoded in one call, so that normalisers, pre-tokenizers and merges work
+exactly as in the original. `BORDER`, one more private token, cuts a text where inference does: the text before it is
+encoded alone, the text after it as its continuation.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from lorafit.data.word_cache import Words, can_go_by_words
 from lorafit.errors import ModelError
 from lorafit.storage.safe_read import MB, read_json, read_text
 
-# Noncharacters that Unicode reserves for use inside a program; data that holds one is refused.
+# Noncharacters that Unicode reserves for use inside a program; rows with one of them are refused.
 _OPEN, _CLOSE, BORDER, HOLE = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
 _RESERVED = re.compile("[\ufdd0-\ufdd3]")
 _DECIDING_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -57,7 +56,7 @@ class Tokenizer:
 
     Attributes: `bos` and `eos` (None where the model has none), `adds_bos` (whether texts start with BOS),
     `stop_ids` (the ids that end an answer according to the model), `control` (text to id of every special
-    token but the unknown one), `unknown_id` (what stands for characters outside of the vocabulary, if there is
+    token but the unknown one), `unknown_id` (the token for characters outside of the vocabulary, if there is
     one), `vocab_size`, `chat_template` (Jinja source or None), `sha256` (of the files that decide tokenisation).
     """
 
@@ -144,7 +143,7 @@ class Tokenizer:
             ) from error
 
     def protect(self, template_text: str) -> str:
-        """`template_text` with its control tokens under their private names. Never give content to this."""
+        """`template_text` with its control tokens under their private names. Not for content."""
         known = self._protected.get(template_text)
         if known is None:
             known = self._control_pattern.sub(lambda match: self._private[match.group()], template_text)
@@ -153,7 +152,7 @@ class Tokenizer:
         return known
 
     def public(self, text: str) -> str:
-        """A protected text as the user knows it."""
+        """A protected text with the public names of its control tokens."""
         if BORDER in text:
             text = text.replace(BORDER, "")
         if _OPEN not in text:
@@ -161,13 +160,13 @@ class Tokenizer:
         return re.sub(f"{_OPEN}\\d+{_CLOSE}", lambda match: self._public[match.group()], text)
 
     def cut(self, protected: str) -> Iterator[tuple[str, bool]]:
-        """A protected text as public texts, each with whether it is a control token; empty ones are left out."""
+        """A protected text in public pieces, each with whether it is a control token, without empty ones."""
         for part in re.split(f"({_OPEN}\\d+{_CLOSE})", protected.replace(BORDER, "")):
             if part:
                 yield self.public(part), part[0] == _OPEN
 
     def leading_control(self, protected: str) -> Control | None:
-        """The control token that a protected text starts with, blanks aside."""
+        """The control token at the start of a protected text, after blanks, if there is one."""
         match = re.match(f"\\s*({_OPEN}\\d+{_CLOSE})", protected)
         return self._named(self._public[match[1]]) if match else None
 
@@ -189,7 +188,7 @@ class Tokenizer:
             yield ids, borders
 
     def _encode_checked(self, inputs: Sequence[str]) -> Iterator[list[int]]:
-        """The ids of each text, BORDERs and all; ModelError if the control tokens are not those of the text."""
+        """The ids of each text with its BORDERs; ModelError if the control tokens are not those of the text."""
         try:
             encodings = self._rust.encode_batch_fast(inputs, add_special_tokens=False)
         except BaseException as error:
@@ -212,12 +211,12 @@ class Tokenizer:
         return [self.public(text) for text in self._rust.decode_batch(texts, skip_special_tokens=False)]
 
     def stream_decoder(self) -> StreamDecoder:
-        """A decoder to be fed the ids of one answer as they come."""
+        """A decoder for the ids of one answer, one by one."""
         return StreamDecoder(self)
 
     @property
     def blank(self) -> Literal["none", "first", "each"]:
-        """Where a blank is put before text: nowhere, before the start of a text, or after control tokens too."""
+        """Where a blank is added: nowhere, before the start of a text, or after control tokens too."""
         if self._prefix is None:
             return "none"
         return "first" if self._prefix.first_only else "each"
@@ -232,16 +231,14 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Turns ids into text piece by piece; a character spread over several ids comes out when it is whole.
+    """Turns ids into text piece by piece. A character of several ids is returned when it is complete.
 
-    Control tokens come out as nothing, or with `skip_special=False` by their public text.
+    The text of control tokens is "", or with `skip_special=False` their public text.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True) -> None:
         self._tokenizer, self._skip = tokenizer, skip_special
-        self._ids: list[
-            int
-        ] = []  # from the last id shown before the newest piece: decoding depends on neighbours
+        self._ids: list[int] = []  # the previous piece and the new ids: decoding depends on neighbours
         self._num_shown = 0
 
     def push(self, token_id: int) -> str:
@@ -250,7 +247,7 @@ class StreamDecoder:
         return self._piece(final=False)
 
     def finish(self) -> str:
-        """What is left at the end, such as half a character."""
+        """The rest at the end, such as half a character."""
         return self._piece(final=True)
 
     def _piece(self, final: bool) -> str:
@@ -265,10 +262,10 @@ class StreamDecoder:
 
 @dataclass(frozen=True, slots=True)
 class _Prefix:
-    """The blank that SentencePiece-like tokenizers put before a text; put by us: none may follow a BORDER.
+    """The blank that SentencePiece-like tokenizers add before a text. We add it, because none may follow a BORDER.
 
-    `first_only`: before the start of the text only, else before every stretch between control tokens too;
-    `unless`: characters that make it superfluous.
+    `first_only`: only before the start of the text, else after control tokens too; `unless`: no blank is added before
+    one of these characters.
     """
 
     text: str
@@ -276,7 +273,7 @@ class _Prefix:
     unless: str
 
     def add(self, text: str) -> str:
-        if BORDER not in text and _OPEN not in text:  # the plain case, and the hot one
+        if BORDER not in text and _OPEN not in text:  # the frequent case
             return self.text + text if text and text[0] not in self.unless else text
         place = "^" if self.first_only else f"(?:^|(?<={_CLOSE}))"
         return re.sub(
@@ -285,8 +282,8 @@ class _Prefix:
 
 
 def _take_prefix(spec: dict[str, Any], legacy: bool) -> _Prefix | None:
-    """Removes from `spec` whatever prepends a blank to texts, and says how to do the same."""
-    for step in _steps(spec.get("pre_tokenizer")):
+    """Remove from `spec` every step that adds a blank before texts, and return the same rule."""
+    for step in steps_of(spec.get("pre_tokenizer")):
         if step["type"] == "Metaspace":
             default = "always" if step.pop("add_prefix_space", True) else "never"
             scheme, step["prepend_scheme"] = step.get("prepend_scheme", default), "never"
@@ -295,7 +292,7 @@ def _take_prefix(spec: dict[str, Any], legacy: bool) -> _Prefix | None:
         if step["type"] == "ByteLevel" and step.get("add_prefix_space"):
             step["add_prefix_space"] = False
             return _Prefix(" ", False, " ")
-    for step in _steps(spec.get("normalizer")):
+    for step in steps_of(spec.get("normalizer")):
         if step["type"] == "Prepend":
             # Without "legacy", transformers prepends to the start of a text only, whatever the file says.
             step.update(type="Replace", pattern={"String": step["prepend"]}, content=step["prepend"])
@@ -303,7 +300,7 @@ def _take_prefix(spec: dict[str, Any], legacy: bool) -> _Prefix | None:
     return None
 
 
-def _steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+def steps_of(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
     """A normalizer, pre-tokenizer or post-processor as its plain steps."""
     if part is None:
         return
@@ -312,13 +309,13 @@ def _steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
     if nested is None:
         yield part
     for step in nested or []:
-        yield from _steps(step)
+        yield from steps_of(step)
 
 
 def _growth(part: dict[str, Any] | None) -> int:
-    """How many times as long the steps of a normalizer or decoder can make a text."""
+    """The factor by which the steps of a normalizer or decoder can lengthen a text."""
     growth = 1
-    for step in _steps(part):
+    for step in steps_of(part):
         if step["type"] == "Replace":
             always_takes_some = bool(step["pattern"].get("String"))
             growth *= max(1, len(step["content"]) + (not always_takes_some))
@@ -331,14 +328,14 @@ def _growth(part: dict[str, Any] | None) -> int:
 
 def _adds(post_processor: dict[str, Any] | None, bos: str | None) -> bool:
     """Whether the post-processor starts texts with `bos`."""
-    for step in _steps(post_processor):
+    for step in steps_of(post_processor):
         if step["type"] == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
             return bool(step["single"][0]["SpecialToken"]["id"] == bos)
     return False
 
 
 def _specials(spec: dict[str, Any], config: Mapping[str, Any], named: Sequence[str]) -> list[str]:
-    """The texts of all special tokens; `spec` gains those that only the config declares."""
+    """The texts of all special tokens; those that only the config declares are added to `spec`."""
     vocab = spec["model"]["vocab"]
     known = vocab if isinstance(vocab, dict) else {entry[0]: number for number, entry in enumerate(vocab)}
     added = {token["content"]: token for token in spec["added_tokens"]}
@@ -356,14 +353,14 @@ def _specials(spec: dict[str, Any], config: Mapping[str, Any], named: Sequence[s
 
 
 def _unknown(model: Mapping[str, Any]) -> str | None:
-    """The token that stands for characters the model does not know; it alone may arise from content."""
+    """The token for characters that the model does not know; it alone may come from content."""
     if isinstance(model.get("unk_id"), int):
         return str(model["vocab"][model["unk_id"]][0])
     return model.get("unk_token")
 
 
 def _rename(spec: dict[str, Any], names: Mapping[str, str]) -> None:
-    """Gives the special tokens of `spec` their private names, and drops what adds or cuts tokens."""
+    """Give the special tokens of `spec` their private names, and remove the steps that add or cut tokens."""
     model = spec["model"]
     for token in spec["added_tokens"]:
         if token["content"] in names:
@@ -374,7 +371,7 @@ def _rename(spec: dict[str, Any], names: Mapping[str, str]) -> None:
         model["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
     if "merges" in model:
         pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-        # A merge that makes a control token out of letters is the one thing that must not be.
+        # No merge may make a control token out of letters.
         model["merges"] = [
             [a, b] for a, b in pairs if a not in names and b not in names and a + b not in names
         ]
@@ -384,7 +381,7 @@ def _rename(spec: dict[str, Any], names: Mapping[str, str]) -> None:
 
 
 def _is_panic(error: BaseException) -> bool:
-    """Whether Rust code ended in a way that its author did not foresee; the exception derives from none of Python's."""
+    """Whether Rust code panicked; that exception derives from BaseException."""
     return type(error).__name__ == "PanicException"
 
 
@@ -394,7 +391,7 @@ def _either(texts: Iterable[str]) -> re.Pattern[str]:
 
 
 def _token_text(value: object) -> str | None:
-    """A token as configs write it: text, or an object with `content`."""
+    """The text of a token in a config: text, or an object with `content`."""
     text = value.get("content") if isinstance(value, dict) else value
     return text if isinstance(text, str) and text else None
 

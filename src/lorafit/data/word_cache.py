@@ -1,9 +1,8 @@
-"""Ids of texts word by word, out of a memory of words, for tokenizers that take a whole text as one long word.
+"""Ids of texts word by word from a cache of words, for tokenizers that merge a whole text as one long word.
 
-Those are the SentencePiece-like BPE tokenizers of Llama 2 and Mistral: nothing cuts a text before its merges, so their
-own memory of words never helps. But where no token holds a blank after another character, no merge goes over the start
-of a word, and the ids of a text are those of its words one after the other: merges apply by rank, and those of one word
-never touch another.
+These are the SentencePiece-like BPE tokenizers of Llama 2 and Mistral. They do not split a text before its merges, so
+their own cache of words never has a hit. But if no token has a blank after another character, no merge crosses the
+start of a word. Then the ids of a text are the ids of its words, one after the other.
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ from itertools import chain
 from typing import Any
 
 SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
-MAX_CHARACTERS = 2_000_000  # of all words in memory; with them it is begun anew
-_AT_START = "\ufdd3"  # before a word that has no blank before it; reserved, so no text holds it
+MAX_CHARACTERS = 2_000_000  # of all cached words; beyond that the cache is emptied
+_AT_START = "\ufdd3"  # before a word without a blank before it; reserved, so no text has it
 _WORD = re.compile(f"[ {SPACE_MARK}]+[^ {SPACE_MARK}]*|[^ {SPACE_MARK}]+")
 
 
 def can_go_by_words(spec: Mapping[str, Any]) -> bool:
-    """Whether the tokenizer of a tokenizer.json has the ids of a text word by word; False where that is not certain.
+    """Whether the tokenizer of a tokenizer.json gives the ids of a text word by word; False where that is not certain.
 
-    Its special tokens must be such that none takes blanks beside it.
+    None of its special tokens may include the blanks beside it.
     """
     model = spec["model"]
     changed = ("dropout", "ignore_merges", "continuing_subword_prefix", "end_of_word_suffix")
@@ -53,7 +52,7 @@ def _only_turns_spaces_into_blanks(normalizer: Any, pre_tokenizer: Any) -> bool:
 
 
 class Words:
-    """The memory of words; `encode` gives the ids of whole texts."""
+    """The cache of words; `encode` gives the ids of whole texts."""
 
     def __init__(self, encode: Callable[[list[str]], Iterable[list[int]]]) -> None:
         self._encode = encode
@@ -61,14 +60,14 @@ class Words:
         self._num_characters = 0
 
     def encode_batch(self, texts: Sequence[str]) -> Iterator[list[int]]:
-        """The ids of each text, a list of its own."""
+        """The ids of each text, each a new list."""
         words_of = [_words(text) for text in texts]
         if self._num_characters > MAX_CHARACTERS:
-            self._known, self._num_characters = {}, 0  # another thread may still be reading the one before
+            self._known, self._num_characters = {}, 0  # another thread may still read the old one
         known = self._known
         new = list(set().union(*words_of).difference(known))
         whole = [word[1:] if word[:1] == _AT_START else SPACE_MARK + word for word in new]
-        # Tuples: the garbage collector need not look into them.
+        # Tuples: the garbage collector does not traverse them.
         known.update(zip(new, map(tuple, self._encode(whole)), strict=True))
         self._num_characters += sum(map(len, new))
         for words in words_of:

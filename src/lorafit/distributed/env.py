@@ -1,4 +1,4 @@
-"""Which of a run's processes this one is: what torchrun and its like say in the environment, read in one place."""
+"""The rank of this process and the size of its group, as torchrun sets them in the environment."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from lorafit.errors import Problem, RunError
 class ProcessEnv:
     """A process among the `world_size` of a run; `local_*` count those of its own host.
 
-    `launch` names the rendezvous that brought them together (torchrun's --rdzv-id), `restarts` how often its agent
-    has started them anew. A process by itself is `Place()`.
+    `launch` is the id of the rendezvous (torchrun's --rdzv-id), `restarts` how often its agent has restarted them.
+    A single process is `ProcessEnv()`.
     """
 
     rank: int = 0
@@ -29,20 +29,20 @@ class ProcessEnv:
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ) -> ProcessEnv:
-        """This process's place: that of RANK and WORLD_SIZE where both are set, else alone.
+        """The environment of this process: a single process unless both RANK and WORLD_SIZE are set.
 
-        RunError names every variable that is no such number.
+        Raises RunError with every variable that is not a valid number.
         """
         if not {"RANK", "WORLD_SIZE"} <= environment.keys():
             return cls()
         wrong: list[Problem] = []
 
         def number(name: str, *, otherwise: str = "", least: int = 0) -> int:
-            said = environment.get(name, otherwise)
-            if said.isdecimal() and int(said) >= least:
-                return int(said)
+            text = environment.get(name, otherwise)
+            if text.isdecimal() and int(text) >= least:
+                return int(text)
             hint = "the launcher sets it (torchrun); to run one process alone, unset RANK and WORLD_SIZE"
-            wrong.append(Problem(f"{name}={said} is no whole number from {least}", "the environment", hint))
+            wrong.append(Problem(f"{name}={text} is no whole number from {least}", "the environment", hint))
             return least
 
         env = cls(
@@ -61,53 +61,52 @@ class ProcessEnv:
 
     @property
     def is_single_process(self) -> bool:
-        """Whether there is no other process."""
+        """Whether the run has one process."""
         return self.world_size == 1
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one process that writes and speaks."""
+        """Whether this is rank 0, which writes all files and messages."""
         return self.rank == 0
 
     @property
     def device_index(self) -> int | None:
-        """Which of its host's devices is this process's; None where it is alone and may take any."""
+        """The index of this process's device on its host; None for a single process."""
         return None if self.is_single_process else self.local_rank
 
     @property
     def has_agent(self) -> bool:
-        """Whether torchrun's agent watches over this process and starts it anew when it fails."""
+        """Whether torchrun's agent restarts this process when it fails."""
         return bool(self.launch)
 
 
 def mark_no_restart(env: ProcessEnv, exit_code: int) -> None:
-    """Leave word for the restarts of this launch that they would only end in the same way.
+    """Write a marker that tells torchrun's restarts not to try again: the error is permanent.
 
-    torchrun's agent starts its workers anew whatever made them end; that a setting is wrong, or that somebody asked
-    the run to stop, does not change by that.
+    torchrun's agent restarts its workers for any failure, also for a wrong setting or a requested stop.
     """
     if env.has_agent:
-        with contextlib.suppress(OSError, RuntimeError):  # then the restarts find out by themselves
-            _word(env).write_text(str(exit_code), encoding="ascii")
+        with contextlib.suppress(OSError, RuntimeError):  # then the restarts fail in the same way
+            _marker(env).write_text(str(exit_code), encoding="ascii")
 
 
 def exit_code_of_previous_attempt(env: ProcessEnv) -> int | None:
-    """The exit code that an earlier start of this launch ended with for good, None if there was none."""
+    """The exit code in the marker of an earlier start of this launch, None where there is none."""
     if not env.has_agent:
         return None
     try:
-        word = _word(env)
+        marker = _marker(env)
         if env.restarts == 0:
-            word.unlink(missing_ok=True)
+            marker.unlink(missing_ok=True)
             return None
-        return int(word.read_text(encoding="ascii"))
+        return int(marker.read_text(encoding="ascii"))
     except (OSError, RuntimeError, ValueError):
         return None
 
 
-def _word(env: ProcessEnv) -> Path:
-    """One file for each agent: its process is the parent of its workers."""
-    from lorafit.storage.cache_dir import cache_folder  # only where something failed: `--help` is quick
+def _marker(env: ProcessEnv) -> Path:
+    """One file per agent, whose process is the parent of its workers."""
+    from lorafit.storage.cache_dir import cache_folder  # only after a failure, so that `--help` stays fast
 
     name = re.sub(r"[^A-Za-z0-9]", "-", env.launch)[:80]
     return cache_folder("launches") / f"{name}-{os.getppid()}-{env.local_rank}"

@@ -1,4 +1,4 @@
-"""The frozen base shared out over the ranks by torch's `fully_shard` (FSDP2), for one that is larger than a device."""
+"""Shards the frozen base over the ranks with torch's `fully_shard` (FSDP2), for a base larger than one device."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from lorafit.model.llama import Llama
-from lorafit.model.quant import Int8Linear
+from lorafit.model.quant import QuantizedLinear
 
 
 def shard_base(network: Llama, device: torch.device) -> None:
-    """Leave each rank an equal part of every layer's weights, on `device`; the adapter stays whole on all of them.
+    """Give each rank an equal part of every layer's weights, on `device`; the adapter stays whole on all ranks.
 
-    A layer's weights are gathered before it computes, forward and backward, and let go after. Embedding, final norm
-    and head are one part of their own and stay gathered from a pass's begin to its end. The weights may lie on the
-    CPU before, mapped to their files: one layer after the other is moved, so no device ever holds all.
+    A layer's weights are gathered before it computes, forward and backward, and freed after. Embedding, final norm
+    and head are one further part, which stays gathered during a whole pass. The weights may be on the CPU before,
+    mapped to their files: the layers move one by one, so no device holds all of them.
     """
     adapter_parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     for parameter in adapter_parameters:
         parameter.data = parameter.data.to(device)
     for module in network.modules():
-        if isinstance(module, Int8Linear):
+        if isinstance(module, QuantizedLinear):
             _as_parameters(module)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     ignored = set(adapter_parameters)
@@ -34,7 +34,7 @@ def shard_base(network: Llama, device: torch.device) -> None:
 
 
 def _as_parameters(module: nn.Module) -> None:
-    """Frozen parameters in place of a module's buffers: `fully_shard` shards parameters only."""
+    """Replace a module's buffers by frozen parameters: `fully_shard` shards parameters only."""
     for name, buffer in list(module.named_buffers(recurse=False)):
         delattr(module, name)
         module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))

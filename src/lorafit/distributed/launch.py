@@ -1,4 +1,4 @@
-"""`lorafit train --nproc N`: torch's own elastic agent on this host, with N processes that run the same command."""
+"""`lorafit train --nproc N`: torch's elastic agent on this host, with N processes that run the same command."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lorafit.distributed.ranks import num_cores
 
-MAX_RESTARTS = 3  # of all workers, when one is lost; torchrun's own default for a launch from Python
-LAST_SAVE_SECONDS = 120  # what a step and its checkpoint may take once a signal asked to stop
+MAX_RESTARTS = 3  # of all workers, where one is lost; torchrun's default for a launch from Python
+LAST_SAVE_SECONDS = 120  # for a step and its checkpoint after a signal to stop
 
 
 def launch(arguments: Sequence[str], num_processes: int) -> int:
-    """Run `python -m lorafit ARGUMENTS` in so many processes; returns the exit code of the first that failed.
+    """Run `python -m lorafit ARGUMENTS` in `num_processes`; returns the exit code of the first that failed.
 
-    What they print goes through. A worker that is lost is started again with all others, and the run goes on from
-    its last checkpoint. A signal is passed on to them, and they are waited for.
+    Their output is passed through. If a worker is lost, all are restarted, and the run resumes from its last
+    checkpoint. A signal is forwarded to them, and they are waited for.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_processes)))
-    logging.disable(logging.ERROR)  # the workers say themselves why they end
+    logging.disable(logging.ERROR)  # the workers report their own errors
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

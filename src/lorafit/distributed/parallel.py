@@ -1,4 +1,4 @@
-"""How a pass is computed and its gradient shared: alone, or by torch's DistributedDataParallel over the adapter."""
+"""How a pass is computed and its gradient reduced: in one process, or by DistributedDataParallel over the adapter."""
 
 import contextlib  # no annotations of the future here: torch reads those of the communication hook
 from collections.abc import Callable
@@ -13,44 +13,50 @@ from lorafit.data.packing import Pack
 from lorafit.model.llama import Llama
 
 Compute = Callable[[Llama, Pack], Tensor]  # the summed loss of a pack
-BUCKET_MIB = 25  # torch's own: the first is on its way while the backward pass goes on
+BUCKET_MIB = 25  # torch's default: the first is sent during the backward pass
 
 
 class Engine:
-    """A process alone: a pass is a plain call."""
+    """A single process: a pass is a plain call."""
 
-    lockstep: ClassVar = False  # whether all ranks have to make each pass together
+    lockstep: ClassVar = False  # whether all ranks must compute each pass together
 
     def __init__(self, network: Llama) -> None:
         self.network = network
-        self.reduced_bytes = 0  # of gradients, handed to all-reduce by this rank so far
+        self.reduced_bytes = 0  # of gradients, given to all-reduce by this rank so far
 
     def loss(self, compute: Compute, pack: Pack) -> Tensor:
-        """The loss of a pack, to be differentiated before the next one is asked for."""
+        """The loss of a pack. Call backward before the next pack."""
         return compute(self.network, pack)
 
     def accumulating(self) -> contextlib.AbstractContextManager[Any]:
-        """A block whose passes add to this rank's gradient only; a pass outside of it adds up that of all ranks."""
+        """Inside this context gradients are only accumulated locally; the pass outside it all-reduces them."""
         return contextlib.nullcontext()
 
 
 class ReplicatedEngine(Engine):
-    """Every rank has the adapter; its gradients, and of a whole base nothing else, travel.
+    """Every rank has the adapter. Only the adapter's gradients are communicated.
 
-    Gradients are summed, not averaged: the loss is divided by the supervised tokens of all ranks already. Ranks are
-    expected to start with the same adapter.
+    Gradients are summed, not averaged: the loss is already divided by the supervised tokens of all ranks. The ranks
+    must start with the same adapter.
     """
 
     def __init__(self, network: Llama) -> None:
         super().__init__(network)
+        passes = _PassLoss(network)
+        # The weights of a quantised base are buffers, which DDP broadcasts before every synchronised pass by default.
+        # Its switch for that, broadcast_buffers, warns in torch 2.13; this list works in all versions.
+        frozen = [name for name, parameter in passes.named_parameters() if not parameter.requires_grad]
+        frozen += [name for name, _ in passes.named_buffers()]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(passes, frozen)
         self._module = DistributedDataParallel(
-            _PassLoss(network), init_sync=False, bucket_cap_mb=BUCKET_MIB, gradient_as_bucket_view=True
+            passes, init_sync=False, bucket_cap_mb=BUCKET_MIB, gradient_as_bucket_view=True
         )
         self._module.register_comm_hook(None, self._summed)
 
     def loss(self, compute: Compute, pack: Pack) -> Tensor:
-        found: Tensor = self._module(compute, pack)
-        return found
+        loss: Tensor = self._module(compute, pack)
+        return loss
 
     def accumulating(self) -> contextlib.AbstractContextManager[Any]:
         return self._module.no_sync()
@@ -65,19 +71,19 @@ class ReplicatedEngine(Engine):
 
 
 class ShardedEngine(ReplicatedEngine):
-    """As above, over a base that is shared out (distributed/fsdp.py): each pass gathers it layer by layer."""
+    """As above, with a sharded base (distributed/fsdp.py): each pass gathers it layer by layer."""
 
     lockstep: ClassVar = True
 
     def __init__(self, network: Llama, device: torch.device) -> None:
-        from lorafit.distributed.fsdp import shard_base  # loads much of torch that no other run needs
+        from lorafit.distributed.fsdp import shard_base  # imports much of torch that no other run needs
 
         shard_base(network, device)
         super().__init__(network)
 
 
 class _PassLoss(nn.Module):
-    """A pass as the module whose forward DistributedDataParallel wants to see."""
+    """A pass as a module, whose forward DistributedDataParallel wraps."""
 
     def __init__(self, network: Llama) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The processes of a run: what they agree on, and the few numbers that they add up; a process alone just goes on."""
+"""Collectives and broadcasts between the processes of a run; no-ops for a single process."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from lorafit.distributed.env import ProcessEnv
 from lorafit.errors import ConfigError, LorafitError
+from lorafit.model.quant import QUANTIZERS
 
 _POLL_SECONDS = 0.05
+T = TypeVar("T")
 
 
 class RankError(LorafitError, RuntimeError):
-    """Another process of the run is gone or stands still: nothing that this one, or a setting, could mend."""
+    """Another process of the run is lost or stuck. No setting of this one can correct that."""
 
     exit_code = 1
 
@@ -28,9 +31,9 @@ class RankError(LorafitError, RuntimeError):
 class Ranks:
     """The ranks of a run. Every rank makes the same calls in the same order.
 
-    `broadcast_from_rank0` and `barrier` poll torch's key-value store without a time limit; no collective is pending.
-    Use them before `connect`, while rows are read and models loaded. `all_reduce_sum`, `any` and `all_reduce_max` are
-    collectives on the CPU, after it.
+    `broadcast_from_rank0` and `barrier` poll torch's key-value store without a time limit and use no collective. Use
+    them before `connect`, while rows are read and models loaded. `all_reduce_sum`, `any` and `all_reduce_max` are
+    collectives on the CPU, for use after it.
     """
 
     def __init__(self, env: ProcessEnv | None = None, store: dist.Store | None = None) -> None:
@@ -47,28 +50,33 @@ class Ranks:
     def is_main(self) -> bool:
         return self.env.is_main
 
-    def broadcast_from_rank0(self, what: str, make: Callable[[], str]) -> str:
-        """What the first rank makes, a text, on every rank. Its error, if it raises one, is its alone."""
+    def broadcast_from_rank0(
+        self, name: str, make: Callable[[], T], to_text: Callable[[T], str], from_text: Callable[[str], T]
+    ) -> T:
+        """The value that rank 0 makes, on every rank; the others read it from text. An error is raised on rank 0 only.
+
+        A single process makes no text.
+        """
         if self.store is None:
             return make()
+        store = self.store
         if self.is_main:
-            text = make()
-            self.store.set(what, text)
-            return text
-        _wait(lambda: self.store is None or self.store.check([what]))
-        return self.store.get(what).decode()
+            value = make()
+            store.set(name, to_text(value))
+            return value
+        _wait(lambda: store.check([name]))
+        return from_text(store.get(name).decode())
 
-    def barrier(self, what: str) -> None:
-        """Return when every rank has come here."""
-        if self.store is not None:
-            store = self.store
-            store.add(what, 1)
-            _wait(lambda: store.add(what, 0) >= self.world_size)
+    def barrier(self, name: str) -> None:
+        """Return when every rank has called this."""
+        if (store := self.store) is not None:
+            store.add(name, 1)
+            _wait(lambda: store.add(name, 0) >= self.world_size)
 
     def connect(self, device: torch.device, timeout: float) -> None:
-        """Make the process group, once every rank is ready: NCCL between GPUs, gloo between CPUs.
+        """Make the process group when every rank is ready: NCCL between GPUs, gloo between CPUs.
 
-        `timeout` is how many seconds one rank may wait for the others in a collective.
+        `timeout` is how many seconds a rank waits for the others in a collective.
         """
         if self.store is None:
             return
@@ -94,79 +102,77 @@ class Ranks:
         return self._reduced(values, dist.ReduceOp.MAX)
 
     def any(self, *flags: bool) -> list[bool]:
-        """Of each flag, whether it is set on any rank."""
+        """For each flag, whether it is set on any rank."""
         return [bool(value) for value in self.all_reduce_max([float(flag) for flag in flags])]
 
     def all_equal(self, digest: bytes) -> bool:
-        """Whether all ranks gave the same bytes."""
+        """Whether all ranks have the same bytes."""
         numbers = [float(byte) for byte in digest]
         return self.all_reduce_max(numbers) == numbers and self.all_reduce_max([-n for n in numbers]) == [
             -n for n in numbers
         ]
 
     def broadcast_files(self, read: Callable[[], Mapping[str, bytes]]) -> Mapping[str, bytes]:
-        """What the first rank reads, files by name, on every rank."""
+        """The files that rank 0 reads, by name, on every rank."""
         if self.is_single_process:
             return read()
         files = read() if self.is_main else {}
-        sizes = json.loads(
-            self.broadcast_from_rank0(
-                "files", lambda: json.dumps({name: len(b) for name, b in files.items()})
-            )
+        sizes = self.broadcast_from_rank0(
+            "files", lambda: {name: len(content) for name, content in files.items()}, json.dumps, json.loads
         )
-        found = {}
+        received = {}
         for name, size in sizes.items():
             content = files.get(name, bytes(size))
             tensor = torch.frombuffer(bytearray(content), dtype=torch.uint8)
             dist.broadcast(tensor, 0, self._on_cpu)
-            found[name] = tensor.numpy().tobytes()
-        return found
+            received[name] = tensor.numpy().tobytes()
+        return received
 
     def _reduced(self, values: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
         if self.is_single_process:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, how, self._on_cpu)
-        found: list[float] = tensor.tolist()
-        return found
+        reduced: list[float] = tensor.tolist()
+        return reduced
 
 
 @contextmanager
 def init_process_group(env: ProcessEnv) -> Iterator[Ranks]:
-    """The ranks of the run that this process belongs to, until the end of the block; not yet connected.
+    """The ranks of this process's run, for the block; not yet connected.
 
-    A process group that somebody else has made, as Ray Train does, is used and left as it is.
+    A process group that exists, as under Ray Train, is used and not destroyed.
     """
     if env.is_single_process:
         yield Ranks(env)
         return
-    theirs = dist.is_initialized()
-    store = dist.distributed_c10d._get_default_store() if theirs else next(dist.rendezvous("env://"))[0]
+    exists = dist.is_initialized()
+    store = dist.distributed_c10d._get_default_store() if exists else next(dist.rendezvous("env://"))[0]
     try:
         yield Ranks(env, dist.PrefixStore(_assembled(env, store), store))
     except RuntimeError as error:
         if isinstance(error, LorafitError) or not _is_lost_connection(error):
             raise
         raise RankError(
-            f"rank {env.rank} lost the connection to another one: {str(error).splitlines()[0]}",
-            hint="that one has said why it ended; torchrun --max-restarts=3 and `--nproc` start all of them again",
+            f"rank {env.rank} lost the connection to another rank: {str(error).splitlines()[0]}",
+            hint="the other rank has printed its error; torchrun --max-restarts=3 and `--nproc` restart all ranks",
         ) from None
     finally:
-        if not theirs and dist.is_initialized():
+        if not exists and dist.is_initialized():
             dist.destroy_process_group()
 
 
 def _assembled(env: ProcessEnv, store: dist.Store) -> str:
-    """A name that these processes share and no others before them, found by the first rank.
+    """A new name that these processes share, made by the first rank.
 
-    The store of torchrun's agent outlives the workers, so it may hold what lost ones wrote. Each rank therefore says
-    hello with a word of its own and waits for the answer to that word; the first one answers until all are there.
+    The store of torchrun's agent outlives the workers, so it may hold the keys of lost ones. Each rank therefore sends
+    a random token and waits for the answer to it; the first rank answers until all have arrived.
     """
-    word, name = uuid.uuid4().hex, uuid.uuid4().hex
-    store.set(f"hello/{env.rank}", word)
+    token, name = uuid.uuid4().hex, uuid.uuid4().hex
+    store.set(f"hello/{env.rank}", token)
     if not env.is_main:
-        _wait(lambda: store.check([f"welcome/{word}"]))
-        name = store.get(f"welcome/{word}").decode()
+        _wait(lambda: store.check([f"welcome/{token}"]))
+        name = store.get(f"welcome/{token}").decode()
         store.set(f"{name}/here/{env.rank}", "")
         return name
     missing = set(range(1, env.world_size))
@@ -181,7 +187,7 @@ def _assembled(env: ProcessEnv, store: dist.Store) -> str:
 
 
 def _is_lost_connection(error: BaseException) -> bool:
-    """Whether an exception says that another rank is gone."""
+    """Whether an exception means that another rank is lost."""
     words = (
         "Connection closed by peer",
         "Connection reset",
@@ -196,18 +202,19 @@ def _is_lost_connection(error: BaseException) -> bool:
     )
 
 
-def _wait(there: Callable[[], bool]) -> None:
-    while not there():
+def _wait(ready: Callable[[], bool]) -> None:
+    while not ready():
         time.sleep(_POLL_SECONDS)
 
 
 def check_strategy(strategy: str, quantize: str, env: ProcessEnv) -> None:
     """Raise ConfigError when `distributed.strategy` does not go with the processes that were started, or the base."""
-    if strategy == "fsdp" and quantize not in ("none", "int8"):
+    if strategy == "fsdp" and quantize != "none" and not QUANTIZERS[quantize].shards:
+        shards = [name for name, quantizer in QUANTIZERS.items() if quantizer.shards]
         raise ConfigError(
-            f"a base in {quantize} cannot be shared out",
+            f"a base in {quantize} cannot be sharded",
             place="distributed.strategy",
-            hint="use ddp, or model.quantize=int8 or none",
+            hint=f"use ddp, or model.quantize={', '.join(shards)} or none",
         )
     if strategy == "single" and not env.is_single_process:
         raise ConfigError(
@@ -218,9 +225,9 @@ def check_strategy(strategy: str, quantize: str, env: ProcessEnv) -> None:
 
 
 def share_cores(env: ProcessEnv, device: torch.device) -> None:
-    """Let the ranks of a host that compute on its processor have equal parts of its cores.
+    """Give the ranks of a host that compute on its processor equal parts of its cores.
 
-    torchrun sets OMP_NUM_THREADS=1 where it is unset; any other number is the user's and stays.
+    torchrun sets OMP_NUM_THREADS=1 where it is unset. Any other number is the user's and stays.
     """
     if env.local_world_size == 1 or os.environ.get("OMP_NUM_THREADS", "1") != "1":
         return

@@ -1,10 +1,9 @@
-"""Every rank's sign of life, and the verdict when a step does not come to its end: which rank stands still, and where.
+"""The heartbeat of every rank, and a report of which rank is stuck, and where, when a step does not end.
 
-A collective that waits for a lost process says only that it timed out. Here each rank has a thread that writes to
-torch's key-value store where its training is. When that has not moved for most of the time-out, the thread looks at
-the others: a rank whose thread is silent too is frozen or gone, one that is behind the others holds them up. The
-verdict is written to `heartbeat.json` in the run directory and printed, and the process ends, so that torchrun's
-agent can start all of them again.
+A collective that waits for a lost process reports only a time-out. Here each rank has a thread that writes the
+position of its training to torch's key-value store. If that does not change for most of the time-out, the thread
+compares all ranks: a rank without a heartbeat is frozen or lost, a rank behind the others is stuck. The report goes to
+`heartbeat.json` in the run directory and to stderr. The process then ends, so that torchrun's agent can restart all.
 """
 
 from __future__ import annotations
@@ -26,20 +25,18 @@ from lorafit.errors import Problem, RunError
 from lorafit.storage.atomic import write_file
 
 COMPUTING, SHARING, BETWEEN = 0, 1, 2  # phases of a step, in order
-_PHASES = ("computing its passes", "adding up gradients with the others", "between two steps")
-_PATIENCE, _SECOND_LOOK = (
-    0.6,
-    0.2,
-)  # parts of the time-out: until the others are looked at, and from then to the verdict
+_PHASES = ("computing its passes", "all-reducing gradients", "between two steps")
+# parts of the time-out: until the ranks are compared, and from then until they are compared again
+_PATIENCE, _SECOND_LOOK = 0.6, 0.2
 
 
 class Heartbeat:
-    """A context manager around the steps of a run. Without a store, as for a process alone, it does nothing."""
+    """A context manager around the steps of a run. Without a store (a single process) it does nothing."""
 
     def __init__(
         self, store: dist.Store | None, rank: int, world_size: int, timeout: float, file: Path
     ) -> None:
-        """`timeout` in seconds; `file` is where the verdict goes."""
+        """`timeout` in seconds; the report goes to `file`."""
         self._store, self._rank, self._world_size = store, rank, world_size
         self._timeout, self._file = timeout, file
         self._at, self._since, self._beats = (0, BETWEEN), time.monotonic(), 0
@@ -47,7 +44,7 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
 
     def at(self, step: int, phase: int) -> None:
-        """Training goes on: it is in `phase` of `step`."""
+        """Training has reached `phase` of `step`."""
         self._at, self._since = (step, phase), time.monotonic()
 
     def __enter__(self) -> Heartbeat:
@@ -76,9 +73,7 @@ class Heartbeat:
                     continue
                 self._beat(self._store)
                 self._judge(before, self._look(self._store))
-        except (
-            dist.DistError
-        ):  # the store is gone, and with it the first rank or the agent: the collectives will say so
+        except dist.DistError:  # the store is lost with rank 0 or the agent: the collectives report that
             return
 
     def _beat(self, store: dist.Store) -> None:
@@ -100,7 +95,7 @@ class Heartbeat:
     def _judge(
         self, before: Sequence[Mapping[str, Any] | None], now: Sequence[Mapping[str, Any] | None]
     ) -> None:
-        """Name the ranks that stand still and end the process; only one living rank speaks for all."""
+        """Report the ranks that are stuck and end the process; the lowest rank that responds reports for all."""
         culprits = standing_still(before, now)
         living = [rank for rank in range(self._world_size) if rank == self._rank or now[rank] != before[rank]]
         if living and living[0] == self._rank:
@@ -110,7 +105,7 @@ class Heartbeat:
                 "ranks": [sign and {**sign, "phase": _PHASES[sign["phase"]]} for sign in now],
             }
             problems = [Problem(text, str(self._file)) for text in culprits.values()]
-            if self._file.parent.is_dir():  # another host may have no such folder
+            if self._file.parent.is_dir():  # a rank on another host may have no such folder
                 try:
                     write_file(self._file, json.dumps(verdict, indent=1) + "\n")
                 except RunError as error:
@@ -122,19 +117,19 @@ class Heartbeat:
 def standing_still(
     before: Sequence[Mapping[str, Any] | None], now: Sequence[Mapping[str, Any] | None]
 ) -> dict[int, str]:
-    """By rank, what is wrong with those that hold up the others, from two looks at all signs of life.
+    """The stuck ranks and what is wrong with each, from two readings of all heartbeats.
 
-    Those whose sign has not changed are frozen or gone. Where all live, it is those that are furthest behind.
+    A rank whose heartbeat has not changed is frozen or lost. If all have changed, those furthest behind are stuck.
     """
     silent = [rank for rank, (old, new) in enumerate(zip(before, now, strict=True)) if old == new]
     if silent:
-        return {rank: f"rank {rank} {_name(now[rank])} gives no sign of life" for rank in silent}
-    places = [(sign["step"], sign["phase"]) for sign in now if sign is not None]
-    last = [rank for rank, place in enumerate(places) if place == min(places)]
-    return {rank: f"rank {rank} {_name(now[rank])} stands still, the others wait for it" for rank in last}
+        return {rank: f"rank {rank} {_name(now[rank])} does not respond" for rank in silent}
+    positions = [(sign["step"], sign["phase"]) for sign in now if sign is not None]
+    last = [rank for rank, position in enumerate(positions) if position == min(positions)]
+    return {rank: f"rank {rank} {_name(now[rank])} is stuck; the other ranks wait for it" for rank in last}
 
 
 def _name(sign: Mapping[str, Any] | None) -> str:
     if sign is None:
-        return "(not heard of yet)"
+        return "(no heartbeat yet)"
     return f"(process {sign['process']} on {sign['host']}, step {sign['step']}, {_PHASES[sign['phase']]})"

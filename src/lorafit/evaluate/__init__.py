@@ -1,1 +1,1 @@
-"""Measuring a model: loss on rows that were held out of training."""
+"""Measures models: held-out loss, tasks, sample generations, and lm-evaluation-harness."""

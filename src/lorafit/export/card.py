@@ -1,6 +1,6 @@
-"""README.md of an export: where it comes from, what it was trained on and how, what came of it, how to ask it.
+"""README.md of an export, the model card: base, data, recipe, results and use.
 
-Written from the run's files. It holds no row of the data, no secret and no path of the machine.
+It is written from the run's files, and contains no row of the data, no secret and no path of the machine.
 """
 
 from __future__ import annotations
@@ -11,115 +11,68 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from statistics import fmean
 from typing import Any
 
 import yaml
 
 from lorafit.data.ledger import Ledger
+from lorafit.export.kinds import Export
 from lorafit.export.run_source import RunSource
 from lorafit.hub.client import token
 from lorafit.observe.metrics_file import read_metrics, series
+from lorafit.redact import redact
 from lorafit.version import __version__
 
 FILE = "README.md"
 MOST_ROWS = 10
 _BARS = "▁▂▃▄▅▆▇█"
-_SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-_SECRET = re.compile(r"\b(?:hf|sk|ghp|gho|glpat|xox[abp]|AKIA)[_-]?[A-Za-z0-9_-]{12,}")
-_LOGIN = re.compile(r"(?<=://)[^/\s@]+@")
-_LIBRARIES = {
-    "adapter": "peft",
-    "merged": "transformers",
-    "gguf": "gguf",
-    "gguf-lora": "gguf",
-    "ollama": "gguf",
-}
-_TITLES = {
-    "adapter": "LoRA adapter",
-    "merged": "merged model",
-    "gguf": "GGUF",
-    "gguf-lora": "LoRA adapter in GGUF",
-    "ollama": "model for Ollama",
-}
 
 
-def card(
-    source: RunSource, kind: str, type_name: str, files: Sequence[str], parity: Mapping[str, Any]
-) -> str:
-    """The model card of an export of `kind`, whose weights are `type_name`, in `files`."""
-    header: dict[str, Any] = {"library_name": _LIBRARIES[kind], "tags": ["lora", "lorafit"]}
+def card(source: RunSource, export: Export, type_name: str, folder: Path, parity: Mapping[str, Any]) -> str:
+    """The model card of the export in `folder`, whose weights are `type_name`."""
+    header: dict[str, Any] = {"library_name": export.library, "tags": ["lora", "lorafit"]}
     if source.base.revision is not None:
         header["base_model"] = source.base_name
-        header["base_model_relation"] = "adapter" if "lora" in kind or kind == "adapter" else "finetune"
+        header["base_model_relation"] = "adapter" if export.is_adapter else "finetune"
     front = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
     revision = f" at `{source.base.revision}`" if source.base.revision else ""
+    file = next((path.name for path in folder.glob("*.gguf")), "")
+    usage = export.usage.format(base=source.base_name, name=source.name.lower(), file=file)
     parts = [
         f"---\n{front}---\n\n# {source.name}",
-        f"A {_TITLES[kind]} ({type_name}) of `{source.base_name}`{revision}, fine-tuned with LoRA by lorafit "
+        f"A {export.title} ({type_name}) of `{source.base_name}`{revision}, fine-tuned with LoRA by lorafit "
         f"{__version__}.",
-        f"## How to ask it\n\n{_usage(source, kind, files)}",
+        f"## How to use it\n\n{usage}",
         f"## Prompt\n\n{_prompt(source)}",
         f"## Data\n\n{_data(source)}",
         f"## Recipe\n\n{_recipe(source)}",
         f"## Results\n\n{_results(source)}",
         f"## Is it the adapter that was trained?\n\n{_parity(parity)}",
         "## Licence\n\n"
-        f"The licence of the base model, `{source.base_name}`, applies to this export too: it is derived from it. "
-        "Whether the data's licence allows what is planned is for whoever publishes this to say: lorafit does not "
-        "know it. State it as `license:` in the header of this file.",
+        f"This export is derived from the base model, `{source.base_name}`, so the licence of the base applies. "
+        "lorafit does not know the licence of the data. Whoever publishes this export checks it and states the "
+        "licence as `license:` in the header of this file.",
     ]
     return redacted("\n\n".join(parts) + "\n")
 
 
 def redacted(text: str) -> str:
     """`text` without tokens, passwords and the names of this machine's home and working folders."""
-    secrets = {value for name, value in os.environ.items() if _SECRET_NAME.search(name) and len(value) >= 6}
-    secrets |= {known} if (known := token()) else set()
-    for secret in sorted(secrets, key=len, reverse=True):
-        text = text.replace(secret, "[secret]")
-    text = _LOGIN.sub("", _SECRET.sub("[secret]", text))
+    text = redact(text)
+    if stored := token():  # the login of the hub's library has any form
+        text = text.replace(stored, "***")
     for folder in sorted({str(Path.cwd()), str(Path.home())} - {"/"}, key=len, reverse=True):
         text = text.replace(folder + os.sep, "").replace(folder, "")
     return text
 
 
 def nameless(word: str) -> str:
-    """A word of a command or config in which an absolute path, also after `=`, has become its last part."""
+    """A word of a command or config; an absolute path in it, also after `=`, is cut to its last part."""
     key, equals, value = word.rpartition("=")
     path = PureWindowsPath(value) if re.match(r"[A-Za-z]:[\\/]", value) else PurePosixPath(value)
     is_local = path.is_absolute() or value.startswith(("~", "../"))
     return f"{key}{equals}{path.name or '.'}" if is_local else word
-
-
-def _usage(source: RunSource, kind: str, files: Sequence[str]) -> str:
-    base = source.base_name
-    gguf = next((file for file in files if file.endswith(".gguf")), "")
-    text = {
-        "adapter": (
-            "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer, "
-            f'GenerationConfig\n\nfolder = "."\nmodel = AutoModelForCausalLM.from_pretrained("{base}")\n'
-            "model = PeftModel.from_pretrained(model, folder)\n"
-            "model.generation_config = GenerationConfig.from_pretrained(folder)  # its stop tokens\n"
-            "tokenizer = AutoTokenizer.from_pretrained(folder)  # its chat template\n```"
-        ),
-        "merged": (
-            "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            'model = AutoModelForCausalLM.from_pretrained(".")\ntokenizer = AutoTokenizer.from_pretrained(".")\n```'
-        ),
-        "gguf": f"```bash\nllama-cli -m {gguf} --jinja -cnv\n```",
-        "gguf-lora": f"```bash\nllama-cli -m BASE.gguf --lora {gguf} --jinja -cnv\n```\n\n"
-        f"`BASE.gguf` is `{base}` in GGUF.",
-        "ollama": f"```bash\nollama create {source.name.lower()} -f Modelfile\nollama run {source.name.lower()}\n```",
-    }[kind]
-    if kind in ("adapter", "merged"):
-        text += (
-            "\n\n```python\n"
-            'messages = [{"role": "user", "content": "..."}]\n'
-            'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", '
-            "return_dict=True)\nanswer = model.generate(**inputs, max_new_tokens=256)[0]\n"
-            'print(tokenizer.decode(answer[inputs["input_ids"].shape[1]:], skip_special_tokens=True))\n```'
-        )
-    return text
 
 
 def _prompt(source: RunSource) -> str:
@@ -153,10 +106,10 @@ def _recipe(source: RunSource) -> str:
     command = str(source.run.read_json(source.run.env_file).get("command", ""))
     try:
         command = shlex.join(map(nameless, shlex.split(command)))
-    except ValueError:  # not a shell's line; nothing is shown rather than half of it
+    except ValueError:  # no line of a shell: it is left out
         command = ""
-    shown = f"```bash\n{command}\n```\n\n" if command else ""
-    return f"{shown}Every key, as the run resolved it:\n\n```yaml\n{text}```"
+    block = f"```bash\n{command}\n```\n\n" if command else ""
+    return f"{block}Every key, as the run resolved it:\n\n```yaml\n{text}```"
 
 
 def _nameless(value: Any) -> Any:
@@ -170,21 +123,21 @@ def _results(source: RunSource) -> str:
     steps, heldout = (
         [event for event in events if event.get("event") == kind] for kind in ("step", "heldout")
     )
-    losses, held = ({int(step): loss for step, loss in series(found, "loss")} for found in (steps, heldout))
+    losses, held = ({int(step): loss for step, loss in series(group, "loss")} for group in (steps, heldout))
     base = series(heldout, "base_loss")
     lines = []
     if held:
         before = f" (base {base[-1][1]:.4f})" if base else ""
         best = min(held.values())
         lines.append(
-            f"Lowest loss on held-out rows: {best:.4f}{before}. The adapter is that of step {source.step}."
+            f"Lowest loss on held-out rows: {best:.4f}{before}. The adapter is from step {source.step}."
         )
     if losses:
         every, values = max(1, -(-len(losses) // 60)), [*losses.values()]
-        means = [_mean(values[at : at + every]) for at in range(0, len(values), every)]
+        means = [fmean(values[start : start + every]) for start in range(0, len(values), every)]
         lines.append(f"Training loss, each bar the mean of {every} steps:\n\n`{_curve(means)}`")
-        shown = sorted({*_thinned([*losses]), *_thinned([*held])})
-        rows = [[str(step), _number(losses.get(step)), _number(held.get(step))] for step in shown]
+        some_steps = sorted({*_thinned([*losses]), *_thinned([*held])})
+        rows = [[str(step), _number(losses.get(step)), _number(held.get(step))] for step in some_steps]
         lines.append(_table(["step", "loss", "held-out loss"], rows))
     return "\n\n".join(lines) or "Nothing was measured."
 
@@ -216,10 +169,6 @@ def _curve(values: Sequence[float]) -> str:
 def _thinned(steps: Sequence[int]) -> list[int]:
     every = max(1, -(-len(steps) // MOST_ROWS))
     return [*steps[::every], *steps[-1:]]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _number(value: float | None) -> str:

@@ -1,8 +1,8 @@
-"""The prompt contract for other programs: a chat template that renders, byte for byte, what was trained on.
+"""The prompt contract for other programs: a chat template that renders the prompts of the training, byte for byte.
 
-Other programs know nothing of lorafit's rules: they render a Jinja template and tokenise the text. So what those
-rules do around the model's own template (BOS, the run's system prompt, the fixed date, what stands between the last
-question and the answer) is written into the template that is exported.
+Other programs render a Jinja template and tokenise the text; they do not have lorafit's rules. So the exported template
+contains what those rules add to the model's own one: BOS, the run's system prompt, the fixed date, and the text
+between the last question and the answer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NOW = re.compile(r"strftime_now\(\s*(['\"])([^'\"]*)\1\s*\)")
 
 
 def written_prompt(renderer: Renderer, messages: Sequence[Message]) -> str:
-    """The text that a program must render and tokenise, control tokens parsed, to get `renderer`'s ids."""
+    """The text that a program must render and tokenise, with control tokens parsed, to get `renderer`'s ids."""
     bos, text = renderer.prompt_text(messages)
     return bos + _blank(renderer) * bool(bos) + text
 
@@ -30,7 +30,7 @@ def written_prompt(renderer: Renderer, messages: Sequence[Message]) -> str:
 def chat_template(renderer: Renderer) -> str:
     """The Jinja source that renders `written_prompt` in transformers, llama.cpp and what is built on them.
 
-    Raises ModelError where the model's own template cannot be brought to it.
+    Raises ModelError if the model's own template cannot be changed to do so.
     """
     bos, _ = renderer.prompt_text([Message("user", QUESTION)])
     head = "{{- bos_token }}" if bos else ""
@@ -42,7 +42,7 @@ def chat_template(renderer: Renderer) -> str:
     date = Date.fromisoformat(renderer.contract.date)
     source = _NOW.sub(lambda match: json.dumps(date.strftime(match[2])), source).removesuffix("\n")
     if renderer.contract.system:
-        begin = head or "{{- '' }}"  # a newline after a block's end would be taken from the model's own text
+        begin = head or "{{- '' }}"  # else a block's end would remove a newline of the model's own text
         head = (
             "{%- if messages[0]['role'] != 'system' %}{%- set messages = [{'role': 'system', 'content': "
             f"{_literal(renderer.contract.system)}}}] + messages %}}{{%- endif %}}{begin}"
@@ -51,22 +51,22 @@ def chat_template(renderer: Renderer) -> str:
 
 
 def render(renderer: Renderer, source: str, messages: Sequence[Message]) -> str:
-    """What a program makes of the template `source` for a conversation that waits for an answer."""
+    """The prompt that a program renders with the template `source`, up to the answer."""
     contract = renderer.contract
     template = ChatTemplate(source, bos=contract.bos, eos=contract.eos, date=contract.date)
     return template.render(messages, ask=True)
 
 
 def _blank(renderer: Renderer) -> str:
-    """The blank before a text that is put after BOS, where the tokenizer would put it before the text's start only.
+    """The blank between BOS and a text, if the tokenizer adds one at the start of a text only.
 
-    transformers and llama.cpp put none there, or one after each control token, so it is written out.
+    transformers and llama.cpp add none there, or one after each control token, so the template contains it.
     """
     return " " if renderer.tokenizer.blank == "first" else ""
 
 
 def _single_turn(renderer: Renderer, head: str) -> str:
-    """The alpaca and classic templates; a further turn follows the one before, though none was trained."""
+    """The alpaca and classic templates; further turns follow, though none was trained."""
     _, text = renderer.prompt_text([Message("user", QUESTION)])
     preamble = text[: text.index("### Instruction:\n")].removesuffix("\n\n")
     eos = " + eos_token" if renderer.contract.eos else ""
@@ -82,15 +82,15 @@ def _single_turn(renderer: Renderer, head: str) -> str:
 
 
 def _ended_as_trained(renderer: Renderer, source: str) -> str:
-    """`source` with what training had between question and answer, and the template's own prompt lacks."""
+    """`source` with the text that training had between question and answer, if the template's prompt lacks it."""
     messages = [Message("user", QUESTION)]
-    wanted, rendered = written_prompt(renderer, messages), render(renderer, source, messages)
-    if rendered == wanted:
+    trained, rendered = written_prompt(renderer, messages), render(renderer, source, messages)
+    if rendered == trained:
         return source
-    if wanted.startswith(rendered):
-        missing = _literal(wanted[len(rendered) :])
+    if trained.startswith(rendered):
+        missing = _literal(trained[len(rendered) :])
         return f"{source}{{{{ {missing} if add_generation_prompt else '' }}}}"
-    if rendered.rstrip(" ") == wanted:  # a blank that tokenizers join to the answer
+    if rendered.rstrip(" ") == trained:  # a blank that tokenizers join to the answer
         return (
             f"{{%- set rendered %}}{source}{{%- endset %}}"
             "{{- rendered.rstrip(' ') if add_generation_prompt else rendered }}"
@@ -98,10 +98,10 @@ def _ended_as_trained(renderer: Renderer, source: str) -> str:
     raise ModelError(
         "the chat template renders another prompt for answering than it did in training",
         place="prompt.json",
-        hint=f"for answering: {rendered[-60:]!r}, in training: {wanted[-60:]!r}; train with a template that agrees",
+        hint=f"for answering: {rendered[-60:]!r}, in training: {trained[-60:]!r}; use a template that agrees",
     )
 
 
 def _literal(text: str) -> str:
-    """A text as a string of Jinja."""
+    """A text as a Jinja string."""
     return json.dumps(text, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp and what is built on it: the merged model, or the adapter alone for a base already there."""
+"""Writes GGUF files for llama.cpp and programs built on it: the merged model, or the adapter alone."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from lorafit.export.chat_template import chat_template
 from lorafit.export.gguf_types import byte_shape, file_type, stored, tensor_type
 from lorafit.export.gguf_vocabulary import Vocabulary, vocabulary
 from lorafit.export.run_source import RunSource
-from lorafit.model.architecture import Architecture, Rope
+from lorafit.model.architecture import FAMILIES, Architecture, Rope
 from lorafit.model.llama import inverse_frequencies
+from lorafit.model.lora import VARIANTS
 
-_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -42,14 +42,12 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 def write_gguf(
     source: RunSource, path: Path, kind: str, progress: Callable[[int, int], None], *, merged: bool = True
 ) -> None:
-    """Write the merged model (or, not `merged`, the base) as one file of type `kind`, a tensor at a time.
+    """Write the merged model (or the base, if not `merged`) as one file of type `kind`, a tensor at a time.
 
-    Raises OSError, and ModelError for a network or tokenizer that llama.cpp has no counterpart of.
+    Raises OSError, and ModelError for a network or tokenizer that llama.cpp does not have.
     """
     arch = source.arch
-    if arch.model_type == "qwen3" and arch.qkv_bias:
-        raise ModelError("llama.cpp's qwen3 has no attention biases", place=str(source.base.path))
-    writer = gguf.GGUFWriter(path, _ARCHITECTURES[arch.model_type])
+    writer = gguf.GGUFWriter(path, _architecture(source))
     try:
         writer.add_type("model")
         writer.add_name(source.name)
@@ -81,8 +79,12 @@ def write_gguf(
 
 def write_lora(source: RunSource, path: Path) -> None:
     """Write the adapter alone, float32, for `llama-cli --lora` and the like. Raises OSError."""
+    if not VARIANTS[source.spec.variant].is_plain:
+        raise ModelError(
+            f"llama.cpp has no adapters of the variant `{source.spec.variant}`", hint="export `gguf`"
+        )
     arch = source.arch
-    writer = gguf.GGUFWriter(path, _ARCHITECTURES[arch.model_type])
+    writer = gguf.GGUFWriter(path, _architecture(source))
     try:
         writer.add_type("adapter")
         writer.add_name(source.name)
@@ -91,15 +93,25 @@ def write_lora(source: RunSource, path: Path) -> None:
         writer.add_float32("adapter.lora.alpha", source.spec.scale * source.spec.rank)
         for name in source.weights:
             if name in source.adapted:
-                a, b = source.factors(name)
-                b = permuted(b, name, arch)
-                writer.add_tensor(f"{gguf_name(name)}.lora_a", a.contiguous().numpy())
+                factors = source.factors(name)
+                b = permuted(factors["lora_B"], name, arch)
+                writer.add_tensor(f"{gguf_name(name)}.lora_a", factors["lora_A"].contiguous().numpy())
                 writer.add_tensor(f"{gguf_name(name)}.lora_b", b.contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
     finally:
         writer.close()
+
+
+def _architecture(source: RunSource) -> str:
+    """llama.cpp's name of the network. Raises ModelError if it has none."""
+    arch, family = source.arch, FAMILIES[source.arch.model_type]
+    if family.gguf is None:
+        raise ModelError(f"llama.cpp has no `{arch.model_type}` networks", place=str(source.base.path))
+    if arch.qkv_bias and not family.gguf_qkv_bias:
+        raise ModelError(f"llama.cpp's {family.gguf} has no attention biases", place=str(source.base.path))
+    return family.gguf
 
 
 def gguf_name(name: str) -> str:
@@ -111,26 +123,22 @@ def gguf_name(name: str) -> str:
 
 
 def permuted(weight: Tensor, name: str, arch: Architecture) -> Tensor:
-    """A weight, bias or B of a q or k projection in the row order of llama.cpp's `llama`, anything else as it is.
+    """A weight, bias or B of a q or k projection in the row order of llama.cpp, anything else as it is.
 
-    Hugging Face turns the halves of a head against each other, llama.cpp neighbouring rows; qwen's is not changed.
+    Hugging Face rotates the halves of a head, llama.cpp neighbouring rows for some architectures (see Family).
     """
     module = name.rpartition(".")[0]
-    if _ARCHITECTURES[arch.model_type] != "llama" or not module.endswith((".q_proj", ".k_proj")):
+    interleaved = FAMILIES[arch.model_type].gguf_interleaved_rope
+    if not interleaved or not module.endswith((".q_proj", ".k_proj")):
         return weight
     heads = arch.num_attention_heads if module.endswith(".q_proj") else arch.num_key_value_heads
     rows = weight.unflatten(0, (heads, 2, arch.head_dim // 2))
-    turned: Tensor = rows.transpose(1, 2).flatten(0, 2)
-    return turned
-
-
-def context_length(arch: Architecture) -> int:
-    """Tokens up to which llama.cpp, which gives these networks no sliding window, computes the same."""
-    return min([arch.max_position_embeddings, *(window for window in arch.windows if window is not None)])
+    reordered: Tensor = rows.transpose(1, 2).flatten(0, 2)
+    return reordered
 
 
 def _add_shape(writer: gguf.GGUFWriter, arch: Architecture) -> None:
-    writer.add_context_length(context_length(arch))
+    writer.add_context_length(arch.shortest_window)  # llama.cpp has no windows for these networks
     writer.add_embedding_length(arch.hidden_size)
     writer.add_block_count(arch.num_hidden_layers)
     writer.add_feed_forward_length(arch.intermediate_size)
@@ -148,7 +156,7 @@ def _add_shape(writer: gguf.GGUFWriter, arch: Architecture) -> None:
 
 
 def _rope_factors(arch: Architecture) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """What each frequency is divided by, float32 (head_dim / 2,)."""
+    """The divisor of each frequency, float32 (head_dim / 2,)."""
     plain = inverse_frequencies(Rope(theta=arch.rope.theta), arch.head_dim)
     factors = plain.double() / inverse_frequencies(arch.rope, arch.head_dim).double()
     return factors.to(torch.float32).numpy()

@@ -1,4 +1,4 @@
-"""How numbers are stored in a GGUF file: the type of each tensor, rounding to it and back."""
+"""Number types of a GGUF file: the type of each tensor, its bytes, and rounding to it."""
 
 from __future__ import annotations
 
@@ -13,61 +13,63 @@ from torch import Tensor
 
 BLOCK = 32  # numbers that share a scale
 Type = GGMLQuantizationType
-_TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0, "q4_0": Type.Q4_0}
-_FILE_TYPES = {
-    "f32": FileType.ALL_F32,
-    "f16": FileType.MOSTLY_F16,
-    "bf16": FileType.MOSTLY_BF16,
-    "q8_0": FileType.MOSTLY_Q8_0,
-    "q4_0": FileType.MOSTLY_Q4_0,
-}
 _TABLES = ("lm_head.weight", "model.embed_tokens.weight")
 
 
-def file_type(name: str) -> FileType:
-    """What the file as a whole says it is."""
-    found: FileType = _FILE_TYPES[name]
-    return found
+def file_type(type_name: str) -> FileType:
+    """The type of the file as a whole."""
+    value: FileType = FileType[f"{'ALL' if type_name == 'f32' else 'MOSTLY'}_{type_name.upper()}"]
+    return value
 
 
-def tensor_type(asked: str, name: str, shape: tuple[int, ...]) -> Type:
-    """The type of a weight (by its Hugging Face name) in a file of type `asked`.
+def type_named(type_name: str) -> Type:
+    """The number type with the short name `type_name` (`q8_0`)."""
+    return GGMLQuantizationType[type_name.upper()]
 
-    Norms and biases are float32, rows that blocks do not divide float16, and 4-bit files keep the two tables of
-    the vocabulary in 8 bits, as llama.cpp does.
+
+def has_blocks(kind: Type, width: int) -> bool:
+    """Whether rows of `width` numbers can be stored as `kind`: its blocks must divide them."""
+    return kind not in (Type.Q8_0, Type.Q4_0) or width % BLOCK == 0
+
+
+def tensor_type(type_name: str, name: str, shape: tuple[int, ...]) -> Type:
+    """The type of a weight (by its Hugging Face name) in a file of type `type_name`.
+
+    Norms and biases are float32, rows that blocks do not divide float16, and the embedding and the head of 4-bit files
+    have 8 bits, as in llama.cpp.
     """
-    wanted = _TYPES[asked]
+    kind = type_named(type_name)
     if len(shape) == 1:
         return Type.F32
-    if wanted in (Type.Q8_0, Type.Q4_0) and shape[-1] % BLOCK:
+    if not has_blocks(kind, shape[-1]):
         return Type.F16
-    return Type.Q8_0 if wanted == Type.Q4_0 and name in _TABLES else wanted
+    return Type.Q8_0 if kind == Type.Q4_0 and name in _TABLES else kind
 
 
 def stored(weight: Tensor, kind: Type) -> NDArray[np.generic]:
-    """A float weight as the file holds it: float16 and float32 as such, other types as bytes."""
+    """A float weight as stored in the file: float16 and float32 as such, other types as bytes."""
     numbers = weight.float().numpy()
     if kind == Type.F32:
         return numbers
     if kind == Type.F16:
         return numbers.astype(np.float16)
-    found: NDArray[np.generic] = quantize(numbers, kind)
-    return found
+    blocks: NDArray[np.generic] = quantize(numbers, kind)
+    return blocks
 
 
 def byte_shape(shape: tuple[int, ...], kind: Type) -> tuple[tuple[int, ...], type[np.generic], int]:
-    """Shape and element type of what `stored` makes, and its size in bytes."""
+    """Shape and element type of the array of `stored`, and its size in bytes."""
     count = int(np.prod(shape))
     if kind == Type.F32:
         return shape, np.float32, 4 * count
     if kind == Type.F16:
         return shape, np.float16, 2 * count
-    found = tuple(gguf.quant_shape_to_byte_shape(shape, kind))
-    return found, np.uint8, int(np.prod(found))
+    in_bytes = tuple(gguf.quant_shape_to_byte_shape(shape, kind))
+    return in_bytes, np.uint8, int(np.prod(in_bytes))
 
 
 def rounded(weight: Tensor, kind: Type) -> Tensor:
-    """The float32 numbers that a program reads back."""
+    """The float32 numbers that a program reads from the file."""
     if kind == Type.F32:
         return weight.float()
     if kind == Type.F16:

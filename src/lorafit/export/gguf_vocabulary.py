@@ -1,8 +1,8 @@
-"""A Hugging Face tokenizer as llama.cpp reads it from a GGUF file, so that every text gets the same ids.
+"""Converts a Hugging Face tokenizer to the vocabulary of a GGUF file, so that every text gets the same ids.
 
-Two kinds: `gpt2`, byte-level BPE, whose texts llama.cpp cuts by a pattern that has a name, and `llama`, SentencePiece,
-which puts those two pieces together first that make the token of the highest score. With minus the rank of a token's
-first merge as its score that is what merges by rank do.
+Two kinds: `gpt2`, byte-level BPE, for which llama.cpp names the regular expression that splits a text, and `llama`,
+SentencePiece, which merges the two pieces with the highest score first. If the score of a token is minus the rank of
+its first merge, the result is that of merges by rank.
 """
 
 from __future__ import annotations
@@ -13,30 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.data.tokenizer import Tokenizer
+from lorafit.data.tokenizer import Tokenizer, steps_of
 from lorafit.errors import ModelError
+from lorafit.model.architecture import FAMILIES
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _NEVER_MERGED = -1e6
-_UNREACHABLE = "\u00fe \u00ff"  # bytes that UTF-8 never has: a list of merges must not be empty
-_LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-_QWEN_2 = _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# llama.cpp's names for the patterns by which byte-level tokenizers cut a text into words
-_PATTERNS = {_LLAMA_3: "llama-bpe", _QWEN_2: "qwen2", _TEKKEN: "tekken"}
+_UNREACHABLE = "\u00fe \u00ff"  # bytes that UTF-8 never has, because a list of merges must not be empty
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """`tokens` with `kinds` (and for `llama` `scores`) by id, and how a text is cut before its merges."""
+    """`tokens` with `kinds` (and for `llama` `scores`) by id; `pre` names the split of a text before its merges."""
 
     model: str
     pre: str
@@ -49,7 +38,7 @@ class Vocabulary:
 
 
 def vocabulary(folder: Path, tokenizer: Tokenizer, size: int) -> Vocabulary:
-    """The vocabulary of the model in `folder`, filled up to the network's `size`. Raises ModelError."""
+    """The vocabulary of the model in `folder`, padded to the network's `size`. Raises ModelError."""
     path = folder / "tokenizer.json"
     spec = json.loads(path.read_text(encoding="utf-8"))
     model = spec["model"]
@@ -61,8 +50,8 @@ def vocabulary(folder: Path, tokenizer: Tokenizer, size: int) -> Vocabulary:
         for merge in model.get("merges", [])
         if isinstance(merge, str) or " " not in "".join(merge)
     ]
-    is_bytes = any(step["type"] == "ByteLevel" for step in _steps(spec.get("pre_tokenizer")))
-    nfc = any(step["type"] == "NFC" for step in _steps(spec.get("normalizer")))
+    is_bytes = any(step["type"] == "ByteLevel" for step in steps_of(spec.get("pre_tokenizer")))
+    nfc = any(step["type"] == "NFC" for step in steps_of(spec.get("normalizer")))
     if is_bytes:
         pre = _pre(spec, path, has_merges=bool(merges))
         return Vocabulary("gpt2", pre, tokens, kinds, [], merges or [_UNREACHABLE], False, nfc)
@@ -72,7 +61,7 @@ def vocabulary(folder: Path, tokenizer: Tokenizer, size: int) -> Vocabulary:
 
 
 def _tokens(spec: dict[str, Any], tokenizer: Tokenizer, size: int, path: Path) -> tuple[list[str], list[int]]:
-    """Text and kind of every id; ids that the network has and the tokenizer lacks are unused."""
+    """Text and kind of every id; ids of the network that the tokenizer does not have are unused."""
     by_id = {number: text for text, number in spec["model"]["vocab"].items()}
     added = {token["id"]: token["content"] for token in spec["added_tokens"]}
     controls = {control: text for text, control in tokenizer.control.items()}
@@ -97,36 +86,31 @@ def _tokens(spec: dict[str, Any], tokenizer: Tokenizer, size: int, path: Path) -
 
 
 def _pre(spec: dict[str, Any], path: Path, *, has_merges: bool) -> str:
-    """llama.cpp's name for how a byte-level tokenizer cuts texts. Raises ModelError where it has none."""
-    steps = list(_steps(spec.get("pre_tokenizer")))
+    """llama.cpp's name for the split of a byte-level tokenizer. Raises ModelError if it has none."""
+    steps = list(steps_of(spec.get("pre_tokenizer")))
     kinds = [step["type"] for step in steps]
     splits = [step["pattern"].get("Regex") for step in steps if step["type"] == "Split"]
-    if not has_merges:  # each byte is a token, however a text is cut
+    if not has_merges:  # each byte is a token, whatever the split
         return "gpt-2"
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not steps[0].get("add_prefix_space"):
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
         return "smollm"
-    if kinds == ["Split", "ByteLevel"] and splits[0] in _PATTERNS:
-        return _PATTERNS[splits[0]]
+    known = {
+        split: name for family in FAMILIES.values() for split, name in family.gguf_pre_tokenizers.items()
+    }
+    if kinds == ["Split", "ByteLevel"] and splits[0] in known:
+        return known[splits[0]]
     raise ModelError(
-        "llama.cpp has no name for the pattern by which this tokenizer cuts texts",
+        "llama.cpp has no name for the pattern by which this tokenizer splits texts",
         place=str(path),
         hint="`lorafit export RUN merged` works; llama.cpp's own converter may know the model",
     )
 
 
 def _scores(tokens: list[str], merges: list[str]) -> list[float]:
-    """The score of each token: the earlier a merge makes it, the higher."""
+    """The score of each token: higher for an earlier merge."""
     first: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         first.setdefault(merge.replace(" ", "", 1), rank)
     return [-float(first[token]) if token in first else _NEVER_MERGED for token in tokens]
-
-
-def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """A normalizer or pre-tokenizer as its plain steps."""
-    if part is None:
-        return []
-    nested = part.get("normalizers") or part.get("pretokenizers")
-    return [step for inner in nested for step in _steps(inner)] if nested else [part]

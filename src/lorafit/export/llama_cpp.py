@@ -1,8 +1,7 @@
-"""llama.cpp, through the Python package that is there: prompts, tokens, probabilities and ends of a GGUF file.
+"""llama.cpp, through an installed Python package: prompts, tokens, probabilities and end tokens of a GGUF file.
 
-Imported in the process that reads an export back, never by the program itself. Two packages are known:
-`llama-cpp-python`, which most people have and which is compiled when it is installed, and `xllamacpp`, llama.cpp's own
-server in a wheel (extra `gguf`).
+The package is imported only in the process that reads an export back. Two are supported: `llama-cpp-python`, which is
+compiled when it is installed, and `xllamacpp`, llama.cpp's own server in a wheel (extra `gguf`).
 """
 
 from __future__ import annotations
@@ -14,46 +13,14 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 
 MODULES = ("llama_cpp", "xllamacpp")
-_FORCED = 1e4  # a bias of the logits that no other token comes near
-
-
-class Program(Protocol):
-    """A loaded GGUF file."""
-
-    name: str
-
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The prompt of a conversation by the template in the file."""
-        ...
-
-    def tokenize(self, text: str) -> list[int]:
-        """The ids of a rendered prompt, with whatever the program puts before it."""
-        ...
-
-    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Logits of the token after `ids`, up to a constant, (vocab_size,)."""
-        ...
-
-    def ends(self, token: int) -> bool:
-        """Whether the program stops at this token."""
-        ...
-
-
-def installed() -> str | None:
-    """The module of the package to use, None where neither is installed."""
-    return next((module for module in MODULES if importlib.util.find_spec(module)), None)
-
-
-def open_program(module: str, path: Path, lora: Path | None, length: int, threads: int) -> Program:
-    """The GGUF file `path`, with an adapter on it, for texts of up to `length` tokens, on the CPU."""
-    return (_Bindings if module == "llama_cpp" else _Server)(path, lora, length, threads)
+_FORCED = 1e4  # a bias of the logits that selects a token in any case
 
 
 class _Server:
@@ -67,39 +34,43 @@ class _Server:
 
         self.name = f"llama.cpp (xllamacpp {version('xllamacpp')})"
         self._key = secrets.token_hex(16)
-        wanted = xllamacpp.CommonParams()
-        wanted.model.path = str(path)
-        wanted.api_keys = [self._key]
-        wanted.n_ctx = wanted.n_batch = wanted.n_ubatch = max(length + 8, 64)
-        wanted.n_parallel = 1
-        wanted.n_gpu_layers = 0
-        wanted.fit_params = False
-        wanted.cpuparams.n_threads = wanted.cpuparams_batch.n_threads = threads
-        wanted.cache_type_k = wanted.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        wanted.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.api_keys = [self._key]
+        params.n_ctx = params.n_batch = params.n_ubatch = max(length + 8, 64)
+        params.n_parallel = 1
+        params.n_gpu_layers = 0
+        params.fit_params = False
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if lora is not None:
-            wanted.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
-        self._server = xllamacpp.Server(wanted)
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
+        self._server = xllamacpp.Server(params)
         self._size = int(self._ask("/v1/models")["data"][0]["meta"]["n_vocab"])
         self._letter = self.tokenize("a")[-1]
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt of a conversation, by the template in the file."""
         return str(self._ask("/apply-template", messages=messages)["prompt"])
 
     def tokenize(self, text: str) -> list[int]:
-        asked = {"content": text, "add_special": True, "parse_special": True}
-        return [int(token) for token in self._ask("/tokenize", **asked)["tokens"]]
+        """The ids of a rendered prompt, with the tokens that the program adds before it."""
+        answer = self._ask("/tokenize", content=text, add_special=True, parse_special=True)
+        return [int(token) for token in answer["tokens"]]
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        # The server is silent on the likeliest token where it ends an answer or is a part of a character. What it is
-        # made to choose does not change the probabilities that it reports: those are from before the choice.
+        """Logits of the token after `ids`, up to a constant, (vocab_size,)."""
+        # The server omits the most probable token if that ends an answer or is a part of a character. The token that
+        # it is forced to choose does not change the probabilities: it reports those from before the choice.
         answer = self._complete(ids, n_predict=1, n_probs=self._size, logit_bias=[[self._letter, _FORCED]])
-        found = np.full(self._size, -np.inf, np.float32)
+        logits = np.full(self._size, -np.inf, np.float32)
         for entry in answer["completion_probabilities"][0]["top_logprobs"]:
-            found[entry["id"]] = entry["logprob"]
-        return found
+            logits[entry["id"]] = entry["logprob"]
+        return logits
 
     def ends(self, token: int) -> bool:
+        """Whether the program stops at this token."""
         answer = self._complete([token], n_predict=2, logit_bias=[[token, _FORCED]])
         return bool(answer["stop_type"] == "eos")
 
@@ -111,14 +82,14 @@ class _Server:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
         data = json.dumps(body).encode() if body else None
         request = urllib.request.Request(self._server.listening_address + path, data, headers)  # noqa: S310
-        with urllib.request.urlopen(request) as answer:  # noqa: S310 (http to this very process)
-            found = json.loads(answer.read())
-        assert isinstance(found, dict)
-        return found
+        with urllib.request.urlopen(request) as response:  # noqa: S310 (http to this process)
+            answer = json.loads(response.read())
+        assert isinstance(answer, dict)
+        return answer
 
 
 class _Bindings:
-    """llama-cpp-python's `Llama`."""
+    """llama-cpp-python's `Llama`, with the methods of `_Server`."""
 
     def __init__(self, path: Path, lora: Path | None, length: int, threads: int) -> None:
         import llama_cpp
@@ -160,3 +131,12 @@ class _Bindings:
     def ends(self, token: int) -> bool:
         vocab = self._low.llama_model_get_vocab(self._llama.model)
         return bool(self._low.llama_vocab_is_eog(vocab, token))
+
+
+Program = _Server | _Bindings
+
+
+def open_program(path: Path, lora: Path | None, length: int, threads: int) -> Program:
+    """The GGUF file `path`, with the adapter `lora` on it, for texts of up to `length` tokens, on the CPU."""
+    program = _Bindings if importlib.util.find_spec("llama_cpp") else _Server
+    return program(path, lora, length, threads)

@@ -1,40 +1,29 @@
-"""The adapter merged into its 16- or 32-bit base, as a Hugging Face model folder, one tensor in memory at a time."""
+"""Merges the adapter into its 16- or 32-bit base: a Hugging Face model folder, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from torch import Tensor
 
 from lorafit.export.chat_template import chat_template
 from lorafit.export.run_source import RunSource
-from lorafit.model.weights import INDEX, SINGLE
+from lorafit.model.dtypes import dtype_name, dtype_names
+from lorafit.model.weights import INDEX, SINGLE, StoredTensor
 
 MAX_SHARD = 5_000_000_000  # bytes, as transformers cuts
-TYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _TOKENIZER_FILES = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json")
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One weight file: its name, and the weights in it in their order."""
-
-    file: str
-    names: Sequence[str]
-
-
-def merged_type(source: RunSource, asked: str) -> torch.dtype:
-    """The type to merge into: `asked` (f32, bf16, f16), or with `auto` the base's own."""
-    if asked == "auto":
-        return torch.float32 if source.dtype == torch.float64 else source.dtype
-    return TYPES[asked]
+def base_type(source: RunSource) -> str:
+    """The short name of the base's own type, to merge into; of float64 it is f32."""
+    return "f32" if source.dtype == torch.float64 else dtype_names(source.dtype).gguf
 
 
 def write_merged(
@@ -44,58 +33,49 @@ def write_merged(
     progress: Callable[[int, int], None],
     max_shard: int = MAX_SHARD,
 ) -> dict[str, str]:
-    """Write weights, index, config, generation config and tokenizer; the SHA-256 of each weight file as it was made.
+    """Write weights, index, config, generation config and tokenizer; the SHA-256 of each weight file.
 
-    Sums are formed in float32 and rounded once. Raises OSError.
+    Sums are computed in float32 and rounded once. Raises OSError.
     """
     shards = plan_shards(source, dtype, max_shard)
-    total = sum(_num_bytes(source, name, dtype) for name in source.weights)
+    total = shards.metadata["total_size"]
     done = 0
-    sums = {}
-    for shard in shards:
 
-        def tell(num_bytes: int) -> None:
-            nonlocal done
-            done += num_bytes
-            progress(done, total)
+    def tell(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        progress(done, total)
 
-        sums[shard.file] = _write_shard(source, staging / shard.file, shard.names, dtype, tell)
-    if len(shards) > 1:
-        where = {name: shard.file for shard in shards for name in shard.names}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
-        _write_json(staging / INDEX, index)
+    sums = {
+        file: _write_shard(source, staging / file, names, dtype, tell)
+        for file, names in shards.filename_to_tensors.items()
+    }
+    if shards.is_sharded:
+        weight_map = dict(sorted(shards.tensor_to_filename.items()))
+        _write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     config = _read_json(source.base.path / "config.json")
     config.pop("dtype", None)
-    config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    config["torch_dtype"] = dtype_name(dtype)
     _write_json(staging / "config.json", config)
     _write_json(staging / "generation_config.json", generation_config(source))
     write_tokenizer(source, staging)
     return sums
 
 
-def plan_shards(source: RunSource, dtype: torch.dtype, max_shard: int) -> list[Shard]:
+def plan_shards(source: RunSource, dtype: torch.dtype, max_shard: int) -> StateDictSplit:
     """The weight files to write, each at most `max_shard` bytes unless one tensor alone is more."""
-    groups: list[list[str]] = [[]]
-    size = 0
-    for name in source.weights:
-        num_bytes = _num_bytes(source, name, dtype)
-        if groups[-1] and size + num_bytes > max_shard:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += num_bytes
-    if len(groups) == 1:
-        return [Shard(SINGLE, groups[0])]
-    count = len(groups)
-    return [
-        Shard(f"model-{number:05}-of-{count:05}.safetensors", names) for number, names in enumerate(groups, 1)
-    ]
+    return split_state_dict_into_shards_factory(
+        source.weights,
+        get_storage_size=lambda stored: _num_bytes(stored, dtype),
+        filename_pattern=SINGLE.replace(".", "{suffix}."),
+        max_shard_size=max_shard,
+    )
 
 
 def generation_config(source: RunSource) -> dict[str, Any]:
-    """The base's generation config, with the stop tokens that the adapter was trained to end on."""
+    """The base's generation config, with the stop tokens of the training."""
     config = _read_json(source.base.path / "generation_config.json")
-    config.pop("_from_model_config", None)  # else transformers makes it anew, with the base's stop token
+    config.pop("_from_model_config", None)  # else transformers derives it again, with the base's stop token
     stops = list(source.contract.stop_ids)
     if stops:
         config["eos_token_id"] = stops if len(stops) > 1 else stops[0]
@@ -106,7 +86,7 @@ def generation_config(source: RunSource) -> dict[str, Any]:
 
 
 def write_tokenizer(source: RunSource, staging: Path) -> None:
-    """The base's tokenizer, with the chat template that renders what the adapter was trained on. Raises OSError."""
+    """The base's tokenizer, with the chat template of the training. Raises OSError."""
     for name in _TOKENIZER_FILES:
         if (source.base.path / name).is_file():
             (staging / name).write_bytes((source.base.path / name).read_bytes())
@@ -120,14 +100,14 @@ def _write_shard(
 ) -> str:
     """A safetensors file (https://github.com/huggingface/safetensors#format), written tensor by tensor; its SHA-256.
 
-    The library's own writers want all tensors of a file in memory.
+    The library's own writers need all tensors of a file in memory.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
-        start, end = end, end + _num_bytes(source, name, dtype)
+        start, end = end, end + _num_bytes(source.weights[name], dtype)
         shape = list(source.weights[name].shape)
-        header[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [start, end]}
+        header[name] = {"dtype": dtype_names(dtype).safetensors, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
@@ -143,8 +123,8 @@ def _write_shard(
     return digest.hexdigest()
 
 
-def _num_bytes(source: RunSource, name: str, dtype: torch.dtype) -> int:
-    return torch.Size(source.weights[name].shape).numel() * dtype.itemsize
+def _num_bytes(stored: StoredTensor, dtype: torch.dtype) -> int:
+    return torch.Size(stored.shape).numel() * dtype.itemsize
 
 
 def _bytes(tensor: Tensor) -> memoryview[int]:

@@ -1,7 +1,7 @@
-"""A folder for `ollama create`: a Modelfile made from the prompt contract, to lie beside the GGUF file.
+"""Writes and checks the Modelfile of a folder for `ollama create`, from the prompt contract.
 
-Ollama renders prompts by a template in Go's syntax, and puts BOS before them itself. The template is made by asking
-the contract: what stands around the system prompt, the question and the answer of one turn is copied as it is.
+Ollama renders prompts by a template in Go's syntax, and adds BOS itself. The template is a rendered turn of the
+contract in which actions replace the system prompt, the question and the answer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ACTION = re.compile(r"\{\{ (.*?) \}\}", re.DOTALL)
 
 
 def write_modelfile(source: RunSource, staging: Path) -> None:
-    """Write the Modelfile. Raises OSError, and ModelError where a prompt cannot be cut at its question."""
+    """Write the Modelfile. Raises OSError, and ModelError if a prompt cannot be split at its question."""
     renderer, contract = source.renderer, source.contract
     lines = [f"FROM ./{MODEL}", f"TEMPLATE {_QUOTES}{go_template(renderer)}{_QUOTES}"]
     if contract.system and _QUOTES not in contract.system and not contract.system.endswith('"'):
@@ -37,24 +37,24 @@ def write_modelfile(source: RunSource, staging: Path) -> None:
 
 
 def go_template(renderer: Renderer) -> str:
-    """The template of one turn; Ollama lays turns one after the other."""
+    """The template of one turn; Ollama concatenates turns."""
     before, end = _cut(_prompt(renderer, [Message("user", _QUESTION)]), _QUESTION)
     opening = to_go_template(before)
     try:
-        asked = _prompt(renderer, [Message("system", _SYSTEM), Message("user", _QUESTION)])
-        before_system, rest = _cut(asked, _SYSTEM)
+        prompt = _prompt(renderer, [Message("system", _SYSTEM), Message("user", _QUESTION)])
+        before_system, rest = _cut(prompt, _SYSTEM)
         between, same_end = _cut(rest, _QUESTION)
         if same_end == end:
             with_system = f"{to_go_template(before_system)}{{{{ .System }}}}{to_go_template(between)}"
             opening = f"{{{{ if .System }}}}{with_system}{{{{ else }}}}{opening}{{{{ end }}}}"
-    except DataError:  # a chat template that takes no system prompt
+    except DataError:  # the chat template has no system prompt
         pass
     _, closing = _cut(_answered(renderer), _ANSWER)
     return f"{opening}{{{{ .Prompt }}}}{to_go_template(end)}{{{{ .Response }}}}{to_go_template(closing)}"
 
 
 def check_modelfile(source: RunSource, prompts: Sequence[Prompt], folder: Path) -> list[str]:
-    """In what the Modelfile as it was written renders otherwise than the contract, or does not stop."""
+    """Each difference of the written Modelfile from the contract: rendered prompts and stop tokens."""
     text = (folder / FILE).read_text(encoding="utf-8")
     template = re.search(r'^TEMPLATE """(.*?)"""$', text, re.MULTILINE | re.DOTALL)
     system = re.search(r'^SYSTEM """(.*?)"""$', text, re.MULTILINE | re.DOTALL)
@@ -68,18 +68,19 @@ def check_modelfile(source: RunSource, prompts: Sequence[Prompt], folder: Path) 
     bos = (source.contract.bos or "") if source.contract.add_bos else ""
     for number, prompt in enumerate(prompts, 1):
         question = prompt.messages[-1].content
-        if (made := bos + render_go(template[1], system[1] if system else "", question)) != prompt.text:
-            faults.append(f"prompt {number} is rendered otherwise by the Modelfile: {made!r}")
+        text = bos + render_go(template[1], system[1] if system else "", question)
+        if text != prompt.text:
+            faults.append(f"prompt {number} is rendered otherwise by the Modelfile: {text!r}")
     return faults
 
 
 def render_go(template: str, system: str, question: str) -> str:
-    """What Ollama makes of a question, up to where the answer begins: the few actions that `go_template` writes."""
-    out, shown, at = [], True, 0
+    """The prompt that Ollama renders of a question, up to the answer: the few actions that `go_template` writes."""
+    out, shown, end = [], True, 0
     for action in _ACTION.finditer(template):
         if shown:
-            out.append(template[at : action.start()])
-        at = action.end()
+            out.append(template[end : action.start()])
+        end = action.end()
         match action[1]:
             case "if .System":
                 shown = bool(system)
@@ -102,7 +103,7 @@ def _prompt(renderer: Renderer, messages: Sequence[Message]) -> str:
 
 
 def _answered(renderer: Renderer) -> str:
-    """A whole turn, question and answer, as it was trained."""
+    """A whole turn, question and answer, as in training."""
     content = (
         Chat((Message("user", _QUESTION), Message("assistant", _ANSWER)))
         if renderer.contract.template == "chat"
@@ -119,5 +120,5 @@ def _cut(text: str, hole: str) -> tuple[str, str]:
 
 
 def to_go_template(text: str) -> str:
-    """Text that neither Go's template language nor the Modelfile takes for its own."""
+    """Text escaped for Go's template language and for the Modelfile."""
     return text.replace("{{", '{{ "{{" }}').replace(_QUOTES, r'{{ "\"\"\"" }}')

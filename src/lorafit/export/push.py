@@ -1,4 +1,4 @@
-"""Sending an export to the Hugging Face hub: into a repository that only its owner sees, unless asked otherwise."""
+"""Uploads an export to the Hugging Face hub, by default to a private repository."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from lorafit.observe.progress import progress
 
 
 def push(folder: Path, repository: str, *, private: bool = True) -> str:
-    """Upload all of `folder` in one commit and return its address. The repository is made where there is none yet.
+    """Upload all of `folder` in one commit and return its address. A repository that does not exist is created.
 
     The token comes from HF_TOKEN or the stored login, never from an argument. Raises ConfigError without one, and
-    RunError where the hub refuses; what is on the disk stays.
+    RunError if the hub refuses; the export stays on the disk.
     """
     access = token()
     if access is None:
@@ -28,31 +28,27 @@ def push(folder: Path, repository: str, *, private: bool = True) -> str:
     api = huggingface_hub.HfApi(token=access)
     has_bars = sys.stderr.isatty()
     try:
-        made = api.create_repo(repository, private=private, exist_ok=True)
-        if private and not api.model_info(made.repo_id).private:
+        created = api.create_repo(repository, private=private, exist_ok=True)
+        if private and not api.model_info(created.repo_id).private:
             raise RunError(
                 f"`{repository}` exists already, and everybody can see it",
-                hint="add --public to push there knowingly, or name another repository",
+                hint="add --public to push there, or name another repository",
             )
         with (
             nullcontext() if has_bars else disable_progress_bars(),
             nullcontext() if has_bars else progress(f"pushing to {repository}"),
         ):
             commit = api.upload_folder(
-                repo_id=made.repo_id, folder_path=folder, commit_message="Export of a lorafit run"
+                repo_id=created.repo_id, folder_path=folder, commit_message="Export of a lorafit run"
             )
     except HFValidationError as error:
         raise ConfigError(f"`{repository}` is not an id of the hub: {error}", place="--push") from None
     except HfHubHTTPError as error:
         status = error.response.status_code
-        hint = (
-            f"the token needs the right to write: {TOKENS_PAGE}"
-            if status in (401, 403)
-            else "try again later"
-        )
-        raise RunError(
-            f"the hub refused ({status}); the export is on the disk all the same", place=repository, hint=hint
-        ) from None
+        denied = status in (401, 403)
+        hint = f"the token needs write access: {TOKENS_PAGE}" if denied else "try again later"
+        message = f"the hub refused ({status}); the export stays on the disk"
+        raise RunError(message, place=repository, hint=hint) from None
     except (httpx.HTTPError, OSError, RuntimeError) as error:
         if isinstance(error, RunError):
             raise

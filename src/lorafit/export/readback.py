@@ -1,49 +1,58 @@
-"""A process of its own that reads an export back with the program that people will use, and says what it makes of it.
+"""A process that reads an export back with the program that people will use, and answers fixed prompts with it.
 
-`python -m lorafit.export.readback REQUEST RESULT LOGITS`: REQUEST and RESULT are JSON (see `parity.py`), LOGITS is an
-array of numpy, (positions, vocab_size) float32: for each prompt the last of its tokens and those of the answer. This is
-the one place that imports transformers, peft or llama.cpp.
+`python -m lorafit.export.readback REQUEST RESULT LOGITS`: REQUEST and RESULT are JSON (see `parity.py`), LOGITS is a
+safetensors file with (positions, vocab_size) float32: for each prompt its last token and those of the answer. Only
+this module imports transformers, peft or llama.cpp.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from lorafit.export import llama_cpp
 
 Answer = tuple[dict[str, Any], NDArray[np.float32]]
 
 
-def main(request_file: Path, result_file: Path, logits_file: Path) -> None:
-    """Answer the request; `missing` in the result names what would have to be installed, `error` what failed."""
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """A program that reads exports: the packages that it needs (any of the modules of each), and its pip extra."""
+
+    read: Callable[[dict[str, Any]], Answer]
+    packages: Mapping[str, Sequence[str]]
+    extra: str
+    has_windows: bool = True  # whether it computes the sliding windows of a network
+
+    def missing(self) -> list[str]:
+        """The packages that are not installed."""
+        return [name for name, modules in self.packages.items() if not any(map(find_spec, modules))]
+
+
+def main(request_file: Path, result_file: Path, logits_file: Path) -> int:
+    """Answer the request; 1 with `error: ...` on stderr if the program cannot read the export."""
     request = json.loads(request_file.read_text(encoding="utf-8"))
-    kind = request["kind"]
-    needed = {"merged": ["transformers"], "adapter": ["transformers", "peft"]}.get(kind, [])
-    lacking = [module for module in needed if not find_spec(module)]
-    if kind in ("gguf", "gguf-lora") and llama_cpp.installed() is None:
-        lacking = ["llama.cpp"]
-    if lacking:
-        result_file.write_text(json.dumps({"missing": lacking}), encoding="utf-8")
-        return
     try:
-        result, logits = _by_transformers(request) if needed else _by_llama_cpp(request)
-    except Exception as error:  # whatever the program says to the file: the other process tells it
-        result_file.write_text(json.dumps({"error": f"{type(error).__name__}: {error}"}), encoding="utf-8")
-        return
-    np.save(logits_file, logits)
+        result, logits = READERS[request["reader"]].read(request)
+    except Exception as error:  # any fault of the program: parity.py reports it
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    save_file({"logits": logits}, logits_file)
     result_file.write_text(json.dumps(result), encoding="utf-8")
+    return 0
 
 
-def _by_transformers(request: dict[str, Any]) -> Answer:
-    """A merged model, or an adapter that peft puts on its base, in the arithmetic that is asked for."""
+def by_transformers(request: dict[str, Any]) -> Answer:
+    """A merged model, or an adapter that peft puts on its base, in the arithmetic of the request."""
     import torch
     import transformers
 
@@ -52,13 +61,12 @@ def _by_transformers(request: dict[str, Any]) -> Answer:
     dtype = getattr(torch, request["arithmetic"])
     folder, program = request["folder"], f"transformers {transformers.__version__}"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    if request["kind"] == "merged":
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    else:
+    base = request["base"] if request["is_adapter"] else folder
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    if request["is_adapter"]:
         import peft
 
-        base = transformers.AutoModelForCausalLM.from_pretrained(request["base"], dtype=dtype)
-        model = peft.PeftModel.from_pretrained(base, folder)
+        model = peft.PeftModel.from_pretrained(model, folder)
         program = f"peft {peft.__version__}, {program}"
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     model = model.eval()
@@ -71,41 +79,39 @@ def _by_transformers(request: dict[str, Any]) -> Answer:
                 prompt["messages"], tokenize=False, add_generation_prompt=True
             )
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            given = torch.tensor([prompt["ids"]])
-            made = model.generate(
-                given,
-                attention_mask=torch.ones_like(given),
+            inputs = torch.tensor([prompt["ids"]])
+            output = model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
                 do_sample=False,
                 num_beams=1,
                 repetition_penalty=1.0,
                 max_new_tokens=request["max_tokens"],
                 max_length=None,
             )
-            prompts.append({"text": text, "ids": ids, "greedy": made[0, given.shape[1] :].tolist()})
+            prompts.append({"text": text, "ids": ids, "greedy": output[0, inputs.shape[1] :].tolist()})
             whole = torch.tensor([[*prompt["ids"], *prompt["answer"]]])
             rows.append(model(whole).logits[0, len(prompt["ids"]) - 1 :].float().numpy())
     stops = {str(token): token in ends for token in request["stop_ids"]}
     return {"program": program, "prompts": prompts, "stops": stops}, np.concatenate(rows)
 
 
-def _by_llama_cpp(request: dict[str, Any]) -> Answer:
+def by_llama_cpp(request: dict[str, Any]) -> Answer:
     """A GGUF file, or an adapter on the GGUF file of its base."""
-    module = llama_cpp.installed()
-    assert module is not None
     longest = max(len(prompt["ids"]) for prompt in request["prompts"]) + request["max_tokens"]
-    path, lora = Path(request["folder"]) / request["file"], None
-    if request["kind"] == "gguf-lora":
+    path, lora = next(Path(request["folder"]).glob("*.gguf")), None
+    if request["is_adapter"]:
         path, lora = Path(request["base"]), path
-    program = llama_cpp.open_program(module, path, lora, longest, request["threads"])
+    program = llama_cpp.open_program(path, lora, longest, request["threads"])
     prompts, rows = [], []
     for prompt in request["prompts"]:
         text = program.render(prompt["messages"])
         ids, bos = program.tokenize(text), request["bos"]
         if ids[:1] == [request["bos_id"]] and not text.startswith(bos):
-            text = bos + text  # the program took it away, to put the token there itself
-        given, answer = prompt["ids"], prompt["answer"]
-        after = [program.logits([*given, *answer[:made]]) for made in range(len(answer) + 1)]
-        greedy = _greedy(program, given, answer, after, request["max_tokens"])
+            text = bos + text  # the program removes the text of BOS, and adds its token
+        before, answer = prompt["ids"], prompt["answer"]
+        after = [program.logits([*before, *answer[:count]]) for count in range(len(answer) + 1)]
+        greedy = _greedy(program, before, answer, after, request["max_tokens"])
         prompts.append({"text": text, "ids": ids, "greedy": greedy})
         rows += after
     stops = {str(token): program.ends(token) for token in request["stop_ids"]}
@@ -119,17 +125,23 @@ def _greedy(
     after: Sequence[NDArray[np.float32]],
     max_tokens: int,
 ) -> list[int]:
-    """The likeliest tokens one by one, up to and with the one that the program stops at.
+    """The most probable tokens one by one, up to and including the one at which the program stops.
 
-    `after` are the logits after `ids` and each token of `answer`: as far as the two agree, they are known.
+    `after` are the logits after `ids` and after each token of `answer`; they are reused while the two agree.
     """
-    made: list[int] = []
-    while len(made) < max_tokens and not (made and program.ends(made[-1])):
-        is_known = made == list(answer[: len(made)]) and len(made) < len(after)
-        logits = after[len(made)] if is_known else program.logits([*ids, *made])
-        made.append(int(logits.argmax()))
-    return made
+    tokens: list[int] = []
+    while len(tokens) < max_tokens and not (tokens and program.ends(tokens[-1])):
+        is_known = tokens == list(answer[: len(tokens)]) and len(tokens) < len(after)
+        logits = after[len(tokens)] if is_known else program.logits([*ids, *tokens])
+        tokens.append(int(logits.argmax()))
+    return tokens
 
+
+READERS: dict[str, Reader] = {
+    "transformers": Reader(by_transformers, {"transformers": ["transformers"]}, "verify"),
+    "peft": Reader(by_transformers, {"transformers": ["transformers"], "peft": ["peft"]}, "verify"),
+    "llama.cpp": Reader(by_llama_cpp, {"llama.cpp": llama_cpp.MODULES}, "gguf", has_windows=False),
+}
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    sys.exit(main(*map(Path, sys.argv[1:])))

@@ -1,44 +1,31 @@
-"""What an export starts from: a run's base model, adapter and prompt contract, checked against each other."""
+"""The source of an export: a run's base model, adapter and prompt contract, checked against each other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lorafit.config.schema import Config
 from lorafit.data.prompt import PromptContract, Renderer
 from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import ModelError, Problem, RunError
-from lorafit.hub.client import ModelFolder, model_folder
-from lorafit.model.adapter_file import WEIGHTS, read_spec
+from lorafit.hub.client import ModelFolder
+from lorafit.model.adapter_file import WEIGHTS, adapted_modules, module_tensors, read_spec
 from lorafit.model.architecture import Architecture, read_architecture
-from lorafit.model.lora import LoraSpec
-from lorafit.model.weights import fingerprint, weight_files
+from lorafit.model.build import base_folder
+from lorafit.model.dtypes import BY_SAFETENSORS_NAME
+from lorafit.model.lora import VARIANTS, LoraSpec
+from lorafit.model.weights import StoredTensor, fingerprint, stored_tensors
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import read_facts
-
-_PREFIX, _HEAD, _TABLE = "base_model.model.", "lm_head.weight", "model.embed_tokens.weight"
-_STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A tensor of the base model: the file that holds it, under which name, and what it is there."""
-
-    file: Path
-    stored_name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
 class RunSource:
-    """A run with all that its exports are made of. `weights` are by Hugging Face names, in the files' order."""
+    """A run and the parts of its exports. `weights` are by Hugging Face names, in the files' order."""
 
     run: RunDirectory
     config: Config
@@ -48,7 +35,7 @@ class RunSource:
     step: int
     spec: LoraSpec
     renderer: Renderer
-    weights: dict[str, Stored]
+    weights: dict[str, StoredTensor]
     adapted: frozenset[str]
 
     @property
@@ -65,56 +52,44 @@ class RunSource:
 
     @property
     def base_name(self) -> str:
-        """The base model by its hub id or, for a local folder, the folder's name alone: paths are nobody's business."""
+        """The base model's hub id, or the name of its folder alone: exports contain no paths of this machine."""
         return self.config.model.name if self.base.revision is not None else self.base.path.resolve().name
 
     @property
     def dtype(self) -> torch.dtype:
         """The type that most of the base's numbers are stored in."""
-        sizes: dict[torch.dtype, int] = {}
+        sizes: dict[str, int] = {}
         for stored in self.weights.values():
             sizes[stored.dtype] = sizes.get(stored.dtype, 0) + torch.Size(stored.shape).numel()
-        return max(sizes, key=lambda dtype: sizes[dtype])
+        return BY_SAFETENSORS_NAME[max(sizes, key=lambda name: sizes[name])]
 
     def tensor(self, name: str, *, merged: bool = True) -> Tensor:
-        """A weight with the adapter merged: W + scale * B A in float32 where it is adapted, as it is stored elsewhere.
-
-        The file is open for this tensor only, so no more than one is in memory. Not `merged` is the base's.
-        """
-        stored = self.weights[name]
-        with safe_open(stored.file, framework="pt", device="cpu") as file:
-            weight: Tensor = file.get_tensor(stored.stored_name).clone()
+        """A weight: with the adapter merged in float32 if it is adapted and `merged`, else as it is stored."""
+        weight = self.weights[name].read()
         if not merged or name not in self.adapted:
             return weight
-        a, b = self.factors(name)
-        return torch.addmm(weight.float(), b, a, alpha=self.spec.scale)
+        return VARIANTS[self.spec.variant].merge(weight, self.factors(name), self.spec.scale)
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """The adapter's A (rank, in_features) and B (out_features, rank) of a weight, float32."""
-        module = _PREFIX + name.removesuffix(".weight")
-        with safe_open(self.adapter / WEIGHTS, framework="pt", device="cpu") as file:
-            a: Tensor = file.get_tensor(f"{module}.lora_A.weight").float()
-            b: Tensor = file.get_tensor(f"{module}.lora_B.weight").float()
-        return a, b
+    def factors(self, name: str) -> dict[str, Tensor]:
+        """The adapter's tensors of a weight by part: `lora_A` (rank, in_features), `lora_B` (out_features, rank)."""
+        return module_tensors(self.adapter, name.removesuffix(".weight"))
 
 
 def open_source(path: str | Path, *, offline: bool = False) -> RunSource:
-    """The run at `path` with its newest adapter. Raises a LorafitError where anything is missing, damaged or another.
+    """The run at `path` with its newest adapter. Raises a LorafitError if a part is missing, damaged or changed.
 
-    The base must be the very one that the adapter was trained on, and not a quantised copy of it.
+    The base must be the one that the adapter was trained on, and not quantised.
     """
     run = RunDirectory.open(path)
     config = run.config()
     adapter = run.newest_adapter()
-    base = model_folder(
-        config.model.name, revision=config.model.revision, offline=offline or config.run.offline
-    )
+    base = base_folder(config, offline=offline)
     facts = read_facts(adapter)
     if facts.get("base_model", fingerprint(base.path)) != fingerprint(base.path):
         raise RunError(
             "the base model is not the one that the adapter was trained on: its files have changed",
             place=str(base.path),
-            hint="put the model of the run back; an adapter on another base answers anything",
+            hint="restore the model of the run; the adapter is of no use on another base",
         )
     arch = read_architecture(base.path)
     prompt = PromptContract.from_json(run.read_json(run.prompt_file))
@@ -122,9 +97,16 @@ def open_source(path: str | Path, *, offline: bool = False) -> RunSource:
         raise RunError(
             f"token {largest} has no embedding: the model has {arch.vocab_size}",
             place=str(run.prompt_file),
-            hint="the file was changed by something else; train the run anew",
+            hint="another program changed the file; train again",
         )
-    weights = _weights(base.path, arch)
+    weights = stored_tensors(base.path, arch)
+    for name, stored in weights.items():
+        if stored.dtype not in BY_SAFETENSORS_NAME:
+            raise ModelError(
+                f"weight `{name}` is {stored.dtype}: adapters are merged into 16 or 32 bits only",
+                place=str(stored.file),
+                hint="give the original checkpoint; a merge into a quantised copy rounds the adapter away",
+            )
     return RunSource(
         run=run,
         config=config,
@@ -139,49 +121,14 @@ def open_source(path: str | Path, *, offline: bool = False) -> RunSource:
     )
 
 
-def _weights(folder: Path, arch: Architecture) -> dict[str, Stored]:
-    """All tensors of a base model; a tied head is the embedding."""
-    found = dict(_stored(folder))
-    if arch.tie_word_embeddings and _HEAD in found:
-        head = found.pop(_HEAD)
-        found.setdefault(_TABLE, head)
-    return found
-
-
-def _stored(folder: Path) -> Iterator[tuple[str, Stored]]:
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for name in file.keys():  # noqa: SIM118, not a mapping
-                    part = file.get_slice(name)
-                    dtype = _STORED.get(part.get_dtype())
-                    if dtype is None:
-                        raise ModelError(
-                            f"weight `{name}` is {part.get_dtype()}: adapters are merged into 16 or 32 bits only",
-                            place=str(path),
-                            hint="give the original checkpoint; merging into a quantised copy rounds the adapter away",
-                        )
-                    if not name.endswith("rotary_emb.inv_freq"):
-                        yield name, Stored(path, name, tuple(part.get_shape()), dtype)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"weights cannot be read: {error}", place=str(path), hint="download the file again"
-            ) from None
-
-
-def _adapted(adapter: Path, weights: dict[str, Stored]) -> frozenset[str]:
+def _adapted(adapter: Path, weights: dict[str, StoredTensor]) -> frozenset[str]:
     """The weights that the adapter changes. Raises ModelError naming those that the base does not have."""
-    path = adapter / WEIGHTS
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            names = {name.removeprefix(_PREFIX) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"the adapter cannot be read: {error}", place=str(path)) from None
-    parts = {"lora_A", "lora_B"}
-    pairs = {name.rsplit(".", 2)[0] + ".weight" for name in names if name.rsplit(".", 2)[1] in parts}
-    if strange := sorted(pairs - weights.keys()):
+    names = {f"{module}.weight" for module in adapted_modules(adapter)}
+    if unknown := sorted(names - weights.keys()):
         raise ModelError.of(
-            Problem(f"the adapter changes `{name}`, which the base model does not have", str(path))
-            for name in strange
+            Problem(
+                f"the adapter changes `{name}`, which the base model does not have", str(adapter / WEIGHTS)
+            )
+            for name in unknown
         )
-    return frozenset(pairs)
+    return frozenset(names)

@@ -1,6 +1,6 @@
 """Files from the Hugging Face hub: models, adapters and datasets, pinned to a commit and cached.
 
-Only files that the program reads are fetched, by name: never pickled weights, never code.
+Only the files that the program reads are fetched, by name: never pickled weights, never code.
 """
 
 from __future__ import annotations
@@ -37,10 +37,11 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from lorafit.errors import ConfigError, DataError, LorafitError, ModelError
 from lorafit.hub.dataset_splits import (
-    DATA_FORMATS,
+    FILE_KINDS,
+    HUB_ID,
     ManyConfigurationsError,
-    data_format,
-    of_one_format,
+    file_kind,
+    of_one_kind,
     splits_of_card,
     splits_of_names,
 )
@@ -85,19 +86,19 @@ class DatasetFiles:
 def model_folder(name: str, *, revision: str | None = None, offline: bool = False) -> ModelFolder:
     """The folder of the model `name`: a local folder, or a hub id `owner/name`, downloaded if needed.
 
-    `revision` is a branch, tag or commit of the hub's repository. With `offline` (or HF_HUB_OFFLINE=1) only
-    what was downloaded before is used and no connection is opened. Raises ModelError.
+    `revision` is a branch, tag or commit of the hub's repository. With `offline` (or HF_HUB_OFFLINE=1) only files of
+    the cache are used and no connection is opened. Raises ModelError.
     """
     return _folder(name, revision, offline, _model_files)
 
 
 def tokenizer_folder(name: str, *, revision: str | None = None, offline: bool = False) -> ModelFolder:
-    """The folder of the tokenizer of the model `name`, as `model_folder` finds the model: no weights are fetched."""
+    """As `model_folder`, but without weights: the folder of the model's tokenizer."""
     return _folder(name, revision, offline, _tokenizer_files)
 
 
 def adapter_folder(name: str, *, revision: str | None = None, offline: bool = False) -> ModelFolder:
-    """The folder of the PEFT adapter `name`, as `model_folder` finds a model's."""
+    """As `model_folder`, for a PEFT adapter."""
     return _folder(name, revision, offline, _adapter_files)
 
 
@@ -106,15 +107,15 @@ def dataset_files(
 ) -> DatasetFiles:
     """The data files of `split` of the hub dataset `name` (`owner/name`), downloaded if needed.
 
-    Which files these are stands in the dataset card, else in the files' names, by the rules of the `datasets`
-    library. A dataset's script is never fetched. Raises DataError.
+    The dataset card says which files these are, else the files' names, by the rules of the `datasets` library. A
+    dataset's script is never fetched. Raises DataError.
     """
     repository = _Repository("dataset", name, revision)
     listing = _list(repository, offline)
     card = ""
     if "README.md" in listing.files:
         card = (_fetch(listing, ["README.md"]) / "README.md").read_text(encoding="utf-8", errors="replace")
-    data = [file for file in listing.files if data_format(file)]
+    data = [file for file in listing.files if file_kind(file)]
     try:
         splits = splits_of_card(card, data) or splits_of_names(data)
     except ManyConfigurationsError as error:
@@ -126,10 +127,10 @@ def dataset_files(
         found = (
             f"its splits: {', '.join(sorted(splits))}"
             if splits
-            else f"it has no {' '.join(DATA_FORMATS)} files"
+            else f"it has no {' '.join(FILE_KINDS)} files"
         )
         raise repository.error(f"`{name}` has no data for the split `{split}`", hint=found)
-    files = of_one_format(splits[split])
+    files = of_one_kind(splits[split])
     folder = _fetch(listing, files)
     return DatasetFiles([folder / file for file in files], folder.name)
 
@@ -137,15 +138,15 @@ def dataset_files(
 def token() -> str | None:
     """The user's hub token: HF_TOKEN in the environment, else in a `.env` file here, else the stored login.
 
-    Raises ConfigError for one that cannot be sent, without showing it.
+    Raises ConfigError, which does not show the token, for one that cannot be sent.
     """
-    found = os.environ.get("HF_TOKEN", "").strip() or dotenv().get("HF_TOKEN") or huggingface_hub.get_token()
-    if found and not re.fullmatch(r"[!-~]+", found):
+    value = os.environ.get("HF_TOKEN", "").strip() or dotenv().get("HF_TOKEN") or huggingface_hub.get_token()
+    if value and not re.fullmatch(r"[!-~]+", value):
         raise ConfigError(
             "HF_TOKEN is not a token: it has spaces or characters outside ASCII in it",
             hint=f"copy it again from {TOKENS_PAGE}",
         )
-    return found
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +177,7 @@ class _Repository:
 
 @dataclass(frozen=True, slots=True)
 class _Listing:
-    """What files a repository has at a commit; `cached` is their folder where nothing may be downloaded."""
+    """The files of a repository at a commit; `cached` is their folder where nothing may be downloaded."""
 
     repository: _Repository
     files: list[str]
@@ -187,14 +188,14 @@ class _Listing:
 def _folder(
     name: str, revision: str | None, offline: bool, choose: Callable[[list[str], str], list[str]]
 ) -> ModelFolder:
-    """The local folder or hub download `name`; `choose` picks its files to read, or says what is wrong."""
+    """The local folder or hub download `name`; `choose` returns the files to read, or raises ModelError."""
     path = Path(name).expanduser()
     if path.is_dir():
         if revision is not None:
             raise ModelError(
                 f"a local folder has no revision `{revision}`",
                 place=str(path),
-                hint="leave the revision out, or name a model of the hub (owner/name)",
+                hint="leave the revision out, or give a model of the hub (owner/name)",
             )
         choose([file.name for file in path.iterdir()], str(path))
         return ModelFolder(path, name, None)
@@ -206,7 +207,7 @@ def _folder(
 
 
 def _model_files(files: list[str], place: str) -> list[str]:
-    """Which of a model's files to read. Weights kept twice (consolidated, original/) are taken once."""
+    """The files of a model to read. Second copies of the weights (consolidated, original/) are left out."""
     files = [file for file in files if "/" not in file]
     if "model.safetensors" in files:
         weights = ["model.safetensors"]
@@ -223,16 +224,16 @@ def _model_files(files: list[str], place: str) -> list[str]:
         raise _no_safetensors(files, place, "model.safetensors")
     if "config.json" not in files:
         raise ModelError("the model has no config.json", place=place)
-    return [file for file in files if any(fnmatchcase(file, known) for known in MODEL_FILES)] + weights
+    return _tokenizer_files(files, place) + weights
 
 
 def _tokenizer_files(files: list[str], place: str) -> list[str]:
-    """Which of a model's files to read for its tokenizer alone; a folder that has no weights will do."""
+    """The files to read for a model's tokenizer; the folder may have no weights."""
     return [file for file in files if any(fnmatchcase(file, known) for known in MODEL_FILES)]
 
 
 def _adapter_files(files: list[str], place: str) -> list[str]:
-    """Which of a PEFT adapter's files to read."""
+    """The files of a PEFT adapter to read."""
     if "adapter_model.safetensors" not in files:
         raise _no_safetensors(files, place, "adapter_model.safetensors")
     if "adapter_config.json" not in files:
@@ -240,21 +241,21 @@ def _adapter_files(files: list[str], place: str) -> list[str]:
     return ["adapter_config.json", "adapter_model.safetensors"]
 
 
-def _no_safetensors(files: list[str], place: str, wanted: str) -> ModelError:
+def _no_safetensors(files: list[str], place: str, missing: str) -> ModelError:
     pickles = [file for file in files if file.endswith(PICKLES)]
     if not pickles:
-        return ModelError(f"there are no weights here: {wanted} is missing", place=place, hint=_WHAT_TO_GIVE)
+        return ModelError(f"there are no weights here: {missing} is missing", place=place, hint=_WHAT_TO_GIVE)
     return ModelError(
-        f"the weights are only there as a pickle ({pickles[0]}), which can run code when loaded",
+        f"the weights exist only as a pickle ({pickles[0]}), which can run code when loaded",
         place=place,
-        hint="have them converted by https://huggingface.co/spaces/safetensors/convert, or, where you trust "
+        hint="convert them with https://huggingface.co/spaces/safetensors/convert, or, if you trust "
         "them, load them with transformers or peft and call save_pretrained(folder)",
     )
 
 
 def _list(repository: _Repository, offline: bool) -> _Listing:
     """The repository's files, from the hub; from the cache if `offline` or if there is no connection."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository.name, re.ASCII):
+    if not HUB_ID.fullmatch(repository.name):
         raise repository.error(
             f"`{repository.name}` is neither a folder here nor an id of the hub (owner/name)",
             _similar_folder(repository.name),
@@ -263,11 +264,10 @@ def _list(repository: _Repository, offline: bool) -> _Listing:
         return _list_cached(repository)
     api = huggingface_hub.HfApi(token=token() or False)
     ask = api.model_info if repository.kind == "model" else api.dataset_info
+    timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     try:
         with _explained(repository):
-            info = ask(
-                repository.name, revision=repository.revision, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
-            )
+            info = ask(repository.name, revision=repository.revision, timeout=timeout)
     except LorafitError as error:
         if not isinstance(error.__cause__, httpx.TransportError):
             raise
@@ -282,7 +282,7 @@ def _list(repository: _Repository, offline: bool) -> _Listing:
 
 
 def _list_cached(repository: _Repository) -> _Listing:
-    """The repository's files as they were when it was last downloaded."""
+    """The repository's files in the cache."""
     try:
         with _explained(repository):
             path = huggingface_hub.snapshot_download(
@@ -302,13 +302,13 @@ def _list_cached(repository: _Repository) -> _Listing:
             repository.name, repo_type=repository.kind, revision=folder.name
         )
         files = [file.path for file in tree]
-    except CachedRepoTreeNotFoundError:  # downloaded by a program that keeps no listing: what is here is all
+    except CachedRepoTreeNotFoundError:  # downloaded by a program that stores no listing
         files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
     return _Listing(repository, files, folder.name, folder)
 
 
 def _fetch(listing: _Listing, files: list[str]) -> Path:
-    """The folder that holds `files` of the listing, after downloading those that are not in the cache."""
+    """The folder with `files` of the listing, after a download of those that are not in the cache."""
     repository, folder = listing.repository, listing.cached
     if folder is not None:
         for file in files:
@@ -324,7 +324,7 @@ def _fetch(listing: _Listing, files: list[str]) -> Path:
         )
         for file in files
     )
-    # On a terminal the library draws its own bars, and would even where there is nothing to download.
+    # On a terminal the library draws its own bars, also where there is nothing to download.
     has_bars = is_new and sys.stderr.isatty()
     access = token() or False
     with (
@@ -352,18 +352,18 @@ def _not_cached(repository: _Repository, what: str) -> LorafitError:
 
 @contextmanager
 def _explained(repository: _Repository) -> Iterator[None]:
-    """Turn what the library raises in the block into an error of ours, with the library's as its cause."""
+    """Replace an error of the library by one of lorafit, with the library's error as its cause."""
     try:
         yield
     except (httpx.HTTPError, OSError, ValueError, RuntimeError, XetDownloadError) as raised:
         error: BaseException = raised
         while isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
-            error = error.__cause__  # the library hides what went wrong online behind what the cache lacks
+            error = error.__cause__  # the library raises this after the error of the connection
         raise repository.error(*_explanation(repository, error)) from error
 
 
 def _explanation(repository: _Repository, error: BaseException) -> tuple[str, str]:
-    """What `error` means to the user, and what to do about it."""
+    """(message, hint) for `error`."""
     name, log_in = repository.name, "set HF_TOKEN or run `hf auth login`"
     match error:
         case GatedRepoError():
@@ -386,7 +386,7 @@ def _explanation(repository: _Repository, error: BaseException) -> tuple[str, st
                 "try again, or another revision",
             )
         case HfHubHTTPError() if error.response.status_code == 401:
-            return "the hub does not accept your token", f"make a new one ({TOKENS_PAGE}) and {log_in}"
+            return "the hub does not accept your token", f"create a new one ({TOKENS_PAGE}) and {log_in}"
         case HfHubHTTPError() if error.response.status_code == 403:
             return f"your token may not read `{name}`", f"give it that right on {TOKENS_PAGE}"
         case HfHubHTTPError():
@@ -394,9 +394,9 @@ def _explanation(repository: _Repository, error: BaseException) -> tuple[str, st
         case HFValidationError():
             return f"`{name}` is not an id of the hub: {error}", ""
         case httpx.TransportError():
-            hint = "check the network, the proxy and HF_ENDPOINT; what was downloaded before works offline"
+            hint = "check the network, the proxy and HF_ENDPOINT; files in the cache can be used offline"
             return (
-                f"`{name}` is no folder here, and there is no connection to the hub: "
+                f"there is no folder `{name}`, and no connection to the hub: "
                 f"{str(error) or type(error).__name__}",
                 "; ".join(filter(None, (_similar_folder(name), hint))),
             )
@@ -410,7 +410,7 @@ def _explanation(repository: _Repository, error: BaseException) -> tuple[str, st
 
 
 def _similar_folder(name: str) -> str:
-    """A hint at the local folder that is named much like `name`, if there is one."""
+    """A hint at the local folder with a name similar to `name`, if there is one."""
     path = Path(name).expanduser()
     parent = path.parent if path.parent.is_dir() else Path()
     near = difflib.get_close_matches(path.name, [f.name for f in parent.iterdir() if f.is_dir()], n=1)

@@ -1,4 +1,4 @@
-"""Which files of a hub data set make up a split: by its card, else by the files' names."""
+"""Which files hold rows: their kinds, and the split of a hub data set by its card, else by the files' names."""
 
 from __future__ import annotations
 
@@ -7,10 +7,18 @@ from pathlib import PurePosixPath
 
 import yaml
 
-# Format of the data files by suffix; where two are as frequent, the first wins.
-DATA_FORMATS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json", ".csv": "csv"}
+# Kind of the data files by suffix, here and on the hub.
+FILE_KINDS = {
+    **dict.fromkeys((".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".ndjson.gz"), "json"),
+    **dict.fromkeys((".csv", ".tsv"), "csv"),
+    ".parquet": "parquet",
+    **dict.fromkeys((".arrow", ".feather"), "arrow"),
+}
+_PREFERRED = ("parquet", "arrow", "json", "csv")  # where two kinds have as many files, the first is read
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 MAX_HEADER = 100_000  # characters of a card's YAML
 MAX_WILDCARDS = 8  # of a pattern: matching takes its time for each
+# Files that libraries write beside the rows.
 METADATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 SPLIT_WORDS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -23,24 +31,29 @@ class ManyConfigurationsError(ValueError):
     """The card names several configurations, in the message, and none is the default."""
 
 
-def data_format(file: str) -> str | None:
-    """The format of a data file by its name (gzip only around JSON), None for any other file."""
+def suffix_of(name: str) -> str:
+    """The suffix of a data file by its name without folders, "" for any other file."""
+    lowered = name.lower()
+    return next((s for s in FILE_KINDS if lowered.endswith(s) and not lowered.startswith(".")), "")
+
+
+def file_kind(file: str) -> str | None:
+    """The kind of a file of the hub, None for one that is not a data file."""
     path = PurePosixPath(file)
     if path.name in METADATA or any(part.startswith((".", "__")) for part in path.parts):
         return None
-    found = DATA_FORMATS.get(PurePosixPath(path.stem).suffix if path.suffix == ".gz" else path.suffix)
-    return found if path.suffix != ".gz" or found == "json" else None
+    return FILE_KINDS.get(suffix_of(path.name))
 
 
-def of_one_format(files: list[str]) -> list[str]:
-    """The files of the most frequent format, by name: the same rows may be there in a second one."""
-    formats = [data_format(file) for file in files]
-    chosen = max(DATA_FORMATS.values(), key=formats.count)
-    return sorted(file for file in files if data_format(file) == chosen)
+def of_one_kind(files: list[str]) -> list[str]:
+    """The files of the most frequent kind, by name: a second kind may hold the same rows again."""
+    kinds = [file_kind(file) for file in files]
+    chosen = max(_PREFERRED, key=kinds.count)
+    return sorted(file for file in files if file_kind(file) == chosen)
 
 
 def splits_of_names(files: list[str]) -> dict[str, list[str]]:
-    """The splits that the words in the files' paths name; without any such word all files are `train`."""
+    """The splits by words in the files' paths; all files are `train` where no path has such a word."""
     splits: dict[str, list[str]] = {}
     for file in files:
         sharded = re.fullmatch(r"data/([^/]+?)-\d{5}-of-\d{5}[^/]*", file)
@@ -52,7 +65,7 @@ def splits_of_names(files: list[str]) -> dict[str, list[str]]:
 
 
 def splits_of_card(card: str, files: list[str]) -> dict[str, list[str]]:
-    """The splits that the dataset card's YAML header gives its default configuration, if any."""
+    """The splits of the default configuration in the YAML header of the dataset card, {} without one."""
     header = re.match(r"---\s*\n(.*?)\n---\s*$", card, re.DOTALL | re.MULTILINE)
     try:
         fields = yaml.safe_load(header[1]) if header and len(header[1]) <= MAX_HEADER else None
@@ -78,11 +91,11 @@ def splits_of_card(card: str, files: list[str]) -> dict[str, list[str]]:
         ]
         for split, globs in patterns.items()
     }
-    return {split: found for split, found in splits.items() if found}
+    return {split: matching for split, matching in splits.items() if matching}
 
 
 def _split_patterns(data_files: object) -> dict[str, list[str]]:
-    """The glob patterns of each split, from any of the forms that `data_files` of a dataset card has."""
+    """The glob patterns of each split, from any form of `data_files` in a dataset card."""
     match data_files:
         case str():
             return {"train": [data_files]}

@@ -1,1 +1,1 @@
-"""Answering with a model: the token engine, sampling, and models loaded with their prompt contract."""
+"""Text generation: the token engine, sampling, and models loaded with their prompt contract."""

@@ -1,34 +1,41 @@
-"""Continuous batching: rows join and leave between passes, each with its own adapter, sampling and end.
+"""Continuous batching, the one decode loop: rows join and leave between passes, each with its own settings.
 
-Token ids in, token ids out, one thread, no queue (infer/scheduler.py has both). A prompt is read in a pass of its own,
-as `stream` of infer/engine.py reads a single one; later passes add a token to every row. Where the compiled kernels
-run, a row's numbers are the same bits whatever its neighbours are.
+Token ids in, token ids out, one thread, no queue (infer/scheduler.py has both). Prompts are read in a pass of their
+own. A later pass adds a token to every row. With the compiled kernels, a row's numbers have the same bits whatever its
+neighbours are.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections import deque
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lorafit.data.packing import share_prefixes
 from lorafit.infer.engine import Decode, KeyValueCache, Prefill
 from lorafit.infer.sampling import Sampling, next_tokens
-from lorafit.model.architecture import Architecture
 from lorafit.model.llama import Llama
 from lorafit.model.multi_lora import Adapters
 
-_FIRST_CAPACITY = 256  # tokens a slot has room for at first
+AT_ONCE = 16  # rows of a batch that answers a list of prompts
+_PREFILL_TOKENS = 4096  # of prompts that `generate_tokens` reads in one pass; a longer prompt is read alone
+
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One answer that is wanted.
+    """One answer to generate.
 
-    `adapter` None is the network as it is. `stream` numbers the answers that share a seed, so that they are drawn
-    apart. With `top_logprobs` each token comes with its log-probability and those of so many likeliest ones.
+    `adapter` None is the network as it is. `stream` numbers the answers that share a seed, so that their random
+    numbers differ. With `top_logprobs`, each token comes with its log-probability and those of that many most probable
+    tokens.
     """
 
     prompt: Sequence[int]
@@ -41,10 +48,10 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One more token of a row. `end` is set on the last: `stop` (not to be shown) or `length`.
+class GeneratedToken:
+    """One new token of a row. `end` is set on the last one: `stop` (not part of the answer) or `length`.
 
-    `logprob` and `top` (id and log-probability, likeliest first) are of the model's distribution at temperature 1.
+    `logprob` and `top` (id and log-probability, most probable first) are of the model's distribution at temperature 1.
     """
 
     id: int
@@ -53,50 +60,16 @@ class Step:
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Slots(KeyValueCache):
-    """A cache for up to `num_slots` rows that come and go; row r is in slot r, and capacity grows as it is needed."""
-
-    def __init__(self, arch: Architecture, num_slots: int, limit: int, like: Tensor) -> None:
-        super().__init__(arch, num_slots, min(_FIRST_CAPACITY, limit), like)
-        self.limit = limit
-        self.lengths = self.lengths[:0]
-
-    @torch.inference_mode()
-    def make_room(self, length: int) -> None:
-        """Have room for `length` tokens in every slot. Raises what torch raises when memory is short."""
-        capacity = self.k[0].shape[2]
-        if length <= capacity:
-            return
-        while capacity < length:
-            capacity = min(2 * capacity, self.limit)
-        for cache in (self.k, self.v):
-            for layer, old in enumerate(cache):
-                new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
-                new[:, :, : old.shape[2]] = old
-                cache[layer] = new
-
-    @torch.inference_mode()
-    def leave(self, row: int) -> None:
-        """Drop a row; the last one takes its place."""
-        last = len(self.lengths) - 1
-        if row != last:
-            length = int(self.lengths[last])
-            for layer in (*self.k, *self.v):
-                layer[row, :, :length] = layer[last, :, :length]
-            self.lengths[row] = self.lengths[last]
-        self.lengths = self.lengths[:last]
-
-
 @dataclass(slots=True)
-class _Row:
-    key: Hashable
+class _Row(Generic[K]):
+    key: K
     request: Request
     random: torch.Generator
-    num_made: int = 0
+    num_generated: int = 0
     latest: int = 0
 
 
-class Batch:
+class ContinuousBatch(Generic[K]):
     """The rows that are being answered. Keys are the caller's names for rows."""
 
     def __init__(
@@ -105,111 +78,135 @@ class Batch:
         self.network, self.num_slots, self.adapters = network, num_slots, adapters
         longest = network.arch.max_position_embeddings
         self.context = min(context or longest, longest)
-        self._rows: list[_Row] = []
+        self._rows: list[_Row[K]] = []
         self._cache = self._new_cache()
 
     def __len__(self) -> int:
         return len(self._rows)
 
     @torch.inference_mode()
-    def add(self, key: Hashable, request: Request) -> Step:
-        """Read a prompt and give its first token; the row stays for more unless that was its last.
+    def add(self, requests: Sequence[tuple[K, Request]]) -> list[tuple[K, GeneratedToken]]:
+        """Read the prompts in one pass and give the first token of each. Rows that have not ended stay.
 
-        There must be a free slot, and the prompt must have a token and be shorter than `context`.
+        There must be a free slot for each, and all must have the same adapter. Raises ValueError where a prompt has no
+        token, or not fewer than `context`.
         """
-        assert len(self) < self.num_slots
-        assert 0 < len(request.prompt) < self.context
-        first, length = len(self), len(request.prompt)
-        self._cache.make_room(length)
-        self._take([request.adapter])
+        first = len(self)
+        lengths = [len(request.prompt) for _, request in requests]
+        if not all(0 < length < self.context for length in lengths):
+            raise ValueError(f"a prompt has no token, or {self.context:,} and more")
+        assert first + len(requests) <= self.num_slots
+        assert len({request.adapter for _, request in requests}) == 1
+        self._make_room(max(lengths), [request for _, request in requests])
+        self._use_adapters([requests[0][1].adapter])
+        ids, paths = share_prefixes([np.array(request.prompt, np.uint32) for _, request in requests])
         device = self._cache.lengths.device
-        ids, last = torch.tensor(request.prompt, device=device), torch.tensor([length - 1], device=device)
+        last = torch.tensor([path[-1] for path in paths], device=device)
         try:
-            logits = self.network.logits(
-                self.network.hidden(ids, Prefill([length], self._cache, first), last)
-            )
+            prefill = Prefill(lengths, self._cache, first, torch.from_numpy(np.concatenate(paths)))
+            logits = self.network.logits(self.network.hidden(torch.from_numpy(ids).to(device), prefill, last))
         except BaseException:
             self._cache.lengths = self._cache.lengths[:first]
             raise
-        self._rows.append(_Row(key, request, request.sampling.stream(request.stream)))
-        return self._advance(logits, self._rows[first:])[0][1]
+        self._rows += [
+            _Row(key, request, request.sampling.stream(request.stream)) for key, request in requests
+        ]
+        return self._choose_next(logits, self._rows[first:])
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[Hashable, Step]]:
-        """One more token for every row; those whose last it was are gone afterwards."""
+    def step(self) -> list[tuple[K, GeneratedToken]]:
+        """One more token for every row. Rows that have ended are removed."""
         if not self._rows:
             return []
         rows = list(self._rows)
-        self._cache.make_room(int(self._cache.lengths.max()) + 1)
-        self._take([row.request.adapter for row in rows])
+        self._make_room(int(self._cache.lengths.max()) + 1, [row.request for row in rows])
+        self._use_adapters([row.request.adapter for row in rows])
         latest = torch.tensor([row.latest for row in rows], device=self._cache.lengths.device)
-        return self._advance(self.network.logits(self.network.hidden(latest, Decode(self._cache))), rows)
+        return self._choose_next(self.network.logits(self.network.hidden(latest, Decode(self._cache))), rows)
 
-    def drop(self, key: Hashable) -> None:
-        """Forget a row that nobody waits for, if it is still there."""
-        for at, row in enumerate(self._rows):
+    def drop(self, key: K) -> None:
+        """Remove the row of `key`, if it is still there."""
+        for index, row in enumerate(self._rows):
             if row.key == key:
-                self._cache.leave(at)
+                self._cache.remove(index)
                 last = self._rows.pop()
-                if at < len(self._rows):
-                    self._rows[at] = last
+                if index < len(self._rows):
+                    self._rows[index] = last
                 return
 
-    def clear(self) -> list[Hashable]:
-        """Forget all rows, and the memory they had; their keys. To go on after an error."""
+    def clear(self) -> list[K]:
+        """Remove all rows and free their memory, to continue after an error. Returns their keys."""
         keys = [row.key for row in self._rows]
         self._rows = []
         self._cache = self._new_cache()
         return keys
 
-    def _new_cache(self) -> Slots:
-        return Slots(self.network.arch, self.num_slots, self.context, self.network.model.norm.weight)
+    def _new_cache(self) -> KeyValueCache:
+        return KeyValueCache(self.network.arch, self.num_slots, self.context, self.network.model.norm.weight)
 
-    def _take(self, names: Sequence[str | None]) -> None:
+    def _make_room(self, length: int, requests: Sequence[Request]) -> None:
+        most = max(len(request.prompt) + request.max_tokens for request in requests)
+        self._cache.make_room(length, min(max(most, length), self.context))
+
+    def _use_adapters(self, names: Sequence[str | None]) -> None:
         if self.adapters is not None:
             self.adapters.take(names)
 
-    def _advance(self, logits: Tensor, rows: Sequence[_Row]) -> list[tuple[Hashable, Step]]:
-        steps = []
-        likely = _logprobs(logits, rows)
-        for at, (row, token) in enumerate(zip(rows, _choose(logits, rows), strict=True)):
-            row.num_made, row.latest = row.num_made + 1, token
-            is_full = row.num_made >= row.request.max_tokens
-            is_full = is_full or len(row.request.prompt) + row.num_made >= self.context
+    def _choose_next(self, logits: Tensor, rows: Sequence[_Row[K]]) -> list[tuple[K, GeneratedToken]]:
+        tokens = []
+        for index, (row, token) in enumerate(zip(rows, _sample(logits, rows), strict=True)):
+            row.num_generated, row.latest = row.num_generated + 1, token
+            is_full = row.num_generated >= row.request.max_tokens
+            is_full = is_full or len(row.request.prompt) + row.num_generated >= self.context
             end = "stop" if token in row.request.stop_ids else "length" if is_full else ""
-            steps.append((row.key, _step(token, end, row.request.top_logprobs, likely.get(at))))
-        for key, made in steps:
-            if made.end:
+            tokens.append((row.key, _generated_token(token, end, row.request.top_logprobs, logits[index])))
+        for key, generated in tokens:
+            if generated.end:
                 self.drop(key)
-        return steps
+        return tokens
 
 
-def _choose(logits: Tensor, rows: Sequence[_Row]) -> list[int]:
-    """The next token of each row, drawn together where rows are sampled alike."""
-    alike: dict[Sampling, list[int]] = {}
-    for at, row in enumerate(rows):
-        alike.setdefault(dataclasses.replace(row.request.sampling, seed=0), []).append(at)
+def generate_tokens(network: Llama, requests: Sequence[Request]) -> Iterator[tuple[int, GeneratedToken]]:
+    """Answer all requests, up to AT_ONCE of them at a time: (index of the request, token), as they are generated.
+
+    A row ends with a token of `stop_ids`, after `max_tokens`, or at the model's longest position. Raises ValueError as
+    `ContinuousBatch.add` does.
+    """
+    batch = ContinuousBatch[int](network, min(AT_ONCE, len(requests)))
+    waiting = deque(enumerate(requests))
+    while waiting or len(batch):
+        joining: list[tuple[int, Request]] = []
+        num_tokens = 0
+        while waiting and len(batch) + len(joining) < batch.num_slots:
+            num_tokens += len(waiting[0][1].prompt)
+            if joining and num_tokens > _PREFILL_TOKENS:
+                break
+            joining.append(waiting.popleft())
+        if joining:
+            yield from batch.add(joining)
+        else:
+            yield from batch.step()
+
+
+def _sample(logits: Tensor, rows: Sequence[_Row[K]]) -> list[int]:
+    """The next token of each row. Rows with the same sampling are drawn together."""
+    groups: dict[Sampling, list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(dataclasses.replace(row.request.sampling, seed=0), []).append(index)
     chosen = [0] * len(rows)
-    for sampling, some in alike.items():
-        part = logits if len(some) == len(rows) else logits[some]
-        for at, token in zip(
-            some, next_tokens(part, sampling, [rows[at].random for at in some]), strict=True
-        ):
-            chosen[at] = token
+    for sampling, group in groups.items():
+        part = logits if len(group) == len(rows) else logits[group]
+        tokens = next_tokens(part, sampling, [rows[index].random for index in group])
+        for index, token in zip(group, tokens, strict=True):
+            chosen[index] = token
     return chosen
 
 
-def _logprobs(logits: Tensor, rows: Sequence[_Row]) -> dict[int, Tensor]:
-    """Log-probabilities of all tokens, float64 (vocab_size,), for the rows that want them."""
-    wanting = [at for at, row in enumerate(rows) if row.request.top_logprobs is not None]
-    if not wanting:
-        return {}
-    return dict(zip(wanting, logits[wanting].double().cpu().log_softmax(-1), strict=True))
-
-
-def _step(token: int, end: str, num_top: int | None, likely: Tensor | None) -> Step:
-    if likely is None:
-        return Step(token, end)
-    best = likely.topk(min(num_top or 0, len(likely)))
+def _generated_token(token: int, end: str, num_top: int | None, logits: Tensor) -> GeneratedToken:
+    """The token, with log-probabilities in float64 unless `num_top` is None; `logits` (vocab_size,) are its row's."""
+    if num_top is None:
+        return GeneratedToken(token, end)
+    logprobs = logits.double().cpu().log_softmax(-1)
+    best = logprobs.topk(min(num_top, len(logprobs)))
     top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return Step(token, end, float(likely[token]), top)
+    return GeneratedToken(token, end, float(logprobs[token]), top)

@@ -1,4 +1,4 @@
-"""A conversation with a model: what has been said, and how much of it still fits. It draws nothing."""
+"""A conversation with a model: its turns, and how many of them fit the context. It prints nothing."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from lorafit.infer.model import Model
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """A question as the model is to read it, and how many of the oldest turns had to be left out for it."""
+class ChatPrompt:
+    """The turns to answer, and how many of the oldest turns were dropped to make room."""
 
     messages: tuple[Message, ...]
     num_dropped: int
 
 
 class Conversation:
-    """Turns so far. `system` is the system prompt, None for the prompt contract's own.
+    """The turns so far. `system` is the system prompt, None for that of the prompt contract.
 
-    A prompt contract of single instructions (`remembers` is False) asks each question by itself.
+    With a prompt contract for single instructions, `remembers` is False: each question is a prompt of its own.
     """
 
     def __init__(self, model: Model, max_tokens: int, system: str | None = None) -> None:
@@ -32,11 +32,11 @@ class Conversation:
         self._limit = model.network.arch.max_position_embeddings
         self._room = min(max_tokens, self._limit // 4)
 
-    def ask(self, text: str) -> Asked:
-        """What to ask next. The oldest turns are left out, for good, where no room would be left for an answer.
+    def ask(self, text: str) -> ChatPrompt:
+        """The next prompt. The oldest turns are dropped, permanently, where they leave no room for an answer.
 
-        Raises ModelError where the question alone does not fit, DataError where it cannot be rendered; the
-        conversation is then as it was.
+        Raises ModelError where the question alone does not fit, DataError where it cannot be rendered. The
+        conversation does not change then.
         """
         turns = [*(self.turns if self.remembers else []), Message("user", text)]
         num_dropped = 0
@@ -46,18 +46,18 @@ class Conversation:
         if length >= self._limit:
             raise ModelError(
                 f"the question has {length:,} tokens, the model reads at most {self._limit - 1:,}",
-                hint="ask it shorter",
+                hint="write a shorter question",
             )
         self.turns = turns[:-1]
-        return Asked(self._with_system(turns), num_dropped)
+        return ChatPrompt(self._with_system(turns), num_dropped)
 
-    def answered(self, asked: Asked, answer: str) -> None:
-        """Remember the answer to what `ask` gave; an empty one leaves no trace of the question."""
+    def answered(self, prompt: ChatPrompt, answer: str) -> None:
+        """Add a question and its answer to the turns; with an empty answer, nothing is added."""
         if answer:
-            self.turns += [asked.messages[-1], Message("assistant", answer)]
+            self.turns += [prompt.messages[-1], Message("assistant", answer)]
 
     def reset(self) -> None:
-        """Forget all turns; the system prompt stays."""
+        """Remove all turns. The system prompt stays."""
         self.turns = []
 
     def _with_system(self, turns: Sequence[Message]) -> tuple[Message, ...]:

@@ -1,4 +1,4 @@
-"""A model that answers in words: network, tokenizer and the prompt contract it was trained with, loaded together."""
+"""A model ready to generate text: network, tokenizer and the prompt contract of its training, loaded together."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from lorafit.data.formats import Content, Instruction, Message
 from lorafit.data.prompt import PromptContract, Renderer, contract
 from lorafit.data.tokenizer import Tokenizer
-from lorafit.errors import ModelError
+from lorafit.errors import ConfigError, ModelError
 from lorafit.hub.client import adapter_folder, model_folder
-from lorafit.infer.engine import Token, stream
+from lorafit.infer.continuous_batch import AT_ONCE, GeneratedToken, Request, generate_tokens
 from lorafit.infer.sampling import Sampling
 from lorafit.infer.stream_text import AnswerText
 from lorafit.model.adapter_file import CONFIG as ADAPTER_CONFIG
@@ -23,16 +23,15 @@ from lorafit.model.lora import adapted, disable_adapter, evaluating
 from lorafit.model.quant import Quantize
 from lorafit.observe.progress import progress
 from lorafit.run_dir import RunDirectory
-from lorafit.storage.atomic import MANIFEST, verify_folder
+from lorafit.storage.atomic import check_manifest
 from lorafit.storage.safe_read import read_json
 
 Question = str | Content | Sequence[Message]
-AT_ONCE = 16  # prompts that share a batch
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a model said. `stopped` is whether it ended by itself rather than at the token limit."""
+    """The text that a model generated. `stopped` is True for an end by a stop token, False for the token limit."""
 
     text: str
     num_tokens: int
@@ -40,7 +39,7 @@ class Answer:
 
 
 class Model:
-    """A network ready to answer. `has_adapter` is whether a LoRA adapter is on it."""
+    """A network with its prompt contract. `has_adapter` is True when a LoRA adapter is attached."""
 
     def __init__(self, network: Llama, renderer: Renderer) -> None:
         self.network = network
@@ -55,23 +54,20 @@ class Model:
         sampling: Sampling | None = None,
         base: bool = False,
     ) -> list[Answer]:
-        """Answer every question, in order; `base` leaves the adapter out. Greedy unless `sampling` says otherwise."""
-        answers: list[Answer] = []
-        for start in range(0, len(questions), AT_ONCE):
-            batch = questions[start : start + AT_ONCE]
-            ids: list[list[int]] = [[] for _ in batch]
-            stopped = [False] * len(batch)
-            draws = sampling or Sampling()
-            draws = dataclasses.replace(draws, seed=draws.seed + start)  # no two rows share a stream
-            for token in self._tokens(batch, max_tokens, draws, base):
-                stopped[token.row] = token.end == "stop"
-                if token.end != "stop":
-                    ids[token.row].append(token.id)
-            answers += [
-                Answer(self.renderer.tokenizer.decode(row, skip_special=True).strip(), len(row), ended)
-                for row, ended in zip(ids, stopped, strict=True)
-            ]
-        return answers
+        """Answer all questions, in order.
+
+        `base` disables the adapter. Without `sampling` the answers are greedy. Raises ModelError where a prompt does
+        not fit the model, DataError where it cannot be rendered.
+        """
+        sampling = sampling or Sampling()
+        prompts = [self.prompt_ids(question) for question in questions]
+        requests = []
+        for index, prompt in enumerate(prompts):
+            row = index % AT_ONCE
+            seeded = dataclasses.replace(sampling, seed=sampling.seed + index - row)  # no two share a stream
+            requests.append(self.request(prompt, max_tokens, seeded, stream=row))
+        answers = dict(self.answers(requests, base=base))
+        return [answers[index] for index in range(len(requests))]
 
     def stream(
         self,
@@ -80,14 +76,15 @@ class Model:
         max_tokens: int = 256,
         sampling: Sampling | None = None,
         base: bool = False,
-        watch: Callable[[Token], None] | None = None,
+        watch: Callable[[GeneratedToken], None] | None = None,
     ) -> Generator[str]:
-        """Answer one question piece by piece, as the pieces become whole characters: the text that `generate` gives.
+        """Answer one question in pieces of whole characters. Joined, they are the text that `generate` gives.
 
-        `watch` sees every token, also those that show nothing.
+        `watch` is called with every token, also with those that add no text. Raises as `generate` does.
         """
         text = AnswerText(self.renderer.tokenizer)
-        for token in self._tokens([question], max_tokens, sampling, base):
+        request = self.request(self.prompt_ids(question), max_tokens, sampling or Sampling())
+        for _, token in self.tokens([request], base=base):
             if watch is not None:
                 watch(token)
             if token.end != "stop" and (piece := text.push(token.id)):
@@ -95,32 +92,52 @@ class Model:
         if piece := text.finish():
             yield piece
 
-    def _tokens(
-        self, questions: Sequence[Question], max_tokens: int, sampling: Sampling | None, base: bool
-    ) -> Iterator[Token]:
-        prompts = [self.renderer.prompt_ids(_as_source(question)) for question in questions]
-        limit = self.network.arch.max_position_embeddings
-        if too_long := [len(prompt) for prompt in prompts if len(prompt) >= limit]:
+    def require_adapter(self, source: str) -> None:
+        """Raise ConfigError where the model, loaded from `source`, has no adapter to compare with its base."""
+        if not self.has_adapter:
+            hint = "remove --base and --compare"
+            raise ConfigError(f"`{source}` is a base model, it has no adapter", hint=hint)
+
+    def prompt_ids(self, question: Question) -> list[int]:
+        """The ids of a prompt. Raises ModelError where the model cannot read it, DataError where it is no text."""
+        content = Instruction(question, "", "") if isinstance(question, str) else question
+        ids = self.renderer.prompt_ids(content)
+        arch = self.network.arch
+        if not ids:
+            raise ModelError("a prompt has no tokens", hint="write a question, or give a system prompt")
+        if len(ids) >= arch.max_position_embeddings:
             raise ModelError(
-                f"a prompt has {too_long[0]} tokens, the model reads at most {limit - 1}", hint="shorten it"
+                f"a prompt has {len(ids):,} tokens, the model reads at most {arch.max_position_embeddings - 1:,}",
+                hint="shorten it",
             )
-        largest = max(map(max, filter(None, prompts)), default=0)
-        if largest >= self.network.arch.vocab_size:
+        if (largest := max(ids)) >= arch.vocab_size:
             token = self.renderer.tokenizer.decode([largest])
             raise ModelError(
-                f"token `{token}` has id {largest}, but the model has {self.network.arch.vocab_size} embeddings",
+                f"token `{token}` has id {largest}, but the model has {arch.vocab_size} embeddings",
                 hint="tokens were added to the tokenizer and not to the model",
             )
-        if not all(prompts):
-            raise ModelError("a prompt has no tokens", hint="ask something, or give a system prompt")
+        return ids
+
+    def request(self, prompt: Sequence[int], max_tokens: int, sampling: Sampling, stream: int = 0) -> Request:
+        """A request for the engine, with the stop tokens of the prompt contract."""
+        return Request(prompt, frozenset(self.renderer.contract.stop_ids), max_tokens, sampling, stream)
+
+    def tokens(
+        self, requests: Sequence[Request], *, base: bool = False
+    ) -> Iterator[tuple[int, GeneratedToken]]:
+        """(index of the request, token), as they are generated; the network is in evaluation mode meanwhile."""
         with evaluating(self.network), disable_adapter(self.network, when=base):
-            yield from stream(
-                self.network,
-                prompts,
-                stop_ids=frozenset(self.renderer.contract.stop_ids),
-                max_tokens=max_tokens,
-                sampling=sampling or Sampling(),
-            )
+            yield from generate_tokens(self.network, requests)
+
+    def answers(self, requests: Sequence[Request], *, base: bool = False) -> Iterator[tuple[int, Answer]]:
+        """(index of the request, whole answer), in the order in which they end."""
+        ids: list[list[int]] = [[] for _ in requests]
+        for index, token in self.tokens(requests, base=base):
+            if token.end != "stop":
+                ids[index].append(token.id)
+            if token.end:
+                text = self.renderer.tokenizer.decode(ids[index], skip_special=True).strip()
+                yield index, Answer(text, len(ids[index]), token.end == "stop")
 
 
 def load(
@@ -133,30 +150,39 @@ def load(
     offline: bool = False,
     quantize: Quantize | None = None,
 ) -> Model:
-    """A model that answers, from a run directory, a PEFT adapter folder, a model folder or a hub id.
+    """Load a model from a run directory, a PEFT adapter folder, a model folder or a hub id.
 
-    A run, or an adapter within one, brings its own prompt contract; anything else is asked by the model's chat
-    template, or as Alpaca does where it has none. `adapter` puts a PEFT adapter (folder or hub id) on a base model;
-    `system` replaces the system prompt. `quantize` is how the base's linears are held; where it is not said a run
-    is loaded as it was trained, anything else with none. Raises ModelError, RunError or ConfigError.
+    A run, or an adapter within a run, has its own prompt contract. Other models use their chat template, or the Alpaca
+    template where they have none.
+
+    Args:
+        source: what to load.
+        adapter: a PEFT adapter (folder or hub id) to attach to a base model.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        dtype: type of the weights; `auto` is that of the training, or the best one for the device.
+        system: replaces the system prompt of the contract.
+        offline: opens no connection.
+        quantize: quantization of the base's linears. None is that of the training for a run, else `none`.
+
+    Returns the Model. Raises ModelError, RunError or ConfigError.
     """
     found = find_source(source, adapter=adapter, dtype=dtype, offline=offline, quantize=quantize)
-    base = model_folder(found.base, revision=found.revision, offline=found.offline)
-    tokenizer = Tokenizer.from_folder(base.path)
+    base = found.base_folder()
+    tokenizer = Tokenizer.from_folder(base)
     prompt = found.prompt or default_contract(tokenizer)
     if system is not None:
         prompt = dataclasses.replace(prompt, system=system)
     with progress("loading the model") as advance:
-        network, _ = build_saved(base.path, found.adapter, device, found.dtype, advance, found.quantize)
+        network, _ = build_saved(base, found.adapter, device, found.dtype, advance, found.quantize)
     return Model(network, Renderer(prompt, tokenizer))
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """What a run directory, an adapter folder, a model folder or a hub id stands for.
+    """What a run directory, an adapter folder, a model folder or a hub id contains.
 
-    `base` and `revision` name the base model; `adapter` is the folder of the adapter on it and `prompt` the contract
-    it was trained with, where there are such. `offline`: it was trained so.
+    `base` and `revision` name the base model. `adapter` is the adapter's folder and `prompt` the contract of its
+    training, None where there is none. `offline` is True when connections are forbidden here, or were in the training.
     """
 
     base: str
@@ -167,6 +193,10 @@ class ModelSource:
     quantize: Quantize
     offline: bool
 
+    def base_folder(self) -> Path:
+        """The folder of the base model, downloaded where needed. Raises ModelError."""
+        return model_folder(self.base, revision=self.revision, offline=self.offline).path
+
 
 def find_source(
     source: str | Path,
@@ -176,7 +206,7 @@ def find_source(
     offline: bool = False,
     quantize: Quantize | None = None,
 ) -> ModelSource:
-    """What `source` is, with `adapter` on it; nothing of a base model is read. Raises ModelError or RunError."""
+    """Find out what `source` is. No file of a base model is read. Raises ModelError or RunError."""
     name, revision, prompt = str(source), None, None
     adapter_path = adapter_folder(str(adapter), offline=offline).path if adapter is not None else None
     folder = Path(source).expanduser()
@@ -194,25 +224,20 @@ def find_source(
         adapter_path = folder
         name, revision = _base_of(folder)
         prompt = _contract_beside(folder)
-    has_manifest = adapter_path is not None and (adapter_path / MANIFEST).is_file()
-    if adapter_path and has_manifest and (faults := verify_folder(adapter_path, may_have_more=True)):
-        raise ModelError(f"the adapter is damaged: {faults[0]}", place=str(adapter_path))
+    if adapter_path is not None:
+        check_manifest(adapter_path, "the adapter", ModelError)
     return ModelSource(name, revision, adapter_path, prompt, dtype, quantize or "none", offline)
 
 
 def default_contract(tokenizer: Tokenizer) -> PromptContract:
-    """How a model is asked that no run of ours says anything about."""
+    """The prompt contract of a model that no run of lorafit describes."""
     return contract(
         tokenizer, template="auto", train_on="response", max_length=2048, too_long="error", add_eos=True
     )
 
 
-def _as_source(question: Question) -> Content | Sequence[Message]:
-    return Instruction(question, "", "") if isinstance(question, str) else question
-
-
 def _contract_beside(adapter: Path) -> PromptContract | None:
-    """The prompt contract of the run that an adapter or checkpoint folder lies in, if it lies in one."""
+    """The prompt contract of the run that contains an adapter or checkpoint folder; None outside of a run."""
     for parent in adapter.resolve().parents[:2]:
         run = RunDirectory(parent)
         if run.config_file.is_file() and run.prompt_file.is_file():

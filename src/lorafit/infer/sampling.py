@@ -1,4 +1,4 @@
-"""From logits to the next token: greedy, temperature, top-k and top-p, each row with its own random stream."""
+"""Chooses the next token from logits: greedy, temperature, top-k and top-p. Each row has its own random stream."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the next token is chosen. Temperature 0 is greedy, and then nothing else matters.
+    """How the next token is chosen. Temperature 0 is greedy, and ignores the other fields.
 
-    `top_k` 0 and `top_p` 1 keep every token.
+    `top_k` 0 and `top_p` 1 keep all tokens.
     """
 
     temperature: float = 0.0
@@ -21,32 +21,28 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
 
-    def streams(self, num_rows: int) -> list[torch.Generator]:
-        """One generator a row, so that a row's answer does not depend on its neighbours."""
-        return [self.stream(row) for row in range(num_rows)]
-
     def stream(self, row: int) -> torch.Generator:
-        """The generator of one row."""
+        """The random generator of one row, so that its answer does not depend on its neighbours."""
         seed = np.random.SeedSequence([self.seed, row]).generate_state(1)[0]
         return torch.Generator().manual_seed(int(seed))
 
 
 def next_tokens(logits: Tensor, sampling: Sampling, streams: list[torch.Generator]) -> list[int]:
-    """The next token of each row of `logits` (rows, vocab_size); `streams` is one generator a row."""
+    """The next token of each row of `logits` (rows, vocab_size). `streams` has one generator per row."""
     if sampling.temperature == 0:
         chosen: list[int] = logits.argmax(-1).tolist()
         return chosen
     scores = logits.double().cpu()
     scores = (scores - scores.amax(-1, keepdim=True)) / sampling.temperature  # finite at any temperature
     if 0 < sampling.top_k < scores.shape[-1]:
-        likeliest = scores.topk(sampling.top_k, dim=-1)  # exactly so many, also where scores are equal
-        scores = torch.full_like(scores, -torch.inf).scatter_(-1, likeliest.indices, likeliest.values)
+        best = scores.topk(sampling.top_k, dim=-1)  # exactly that many, also where scores are equal
+        scores = torch.full_like(scores, -torch.inf).scatter_(-1, best.indices, best.values)
     probabilities = scores.softmax(-1)
     if sampling.top_p < 1:
         ordered, index = probabilities.sort(dim=-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # mass of the tokens that are more likely
+        before = ordered.cumsum(-1) - ordered  # probability of the tokens that come before
         beyond = before >= sampling.top_p
-        beyond[:, 0] = False  # the likeliest stays, whatever the share
+        beyond[:, 0] = False  # the most probable token always stays
         ordered = ordered.masked_fill(beyond, 0.0)
         probabilities = torch.zeros_like(ordered).scatter_(-1, index, ordered)
     return [

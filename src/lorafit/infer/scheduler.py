@@ -1,7 +1,6 @@
-"""A queue in front of a batch, and the thread that works it off: first come, first served, bounded, never stuck.
+"""A bounded first-come, first-served queue in front of a batch, and the thread that processes it.
 
-It knows nothing of text or of the web. What happens to tickets is handed to one function, once a pass, on the
-scheduler's own thread.
+It knows no text and no HTTP. One function receives the events of a pass, on the scheduler's own thread.
 """
 
 from __future__ import annotations
@@ -13,15 +12,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lorafit.infer.continuous_batch import Batch, Request, Step
+from lorafit.infer.continuous_batch import ContinuousBatch, GeneratedToken, Request
 
-_PROMPT_TOKENS = 512  # read between two passes at most, but for a longer first prompt: the others wait for it
+_PROMPT_TOKENS = (
+    512  # most that are read between two decode passes, except one longer prompt: active rows wait
+)
 
 Failure = Literal["late", "failed", "stopped"]
 
 
 class QueueFullError(Exception):
-    """No more can wait. `retry_after` is when to try again, in whole seconds."""
+    """The queue is full. `retry_after` is the time until the next try, in whole seconds."""
 
     def __init__(self, retry_after: int) -> None:
         super().__init__("the queue is full")
@@ -29,12 +30,12 @@ class QueueFullError(Exception):
 
 
 class StoppedError(Exception):
-    """The scheduler takes nothing any more."""
+    """The scheduler accepts no tickets any more."""
 
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """One request on its way; `deadline` is on the clock of time.monotonic."""
+    """One request in the queue or in the batch. `deadline` is a time of time.monotonic."""
 
     request: Request
     deadline: float
@@ -42,27 +43,29 @@ class Ticket:
     started: float = 0.0
 
 
-Event = tuple[Ticket, Step | Failure]
+TicketEvent = tuple[Ticket, GeneratedToken | Failure]
 
 
 class Scheduler:
-    """Works off tickets with `batch`, at most `max_waiting` of them waiting for a slot.
+    """Answers tickets with `batch`; at most `max_waiting` of them wait for a slot.
 
-    `deliver` gets the events of a pass: a step of a ticket, or how it failed: `late` past its deadline, `failed`
-    where the pass did, `stopped`. After a step with an `end`, a failure or `cancel` nothing more comes of a ticket.
+    `deliver` gets the events of a pass: a token of a ticket, or its failure: `late` after the deadline, `failed` when
+    the pass failed, or `stopped`. A token with an `end`, a failure or `cancel` is the last event of a ticket.
     """
 
-    def __init__(self, batch: Batch, max_waiting: int, deliver: Callable[[list[Event]], None]) -> None:
+    def __init__(
+        self, batch: ContinuousBatch[Ticket], max_waiting: int, deliver: Callable[[list[TicketEvent]], None]
+    ) -> None:
         self.batch = batch
         self.capacity = batch.num_slots + max_waiting
         self.last_error: BaseException | None = None
         self._deliver = deliver
         self._waiting: deque[Ticket] = deque()
         self._active: set[Ticket] = set()
-        self._seconds = 1.0  # that an answer takes, smoothed
+        self._seconds = 1.0  # of an answer, smoothed
         self._stopping = False
         self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._work, name="lorafit-batch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="lorafit-batch", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
@@ -79,7 +82,7 @@ class Scheduler:
             self._changed.notify()
 
     def cancel(self, tickets: Sequence[Ticket]) -> None:
-        """Nobody waits for these any more: a place in the queue is free now, a slot before the next pass."""
+        """Remove tickets: from the queue now, from the batch before the next pass."""
         with self._changed:
             for ticket in tickets:
                 ticket.is_cancelled = True
@@ -87,12 +90,12 @@ class Scheduler:
             self._changed.notify()
 
     def load(self) -> tuple[int, int]:
-        """(tickets in the batch, tickets that wait)."""
+        """(tickets in the batch, tickets in the queue)."""
         with self._changed:
             return len(self._active), len(self._waiting)
 
     def stop(self) -> None:
-        """Fail what is left and end the thread; returns when the pass under way is over."""
+        """Fail all tickets and end the thread. Returns after the current pass."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
@@ -103,79 +106,78 @@ class Scheduler:
         rounds = 1 + len(self._waiting) / self.batch.num_slots
         return max(1, min(60, round(rounds * self._seconds)))
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         while True:
             with self._changed:
                 while not (self._waiting or self._active or self._stopping):
                     self._changed.wait()
                 if self._stopping:
-                    left = [*self._active, *self._waiting]
+                    stopped = [*self._active, *self._waiting]
                     self._active.clear()
                     self._waiting.clear()
                     break
-            events: list[Event] = []
-            self._drop_the_unwanted(events)
-            self._admit(events)
-            self._step(events)
+            events = [*self._expire(), *self._admit(), *self._step()]
             if events := [event for event in events if not event[0].is_cancelled]:
                 self._deliver(events)
-        if left:
-            self._deliver([(ticket, "stopped") for ticket in left])
+        if stopped:
+            self._deliver([(ticket, "stopped") for ticket in stopped])
 
-    def _drop_the_unwanted(self, events: list[Event]) -> None:
+    def _expire(self) -> list[TicketEvent]:
+        """Remove the tickets whose deadline is over, and cancelled ones from the batch."""
         now = time.monotonic()
         with self._changed:
-            late = {ticket for ticket in (*self._active, *self._waiting) if ticket.deadline <= now}
-            late = {ticket for ticket in late if not ticket.is_cancelled}
-            gone = {ticket for ticket in self._active if ticket.is_cancelled or ticket in late}
-            self._active -= gone
+            late = {
+                ticket
+                for ticket in (*self._active, *self._waiting)
+                if ticket.deadline <= now and not ticket.is_cancelled
+            }
+            removed = {ticket for ticket in self._active if ticket.is_cancelled or ticket in late}
+            self._active -= removed
             self._waiting = deque(ticket for ticket in self._waiting if ticket not in late)
-        for ticket in gone:
+        for ticket in removed:
             self.batch.drop(ticket)
-        events += [(ticket, "late") for ticket in late]
+        return [(ticket, "late") for ticket in late]
 
-    def _admit(self, events: list[Event]) -> None:
-        """Read the prompts of those who come next, while there are slots; not too many at once."""
+    def _admit(self) -> list[TicketEvent]:
+        """Read the prompts of the next tickets while there are slots, at most _PROMPT_TOKENS."""
+        events: list[TicketEvent] = []
         num_read = 0
         while len(self.batch) < self.batch.num_slots:
             with self._changed:
                 if not self._waiting:
-                    return
+                    break
                 length = len(self._waiting[0].request.prompt)
                 if num_read and num_read + length > _PROMPT_TOKENS:
-                    return
+                    break
                 ticket = self._waiting.popleft()
                 self._active.add(ticket)
             num_read += length
             ticket.started = time.monotonic()
             try:
-                self._took(ticket, self.batch.add(ticket, ticket.request), events)
-            except Exception as error:
+                events += self._record(self.batch.add([(ticket, ticket.request)]))
+            except Exception as error:  # this prompt's alone
                 self.last_error = error
-                self._leave(ticket)
+                with self._changed:
+                    self._active.discard(ticket)
                 events.append((ticket, "failed"))
+        return events
 
-    def _step(self, events: list[Event]) -> None:
+    def _step(self) -> list[TicketEvent]:
         try:
-            steps = self.batch.step()
+            return self._record(self.batch.step())
         except Exception as error:
             self.last_error = error
             self.batch.clear()
             with self._changed:
                 failed = list(self._active)
                 self._active.clear()
-            events += [(ticket, "failed") for ticket in failed]
-            return
-        for ticket, step in steps:
-            assert isinstance(ticket, Ticket)
-            self._took(ticket, step, events)
+            return [(ticket, "failed") for ticket in failed]
 
-    def _took(self, ticket: Ticket, step: Step, events: list[Event]) -> None:
-        events.append((ticket, step))
-        if step.end:
-            self._seconds += 0.1 * (time.monotonic() - ticket.started - self._seconds)
-            self._leave(ticket)
-
-    def _leave(self, ticket: Ticket) -> None:
-        with self._changed:
-            self._active.discard(ticket)
+    def _record(self, tokens: Sequence[tuple[Ticket, GeneratedToken]]) -> list[TicketEvent]:
+        """The events of `tokens`; tickets that have ended are no longer active."""
+        for ticket, token in tokens:
+            if token.end:
+                self._seconds += 0.1 * (time.monotonic() - ticket.started - self._seconds)
+                with self._changed:
+                    self._active.discard(ticket)
+        return list(tokens)

@@ -1,4 +1,4 @@
-"""The PEFT adapter folder, which is also the checkpoint's adapter format: an export is a copy."""
+"""Reads and writes the PEFT adapter folder. Checkpoints have the same format, so an export of the adapter is a copy."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lorafit.errors import ModelError, Problem
-from lorafit.model.lora import LoraSpec, adapted
+from lorafit.model.lora import VARIANTS, LoraSpec, adapter_parameters
 from lorafit.storage.safe_read import MB, read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MAX_CONFIG = 16 * MB
-_PREFIX = "base_model.model."
-# keys of a PEFT config that change the mathematics in ways that lorafit does not do, with the values it accepts
+PREFIX = "base_model.model."
+# keys of a PEFT config that change results in ways that lorafit does not support, with the values that it accepts
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "bias": ("none", None),
     "use_dora": (False, None),
@@ -34,19 +34,17 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
 
 
 def adapter_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """The adapter's masters under PEFT's names, detached, on the CPU; there they share memory with the network's."""
-    tensors = {}
-    for name, module in adapted(network).items():
-        for part in ("lora_A", "lora_B"):
-            parameter: Tensor = getattr(module, part)
-            tensors[f"{_PREFIX}{name}.{part}.weight"] = parameter.detach().cpu().contiguous()
-    return tensors
+    """The adapter's parameters under PEFT's names, detached, on the CPU; they share memory with the network's there."""
+    return {
+        f"{PREFIX}{name}.weight": parameter.detach().cpu().contiguous()
+        for name, parameter in adapter_parameters(network).items()
+    }
 
 
 def adapter_files(
     tensors: Mapping[str, Tensor], spec: LoraSpec, base: str, revision: str | None
 ) -> dict[str, bytes]:
-    """The files of a folder that `peft.PeftModel.from_pretrained` loads; `base` is the base model as the user named it.
+    """The files of a folder that `peft.PeftModel.from_pretrained` loads; `base` is the base model in the user's words.
 
     `spec` is what `attach` returned: its targets name exactly the adapted modules.
     """
@@ -65,13 +63,14 @@ def adapter_files(
         "init_lora_weights": True,
         "inference_mode": True,
         "modules_to_save": None,
+        **VARIANTS[spec.variant].peft_keys,
     }
     weights = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
     return {WEIGHTS: weights, CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
 
 
 def read_spec(folder: Path) -> LoraSpec:
-    """What a PEFT adapter folder holds. Raises ModelError naming each key that lorafit cannot honour."""
+    """The spec of a PEFT adapter folder. Raises ModelError naming each key that lorafit does not support."""
     path = folder / CONFIG
     try:
         raw = read_json(path, MAX_CONFIG)
@@ -83,10 +82,12 @@ def read_spec(folder: Path) -> LoraSpec:
         ) from None
     except (OSError, ValueError, TypeError):
         raise ModelError(f"{CONFIG} cannot be read", place=str(path)) from None
+    marked = [name for name, variant in VARIANTS.items() if variant.peft_keys.items() <= raw.items()]
+    variant = max(marked, key=lambda name: len(VARIANTS[name].peft_keys))
     problems = [
         Problem(f"`{key}` is {raw[key]!r}, which lorafit does not train", str(path))
         for key, accepted in _UNSUPPORTED.items()
-        if key in raw and raw[key] not in accepted
+        if key in raw and raw[key] not in accepted and key not in VARIANTS[variant].peft_keys
     ]
     if raw.get("peft_type") != "LORA":
         problems.append(Problem(f"`peft_type` is {raw.get('peft_type')!r}, not LORA", str(path)))
@@ -95,10 +96,10 @@ def read_spec(folder: Path) -> LoraSpec:
         problems.append(Problem(f"`r` is {rank!r}, not a rank", str(path)))
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 1e9:
         problems.append(Problem(f"`lora_alpha` is {alpha!r}, not a positive number", str(path)))
-    if isinstance(targets, str) and targets != "all-linear":
-        targets = _adapted_modules(folder)  # not by that regular expression: it may take forever
-    elif isinstance(targets, str):
+    if targets == "all-linear":
         targets = [targets]
+    elif isinstance(targets, str):
+        targets = adapted_modules(folder)  # not by that regular expression: it may never end
     if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
         problems.append(Problem("`target_modules` names no modules", str(path)))
     if problems:
@@ -113,18 +114,27 @@ def read_spec(folder: Path) -> LoraSpec:
         dropout=float(dropout) if isinstance(dropout, int | float) and 0 <= dropout < 1 else 0.0,
         targets=tuple(sorted(targets)),
         rslora=bool(raw.get("use_rslora")),
+        variant=variant,
     )
 
 
-def _adapted_modules(folder: Path) -> list[str]:
-    """The full names of the modules that an adapter has tensors for."""
-    with _opened(folder) as file:
-        names = {name.removeprefix(_PREFIX) for name in file.keys()}  # noqa: SIM118, not a mapping
+def adapted_modules(folder: Path) -> list[str]:
+    """The full names of the modules that an adapter has tensors for. Raises ModelError."""
+    with _open(folder) as file:
+        names = {name.removeprefix(PREFIX) for name in file.keys()}  # noqa: SIM118, not a mapping
     return sorted({name.partition(".lora_")[0] for name in names})
 
 
-def _opened(folder: Path) -> safe_open:
-    """The weights of an adapter folder. Raises ModelError when there are none that can be read."""
+def module_tensors(folder: Path, module: str) -> dict[str, Tensor]:
+    """The stored tensors of one module by part (`lora_A`), float32."""
+    prefix = f"{PREFIX}{module}."
+    with _open(folder) as file:
+        names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118, not a mapping
+        return {name[len(prefix) :].removesuffix(".weight"): file.get_tensor(name).float() for name in names}
+
+
+def _open(folder: Path) -> safe_open:
+    """The weights of an adapter folder. Raises ModelError if they are missing or cannot be read."""
     path = folder / WEIGHTS
     if not path.is_file():
         hint = (
@@ -142,12 +152,11 @@ def _opened(folder: Path) -> safe_open:
 def load_adapter(network: nn.Module, folder: Path) -> None:
     """Fill the attached adapter of `network` from a PEFT folder.
 
-    Raises ModelError naming every tensor that is missing, left over, of another shape, or not finite: an adapter
-    that would load as something else than what was saved does not load.
+    Raises ModelError naming every tensor that is missing, unknown, of another shape, or not finite.
     """
     path = folder / WEIGHTS
     try:
-        with _opened(folder) as file:
+        with _open(folder) as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
     except SafetensorError as error:
         raise ModelError(f"the adapter cannot be read: {error}", place=str(path)) from None
@@ -156,27 +165,17 @@ def load_adapter(network: nn.Module, folder: Path) -> None:
 
 def fill_adapter(network: nn.Module, stored: Mapping[str, Tensor], path: Path) -> None:
     """Fill the attached adapter of `network` with tensors read at `path`. Raises ModelError as `load_adapter` does."""
-    adapter_parameters = {
-        f"{_PREFIX}{name}.{part}.weight": getattr(module, part)
-        for name, module in adapted(network).items()
-        for part in ("lora_A", "lora_B")
-    }
-    problems = [
-        Problem(f"adapter tensor `{name}` is missing", str(path))
-        for name in adapter_parameters.keys() - stored.keys()
-    ]
-    problems += [
-        Problem(f"adapter tensor `{name}` fits nothing in this model", str(path))
-        for name in stored.keys() - adapter_parameters.keys()
-    ]
-    for name in adapter_parameters.keys() & stored.keys():
-        if stored[name].shape != adapter_parameters[name].shape:
-            shapes = f"{list(stored[name].shape)}, the model needs {list(adapter_parameters[name].shape)}"
-            problems.append(Problem(f"adapter tensor `{name}` has shape {shapes}", str(path)))
+    parameters = {f"{PREFIX}{name}.weight": value for name, value in adapter_parameters(network).items()}
+    faults = [f"`{name}` is missing" for name in parameters.keys() - stored.keys()]
+    faults += [f"`{name}` fits nothing in this model" for name in stored.keys() - parameters.keys()]
+    for name in parameters.keys() & stored.keys():
+        if stored[name].shape != parameters[name].shape:
+            shapes = f"{list(stored[name].shape)}, the model needs {list(parameters[name].shape)}"
+            faults.append(f"`{name}` has shape {shapes}")
         elif not bool(torch.isfinite(stored[name]).all()):
-            problems.append(Problem(f"adapter tensor `{name}` holds numbers that are not finite", str(path)))
-    if problems:
-        raise ModelError.of(sorted(problems, key=lambda problem: problem.message))
+            faults.append(f"`{name}` holds numbers that are not finite")
+    if faults:
+        raise ModelError.of(Problem(f"adapter tensor {fault}", str(path)) for fault in sorted(faults))
     with torch.no_grad():
-        for name, parameter in adapter_parameters.items():
+        for name, parameter in parameters.items():
             parameter.copy_(stored[name])

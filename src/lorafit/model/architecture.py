@@ -1,9 +1,9 @@
-"""What a `config.json` says about a network: one frozen description for llama, mistral, qwen2 and qwen3."""
+"""What a `config.json` says about a network, and the one record of each model type that lorafit trains."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ from lorafit.storage.safe_read import MB, read_json
 
 MAX_CONFIG = 16 * MB
 MAX_PARAMETERS = 10**13
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+Windows = tuple[int | None, ...]  # the sliding window of each layer, None for full attention
 
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary embedding: base frequency and how it is stretched (`default`, `linear`, `llama3`)."""
+    """Rotary embedding: the base frequency and how frequencies are scaled (`default`, `linear`, `llama3`)."""
 
     theta: float = 10000.0
     kind: str = "default"
@@ -47,22 +47,181 @@ class Architecture:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    windows: tuple[int | None, ...] = ()  # sliding window of each layer, None for full attention
+    windows: Windows = ()
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) of each linear of a layer by its short name, in the order of the pass."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        attention = {
+            "q_proj": (q, hidden),
+            "k_proj": (kv, hidden),
+            "v_proj": (kv, hidden),
+            "o_proj": (hidden, q),
+        }
+        mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+        return attention | mlp
+
+    @property
+    def shortest_window(self) -> int:
+        """Tokens of the longest text in which no window hides a token."""
+        return min([self.max_position_embeddings, *(window for window in self.windows if window is not None)])
+
+    @property
+    def num_linear_weights(self) -> int:
+        """Weights of all linears of all layers; no bias, embedding or head."""
+        return self.num_hidden_layers * sum(out * width for out, width in self.linears.values())
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the whole network, embeddings once where they are tied."""
+        """Parameters of the whole network; tied embeddings count once."""
         q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        layer = self.hidden_size * (2 * q + 2 * kv) + 3 * self.hidden_size * self.intermediate_size
-        layer += 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
-        layer += (q + 2 * kv) * self.qkv_bias + self.hidden_size * self.o_bias
-        layer += (2 * self.intermediate_size + self.hidden_size) * self.mlp_bias
+        other = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+        other += (q + 2 * kv) * self.qkv_bias + self.hidden_size * self.o_bias
+        other += (2 * self.intermediate_size + self.hidden_size) * self.mlp_bias
         tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_hidden_layers * layer + tables + self.hidden_size
+        return self.num_linear_weights + self.num_hidden_layers * other + tables + self.hidden_size
+
+
+class Fields:
+    """Reads typed fields of a config.json and collects all problems."""
+
+    def __init__(self, raw: Mapping[str, Any], place: str) -> None:
+        self.raw, self.place = raw, place
+        self.problems: list[Problem] = []
+
+    def wrong(self, name: str, why: str) -> None:
+        """Add a problem of the field `name`."""
+        value = repr(self.raw.get(name))
+        self.problems.append(Problem(f"`{name}` is {value[:60]}: {why}", self.place))
+
+    def count(self, name: str, default: int | None = None, limit: int = 10_000_000) -> int:
+        """A whole number from 1 to `limit`."""
+        value = self.raw.get(name)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
+            self.wrong(name, f"expected a whole number from 1 to {limit}")
+            return 1
+        return value
+
+    def number(self, name: str, default: float) -> float:
+        """A positive number."""
+        value = self.raw.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
+            self.wrong(name, "expected a positive number")
+            return default
+        return float(value)
+
+    def flag(self, name: bool | str) -> bool:
+        """The truth value of the field `name`, false if it is absent; a bool is returned as it is."""
+        value = name if isinstance(name, bool) else self.raw.get(name) or False
+        if not isinstance(value, bool):
+            self.wrong(str(name), "expected true or false")
+        return bool(value)
+
+    def check(self) -> None:
+        """Raise ModelError with all problems, each once."""
+        if self.problems:
+            raise ModelError.of(dict.fromkeys(self.problems))
+
+
+def full_attention(fields: Fields, num_layers: int) -> Windows:
+    """No layer has a window."""
+    return (None,) * num_layers
+
+
+def _same_window(fields: Fields, num_layers: int) -> Windows:
+    """Every layer has the window `sliding_window`, if it is set."""
+    if fields.raw.get("sliding_window") is None:
+        return full_attention(fields, num_layers)
+    return (fields.count("sliding_window"),) * num_layers
+
+
+def _window_by_layer(fields: Fields, num_layers: int) -> Windows:
+    """`layer_types` names the layers with a window, else `max_window_layers` is the first of them."""
+    if fields.raw.get("sliding_window") is None:
+        return full_attention(fields, num_layers)
+    window = fields.count("sliding_window")
+    if not fields.flag("use_sliding_window"):
+        return full_attention(fields, num_layers)
+    kinds = fields.raw.get("layer_types")
+    if isinstance(kinds, list) and len(kinds) == num_layers:
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    first = fields.count("max_window_layers", default=28)
+    return tuple(window if layer >= first else None for layer in range(num_layers))
+
+
+_LLAMA_3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+_QWEN_2_SPLIT = _LLAMA_3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+_TEKKEN_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """All that is specific to one `model_type`; the rest is read from config.json in the same way for all.
+
+    A bool is the same for all models of the type; a name is the field of config.json that decides.
+    """
+
+    gguf: str | None = None  # llama.cpp's name of the architecture; None where it has none
+    gguf_interleaved_rope: bool = (
+        False  # llama.cpp rotates neighbouring rows of q and k, not halves of a head
+    )
+    gguf_qkv_bias: bool = True  # llama.cpp has biases of q, k and v
+    gguf_pre_tokenizers: Mapping[str, str] = field(
+        default_factory=dict
+    )  # regex of the split: llama.cpp's name
+    qkv_bias: bool | str = False
+    o_bias: bool | str = False
+    mlp_bias: bool | str = False
+    qk_norm: bool | str = False
+    tie_word_embeddings: bool | str = "tie_word_embeddings"
+    windows: Callable[[Fields, int], Windows] = full_attention
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        gguf="llama",
+        gguf_interleaved_rope=True,
+        gguf_pre_tokenizers={_LLAMA_3_SPLIT: "llama-bpe"},
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        mlp_bias="mlp_bias",
+    ),
+    "mistral": Family(
+        gguf="llama",
+        gguf_interleaved_rope=True,
+        gguf_pre_tokenizers={_TEKKEN_SPLIT: "tekken"},
+        windows=_same_window,
+    ),
+    "qwen2": Family(
+        gguf="qwen2",
+        gguf_pre_tokenizers={_QWEN_2_SPLIT: "qwen2"},
+        qkv_bias=True,
+        windows=_window_by_layer,
+    ),
+    "qwen3": Family(
+        gguf="qwen3",
+        gguf_qkv_bias=False,
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        qk_norm=True,
+        windows=_window_by_layer,
+    ),
+}
 
 
 def read_architecture(folder: Path) -> Architecture:
-    """The Architecture of a model folder. Raises ModelError naming each field that cannot be used."""
+    """The Architecture of a model folder. Raises ModelError naming each field that lorafit cannot use."""
     path = folder / "config.json"
     try:
         raw = read_json(path, MAX_CONFIG)
@@ -82,20 +241,21 @@ def read_architecture(folder: Path) -> Architecture:
 
 
 def parse_architecture(raw: Mapping[str, Any], place: str) -> Architecture:
-    """The Architecture that a parsed config.json describes; `place` is where errors point."""
+    """The Architecture that a parsed config.json describes; errors name `place`."""
     model_type = raw.get("model_type")
-    if model_type not in MODEL_TYPES:
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
         raise ModelError(
             f"model type `{model_type}` is not supported",
             place=place,
-            hint=f"lorafit trains {', '.join(MODEL_TYPES)}",
+            hint=f"lorafit trains {', '.join(FAMILIES)}",
         )
-    fields = _Fields(raw, place)
+    fields = Fields(raw, place)
     num_layers = fields.count("num_hidden_layers", limit=1000)
     num_heads = fields.count("num_attention_heads")
     hidden_size = fields.count("hidden_size")
     architecture = Architecture(
-        model_type=model_type,
+        model_type=str(model_type),
         vocab_size=fields.count("vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=fields.count("intermediate_size"),
@@ -106,12 +266,12 @@ def parse_architecture(raw: Mapping[str, Any], place: str) -> Architecture:
         rms_norm_eps=fields.number("rms_norm_eps", default=1e-6),
         max_position_embeddings=fields.count("max_position_embeddings", default=2048),
         rope=_rope(fields),
-        tie_word_embeddings=fields.flag("tie_word_embeddings"),
-        qkv_bias=model_type == "qwen2" or (model_type != "mistral" and fields.flag("attention_bias")),
-        o_bias=model_type in ("llama", "qwen3") and fields.flag("attention_bias"),
-        mlp_bias=model_type == "llama" and fields.flag("mlp_bias"),
-        qk_norm=model_type == "qwen3",
-        windows=_windows(fields, model_type, num_layers),
+        tie_word_embeddings=fields.flag(family.tie_word_embeddings),
+        qkv_bias=fields.flag(family.qkv_bias),
+        o_bias=fields.flag(family.o_bias),
+        mlp_bias=fields.flag(family.mlp_bias),
+        qk_norm=fields.flag(family.qk_norm),
+        windows=family.windows(fields, num_layers),
     )
     if raw.get("hidden_act", "silu") != "silu":
         fields.wrong("hidden_act", "only `silu` is supported")
@@ -128,52 +288,14 @@ def parse_architecture(raw: Mapping[str, Any], place: str) -> Architecture:
     return architecture
 
 
-class _Fields:
-    """Reads typed fields and collects what is wrong with them."""
-
-    def __init__(self, raw: Mapping[str, Any], place: str) -> None:
-        self.raw, self.place = raw, place
-        self.problems: list[Problem] = []
-
-    def wrong(self, name: str, why: str) -> None:
-        value = repr(self.raw.get(name))
-        self.problems.append(Problem(f"`{name}` is {value[:60]}: {why}", self.place))
-
-    def count(self, name: str, default: int | None = None, limit: int = 10_000_000) -> int:
-        value = self.raw.get(name)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= limit:
-            self.wrong(name, f"expected a whole number from 1 to {limit}")
-            return 1
-        return value
-
-    def number(self, name: str, default: float) -> float:
-        value = self.raw.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
-            self.wrong(name, "expected a positive number")
-            return default
-        return float(value)
-
-    def flag(self, name: str) -> bool:
-        value = self.raw.get(name) or False
-        if not isinstance(value, bool):
-            self.wrong(name, "expected true or false")
-        return bool(value)
-
-    def check(self) -> None:
-        if self.problems:
-            raise ModelError.of(self.problems)
-
-
-def _rope(fields: _Fields) -> Rope:
+def _rope(fields: Fields) -> Rope:
     """Rope from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before)."""
     name = "rope_parameters" if fields.raw.get("rope_parameters") else "rope_scaling"
     scaling = fields.raw.get(name) or {}
     if not isinstance(scaling, dict):
         fields.wrong(name, "expected an object")
         return Rope()
-    inner = _Fields({"rope_theta": fields.raw.get("rope_theta", 10000.0), **scaling}, fields.place)
+    inner = Fields({"rope_theta": fields.raw.get("rope_theta", 10000.0), **scaling}, fields.place)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     rope = Rope(
         theta=inner.number("rope_theta", 10000.0),
@@ -189,29 +311,9 @@ def _rope(fields: _Fields) -> Rope:
     return rope
 
 
-def _windows(fields: _Fields, model_type: str, num_layers: int) -> tuple[int | None, ...]:
-    """The sliding window of each layer, as transformers decides it."""
-    full: tuple[int | None, ...] = (None,) * num_layers
-    if fields.raw.get("sliding_window") is None or model_type == "llama":
-        return full
-    window = fields.count("sliding_window")
-    if model_type == "mistral":
-        return (window,) * num_layers
-    if not fields.flag("use_sliding_window"):
-        return full
-    kinds = fields.raw.get("layer_types")
-    if isinstance(kinds, list) and len(kinds) == num_layers:
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    first = fields.count("max_window_layers", default=28)
-    return tuple(window if layer >= first else None for layer in range(num_layers))
-
-
 def attention_cost(arch: Architecture) -> float:
-    """What a pair of tokens of one row costs beside one token: the multiplications of causal attention beside those
-    of all weights.
+    """The cost of one pair of tokens of a row, relative to one token: multiplications of causal attention divided by
+    those of all weights.
     """
-    heads = arch.num_attention_heads * arch.head_dim
-    keys = arch.num_key_value_heads * arch.head_dim
-    layer = arch.hidden_size * (2 * heads + 2 * keys + 3 * arch.intermediate_size)
-    weights = arch.num_hidden_layers * layer + arch.hidden_size * arch.vocab_size
-    return arch.num_hidden_layers * heads / weights
+    weights = arch.num_linear_weights + arch.hidden_size * arch.vocab_size
+    return arch.num_hidden_layers * arch.num_attention_heads * arch.head_dim / weights

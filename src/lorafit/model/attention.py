@@ -1,4 +1,4 @@
-"""Causal attention over packed documents: each sees itself only, exactly, and no dense mask is ever built."""
+"""Causal attention over packed documents: tokens attend within their own document, without a dense mask."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lorafit.model.native import fits, kernels
 
 
 class Attend(Protocol):
-    """How a pass attends: packed documents while training, a key-value cache while generating."""
+    """How a pass attends: packed documents in training, a key-value cache in generation."""
 
     positions: Tensor
     """Position of each token in its own document, int64 (tokens,)."""
@@ -25,22 +25,22 @@ class Attend(Protocol):
     ) -> Tensor:
         """q (tokens, heads, head_dim), k and v (tokens, kv_heads, head_dim) -> (tokens, heads, head_dim).
 
-        q and k come before their positions are put in: `rotary` does that.
+        q and k are not rotated yet: `rotary` holds the angles.
         """
         ...
 
 
-_GROUP = 64  # lengths are rounded up to multiples of it where documents go side by side
+_GROUP = 64  # documents whose lengths round up to the same multiple of it form a batch
 
 Rotary = tuple[Tensor, Tensor]  # cosine and sine of each token's angles, float32 (tokens, head_dim / 2)
 
 
 class PackedDocuments:
-    """Documents laid end to end in one pass.
+    """Consecutive documents in one pass.
 
-    `lengths` are their token counts. Documents that begin alike may share tokens: then `index` int64 (sum of lengths,)
-    are the tokens of the pass that they are made of, numbered in the order in which they first occur. A document's
-    result has the same bits whatever its neighbours hold, because no product ever mixes two documents.
+    `lengths` are their token counts. Documents with a common prefix may share tokens: then `index` int64 (sum of
+    lengths,) are their tokens in the pass, numbered in the order in which they first occur. A document's result has
+    the same bits whatever its neighbours are, because no product mixes two documents.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class PackedDocuments:
         self.positions = positions[first].to(device)
         self._shared = (self.index.to(device), first.to(device)) if len(first) < len(positions) else None
         self.starts = torch.tensor([0, *self.lengths]).cumsum(0)  # int64 (documents + 1,)
-        self._starts_there = self.starts.to(device, torch.int32)  # as flash attention wants them
+        self._starts_there = self.starts.to(device, torch.int32)  # the type that flash attention needs
         self._groups: list[Tensor] | None = None
 
     def __call__(
@@ -68,17 +68,15 @@ class PackedDocuments:
         return out if self._shared is None else out.index_select(0, self._shared[1])
 
     def apart(self, x: Tensor) -> Tensor:
-        """What the tokens of the pass have, x (tokens, ...), for every token of every document: what is shared is there
-        as often as documents have it.
-        """
+        """x (tokens of the pass, ...) for every token of every document: shared tokens are repeated."""
         return x if self._shared is None else x.index_select(0, self._shared[0])
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """The same of tokens of which no document shares any, positions put in."""
+        """Attention of rotated tokens that no documents share."""
         if has_flash(q):
             return self._flash(q, k, v, window)
         if q.is_cuda:
-            return self._side_by_side(q, k, v, window)
+            return self._batched(q, k, v, window)
         parts = [
             causal_attention(q_doc, k_doc, v_doc, window)
             for q_doc, k_doc, v_doc in zip(
@@ -92,54 +90,51 @@ class PackedDocuments:
         from torch.nn.attention.varlen import varlen_attn
 
         starts, longest = self._starts_there, max(self.lengths)
-        sees = (-1 if window is None else window - 1, 0)  # keys before and after the query; -1 is all
+        visible = (-1 if window is None else window - 1, 0)  # keys before and after the query; -1 is all
         out = varlen_attn(
-            q, k, v, starts, starts, longest, longest, window_size=sees, enable_gqa=q.shape[1] != k.shape[1]
+            q,
+            k,
+            v,
+            starts,
+            starts,
+            longest,
+            longest,
+            window_size=visible,
+            enable_gqa=q.shape[1] != k.shape[1],
         )
         assert isinstance(out, Tensor)
         return out
 
-    def _side_by_side(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-        """A call for all documents of like length, each filled up behind its end with what no token of it sees."""
+    def _batched(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        """One call per group of documents of similar length, padded at their ends: no token attends to padding."""
         if self._groups is None:
             self._groups = _groups(self.starts, q.device)
         outs = []
         for rows in self._groups[:-1]:  # (documents, length)
-            length = rows.shape[1]
-            mask = window_mask(length, window, q.device) if window is not None and window < length else None
-            q_rows, k_rows, v_rows = (x[rows].transpose(1, 2) for x in (q, k, v))
-            out = F.scaled_dot_product_attention(  # (documents, heads, length, head_dim)
-                q_rows,
-                k_rows,
-                v_rows,
-                attn_mask=mask,
-                is_causal=mask is None,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
-            outs.append(out.transpose(1, 2).flatten(0, 1))
+            outs.append(_dot_product_attention(q[rows], k[rows], v[rows], window).flatten(0, 1))
         return torch.cat(outs)[self._groups[-1]]
 
 
 def _groups(starts: Tensor, device: torch.device) -> list[Tensor]:
-    """Documents by length, rounded up: the token at each place, int64 (documents, length) a group; last, the place
-    of each token among all groups' places, int64 (tokens,). Places behind a document's end repeat its last token.
+    """Groups of documents by rounded length: the tokens of each, int64 (documents, length). Padding repeats a
+    document's last token. The last tensor is the index of each token in the concatenated groups, int64 (tokens,).
     """
     lengths = starts.diff()
     rounded = (lengths + _GROUP - 1) // _GROUP * _GROUP
-    groups, before, place_of = [], 0, torch.empty(int(starts[-1]), dtype=torch.int64)
+    groups, before, index_of = [], 0, torch.empty(int(starts[-1]), dtype=torch.int64)
     for length in rounded.unique().tolist():
         documents = (rounded == length).nonzero()
         offsets = torch.arange(length).expand(len(documents), length)
         rows = starts[documents] + offsets.minimum(lengths[documents] - 1)
         inside = offsets < lengths[documents]
-        place_of[rows[inside]] = before + torch.arange(rows.numel()).view_as(rows)[inside]
+        index_of[rows[inside]] = before + torch.arange(rows.numel()).view_as(rows)[inside]
         before += rows.numel()
         groups.append(rows.to(device))
-    return [*groups, place_of.to(device)]
+    return [*groups, index_of.to(device)]
 
 
 def has_flash(q: Tensor) -> bool:
-    """Whether torch's flash attention takes such queries: a 16-bit type on an Ampere chip or a later one."""
+    """Whether torch's flash attention supports such queries: a 16-bit type on an Ampere chip or a later one."""
     return (
         q.is_cuda
         and q.dtype in (torch.float16, torch.bfloat16)
@@ -192,29 +187,33 @@ def _call(
 
 @compilable
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotary positions on x (tokens, heads, head_dim); the two halves of a head form the pairs (Su et al., 2021)."""
+    """Apply rotary positions to x (tokens, heads, head_dim); pairs are the halves of a head (Su et al., 2021)."""
     cosine, sine = rotary[0][:, None], rotary[1][:, None]
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """Attention of one document: (length, heads, head_dim) each, k and v with fewer heads where grouped."""
-    length = q.shape[0]
+    """Attention of one document: (length, heads, head_dim) each; k and v have fewer heads if grouped."""
+    return _dot_product_attention(q[None], k[None], v[None], window)[0]
+
+
+def _dot_product_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Causal attention of documents of one length: (documents, length, heads, head_dim) each."""
+    length = q.shape[1]
     mask = window_mask(length, window, q.device) if window is not None and window < length else None
-    out = F.scaled_dot_product_attention(
-        q.transpose(0, 1)[None],
-        k.transpose(0, 1)[None],
-        v.transpose(0, 1)[None],
+    return F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
         attn_mask=mask,
         is_causal=mask is None,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    return out[0].transpose(0, 1)
+        enable_gqa=q.shape[2] != k.shape[2],
+    ).transpose(1, 2)
 
 
 def window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """Which keys a query sees: itself and the `window - 1` before it; bool (length, length)."""
-    at = torch.arange(length, device=device)
-    behind = at[:, None] - at[None, :]
-    return (behind >= 0) & (behind < window)
+    """The keys that each query attends to: itself and the `window - 1` before it; bool (length, length)."""
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < window)

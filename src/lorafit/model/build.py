@@ -1,16 +1,16 @@
-"""Config -> network with its adapter, in the one order: find, read, attach, fill."""
+"""Builds the network with its adapter from a config: find, read, attach, fill."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from lorafit.config.schema import Config, LoraSection
+from lorafit.config.schema import Config
 from lorafit.errors import ConfigError, ModelError, Problem
-from lorafit.hub.client import adapter_folder
+from lorafit.hub.client import ModelFolder, adapter_folder, model_folder
 from lorafit.model.adapter_file import load_adapter, read_spec
 from lorafit.model.architecture import read_architecture
 from lorafit.model.device import pick_device, pick_dtype
@@ -19,12 +19,18 @@ from lorafit.model.lora import LoraSpec, attach, detach
 from lorafit.model.memory import limit_onednn_cache, use_caching_allocator
 from lorafit.model.quant import Quantize, check_quantize
 from lorafit.model.weights import fingerprint, load_network
-from lorafit.storage.atomic import MANIFEST, verify_folder
+from lorafit.storage.atomic import check_manifest
+
+
+def base_folder(config: Config, *, offline: bool = False) -> ModelFolder:
+    """The folder of the base model of `config`, as `model_folder`; `offline` in addition to the config's own."""
+    model = config.model
+    return model_folder(model.name, revision=model.revision, offline=offline or config.run.offline)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A network ready to train or to answer, and what was decided on the way."""
+    """A network ready to train, with its adapter's spec, device and number type."""
 
     network: Llama
     spec: LoraSpec
@@ -33,18 +39,18 @@ class LoadedModel:
 
 
 class BaseModelCache:
-    """A base that stays loaded from one run to the next, where it is the same one."""
+    """Keeps the base of one run loaded for the next one, if it is the same."""
 
     def __init__(self) -> None:
-        self._what: tuple[object, ...] = ()
+        self._key: tuple[object, ...] = ()
         self._network: Llama | None = None
 
-    def get(self, what: tuple[object, ...], load: Callable[[], Llama]) -> Llama:
-        """The base that `what` names, without adapter: the one from before, or loaded in its place."""
-        gone = self._network is None or self._network.lm_head.weight.is_meta  # a proof gives the memory up
-        if gone or self._what != what:
+    def get(self, key: tuple[object, ...], load: Callable[[], Llama]) -> Llama:
+        """The base with the key `key`, without adapter: the kept one, or loaded in its place."""
+        is_freed = self._network is None or self._network.lm_head.weight.is_meta  # a proof frees the memory
+        if is_freed or self._key != key:
             self._network = None  # never two at a time
-            self._network, self._what = load(), what
+            self._network, self._key = load(), key
         assert self._network is not None
         detach(self._network)
         return self._network.eval()
@@ -58,10 +64,10 @@ def build(
     on_host: bool = False,
     base: BaseModelCache | None = None,
 ) -> LoadedModel:
-    """The base model in `folder` on `device` with a fresh adapter, or with the one of `lora.init_from` to continue.
+    """The base model in `folder` on `device` with a fresh adapter, or with that of `lora.init_from`.
 
-    `on_host` leaves the tensors in the host's memory, whatever the device: somebody else shares them out. `base`
-    keeps what is loaded for the next call.
+    `on_host` leaves the tensors in the host's memory, whatever the device, for the caller to shard. `base` keeps the
+    loaded base for the next call.
     """
     arch = read_architecture(folder)
     dtype = pick_dtype(config.model.dtype, device)
@@ -89,53 +95,47 @@ def build_saved(
     progress: Callable[[int, int], None] | None = None,
     quantize: Quantize = "none",
 ) -> tuple[Llama, torch.device]:
-    """The base model in `folder` with a saved adapter on it (or none), to answer or measure with."""
+    """The base model in `folder` with a saved adapter (or none), for inference, and its device."""
     arch = read_architecture(folder)
-    where = pick_device(device)
+    there = pick_device(device)
     spec = read_spec(adapter) if adapter is not None else None
-    number = pick_dtype(dtype, where)
-    check_quantize(quantize, where, number)
+    number = pick_dtype(dtype, there)
+    check_quantize(quantize, there, number)
     limit_onednn_cache()
-    network = load_network(folder, arch, number, where, progress, quantize)
+    network = load_network(folder, arch, number, there, progress, quantize)
     if adapter is not None and spec is not None:
         attach(network, spec, seed=0)
         load_adapter(network, adapter)
-    return network.eval(), where
+    return network.eval(), there
 
 
 def wanted_adapter(config: Config) -> tuple[LoraSpec, Path | None]:
-    """What the adapter will be, and the folder of the one that it continues."""
-    if config.lora.init_from is None:
-        return _asked_spec(config.lora), None
-    initial = adapter_folder(config.lora.init_from, offline=config.run.offline).path
-    if (initial / MANIFEST).is_file() and (faults := verify_folder(initial, may_have_more=True)):
-        raise ModelError(f"the adapter to continue is damaged: {faults[0]}", place=str(initial))
-    return _continued_spec(config.lora, read_spec(initial)), initial
+    """The spec of the adapter to train, and the folder of the one that it continues.
 
-
-def _asked_spec(lora: LoraSection) -> LoraSpec:
-    return LoraSpec(lora.rank, lora.alpha, lora.dropout, lora.targets, lora.rslora)
-
-
-def _continued_spec(lora: LoraSection, stored: LoraSpec) -> LoraSpec:
-    """The stored adapter's spec with this run's dropout; a key that was asked for otherwise is an error."""
-    asked = _asked_spec(lora)
+    Raises ConfigError if a key of the config contradicts the adapter to continue.
+    """
+    lora = config.lora
+    spec = LoraSpec(lora.rank, lora.alpha, lora.dropout, lora.targets, lora.rslora)
+    if lora.init_from is None:
+        return spec, None
+    initial = adapter_folder(lora.init_from, offline=config.run.offline).path
+    check_manifest(initial, "the adapter to continue", ModelError)
+    stored = read_spec(initial)
+    values = {
+        key: (getattr(spec, key), getattr(stored, key))
+        for key in ("rank", "alpha", "rslora", "targets")
+        if key in lora.model_fields_set
+    }
+    if "targets" in values:
+        values["targets"] = (", ".join(sorted(spec.targets)), ", ".join(sorted(stored.targets)))
     problems = [
         Problem(
-            f"`lora.{key}` is {getattr(asked, key)}, but the adapter to continue has {getattr(stored, key)}",
+            f"`lora.{key}` is {ours}, but the adapter to continue has {theirs}",
             hint=f"leave `lora.{key}` out: `lora.init_from` decides it",
         )
-        for key in ("rank", "alpha", "rslora")
-        if key in lora.model_fields_set and getattr(asked, key) != getattr(stored, key)
+        for key, (ours, theirs) in values.items()
+        if ours != theirs
     ]
-    if "targets" in lora.model_fields_set and set(asked.targets) != set(stored.targets):
-        problems.append(
-            Problem(
-                f"`lora.targets` is {', '.join(asked.targets)}, but the adapter to continue has "
-                f"{', '.join(stored.targets)}",
-                hint="leave `lora.targets` out: `lora.init_from` decides it",
-            )
-        )
     if problems:
         raise ConfigError.of(problems)
-    return LoraSpec(stored.rank, stored.alpha, lora.dropout, stored.targets, stored.rslora)
+    return replace(stored, dropout=lora.dropout), initial

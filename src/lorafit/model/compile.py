@@ -1,4 +1,4 @@
-"""On a GPU a chain of elementwise operations becomes one kernel (torch.compile), where the run is long enough."""
+"""Compiles chains of elementwise operations into one GPU kernel each (torch.compile), if the run is long enough."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-LEAST_STEPS = 200  # compiling takes some seconds, once a process; a shorter run does not win them back
+LEAST_STEPS = 200  # compilation takes some seconds per process; a shorter run does not save as much
 P = ParamSpec("P")
 R = TypeVar("R")
-_state = {"wanted": False}
+_state = {"enabled": False}
 
 
 def enable_compile(device: torch.device, num_steps: int) -> bool:
     """Decide for the rest of the process whether `compilable` functions are compiled; returns the decision."""
     has_compiler = device.type == "cuda" and importlib.util.find_spec("triton") is not None
-    _state["wanted"] = has_compiler and num_steps >= LEAST_STEPS
-    return _state["wanted"]
+    _state["enabled"] = has_compiler and num_steps >= LEAST_STEPS
+    return _state["enabled"]
 
 
 def compilable(definition: Callable[P, R]) -> Callable[P, R]:
@@ -31,7 +31,7 @@ def compilable(definition: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(definition)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        found: R = (compiled() if _state["wanted"] else definition)(*args, **kwargs)
-        return found
+        result: R = (compiled() if _state["enabled"] else definition)(*args, **kwargs)
+        return result
 
     return call

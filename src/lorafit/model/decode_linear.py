@@ -1,6 +1,6 @@
-"""Products of a few rows, as in generating: compiled, because torch's read a large weight at half the memory's rate.
+"""Fast linear layers for decoding (1 to 16 rows): compiled kernels, with the same results as model/lora_linear.py.
 
-Nothing but speed depends on it: where it is not the way, model/lora_linear.py does the same in torch.
+torch's products read a large weight at half the memory's rate for so few rows.
 """
 
 from __future__ import annotations
@@ -12,19 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafit.model.linear import Linear
 from lorafit.model.native import fits, kernels
-from lorafit.model.quant import Int8Linear
 
-MOST_ROWS = 16  # with more of them torch's products are as fast
+MOST_ROWS = 16  # with more rows torch's products are as fast
 
 
 @dataclass(frozen=True, slots=True)
 class Pairs:
-    """The pairs A, B and scale of several adapters for one linear, and which of them each row takes.
+    """A, B and scale of several adapters for one linear, and the adapter of each row.
 
-    `which` int64 (rows,) is -1 where a row takes none, `ranks`, `a` and `b` int64 (pairs,), the latter addresses of
-    float32 matrices that someone else keeps, `scales` float32 (pairs,).
+    `which` int64 (rows,) is -1 for a row without an adapter. `ranks`, `a` and `b` are int64 (pairs,); `a` and `b` are
+    addresses of float32 matrices that the caller keeps alive. `scales` is float32 (pairs,).
     """
 
     which: Tensor
@@ -35,9 +33,9 @@ class Pairs:
 
 
 def are_few(linears: Sequence[nn.Module], x: Tensor) -> bool:
-    """Whether this is the way for `linears` (frozen or adapted) and rows x (rows, ...).
+    """Whether the kernels can compute `linears` (frozen, or with plain LoRA) for rows x (rows, ...).
 
-    In inference mode only, where nothing is differentiated, and never with dropout.
+    Only in inference mode, where nothing is differentiated, and never with dropout.
     """
     return (
         x.shape[0] <= MOST_ROWS
@@ -48,66 +46,40 @@ def are_few(linears: Sequence[nn.Module], x: Tensor) -> bool:
 
 
 def decode_linear(linear: Any, x: Tensor, residual: Tensor | None = None) -> Tensor:
-    """What `linear` makes of x (rows, in_features), plus `residual`; the adapter's masters are read as they are."""
+    """The output of `linear` for x (rows, in_features), plus `residual`; A and B are read as float32."""
     base = getattr(linear, "base", linear)
-    scale, smooth_scale = (base.scale, base.smooth_scale) if isinstance(base, Int8Linear) else (None, None)
-    whole = (x, base.weight, scale, smooth_scale, base.bias, residual)
+    operands = (x, *base.decode_operands(x.dtype), base.bias, residual)
     if base is linear or not linear.enabled:
-        return _product(*whole)
-    if (pairs := getattr(linear, "pairs", None)) is not None:  # model/multi_lora.py
-        return _product_pairs(*whole, pairs)
-    return _product(*whole, len(linear.lora_A), linear.lora_A, linear.lora_B, float(linear.scale))
+        return _call("decode_linear", *operands, 0, None, None, 0.0)
+    pairs: Pairs | None = getattr(linear, "pairs", None)
+    if pairs is None:
+        rank, scale = len(linear.lora_A), float(linear.scale)
+        return _call("decode_linear", *operands, rank, linear.lora_A, linear.lora_B, scale)
+    adapters = (len(pairs.ranks), pairs.which, pairs.ranks, pairs.a, pairs.b, pairs.scales)
+    return _call("decode_linear_pairs", *operands, *adapters)  # model/multi_lora.py
 
 
 def head(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T for x (rows, in_features)."""
     if x.shape[0] <= MOST_ROWS and torch.is_inference_mode_enabled() and fits(x, weight):
-        return _product(x, weight)
+        return _call("decode_linear", x, weight, None, None, None, None, 0, None, None, 0.0)
     return x @ weight.t()
 
 
 def _suits(linear: Any, dtype: torch.dtype) -> bool:
     base = getattr(linear, "base", linear)
-    if base is not linear and linear.enabled and linear.training and linear.dropout:
+    if (
+        base is not linear
+        and linear.enabled
+        and (not linear.is_plain or (linear.training and linear.dropout))
+    ):
         return False
-    return isinstance(base, Int8Linear) or (isinstance(base, Linear) and base.weight.dtype == dtype)
+    return base.decode_operands(dtype) is not None
 
 
-def _product(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None = None,
-    smooth_scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    addend: Tensor | None = None,
-    rank: int = 0,
-    a: Tensor | None = None,
-    b: Tensor | None = None,
-    factor: float = 0.0,
-) -> Tensor:
+def _call(kernel: str, x: Tensor, weight: Tensor, *operands: Tensor | int | float | None) -> Tensor:
     compiled = kernels()
     assert compiled is not None
-    rows, width = x.shape
-    out = x.new_empty(rows, weight.shape[0])
-    given = (x, weight, scale, smooth_scale, bias, addend, rank, a, b, factor)
-    compiled.call("decode_linear", x.dtype, rows, width, weight.shape[0], *given, out)
-    return out
-
-
-def _product_pairs(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    smooth_scale: Tensor | None,
-    bias: Tensor | None,
-    addend: Tensor | None,
-    pairs: Pairs,
-) -> Tensor:
-    compiled = kernels()
-    assert compiled is not None
-    rows, width = x.shape
-    out = x.new_empty(rows, weight.shape[0])
-    given = (x, weight, scale, smooth_scale, bias, addend, len(pairs.ranks), pairs.which, pairs.ranks)
-    where = (pairs.a, pairs.b, pairs.scales)
-    compiled.call("decode_linear_pairs", x.dtype, rows, width, weight.shape[0], *given, *where, out)
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    compiled.call(kernel, x.dtype, *x.shape, weight.shape[0], x, weight, *operands, out)
     return out

@@ -1,31 +1,25 @@
-"""Which device and which number type a run computes in, and what one must not ask of them."""
+"""Selects the device and the number type of a run, and describes the device."""
 
 from __future__ import annotations
 
 import torch
 
 from lorafit.errors import ConfigError
-
-DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
+from lorafit.model.dtypes import DTYPES
 
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     """`auto` is CUDA, then Apple MPS, then the CPU; a named device must exist. Raises ConfigError.
 
-    `cuda` without a number is the device of `local_rank`, where there are several processes on the host.
+    `cuda` without a number is the device of `local_rank`, if there are several processes on the host.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and local_rank is not None:
         name = f"cuda:{local_rank}"
     device = torch.device(name)
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there[device.type]:
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available[device.type]:
         hint = "use model.device=auto, or install a torch build for this device"
         raise ConfigError(f"device `{name}` is not available here", place="model.device", hint=hint)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -37,7 +31,7 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the hardware multiplies it, float16 on older CUDA chips, else float32."""
+    """`auto` is bfloat16 if the hardware multiplies it, float16 on older CUDA chips, else float32."""
     if name != "auto":
         if device.type == "mps" and name == "float64":
             raise ConfigError("MPS has no float64", place="model.dtype", hint="use float32")
@@ -45,17 +39,17 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if device.type == "cpu":
-        can = torch.cpu.get_capabilities()
-        native = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16")  # "bf16" is what Arm reports
-        return torch.bfloat16 if any(can.get(name) for name in native) else torch.float32
+        capabilities = torch.cpu.get_capabilities()
+        native = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16")  # Arm reports "bf16"
+        return torch.bfloat16 if any(capabilities.get(name) for name in native) else torch.float32
     return torch.float32
 
 
 def describe(device: torch.device) -> str:
-    """A device for people: its name and memory where it has its own."""
+    """A device in words: its name, and its memory if it has its own."""
     if device.type == "cuda":
-        facts = torch.cuda.get_device_properties(device)
-        return f"{facts.name}, {facts.total_memory / 1e9:.0f} GB"
+        properties = torch.cuda.get_device_properties(device)
+        return f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
     if device.type == "cpu":
         name = torch.cpu.get_capabilities().get("cpu_name")
         return f"CPU, {torch.get_num_threads()} threads" + (f", {name}" if name else "")
@@ -63,5 +57,5 @@ def describe(device: torch.device) -> str:
 
 
 def device_memory_bytes(device: torch.device) -> int | None:
-    """Peak memory that this process allocated on the device so far; None where the host's is what counts."""
+    """Peak memory that this process allocated on the device; None for a device without its own memory."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

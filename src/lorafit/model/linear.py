@@ -1,6 +1,6 @@
-"""A frozen linear: what its forward and its input gradient are made of; weights in the network's own type.
+"""The base's frozen linear layer: its product and its input gradient, with weights in the network's own type.
 
-Nothing here ever forms a weight gradient. model/quant.py has the same interface over fewer bits.
+A frozen linear has no weight gradient. model/quant.py has the same interface for fewer bits.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from lorafit.model.native import fits, kernels
 
-_MANY = 32  # rows from which laying the weight out for the tiles pays
-
-
+_MANY = 32  # rows from which it is faster to rearrange the weight for the matrix tiles
 LowRank = tuple[Tensor, Tensor]  # two factors, contiguous, in the type of the tokens
 
 
@@ -32,21 +30,31 @@ class Frozen(nn.Module):
     def input_gradient(
         self, grad_output: Tensor, accumulate_into: Tensor | None = None, low: LowRank | None = None
     ) -> Tensor:
-        """slope W + P Q for a slope (tokens, out_features) and `low` = (P (tokens, rank), Q (rank, in_features)).
+        """grad_output W + P Q, for grad_output (tokens, out_features), P (tokens, rank) and Q (rank, in_features).
 
-        With `accumulate_into` (tokens, in_features) added to it, in place.
+        `low` is (P, Q). The result is added to `accumulate_into` (tokens, in_features) in place, if there is one.
         """
         raise NotImplementedError
 
     def dequantize(self) -> Tensor:
-        """The weight that the products stand for, (out_features, in_features)."""
+        """The weight that the products use, (out_features, in_features)."""
         raise NotImplementedError
+
+    def decode_operands(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+        """Weight, row scale and column scale for model/decode_linear.py; None if it cannot multiply them."""
+        return None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}"
+
+
+def replace_module(network: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the submodule with the full name `name`."""
+    parent, _, child = name.rpartition(".")
+    setattr(network.get_submodule(parent), child, module)
 
 
 def matmul(
@@ -58,9 +66,9 @@ def matmul(
     transposed: bool = False,
     in_place: bool = False,
 ) -> Tensor:
-    """x W^T, or with `transposed` x W, for a frozen W (out_features, in_features), plus what Frozen's products add.
+    """x W^T, or x W if `transposed`, for a frozen W (out_features, in_features), plus `addend` and `low` as in Frozen.
 
-    No gradient goes through it. Where the processor has matrix tiles they make many rows of bfloat16 at a time.
+    It is not differentiable. Matrix tiles of the processor, if it has them, multiply many rows of bfloat16.
     """
     rows, depth = x.shape
     if rows >= _MANY and x.dtype == torch.bfloat16 and depth % 32 == 0 and fits(x, weight):
@@ -69,17 +77,9 @@ def matmul(
             columns = weight.shape[1 if transposed else 0]
             out = addend if in_place and addend is not None else x.new_empty(rows, columns)
             rank, *factors = (0, None, None) if low is None else (low[0].shape[1], *low)
-            given = (
-                x,
-                weight,
-                int(transposed),
-                rank,
-                *factors,
-                addend,
-                out,
-                tile_workspace(rows, 2 * (depth + rank)),
-            )
-            compiled.call("product", x.dtype, rows, depth, columns, *given)
+            operands = (x, weight, int(transposed), rank, *factors, addend, out)
+            workspace = tile_workspace(rows, 2 * (depth + rank))
+            compiled.call("product", x.dtype, rows, depth, columns, *operands, workspace)
             return out
     start = with_low_rank(addend, low, transposed=transposed, in_place=in_place)
     factor = weight if transposed else weight.t()
@@ -92,7 +92,7 @@ def matmul(
 def with_low_rank(
     addend: Tensor | None, low: LowRank | None, *, transposed: bool, in_place: bool
 ) -> Tensor | None:
-    """addend + P Q^T, or with `transposed` addend + P Q: a new tensor where there is a `low`, unless `in_place`."""
+    """addend + P Q^T, or addend + P Q if `transposed`: a new tensor if there is a `low`, unless `in_place`."""
     if low is None:
         return addend
     p, q = low[0], low[1] if transposed else low[1].t()
@@ -102,12 +102,12 @@ def with_low_rank(
 
 
 def tile_workspace(rows: int, row_bytes: int) -> Tensor:
-    """Room for rows laid out for the tiles (model/native/products.cpp)."""
+    """A buffer for rows rearranged for the matrix tiles (model/native/products.cpp)."""
     return torch.empty((rows + 31) // 32 * 32 * ((row_bytes + 63) // 64 * 64), dtype=torch.uint8)
 
 
 class Linear(Frozen):
-    """The weight as it is."""
+    """A linear in the network's own number type."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__(in_features, out_features)
@@ -125,3 +125,6 @@ class Linear(Frozen):
 
     def dequantize(self) -> Tensor:
         return self.weight
+
+    def decode_operands(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+        return (self.weight, None, None) if self.weight.dtype == dtype else None

@@ -1,7 +1,7 @@
-"""The Llama-family network with Hugging Face parameter names; it knows nothing of data, adapters or files.
+"""The Llama-family network with Hugging Face parameter names; it does not know data, adapters or files.
 
-Shapes: everything is flat over tokens, there is no batch axis and no padding. A pass computes the tokens of one
-or more documents laid end to end; `attend` says who sees whom (model/attention.py).
+Shapes: everything is flat over tokens, without a batch axis and without padding. A pass computes the tokens of one
+or more consecutive documents; `attend` defines which tokens attend to which (model/attention.py).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, before: RmsNormInput, rotary: Rotary, attend: Attend, keys: Tensor | None = None
     ) -> Tensor:
-        """The heads' outputs side by side, (tokens, heads * head_dim), before `o_proj`."""
+        """The concatenated outputs of the heads, (tokens, heads * head_dim), before `o_proj`."""
         projected = project((self.q_proj, self.k_proj, self.v_proj), before, x, keys=keys)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in projected)  # (tokens, heads, head_dim)
         if self.q_norm is not None and self.k_norm is not None:
@@ -75,7 +75,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer: attention and MLP, each behind a norm and added to the stream."""
+    """One decoder layer: attention and MLP, each after a norm, added to the residual stream."""
 
     def __init__(self, arch: Architecture, layer: int) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Layer(nn.Module):
         rows: Tensor | None = None,
         keys: Tensor | None = None,
     ) -> Tensor:
-        """x (tokens, hidden_size) -> the same, or only `rows` of it: what they attend to is all tokens."""
+        """x (tokens, hidden_size) -> the same, or only `rows` of it, which attend to all tokens."""
         mixed = self.self_attn(x, _normed(self.input_layernorm), rotary, attend, keys)
         if rows is not None:
             mixed, x = mixed[rows], x[rows]
@@ -108,12 +108,12 @@ def _normed(before: RMSNorm) -> RmsNormInput:
 
 class _Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
-        """Nothing: weights come from files, and random ones without memory would make torch load its compiler."""
+        """Does nothing: weights come from files, and random ones on `meta` would make torch load its compiler."""
 
 
 class _Head(nn.Linear):
     def reset_parameters(self) -> None:
-        """Nothing, as above."""
+        """Does nothing, as above."""
 
 
 class Decoder(nn.Module):
@@ -129,9 +129,9 @@ class Decoder(nn.Module):
 class Llama(nn.Module):
     """A causal language model.
 
-    `hidden` gives the stream before the final norm, `logits` applies norm and head to the rows one wants: a
-    table of all tokens times the vocabulary is never needed. With `recompute` a layer keeps only its input for
-    the backward pass and computes the rest again.
+    `hidden` is the residual stream before the final norm; `logits` applies norm and head to selected rows, so there is
+    never a table of all tokens times the vocabulary. With `recompute` a layer saves only its input for the backward
+    pass and computes the rest again (gradient checkpointing).
     """
 
     def __init__(self, arch: Architecture) -> None:
@@ -148,7 +148,7 @@ class Llama(nn.Module):
     ) -> Tensor:
         """ids int64 (tokens,) -> the stream after the last layer (tokens, hidden_size), or `rows` of it.
 
-        `keys` int64 (tokens,) name the tokens for dropout, wherever in a pass they lie.
+        `keys` int64 (tokens,) identify the tokens for dropout, whatever their position in the pass.
         """
         x: Tensor = self.model.embed_tokens(ids)
         rotary = rotary_table(attend.positions, self.arch.rope, self.arch.head_dim)
@@ -156,10 +156,8 @@ class Llama(nn.Module):
         for number, layer in enumerate(self.model.layers):
             inputs = (x, rotary, attend, rows if number == last else None, keys)
             x = checkpoint(layer, *inputs, use_reentrant=False) if self.recompute else layer(*inputs)
-            if torch.is_grad_enabled():
-                release_free_memory(
-                    MUCH_FREE
-                )  # what is kept lies between what was freed: the peak would grow
+            if torch.is_grad_enabled():  # saved tensors lie between freed ones: the peak would grow
+                release_free_memory(MUCH_FREE)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -168,17 +166,17 @@ class Llama(nn.Module):
 
 
 def rotary_table(positions: Tensor, rope: Rope, head_dim: int) -> Rotary:
-    """Cosine and sine of each position's angles, float32 (tokens, head_dim / 2); transformers takes them in float32."""
+    """Cosine and sine of each position's angles, (tokens, head_dim / 2), in float32 as in transformers."""
     frequencies = inverse_frequencies(rope, head_dim).to(positions.device)
     angles = positions.to(torch.float32)[:, None] * frequencies
     return angles.cos(), angles.sin()
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """Radians a position for each pair of a head, float32 (head_dim / 2,).
+    """Radians per position for each pair of a head, float32 (head_dim / 2,).
 
-    `llama3` keeps short wavelengths, divides long ones by `factor` and blends in between, as in Meta's release
-    of Llama 3.1; `linear` divides all.
+    `llama3` keeps the frequencies of short wavelengths, divides those of long ones by `factor` and blends between
+    them, as in Meta's release of Llama 3.1; `linear` divides all.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).to(torch.float32) / head_dim
     frequencies = 1.0 / rope.theta**exponents

@@ -1,35 +1,38 @@
-"""LoRA: a frozen linear plus a low-rank path whose two matrices are float32 masters (Hu et al., 2021)."""
+"""LoRA: a frozen linear plus a low-rank path with two float32 matrices (Hu et al., 2021), and the door for variants."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafit.errors import ConfigError, Problem
-from lorafit.model.linear import Frozen
+from lorafit.model.linear import Frozen, replace_module
 from lorafit.model.llama import Llama
 from lorafit.model.lora_linear import Identity, project
 
 
 @dataclass(frozen=True, slots=True)
 class LoraSpec:
-    """What an adapter is, apart from its numbers."""
+    """An adapter without its weights."""
 
     rank: int
     alpha: float
     dropout: float
-    targets: tuple[str, ...]  # as asked for: names, full names, `all-linear` or `re:...`
+    targets: tuple[str, ...]  # as in the config: names, full names, `all-linear` or `re:...`
     rslora: bool
+    variant: str = "lora"  # a name of VARIANTS
 
     @property
     def scale(self) -> float:
-        """What the low-rank path is multiplied by: alpha / r, or alpha / sqrt(r) (Kalajdzievski, 2023)."""
+        """The factor of the low-rank path: alpha / r, or alpha / sqrt(r) (Kalajdzievski, 2023)."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
@@ -37,8 +40,15 @@ class LoraLinear(nn.Module):
     """base(x) + scale * B A dropout(x), with A and B cast to the type of x for the products.
 
     A (rank, in_features) starts uniform, B (out_features, rank) at zero, so that training starts at the base.
-    The products are made by model/lora_linear.py, together with those of linears that share the input.
+    model/lora_linear.py makes the products, together with those of linears that have the same input.
+
+    A variant is a subclass with `is_plain` False and an entry of VARIANTS. It adds parameters in `__init__`, names
+    them in `parts`, and overrides `added`, `delta` and `merge`; `peft_keys` mark it in adapter_config.json.
     """
+
+    is_plain: ClassVar = True  # whether the hand-written passes and kernels of plain LoRA compute it
+    parts: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")  # trained parameters; stored as `PART.weight`
+    peft_keys: ClassVar[Mapping[str, object]] = {}  # beside those of plain LoRA
 
     def __init__(self, base: Frozen, spec: LoraSpec, generator: torch.Generator, like: Tensor) -> None:
         super().__init__()
@@ -58,65 +68,76 @@ class LoraLinear(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         return project((self,), Identity(), rows)[0].view(*x.shape[:-1], -1)
 
+    def added(self, x: Tensor, out: Tensor) -> Tensor:
+        """What the adapter adds to the base's output `out` (tokens, out_features), differentiable.
+
+        x (tokens, in_features) is the input after dropout.
+        """
+        return F.linear(x, self.lora_A.to(x.dtype)).mul_(self.scale) @ self.lora_B.t().to(x.dtype)
+
+    def delta(self) -> Tensor:
+        """What the adapter adds to the base's weight, float32 (out_features, in_features)."""
+        return self.scale * (self.lora_B.float() @ self.lora_A.float())
+
+    @staticmethod
+    def merge(weight: Tensor, tensors: Mapping[str, Tensor], scale: float) -> Tensor:
+        """A base weight with the adapter merged, float32; `tensors` are the stored parts, float32."""
+        return torch.addmm(weight.float(), tensors["lora_B"], tensors["lora_A"], alpha=scale)
+
+
+VARIANTS: dict[str, type[LoraLinear]] = {"lora": LoraLinear}
+
 
 def attach(network: Llama, spec: LoraSpec, seed: int) -> LoraSpec:
-    """Freeze `network` and put a LoraLinear in place of every target.
+    """Freeze `network` and replace every target by an adapted linear.
 
-    Returns the spec with its targets resolved to what PEFT reads the same way: `q_proj` where every layer's is
-    adapted, full names where only some are. Raises ConfigError naming every target that matches nothing.
+    Returns the spec with its targets resolved to names that PEFT reads in the same way: `q_proj` if every layer's is
+    adapted, full names if only some are. Raises ConfigError naming every target that matches nothing.
     """
     network.requires_grad_(False)
     names = match_targets(network, spec.targets)
     targets = _shortest(names, _linears(network))
     generator = torch.Generator().manual_seed(seed)
     for name in names:
-        parent, _, child = name.rpartition(".")
         base = network.get_submodule(name)
         assert isinstance(base, Frozen)
-        adapted_linear = LoraLinear(base, spec, generator, like=network.lm_head.weight)
-        setattr(network.get_submodule(parent), child, adapted_linear)
+        linear = VARIANTS[spec.variant](base, spec, generator, like=network.lm_head.weight)
+        replace_module(network, name, linear)
     return replace(spec, targets=targets)
 
 
 def detach(network: nn.Module) -> None:
-    """Undo `attach`: every target is its frozen base again, and the next adapter can be attached."""
+    """Undo `attach`: replace every adapted linear by its base."""
     for name, module in adapted(network).items():
-        parent, _, child = name.rpartition(".")
-        setattr(network.get_submodule(parent), child, module.base)
+        replace_module(network, name, module.base)
 
 
 def match_targets(network: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Full names of the linears that `targets` ask for, in the network's order. Raises ConfigError."""
+    """Full names of the linears that `targets` select, in the network's order. Raises ConfigError."""
     linears = _linears(network)
     short = sorted({name.rpartition(".")[2] for name in linears})
     chosen: set[str] = set()
     problems = []
     for target in targets:
         if target == "all-linear":
-            found = set(linears)
+            matches = set(linears)
         elif target.startswith("re:"):
             try:
                 pattern = re.compile(target[3:])
                 if not _ends_soon(target[3:]):
-                    raise re.error("it may take forever; repeat single characters only, three times at most")
+                    raise re.error("it may never end; repeat single characters only, three times at most")
             except (re.error, RecursionError, OverflowError) as error:
                 problems.append(Problem(f"`{target}` is not a regular expression: {error}", "lora.targets"))
                 continue
-            found = {name for name in linears if pattern.fullmatch(name)}
+            matches = {name for name in linears if pattern.fullmatch(name)}
         else:
-            found = {name for name in linears if name == target or name.endswith("." + target)}
-        if not found:
-            what = (
-                "is not adapted by lorafit"
-                if target.rpartition(".")[2] in ("lm_head", "embed_tokens")
-                else "matches no linear of this model"
-            )
-            problems.append(
-                Problem(
-                    f"target `{target}` {what}", "lora.targets", f"linears: {', '.join(short)}, or all-linear"
-                )
-            )
-        chosen |= found
+            matches = {name for name in linears if name == target or name.endswith("." + target)}
+        if not matches:
+            is_table = target.rpartition(".")[2] in ("lm_head", "embed_tokens")
+            what = "is not adapted by lorafit" if is_table else "matches no linear of this model"
+            hint = f"linears: {', '.join(short)}, or all-linear"
+            problems.append(Problem(f"target `{target}` {what}", "lora.targets", hint))
+        chosen |= matches
     if problems:
         raise ConfigError.of(problems)
     return [name for name in linears if name in chosen]
@@ -127,9 +148,18 @@ def adapted(network: nn.Module) -> dict[str, LoraLinear]:
     return {name: module for name, module in network.named_modules() if isinstance(module, LoraLinear)}
 
 
+def adapter_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters by full name (`model.layers.0.mlp.up_proj.lora_A`), in order."""
+    return {
+        f"{name}.{part}": getattr(module, part)
+        for name, module in adapted(network).items()
+        for part in module.parts
+    }
+
+
 @contextmanager
 def disable_adapter(network: nn.Module, *, when: bool = True) -> Iterator[None]:
-    """Inside the block the network is the base model, to the bit; with `when` False nothing changes."""
+    """Inside the block the network computes exactly what the base does; if `when` is False nothing changes."""
     layers = adapted(network).values() if when else ()
     for layer in layers:
         layer.enabled = False
@@ -142,7 +172,7 @@ def disable_adapter(network: nn.Module, *, when: bool = True) -> Iterator[None]:
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block (no dropout), the mode of before after it."""
+    """Evaluation mode (no dropout) inside the block, and the earlier mode after it."""
     was_training = network.training
     network.eval()
     try:
@@ -152,8 +182,8 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 def _ends_soon(pattern: str) -> bool:
-    """Whether a regular expression cannot try more ways through a name than there is time for: backtracking comes from
-    repetitions, of groups above all, and from alternatives.
+    """Whether a regular expression has few ways through a name: backtracking comes from repetitions, of groups above
+    all, and from alternatives.
     """
     bare = re.sub(r"\\.|\[\^?\]?(?:[^\]\\]|\\.)*\]|\(\?", "x", pattern)  # no escapes, sets, `(?:`
     return (
@@ -167,14 +197,10 @@ def _linears(network: nn.Module) -> list[str]:
 
 
 def _shortest(names: Sequence[str], linears: Sequence[str]) -> tuple[str, ...]:
-    """The last part of a name where every linear of that last part is among `names`, else the names in full."""
+    """The last part of a name if every linear with that last part is among `names`, else the full names."""
     last = [name.rpartition(".")[2] for name in names]
     all_last = [name.rpartition(".")[2] for name in linears]
+    pairs = zip(last, names, strict=True)
     return tuple(
-        sorted(
-            {
-                short if last.count(short) == all_last.count(short) else full
-                for short, full in zip(last, names, strict=True)
-            }
-        )
+        sorted({short if last.count(short) == all_last.count(short) else full for short, full in pairs})
     )

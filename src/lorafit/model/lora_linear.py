@@ -1,7 +1,8 @@
 """Linears that share an input, with their low-rank paths: one hand-written forward and backward.
 
-What autograd would keep of a norm, an activation and several adapted linears is far more than it takes to compute
-them again: only the inputs themselves and the low-rank products A x are saved. A frozen linear saves nothing.
+Autograd would save far more of a norm, an activation and several adapted linears than is needed to recompute them:
+only the inputs and the low-rank products A x are saved. A frozen linear saves nothing. Variants of LoRA
+(model/lora.py) are differentiated by autograd instead.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class LowRank(Protocol):
     """An adapted linear, as model/lora.py makes it: base plus scale * B A."""
 
     base: Frozen
+    is_plain: bool
     lora_A: nn.Parameter  # (rank, in_features)
     lora_B: nn.Parameter  # (out_features, rank)
     scale: float
@@ -32,9 +34,11 @@ class LowRank(Protocol):
     enabled: bool
     training: bool
 
+    def added(self, x: Tensor, out: Tensor) -> Tensor: ...
+
 
 class InputOp(Protocol):
-    """How the linears' input y comes from what is saved."""
+    """How the linears' input y is computed from the saved tensors."""
 
     def make(self, *inputs: Tensor) -> Tensor: ...
 
@@ -85,34 +89,60 @@ def project(
     residual: Tensor | None = None,
     keys: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The outputs of `linears` (each Frozen or adapted) for the shared input that `source` makes of `inputs`.
+    """The outputs of `linears` (each Frozen or adapted) for the input that `source` makes of `inputs`.
 
     inputs (tokens, width), outputs (tokens, out_features). `residual` is added to the output of the one linear.
-    Adapted linears that share an input share what dropout takes from it; `keys` int64 (tokens,) name the tokens.
+    Adapted linears of one call have the same dropout mask; `keys` int64 (tokens,) identify the tokens for it.
     """
     if are_few(linears, inputs[0]):
         y = source.make(*inputs)
         return tuple(decode_linear(linear, y, residual) for linear in linears)
-    if any(getattr(linear, "pairs", None) is not None for linear in linears):
+    if any(getattr(linear, "pairs", None) is not None for linear in linears):  # model/multi_lora.py
         y = source.make(*inputs)
-        return tuple(_of_pairs(linear, y, residual) for linear in linears)
+        products = [getattr(linear, "mixed", None) or linear.product for linear in linears]
+        return tuple(product(y, residual) for product in products)  # type: ignore[operator]
     group = _Group(linears, source)
     adapted = group.adapted()
-    adapter_parameters = [parameter for linear in adapted for parameter in (linear.lora_A, linear.lora_B)]
     drop = None
     if adapted and adapted[0].training and adapted[0].dropout:
         seed = int(torch.randint(2**62, ()))  # from torch's generator, whose state a checkpoint holds
-        drop = _Drop(adapted[0].dropout, seed, keys)
+        drop = _Dropout(adapted[0].dropout, seed, keys)
+    if not all(linear.is_plain for linear in adapted):
+        return _by_autograd(group, residual, drop, *inputs)
+    adapter_parameters = [parameter for linear in adapted for parameter in (linear.lora_A, linear.lora_B)]
     out: tuple[Tensor, ...] = _Project.apply(group, residual, drop, len(inputs), *inputs, *adapter_parameters)  # type: ignore[no-untyped-call]
     return out
 
 
-def _of_pairs(linear: Any, y: Tensor, residual: Tensor | None) -> Tensor:
-    """The output of a linear whose rows take different adapters (model/multi_lora.py); to answer with only."""
-    out: Tensor = getattr(linear, "base", linear).product(y, residual)
-    if getattr(linear, "pairs", None) is not None:
-        linear.add_pairs(y, out)
-    return out
+def _by_autograd(
+    group: _Group, residual: Tensor | None, drop: _Dropout | None, *inputs: Tensor
+) -> tuple[Tensor, ...]:
+    """The same for any variant: base and input as above, `added` differentiated by autograd."""
+    y: Tensor = _Input.apply(group.source, *inputs)  # type: ignore[no-untyped-call]
+    x: Tensor = y if drop is None else _Input.apply(drop, y)  # type: ignore[no-untyped-call]
+    outs = []
+    for base, linear in zip(group.bases, group.low_ranks, strict=True):
+        (out,) = project((base,), Identity(), y)
+        if linear is not None:
+            out = out + linear.added(x, out)
+        outs.append(out if residual is None else out + residual)
+    return tuple(outs)
+
+
+class _Input(torch.autograd.Function):
+    """An InputOp as a differentiable function."""
+
+    @staticmethod
+    def forward(ctx: Any, source: InputOp, *inputs: Tensor) -> Tensor:
+        ctx.source = source
+        ctx.save_for_backward(*inputs)
+        return source.make(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad_output = grad_outputs[0].clone(memory_format=torch.contiguous_format)  # it may be overwritten
+        return (None, *ctx.source.backward(grad_output, *ctx.saved_tensors))
 
 
 class _Group:
@@ -133,7 +163,7 @@ class _Project(torch.autograd.Function):
         ctx: Any,
         group: _Group,
         residual: Tensor | None,
-        drop: _Drop | None,
+        drop: _Dropout | None,
         num_inputs: int,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -142,7 +172,7 @@ class _Project(torch.autograd.Function):
         low = None
         if adapted := group.adapted():
             a = torch.cat(adapter_parameters[::2]).to(y.dtype)  # (all ranks, in_features)
-            low = F.linear(_dropped(y, drop), a).mul_(adapted[0].scale)
+            low = F.linear(y if drop is None else drop.make(y), a).mul_(adapted[0].scale)
         lows = iter(zip(_split(low, adapted), adapter_parameters[1::2], strict=True))
         outs = []
         for base, linear in zip(group.bases, group.low_ranks, strict=True):
@@ -160,10 +190,10 @@ class _Project(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         group: _Group = ctx.group
-        drop: _Drop | None = ctx.drop
+        drop: _Dropout | None = ctx.drop
         low, *tensors = ctx.saved_tensors
         inputs, adapter_parameters = tensors[: ctx.num_inputs], tensors[ctx.num_inputs :]
-        wanted = any(ctx.needs_input_grad[4 : 4 + ctx.num_inputs])
+        needs_inputs = any(ctx.needs_input_grad[4 : 4 + ctx.num_inputs])
         release_free_memory(MUCH_FREE)
         adapted = group.adapted()
         lows = iter(zip(_split(low, adapted), adapter_parameters[::2], adapter_parameters[1::2], strict=True))
@@ -177,23 +207,23 @@ class _Project(torch.autograd.Function):
                 d_lows.append((grad_output @ b.to(grad_output.dtype)).mul_(linear.scale))
                 if drop is None:
                     pair = d_lows[-1], a.to(grad_output.dtype)
-            if wanted:
+            if needs_inputs:
                 dy = base.input_gradient(grad_output, dy, pair)
-        d_masters: list[Tensor] = []
+        d_parameters: list[Tensor] = []
         if adapted:
             d_low = torch.cat(d_lows, dim=1)  # (tokens, all ranks)
             y = group.source.make(*inputs)
-            d_a = (d_low.t() @ _dropped(y, drop)).to(adapter_parameters[0].dtype)
+            d_a = (d_low.t() @ (y if drop is None else drop.make(y))).to(adapter_parameters[0].dtype)
             del y
             if dy is not None and drop is not None:
-                dy += _dropped(d_low @ torch.cat(adapter_parameters[::2]).to(dy.dtype), drop)
+                dy += drop.make(d_low @ torch.cat(adapter_parameters[::2]).to(dy.dtype))
             for part, b in zip(d_a.split([m.shape[0] for m in adapter_parameters[::2]]), d_b, strict=True):
-                d_masters += [part, b]
+                d_parameters += [part, b]
         d_inputs: Sequence[Tensor | None] = [None] * ctx.num_inputs
         if dy is not None:
             d_inputs = group.source.backward(dy, *inputs)
         residual = grad_outputs[0] if ctx.needs_input_grad[1] else None
-        return (None, residual, None, None, *d_inputs, *d_masters)
+        return (None, residual, None, None, *d_inputs, *d_parameters)
 
 
 def _split(low: Tensor | None, adapted: Sequence[LowRank]) -> Sequence[Tensor]:
@@ -201,13 +231,15 @@ def _split(low: Tensor | None, adapted: Sequence[LowRank]) -> Sequence[Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Drop:
-    """What dropout takes from the input of one group, in both directions."""
+class _Dropout:
+    """Dropout of the shared input of one group; an InputOp, with the same mask in both directions."""
 
     probability: float
     seed: int
     keys: Tensor | None
 
+    def make(self, *inputs: Tensor) -> Tensor:
+        return dropout(inputs[0], self.probability, self.seed, self.keys)
 
-def _dropped(x: Tensor, drop: _Drop | None) -> Tensor:
-    return x if drop is None else dropout(x, drop.probability, drop.seed, drop.keys)
+    def backward(self, grad_output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return (self.make(grad_output),)

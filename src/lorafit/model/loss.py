@@ -1,4 +1,4 @@
-"""Cross-entropy of the supervised tokens only, in chunks: no (tokens x vocabulary) table ever exists."""
+"""Cross-entropy of the supervised tokens only, in chunks: there is never a (tokens x vocabulary) table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from lorafit.model.linear import matmul
 from lorafit.model.ops import cross_entropy, wide
 
-CHUNK_BYTES = 96 * 2**20  # of logits alive at a time, about what a layer's backward pass has
+CHUNK_BYTES = 96 * 2**20  # of logits alive at a time, about as much as a layer's backward pass
 
 
 def loss_sum(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def loss_sum(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Forms the gradient of `hidden` chunk by chunk in the forward pass, where the logits are at hand anyway."""
+    """Computes the gradient of `hidden` per chunk in the forward pass, which has the logits."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -33,9 +33,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         most = max(1, CHUNK_BYTES // (head.shape[0] * head.element_size()))
         chunks = -(-hidden.shape[0] // most)
-        for number in range(chunks):  # of all but equal length: a short one would be slow
+        for number in range(chunks):  # of nearly equal length: a short one would be slow
             chunk = slice(number * hidden.shape[0] // chunks, (number + 1) * hidden.shape[0] // chunks)
-            logits = matmul(hidden[chunk], head)  # (rows, vocab_size); becomes its own slope
+            logits = matmul(hidden[chunk], head)  # (rows, vocab_size); overwritten by its gradient
             total += cross_entropy(logits, targets[chunk], grad_output=gradient is not None).sum()
             if gradient is not None:
                 gradient[chunk] = matmul(logits, head, transposed=True)
@@ -47,5 +47,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        # the incoming scale stays in the wide type until the last product: float16 would flush small ones
-        return (gradients[0] * gradient).to(gradient.dtype), None, None
+        # a scalar tensor takes the type of the tensor that it multiplies: widen first, or the scale itself is rounded
+        scale = gradients[0]
+        return (scale * gradient.to(scale.dtype)).to(gradient.dtype), None, None

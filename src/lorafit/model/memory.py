@@ -1,4 +1,4 @@
-"""The process's own memory: what it holds, and how it keeps, reuses and gives back what tensors freed."""
+"""The memory of this process: its size, and how memory that tensors freed is reused or released."""
 
 from __future__ import annotations
 
@@ -9,25 +9,23 @@ import sys
 from pathlib import Path
 from typing import ClassVar
 
+import psutil
 import torch
 
 from lorafit.model.native import blocks
 
-if sys.platform == "win32":
-    import psutil
-
 MUCH_FREE = 192 * 10**6
-# Blocks that are kept beyond what was once in use together, for sizes that come in turns
+# Blocks that are kept beyond the largest size in use together, for sizes that alternate
 SPARE_BYTES = 64 * 2**20
 MOST_KERNELS = 64  # compiled products that torch's CPU library keeps
 
 
 def use_caching_allocator() -> None:
-    """Let the process reuse the memory of freed tensors instead of giving each back to the system at once.
+    """Reuse the memory of freed tensors instead of releasing each to the system at once.
 
-    A step allocates and frees the same large tensors for every layer, and fresh pages cost as much as the
-    arithmetic of a norm. Torch takes large tensors from blocks that are kept (model/native/blocks.cpp); where these
-    cannot be compiled the C library keeps what is freed, if it is glibc, and `release_free_memory` bounds it.
+    A step allocates and frees the same large tensors for every layer, and new pages cost as much as the arithmetic of
+    a norm. Torch takes large tensors from blocks that are kept (model/native/blocks.cpp). If these cannot be compiled,
+    glibc keeps freed memory, and `release_free_memory` bounds it.
     """
     held = blocks()
     if held is not None:
@@ -41,32 +39,26 @@ def use_caching_allocator() -> None:
 
 
 def limit_onednn_cache() -> None:
-    """Bound what torch's CPU libraries (oneDNN and ideep above it) keep of the products that they compile.
+    """Bound the number of compiled products that torch's CPU libraries (oneDNN and ideep) keep.
 
-    By default each keeps 1,024, of more than a megabyte; packs seldom have the same size twice. To be called
-    before the first 16-bit product of the process; a capacity that the user has set stays.
+    By default each keeps 1,024, of more than a megabyte each; packs seldom have the same size twice. Call it before
+    the first 16-bit product of the process. A capacity that the user has set stays.
     """
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(name, str(MOST_KERNELS))
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is resident now; 0 where that cannot be asked."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().rss)
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    """Memory of this process that is resident now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def release_free_memory(least: int = 0) -> None:
-    """Give memory that was freed back to the system, where so many bytes of it take room.
+    """Release freed memory to the system, if it is at least `least` bytes.
 
-    In glibc's heap what a layer keeps lies between what it freed: what one pass frees does not quite fit the next, and
-    the peak grows. To be called between layers and passes, when their tensors are gone. Blocks bound themselves: they
-    are given back only when all is.
+    In glibc's heap the tensors that a layer saves lie between freed ones: the memory that one pass frees does not fit
+    the next, and the peak grows. Call it between layers and passes, when their tensors are freed. Blocks have a bound
+    of their own: they are released only if `least` is 0.
     """
     held = blocks()
     if held is not None:
@@ -76,31 +68,30 @@ def release_free_memory(least: int = 0) -> None:
     libc = _glibc()
     if libc is not None and (least == 0 or _free_bytes(libc) >= least):
         libc.malloc_trim(0)
-        _given_back[:] = [_own_bytes() - _used_bytes(libc)]
+        _released[:] = [_own_bytes() - _used_bytes(libc)]
 
 
-_given_back = [0]  # of the process's own memory what was not in use when it last gave all back
+_released = [0]  # unused bytes of the process's own memory after the last release
 
 
 def _free_bytes(libc: ctypes.CDLL) -> int:
-    """What was freed since memory was last given back and still takes room. The library's own count has no end: it
-    goes on counting what it has given back."""
-    return _own_bytes() - _used_bytes(libc) - _given_back[0]
+    """Bytes freed since the last release and still resident. The library's own count includes released memory."""
+    return _own_bytes() - _used_bytes(libc) - _released[0]
 
 
 def _used_bytes(libc: ctypes.CDLL) -> int:
-    """What is allocated; 0 where the C library is too old to say, and then it is given back more often."""
+    """Allocated bytes; 0 if the C library is too old to count them: then memory is released more often."""
     if not hasattr(libc, "mallinfo2"):
         return 0
     libc.mallinfo2.restype = _Mallinfo
-    said = libc.mallinfo2()
-    return int(said.uordblks + said.hblkhd)
+    info = libc.mallinfo2()
+    return int(info.uordblks + info.hblkhd)
 
 
 def _own_bytes() -> int:
     """Resident memory of this process that no file stands behind."""
-    pages = Path("/proc/self/statm").read_text(encoding="ascii").split()
-    return (int(pages[1]) - int(pages[2])) * os.sysconf("SC_PAGE_SIZE")
+    used = psutil.Process().memory_info()
+    return int(used.rss - used.shared)
 
 
 class _Mallinfo(ctypes.Structure):
@@ -113,7 +104,7 @@ class _Mallinfo(ctypes.Structure):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, of a device or of the host (torch says that in words)."""
+    """Whether memory ran out, of a device or of the host (torch reports the latter in the message only)."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
@@ -133,23 +124,17 @@ _NO_LIMIT = 2**60  # version 1 writes a number near 2**63 where there is no limi
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that this process may have in all on `device`, what it holds already included; None where unknown."""
+    """Memory available to this process on `device`, including what it has allocated; None if unknown."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
     if device.type != "cpu":
         return None
-    if sys.platform == "win32":
-        return int(psutil.virtual_memory().available) + resident_bytes()
-    free_host = _field(_PROC / "meminfo", "MemAvailable:")
-    if free_host is None:
-        return None
-    limits = [free_host + resident_bytes(), *_cgroup_limits()]
-    return min(limits)
+    return min([int(psutil.virtual_memory().available) + resident_bytes(), *_cgroup_limits()])
 
 
 def _cgroup_limits() -> list[int]:
-    """The limits of the control groups that this process is in, of version 2 or 1; an outer one binds too."""
+    """The memory limits of this process's control groups (version 2 or 1) and of the groups above them."""
     try:
         lines = (_PROC / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -164,24 +149,13 @@ def _cgroup_limits() -> list[int]:
         else:
             continue
         folder = root / path.lstrip("/")
-        for place in [folder, *folder.parents]:
+        for group in [folder, *folder.parents]:
             try:
-                text = (place / name).read_text(encoding="ascii").strip()
+                text = (group / name).read_text(encoding="ascii").strip()
             except OSError:
                 text = "max"
             if text.isdigit() and int(text) < _NO_LIMIT:
                 limits.append(int(text))
-            if place == root:
+            if group == root:
                 break
     return limits
-
-
-def _field(path: Path, name: str) -> int | None:
-    """A `name  number kB` line of a file of /proc, in bytes."""
-    try:
-        for line in path.read_text(encoding="ascii").splitlines():
-            if line.startswith(name):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        return None
-    return None

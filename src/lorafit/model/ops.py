@@ -1,8 +1,8 @@
-"""Row-wise mathematics of training: one function each, compiled for the CPU where possible, else in torch.
+"""Row-wise operations of training, with their gradients: compiled kernels on the CPU if available, else torch.
 
-The torch expressions are the definition (on a GPU compiled into one kernel each); the compiled kernels of the CPU
-(model/native) are held against them by tests. All
-tensors are (rows, width) and contiguous; sums and exponentials are float32, or float64 for float64 tensors.
+The torch expressions are the definition (on a GPU each is compiled into one kernel); tests compare the CPU's kernels
+(model/native) with them. All tensors are (rows, width) and contiguous; sums and exponentials are float32, or float64
+for float64 tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lorafit.model.native import fits, kernels
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The type that sums are taken in."""
+    """The type of sums."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -52,8 +52,8 @@ def rms_norm_backward(grad_output: Tensor, x: Tensor, weight: Tensor, rstd: Tens
 def _rms_norm_backward(grad_output: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     normed = x.to(wide(x.dtype)) * rstd[:, None]
     weighted = grad_output.to(normed.dtype) * weight
-    along = (weighted * normed).mean(-1, keepdim=True)
-    return ((weighted - normed * along) * rstd[:, None]).to(x.dtype)
+    projection = (weighted * normed).mean(-1, keepdim=True)
+    return ((weighted - normed * projection) * rstd[:, None]).to(x.dtype)
 
 
 class _Norm(torch.autograd.Function):
@@ -70,7 +70,7 @@ class _Norm(torch.autograd.Function):
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last axis with a frozen weight, differentiable in x; saves x and one number a row."""
+    """RMSNorm over the last axis with a frozen weight, differentiable in x; saves x and one number per row."""
     rows = x.reshape(-1, x.shape[-1])
     out: Tensor = _Norm.apply(rows.contiguous(), weight, eps)  # type: ignore[no-untyped-call]
     return out.view(x.shape)
@@ -102,17 +102,17 @@ def swiglu_backward(grad_output: Tensor, gate: Tensor, up: Tensor) -> tuple[Tens
 @compilable
 def _swiglu_backward(grad_output: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     grad_output_wide, gate_wide = grad_output.to(wide(grad_output.dtype)), gate.to(wide(gate.dtype))
-    open_ = torch.sigmoid(gate_wide)
-    d_gate = grad_output_wide * up * open_ * (1 + gate_wide * (1 - open_))
-    return d_gate.to(gate.dtype), (grad_output_wide * gate_wide * open_).to(up.dtype)
+    sigmoid = torch.sigmoid(gate_wide)
+    d_gate = grad_output_wide * up * sigmoid * (1 + gate_wide * (1 - sigmoid))
+    return d_gate.to(gate.dtype), (grad_output_wide * gate_wide * sigmoid).to(up.dtype)
 
 
 def column_peaks(x: Tensor, factor: Tensor | None = None, every: int = 1) -> Tensor:
     """Largest |x * factor| of each column, float32 (width,), of the first row and each `every`-th after it."""
     if fits(x):
-        room, peaks = x.new_empty(torch.get_num_threads(), x.shape[1], dtype=torch.float32), None
-        peaks = torch.empty_like(room[0])
-        _call("column_peaks", x, -(-x.shape[0] // every), x.shape[1], every, x, factor, room, peaks)
+        workspace = x.new_empty(torch.get_num_threads(), x.shape[1], dtype=torch.float32)
+        peaks = torch.empty_like(workspace[0])
+        _call("column_peaks", x, -(-x.shape[0] // every), x.shape[1], every, x, factor, workspace, peaks)
         return peaks
     peaks = x[::every].abs().amax(0).to(torch.float32)
     return peaks if factor is None else peaks * factor
@@ -137,7 +137,7 @@ def _quantize_rows(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize(
     sums: Tensor, row_scale: Tensor, column_scale: Tensor, out: Tensor, addend: Tensor | None = None
 ) -> None:
-    """Write sums int32 (rows, width) times both scales, plus `addend` where given, to `out`, which it may be."""
+    """Write sums int32 (rows, width) times both scales, plus `addend`, to `out`; the two may be the same tensor."""
     if fits(out, row_scale):
         _call("dequantize", out, *sums.shape, sums, row_scale, column_scale, addend, out)
         return
@@ -146,11 +146,11 @@ def dequantize(
 
 
 def dropout(x: Tensor, probability: float, seed: int, keys: Tensor | None = None) -> Tensor:
-    """x with some elements at zero and the others larger; which ones of a row is a function of `seed` and its key.
+    """Dropout: some elements of x are zero and the others scaled; a function of `seed` and each row's key selects them.
 
-    So no mask has to be kept: the backward pass drops the same elements again. `keys` int64 (rows,) are the rows'
-    numbers where they are not given: a token drops the same ones wherever it lies. On other devices than the CPU
-    which ones is a function of `seed` and the shape alone.
+    So no mask is saved: the backward pass computes the same one again. `keys` int64 (rows,) make the mask of a token
+    independent of its position; by default they are the row numbers. On devices other than the CPU the mask is a
+    function of `seed` and the shape alone.
     """
     scale = 1 / (1 - probability)
     threshold = round(probability * 2**32)
@@ -166,7 +166,7 @@ def dropout(x: Tensor, probability: float, seed: int, keys: Tensor | None = None
 
 
 def _hashes(seed: int, keys: Tensor | None, x: Tensor) -> Tensor:
-    """A number below 2**32 for each element of x, as the compiled kernel finds it: int64 products that wrap around."""
+    """A number below 2**32 for each element of x, as in the compiled kernel: int64 products that wrap around."""
 
     def signed(number: int) -> int:
         return (number & (2**64 - 1)) - ((number & 2**63) << 1)
@@ -183,18 +183,18 @@ def _hashes(seed: int, keys: Tensor | None, x: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, grad_output: bool) -> Tensor:
-    """The cross-entropy of each row, (rows,) in the wide type. Overwrites `logits`, with the slope if asked for."""
+    """The cross-entropy of each row, (rows,) in the wide type. Overwrites `logits`, with the gradient if requested."""
     if fits(logits):
         losses = logits.new_empty(len(targets), dtype=torch.float32)
         _call("cross_entropy", logits, *logits.shape, logits, targets, losses, int(grad_output))
         return losses
     logits_wide = logits.to(wide(logits.dtype))
     total = logits_wide.logsumexp(-1, keepdim=True)
-    at = targets[:, None]
-    losses = (total - logits_wide.gather(-1, at))[:, 0]
+    columns = targets[:, None]
+    losses = (total - logits_wide.gather(-1, columns))[:, 0]
     if grad_output:
         probability = (logits_wide - total).exp()
-        logits.copy_(probability.scatter_add(-1, at, probability.new_full((), -1).expand_as(at)))
+        logits.copy_(probability.scatter_add(-1, columns, probability.new_full((), -1).expand_as(columns)))
     return losses
 
 

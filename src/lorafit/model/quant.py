@@ -1,8 +1,7 @@
-"""Frozen linears in fewer bits: int8 and fp8 that multiply as they are, nf4 that is unpacked for each product.
+"""Frozen linears in fewer bits, one class per quantisation: int8, fp8 and nf4, listed in QUANTIZERS.
 
-int8 and fp8 follow SwitchBack (Wortsman et al., 2023) as far as LoRA needs it: weights are quantised once, inputs
-and output gradients per token and on the fly, and both products run in few bits. No weight gradient exists, so the
-adapter alone is left in 16 or 32 bits.
+int8 and fp8 follow SwitchBack (Wortsman et al., 2023): weights are quantised once, inputs and output gradients per
+token in each pass, and both products run in 8 bits. There is no weight gradient. nf4 is dequantised for each product.
 """
 
 from __future__ import annotations
@@ -10,28 +9,51 @@ from __future__ import annotations
 import importlib
 import logging
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lorafit.config.schema import Quantize as Quantize
 from lorafit.errors import ConfigError
 from lorafit.model.linear import Frozen, LowRank, matmul, tile_workspace, with_low_rank
 from lorafit.model.native import fits, kernels
 from lorafit.model.ops import column_peaks, dequantize, quantize_rows
 
-Quantize = Literal["none", "int8", "nf4", "fp8"]
-_OUTLIER = 6.0  # a column is an outlier when its peak is so many times the median column's
-_SMOOTHING = 0.5  # how far the columns of a weight are made equal: 0 not at all, 1 fully
-_SAMPLED_ROWS = 256  # rows that are looked at for outliers: real ones sit in the same columns for every token
+_PLACE = "model.quantize"
+_OUTLIER = 6.0  # a column is an outlier if its peak is this many times the median column's
+_SMOOTHING = 0.5  # how much the peaks of a weight's columns are equalised: 0 not at all, 1 fully
+_SAMPLED_ROWS = 256  # rows that are examined for outliers: real ones are in the same columns for every token
 _SUMS = 6 * 2**20  # int32 sums alive at a time: they stay in the cache until they are scaled
 _FP8_MAX = 448.0  # largest e4m3
 
 
+class QuantizedLinear(Frozen):
+    """A frozen linear made from a weight (out_features, in_features), which it does not keep.
+
+    A quantisation is one subclass, an entry of QUANTIZERS, and its name in config/schema.py.
+    """
+
+    bytes_per_weight: ClassVar[float]
+    shards: ClassVar = False  # whether FSDP can divide its buffers among the ranks
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight.shape[1], weight.shape[0])
+
+    @classmethod
+    def check(cls, device: torch.device) -> None:
+        """Raise ConfigError if it cannot run on `device`."""
+
+    @staticmethod
+    def working_bytes(rows: float, out_features: int, in_features: int, width: int) -> float:
+        """Temporary bytes of `input_gradient` for `rows` tokens; `width` is bytes per number of the compute type."""
+        return 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class _Quantized:
-    """Rows in int8, and the columns that int8 would have spoiled in their own type."""
+    """Rows in int8; the outlier columns, which int8 would spoil, keep their own type."""
 
     q: Tensor  # int8 (tokens, width)
     scale: Tensor  # float32 (tokens,)
@@ -40,49 +62,61 @@ class _Quantized:
     values: Tensor | None  # (tokens, outliers)
 
 
-class Int8Linear(Frozen):
+class Int8Linear(QuantizedLinear):
     """One int8 copy of the weight serves both directions.
 
-    W[o, i] = weight[o, i] * scale[o] * balance[i]. `smooth_scale` makes the
-    columns of the weight equally large and belongs to the input instead, so that columns which are small because
-    their inputs are large keep their digits (the idea of SmoothQuant, Xiao et al., 2023, without its data). The
-    factors that stand at the summed axis multiply before rounding, the others after summing, so the gradient is
-    the exact one of the quantised weight. Columns that are still far larger than the others are multiplied in 16
-    bits, as in LLM.int8() (Dettmers et al., 2022).
+    W[o, i] = weight[o, i] * scale[o] * smooth_scale[i]. `smooth_scale` equalises the columns of the weight and
+    multiplies the input instead, so that columns which are small because their inputs are large keep their precision
+    (as SmoothQuant, Xiao et al., 2023, but without calibration data). Factors of the summed axis multiply before
+    rounding, the others after the sum, so the gradient is exactly that of the quantised weight. Columns of the input
+    that are still far larger than the others are multiplied in 16 bits, as in LLM.int8() (Dettmers et al., 2022).
     """
+
+    bytes_per_weight: ClassVar = 1.0
+    shards: ClassVar = True
 
     weight: Tensor  # int8 (out_features, in_features)
     scale: Tensor  # float32 (out_features,)
     smooth_scale: Tensor  # float32 (in_features,)
 
     def __init__(self, weight: Tensor) -> None:
-        super().__init__(weight.shape[1], weight.shape[0])
+        super().__init__(weight)
         peaks = column_peaks(weight).clamp(min=1e-30)
         smooth_scale = (peaks / peaks.median()) ** _SMOOTHING
         q, scale = quantize_rows(weight, 1 / smooth_scale)
         for name, buffer in (("weight", q), ("scale", scale), ("smooth_scale", smooth_scale)):
             self.register_buffer(name, buffer)
 
+    @classmethod
+    def check(cls, device: torch.device) -> None:
+        if device.type not in ("cpu", "cuda"):
+            raise ConfigError(f"int8 has no product on {device.type}", place=_PLACE, hint="use none")
+
+    @staticmethod
+    def working_bytes(rows: float, out_features: int, in_features: int, width: int) -> float:
+        return rows * (4 * in_features + out_features)  # int32 sums, the quantised gradient
+
+    def decode_operands(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
+        return self.weight, self.scale, self.smooth_scale
+
     def product(self, x: Tensor, addend: Tensor | None = None, low: LowRank | None = None) -> Tensor:
         x8 = _quantized(x, self.smooth_scale)
         start = with_low_rank(addend, low, transposed=False, in_place=False)
         out = _int8_product(x8, self.weight, self.scale, start, start if low is not None else None)
         if x8.columns is not None and x8.values is not None:
-            few = self.weight[:, x8.columns].to(x.dtype) * self.scale[:, None].to(x.dtype)
-            out.addmm_(x8.values * self.smooth_scale[x8.columns].to(x.dtype), few.t())
+            outliers = self.weight[:, x8.columns].to(x.dtype) * self.scale[:, None].to(x.dtype)
+            out.addmm_(x8.values * self.smooth_scale[x8.columns].to(x.dtype), outliers.t())
         return out if self.bias is None else out.add_(self.bias)
 
     def input_gradient(
         self, grad_output: Tensor, accumulate_into: Tensor | None = None, low: LowRank | None = None
     ) -> Tensor:
-        grad_output8 = _quantized(grad_output, self.scale)
+        gradient8, dtype = _quantized(grad_output, self.scale), grad_output.dtype
         start = with_low_rank(accumulate_into, low, transposed=True, in_place=True)
-        out = _int8_product(grad_output8, self.weight, self.smooth_scale, start, start, transposed=True)
-        if grad_output8.columns is not None and grad_output8.values is not None:
-            few = self.weight[grad_output8.columns].to(grad_output.dtype) * self.smooth_scale.to(
-                grad_output.dtype
-            )
-            out.addmm_(grad_output8.values * self.scale[grad_output8.columns].to(grad_output.dtype), few)
+        out = _int8_product(gradient8, self.weight, self.smooth_scale, start, start, transposed=True)
+        if gradient8.columns is not None and gradient8.values is not None:
+            outliers = self.weight[gradient8.columns].to(dtype) * self.smooth_scale.to(dtype)
+            out.addmm_(gradient8.values * self.scale[gradient8.columns].to(dtype), outliers)
         return out
 
     def dequantize(self) -> Tensor:
@@ -90,8 +124,8 @@ class Int8Linear(Frozen):
 
 
 def _quantized(x: Tensor, factor: Tensor) -> _Quantized:
-    """x * factor in int8, rows scaled one by one, without the outlier columns (whose values are of x itself)."""
-    if x.is_cuda:  # finding them would wait for the device
+    """x * factor in int8 with a scale per row, without the outlier columns (whose values are those of x itself)."""
+    if x.is_cuda:  # to find them would be a synchronisation with the device
         return _Quantized(*quantize_rows(x, factor), x.dtype, None, None)
     every = max(1, x.shape[0] // _SAMPLED_ROWS)
     peaks = column_peaks(x, factor, every)
@@ -116,8 +150,10 @@ def _int8_product(
     rows, (depth, columns) = x.q.shape[0], w.shape
     out = torch.empty(rows, columns, dtype=x.dtype, device=w.device) if out is None else out
     if fits(out, x.scale) and (compiled := kernels()) and compiled.has_products and depth % 64 == 0:
-        given = (x.q, x.scale, weight, int(transposed), column_scale, addend)
-        compiled.call("int8_product", x.dtype, rows, depth, columns, *given, out, tile_workspace(rows, depth))
+        operands = (x.q, x.scale, weight, int(transposed), column_scale, addend)
+        compiled.call(
+            "int8_product", x.dtype, rows, depth, columns, *operands, out, tile_workspace(rows, depth)
+        )
         return out
     step = max(64, _SUMS // columns // 64 * 64)  # a few rows of sums at a time
     for start in range(0, rows, step):
@@ -128,7 +164,7 @@ def _int8_product(
 
 
 def _sums(a: Tensor, b: Tensor) -> Tensor:
-    """int8 (rows, depth) x (depth, columns) -> int32. CUDA's wants more than 16 rows and column-major b."""
+    """int8 (rows, depth) x (depth, columns) -> int32. CUDA needs more than 16 rows and a column-major b."""
     if not a.is_cuda:
         return torch._int_mm(a, b)
     b = b if b.stride(0) == 1 else b.t().contiguous().t()
@@ -136,8 +172,10 @@ def _sums(a: Tensor, b: Tensor) -> Tensor:
     return torch._int_mm(F.pad(a, (0, 0, 0, short)), b)[: a.shape[0]]
 
 
-class Fp8Linear(Frozen):
-    """e4m3 weights with a scale for each row, one copy for each direction because the hardware wants it so."""
+class Fp8Linear(QuantizedLinear):
+    """e4m3 weights with a scale per row, and one copy per direction, as the hardware requires."""
+
+    bytes_per_weight: ClassVar = 2.0
 
     weight: Tensor  # e4m3 (out_features, in_features)
     scale: Tensor  # float32 (out_features, 1)
@@ -145,10 +183,16 @@ class Fp8Linear(Frozen):
     transposed_scale: Tensor  # float32 (in_features, 1)
 
     def __init__(self, weight: Tensor) -> None:
-        super().__init__(weight.shape[1], weight.shape[0])
+        super().__init__(weight)
         for name, (q, scale) in (("", _fp8(weight)), ("transposed", _fp8(weight.t().contiguous()))):
             self.register_buffer(name or "weight", q)
             self.register_buffer(f"{name}_scale".strip("_"), scale)
+
+    @classmethod
+    def check(cls, device: torch.device) -> None:
+        if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+            hint = "use int8, which is fast on the CPU and on every CUDA chip"
+            raise ConfigError("fp8 needs a CUDA chip of capability 8.9 or more", place=_PLACE, hint=hint)
 
     def product(self, x: Tensor, addend: Tensor | None = None, low: LowRank | None = None) -> Tensor:
         out = _fp8_product(*_fp8(x), x.dtype, self.weight, self.scale)
@@ -179,17 +223,27 @@ def _fp8_product(x: Tensor, x_scale: Tensor, dtype: torch.dtype, w: Tensor, w_sc
     return out.to(dtype)
 
 
-class Nf4Linear(Frozen):
-    """4-bit NormalFloat with double quantisation (QLoRA, Dettmers et al., 2023), unpacked for every product."""
+class Nf4Linear(QuantizedLinear):
+    """4-bit NormalFloat with double quantisation (QLoRA, Dettmers et al., 2023), dequantised for every product."""
+
+    bytes_per_weight: ClassVar = 0.516  # 4 bits, and a scale for every 64 weights, itself in 8 bits
 
     weight: Tensor  # packed, uint8
 
     def __init__(self, weight: Tensor) -> None:
-        super().__init__(weight.shape[1], weight.shape[0])
+        super().__init__(weight)
         packed, self._state = _bitsandbytes().quantize_4bit(
             weight, quant_type="nf4", compress_statistics=True
         )
         self.register_buffer("weight", packed)
+
+    @classmethod
+    def check(cls, device: torch.device) -> None:
+        _bitsandbytes()
+
+    @staticmethod
+    def working_bytes(rows: float, out_features: int, in_features: int, width: int) -> float:
+        return in_features * out_features * (width + 4)  # a dequantised weight
 
     def product(self, x: Tensor, addend: Tensor | None = None, low: LowRank | None = None) -> Tensor:
         out = matmul(x, self.dequantize().to(x.dtype), addend, low)
@@ -198,14 +252,8 @@ class Nf4Linear(Frozen):
     def input_gradient(
         self, grad_output: Tensor, accumulate_into: Tensor | None = None, low: LowRank | None = None
     ) -> Tensor:
-        return matmul(
-            grad_output,
-            self.dequantize().to(grad_output.dtype),
-            accumulate_into,
-            low,
-            transposed=True,
-            in_place=True,
-        )
+        weight = self.dequantize().to(grad_output.dtype)
+        return matmul(grad_output, weight, accumulate_into, low, transposed=True, in_place=True)
 
     def dequantize(self) -> Tensor:
         out: Tensor = _bitsandbytes().dequantize_4bit(self.weight, self._state)
@@ -215,34 +263,22 @@ class Nf4Linear(Frozen):
 def _bitsandbytes() -> Any:
     log = logging.getLogger("bitsandbytes")
     level = log.level
-    log.setLevel(logging.ERROR)  # it speaks of kernels that it would like to download
+    log.setLevel(logging.ERROR)  # it warns of kernels that it could download
     try:
         return importlib.import_module("bitsandbytes.functional")
     except ImportError:
-        raise ConfigError(
-            "nf4 needs bitsandbytes", place="model.quantize", hint="pip install 'lorafit[nf4]'"
-        ) from None
+        raise ConfigError("nf4 needs bitsandbytes", place=_PLACE, hint="pip install 'lorafit[nf4]'") from None
     finally:
         log.setLevel(level)
 
 
+QUANTIZERS: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "nf4": Nf4Linear, "fp8": Fp8Linear}
+
+
 def check_quantize(quantize: Quantize, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise ConfigError when this machine or number type cannot do it."""
-    place = "model.quantize"
-    if quantize == "int8" and device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"int8 has no product on {device.type}", place=place, hint="use none")
-    if quantize == "fp8" and not (
-        device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-    ):
-        hint = "use int8, which is fast on the CPU and on every CUDA chip"
-        raise ConfigError("fp8 needs a CUDA chip of capability 8.9 or more", place=place, hint=hint)
-    if quantize == "nf4":
-        _bitsandbytes()
-    if quantize != "none" and dtype == torch.float64:
-        raise ConfigError(f"{quantize} with float64 makes no sense", place=place, hint="use none")
-
-
-def quantized(quantize: Quantize, weight: Tensor) -> Frozen | None:
-    """A frozen linear over `weight` (out_features, in_features), which is not kept; None for `none`."""
-    made = {"int8": Int8Linear, "fp8": Fp8Linear, "nf4": Nf4Linear}
-    return made[quantize](weight) if quantize != "none" else None
+    """Raise ConfigError if this device or number type cannot run it."""
+    if quantize == "none":
+        return
+    QUANTIZERS[quantize].check(device)
+    if dtype == torch.float64:
+        raise ConfigError(f"{quantize} cannot be combined with float64", place=_PLACE, hint="use none")

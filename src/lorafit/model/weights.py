@@ -1,10 +1,11 @@
-"""Weights from safetensors into a network: memory-mapped, cast one tensor at a time, every name accounted for."""
+"""Loads weights from safetensors files into a network: memory-mapped, cast one tensor at a time, every name checked."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,14 +14,58 @@ from torch import Tensor, nn
 
 from lorafit.errors import ModelError, Problem
 from lorafit.model.architecture import Architecture
-from lorafit.model.linear import Frozen
+from lorafit.model.dtypes import dtype_names
+from lorafit.model.linear import Frozen, replace_module
 from lorafit.model.llama import Llama
-from lorafit.model.quant import Quantize, quantized
+from lorafit.model.quant import QUANTIZERS, Quantize
 from lorafit.storage.safe_read import MB, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_INDEX = 64 * MB
-_STORED = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of a model folder: its file, and its name, shape and type (`BF16`) in that file."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def read(self) -> Tensor:
+        """The numbers; the file is open for this tensor only."""
+        with safe_open(self.file, framework="pt", device="cpu") as file:
+            tensor: Tensor = file.get_tensor(self.name).clone()
+        return tensor
+
+
+def stored_tensors(folder: Path, arch: Architecture) -> dict[str, StoredTensor]:
+    """The weights of a model folder by parameter, in the files' order; a tied head is the embedding.
+
+    Raises ModelError if a file cannot be read, or if a tied head and the embedding differ.
+    """
+    tensors = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                for name in file.keys():  # noqa: SIM118, not a mapping
+                    part = file.get_slice(name)
+                    tensors[name] = StoredTensor(path, name, tuple(part.get_shape()), part.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"weights cannot be read: {error}", place=str(path), hint="download the file again"
+            ) from None
+    if arch.tie_word_embeddings and _HEAD in tensors:
+        head = tensors.pop(_HEAD)  # it is stored under either name or both
+        if not _are_equal(head, tensors.setdefault(_EMBEDDING, head)):
+            raise ModelError(
+                f"config.json ties the head to the embedding, but `{_HEAD}` holds other numbers",
+                place=str(folder),
+                hint='set "tie_word_embeddings": false in config.json if the head is its own',
+            )
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 def load_network(
@@ -31,68 +76,47 @@ def load_network(
     progress: Callable[[int, int], None] | None = None,
     quantize: Quantize = "none",
 ) -> Llama:
-    """The network of a model folder with its weights, frozen; linears but the head in fewer bits if asked for.
+    """The network of a model folder with its weights, frozen; `quantize` applies to all linears but the head.
 
-    Where type and device match the file, tensors stay mapped to it and cost no memory of their own. `progress`
-    is told (tensors done, tensors in all). Raises ModelError naming every tensor that is missing, unexpected or
-    of another shape.
+    If type and device match the file, tensors stay mapped to it and need no memory of their own. `progress` receives
+    (tensors done, tensors in all). Raises ModelError naming every tensor that is missing, unexpected or of another
+    shape.
     """
     with torch.device("meta"):
         network = Llama(arch)
-    wanted = dict(network.named_parameters())  # a tied head is listed once, as embed_tokens
+    parameters = dict(network.named_parameters())  # a tied head is listed once, as embed_tokens
+    stored = stored_tensors(folder, arch)
+    faults = [f"`{name}` is missing" for name in parameters.keys() - stored.keys()]
+    unknown = stored.keys() - parameters.keys()
+    faults += [f"`{name}` has no place in a {arch.model_type} network" for name in unknown]
+    for name in parameters.keys() & stored.keys():
+        shape, right = list(stored[name].shape), list(parameters[name].shape)
+        if shape != right:
+            faults.append(f"`{name}` has shape {shape}, config.json says {right}")
+    if faults:
+        raise ModelError.of(Problem(f"weight {fault}", str(folder)) for fault in sorted(faults))
+    kept = dtype_names(dtype).safetensors if device.type == "cpu" and quantize == "none" else None
+    mapped = {tensor.file for tensor in stored.values() if tensor.dtype == kept}
     with ExitStack() as stack:
-        where: dict[str, tuple[safe_open, str]] = {}  # parameter -> open file and the tensor's name in it
-        for path in weight_files(folder):
-            try:
-                file = stack.enter_context(_open(path, dtype, device, quantize))
-            except (SafetensorError, OSError) as error:
-                raise ModelError(
-                    f"weights cannot be read: {error}", place=str(path), hint="download the file again"
-                ) from None
-            where |= {name: (file, name) for name in file.keys()}  # noqa: SIM118, not a mapping
-        if arch.tie_word_embeddings and "lm_head.weight" in where:
-            _merge_tied(where, folder)
-        where = {name: file for name, file in where.items() if not name.endswith("rotary_emb.inv_freq")}
-        problems = [
-            Problem(f"weight `{name}` is missing", str(folder)) for name in wanted.keys() - where.keys()
-        ]
-        problems += [
-            Problem(f"weight `{name}` has no place in a {arch.model_type} network", str(folder))
-            for name in where.keys() - wanted.keys()
-        ]
-        for name in wanted.keys() & where.keys():
-            file, stored = where[name]
-            shape, right = file.get_slice(stored).get_shape(), list(wanted[name].shape)
-            if shape != right:
-                problems.append(
-                    Problem(f"weight `{name}` has shape {shape}, config.json says {right}", str(folder))
-                )
-        if problems:
-            raise ModelError.of(sorted(problems, key=lambda problem: problem.message))
-        for done, name in enumerate(wanted, 1):
-            file, stored = where[name]
-            tensor = file.get_tensor(stored)
+        files = {}
+        for path in {tensor.file: None for tensor in stored.values()}:
+            # a file is mapped if tensors stay as they are in it; else it is read, as mapped pages stay in memory
+            backend = {} if path in mapped else {"backend": "pread"}
+            files[path] = stack.enter_context(safe_open(path, framework="pt", device="cpu", **backend))
+        for done, name in enumerate(parameters, 1):
+            tensor = files[stored[name].file].get_tensor(stored[name].name)
             if not tensor.is_floating_point():
                 raise ModelError(f"weight `{name}` is {tensor.dtype}, not floating point", place=str(folder))
-            _place(network, name, tensor.to(device=device, dtype=dtype), quantize)
+            _set_weight(network, name, tensor.to(device=device, dtype=dtype), quantize)
             if progress is not None:
-                progress(done, len(wanted))
+                progress(done, len(parameters))
     if arch.tie_word_embeddings:
         network.lm_head.weight = network.model.embed_tokens.weight
     return network.requires_grad_(False).eval()
 
 
-def _open(path: Path, dtype: torch.dtype, device: torch.device, quantize: Quantize) -> safe_open:
-    """The file mapped where tensors stay as they are in it; else read one by one, as mapped pages would stay too."""
-    mapped = safe_open(path, framework="pt", device="cpu")
-    kept = device.type == "cpu" and quantize == "none"
-    if kept and any(mapped.get_slice(name).get_dtype() == _STORED[dtype] for name in mapped.keys()):  # noqa: SIM118
-        return mapped
-    return safe_open(path, framework="pt", device="cpu", backend="pread")
-
-
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, single or sharded. Raises ModelError when some are missing."""
+    """The safetensors files of a model folder, single or sharded. Raises ModelError if one is missing."""
     if (folder / INDEX).is_file():
         try:
             weight_map = read_json(folder / INDEX, MAX_INDEX)["weight_map"]
@@ -119,7 +143,7 @@ def weight_files(folder: Path) -> list[Path]:
 def fingerprint(folder: Path) -> str:
     """A digest of the base model: config.json, every weight file's size and header, and a sample of its bytes.
 
-    A few megabytes are read however large the model is; two different checkpoints differ in it.
+    It reads a few megabytes whatever the model's size; two different checkpoints have different digests.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in weight_files(folder):
@@ -134,24 +158,19 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _merge_tied(where: dict[str, tuple[safe_open, str]], folder: Path) -> None:
-    """A tied table is stored under either name or both; if both hold different numbers, something is wrong."""
-    head = where.pop("lm_head.weight")
-    embedding = where.setdefault("model.embed_tokens.weight", head)
-    if not torch.equal(head[0].get_tensor(head[1]), embedding[0].get_tensor(embedding[1])):
-        raise ModelError(
-            "config.json ties the head to the embedding, but `lm_head.weight` holds other numbers",
-            place=str(folder),
-            hint='set "tie_word_embeddings": false in config.json if the head is its own',
-        )
+def _are_equal(one: StoredTensor, two: StoredTensor) -> bool:
+    """Whether two tensors hold the same numbers; the files are mapped, not copied."""
+    with (
+        safe_open(one.file, framework="pt", device="cpu") as first,
+        safe_open(two.file, framework="pt", device="cpu") as second,
+    ):
+        return torch.equal(first.get_tensor(one.name), second.get_tensor(two.name))
 
 
-def _place(network: nn.Module, name: str, tensor: Tensor, quantize: Quantize) -> None:
+def _set_weight(network: nn.Module, name: str, tensor: Tensor, quantize: Quantize) -> None:
     parent, _, child = name.rpartition(".")
     module = network.get_submodule(parent)
-    few = quantized(quantize, tensor) if isinstance(module, Frozen) and child == "weight" else None
-    if few is not None:  # the bias comes after the weight, and goes to what stands there then
-        above, _, own = parent.rpartition(".")
-        setattr(network.get_submodule(above), own, few)
+    if quantize != "none" and isinstance(module, Frozen) and child == "weight":
+        replace_module(network, parent, QUANTIZERS[quantize](tensor))  # the bias comes after the weight
     else:
         setattr(module, child, nn.Parameter(tensor, requires_grad=False))

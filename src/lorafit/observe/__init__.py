@@ -1,1 +1,1 @@
-"""Watching a run: events, meters, the metrics record, the terminal and the trackers."""
+"""Observation of a run: events, meters, metrics, summary, terminal and trackers."""

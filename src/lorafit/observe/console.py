@@ -1,4 +1,7 @@
-"""Tables, colours, answers side by side and clean text on a terminal."""
+"""Tables, colours, answers side by side and printable text on a terminal or in a pipe.
+
+Text may come from anywhere (model answers, file names): it is never read as markup, and `printable` cleans it.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +20,21 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from lorafit.redact import printable
+
 SIDE_BY_SIDE_WIDTH = 80
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, stream: TextIO | None = None) -> None:
-    """Print rows of text in columns. A terminal folds long cells into its width; a pipe gets whole rows."""
-    console = _console(stream or sys.stdout)
+    """Print rows of text in columns. A terminal folds long cells; a pipe gets whole rows."""
+    console = console_of(stream or sys.stdout)
     if not console.is_terminal:
         console.width = 10_000
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for header in headers:
         grid.add_column(Text(header), overflow="fold")
     for row in rows:
-        grid.add_row(*(Text(_clean(cell, console)) for cell in row))
+        grid.add_row(*(Text(clean(cell, console)) for cell in row))
     console.print(grid)
 
 
@@ -37,37 +42,36 @@ STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
 
 
 def print_verdicts(lines: Sequence[tuple[str, str, str]], *, stream: TextIO | None = None) -> None:
-    """Print (pass, warn or fail; what was looked at; what was found), one a line and unbroken."""
+    """Print (pass, warn or fail; name of the check; text), one per line, without line breaks."""
     width = max((len(name) for _, name, _ in lines), default=0)
     for outcome, name, text in lines:
         print_styled([(outcome, STYLES[outcome]), (f"  {name:<{width}}  {text}", "")], stream=stream)
 
 
 def has_colours(stream: TextIO | None = None) -> bool:
-    """Whether `stream` is a terminal that shows colours, and the user wants them."""
-    console = _console(stream or sys.stdout)
+    """Whether `stream` is a terminal with colours, and the user has not switched them off."""
+    console = console_of(stream or sys.stdout)
     return console.color_system is not None and not console.no_color
 
 
 def print_styled(parts: Sequence[tuple[str, str]], *, stream: TextIO | None = None) -> None:
-    """Print (text, style) one after the other, unbroken; the text alone where there are no colours."""
-    console = _console(stream or sys.stdout)
-    console.print(Text.assemble(*((_clean(text, console), style) for text, style in parts)), soft_wrap=True)
+    """Print pieces (text, style) one after the other, without line breaks; no style where there are no colours."""
+    console = console_of(stream or sys.stdout)
+    console.print(Text.assemble(*((clean(text, console), style) for text, style in parts)), soft_wrap=True)
 
 
 def side_by_side(question: str, base_answer: str, tuned_answer: str, *, stream: TextIO | None = None) -> None:
-    """Print what the base model and the tuned model answer to `question`, next to each other.
-
-    Below 80 columns the answers stand under each other.
+    """Print the answers of the base and the tuned model to `question` side by side; below 80 columns, one above the
+    other.
     """
-    console = _console(stream or sys.stdout)
-    console.print(Text(_clean(question.strip(), console), style="bold"))
+    console = console_of(stream or sys.stdout)
+    console.print(Text(clean(question.strip(), console), style="bold"))
     console.print(_two_answers(console, base_answer, tuned_answer))
     console.print()
 
 
 def _two_answers(console: Console, base_answer: str, tuned_answer: str) -> RenderableType:
-    base, tuned = (Text(_clean(answer.strip(), console)) for answer in (base_answer, tuned_answer))
+    base, tuned = (Text(clean(answer.strip(), console)) for answer in (base_answer, tuned_answer))
     if console.width < SIDE_BY_SIDE_WIDTH:
         titles = (Text(title, style="cyan") for title in ("base", "tuned"))
         answers_below = (Padding(answer, (0, 0, 0, 2)) for answer in (base, tuned))
@@ -79,44 +83,33 @@ def _two_answers(console: Console, base_answer: str, tuned_answer: str) -> Rende
     return answers
 
 
-def _console(stream: TextIO) -> Console:
+def console_of(stream: TextIO) -> Console:
+    """A console that prints text as it is."""
     return Console(file=stream, highlight=False, markup=False, emoji=False)
 
 
-def _draws(console: Console) -> bool:
-    """Whether the console can move its cursor, so that something may be drawn over."""
+def can_redraw(console: Console) -> bool:
+    """Whether the console can move its cursor, so that a line can be drawn again."""
     return console.is_terminal and not console.is_dumb_terminal
 
 
-def _print_line(console: Console, line: str, style: str = "") -> None:
-    """Print `line` unbroken, whatever the width, so that paths in it can be copied."""
-    console.print(Text(_clean(line, console), style=style), soft_wrap=True)
+def print_line(console: Console, line: str, style: str = "") -> None:
+    """Print `line` without line breaks, so that paths in it can be copied."""
+    console.print(Text(clean(line, console), style=style), soft_wrap=True)
 
 
-ESCAPE_SEQUENCES = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b\].*?(?:\x07|\x1b\\)|\x1b.", re.DOTALL)
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-def printable(text: str) -> str:
-    """`text` without what steers a terminal: escape sequences, control characters, changes of direction.
-
-    Line ends and tabs stay.
-    """
-    return CONTROL_CHARACTERS.sub("", ESCAPE_SEQUENCES.sub("", text.replace("\r\n", "\n")))
-
-
-def _clean(text: str, console: Console) -> str:
-    """Printable `text` in which a question mark stands for what the console's encoding lacks."""
+def clean(text: str, console: Console) -> str:
+    """Printable `text`, with a question mark for each character that the console's encoding lacks."""
     return printable(text).encode(console.encoding, "replace").decode(console.encoding)
 
 
 @contextmanager
 def growing_side_by_side(*, stream: TextIO | None = None) -> Iterator[Callable[[str, str], None]]:
-    """Show two answers as `side_by_side` does while they grow: call what the block gets with both, as far as they are.
+    """Show two growing answers as `side_by_side` does; the block calls the function it gets with both texts so far.
 
-    Where nothing can be drawn over, they are printed once, at the end.
+    Where lines cannot be drawn again, the answers are printed once, at the end.
     """
-    console = _console(stream or sys.stdout)
+    console = console_of(stream or sys.stdout)
     latest = ("", "")
     live = Live(console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
 
@@ -125,19 +118,19 @@ def growing_side_by_side(*, stream: TextIO | None = None) -> Iterator[Callable[[
         latest = (base_answer, tuned_answer)
         live.update(_two_answers(console, *latest))
 
-    with live if _draws(console) else contextlib.nullcontext():
+    with live if can_redraw(console) else contextlib.nullcontext():
         yield draw
     console.print(_two_answers(console, *latest))
 
 
 @contextmanager
 def flowing(*, stream: TextIO | None = None) -> Iterator[Callable[[str], None]]:
-    """Print a text that comes in pieces, then end the line. A terminal gets whole words, wrapped at its width."""
-    console = _console(stream or sys.stdout)
-    wraps, column, word = _draws(console), 0, ""
+    """Print a text in pieces, then end the line. On a terminal, words are wrapped at its width."""
+    console = console_of(stream or sys.stdout)
+    wraps, column, word = can_redraw(console), 0, ""
 
     def put(text: str) -> None:
-        console.file.write(_clean(text, console))
+        console.file.write(clean(text, console))
         console.file.flush()
 
     def put_word() -> None:
@@ -159,7 +152,7 @@ def flowing(*, stream: TextIO | None = None) -> Iterator[Callable[[str], None]]:
                 word += part
                 continue
             put_word()
-            if part == "\n" or column < console.width:  # else the line ends here anyway
+            if part == "\n" or column < console.width:  # else the line is full
                 put(part)
             column = 0 if part == "\n" else column + 1
 
@@ -171,5 +164,5 @@ def flowing(*, stream: TextIO | None = None) -> Iterator[Callable[[str], None]]:
 
 
 def note(text: str, *, stream: TextIO | None = None) -> None:
-    """Say something in passing, on stderr."""
-    _print_line(_console(stream or sys.stderr), text, "dim")
+    """Print a dim line on stderr."""
+    print_line(console_of(stream or sys.stderr), text, "dim")

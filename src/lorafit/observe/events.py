@@ -1,4 +1,4 @@
-"""What can be observed of a run: a few immutable events, and the type of those who receive them."""
+"""The events of a run, which are immutable, and the type of their observers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class _Event:
     kind: ClassVar[str]
 
     def as_dict(self) -> dict[str, object]:
-        """The event's kind under `event`, and its fields; every value is one that JSON can hold."""
+        """The event's kind under `event`, and its fields, as values of JSON."""
         return {"event": self.kind, **asdict(self)}
 
 
@@ -35,9 +35,9 @@ class RunStarted(_Event):
 class Step(_Event):
     """One optimizer step is done.
 
-    `loss` is the mean over the step's supervised tokens, `grad_norm` the norm before clipping, `seconds` the
-    wall time of this one step, `tokens_per_second` the smoothed rate (see `meters.Meter`). Of several `ranks` these
-    are sums over all; `imbalance` is how much more work the busiest had than the mean, `memory_bytes` the first's.
+    `loss` is the mean over the step's supervised tokens, `grad_norm` the norm before clipping, `seconds` the wall time
+    of the step, `tokens_per_second` the smoothed rate (see `meters.Meter`). With several `ranks` these are sums over
+    all; `imbalance` is the excess work of the busiest rank over the mean, `memory_bytes` that of the first rank.
     """
 
     kind = "step"
@@ -70,7 +70,7 @@ class Heldout(_Event):
 
 @dataclass(frozen=True, slots=True)
 class Saved(_Event):
-    """Something that can be resumed from or loaded was written after `step`."""
+    """A checkpoint was written after `step`."""
 
     kind = "saved"
     step: int
@@ -80,7 +80,7 @@ class Saved(_Event):
 
 @dataclass(frozen=True, slots=True)
 class Progress(_Event):
-    """Something between two steps takes time: `done` of `total` parts of `what`; shown, never recorded."""
+    """Work between two steps: `done` of `total` parts of `what`. It is shown and not recorded."""
 
     kind = "busy"
     what: str
@@ -90,7 +90,7 @@ class Progress(_Event):
 
 @dataclass(frozen=True, slots=True)
 class Sample(_Event):
-    """What the base and the tuned model answer to a held-out prompt."""
+    """The answers of the base and of the tuned model to a held-out prompt."""
 
     kind = "sample"
     prompt: str
@@ -100,7 +100,7 @@ class Sample(_Event):
 
 @dataclass(frozen=True, slots=True)
 class Answers(_Event):
-    """What the model answers to the fixed held-out prompts after `step`, and whether each answer ended by itself.
+    """The answers to the fixed held-out prompts after `step`, and whether each ended with a stop token.
 
     `base` are the base model's answers, in the first such event of a process only.
     """
@@ -116,7 +116,7 @@ class Answers(_Event):
 
 @dataclass(frozen=True, slots=True)
 class Proved(_Event):
-    """What the proof at the end came to: `lines` say what holds, `faults` what does not; proof.json has all of it."""
+    """The result of the proof at the end: `lines` for what holds, `faults` for what does not. proof.json has all."""
 
     kind = "proved"
     verdict: Literal["pass", "warn", "fail"]
@@ -127,7 +127,7 @@ class Proved(_Event):
 
 @dataclass(frozen=True, slots=True)
 class Message(_Event):
-    """Something the user should know that is none of the other events."""
+    """A message for the user that is none of the other events."""
 
     kind = "note"
     text: str
@@ -136,7 +136,7 @@ class Message(_Event):
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis(_Event):
-    """Something in the curves up to `step` that deserves a look (see `diagnosis`), in plain words, and what to do."""
+    """A problem in the curves up to `step` (see `curve_monitor`), and what to do."""
 
     kind = "diagnosis"
     step: int
@@ -147,7 +147,7 @@ class Diagnosis(_Event):
 
 @dataclass(frozen=True, slots=True)
 class RunEnded(_Event):
-    """The run is over; `loss` is the last step's, `adapter` the folder to load."""
+    """The run has ended; `loss` is that of the last step, `adapter` the folder to load."""
 
     kind = "run_ended"
     step: int
@@ -174,7 +174,7 @@ Observer = Callable[[Event], None]
 
 
 def fan_out(observers: Iterable[Observer]) -> Observer:
-    """One observer that hands every event to all of `observers`, in their order."""
+    """One observer that passes every event to all of `observers`, in their order."""
     all_observers = tuple(observers)
 
     def observe(event: Event) -> None:

@@ -1,4 +1,4 @@
-"""How fast a run is, how long it still takes and how much memory it has used."""
+"""The speed of a run, its remaining time and its peak memory."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ else:
 class Meter:
     """Speed and remaining time, from the last `window` steps.
 
-    It counts what the caller reports and reads no clock: time between steps (evaluating, saving) is left out.
+    It reads no clock, so the time between steps (evaluation, saves) does not count.
     """
 
     def __init__(self, window: int = 20) -> None:
         self._steps: deque[tuple[int, float]] = deque(maxlen=window)  # (tokens, seconds)
 
     def update(self, tokens: int, seconds: float) -> float:
-        """Count one step of `tokens` real tokens (padding is none) in `seconds`; tokens/s of the window."""
+        """Count a step of `tokens` tokens without padding in `seconds`; returns the tokens per second of the window."""
         self._steps.append((tokens, seconds))
         window_seconds = sum(step_seconds for _, step_seconds in self._steps)
         return sum(step_tokens for step_tokens, _ in self._steps) / window_seconds if window_seconds else 0.0
 
     def eta(self, num_steps_left: int) -> float | None:
-        """Seconds that `num_steps_left` steps take at the recent median pace; None before the first step.
+        """Seconds for `num_steps_left` steps at the median time of the window; None before the first step.
 
-        The median, because the first step (compiling, warming caches) says nothing about the others.
+        The median, because the first step (compilation, cold caches) is slower than the others.
         """
         if not self._steps:
             return None
@@ -38,7 +38,7 @@ class Meter:
 
     @staticmethod
     def memory_bytes() -> int:
-        """The most memory this process has had resident so far, in bytes."""
+        """The peak of the resident memory of this process so far, in bytes."""
         if sys.platform == "win32":
             return int(psutil.Process().memory_info().peak_wset)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

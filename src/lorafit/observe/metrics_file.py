@@ -1,4 +1,4 @@
-"""The run's metrics on disk: metrics.jsonl, one JSON object a line, appended to and read back."""
+"""The metrics of a run on disk: metrics.jsonl, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from lorafit.errors import RunError
@@ -20,8 +19,8 @@ MAX_BYTES = 4096 * MB  # of the file: ten million steps take half of it
 class Record:
     """An observer that appends every event to `path`.
 
-    A line reaches the operating system whole and at once, so a killed run leaves at most one torn line at the
-    end; opening the record again cuts that off.
+    Each line is one write, so a killed run leaves at most one torn line at the end. Opening the record again removes
+    that line.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,7 +28,7 @@ class Record:
         try:
             self._file = open_no_follow(path, "ab")
             self._file.truncate(_whole(path.read_bytes()))
-            sync(path.parent)  # whoever syncs the file later relies on its name
+            sync(path.parent)  # a later sync of the file needs its name on disk
         except OSError as error:
             raise self._cannot_write(error, BLOCK) from error
 
@@ -39,7 +38,7 @@ class Record:
         line = _line(event)
         try:
             written = self._file.write(line)
-            if written < len(line):  # the disk filled up within the line: the rest of it says why
+            if written < len(line):  # the disk became full: the rest of the line raises the error
                 self._file.write(line[written:])
         except OSError as error:
             raise self._cannot_write(error, len(line)) from error
@@ -50,9 +49,7 @@ class Record:
     def __enter__(self) -> Record:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _cannot_write(self, error: OSError, num_bytes: int) -> RunError:
@@ -64,27 +61,35 @@ class Record:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every event in `path`, oldest first; a torn last line is left out.
+    """Every event in `path`, oldest first, without a torn last line.
 
     Raises RunError when the file cannot be read or a line before the last is not a JSON object.
     """
-    return [event for _, event in _read(path)]
+    events = []
+    for number, (_, event) in enumerate(_lines(path), start=1):
+        if event is None:
+            raise RunError(
+                "a line of the run's metrics is not a JSON object",
+                place=f"{path}:{number}",
+                hint="another program has changed the file; delete that line to read the rest",
+            )
+        events.append(event)
+    return events
 
 
 def read_whole_events(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """(every event in `path` that can be read, oldest first; how many lines cannot); nothing where there is no file.
+    """(every event in `path` that can be read, oldest first; the number of damaged lines). ([], 0) without a file.
 
-    Raises RunError when the file is there and cannot be read.
+    Raises RunError when the file exists and cannot be read.
     """
     lines = [event for _, event in _lines(path)] if path.exists() else []
     return [event for event in lines if event is not None], lines.count(None)
 
 
 def truncate_after(path: Path, step: int) -> int:
-    """Forget what came after `step`, because a run resumes there: events with a later step go, others stay.
+    """Remove the events after `step`, where a run resumes, and damaged lines; returns the number of the latter.
 
-    The file is replaced at once (written beside, synced, renamed); lines that stay keep their bytes. Damaged
-    lines, as a power cut leaves them, go too: returns how many. Raises RunError.
+    The file is replaced atomically, and the lines that stay keep their bytes. Raises RunError.
     """
     events = list(_lines(path))
     kept = [line for line, event in events if event is not None and _step_of(event) <= step]
@@ -93,7 +98,7 @@ def truncate_after(path: Path, step: int) -> int:
 
 
 def number(value: object) -> float | None:
-    """`value` where it is a number that can be shown: finite, and below 10^100. The file may hold anything."""
+    """`value` if it is a number that can be shown: finite, and below 10^100. The file may hold any values."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e100:
         return None
     return float(value)
@@ -111,10 +116,10 @@ def _step_of(event: dict[str, Any]) -> float:
 
 
 def _line(event: Event) -> bytes:
-    """The event as one line of JSON; a number that JSON does not have becomes null and a `note` names it."""
+    """The event as one line of JSON. A number that JSON does not have becomes null, and `note` names it."""
     fields = event.as_dict()
     if isinstance(event, Step):
-        del fields["num_steps"]  # the same on every line: it stands in run_started
+        del fields["num_steps"]  # the same in every line, so only run_started has it
     notes = []
     for key, value in fields.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -127,26 +132,12 @@ def _line(event: Event) -> bytes:
 
 
 def _whole(content: bytes) -> int:
-    """How many bytes of `content` are whole lines."""
+    """The number of bytes of `content` that are whole lines."""
     return content.rfind(b"\n") + 1
 
 
-def _read(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """The whole lines of `path`, each with the event it holds."""
-    events = []
-    for number, (line, event) in enumerate(_lines(path), start=1):
-        if event is None:
-            raise RunError(
-                "a line of the run's metrics is not a JSON object",
-                place=f"{path}:{number}",
-                hint="the file was changed by something else; delete that line to read the rest",
-            )
-        events.append((line, event))
-    return events
-
-
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """The whole lines of `path`, each with its event; None where it is none."""
+    """The whole lines of `path`, each with its event, None for a damaged one."""
     try:
         content = read_bytes(path, MAX_BYTES)
     except OSError as error:

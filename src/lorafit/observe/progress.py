@@ -1,4 +1,4 @@
-"""The progress bar of work that takes longer than a moment."""
+"""The progress bar of slow work."""
 
 from __future__ import annotations
 
@@ -7,76 +7,58 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TextIO
 
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as ProgressDisplay
-from rich.progress import TimeRemainingColumn as EtaColumn
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
-
-from lorafit.observe.console import _clean, _console, _draws, _print_line
-from lorafit.observe.events import (
+from rich.progress import (
+    BarColumn,
     Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
 )
+
+from lorafit.observe.console import can_redraw, clean, console_of, print_line
 from lorafit.observe.units import duration
 
-QUIET_SECONDS = 0.5  # work that is done sooner than this shows no progress
-
-
-@dataclass(frozen=True, slots=True)
-class _BusyLine:
-    """What is going on between two steps, and a bar."""
-
-    event: Progress
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        text = f"{self.event.what} {self.event.done}/{self.event.total}  "
-        line = Table.grid()
-        width = max(options.max_width - len(text), 1)
-        line.add_row(Text(text, style="bold"), ProgressBar(self.event.total, self.event.done, width))
-        yield line
+QUIET_SECONDS = 0.5  # faster work shows no progress
 
 
 @contextmanager
 def progress(
     title: str, *, quiet: bool = False, stream: TextIO | None = None
 ) -> Iterator[Callable[[int, int], None]]:
-    """Show how far some work is while the block runs, which may call what it gets with (done, total).
+    """Show the progress of a block, which may call the function that it gets with (done, total).
 
-    Nothing is shown for work done within half a second. After that a terminal shows a bar (a moving one until
-    a total is known), anything else a line at the start and one at the end. Not while a `Terminal` is live,
-    and never when `quiet`.
+    Work of less than half a second shows nothing. After that, a terminal shows a bar, and a pipe gets one line at the
+    start and one at the end. Not to be used while a `Terminal` is live. `quiet` shows nothing.
     """
     if quiet:
         yield lambda done, total: None
         return
-    console = _console(stream or sys.stderr)
-    title = _clean(title, console)
-    bar = ProgressDisplay(
+    console = console_of(stream or sys.stderr)
+    title = clean(title, console)
+    bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
         TextColumn("eta"),
-        EtaColumn(compact=True),
+        TimeRemainingColumn(compact=True),
         console=console,
         transient=True,
         redirect_stdout=False,
     )
     task = bar.add_task(title, total=None)
     started = time.monotonic()
-    is_shown, draws = threading.Event(), _draws(console)
+    is_shown, has_bar = threading.Event(), can_redraw(console)
 
     def show() -> None:
         is_shown.set()
-        if draws:
+        if has_bar:
             bar.start()
         else:
-            _print_line(console, f"{title} ...")
+            print_line(console, f"{title} ...")
 
     timer = threading.Timer(QUIET_SECONDS, show)
     timer.daemon = True
@@ -87,9 +69,9 @@ def progress(
         is_done = True
     finally:
         timer.cancel()
-        timer.join()  # it may be drawing just now
+        timer.join()  # `show` may be running
         if is_shown.is_set():
-            if draws:
+            if has_bar:
                 bar.stop()
-            if is_done:  # else the error that follows says what happened
-                _print_line(console, f"{title}: done in {duration(time.monotonic() - started)}")
+            if is_done:  # else an error follows
+                print_line(console, f"{title}: done in {duration(time.monotonic() - started)}")

@@ -1,8 +1,4 @@
-"""Everything the program draws: the run's live line, other progress, tables and answers side by side.
-
-What is shown may come from anywhere (model answers, file names), so it is never read as markup, and control
-characters are taken out.
-"""
+"""The observer that shows a run: a live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TextIO
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -20,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lorafit.observe.console import _console, _draws, _print_line, side_by_side
+from lorafit.observe.console import can_redraw, console_of, print_line, side_by_side
 from lorafit.observe.events import (
     Answers,
     Diagnosis,
@@ -36,7 +31,6 @@ from lorafit.observe.events import (
     Step,
 )
 from lorafit.observe.meters import Meter
-from lorafit.observe.progress import _BusyLine
 from lorafit.observe.units import duration, memory_size, short_count
 
 MIN_BAR_WIDTH = 8
@@ -47,49 +41,49 @@ LEAST_IMPORTANT_FIRST = (
     "speed",
     "eta",
     "loss",
-)  # on a narrow live line
+)  # left out of a short line
 SAMPLE_CHARACTERS = 240
 
 
 class Terminal:
-    """An observer that shows a run: a live line on a terminal, plain lines every `log_every` steps elsewhere.
+    """Shows a run: a live line on a terminal, plain lines every `log_every` steps elsewhere.
 
-    The loss shown is the mean of the last `log_every` steps. A context manager: leaving it puts the terminal
-    back in order, however the run ended.
+    The loss is the mean of the last `log_every` steps. A context manager, which removes the live line at its end.
     """
 
     def __init__(self, stream: TextIO | None = None, *, log_every: int = 10) -> None:
         self._stream = stream or sys.stderr
-        self._console = _console(self._stream)
+        self._console = console_of(self._stream)
         self._live: Live | None = None
-        self._is_gone = False
+        self._is_closed = False
         self._log_every = log_every
         self._losses: deque[float] = deque(maxlen=log_every)
         self._meter = Meter()
         self._started = time.monotonic()
-        self._answer: str | None = None  # the last one that was shown
+        self._answer: str | None = None  # the last that was printed
 
     def __call__(self, event: Event) -> None:
-        if self._is_gone:
+        if self._is_closed:
             return
         try:
             self._show(event)
-        except (OSError, ValueError):  # the terminal was closed or the pipe's reader left: the run goes on
-            self._is_gone = True
+        except (OSError, ValueError):  # the terminal or the pipe was closed: the run continues
+            self._is_closed = True
 
     def _show(self, event: Event) -> None:
         match event:
             case RunStarted():
-                self._say(_started(event))
+                self._print(_started(event))
                 self._started = time.monotonic()
             case Step():
                 self._step(event)
             case Heldout():
-                self._say(_heldout(event))
+                self._print(_heldout(event))
             case Saved():
-                self._say(f"step {event.step}  saved {event.path} ({event.reason})")
+                self._print(f"step {event.step}  saved {event.path} ({event.reason})")
             case Progress():
-                self._busy(event)
+                if can_redraw(self._console):  # elsewhere its result is a line
+                    self._draw(_BusyLine(event))
             case Sample():
                 self._sample(event)
             case Answers():
@@ -97,17 +91,17 @@ class Terminal:
             case Proved():
                 self._proved(event)
             case Message(level="warning"):
-                self._say(f"warning: {event.text}", style="yellow")
+                self._print(f"warning: {event.text}", style="yellow")
             case Message():
-                self._say(event.text)
+                self._print(event.text)
             case Diagnosis():
-                self._say(f"step {event.step}  {event.text}: {event.hint}", style="yellow")
+                self._print(f"step {event.step}  {event.text}: {event.hint}", style="yellow")
             case RunEnded():
                 self.close()
-                self._say(_ended(event))
+                self._print(_ended(event))
 
     def close(self) -> None:
-        """Take the live line away; what was printed stays."""
+        """Remove the live line."""
         if self._live is not None:
             live, self._live = self._live, None
             with contextlib.suppress(OSError, ValueError):  # the terminal was closed
@@ -116,9 +110,7 @@ class Terminal:
     def __enter__(self) -> Terminal:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _step(self, event: Step) -> None:
@@ -126,23 +118,15 @@ class Terminal:
         self._meter.update(event.tokens, event.seconds)
         loss = sum(self._losses) / len(self._losses)
         eta = self._meter.eta(event.num_steps - event.step) or 0.0
-        if _draws(self._console):
-            line = _LiveLine(event, loss, eta, self._started)
-            if self._live is None:
-                # stdout stays what it is: it may be a pipe, and it carries data
-                self._live = Live(line, console=self._console, transient=True, redirect_stdout=False)
-                self._live.start()
-            else:
-                self._live.update(line)
+        if can_redraw(self._console):
+            self._draw(_LiveLine(event, loss, eta, self._started))
         elif event.step % self._log_every == 0 or event.step == event.num_steps:
-            self._say("  ".join(_parts(event, loss, eta).values()))
+            self._print("  ".join(_parts(event, loss, eta).values()))
 
-    def _busy(self, event: Progress) -> None:
-        """On a terminal a bar in place of the live line; elsewhere nothing, what comes of it is a line itself."""
-        if not _draws(self._console):
-            return
-        line = _BusyLine(event)
+    def _draw(self, line: _LiveLine | _BusyLine) -> None:
+        """Draw `line` in place of the live line."""
         if self._live is None:
+            # stdout is not redirected: it may be a pipe, and it carries results
             self._live = Live(line, console=self._console, transient=True, redirect_stdout=False)
             self._live.start()
         else:
@@ -153,25 +137,27 @@ class Terminal:
         side_by_side(event.prompt, _beginning(event.base), _beginning(event.tuned), stream=self._stream)
 
     def _answers(self, event: Answers) -> None:
-        """The first prompt and its answer in a line, unless it is the same as before; the report has all of them."""
+        """The first prompt and its answer in one line, if the answer has changed; the report has all of them."""
         if event.prompts and event.tuned[0] != self._answer:
             self._answer = event.tuned[0]
             prompt, answer = (" ".join(text.split()) for text in (event.prompts[0], self._answer))
-            self._say(f"step {event.step}  {_short(prompt)} -> {_short(answer)}")
+            self._print(f"step {event.step}  {_short(prompt)} -> {_short(answer)}")
 
     def _proved(self, event: Proved) -> None:
         self.close()
         for number, line in enumerate(event.lines, 1):
             took = f"  ({duration(event.seconds)})" if number == len(event.lines) else ""
-            self._say(f"proof  {line}{took}")
+            self._print(f"proof  {line}{took}")
         failed = event.verdict == "fail"
         for fault in event.faults:
-            self._say(f"{'error' if failed else 'warning'}: {fault}", style="red" if failed else "yellow")
+            self._print(f"{'error' if failed else 'warning'}: {fault}", style="red" if failed else "yellow")
         if failed:
-            self._say(" hint: the adapter is kept, but is not what was trained; proof.json has the numbers")
+            self._print(
+                " hint: the adapter is kept, but it is not the one that was trained; proof.json has the numbers"
+            )
 
-    def _say(self, line: str, style: str = "") -> None:
-        _print_line(self._console, line, style)
+    def _print(self, line: str, style: str = "") -> None:
+        print_line(self._console, line, style)
 
 
 def _parts(event: Step, loss: float, eta: float, elapsed: float | None = None) -> dict[str, str]:
@@ -189,7 +175,7 @@ def _parts(event: Step, loss: float, eta: float, elapsed: float | None = None) -
 
 @dataclass(frozen=True, slots=True)
 class _LiveLine:
-    """The live line: the parts that fit the terminal's present width, and a bar in what is left."""
+    """The parts that fit the width of the terminal, and a bar in the rest."""
 
     event: Step
     loss: float
@@ -203,16 +189,30 @@ class _LiveLine:
                 break
             del parts[name]
         step, others = parts.pop("step") + "  ", "".join("  " + part for part in parts.values())
-        width = max(options.max_width - len(step) - len(others), 1)
-        line = Table.grid()
-        line.add_row(
-            Text(step, style="bold"), ProgressBar(self.event.num_steps, self.event.step, width), Text(others)
-        )
-        yield line
+        yield _bar(options.max_width, step, self.event.num_steps, self.event.step, others)
+
+
+@dataclass(frozen=True, slots=True)
+class _BusyLine:
+    """The progress of work between two steps, and a bar."""
+
+    event: Progress
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        event = self.event
+        text = f"{event.what} {event.done}/{event.total}  "
+        yield _bar(options.max_width, text, event.total, event.done, "")
+
+
+def _bar(width: int, before: str, total: int, done: int, after: str) -> Table:
+    bar = ProgressBar(total, done, max(width - len(before) - len(after), 1))
+    line = Table.grid()
+    line.add_row(Text(before, style="bold"), bar, Text(after))
+    return line
 
 
 def _beginning(answer: str) -> str:
-    """As much of an answer as a glance needs; samples.json has all of it."""
+    """The beginning of an answer; samples.json has all of it."""
     return answer if len(answer) <= SAMPLE_CHARACTERS else answer[:SAMPLE_CHARACTERS].rstrip() + " [...]"
 
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them: durations, counts and sizes of memory."""
+"""Durations, counts and sizes of memory as short text."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ def short_count(number: float) -> str:
 
 
 def memory_size(num_bytes: float) -> str:
-    """`850 MB`, `1.2 GB`: decimal units, as memory is sold and as GPU tools show it."""
+    """`850 MB`, `1.2 GB`: in decimal units, as GPU tools show memory."""
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"

@@ -1,34 +1,27 @@
-"""What a pass costs by arithmetic alone: bytes kept for the backward pass, bytes in passing, and FLOPs.
+"""The memory of a pass by arithmetic: bytes kept for the backward pass, bytes alive for a moment, bytes of the base.
 
-It follows the hand-written forward and backward of model/lora_linear.py, model/attention.py and model/loss.py: what
-they save is counted here, and a test holds the count against what autograd really keeps. No tensor is made.
+The counts follow the hand-written forward and backward of model/lora_linear.py, model/attention.py and model/loss.py.
+A test compares them with what autograd keeps. No tensor is created.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lorafit.forward import FILL
 from lorafit.model.architecture import Architecture
 from lorafit.model.loss import CHUNK_BYTES
-from lorafit.model.quant import Quantize
+from lorafit.model.quant import QUANTIZERS, Quantize
 
-# Bytes a weight of a linear takes, where that is not the compute type's: nf4 has a scale for every 64 weights,
-# itself in 8 bits; fp8 keeps a copy for each direction.
-_WEIGHT_BYTES = {"int8": 1.0, "nf4": 0.516, "fp8": 2.0}
 _NAMES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-_SLOW_ATTENTION = (
-    3.0  # its products run in float32 and in small blocks: FLOPs that cost as much as so many others
-)
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What decides the cost of a pass.
+    """What decides the memory of a pass.
 
-    `width` is bytes a number of the compute type, `adapted` the short names of the adapted linears of each layer,
+    `width` is bytes per number of the compute type, `adapted` the short names of the adapted linears of each layer,
     `compiled` whether attention runs in the compiled kernel.
     """
 
@@ -44,17 +37,14 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class PassCost:
-    """One pack: its input tokens, how many predictions are supervised, and the sum of squares of its documents'
-    lengths, less that of what they share: tokens seen by a token, twice.
-    """
+    """One pack: its input tokens, where a shared prefix counts once, and its supervised predictions."""
 
     tokens: float
     supervised: float
-    squares: float
 
     @property
     def filled(self) -> float:
-        """Tokens with those that fill the pass up (evaluate/heldout.py)."""
+        """Tokens with those that fill the pass up (forward.py)."""
         return math.ceil(self.tokens / FILL) * FILL
 
 
@@ -62,7 +52,7 @@ class PassCost:
 class _Group:
     """Linears that share an input, as `project` takes them: (name, out_features), the input's width, its rows.
 
-    `inputs` is numbers a row that the group saves where it saves its input, `needs_input` whether it does so even
+    `inputs` is numbers per row that the group saves where it saves its input, `needs_input` whether it does so even
     without an adapted linear.
     """
 
@@ -73,22 +63,21 @@ class _Group:
     rows: float
 
 
-def _groups(shape: Shape, work: PassCost, layer: int) -> list[_Group]:
-    """The four groups of a layer in order; the last layer goes on with the supervised rows after attention."""
-    arch = shape.arch
-    q, kv = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
-    hidden, inner = arch.hidden_size, arch.intermediate_size
+def _groups(arch: Architecture, work: PassCost, layer: int) -> list[_Group]:
+    """The four groups of a layer in order. After its attention the last layer computes the supervised rows only."""
     rows = work.supervised if layer == arch.num_hidden_layers - 1 else work.filled
-    return [
-        _Group(tuple(zip(_NAMES[0], (q, kv, kv), strict=True)), hidden, hidden, True, work.filled),
-        _Group(tuple(zip(_NAMES[1], (hidden,), strict=True)), q, q, False, rows),
-        _Group(tuple(zip(_NAMES[2], (inner, inner), strict=True)), hidden, hidden, True, rows),
-        _Group(tuple(zip(_NAMES[3], (hidden,), strict=True)), inner, 2 * inner, True, rows),
-    ]
+    groups = []
+    for names in _NAMES:
+        linears = tuple((name, arch.linears[name][0]) for name in names)
+        width = arch.linears[names[0]][1]
+        inputs = 2 * width if names == ("down_proj",) else width
+        rows_here = work.filled if "q_proj" in names else rows
+        groups.append(_Group(linears, width, inputs, names != ("o_proj",), rows_here))
+    return groups
 
 
 def _adapted_before(shape: Shape, layer: int, group: int) -> bool:
-    """Whether a linear before this group is adapted, so that a gradient flows into its input."""
+    """Whether a linear before this group is adapted, so that a gradient reaches its input."""
     before = {name for names in _NAMES[:group] for name in names}
     return any(shape.adapted[:layer]) or bool(shape.adapted[layer] & before)
 
@@ -97,7 +86,7 @@ def layer_saved_bytes(shape: Shape, work: PassCost, layer: int) -> float:
     """Bytes that a layer keeps for its backward pass, without `recompute`."""
     width = shape.width
     total = 0.0
-    for number, group in enumerate(_groups(shape, work, layer)):
+    for number, group in enumerate(_groups(shape.arch, work, layer)):
         ranks = shape.rank * sum(name in shape.adapted[layer] for name, _ in group.linears)
         if not ranks and not _adapted_before(shape, layer, number):
             continue
@@ -113,7 +102,7 @@ def _attention_bytes(shape: Shape, work: PassCost) -> float:
     arch, width = shape.arch, shape.width
     q, kv = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
     total = work.filled * ((q + 2 * kv) * width + arch.num_attention_heads * 4)
-    if arch.qk_norm:  # each norm keeps its input and a number a head
+    if arch.qk_norm:  # each norm keeps its input and one number per head
         heads = arch.num_attention_heads + arch.num_key_value_heads
         total += work.filled * ((q + kv) * width + heads * 4)
     if not shape.compiled:  # torch's attention keeps its output
@@ -135,18 +124,16 @@ def saved_bytes(shape: Shape, work: PassCost) -> float:
 
 
 def working_bytes(shape: Shape, work: PassCost) -> float:
-    """Bytes in passing at the peak: the backward pass of the widest layer, or the loss with its chunk of logits."""
+    """Temporary bytes at the peak: the backward pass of the widest layer, or the loss with its chunk of logits."""
     arch, width = shape.arch, shape.width
     middle = max(0, arch.num_hidden_layers - 2)
-    rows = _groups(shape, work, middle)[-1].rows
-    # down_proj: the slope of its output and of the stream, that of its input, the input made again, one of up's
+    rows = _groups(arch, work, middle)[-1].rows
+    # down_proj: the gradients of its output, of the residual stream and of its input, the recomputed input, one of up's
     layer = rows * width * (2 * arch.hidden_size + 3 * arch.intermediate_size)
     if shape.dropout:
         layer += rows * width * arch.intermediate_size  # the input with what is left of it
-    if shape.quantize == "int8":
-        layer += rows * (4 * arch.intermediate_size + arch.hidden_size)  # int32 sums, the quantised slope
-    if shape.quantize == "nf4":
-        layer += arch.intermediate_size * arch.hidden_size * (width + 4)  # a weight unpacked
+    if shape.quantize != "none":
+        layer += QUANTIZERS[shape.quantize].working_bytes(rows, *arch.linears["down_proj"], width)
     if shape.recompute:
         layer += layer_saved_bytes(shape, work, middle)
     loss = min(CHUNK_BYTES, work.supervised * arch.vocab_size * width)
@@ -156,56 +143,18 @@ def working_bytes(shape: Shape, work: PassCost) -> float:
 
 def base_bytes(shape: Shape) -> float:
     """Bytes of the frozen base in memory."""
-    linears = _num_linear_weights(shape.arch)
-    rest = shape.arch.num_parameters - linears
-    return linears * _WEIGHT_BYTES.get(shape.quantize, shape.width) + rest * shape.width
-
-
-def _num_linear_weights(arch: Architecture) -> int:
-    q, kv = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
-    layer = arch.hidden_size * (2 * q + 2 * kv) + 3 * arch.hidden_size * arch.intermediate_size
-    return layer * arch.num_hidden_layers
+    linears = shape.arch.num_linear_weights
+    width = shape.width if shape.quantize == "none" else QUANTIZERS[shape.quantize].bytes_per_weight
+    return linears * width + (shape.arch.num_parameters - linears) * shape.width
 
 
 def num_trainable(shape: Shape) -> int:
     """Parameters of the adapter."""
-    return int(sum(shape.rank * (out + width) for _, out, width in _adapted_linears(shape)))
-
-
-def _adapted_linears(shape: Shape) -> Iterator[tuple[str, int, int]]:
-    """(name, out_features, in_features) of every adapted linear."""
-    for layer, names in enumerate(shape.adapted):
-        for group in _groups(shape, PassCost(0, 0, 0), layer):
-            for name, out in group.linears:
-                if name in names:
-                    yield name, out, group.in_features
-
-
-def training_flops(shape: Shape, work: PassCost) -> float:
-    """FLOPs of a forward and backward pass, attention weighted by what it costs beside the large products."""
-    arch = shape.arch
-    total = 4.0 * work.supervised * arch.hidden_size * arch.vocab_size
-    for layer in range(arch.num_hidden_layers):
-        for number, group in enumerate(_groups(shape, work, layer)):
-            frozen = 2.0 * group.rows * group.in_features * sum(out for _, out in group.linears)
-            total += frozen * (1 + _adapted_before(shape, layer, number) + shape.recompute)
-            low = sum(out + group.in_features for name, out in group.linears if name in shape.adapted[layer])
-            total += (6.0 + 2.0 * shape.recompute) * group.rows * shape.rank * low
-        total += _SLOW_ATTENTION * _attention_flops(arch, work) * (3.5 + shape.recompute)
-    return total
-
-
-def forward_flops(shape: Shape, work: PassCost) -> float:
-    """FLOPs of a pass that only measures the loss, weighted in the same way."""
-    arch = shape.arch
-    total = 2.0 * work.supervised * arch.hidden_size * arch.vocab_size
-    for layer in range(arch.num_hidden_layers):
-        for group in _groups(shape, work, layer):
-            total += 2.0 * group.rows * group.in_features * sum(out for _, out in group.linears)
-        total += _SLOW_ATTENTION * _attention_flops(arch, work)
-    return total
-
-
-def _attention_flops(arch: Architecture, work: PassCost) -> float:
-    """Scores and their product with the values, half of the square being seen."""
-    return 2.0 * work.squares * arch.num_attention_heads * arch.head_dim
+    groups = _groups(shape.arch, PassCost(0, 0), 0)
+    return sum(
+        shape.rank * (out + group.in_features)
+        for names in shape.adapted
+        for group in groups
+        for name, out in group.linears
+        if name in names
+    )

@@ -1,9 +1,8 @@
-"""The memory of this machine and of this process: what is free, what is used, and the peak while something runs."""
+"""The machine that a run computes on: its device, its memory, and the peak while something runs."""
 
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -12,18 +11,38 @@ from dataclasses import dataclass
 
 import torch
 
-from lorafit.model.memory import _PROC, resident_bytes
+from lorafit.distributed.env import ProcessEnv
+from lorafit.model.memory import _PROC, available_bytes, resident_bytes
 from lorafit.observe.meters import Meter
 
-if sys.platform == "win32":
-    pass
-
 _SAMPLE_SECONDS = 0.004
-CONTEXT_BYTES = 600 * 10**6  # what CUDA itself takes of a device, which torch does not count
+CONTEXT_BYTES = 600 * 10**6  # what CUDA itself needs of a device, which torch does not count
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Where one process of a run computes.
+
+    `available_bytes` is what this process may use in all on `device`, None where unknown. `resident_bytes` is what it
+    holds before the network is loaded. `ranks` processes share the work.
+    """
+
+    device: torch.device
+    available_bytes: int | None
+    resident_bytes: int
+    ranks: int = 1
+
+    @classmethod
+    def read(cls, device: torch.device, env: ProcessEnv) -> Machine:
+        """This machine as it is now. The processes of one host share its memory."""
+        available = available_bytes(device)
+        if available is not None and device.type == "cpu":
+            available //= env.local_world_size
+        return cls(device, available, resident_bytes(), env.world_size)
 
 
 def process_seconds() -> float:
-    """Wall time since this process began; 0 where that cannot be asked."""
+    """Wall time since this process began; 0 where the system does not tell."""
     try:
         fields = (_PROC / "self" / "stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         uptime = float((_PROC / "uptime").read_text(encoding="ascii").split()[0])
@@ -34,16 +53,16 @@ def process_seconds() -> float:
 
 @dataclass(slots=True)
 class Peak:
-    """The most memory that was in use on the device (for the CPU: resident) while the block ran."""
+    """The peak memory of a block on the device (on the CPU: resident memory)."""
 
     num_bytes: int = 0
 
 
 @contextmanager
 def watch_peak(device: torch.device) -> Iterator[Peak]:
-    """Measure the peak of what the block does.
+    """Measure the peak memory of the block.
 
-    The kernel's own count is exact, but tells nothing of a block that stays below an earlier peak: samples do.
+    The kernel's own count is exact, but does not show a block that stays below an earlier peak. Samples do.
     """
     peak = Peak()
     if device.type == "cuda":

@@ -1,39 +1,48 @@
-"""What a run will work through: its exact tokens, and what each of its passes holds."""
+"""What a run computes: its exact token counts, and the size of each of its passes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lorafit.data.packing import Pack, best_fit
+from lorafit.data.packing import Pack, Packer, TokenRow, build_pack
 from lorafit.data.row_order import RowOrder
 from lorafit.plan.cost_model import PassCost
 
-_SAMPLED_STEPS = 2000  # of longer runs so many steps, evenly spread, stand for all: packing takes its time
-_SAMPLED_PACKS = 250  # of more packs so many are laid out, to see what their rows share
+_SAMPLED_STEPS = 2000  # evenly spread steps of a longer run stand for all of it, because packing takes time
+_SAMPLED_PACKS = 250  # of more packs so many are built, to see what their rows share
 
-PackFn = Callable[[Sequence[int]], Pack]  # the pack of the rows at these indices
+
+class MeasuredRows(Protocol):
+    """Tokenised rows whose lengths are known without reading them: tokens and supervised tokens of each row."""
+
+    @property
+    def lengths(self) -> NDArray[np.integer[Any]]: ...
+
+    @property
+    def targets(self) -> NDArray[np.integer[Any]]: ...
+
+    def row(self, index: int) -> TokenRow: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """All passes of a run, or evenly spread ones of which each stands for `weight`.
+    """All passes of a run, or evenly spread ones that each stand for `weight` passes.
 
-    Token counts are exact. A pass is what formula.Pass holds, a column each; `pack_of` are the rows of each pass as
-    indices. `shared` are the tokens of the run that are computed once for several rows, about.
+    Token counts are exact. `passes` are (tokens, supervised) as PassCost holds them; `pack_of` are the rows of each
+    pass as indices. `shared` estimates the tokens of shared prefixes, which are computed once for several rows.
     """
 
     steps: int
-    rows_per_epoch: int
     tokens_per_epoch: int
     supervised_per_epoch: int
     tokens: int
     supervised: int
-    passes: NDArray[np.float64]  # (passes, 3)
+    passes: NDArray[np.float64]  # (passes, 2)
     pack_of: Sequence[tuple[int, ...]]
     weight: float
     most_in_a_step: int
@@ -45,51 +54,40 @@ class Workload:
         """Passes of the whole run."""
         return round(len(self.passes) * self.weight)
 
+    @property
+    def computed_tokens(self) -> float:
+        """Input tokens of all passes of the run."""
+        return float(self.passes[:, 0].sum()) * self.weight
+
     def at(self, index: int) -> PassCost:
         """One pass."""
         return PassCost(*map(float, self.passes[index]))
 
-    @property
-    def mean(self) -> PassCost:
-        """A pass that costs the mean: costs are linear in what a pass holds."""
-        return PassCost(*map(float, self.passes.mean(axis=0)))
 
-
-def estimate_workload(
-    lengths: NDArray[np.integer[Any]],
-    targets: NDArray[np.integer[Any]],
-    order: RowOrder,
-    num_steps: int,
-    capacity: int,
-    packing: bool,
-    lay: PackFn | None = None,
-) -> Workload:
-    """The workload of `num_steps` steps over rows of `lengths` tokens of which `targets` are supervised.
-
-    What rows share where they begin alike is counted once, as far as `lay` shows it.
-    """
-    of_epoch = replace(order, batch_size=order.rows_per_epoch)  # the same order, an epoch in one piece
+def estimate_workload(rows: MeasuredRows, order: RowOrder, num_steps: int, packer: Packer) -> Workload:
+    """The workload of `num_steps` steps over `rows`."""
+    lengths, targets = rows.lengths, rows.targets
+    of_epoch = replace(order, batch_size=order.rows_per_epoch)  # the same order, one step per epoch
     tokens = supervised = 0
     left = num_steps
     for epoch in range(-(-num_steps // order.steps_per_epoch)):
-        rows = of_epoch.rows(epoch)[: left * order.batch_size]
+        members = of_epoch.rows(epoch)[: left * order.batch_size]
         left -= order.steps_per_epoch
-        tokens += int(lengths[rows].sum(dtype=np.int64))
-        supervised += int(targets[rows].sum(dtype=np.int64))
+        tokens += int(lengths[members].sum(dtype=np.int64))
+        supervised += int(targets[members].sum(dtype=np.int64))
     first = of_epoch.rows(0)
-    steps = _spread(num_steps, _SAMPLED_STEPS)
+    steps = evenly_spread(num_steps, _SAMPLED_STEPS)
     pack_of: list[tuple[int, ...]] = []
     most = 0
     for step in steps:
-        rows = order.rows(step)
-        bins = best_fit(lengths[rows].tolist(), capacity) if packing else [[at] for at in range(len(rows))]
+        members = order.rows(step)
+        bins = packer.bins(lengths[members].tolist())
         most = max(most, len(bins))
-        pack_of += [tuple(rows[members].tolist()) for members in bins]
-    passes, shared = _passes(pack_of, lengths, targets, lay)
+        pack_of += [tuple(members[positions].tolist()) for positions in bins]
+    passes, shared = _passes(pack_of, rows)
     weight = num_steps / len(steps)
     return Workload(
         steps=num_steps,
-        rows_per_epoch=order.rows_per_epoch,
         tokens_per_epoch=int(lengths[first].sum(dtype=np.int64)),
         supervised_per_epoch=int(targets[first].sum(dtype=np.int64)),
         tokens=tokens,
@@ -103,53 +101,41 @@ def estimate_workload(
     )
 
 
-def heldout_passes(
-    lengths: NDArray[np.integer[Any]],
-    targets: NDArray[np.integer[Any]],
-    capacity: int,
-    packing: bool,
-    lay: PackFn | None = None,
-) -> list[PassCost]:
-    """The passes of one held-out measurement."""
-    bins = best_fit(lengths.tolist(), capacity) if packing else [[at] for at in range(len(lengths))]
-    return [PassCost(*map(float, one)) for one in _passes(bins, lengths, targets, lay)[0]]
+def heldout_tokens(rows: MeasuredRows, packer: Packer) -> float:
+    """Input tokens of one held-out measurement."""
+    return float(_passes(packer.bins(rows.lengths.tolist()), rows)[0][:, 0].sum())
 
 
-def _passes(
-    pack_of: Sequence[Sequence[int]],
-    lengths: NDArray[np.integer[Any]],
-    targets: NDArray[np.integer[Any]],
-    lay: PackFn | None,
-) -> tuple[NDArray[np.float64], float]:
-    """The passes of these packs, (packs, 3), and how many tokens their rows share.
-
-    Where there are many some are laid out, and of the others each row but the first is taken to share as much as
-    those rows do on average.
-    """
-    passes = np.empty((len(pack_of), 3))
-    for at, members in enumerate(pack_of):
-        inputs = lengths[list(members)].astype(np.float64) - 1  # the last token is a target only
-        passes[at] = inputs.sum(), targets[list(members)].sum(), np.square(inputs).sum()
-    several = [at for at, members in enumerate(pack_of) if len(members) > 1]
-    if lay is None or not several:
-        return passes, 0.0
-    others = np.array([len(members) - 1.0 for members in pack_of])
-    laid = [several[number] for number in _spread(len(several), _SAMPLED_PACKS)]
-    exact = np.array([_pass_of(lay(pack_of[at])) for at in laid])
-    of_a_row = (passes[laid] - exact).sum(axis=0) / others[laid].sum()
-    without = float(passes[:, 0].sum())
-    passes -= others[:, None] * of_a_row * [1, 0, 1]
-    passes[laid] = exact
-    return passes, without - float(passes[:, 0].sum())
+def pack_of_rows(rows: MeasuredRows, members: Sequence[int]) -> Pack:
+    """The rows at `members` as one pack."""
+    return build_pack([rows.row(index) for index in members])
 
 
-def _pass_of(pack: Pack) -> tuple[int, int, int]:
-    """What formula.Pass holds: of documents that begin alike, only the first sees its tokens up to where they part."""
-    positions = np.concatenate([np.arange(length) for length in pack.lengths])
-    first = np.unique(pack.index, return_index=True)[1]
-    return len(pack.ids), len(pack.targets), int((2 * positions[first] + 1).sum())
-
-
-def _spread(count: int, most: int) -> list[int]:
+def evenly_spread(count: int, most: int) -> list[int]:
     """At most `most` of 0 ... count - 1, evenly spread."""
     return list(range(count)) if count <= most else [index * count // most for index in range(most)]
+
+
+def _passes(pack_of: Sequence[Sequence[int]], rows: MeasuredRows) -> tuple[NDArray[np.float64], float]:
+    """The passes of these packs, (packs, 2), and how many tokens their rows share.
+
+    Of many packs only some are built. In the others each row but the first is expected to share the mean of those.
+    """
+    lengths, targets = rows.lengths, rows.targets
+    passes = np.empty((len(pack_of), 2))
+    for index, members in enumerate(pack_of):
+        passes[index] = (
+            (lengths[list(members)] - 1).sum(),
+            targets[list(members)].sum(),
+        )  # the last is a target only
+    several = [index for index, members in enumerate(pack_of) if len(members) > 1]
+    if not several:
+        return passes, 0.0
+    built = [several[number] for number in evenly_spread(len(several), _SAMPLED_PACKS)]
+    exact = np.array([len(pack_of_rows(rows, pack_of[index]).ids) for index in built])
+    others = np.array([len(members) - 1.0 for members in pack_of])
+    without = float(passes[:, 0].sum())
+    shared_per_row = (passes[built, 0] - exact).sum() / others[built].sum()
+    passes[:, 0] -= others * shared_per_row
+    passes[built, 0] = exact
+    return passes, without - float(passes[:, 0].sum())

@@ -1,1 +1,1 @@
-"""The report of a run: one HTML page that opens without a network, made from the run's files alone."""
+"""The report of a run: one HTML page that needs no network, made from the run's files."""

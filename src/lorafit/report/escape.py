@@ -1,34 +1,46 @@
-"""Text from anywhere (rows, answers, file names) made harmless and visible in a page."""
+"""HTML from the templates of this folder: every value is escaped, and unseen characters become visible."""
 
 from __future__ import annotations
 
-import re
-from html import escape
+from pathlib import Path
+from typing import Any
 
-_INVISIBLE = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f"
-    "\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
-)
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from lorafit.redact import visible
 
 
-def html(text: object) -> str:
-    """`text` for HTML, in an element or an attribute.
+def render(template: str, **values: Any) -> str:
+    """The text of a file in `templates/`, filled with `values`, which may come from anywhere."""
+    return _ENVIRONMENT.get_template(template).render(values)
 
-    Characters that are not seen or that turn the direction of what follows are shown by their number: in a report
-    it matters what a model really read.
-    """
-    return escape(_INVISIBLE.sub(_shown, str(text).replace("\r\n", "\n")))
+
+def own_text(name: str) -> Markup:
+    """A style or script of `templates/`: the one text that a page takes unescaped."""
+    return Markup((_TEMPLATES / name).read_text(encoding="utf-8"))  # noqa: S704 (a file of this package)
 
 
 def cut(text: object, most: int) -> str:
-    """At most `most` characters of `text`; that more follow is said."""
+    """At most `most` characters of `text`, and the number of those that follow."""
     whole = str(text)
-    return (
-        whole
-        if len(whole) <= most
-        else f"{whole[:most].rstrip()} [... {len(whole) - most:,} characters more]"
-    )
+    if len(whole) <= most:
+        return whole
+    return f"{whole[:most].rstrip()} [... {len(whole) - most:,} characters more]"
 
 
-def _shown(match: re.Match[str]) -> str:
-    return f"[U+{ord(match.group()):04X}]"
+def _finalized(value: Any) -> Any:
+    """A value as jinja escapes it next. What the model reads matters in a report, so nothing in it is removed."""
+    return value if isinstance(value, Markup) else visible(str(value).replace("\r\n", "\n"))
+
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_ENVIRONMENT = Environment(
+    loader=FileSystemLoader(_TEMPLATES),
+    autoescape=True,
+    finalize=_finalized,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_ENVIRONMENT.filters |= {"cut": cut, "thousands": lambda number: f"{number:,.0f}"}

@@ -1,73 +1,21 @@
-"""The page: report.html, whole, from the facts of a run."""
+"""The report of a run as one page, report.html, from the run's files."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 
 from lorafit.observe.metrics_file import number
 from lorafit.observe.units import duration, memory_size, short_count
 from lorafit.report import sections
-from lorafit.report.escape import html
+from lorafit.report.escape import own_text, render
 from lorafit.report.run_data import Facts, read_facts
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import write_file
 from lorafit.version import __version__
 
-_HERE = Path(__file__).parent
-
-
-def write_report(run: RunDirectory, output: Path | None = None) -> Path:
-    """Write the report of `run`, into its directory unless `output` says where; returns its path. Raises RunError."""
-    path = output or run.report_file
-    write_file(path, page(read_facts(run)))
-    return path
-
-
-def page(facts: Facts) -> str:
-    """The whole page. Its one script is allowed by its hash, so that nothing else in it can run, whatever it holds."""
-    style = (_HERE / "page.css").read_text(encoding="utf-8")
-    script = (_HERE / "page.js").read_text(encoding="utf-8")
-    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    made = [(title, name, make(facts)) for title, name, make in SECTIONS]
-    shown = [(title, name, body) for title, name, body in made if body]
-    links = "".join(f'<a href="#{name}">{title}</a>' for title, name, _ in shown)
-    bodies = "\n".join(
-        f'<section id="{name}"><h2>{title}</h2>\n{body}\n</section>' for title, name, body in shown
-    )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="referrer" content="no-referrer">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{html(facts.name)} · lorafit</title>
-<link rel="icon" href="data:,">
-<style>
-{style}</style>
-</head>
-<body>
-<header>
-{_head(facts)}
-<nav>{links}</nav>
-</header>
-<main>
-{bodies}
-</main>
-{_foot(facts)}
-<script>{script}</script>
-</body>
-</html>
-"""
-
-
+# (title, name in the address and of the macro in sections.html, what its content is made by)
 SECTIONS = [
     ("Proof", "proof", sections.proof),
     ("Loss", "loss", sections.loss),
@@ -78,64 +26,77 @@ SECTIONS = [
     ("Notes", "notes", sections.notes),
     ("Reproduce", "reproduce", sections.reproduce),
 ]
+PROOF_BADGES = {"pass": "proven", "warn": "proven, with warnings", "fail": "proof failed"}
 
 
-def _head(facts: Facts) -> str:
+def write_report(run: RunDirectory, output: Path | None = None) -> Path:
+    """Write the report of `run` to `output`, else into its directory; returns the path. Raises RunError."""
+    path = output or run.report_file
+    write_file(path, page(read_facts(run)))
+    return path
+
+
+def page(facts: Facts) -> str:
+    """The whole page. Its policy allows one script by its hash, so that nothing else in the page can run."""
+    script = own_text("page.js")
+    verdict, state = str(facts.proof.get("verdict")), facts.summary.state
+    badges = [(state.replace(" ", "-"), str(state))]
+    if verdict in PROOF_BADGES:
+        badges.append((verdict, PROOF_BADGES[verdict]))
+    contents = ((title, name, content(facts)) for title, name, content in SECTIONS)
+    return render(
+        "page.html",
+        facts=facts,
+        badges=badges,
+        details=_details(facts),
+        tiles=_tiles(facts),
+        sections=[section for section in contents if section[2]],
+        style=own_text("page.css"),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        version=__version__,
+    )
+
+
+def _details(facts: Facts) -> list[str]:
     start = facts.last("run_started")
     parameters, trained = number(start.get("num_parameters")), number(start.get("num_trainable"))
-    said = [facts.model]
-    if parameters and trained is not None:
-        said.append(f"{short_count(parameters)} parameters, {short_count(trained)} trained")
-    said += [f"{start[key]}" for key in ("device", "dtype") if start.get(key)]
-    said.append(f"started {facts.started}")
-    verdict = str(facts.proof.get("verdict"))
-    badges = [(facts.state, facts.state)]
-    if verdict in sections.PROOF_WORDS:
-        badges.append((verdict, sections.PROOF_WORDS[verdict]))
-    shown = " ".join(f'<span class="badge {style}">{html(text)}</span>' for style, text in badges)
-    tiles = "".join(
-        f'<div class="tile"><b>{value}</b><span>{label}</span></div>' for value, label in _tiles(facts)
+    size = (
+        f"{short_count(parameters)} parameters, {short_count(trained)} trained"
+        if parameters and trained is not None
+        else ""
     )
-    return (
-        f"<h1>{html(facts.name)}</h1> {shown}\n"
-        f'<p class="sub">{" · ".join(html(text) for text in said if text)}</p>\n<div class="tiles">{tiles}</div>'
-    )
+    machine = [str(start.get(key) or "") for key in ("device", "dtype")]
+    return [facts.summary.model, size, *machine, f"started {facts.summary.started}"]
 
 
-def _tiles(facts: Facts) -> Sequence[tuple[str, str]]:
-    """(value as HTML, label) of what one wants to know first."""
-    tiles = []
-    if (best := facts.heldout_loss) is not None:
-        base = f"<small>{facts.base_loss:.3f} →</small> " if facts.base_loss is not None else ""
-        tiles.append((f"{base}{best:.3f}", "held-out loss"))
+def _tile(label: str, value: str, *, before: str = "", after: str = "") -> dict[str, str]:
+    return {"label": label, "value": value, "before": before, "after": after}
+
+
+def _tiles(facts: Facts) -> list[dict[str, str]]:
+    """The figures at the head of the page."""
+    tiles, summary = [], facts.summary
+    if summary.heldout_loss is not None:
+        before = f"{summary.base_loss:.3f} →" if summary.base_loss is not None else ""
+        tiles.append(_tile("held-out loss", f"{summary.heldout_loss:.3f}", before=before))
     elif losses := facts.series("step", "loss"):
-        tiles.append((f"{losses[-1][1]:.3f}", "loss of the last step"))
-    for told in facts.proof.get("checks", ()) if isinstance(facts.proof.get("checks"), list) else ():
-        values = told.get("values") if isinstance(told, dict) and told.get("name") == "stop" else None
+        tiles.append(_tile("loss of the last step", f"{losses[-1][1]:.3f}"))
+    for check in facts.proof.get("checks", ()) if isinstance(facts.proof.get("checks"), list) else ():
+        values = check.get("values") if isinstance(check, dict) and check.get("name") == "stop" else None
         if isinstance(values, dict) and number(values.get("prompts")):
             ended, prompts = (int(number(values.get(key)) or 0) for key in ("ended", "prompts"))
-            tiles.append((f"{ended} <small>of {prompts}</small>", "answers ended"))
-    of = f" <small>of {facts.num_steps:,}</small>" if facts.num_steps else ""
-    tiles.append((f"{facts.step:,}{of}", "steps"))
-    steps = facts.events.get("step", ())
-    seconds = [number(event.get("seconds")) or 0.0 for event in steps]
-    tokens = [number(event.get("tokens")) or 0.0 for event in steps]
-    supervised = sum(number(event.get("supervised_tokens")) or 0.0 for event in steps)
-    memory = max((number(event.get("memory_bytes")) or 0.0 for event in steps), default=0.0)
-    if sum(seconds):
-        tiles.append(
-            (
-                f"{short_count(supervised)} <small>of {short_count(sum(tokens))}</small>",
-                "trained of all tokens",
-            )
-        )
-        speed = f"{sum(tokens) / sum(seconds):,.0f} tokens/s"
-        tiles.append((duration(sum(seconds)), f"at {speed}"))
-    if memory:
-        tiles.append((memory_size(memory), "peak memory"))
+            tiles.append(_tile("answers ended", str(ended), after=f"of {prompts}"))
+    after = f"of {summary.num_steps:,}" if summary.num_steps else ""
+    tiles.append(_tile("steps", f"{summary.step:,}", after=after))
+    seconds, tokens, supervised = (
+        sum(number(event.get(key)) or 0.0 for event in facts.events.get("step", ()))
+        for key in ("seconds", "tokens", "supervised_tokens")
+    )
+    if seconds:
+        after = f"of {short_count(tokens)}"
+        tiles.append(_tile("trained of all tokens", short_count(supervised), after=after))
+        tiles.append(_tile(f"at {tokens / seconds:,.0f} tokens/s", duration(seconds)))
+    if memory := max((value for _, value in facts.series("step", "memory_bytes")), default=0.0):
+        tiles.append(_tile("peak memory", memory_size(memory)))
     return tiles
-
-
-def _foot(facts: Facts) -> str:
-    missing = f" Not shown, missing or damaged: {html(', '.join(facts.missing))}." if facts.missing else ""
-    return f"<footer><div>Made by lorafit {__version__} from the files of {html(facts.path)}.{missing}</div></footer>"

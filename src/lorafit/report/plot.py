@@ -1,8 +1,4 @@
-"""Charts as inline SVG, without a library: lines over steps, bars of lengths, one bar that is divided.
-
-Lines are drawn in a box of 1000 x 1000 that is stretched to the page; labels are text beside it, so they keep their
-size on a phone.
-"""
+"""The geometry of charts: lines over steps and histograms, in a box of 1000 x 1000. Templates draw them as SVG."""
 
 from __future__ import annotations
 
@@ -11,15 +7,14 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import accumulate
 from typing import TypeVar
 
 T = TypeVar("T")
 Points = Sequence[tuple[float, float]]
 Format = Callable[[float], str]
-BUCKETS = 320  # a line is drawn by the least and the most of so many parts
-SMOOTHED_FROM = 40  # points; fewer are shown as they are
+BUCKETS = 320  # parts of a line; its lowest and highest point in each are drawn
+SMOOTHED_FROM = 40  # points; fewer are not smoothed
 BOX = 1000.0
 
 
@@ -35,7 +30,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """Where values lie in the box, and the values that are labelled."""
+    """The range of values, and those that are labelled."""
 
     low: float
     high: float
@@ -43,68 +38,98 @@ class Axis:
     is_log: bool = False
 
     def at(self, value: float) -> float:
-        """0 at the low end, 1 at the high one."""
+        """0 at the low end, 1 at the high end."""
         low, high, value = (math.log10(v) if self.is_log else v for v in (self.low, self.high, value))
         return (value - low) / (high - low)
 
 
-def line_chart(title: str, lines: Sequence[Line], show: Format, *, log: bool = False) -> str:
-    """A figure with `lines` over steps; `show` writes a value. Empty without points."""
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One piece of a stacked bar, in the box."""
+
+    style: str
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A figure as `sections.html` draws it. Places of labels are shares of the box, from its left and its top."""
+
+    title: str
+    description: str  # for those who do not see the figure
+    keys: Sequence[tuple[str, str]]  # of the legend: (name, CSS class)
+    y_labels: Sequence[tuple[float, str]]
+    x_labels: Sequence[tuple[float, str]]
+    paths: Sequence[tuple[str, str]] = ()  # (CSS class, path)
+    bars: Sequence[Bar] = ()
+    hover: str = ""  # JSON for page.js: the values under the pointer
+    is_log: bool = False
+    is_tall: bool = False
+
+
+def line_chart(
+    title: str, lines: Sequence[Line], show: Format, *, log: bool = False, tall: bool = False
+) -> Chart | None:
+    """A figure with `lines` over steps, None without points; `show` writes a value."""
     lines = [line for line in lines if line.points]
     if not lines:
-        return ""
+        return None
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
     x_axis, y_axis = linear_axis(min(xs), max(xs), 6, whole=True, tight=True), value_axis(ys, log=log)
-    low, high = x_axis.low, x_axis.high
-    parts = [f'<path class="grid" d="M0 {_y(y_axis, tick)}H{BOX:.0f}"/>' for tick in y_axis.ticks]
+
+    def place(point: tuple[float, float]) -> str:
+        return f"{BOX * x_axis.at(point[0]):.1f} {BOX * (1 - y_axis.at(point[1])):.1f}"
+
+    paths = []
     for line in lines:
-        drawn = extremes(line.points, low, high)
-        path = "M" + "L".join(f"{_x(x_axis, x)} {_y(y_axis, y)}" for x, y in drawn)
         if len(line.points) > 1:
-            parts.append(f'<path class="line {line.style}" d="{path}"/>')
+            drawn = extremes(line.points, x_axis.low, x_axis.high)
+            paths.append((f"line {line.style}", "M" + "L".join(map(place, drawn))))
         if line.dots or len(line.points) == 1:
-            dots = "".join(f"M{_x(x_axis, x)} {_y(y_axis, y)}h0" for x, y in thinned(line.points, 60))
-            parts.append(f'<path class="dots {line.style}" d="{dots}"/>')
-    legend = "".join(
-        f'<span class="key {line.style}">{escape(line.name)}</span>' for line in lines if len(lines) > 1
-    )
-    hover = json.dumps(
-        [
-            {"name": line.name, "style": line.style, "points": _told(line.points, show, x_axis)}
-            for line in lines
-            if line.style != "raw"
-        ]
-    )
-    scale = " · log scale" if y_axis.is_log else ""
-    return (
-        f'<figure class="chart"><figcaption><b>{escape(title)}</b><span class="scale">{scale}</span>'
-        f'<span class="keys">{legend}</span></figcaption>'
-        f'<div class="plot" data-lines="{escape(hover)}" role="img" aria-label="{escape(_spoken(title, lines, show))}">'
-        f'<svg viewBox="0 0 {BOX:.0f} {BOX:.0f}" preserveAspectRatio="none" aria-hidden="true">{"".join(parts)}</svg>'
-        + "".join(
-            f'<span class="y" style="top:{100 - 100 * y_axis.at(tick):.2f}%">{escape(show(tick))}</span>'
-            for tick in y_axis.ticks
-        )
-        + "".join(
-            f'<span class="x" style="left:{100 * x_axis.at(tick):.2f}%">{tick:,.0f}</span>'
-            for tick in x_axis.ticks
-        )
-        + '<i class="cursor"></i><span class="tip"></span></div></figure>'
+            dots = "".join(f"M{place(point)}h0" for point in thinned(line.points, 60))
+            paths.append((f"dots {line.style}", dots))
+    named = [line for line in lines if line.style != "raw"]
+    ends = (f"{line.name} from {show(line.points[0][1])} to {show(line.points[-1][1])}" for line in named)
+    hover = [
+        {
+            "name": line.name,
+            "style": line.style,
+            "points": [
+                (round(x_axis.at(x), 4), f"{x:,.0f}", show(y)) for x, y in thinned(line.points, BUCKETS)
+            ],
+        }
+        for line in named
+    ]
+    return Chart(
+        title,
+        f"{title}: {'; '.join(ends)}",
+        keys=[(line.name, line.style) for line in lines] if len(lines) > 1 else [],
+        y_labels=[(1 - y_axis.at(tick), show(tick)) for tick in y_axis.ticks],
+        x_labels=_whole_labels(x_axis),
+        paths=paths,
+        hover=json.dumps(hover),
+        is_log=y_axis.is_log,
+        is_tall=tall,
     )
 
 
-def bars(title: str, edges: Sequence[float], counts: Sequence[tuple[str, str, Sequence[int]]]) -> str:
-    """A histogram: `counts` are (name, CSS class, rows in each bin), stacked."""
+def histogram(
+    title: str, edges: Sequence[float], counts: Sequence[tuple[str, str, Sequence[int]]]
+) -> Chart | None:
+    """Stacked bars: `counts` are (name, CSS class, rows in each bin). None where there are no rows."""
     num_bins = len(edges) - 1
     if num_bins < 1 or any(len(rows) != num_bins for _, _, rows in counts):
-        return ""
-    totals = [sum(rows[i] for _, _, rows in counts) for i in range(num_bins)]
+        return None
+    totals = [sum(rows[index] for _, _, rows in counts) for index in range(num_bins)]
     if not max(totals):
-        return ""
+        return None
     y_axis = linear_axis(0, max(totals), 4, whole=True)
     x_axis = linear_axis(edges[0], edges[-1], 6, whole=True, tight=True)
-    parts = [f'<path class="grid" d="M0 {_y(y_axis, tick)}H{BOX:.0f}"/>' for tick in y_axis.ticks]
+    bars = []
     for index in range(num_bins):
         left, right = (BOX * x_axis.at(edge) for edge in edges[index : index + 2])
         base = 0
@@ -112,43 +137,22 @@ def bars(title: str, edges: Sequence[float], counts: Sequence[tuple[str, str, Se
             if rows[index]:
                 top = base + rows[index]
                 height = BOX * (y_axis.at(top) - y_axis.at(base))
-                parts.append(
-                    f'<rect class="{style}" x="{left + 1:.1f}" y="{_y(y_axis, top)}" '
-                    f'width="{max(right - left - 2, 1):.1f}" height="{height:.1f}"/>'
+                bars.append(
+                    Bar(style, left + 1, BOX * (1 - y_axis.at(top)), max(right - left - 2, 1), height)
                 )
                 base = top
-    legend = "".join(f'<span class="key {style}">{escape(name)}</span>' for name, style, _ in counts)
-    return (
-        f'<figure class="chart"><figcaption><b>{escape(title)}</b><span class="keys">{legend}</span></figcaption>'
-        f'<div class="plot" role="img" aria-label="{escape(title)}: {sum(totals):,} rows up to {edges[-1]:,.0f}">'
-        f'<svg viewBox="0 0 {BOX:.0f} {BOX:.0f}" preserveAspectRatio="none" aria-hidden="true">{"".join(parts)}</svg>'
-        + "".join(
-            f'<span class="y" style="top:{100 - 100 * y_axis.at(tick):.2f}%">{tick:,.0f}</span>'
-            for tick in y_axis.ticks
-        )
-        + "".join(
-            f'<span class="x" style="left:{100 * x_axis.at(tick):.2f}%">{tick:,.0f}</span>'
-            for tick in x_axis.ticks
-        )
-        + "</div></figure>"
+    return Chart(
+        title,
+        f"{title}: {sum(totals):,} rows up to {edges[-1]:,.0f}",
+        keys=[(name, style) for name, style, _ in counts],
+        y_labels=[(1 - share, text) for share, text in _whole_labels(y_axis)],
+        x_labels=_whole_labels(x_axis),
+        bars=bars,
     )
-
-
-def divided(parts: Sequence[tuple[str, str, int]]) -> str:
-    """One bar in parts (name, CSS class, count) whose widths are their shares."""
-    total = sum(count for _, _, count in parts)
-    if not total:
-        return ""
-    pieces = "".join(
-        f'<span class="{style}" style="width:{100 * count / total:.3f}%" title="{escape(name)}: {count:,}"></span>'
-        for name, style, count in parts
-        if count
-    )
-    return f'<div class="divided">{pieces}</div>'
 
 
 def extremes(points: Points, low: float, high: float, buckets: int = BUCKETS) -> list[tuple[float, float]]:
-    """At most 2 * `buckets` + 2 of `points`, in order: first, last, and the least and most of each part."""
+    """At most 2 * `buckets` + 2 of `points`, in order: first, last, and the lowest and highest of each part."""
     if len(points) <= 2 * buckets:
         return list(points)
     parts: dict[int, list[tuple[float, float]]] = {}
@@ -163,25 +167,25 @@ def extremes(points: Points, low: float, high: float, buckets: int = BUCKETS) ->
 
 
 def thinned(points: Sequence[T], most: int) -> list[T]:
-    """At most `most` of `points`, evenly, with the first and the last."""
+    """At most `most` of `points`, evenly spaced, with the first and the last."""
     if len(points) <= most:
         return list(points)
     return [points[round(index * (len(points) - 1) / (most - 1))] for index in range(most)]
 
 
 def smoothed(points: Points) -> list[tuple[float, float]]:
-    """Means over about a thirtieth of the points around each, fewer towards the ends, so that nothing lags."""
+    """Centred means over about a thirtieth of the points, of fewer points towards the ends."""
     half = max(1, min(len(points) // 60, 200))
     sums = list(accumulate((y for _, y in points), initial=0.0))
     line = []
-    for at, (x, _) in enumerate(points):
-        reach = min(half, at, len(points) - 1 - at)
-        line.append((x, (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)))
+    for index, (x, _) in enumerate(points):
+        reach = min(half, index, len(points) - 1 - index)
+        line.append((x, (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)))
     return line
 
 
 def value_axis(values: Sequence[float], *, log: bool = False) -> Axis:
-    """An axis for `values`; logarithmic where that is asked for and a few values dwarf the others."""
+    """An axis for `values`; logarithmic if `log` and if a few values are far above the median."""
     low, high = min(values), max(values)
     if log and low > 0 and high / statistics.median(values) > 8 and high / low > 30:
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
@@ -193,7 +197,7 @@ def value_axis(values: Sequence[float], *, log: bool = False) -> Axis:
 
 
 def linear_axis(low: float, high: float, about: int, *, whole: bool = False, tight: bool = False) -> Axis:
-    """Round ticks, about so many; the axis ends at ticks, or (`tight`) at the values themselves."""
+    """An axis with `about` ticks at round values. It ends at ticks, or (`tight`) at `low` and `high`."""
     if not high - low > max(1e-12 * abs(low), 1e-100):
         room = abs(low) * 0.1 or 1.0
         low, high = (low - (0 if tight else room), high + room)
@@ -208,24 +212,5 @@ def linear_axis(low: float, high: float, about: int, *, whole: bool = False, tig
     return Axis(ticks[0], ticks[-1], ticks)
 
 
-def _x(axis: Axis, value: float) -> str:
-    return f"{BOX * axis.at(value):.1f}"
-
-
-def _y(axis: Axis, value: float) -> str:
-    return f"{BOX * (1 - axis.at(value)):.1f}"
-
-
-def _told(points: Points, show: Format, axis: Axis) -> list[tuple[float, str, str]]:
-    """(share of the width, step, value) of some points, for the pointer."""
-    return [(round(axis.at(x), 4), f"{x:,.0f}", show(y)) for x, y in thinned(points, BUCKETS)]
-
-
-def _spoken(title: str, lines: Sequence[Line], show: Format) -> str:
-    """The chart for those who do not see it."""
-    told = [
-        f"{line.name} from {show(line.points[0][1])} to {show(line.points[-1][1])}"
-        for line in lines
-        if line.style != "raw"
-    ]
-    return f"{title}: {'; '.join(told)}"
+def _whole_labels(axis: Axis) -> list[tuple[float, str]]:
+    return [(axis.at(tick), f"{tick:,.0f}") for tick in axis.ticks]

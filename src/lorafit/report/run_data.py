@@ -1,27 +1,25 @@
-"""What a report shows of a run, read from its files; whatever is missing or damaged is left out and named."""
+"""The content of a report, read from the files of a run. Missing and damaged files are left out and named."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from lorafit.data.ledger import Ledger
-from lorafit.errors import LorafitError
-from lorafit.observe.metrics_file import number, read_whole_events, series
+from lorafit.observe.metrics_file import read_whole_events, series
+from lorafit.observe.run_summary import Summary, summarize
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import MANIFEST
-from lorafit.storage.locks import is_locked
 from lorafit.storage.safe_read import read_bytes, read_json
 
-MOST_JSON_BYTES = 20_000_000  # of one of the small files: what is larger is not ours
+MOST_JSON_BYTES = 20_000_000  # of a small file; a larger one is not of lorafit
 
 
 @dataclass(frozen=True, slots=True)
 class CheckLine:
-    """One finding of the checks before a run or of the proof after it."""
+    """One result of the checks before a run or of the proof after it."""
 
     name: str
     verdict: str  # pass, warn, fail, skip
@@ -30,13 +28,11 @@ class CheckLine:
 
 @dataclass(slots=True)
 class Facts:
-    """A run as its files tell it. `missing` names what could not be read."""
+    """The content of a run's files. `missing` names those that could not be read."""
 
     name: str
     path: str
-    state: str  # running, finished, interrupted, stopped
-    started: str
-    model: str = ""
+    summary: Summary
     events: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     config: str = ""
     env: Mapping[str, Any] = field(default_factory=dict)
@@ -59,57 +55,29 @@ class Facts:
         return events[-1] if events else {}
 
     @property
-    def step(self) -> int:
-        """The newest step."""
-        return int(number(self.last("step").get("step")) or 0)
-
-    @property
-    def num_steps(self) -> int | None:
-        """Steps that the run was to have."""
-        return int(number(self.last("run_started").get("num_steps")) or 0) or None
-
-    @property
-    def base_loss(self) -> float | None:
-        """Held-out loss of the base."""
-        found = self.series("heldout", "base_loss")
-        return found[-1][1] if found else None
-
-    @property
-    def heldout_loss(self) -> float | None:
-        """The lowest held-out loss."""
-        return min((loss for _, loss in self.series("heldout", "loss")), default=None)
-
-    @property
     def proven(self) -> Sequence[CheckLine]:
         """The checks of the proof."""
-        return _told(self.proof)
+        return _check_lines(self.proof)
 
 
 def read_facts(run: RunDirectory) -> Facts:
-    """Everything there is to show. Raises RunError when the metrics are there and cannot be read."""
-    events, num_damaged = read_whole_events(run.metrics_file)
+    """The facts of `run`. Raises RunError when its metrics exist and cannot be read."""
+    events, num_damaged = metrics = read_whole_events(run.metrics_file)
     by_kind: dict[str, list[Mapping[str, Any]]] = {}
     for event in events:
         by_kind.setdefault(str(event.get("event")), []).append(event)
-    facts = Facts(
-        name=run.path.resolve().name,
-        path=str(run.path),
-        state=_state(run, events),
-        started=datetime.fromtimestamp(run.config_file.stat().st_mtime).isoformat(" ", "minutes"),
-        events=by_kind,
-    )
+    facts = Facts(run.path.resolve().name, str(run.path), summarize(run, metrics), events=by_kind)
     if num_damaged:
         facts.missing.append(f"{num_damaged:,} damaged lines of {run.metrics_file.name}")
     try:
         facts.config = read_bytes(run.config_file, MOST_JSON_BYTES).decode(errors="replace")
-        facts.model = run.config().model.name
-    except (OSError, LorafitError):
+    except OSError:
         facts.missing.append(run.config_file.name)
     facts.env = _mapping(run.env_file, facts)
     facts.rows = _mapping(run.rows_file, facts)
     facts.prompt = _mapping(run.prompt_file, facts)
     facts.proof = _mapping(run.proof_file, facts, expected=False)
-    facts.checks = _told(_json(run.check_file, facts, expected=False))
+    facts.checks = _check_lines(_json(run.check_file, facts, expected=False))
     samples = _json(run.samples_file, facts, expected=False)
     facts.samples = (
         [sample for sample in samples if isinstance(sample, dict)] if isinstance(samples, list) else []
@@ -117,13 +85,6 @@ def read_facts(run: RunDirectory) -> Facts:
     facts.ledger = _ledger(run.ledger_file, facts)
     facts.hashes = _hashes(run)
     return facts
-
-
-def _state(run: RunDirectory, events: Sequence[Mapping[str, Any]]) -> str:
-    acts = [event for event in events if event.get("event") in ("run_started", "step", "run_ended")]
-    if acts and acts[-1].get("event") == "run_ended":
-        return "interrupted" if acts[-1].get("reason") == "interrupted" else "finished"
-    return "running" if is_locked(run.lock_file) else "stopped"
 
 
 def _json(path: Path, facts: Facts, *, expected: bool = True) -> Any:
@@ -143,7 +104,7 @@ def _mapping(path: Path, facts: Facts, *, expected: bool = True) -> Mapping[str,
 
 
 def _ledger(path: Path, facts: Facts) -> Ledger | None:
-    """The ledger, where it is one whose sums close."""
+    """The ledger, if its sums close."""
     value = _mapping(path, facts)
     try:
         ledger = Ledger.from_json(value)
@@ -160,31 +121,31 @@ def _ledger(path: Path, facts: Facts) -> Ledger | None:
     return None
 
 
-def _told(value: object) -> list[CheckLine]:
-    """Checks as check.json and proof.json hold them."""
+def _check_lines(value: object) -> list[CheckLine]:
+    """The checks in check.json or proof.json."""
     listed = value.get("checks") if isinstance(value, Mapping) else value
     if not isinstance(listed, list):
         return []
-    found = []
+    lines = []
     for check in listed:
         if isinstance(check, dict):
             text = str(check.get("text") or check.get("message") or "")
             place, hint = str(check.get("place") or ""), str(check.get("hint") or "")
             text += f" ({place})" if place else ""
             text += f": {hint}" if hint else ""
-            found.append(CheckLine(str(check.get("name", "")), str(check.get("verdict", "skip")), text))
-    return found
+            lines.append(CheckLine(str(check.get("name", "")), str(check.get("verdict", "skip")), text))
+    return lines
 
 
 def _hashes(run: RunDirectory) -> dict[str, str]:
-    """What the manifest of the final adapter, else of the newest checkpoint, says of the run's origin."""
+    """The hashes in the manifest of the final adapter, else of the newest checkpoint."""
     steps = run.saved_steps()
     folders = [run.adapter, *(run.checkpoint(step) for step in steps[-1:])]
     for folder in folders:
         try:
             manifest = read_json(folder / MANIFEST, MOST_JSON_BYTES)
             stored = manifest["facts"]
-            found = {
+            hashes = {
                 "base model": stored.get("base_model"),
                 "data": stored.get("data"),
                 "prompt contract": stored.get("prompt_contract"),
@@ -192,5 +153,5 @@ def _hashes(run: RunDirectory) -> dict[str, str]:
             }
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
-        return {name: str(value) for name, value in found.items() if value}
+        return {name: str(value) for name, value in hashes.items() if value}
     return {}

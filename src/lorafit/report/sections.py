@@ -1,4 +1,7 @@
-"""The sections of the page, each a function from the facts to HTML; an empty one has nothing to show."""
+"""The content of the page's sections, each a function from the facts of a run to what its template shows.
+
+A section without content is left out. The HTML is in `templates/sections.html`.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,9 @@ from lorafit.data.ledger import Tokens
 from lorafit.observe.metrics_file import number
 from lorafit.observe.units import memory_size
 from lorafit.report import plot
-from lorafit.report.escape import cut, html
-from lorafit.report.run_data import CheckLine, Facts
+from lorafit.report.escape import cut
+from lorafit.report.run_data import Facts
 
-PROOF_WORDS = {"pass": "proven", "warn": "proven, with warnings", "fail": "proof failed"}
 PROMPT_KEYS = {
     "template": "template",
     "system": "system prompt",
@@ -22,277 +24,195 @@ PROMPT_KEYS = {
     "train_on": "trained on",
     "max_length": "longest row",
 }
-VERDICTS = ("pass", "warn", "fail", "skip")
-MOST_PROMPTS, MOST_MOMENTS, MOST_NOTES, MOST_DROPS = 50, 12, 100, 20
-ANSWER_CHARACTERS, MOMENT_CHARACTERS = 3000, 500
-_GOING_ON = '<span class="badge small warn">did not end</span>'
+MOST_ROWS, MOST_PROMPTS, MOST_HISTORY, MOST_NOTES, MOST_DROPS = 10, 50, 12, 100, 20
 
 
-def proof(facts: Facts) -> str:
-    """What was proven after training, and what was checked before it."""
-    parts = []
-    if facts.proven:
-        parts.append(_list("After training", facts.proven))
-    elif facts.state == "finished":
-        parts.append('<div class="card empty">This run was not verified (run.verify=false).</div>')
-    if facts.checks:
-        wrong = [told for told in facts.checks if told.verdict != "pass"]
-        right = [told for told in facts.checks if told.verdict == "pass"]
-        inner = f"<ul class='told'>{_items(wrong)}</ul>" if wrong else ""
-        if right:
-            summary = f"{len(right)} of {len(facts.checks)} checks pass"
-            inner += f"<details><summary>{summary}</summary><ul class='told'>{_items(right)}</ul></details>"
-        parts.append(f'<div class="card"><h3>Before training</h3>{inner}</div>')
-    return "".join(parts)
+def proof(facts: Facts) -> dict[str, Any] | None:
+    """The proof after training, and the checks before it."""
+    content = {
+        "after": facts.proven,
+        "not_verified": facts.summary.state.is_complete,
+        "passed": [check for check in facts.checks if check.verdict == "pass"],
+        "problems": [check for check in facts.checks if check.verdict != "pass"],
+    }
+    return content if any(content.values()) else None
 
 
-def loss(facts: Facts) -> str:
+def loss(facts: Facts) -> plot.Chart | None:
     """Training loss, held-out loss and the base's, over the steps."""
-    raw = facts.series("step", "loss")
-    held, base = facts.series("heldout", "loss"), facts.base_loss
-    lines = []
+    raw, held, base = facts.series("step", "loss"), facts.series("heldout", "loss"), facts.summary.base_loss
     if len(raw) >= plot.SMOOTHED_FROM:
-        lines += [
+        lines = [
             plot.Line("each step", "raw", raw),
             plot.Line("training, smoothed", "train", plot.smoothed(raw)),
         ]
     else:
-        lines.append(plot.Line("training", "train", raw, dots=True))
+        lines = [plot.Line("training", "train", raw, dots=True)]
     if base is not None and raw:
         steps = [step for step, _ in [*raw, *held]]
         ends = (min(steps), max(steps))
         lines.append(plot.Line("held out, base", "base", [(step, base) for step in ends]))
     lines.append(plot.Line("held out", "held", held, dots=True))
-    chart = plot.line_chart("Loss, mean over supervised tokens", lines, lambda value: f"{value:.3g}")
-    return chart.replace('class="chart"', 'class="chart tall"', 1)
+    return plot.line_chart(
+        "Loss, mean over supervised tokens", lines, lambda value: f"{value:.3g}", tall=True
+    )
 
 
-def progress(facts: Facts) -> str:
+def progress(facts: Facts) -> list[plot.Chart]:
     """Learning rate, gradient norm, throughput and memory."""
+    tokens, seconds = facts.series("step", "tokens"), facts.series("step", "seconds")
     speed = [
-        (step, tokens / seconds)
-        for (step, tokens), (_, seconds) in zip(
-            facts.series("step", "tokens"), facts.series("step", "seconds"), strict=False
-        )
-        if seconds > 1e-9
+        (step, count / time) for (step, count), (_, time) in zip(tokens, seconds, strict=False) if time > 1e-9
     ]
-    norms = facts.series("step", "grad_norm")
+    rates, norms = facts.series("step", "learning_rate"), facts.series("step", "grad_norm")
+    memory = plot.Line("value", "one", facts.series("step", "memory_bytes"))
     charts = [
-        plot.line_chart("Learning rate", [_one(facts.series("step", "learning_rate"))], _short),
+        plot.line_chart("Learning rate", [plot.Line("value", "one", rates)], _short),
         plot.line_chart("Gradient norm", _smooth(norms), _short, log=True),
-        plot.line_chart("Tokens a second", _smooth(speed), lambda value: f"{value:,.0f}"),
-        plot.line_chart("Peak memory", [_one(facts.series("step", "memory_bytes"))], memory_size),
+        plot.line_chart("Tokens per second", _smooth(speed), lambda value: f"{value:,.0f}"),
+        plot.line_chart("Peak memory", [memory], memory_size),
     ]
-    shown = "".join(charts)
-    return f'<div class="two">{shown}</div>' if shown else ""
+    return [chart for chart in charts if chart]
 
 
-def answers(facts: Facts) -> str:
-    """Held-out prompts: the right answer, the base's and the tuned model's, and how it came about."""
-    moments = facts.events.get("answers", ())
+def answers(facts: Facts) -> list[dict[str, Any]]:
+    """Held-out prompts: the right answer, the base's and the tuned model's, and those during training."""
+    events = facts.events.get("answers", ())
     if facts.samples:
-        asked = [_sample(sample, moments) for sample in facts.samples[:MOST_PROMPTS]]
-    else:
-        base: Any = next((event["base"] for event in moments if event.get("base")), [])
-        prompts = moments[-1].get("prompts") if moments else []
-        asked = [
-            _card(str(prompt), [("base", _at(base, index), None)], _over_time(index, moments))
-            for index, prompt in enumerate(_sequence(prompts)[:MOST_PROMPTS])
-        ]
-    return "".join(asked)
+        return [_sample(sample, events) for sample in facts.samples[:MOST_PROMPTS]]
+    base: Any = next((event["base"] for event in events if event.get("base")), [])
+    prompts = _sequence(events[-1].get("prompts")) if events else []
+    return [
+        {
+            "text": str(prompt),
+            "answers": [{"name": "base", "text": _text_at(base, index), "stopped": None}],
+            "history": _history(index, events),
+        }
+        for index, prompt in enumerate(prompts[:MOST_PROMPTS])
+    ]
 
 
-def data(facts: Facts) -> str:
-    """The ledger, whose sums close, and how long rows are."""
-    parts = []
+def data(facts: Facts) -> dict[str, Any] | None:
+    """The ledger, whose sums close, and a histogram of the rows' lengths."""
+    accounts, histogram = [], None
     if (ledger := facts.ledger) is not None:
         buckets = [
             ("trained", "train", ledger.trained.rows),
             ("held out", "held", ledger.held_out.rows),
             ("dropped", "cut", ledger.num_dropped),
         ]
-        drops = "".join(
-            f"<tr><th></th><td>{html(cut(reason, 200))}: {html(_rows_named(rows.first, rows.rows))}</td>"
-            f'<td class="n">{rows.rows:,}</td></tr>'
+        drops = [
+            (f"{cut(reason, 200)}: {_row_numbers(rows.first, rows.rows)}", rows.rows)
             for reason, rows in list(ledger.dropped.items())[:MOST_DROPS]
-        )
-        parts.append(_account("Rows", buckets, ledger.num_rows, drops))
-        parts.append(_tokens("Tokens of the trained rows", ledger.trained))
+        ]
+        accounts.append(_account("Rows", buckets, ledger.num_rows, drops))
+        accounts.append(_token_account("Tokens of the trained rows", ledger.trained))
         if ledger.held_out.rows:
-            parts.append(_tokens("Tokens of the held-out rows", ledger.held_out))
+            accounts.append(_token_account("Tokens of the held-out rows", ledger.held_out))
     lengths = facts.rows.get("lengths")
     if isinstance(lengths, Mapping):
         edges, training, heldout = (_numbers(lengths.get(key)) for key in ("edges", "training", "heldout"))
         counts = [
-            ("trained", "train", [int(n) for n in training]),
-            ("held out", "held", [int(n) for n in heldout]),
+            ("trained", "train", [int(count) for count in training]),
+            ("held out", "held", [int(count) for count in heldout]),
         ]
-        chart = plot.bars("Rows by their length in tokens", edges, counts)
-        parts.append(chart)
-    shown = "".join(parts)
-    return f'<div class="two">{shown}</div>' if shown else ""
+        histogram = plot.histogram("Rows by their length in tokens", edges, counts)
+    return {"accounts": accounts, "lengths": histogram} if accounts or histogram else None
 
 
-def rows(facts: Facts) -> str:
-    """Some rows exactly as the model reads them, with what is trained marked."""
-    shown = []
-    for row in _sequence(facts.rows.get("rows"))[:10]:
-        if not isinstance(row, Mapping):
-            continue
-        spans = [span for span in _sequence(row.get("spans")) if isinstance(span, list) and len(span) == 2]
-        text = "".join(f"<mark>{html(t)}</mark>" if trained is True else html(t) for t, trained in spans)
-        count = f"{_count(row.get('tokens'))} tokens, {_count(row.get('trained'))} trained"
-        shown.append(
-            f'<div class="card"><div class="place">{html(row.get("place", ""))} · {count}</div>'
-            f'<div class="row">{text}</div></div>'
-        )
-    if not shown:
-        return ""
-    said = "The tokens of a row, decoded. <mark>Marked</mark> is what carries loss."
-    return f'<p class="lead">{said}</p><div class="two">{"".join(shown)}</div>'
-
-
-def notes(facts: Facts) -> str:
-    """What the curves deserve, warnings, then what else was said."""
-    said = [
-        (str(event.get("level", "info")), str(event.get("text", "")))
-        for event in facts.events.get("note", ())
+def rows(facts: Facts) -> list[dict[str, Any]]:
+    """Some rows as the model reads them, with what is trained marked."""
+    return [
+        {
+            "place": row.get("place", ""),
+            "tokens": number(row.get("tokens")) or 0,
+            "trained": number(row.get("trained")) or 0,
+            "spans": [
+                (span[0], span[1] is True)
+                for span in _sequence(row.get("spans"))
+                if isinstance(span, list) and len(span) == 2
+            ],
+        }
+        for row in _sequence(facts.rows.get("rows"))[:MOST_ROWS]
+        if isinstance(row, Mapping)
     ]
-    wrong = list(dict.fromkeys(text for level, text in said if level != "info"))
-    other = [text for level, text in said if level == "info"]
-    found = [
+
+
+def notes(facts: Facts) -> dict[str, Any] | None:
+    """What the curves show and the warnings, each with its badge; then all other messages."""
+    curves = [
         f"step {number(event.get('step')) or 0:,.0f}: {event.get('text', '')}: {event.get('hint', '')}"
         for event in facts.events.get("diagnosis", ())
     ]
-    inner = "".join(
-        f'<li><span class="badge small warn">curve</span><span>{html(cut(text, 1000))}</span></li>'
-        for text in found[:MOST_NOTES]
-    )
-    inner += "".join(
-        f'<li><span class="badge small warn">warning</span><span>{html(cut(text, 1000))}</span></li>'
-        for text in wrong[:MOST_NOTES]
-    )
-    inner = f"<ul class='told'>{inner}</ul>" if inner else "<p class='empty'>No warnings.</p>"
-    if other:
-        lines = html("\n".join(cut(text, 1000) for text in other[:MOST_NOTES]))
-        inner += f"<details><summary>everything that was said</summary><br><pre>{lines}</pre></details>"
-    return f'<div class="card">{inner}</div>' if said or found else ""
+    messages = [
+        (event.get("level", "info") == "info", str(event.get("text", "")))
+        for event in facts.events.get("note", ())
+    ]
+    warnings = list(dict.fromkeys(text for is_info, text in messages if not is_info))
+    other = [text for is_info, text in messages if is_info]
+    marked = [("curve", text) for text in curves[:MOST_NOTES]]
+    marked += [("warning", text) for text in warnings[:MOST_NOTES]]
+    return {"marked": marked, "other": other[:MOST_NOTES]} if marked or other else None
 
 
-def reproduce(facts: Facts) -> str:
+def reproduce(facts: Facts) -> dict[str, Any] | None:
     """The command, versions, hashes and the whole config."""
-    env = facts.env
-    packages = env.get("packages")
+    env, packages = facts.env, facts.env.get("packages")
     versions = {"lorafit": env.get("lorafit"), "Python": env.get("python")}
     versions |= dict(packages) if isinstance(packages, Mapping) else {}
     versions |= {"platform": env.get("platform"), "threads": env.get("threads")}
-    parts = []
-    if env.get("command"):
-        parts.append(f'<div class="card"><h3>Command</h3><pre>{html(env["command"])}</pre></div>')
-    tables = _table("Versions", versions) + _table("SHA-256", facts.hashes, code=True)
-    prompt = {
-        label: facts.prompt.get(key) for key, label in PROMPT_KEYS.items() if facts.prompt.get(key) != ""
-    }
-    tables += _table("Prompt contract", prompt)
-    if tables:
-        parts.append(f'<div class="two">{tables}</div>')
-    if facts.config:
-        text = html(cut(facts.config, 40_000))
-        parts.append(
-            f'<div class="card"><h3>Config, every key</h3><details><summary>config.yaml</summary><br><pre>{text}</pre>'
-            "</details></div>"
-        )
-    return "".join(parts)
+    prompt = {label: facts.prompt.get(key) for key, label in PROMPT_KEYS.items()}
+    contract = {label: value for label, value in prompt.items() if value != ""}
+    tables = [
+        ("Versions", versions, False),
+        ("SHA-256", facts.hashes, True),
+        ("Prompt contract", contract, False),
+    ]
+    known = [
+        (title, {name: value for name, value in values.items() if value is not None}, is_code)
+        for title, values, is_code in tables
+    ]
+    shown = [table for table in known if table[1]]
+    content = {"command": env.get("command"), "tables": shown, "config": facts.config}
+    return content if any(content.values()) else None
 
 
-def _list(title: str, told: Sequence[CheckLine]) -> str:
-    return f'<div class="card"><h3>{title}</h3><ul class="told">{_items(told)}</ul></div>'
-
-
-def _items(told: Sequence[CheckLine]) -> str:
-    return "".join(
-        f'<li><span class="badge small {_known(item.verdict)}">{html(item.verdict)}</span>'
-        f'<span><span class="name">{html(item.name)}</span>{html(cut(item.text, 2000))}</span></li>'
-        for item in told
-    )
-
-
-def _known(verdict: str) -> str:
-    return verdict if verdict in VERDICTS else "skip"
-
-
-def _sample(sample: Mapping[str, Any], moments: Sequence[Mapping[str, Any]]) -> str:
-    prompt = str(sample.get("prompt", ""))
-    given = [("right answer", str(sample.get("answer", "")), None)]
+def _sample(sample: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    text = str(sample.get("prompt", ""))
+    shown = [{"name": "right answer", "text": str(sample.get("answer", "")), "stopped": None}]
     for name in ("base", "tuned"):
         answer = sample.get(name)
         if isinstance(answer, Mapping):
-            given.append((name, str(answer.get("text", "")), answer.get("stopped")))
-    index = next(
-        (
-            _sequence(event.get("prompts")).index(prompt)
-            for event in moments
-            if prompt in _sequence(event.get("prompts"))
-        ),
-        None,
-    )
-    return _card(prompt, given, _over_time(index, moments) if index is not None else "")
+            shown.append(
+                {"name": name, "text": str(answer.get("text", "")), "stopped": answer.get("stopped")}
+            )
+    lists = (_sequence(event.get("prompts")) for event in events)
+    index = next((prompts.index(text) for prompts in lists if text in prompts), None)
+    return {"text": text, "answers": shown, "history": [] if index is None else _history(index, events)}
 
 
-def _card(prompt: str, given: Sequence[tuple[str, str, object]], after: str) -> str:
-    columns = "".join(
-        f'<div class="{"base" if name == "base" else "tuned" if name == "tuned" else ""}"><h3>{name}'
-        + (f" {_GOING_ON}" if stopped is False else "")
-        + f"</h3>{_say(text, ANSWER_CHARACTERS)}</div>"
-        for name, text, stopped in given
-    )
-    question = html(cut(prompt, ANSWER_CHARACTERS))
-    return f'<div class="card"><div class="question">{question}</div><div class="answers">{columns}</div>{after}</div>'
-
-
-def _over_time(index: int, moments: Sequence[Mapping[str, Any]]) -> str:
-    """The answer to one prompt while training, at up to MOST_MOMENTS moments; an unchanged one is shown once."""
-    said: list[tuple[int, int, tuple[str, bool]]] = []  # first and last step of an answer
-    for event in moments:
+def _history(index: int, events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The answers to one prompt during training, at most MOST_HISTORY; consecutive equal ones are one."""
+    stages: list[dict[str, Any]] = []
+    for event in events:
         stopped = _sequence(event.get("stopped"))
-        going = index < len(stopped) and stopped[index] is False
-        step, answer = int(number(event.get("step")) or 0), (_at(event.get("tuned"), index), going)
-        first = said.pop()[0] if said and said[-1][2] == answer else step
-        said.append((first, step, answer))
-    lines = "".join(
-        f"<dt>step {first:,}{f' – {last:,}' if last != first else ''}</dt>"
-        f"<dd>{_say(text, MOMENT_CHARACTERS)}{_GOING_ON if going else ''}</dd>"
-        for first, last, (text, going) in plot.thinned(said, MOST_MOMENTS)
-    )
-    return (
-        f'<details open><summary>while training</summary><dl class="time">{lines}</dl></details>'
-        if lines
-        else ""
-    )
+        ended = not (index < len(stopped) and stopped[index] is False)
+        step, text = int(number(event.get("step")) or 0), _text_at(event.get("tuned"), index)
+        if stages and (stages[-1]["text"], stages[-1]["stopped"]) == (text, ended):
+            stages[-1]["last"] = step
+        else:
+            stages.append({"first": step, "last": step, "text": text, "stopped": ended})
+    return plot.thinned(stages, MOST_HISTORY)
 
 
-def _say(text: str, most: int) -> str:
-    return (
-        f'<div class="say">{html(cut(text, most))}</div>'
-        if text.strip()
-        else '<div class="empty">nothing</div>'
-    )
+def _account(
+    title: str, buckets: Sequence[tuple[str, str, int]], total: int, drops: Sequence[tuple[str, int]] = ()
+) -> dict[str, Any]:
+    """Buckets (name, CSS class, count) whose counts add up to `total`; `drops` are (reason, rows)."""
+    return {"title": title, "buckets": buckets, "total": total, "drops": drops}
 
 
-def _account(title: str, buckets: Sequence[tuple[str, str, int]], total: int, more: str = "") -> str:
-    lines = "".join(
-        f'<tr><th><span class="key {style}">{name}</span></th><td></td><td class="n">{count:,}</td>'
-        f'<td class="n">{count / total:.1%}</td></tr>'
-        for name, style, count in buckets
-        if total
-    )
-    return (
-        f'<div class="card"><h3>{title}</h3>{plot.divided(buckets)}<table>{lines}{more}'
-        f'<tr class="sum"><th>sum</th><td></td><td class="n">{total:,}</td><td></td></tr></table></div>'
-    )
-
-
-def _tokens(title: str, tokens: Tokens) -> str:
+def _token_account(title: str, tokens: Tokens) -> dict[str, Any]:
     buckets = [
         ("trained", "train", tokens.trained),
         ("masked", "masked", tokens.masked),
@@ -301,39 +221,21 @@ def _tokens(title: str, tokens: Tokens) -> str:
     return _account(title, buckets, tokens.total)
 
 
-def _rows_named(first: Sequence[int], count: int) -> str:
+def _row_numbers(first: Sequence[int], count: int) -> str:
     named = ", ".join(str(row + 1) for row in first[:8])
     return f"rows {named}" + (" ..." if count > 8 else "")
 
 
-def _table(title: str, values: Mapping[str, Any], *, code: bool = False) -> str:
-    opened, closed = ("<code>", "</code>") if code else ("", "")
-    lines = "".join(
-        f"<tr><th>{html(name)}</th><td>{opened}{html(cut(value, 300))}{closed}</td></tr>"
-        for name, value in values.items()
-        if value is not None
-    )
-    return f'<div class="card"><h3>{title}</h3><table>{lines}</table></div>' if lines else ""
-
-
-def _one(points: plot.Points) -> plot.Line:
-    return plot.Line("value", "one", points)
-
-
 def _smooth(points: plot.Points) -> list[plot.Line]:
     if len(points) < plot.SMOOTHED_FROM:
-        return [_one(points)]
+        return [plot.Line("value", "one", points)]
     return [plot.Line("each step", "raw", points), plot.Line("smoothed", "train", plot.smoothed(points))]
 
 
 def _short(value: float) -> str:
-    if value == 0:
-        return "0"
-    return (
-        f"{value:.3g}"
-        if 1e-3 <= abs(value) < 1e5
-        else f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
-    )
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.3g}"
+    return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def _sequence(value: object) -> list[Any]:
@@ -341,14 +243,10 @@ def _sequence(value: object) -> list[Any]:
 
 
 def _numbers(value: object) -> list[float]:
-    found = [number(item) for item in _sequence(value)]
-    return [item for item in found if item is not None]
+    numbers = [number(item) for item in _sequence(value)]
+    return [item for item in numbers if item is not None]
 
 
-def _at(value: object, index: int) -> str:
+def _text_at(value: object, index: int) -> str:
     listed = _sequence(value)
     return str(listed[index]) if index < len(listed) else ""
-
-
-def _count(value: object) -> str:
-    return f"{number(value) or 0:,.0f}"

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible server: requests and replies, who may ask, and the process; the batch is in infer/."""
+"""The OpenAI-compatible server: protocol, access checks, replies and process. Its batch is in infer/."""

@@ -1,4 +1,4 @@
-"""Who may ask, and how much: Host, Origin, token, size and pace of a request, before anything reads it."""
+"""Checks Host, Origin, token, size and arrival time of each request, before the application reads it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _HOST = re.compile(
 
 
 class Guard:
-    """Lets requests through to `app` that come from where they should, with the token, in whole and soon enough.
+    """ASGI middleware: `app` gets only requests with an allowed Host and Origin, the token, and a complete body.
 
-    A page of a foreign site can make a browser send requests here, and by changing what its name resolves to even
-    read the replies; both say so in Host and Origin. `hosts` are the names that this server goes by; with `any_address`
-    also every plain IP address, which no foreign site can pretend to be.
+    A page of another site can make a browser send requests here. With DNS rebinding it can also read the replies. Host
+    and Origin reveal both. `hosts` are the names of this server. With `any_address`, all plain IP addresses are
+    allowed too, because no site can use them for DNS rebinding.
     """
 
     def __init__(
@@ -48,25 +48,26 @@ class Guard:
             await error.response()(scope, receive, send)
             return
         if body is None:
-            return  # the client has gone
+            return  # the client disconnected
         await self.app(scope, _replay(body, receive), send)
 
     def _check(self, scope: Scope) -> None:
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
-        if len(hosts) != 1 or not self._is_ours(hosts[0]):
-            raise ApiError(
-                403, "this server does not go by that host name", code="host_not_allowed", param="Host"
-            )
+        if len(hosts) != 1 or not self._is_allowed(hosts[0]):
+            message = "the host name is not one of this server"
+            raise ApiError(403, message, code="host_not_allowed", param="Host")
         for name, value in headers:
-            if name == b"origin" and value.decode("latin-1") not in _same_site(hosts[0]):
-                raise ApiError(
-                    403, "pages of other sites may not ask", code="origin_not_allowed", param="Origin"
-                )
+            if name == b"origin" and value.decode("latin-1") not in (
+                f"http://{hosts[0]}",
+                f"https://{hosts[0]}",
+            ):
+                message = "requests from pages of other sites are not allowed"
+                raise ApiError(403, message, code="origin_not_allowed", param="Origin")
         if scope["path"] in OPEN_PATHS:
             return
-        given = [value for name, value in headers if name == b"authorization"]
-        kind, _, token = (given[0] if len(given) == 1 else b"").partition(b" ")
+        values = [value for name, value in headers if name == b"authorization"]
+        kind, _, token = (values[0] if len(values) == 1 else b"").partition(b" ")
         if not hmac.compare_digest(token.strip(), self._token) or kind.lower() != b"bearer":
             raise ApiError(
                 401,
@@ -75,7 +76,7 @@ class Guard:
                 headers={"WWW-Authenticate": "Bearer"},
             )
 
-    def _is_ours(self, host: str) -> bool:
+    def _is_allowed(self, host: str) -> bool:
         match = _HOST.fullmatch(host)
         if match is None:
             return False
@@ -83,9 +84,8 @@ class Guard:
         return name in self._hosts or (self._any_address and _is_address(name))
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
-        too_large = ApiError(
-            413, f"the request is larger than {self._max_bytes:,} bytes", code="request_too_large"
-        )
+        message = f"the request is larger than {self._max_bytes:,} bytes"
+        too_large = ApiError(413, message, code="request_too_large")
         for name, value in scope["headers"]:
             if name == b"content-length" and value.isdigit() and int(value) > self._max_bytes:
                 raise too_large
@@ -93,13 +93,13 @@ class Guard:
         try:
             async with asyncio.timeout(BODY_SECONDS):
                 while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
+                    event = await receive()
+                    if event["type"] == "http.disconnect":
                         return None
-                    body += message.get("body", b"")
+                    body += event.get("body", b"")
                     if len(body) > self._max_bytes:
                         raise too_large
-                    if not message.get("more_body", False):
+                    if not event.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
             raise ApiError(408, "the request did not arrive in time", code="request_timeout") from None
@@ -113,12 +113,8 @@ def _is_address(name: str) -> bool:
     return True
 
 
-def _same_site(host: str) -> tuple[str, str]:
-    return f"http://{host}", f"https://{host}"
-
-
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body that was read, then what else comes."""
+    """A `receive` that returns the body that was read, then all later messages."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def next_message() -> dict[str, Any]:

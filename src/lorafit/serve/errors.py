@@ -1,4 +1,4 @@
-"""Errors of the API in OpenAI's shape, which its clients turn into exceptions of their own."""
+"""Errors of the API in OpenAI's format, which its clients convert to their exceptions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KINDS = {
 
 
 class ApiError(Exception):
-    """A request that cannot be answered, and what its sender is told."""
+    """A request that cannot be answered, with the HTTP status and the message for the client."""
 
     def __init__(
         self,
@@ -32,11 +32,11 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, dict[str, str | None]]:
-        """The JSON that is sent."""
+        """The JSON of the reply."""
         kind = _KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
-        """The whole reply."""
+        """The HTTP reply."""
         content = json.dumps(self.body(), ensure_ascii=False).encode("utf-8", "replace")
         return Response(content, self.status, self.headers, media_type="application/json")

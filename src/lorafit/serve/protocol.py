@@ -1,14 +1,17 @@
-"""Requests and replies of the API, in OpenAI's words; what cannot be honoured is refused, nothing is ignored silently.
+"""Requests and replies of the API, with OpenAI's names. Unknown and unsupported fields are refused, never ignored.
 
-Types are strict: a number in quotes is no number. Fields that others know and that would change the answer here are
-named only with the value that changes nothing.
+Types are strict: a number in quotes is not a number. Fields that would change the answer, and are not supported, accept
+only the value that changes nothing.
 """
 
 from __future__ import annotations
 
+import secrets
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from lorafit.infer.sampling import Sampling
 
 MAX_CHOICES = 16
 _INT64 = 2**63
@@ -18,7 +21,7 @@ def _decodable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"a lone surrogate at position {error.start} is no character") from None
+        raise ValueError(f"a lone surrogate at position {error.start} is not a character") from None
     return text
 
 
@@ -26,6 +29,8 @@ Str = Annotated[str, AfterValidator(_decodable)]
 StopText = Annotated[Str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Zero = Annotated[float, Field(ge=0, le=0)] | None
+Count = Annotated[int, Field(ge=1, lt=2**31)] | None
+Empty = Annotated[list[Any], Field(max_length=0)] | None
 
 
 class _Strict(BaseModel):
@@ -38,7 +43,7 @@ class TextPart(_Strict):
 
 
 class ChatMessage(_Strict):
-    """One turn. `developer` is the system's other name; `name` and what a reply carries beside its text are unused."""
+    """One turn. `developer` is another name of `system`. Fields beside role and content are accepted and unused."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Str | Annotated[list[TextPart], Field(min_length=1)]
@@ -46,8 +51,8 @@ class ChatMessage(_Strict):
     refusal: None = None
     audio: None = None
     function_call: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_calls: Empty = None
+    annotations: Empty = None
 
     @property
     def text(self) -> str:
@@ -65,13 +70,17 @@ class ResponseFormat(_Strict):
 
 class _Generation(_Strict):
     model: Annotated[Str, Field(min_length=1, max_length=256)]
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    temperature: (
-        Annotated[float, Field(ge=0, le=2, description="0 is greedy; 1 where it is not given.")] | None
-    ) = None
+    max_tokens: Count = None
+    temperature: Annotated[float, Field(ge=0, le=2, description="0 is greedy. The default is 1.")] | None = (
+        None
+    )
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: (
-        Annotated[int, Field(ge=0, lt=2**31, description="Not OpenAI's: sample from the k likeliest.")] | None
+        Annotated[
+            int,
+            Field(ge=0, lt=2**31, description="Sample from the k most probable. Not OpenAI's."),
+        ]
+        | None
     ) = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
@@ -81,13 +90,22 @@ class _Generation(_Strict):
     frequency_penalty: Zero = None
     presence_penalty: Zero = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    user: Annotated[Str | None, Field(description="Taken and not used.")] = None
+    user: Annotated[Str | None, Field(description="Accepted and not used.")] = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> _Generation:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("`stream_options` is for `stream: true` only")
+            raise ValueError("`stream_options` needs `stream: true`")
         return self
+
+    def sampling(self) -> Sampling:
+        """The sampling, with OpenAI's defaults. Without a seed, each request has a new one."""
+        return Sampling(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=self.top_k or 0,
+            top_p=1.0 if self.top_p is None else self.top_p,
+            seed=secrets.randbits(62) if self.seed is None else self.seed % 2**64,
+        )
 
     @property
     def stops(self) -> list[str]:
@@ -96,7 +114,7 @@ class _Generation(_Strict):
 
     @property
     def includes_usage(self) -> bool:
-        """Whether a stream ends with its counts."""
+        """Whether a stream ends with the numbers of tokens."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
@@ -104,22 +122,22 @@ class ChatRequest(_Generation):
     """The body of /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Count = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    metadata: Annotated[dict[str, str] | None, Field(description="Taken and not used.")] = None
+    tools: Empty = None
+    metadata: Annotated[dict[str, str] | None, Field(description="Accepted and not used.")] = None
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("`top_logprobs` is for `logprobs: true` only")
+            raise ValueError("`top_logprobs` needs `logprobs: true`")
         return self
 
 
 class CompletionRequest(_Generation):
-    """The body of /v1/completions: texts, or token ids, that the model goes on from as they are."""
+    """The body of /v1/completions: texts, or token ids, to continue."""
 
     prompt: (
         Str
@@ -217,7 +235,7 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    """`active` answers are being made, `waiting` ones are queued."""
+    """`active` answers are in the batch, `waiting` ones in the queue."""
 
     status: Literal["ok"] = "ok"
     active: int

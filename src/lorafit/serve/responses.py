@@ -1,153 +1,224 @@
-"""Replies built from pieces: whole ones, and the events of streams, for chats and for plain completions."""
+"""HTTP replies: complete ones and event streams, for chats and for plain completions."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
-from lorafit.infer.continuous_batch import Step
+from fastapi import Request
+from fastapi.responses import JSONResponse
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from lorafit.infer.continuous_batch import GeneratedToken
 from lorafit.infer.stream_text import TokenTexts
 from lorafit.serve.errors import ApiError
-from lorafit.serve.jobs import Job, Piece
+from lorafit.serve.jobs import AnswerJob, TextPiece
+from lorafit.serve.protocol import ChatRequest, CompletionRequest
+
+T = TypeVar("T")
 
 
-class Chat:
-    """chat.completion and chat.completion.chunk: a whole answer, what one begins with, and what a piece adds."""
+class CompletionFormat:
+    """text_completion, complete and streamed."""
 
-    whole, chunk = "chat.completion", "chat.completion.chunk"
+    prefix = "cmpl-"
+    name = chunk_name = "text_completion"
 
-    def __init__(self, texts: TokenTexts, with_logprobs: bool) -> None:
-        self._texts, self._with_logprobs = texts, with_logprobs
+    def __init__(self, texts: TokenTexts) -> None:
+        self.texts = texts
 
-    def choice(self, index: int, text: str, steps: Sequence[Step], finish: str) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
+    def first(self) -> dict[str, Any] | None:
+        """The content of the first event of an answer; None where there is no such event."""
+        return None
+
+    def complete(self, text: str) -> dict[str, Any]:
+        """The content of a complete answer."""
+        return {"text": text}
+
+    def delta(self, piece: TextPiece) -> dict[str, Any]:
+        """The content that a piece adds."""
+        return {"text": piece.text}
+
+    def logprobs(self, tokens: Sequence[GeneratedToken], num_sent: int) -> dict[str, Any]:
+        """The log-probabilities of tokens whose text begins after `num_sent` characters."""
+        texts = [self.texts.of(token.id).text for token in tokens]
         return {
-            "index": index,
-            "message": message,
-            "logprobs": self._logprobs(steps),
-            "finish_reason": finish,
+            "tokens": texts,
+            "token_logprobs": [_finite(token.logprob) for token in tokens],
+            "top_logprobs": [
+                {self.texts.of(other).text: _finite(logprob) for other, logprob in token.top}
+                for token in tokens
+            ],
+            "text_offset": [num_sent + len("".join(texts[:index])) for index in range(len(texts))],
         }
 
-    def first(self, index: int) -> dict[str, Any] | None:
-        delta = {"role": "assistant", "content": ""}
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
 
-    def delta(
-        self, piece: Piece, before: int
-    ) -> dict[str, Any]:  # `before`: characters that were sent already
-        logprobs = self._logprobs([piece.step] if piece.step else [])
-        delta = {"content": piece.text} if piece.text or not piece.finish else {}
-        return {
-            "index": piece.index,
-            "delta": delta,
-            "logprobs": logprobs,
-            "finish_reason": piece.finish or None,
-        }
+class ChatFormat(CompletionFormat):
+    """chat.completion and chat.completion.chunk."""
 
-    def _logprobs(self, steps: Sequence[Step]) -> dict[str, Any] | None:
-        if not self._with_logprobs:
-            return None
+    prefix = "chatcmpl-"
+    name, chunk_name = "chat.completion", "chat.completion.chunk"
+
+    def first(self) -> dict[str, Any] | None:
+        return {"delta": {"role": "assistant", "content": ""}}
+
+    def complete(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+
+    def delta(self, piece: TextPiece) -> dict[str, Any]:
+        return {"delta": {"content": piece.text} if piece.text or not piece.finish else {}}
+
+    def logprobs(self, tokens: Sequence[GeneratedToken], num_sent: int) -> dict[str, Any]:
         content = [
             {
-                **self._token(step.id, step.logprob),
-                "top_logprobs": [self._token(*other) for other in step.top],
+                **self._token(token.id, token.logprob),
+                "top_logprobs": [self._token(*other) for other in token.top],
             }
-            for step in steps
+            for token in tokens
         ]
         return {"content": content, "refusal": None}
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
-        token = self._texts.of(token_id)
+        token = self.texts.of(token_id)
         data = None if token.data is None else list(token.data)
         return {"token": token.text, "logprob": _finite(logprob), "bytes": data}
 
 
-class Completion:
-    """text_completion, whole and streamed."""
+async def reply(
+    request: Request, body: ChatRequest | CompletionRequest, job: AnswerJob, form: CompletionFormat
+) -> Response:
+    """The complete reply, or the stream after its first piece: an earlier failure has a status of its own."""
+    started = time.monotonic()
+    head = {"id": form.prefix + secrets.token_hex(12), "created": int(time.time()), "model": body.model}
 
-    whole = chunk = "text_completion"
+    def close(outcome: str) -> None:
+        job.close()
+        counts, seconds = _usage(job), time.monotonic() - started
+        tokens = f"{counts['prompt_tokens']} + {counts['completion_tokens']} tokens"
+        request.app.state.log(f"{body.model}  {tokens}  {seconds:.2f} s  {outcome}")
 
-    def __init__(self, texts: TokenTexts, with_logprobs: bool) -> None:
-        self._texts, self._with_logprobs = texts, with_logprobs
-
-    def choice(self, index: int, text: str, steps: Sequence[Step], finish: str) -> dict[str, Any]:
-        logprobs = self._logprobs(steps, 0)
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
-
-    def first(self, index: int) -> dict[str, Any] | None:
-        return None
-
-    def delta(self, piece: Piece, before: int) -> dict[str, Any]:
-        logprobs = self._logprobs([piece.step] if piece.step else [], before)
-        return {
-            "index": piece.index,
-            "text": piece.text,
-            "logprobs": logprobs,
-            "finish_reason": piece.finish or None,
-        }
-
-    def _logprobs(self, steps: Sequence[Step], before: int) -> dict[str, Any] | None:
-        if not self._with_logprobs:
-            return None
-        tokens = [self._texts.of(step.id).text for step in steps]
-        offsets = [before + len("".join(tokens[:at])) for at in range(len(tokens))]
-        return {
-            "tokens": tokens,
-            "token_logprobs": [_finite(step.logprob) for step in steps],
-            "top_logprobs": [
-                {self._texts.of(token).text: _finite(logprob) for token, logprob in step.top}
-                for step in steps
-            ],
-            "text_offset": offsets,
-        }
+    outcome = "failed"
+    try:
+        if body.stream:
+            pieces = job.pieces()
+            first = await _unless_disconnected(request.receive, anext(pieces))
+            if first is not None:
+                outcome = ""
+                return _EventStream(_events(first, pieces, job, form, head, body.includes_usage), close)
+        else:
+            content = await _unless_disconnected(request.receive, _complete_reply(job, form, head))
+            if content is not None:
+                outcome = "answered"
+                return JSONResponse(content)
+        outcome = "client disconnected"
+        return Response(status_code=499)
+    finally:
+        if outcome:
+            close(outcome)
 
 
-async def whole(job: Job, shape: Chat | Completion, head: dict[str, Any], num_choices: int) -> dict[str, Any]:
-    """The reply once every answer has its end. Raises ApiError."""
-    texts, finishes = [""] * num_choices, [""] * num_choices
-    steps: list[list[Step]] = [[] for _ in range(num_choices)]
+class _EventStream(StreamingResponse):
+    """Server-sent events. `close` is called with the outcome, after the last event or a disconnect."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[str], None]) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        self._close, self._outcome = close, "client disconnected"
+
+    async def stream_response(self, send: Send) -> None:
+        await super().stream_response(send)
+        self._outcome = "streamed"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._close(self._outcome)
+
+
+async def _unless_disconnected(receive: Receive, work: Awaitable[T]) -> T | None:
+    """The result of `work`. When the client disconnects before, `work` is cancelled, and the result is None."""
+
+    async def disconnected() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.create_task(disconnected())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return await working if working.done() else None
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _complete_reply(job: AnswerJob, form: CompletionFormat, head: dict[str, Any]) -> dict[str, Any]:
+    """The reply after the end of all answers. Raises ApiError."""
+    texts, finishes = [""] * job.num_answers, [""] * job.num_answers
+    tokens: list[list[GeneratedToken]] = [[] for _ in texts]
     async for piece in job.pieces():
         texts[piece.index] += piece.text
         finishes[piece.index] = piece.finish
-        steps[piece.index] += [piece.step] if piece.step else []
+        tokens[piece.index] += piece.tokens
     choices = [
-        shape.choice(index, *answer) for index, answer in enumerate(zip(texts, steps, finishes, strict=True))
+        {
+            "index": index,
+            **form.complete(text),
+            "logprobs": form.logprobs(tokens[index], 0) if job.with_logprobs else None,
+            "finish_reason": finishes[index],
+        }
+        for index, text in enumerate(texts)
     ]
-    return {**head, "object": shape.whole, "choices": choices, "usage": usage(job)}
+    return {**head, "object": form.name, "choices": choices, "usage": _usage(job)}
 
 
-async def events(
-    pieces: AsyncIterator[Piece],
-    job: Job,
-    shape: Chat | Completion,
+async def _events(
+    first: TextPiece,
+    rest: AsyncIterator[TextPiece],
+    job: AnswerJob,
+    form: CompletionFormat,
     head: dict[str, Any],
-    num_choices: int,
     with_usage: bool,
 ) -> AsyncIterator[bytes]:
-    """The reply as server-sent events. What fails after the first one is told as an event of its own."""
-    head = {**head, "object": shape.chunk, **({"usage": None} if with_usage else {})}
-    before = [0] * num_choices
-    for index in range(num_choices):
-        if (first := shape.first(index)) is not None:
-            yield _event({**head, "choices": [first]})
+    """The reply as server-sent events. A failure is the last event."""
+    head = {**head, "object": form.chunk_name, **({"usage": None} if with_usage else {})}
+    num_sent = [0] * job.num_answers
+    if (content := form.first()) is not None:
+        for index in range(job.num_answers):
+            empty = {"index": index, **content, "logprobs": None, "finish_reason": None}
+            yield _event({**head, "choices": [empty]})
+    piece: TextPiece | None = first
     try:
-        async for piece in pieces:
-            if piece.text or piece.finish or piece.step is not None:
-                yield _event({**head, "choices": [shape.delta(piece, before[piece.index])]})
-            before[piece.index] += len(piece.text)
+        while piece is not None:
+            if piece.text or piece.finish or piece.tokens:
+                logprobs = form.logprobs(piece.tokens, num_sent[piece.index]) if job.with_logprobs else None
+                end = {"logprobs": logprobs, "finish_reason": piece.finish or None}
+                yield _event({**head, "choices": [{"index": piece.index, **form.delta(piece), **end}]})
+            num_sent[piece.index] += len(piece.text)
+            piece = await anext(rest, None)
     except ApiError as error:
         yield _event(error.body())
         return
     if with_usage:
-        yield _event({**head, "choices": [], "usage": usage(job)})
+        yield _event({**head, "choices": [], "usage": _usage(job)})
     yield b"data: [DONE]\n\n"
 
 
-def usage(job: Job) -> dict[str, int]:
-    """What was read and made, in tokens; the token that ends an answer does not count."""
-    read, made = job.num_prompt_tokens, job.num_tokens
-    return {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
+def _usage(job: AnswerJob) -> dict[str, int]:
+    """Numbers of tokens. The stop token of an answer is not counted."""
+    prompt, completion = job.num_prompt_tokens, job.num_tokens
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
 
 
 def _event(value: object) -> bytes:
@@ -155,4 +226,4 @@ def _event(value: object) -> bytes:
 
 
 def _finite(logprob: float) -> float:
-    return max(logprob, -9999.0)  # as OpenAI writes what cannot happen
+    return max(logprob, -9999.0)  # OpenAI's value for an impossible token

@@ -1,4 +1,4 @@
-"""The serving process: its address and token, what it says at the start, and how it stops."""
+"""The server process: its address and token, its start and its stop."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from dataclasses import dataclass
 import uvicorn
 
 from lorafit.errors import ConfigError
-from lorafit.infer.continuous_batch import Batch, Request
+from lorafit.infer.continuous_batch import ContinuousBatch, Request
 from lorafit.infer.multi_adapter import Models
-from lorafit.observe.console import printable
+from lorafit.infer.scheduler import Ticket
+from lorafit.redact import printable
 from lorafit.serve.app import make_app
 from lorafit.serve.auth import Guard
-from lorafit.serve.jobs import Answering
+from lorafit.serve.jobs import AnswerService
 
 TOKEN_VARIABLE = "LORAFIT_SERVE_TOKEN"  # noqa: S105 (a name, not a token)
 MAX_BYTES = 4 * 2**20
@@ -33,7 +34,7 @@ _ANY = ("0.0.0.0", "::")  # noqa: S104 (compared with, not bound to)
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where to listen. `hosts` are more names that the server goes by."""
+    """The address to listen on. `hosts` are additional names of the server."""
 
     host: str
     port: int
@@ -41,59 +42,63 @@ class Address:
 
 
 @dataclass(frozen=True, slots=True)
-class Token:
-    """What a client has to send, and whether it was made for this process."""
+class AccessToken:
+    """The token that clients must send. `is_new` is True when this process generated it."""
 
     value: str
     is_new: bool
 
 
-def find_token() -> Token:
-    """The token in LORAFIT_SERVE_TOKEN, else a new one. Raises ConfigError for one that would not do."""
-    given = os.environ.get(TOKEN_VARIABLE)
-    if given is None:
-        return Token(secrets.token_urlsafe(32), is_new=True)
-    if not re.fullmatch(r"[!-~]{16,512}", given):
+def find_token() -> AccessToken:
+    """The token in LORAFIT_SERVE_TOKEN, or a new one. Raises ConfigError for an unsuitable token."""
+    value = os.environ.get(TOKEN_VARIABLE)
+    if value is None:
+        return AccessToken(secrets.token_urlsafe(32), is_new=True)
+    if not re.fullmatch(r"[!-~]{16,512}", value):
         raise ConfigError(
-            f"{TOKEN_VARIABLE} is not a token: at least 16 visible ASCII characters",
-            hint=f"leave {TOKEN_VARIABLE} out, and a token is made and shown",
+            f"{TOKEN_VARIABLE} is not a token of 16 to 512 visible ASCII characters",
+            hint=f"unset {TOKEN_VARIABLE}: the server generates and shows a token",
         )
-    return Token(given, is_new=False)
+    return AccessToken(value, is_new=False)
 
 
-def listen(place: Address) -> socket.socket:
-    """A socket that listens there. Raises ConfigError where that cannot be."""
+def listen(address: Address) -> socket.socket:
+    """A socket that listens on `address`. Raises ConfigError where that is not possible."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(
-            place.host, place.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        family, _, _, _, resolved = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        return socket.create_server(address, family=family, backlog=256)
+        return socket.create_server(resolved, family=family, backlog=256)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        hint = "give another --port (0 takes a free one) or --host"
-        raise ConfigError(f"cannot listen on {place.host}:{place.port}: {reason}", hint=hint) from None
+        message = f"cannot listen on {address.host}:{address.port}: {reason}"
+        raise ConfigError(message, hint="give another --port (0 takes a free one) or --host") from None
 
 
 def serve(
     models: Models,
-    batch: Batch,
-    place: Address,
+    batch: ContinuousBatch[Ticket],
+    address: Address,
     listening: socket.socket,
-    token: Token,
+    token: AccessToken,
     *,
     max_waiting: int,
     timeout: float,
     ready: Callable[[Server], None] | None = None,
 ) -> None:
-    """Answer until SIGINT or SIGTERM; answers under way are finished then, for half a minute at most."""
-    batch.add("first", Request([0, 0], frozenset(), 1))  # compiles kernels, so that nobody has to wait for it
+    """Serve until SIGINT or SIGTERM. Answers that are in progress then have 30 seconds to end.
+
+    `ready` gets the server before it starts.
+    """
+    warm_up = Request([0, 0], frozenset(), 1)  # compiles the kernels before the first client
+    batch.add([(Ticket(warm_up, deadline=0.0), warm_up)])
     port = listening.getsockname()[1]
-    app = make_app(lambda: Answering(models, batch, max_waiting=max_waiting, timeout=timeout), _log)
+    app = make_app(lambda: AnswerService(models, batch, max_waiting=max_waiting, timeout=timeout), _log)
     guarded = Guard(
         app,
         token=token.value,
-        hosts=(*_LOOPBACK, *place.hosts, *([] if place.host in _ANY else [place.host])),
-        any_address=place.host in _ANY,
+        hosts=(*_LOOPBACK, *address.hosts, *([] if address.host in _ANY else [address.host])),
+        any_address=address.host in _ANY,
         max_bytes=MAX_BYTES,
     )
     settings = uvicorn.Config(
@@ -106,7 +111,7 @@ def serve(
         timeout_keep_alive=30,
         timeout_graceful_shutdown=_STOP_SECONDS,
     )
-    server = Server(settings, lambda: _announce(models, batch, place, port, token))
+    server = Server(settings, lambda: _announce(models, batch, address, port, token))
     if ready is not None:
         ready(server)
     with contextlib.closing(listening):
@@ -114,7 +119,7 @@ def serve(
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which says when it listens, and whose process ends well after a signal to stop."""
+    """uvicorn's server. It calls `announce` when it listens, and a signal to stop ends the process with code 0."""
 
     def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
         super().__init__(config)
@@ -140,17 +145,19 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def _announce(models: Models, batch: Batch, place: Address, port: int, token: Token) -> None:
-    host = f"[{place.host}]" if ":" in place.host else place.host
+def _announce(
+    models: Models, batch: ContinuousBatch[Ticket], address: Address, port: int, token: AccessToken
+) -> None:
+    host = f"[{address.host}]" if ":" in address.host else address.host
     url = f"http://{host}:{port}/v1"
     names = [f"{named.name} ({'adapter' if named.adapter else 'base'})" for named in models.named.values()]
     _log(f"models   {', '.join(names)}")
-    _log(f"batch    {batch.num_slots} answers at a time, {batch.context:,} tokens each with its prompt")
-    if place.host not in _LOOPBACK:
-        _log("warning  others on the network can reach this server, and read what is sent: put TLS in front")
+    _log(f"batch    {batch.num_slots} answers at a time, each {batch.context:,} tokens with its prompt")
+    if address.host not in _LOOPBACK:
+        _log("warning  the network can reach this server, and its traffic is not encrypted: put TLS in front")
     if token.is_new:
         _log(f"token    {token.value}")
-        _log("         (shown this once; clients send it as their API key)")
+        _log("         (shown only once; clients send it as their API key)")
     else:
         _log(f"token    the one in {TOKEN_VARIABLE}")
     _log("stop     Ctrl-C")

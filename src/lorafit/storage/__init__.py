@@ -1,1 +1,1 @@
-"""Files that are written whole or not at all, locks, the cache folder, size-limited reading."""
+"""Atomic writes, locks, the cache folder, and reading with a limit."""

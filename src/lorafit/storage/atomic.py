@@ -1,8 +1,8 @@
-"""Folders that are either whole and verified or not there: stage, sync, manifest, rename, read back.
+"""Folders and files that are written as a whole or not at all: stage, sync, manifest, rename, read back.
 
 A committed folder holds `manifest.json`, written last, with the size and SHA-256 of every other file and the
-caller's facts. The order of calls (files, manifest, folder, rename, parent) is what makes a crash at any point
-leave the old state or the new one, never a mixture (Pillai et al., OSDI 2014, on what file systems promise).
+caller's facts. Because of the order of the calls (files, manifest, folder, rename, parent), a crash at any point
+leaves the old state or the new one, never a mixture (Pillai et al., OSDI 2014, on what file systems guarantee).
 """
 
 from __future__ import annotations
@@ -13,20 +13,23 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from lorafit.errors import RunError
+from lorafit.errors import LorafitError, RunError
 from lorafit.storage.safe_read import MB, parse_json, read_bytes
 
 MANIFEST = "manifest.json"
 MAX_MANIFEST = 64 * MB
 SCHEMA = 1
-BLOCK = 4096  # bytes that a file takes at least
+BLOCK = 4096  # the least number of bytes that a file takes
 _STAGING, _OLD = ".staging-", ".old-"
+
+
+_RESUME = "free space or fix the disk, then `lorafit train --resume` continues from the last checkpoint"
 
 
 def commit_folder(
@@ -34,14 +37,31 @@ def commit_folder(
     write: Callable[[Path], Mapping[str, str] | None],
     facts: Mapping[str, Any],
     num_bytes: int | None = None,
-    hint: str = "free space or fix the disk, then `lorafit train --resume` goes on from the last checkpoint",
+    hint: str = _RESUME,
 ) -> None:
     """Make `folder` hold exactly what `write(staging)` writes, all of it or nothing.
 
-    Files in `folder` may be nested one level or more; `facts` is stored in the manifest. `write` may return the
-    SHA-256 of what it meant to write, by file name (see `write_files`): then that is what has to read back. An
-    existing `folder` is replaced. Raises RunError, with what was there before untouched, when anything cannot
-    be written; it names `num_bytes` as what is needed.
+    Files may be in folders of `staging`; the manifest stores `facts`. `write` may return the SHA-256 of the files
+    as they were in memory, by name (see `write_files`): the files must then read back with it. An existing `folder` is
+    replaced. Raises RunError when anything cannot be written, with the old folder untouched; the error names
+    `num_bytes` as what is needed.
+    """
+    known: dict[str, str] = {}
+    with staging_folder(folder, facts, known, num_bytes, hint) as staging:
+        known.update(write(staging) or {})
+
+
+@contextlib.contextmanager
+def staging_folder(
+    folder: Path,
+    facts: Mapping[str, Any],
+    known: Mapping[str, str],
+    num_bytes: int | None = None,
+    hint: str = _RESUME,
+) -> Iterator[Path]:
+    """A folder to write to; when the block ends without an error it becomes `folder`, as by `commit_folder`.
+
+    `facts` and `known`, SHA-256 values by file name, are read when the block ends, so the block may fill them.
     """
     staging, old = folder.with_name(_STAGING + folder.name), folder.with_name(_OLD + folder.name)
     placed = False
@@ -49,7 +69,7 @@ def commit_folder(
         make_folder(folder.parent)
         clean_orphans(folder.parent, folder.name)
         staging.mkdir()
-        known = write(staging) or {}
+        yield staging
         files = {}
         for path in _files(staging):
             sync(path)
@@ -79,22 +99,22 @@ def commit_folder(
         raise RunError(
             f"what was written to `{folder.name}` does not read back: {faults[0]}",
             place=str(folder),
-            hint="the disk or its driver is not to be trusted; older checkpoints are untouched",
+            hint="the disk or its driver does not keep what is written; older checkpoints are untouched",
         )
     shutil.rmtree(old, ignore_errors=True)
 
 
 def write_files(staging: Path, files: Mapping[str, bytes]) -> dict[str, str]:
-    """Write `files` and return the SHA-256 of each as it was in memory. Raises OSError."""
+    """Write `files`; returns the SHA-256 of each as it was in memory. Raises OSError."""
     for name, content in files.items():
         (staging / name).write_bytes(content)
     return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
 def make_folder(folder: Path) -> None:
-    """Make `folder` and its parents where they are missing, each synced into the one above. Raises OSError.
+    """Make `folder` and its missing parents, each synced into its parent. Raises OSError.
 
-    One that is there may be what a killed process had made but not synced: see `fsync_dirs`.
+    One that exists may have been made by a killed process that did not sync it: see `RunDirectory.clean`.
     """
     if folder.is_dir():
         return
@@ -103,18 +123,8 @@ def make_folder(folder: Path) -> None:
     sync(folder.parent)
 
 
-def fsync_dirs(*folders: Path) -> None:
-    """Make durable what is to be seen in `folders`: a killed process may have made names without syncing them.
-
-    Nothing may be built on names that only the running system knows. Raises OSError.
-    """
-    for folder in folders:
-        with contextlib.suppress(FileNotFoundError, PermissionError):  # not there, or another's
-            sync(folder)
-
-
 def verify_folder(folder: Path, *, may_have_more: bool = False) -> list[str]:
-    """What is wrong with a committed folder, in words; empty when every byte is as it was written.
+    """What is wrong with a committed folder; empty when every byte is as it was written.
 
     A file that the manifest does not list is a fault unless the folder `may_have_more`.
     """
@@ -150,34 +160,37 @@ def verify_folder(folder: Path, *, may_have_more: bool = False) -> list[str]:
     return faults
 
 
+def check_manifest(folder: Path, what: str, error: type[LorafitError] = RunError) -> None:
+    """Raise `error` if `folder` has a manifest and a file of it is not as it was written; `what` names the folder."""
+    if (folder / MANIFEST).is_file() and (faults := verify_folder(folder, may_have_more=True)):
+        raise error(f"{what} is damaged: {faults[0]}", place=str(folder))
+
+
 def read_facts(folder: Path) -> dict[str, Any]:
-    """The facts stored with a committed folder; call after `verify_folder` found nothing."""
+    """The facts in the manifest of a committed folder, which `verify_folder` has found whole."""
     facts = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["facts"]
     assert isinstance(facts, dict)
     return facts
 
 
 def is_orphan(name: str) -> bool:
-    """Whether a file or folder of that name is what a crash left of an unfinished commit."""
+    """Whether a file or folder of that name is left from an unfinished commit."""
     return name.startswith((_STAGING, _OLD))
 
 
 def clean_orphans(parent: Path, only: str | None = None) -> list[str]:
-    """Remove what a crash left of unfinished commits (of the folder `only`) in `parent`; bring back a folder that
-    was being replaced. Raises OSError.
+    """Remove what a crash left of unfinished commits (of the folder `only`) in `parent`; returns the names.
+
+    A folder that was about to be replaced gets its name back. Raises OSError.
     """
-    removed: list[str] = []
-    if not parent.is_dir():
-        return removed
-    for path in sorted(parent.iterdir()):
-        if only is not None and path.name not in (_OLD + only, _STAGING + only):
+    removed = []
+    for path in sorted(parent.iterdir()) if parent.is_dir() else ():
+        prefix = next((prefix for prefix in (_OLD, _STAGING) if path.name.startswith(prefix)), "")
+        whole = path.with_name(path.name.removeprefix(prefix) or path.name)
+        if not prefix or only not in (None, whole.name):
             continue
-        if path.name.startswith(_OLD):
-            whole = path.with_name(path.name.removeprefix(_OLD))
-            if not whole.exists():
-                path.rename(whole)
-                continue
-        elif not path.name.startswith(_STAGING):
+        if prefix == _OLD and not whole.exists():
+            path.rename(whole)
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
@@ -185,6 +198,14 @@ def clean_orphans(parent: Path, only: str | None = None) -> list[str]:
             path.unlink(missing_ok=True)
         removed.append(path.name)
     return removed
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove `folder`. Its name disappears first, in one rename. Raises OSError where that fails."""
+    staging = folder.with_name(_STAGING + folder.name)
+    shutil.rmtree(staging, ignore_errors=True)
+    folder.rename(staging)
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def write_file(path: Path, text: str) -> None:
@@ -209,7 +230,7 @@ def sha256_file(path: Path) -> str:
 
 
 def _roll_back(folder: Path, staging: Path, old: Path, placed: bool) -> None:
-    """Undo a commit that failed: what stood in `folder` before stands there again, as far as the disk lets us."""
+    """Undo a commit that failed: put the old folder back, if the disk allows it."""
     with contextlib.suppress(OSError):
         if placed:
             folder.rename(staging)
@@ -219,7 +240,7 @@ def _roll_back(folder: Path, staging: Path, old: Path, placed: bool) -> None:
 
 
 def _manifest_text(manifest: Mapping[str, Any]) -> str:
-    """The manifest as its file holds it, signed with the SHA-256 of the rest so that it vouches for its facts too."""
+    """The manifest as text, with the SHA-256 of its other keys, so that a change of its facts is detected too."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
     return json.dumps({**rest, "sha256": digest}, indent=1, sort_keys=True) + "\n"
@@ -248,17 +269,17 @@ def sync(path: Path) -> None:
 
 
 def _fsync(descriptor: int) -> None:
-    if sys.platform == "darwin":  # there fsync leaves the bytes in the drive's own cache
+    if sys.platform == "darwin":  # fsync leaves the bytes in the drive's own cache there
         import fcntl
 
-        with contextlib.suppress(OSError):  # not every file system offers it
+        with contextlib.suppress(OSError):  # not every file system has it
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
             return
     os.fsync(descriptor)
 
 
 def _drop_page_cache(path: Path) -> None:
-    """Drop a synced file from the system's memory, so that reading it back reads the disk. A wish, not an order."""
+    """Drop a synced file from the page cache, so that reading it back reads the disk. Best effort."""
     if hasattr(os, "posix_fadvise"):
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cache_folder(name: str) -> Path:
-    """The folder `name` of lorafit's cache, made if it is missing and readable by its user alone.
+    """The folder `name` of lorafit's cache, created if it is missing, readable by its user only.
 
     The cache is `LORAFIT_CACHE`, or `lorafit` in the user's cache folder. Raises OSError.
     """

@@ -1,4 +1,4 @@
-"""Locks between processes: one that refuses, and one that waits."""
+"""Locks between processes: one that fails at once, and one that waits."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from lorafit.errors import RunError
 from lorafit.storage.atomic import BLOCK
 from lorafit.storage.safe_read import open_no_follow, read_text
 
+CLAIM = ".holder"  # the suffix of the file beside a lock where the file system has no locks
 MAX_CLAIM = 1000
 
 
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[BinaryIO | None]:
-    """Hold the file `path` for this process alone; the operating system frees it when the process ends.
+    """Lock the file `path` for this process. The operating system releases it when the process ends.
 
-    Yields the open file: a duplicate of its descriptor holds the lock as well, until it is closed. None where the
-    system or the file system has no locks: then a file beside it says which process holds it. Raises RunError when
-    another living process does.
+    Yields the open file: a duplicate of its descriptor holds the lock as well, until it is closed. Yields None where
+    the system or the file system has no locks: a file beside `path` names the process then. Raises RunError when
+    another living process holds the lock.
     """
     try:
         file = open_no_follow(path, "ab+")
@@ -35,48 +36,60 @@ def lock(path: Path) -> Iterator[BinaryIO | None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise _held(path, file.read(32).decode(errors="replace").strip()) from None
+            raise _is_held(path, file.read(32).decode(errors="replace").strip()) from None
         except (ImportError, OSError):  # Windows, or a network file system
             with _claimed(path):
                 yield None
             return
-        with contextlib.suppress(OSError):  # who holds it is a courtesy: a full disk is met where it matters
+        with contextlib.suppress(OSError):  # the pid is only informative, so a full disk is no error here
             file.truncate(0)
             file.write(str(os.getpid()).encode())
         yield file
 
 
-def _cannot_write(path: Path, error: OSError) -> RunError:
-    reason = f"{error.strerror or error} ({BLOCK:,} bytes are needed)"
-    return RunError(f"cannot write here: {reason}", place=str(path.parent))
+@contextlib.contextmanager
+def exclusive_lock(path: Path) -> Iterator[None]:
+    """Wait until no other process is in a block of the file `path`. Where files cannot be locked, do not wait."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(stack.enter_context(path.open("ab")), fcntl.LOCK_EX)
+        yield
 
 
-def _held(path: Path, holder: str) -> RunError:
-    return RunError(
-        "another process is writing this run" + (f" (process {holder})" if holder else ""),
-        place=str(path.parent),
-        hint="wait for it, stop it, or give another --output",
-    )
+def is_locked(path: Path) -> bool:
+    """Whether a living process holds the lock `path`. Needs no right to write, and changes nothing."""
+    try:
+        import fcntl
+
+        with open_no_follow(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):
+        pass
+    return _is_claimed(_claim_of(path))
 
 
 @contextlib.contextmanager
 def _claimed(path: Path) -> Iterator[None]:
-    """Hold `path` by a file beside it that names this process and its machine.
+    """Lock `path` by a file beside it that names this process and its machine.
 
-    What a dead process of this machine has left is taken over. Of another machine nothing is known: RunError says
-    which file to remove.
+    The claim of a dead process of this machine is replaced. Whether a process of another machine lives is unknown:
+    RunError names the file to remove.
     """
-    claim, mine = _claim_of(path), f"{os.getpid()} on {platform.node()}"
+    claim = _claim_of(path)
     try:
-        if claim.exists() and not _is_claimed(path):
+        if claim.exists() and not _is_claimed(claim):
             claim.unlink()
         with claim.open("x", encoding="utf-8") as file:
-            file.write(mine)
+            file.write(f"{os.getpid()} on {platform.node()}")
     except FileExistsError:
         holder = ""
-        with contextlib.suppress(OSError, ValueError):  # it may have gone by now, or be no text
+        with contextlib.suppress(OSError, ValueError):  # it is gone, or is no text
             holder = f"{read_text(claim, MAX_CLAIM)}; "
-        raise _held(path, f"{holder}if there is none any more, remove {claim}") from None
+        raise _is_held(path, f"{holder}if there is none any more, remove {claim}") from None
     except OSError as error:
         raise _cannot_write(path, error) from None
     try:
@@ -87,51 +100,30 @@ def _claimed(path: Path) -> Iterator[None]:
 
 
 def _claim_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.holder")
+    return path.with_name(path.name + CLAIM)
 
 
-def _is_claimed(path: Path) -> bool:
-    """Whether the file beside `path` names a process that lives, or one of which that cannot be known."""
+def _is_claimed(claim: Path) -> bool:
+    """Whether `claim` names a living process, or one about which nothing is known."""
     try:
-        number, _, machine = read_text(_claim_of(path), MAX_CLAIM).partition(" on ")
-        if machine != platform.node():
-            return True
-        if os.name == "nt":
-            import psutil
+        pid, _, machine = read_text(claim, MAX_CLAIM).partition(" on ")
+        import psutil  # only where there is a claim: it takes longer to load than most commands need
 
-            return bool(psutil.pid_exists(int(number)))
-        os.kill(int(number), 0)
-    except (FileNotFoundError, ProcessLookupError):
+        return machine != platform.node() or psutil.pid_exists(int(pid))
+    except FileNotFoundError:
         return False
     except (OSError, ValueError, OverflowError):
         return True
-    return True
 
 
-@contextlib.contextmanager
-def exclusive_lock(path: Path) -> Iterator[None]:
-    """Wait, as long as it takes, until no other living process is in the block of the file `path`.
-
-    Where the file cannot be made or locked nobody waits.
-    """
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
-
-            file = stack.enter_context(path.open("ab"))
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _cannot_write(path: Path, error: OSError) -> RunError:
+    reason = f"{error.strerror or error} ({BLOCK:,} bytes are needed)"
+    return RunError(f"cannot write here: {reason}", place=str(path.parent))
 
 
-def is_locked(path: Path) -> bool:
-    """Whether a living process holds the lock file `path`; looks only, and works where one may not write."""
-    try:
-        import fcntl
-
-        with open_no_follow(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except (ImportError, OSError):
-        pass
-    return _is_claimed(path)
+def _is_held(path: Path, holder: str) -> RunError:
+    return RunError(
+        "another process is writing this run" + (f" (process {holder})" if holder else ""),
+        place=str(path.parent),
+        hint="wait for it, stop it, or give another --output",
+    )

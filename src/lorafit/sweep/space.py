@@ -1,4 +1,4 @@
-"""What a sweep varies: keys with values to try or ranges to draw from, as grids or random points."""
+"""The search space of a sweep: keys with values or ranges, as a grid or as random points."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lorafit.config.load import keys, nearest_key
+from lorafit.config.load import nearest_key
+from lorafit.config.schema import keys
 from lorafit.errors import ConfigError, Problem
 
 _RANGE = re.compile(r"(.+)\.\.(.+)")
@@ -18,7 +19,7 @@ Point = dict[str, str]  # key -> value as on the command line
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """A key with either `values` or a range `low` to `high`, both included; `whole` draws integers."""
+    """A key with `values`, or with a range from `low` to `high`, both included; `whole` draws integers."""
 
     key: str
     values: tuple[str, ...] = ()
@@ -27,7 +28,7 @@ class Axis:
     whole: bool = False
 
     def draw(self, source: random.Random) -> str:
-        """One of the values, or a number of the range: evenly in its logarithm where the range is above zero."""
+        """A random value, or a random number of the range: uniform in its logarithm where the range is above zero."""
         if self.values:
             return source.choice(self.values)
         if self.low > 0:
@@ -42,9 +43,9 @@ def parse_axes(texts: Sequence[str]) -> list[Axis]:
     axes: list[Axis] = []
     problems: list[Problem] = []
     for text in texts:
-        key, equals, given = text.partition("=")
+        key, equals, listed = text.partition("=")
         place = f"`--vary {text}`"
-        values = tuple(value for value in _split(given) if value)
+        values = tuple(value for value in _split(listed) if value)
         if not equals or not values:
             hint = "for example `--vary lora.rank=8,16,32` or `--vary train.learning_rate=1e-5..1e-3`"
             problems.append(
@@ -87,7 +88,7 @@ def grid(axes: Sequence[Axis]) -> list[Point]:
 
 
 def draw(axes: Sequence[Axis], count: int, seed: int) -> list[Point]:
-    """`count` random points, no two the same; fewer where there are fewer. A longer draw begins with a shorter one."""
+    """`count` different random points, or all where there are fewer. A longer draw begins with a shorter one."""
     source = random.Random(seed)  # noqa: S311 (a search, no secret)
     points: list[Point] = []
     for _ in range(count * 20):
@@ -100,7 +101,7 @@ def draw(axes: Sequence[Axis], count: int, seed: int) -> list[Point]:
 
 
 def _split(text: str) -> list[str]:
-    """`text` cut at its commas, except within brackets."""
+    """The parts of `text` between commas; a comma within brackets does not count."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter in "[{") - (letter in "]}")

@@ -1,7 +1,7 @@
-"""A sweep: runs that differ in some keys, one after the other or beside each other, finished ones never repeated.
+"""The trials of a sweep: runs that differ in some keys, in one process or several; a finished one is not repeated.
 
-The folder holds `sweep.json`, written first, and a run directory for each trial. Who works on a trial holds its lock,
-so any number of processes, on any number of machines that see the folder, share the trials of one sweep.
+The folder holds `sweep.json`, written first, and a run directory for each trial. The process that trains a trial holds
+its lock, so any number of processes, on any number of machines that see the folder, share the trials of one sweep.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from lorafit.config.schema import Config
 from lorafit.distributed.ranks import num_cores
 from lorafit.errors import LorafitError, RunError
 from lorafit.model.build import BaseModelCache
+from lorafit.observe.run_summary import RunState
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import make_folder, write_file
 from lorafit.storage.locks import lock
@@ -31,7 +32,7 @@ _PLAN = "sweep.json"
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One run of a sweep: its directory and what it has of its own."""
+    """One run of a sweep: its directory, and the values that it has of what varies."""
 
     run: RunDirectory
     point: Point
@@ -43,8 +44,8 @@ class Trial:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has come to its end; its adapter is written last."""
-        return self.run.has_adapter()
+        """Whether the run is complete and its adapter is whole."""
+        return RunState.of(self.run).is_complete and self.run.has_adapter()
 
     @property
     def lock_file(self) -> Path:
@@ -56,9 +57,9 @@ class Trial:
 
 
 def plan_sweep(folder: Path, trials: Sequence[tuple[Point, Config]]) -> list[Trial]:
-    """The trials of the sweep in `folder`, made now or, with the same trials, before.
+    """The trials of the sweep in `folder`, which is made where it does not exist.
 
-    Raises RunError when something else is there.
+    Raises RunError where the folder holds anything but a sweep of the same trials.
     """
     plan = [
         {"varies": point, "config": config.model_dump(mode="json", exclude_unset=True)}
@@ -83,7 +84,7 @@ def plan_sweep(folder: Path, trials: Sequence[tuple[Point, Config]]) -> list[Tri
 
 
 def open_sweep(folder: Path) -> list[Trial]:
-    """The trials of a sweep that was begun. Raises RunError when there is none."""
+    """The trials of a sweep that exists. Raises RunError where there is none."""
     file = folder / _PLAN
     if not file.is_file():
         raise RunError(
@@ -98,23 +99,23 @@ def open_sweep(folder: Path) -> list[Trial]:
     return trials
 
 
-def work(trials: Sequence[Trial], begin: Callable[[Trial, str], None], *, quiet: bool = False) -> bool:
-    """Train the trials that are not finished and that nobody else works on; False when one was interrupted.
+def work(trials: Sequence[Trial], announce: Callable[[Trial, str], None], *, quiet: bool = False) -> bool:
+    """Train the trials that are not finished and that no other process trains; False where one was interrupted.
 
-    `begin` is told the trial and what is done with it. One that cannot be trained leaves its error beside its
-    directory and does not stop the others. Runs of the same base load it once.
+    `announce` gets the trial and what happens to it. A trial that fails leaves its error beside its directory and does
+    not stop the others. Runs of the same base load it once.
     """
     base = BaseModelCache()
     for trial in trials:
         with ExitStack() as stack:
             try:
                 stack.enter_context(lock(trial.lock_file))
-            except RunError:  # somebody else works on it
+            except RunError:  # another process trains it
                 continue
             if trial.finished:
                 continue
             begun = trial.run.config_file.exists()
-            begin(trial, "goes on" if begun else "begins")
+            announce(trial, "goes on" if begun else "begins")
             try:
                 if begun:
                     result = resume_run(trial.run.path, quiet=quiet, base=base)
@@ -122,7 +123,7 @@ def work(trials: Sequence[Trial], begin: Callable[[Trial, str], None], *, quiet:
                     result = start_run(trial.config, quiet=quiet, base=base)
             except LorafitError as error:
                 write_file(trial.error_file, f"{error}\n")
-                begin(trial, f"failed: {error.problems[0].message}")
+                announce(trial, f"failed: {error.problems[0].message}")
                 continue
             trial.error_file.unlink(missing_ok=True)
             if not result.finished:
@@ -131,7 +132,7 @@ def work(trials: Sequence[Trial], begin: Callable[[Trial, str], None], *, quiet:
 
 
 def work_beside_each_other(folder: Path, num_processes: int) -> int:
-    """Have so many processes share the trials; returns the highest exit code. Their cores are divided."""
+    """Let several processes share the trials and the cores; returns the highest exit code."""
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, num_cores() // num_processes))
     command = [sys.executable, "-m", "lorafit", "sweep", "--resume", str(folder), "--quiet"]
     environment = {**os.environ, "OMP_NUM_THREADS": threads}

@@ -1,4 +1,4 @@
-"""Checkpoints: everything a run needs to go on to the same bytes, in safetensors and JSON, committed as one folder."""
+"""Checkpoints: everything that a run needs to resume to the same bytes, in safetensors and JSON, in one folder."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from lorafit.errors import Problem, RunError
+from lorafit.model.adamw import AdamW
 from lorafit.model.adapter_file import CONFIG, WEIGHTS, adapter_files, adapter_tensors, fill_adapter
 from lorafit.model.llama import Llama
-from lorafit.model.lora import LoraSpec, adapted
+from lorafit.model.lora import LoraSpec, adapter_parameters
 from lorafit.storage.atomic import commit_folder, read_facts, verify_folder, write_files
 from lorafit.storage.safe_read import MB, parse_json, read_json
 from lorafit.training.loss_scale import LossScale
-from lorafit.training.optim import AdamW
 
 STATE, TENSORS = "state.json", "state.safetensors"
 MAX_STATE = MB
-# What reading and restoring raise where files were made up to look like a checkpoint.
+# Raised by reading and restoring where files only look like a checkpoint.
 _OF_OTHER_VALUES = (
     OSError,
     ValueError,
@@ -43,7 +43,7 @@ _OF_OTHER_VALUES = (
 
 @dataclass(slots=True)
 class TrainState:
-    """Everything that changes while training, apart from tensors.
+    """Everything that changes during training, apart from tensors.
 
     The row order is a function of the seed and `step`, so `step` is the data cursor too.
     """
@@ -58,13 +58,17 @@ class TrainState:
     micro_batch_tokens: int | None = None  # smaller than the config's since memory ran out
     scale: LossScale = field(default_factory=LossScale)
 
+    def early_stopped(self, patience: int) -> bool:
+        """Whether the held-out loss has not fallen for `patience` measurements in a row; 0 is never."""
+        return 0 < patience <= self.num_worse
+
 
 _STATE = TypeAdapter(TrainState)
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFacts:
-    """What an adapter folder says of its origin."""
+    """The origin of an adapter, as its folder states it."""
 
     spec: LoraSpec
     base: str
@@ -73,7 +77,7 @@ class AdapterFacts:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A run's whole state as the bytes of its files: training goes on while they are written."""
+    """The whole state of a run as the bytes of its files, so that training goes on while they are written."""
 
     step: int
     best_step: int | None
@@ -81,7 +85,7 @@ class Snapshot:
 
 
 def snapshot(network: Llama, optimizer: AdamW, state: TrainState, adapter: AdapterFacts) -> Snapshot:
-    """Copy everything that the next step would change."""
+    """Copy everything that the next step changes."""
     values = asdict(state) | {"python_random": random.getstate()}
     files = adapter_files(adapter_tensors(network), adapter.spec, adapter.base, adapter.revision)
     files[TENSORS] = save(_optimizer_tensors(network, optimizer) | _random_tensors())
@@ -113,9 +117,9 @@ def read_checkpoint(folder: Path) -> dict[str, bytes]:
 
 
 def load_checkpoint(files: Mapping[str, bytes], place: Path, network: Llama, optimizer: AdamW) -> TrainState:
-    """Put a checkpoint's files, read at `place`, into network, optimizer and random generators; returns the rest.
+    """Restore network, optimizer and random generators from a checkpoint's files, read at `place`; returns the rest.
 
-    Raises RunError where they are not what a checkpoint holds.
+    Raises RunError where they are not those of a checkpoint.
     """
     try:
         weights, tensors, values = load(files[WEIGHTS]), load(files[TENSORS]), parse_json(files[STATE])
@@ -131,7 +135,7 @@ def load_checkpoint(files: Mapping[str, bytes], place: Path, network: Llama, opt
 
 
 def read_state(folder: Path) -> TrainState:
-    """The plain values of a verified checkpoint. Raises RunError where they are not what a checkpoint holds."""
+    """The plain values of a verified checkpoint. Raises RunError where they are not those of a checkpoint."""
     try:
         return state_of(read_json(folder / STATE, MAX_STATE))
     except _OF_OTHER_VALUES as error:
@@ -139,7 +143,7 @@ def read_state(folder: Path) -> TrainState:
 
 
 def state_of(values: Mapping[str, Any]) -> TrainState:
-    """The state that JSON values spell out. Raises ValueError or TypeError where they are others."""
+    """The state from JSON values. Raises ValueError or TypeError where they are not valid."""
     state = _STATE.validate_python({key: value for key, value in values.items() if key != "python_random"})
     if state.step < 1 or (state.micro_batch_tokens or 1) < 1:
         raise ValueError
@@ -147,26 +151,26 @@ def state_of(values: Mapping[str, Any]) -> TrainState:
 
 
 def _other_values(folder: Path) -> RunError:
-    """The error for a checkpoint that verifies, because somebody signed it anew, and does not hold a run's state."""
+    """The error for a checkpoint whose manifest verifies and whose content is not a run's state."""
     hint = "remove it; the one before is taken then, or start a new run"
     return RunError("the checkpoint does not hold what lorafit writes", place=str(folder), hint=hint)
 
 
 def changes(folder: Path, facts: Mapping[str, Any]) -> list[str]:
-    """What of a run (base model, data, prompt contract, config ...) differs from its checkpoint, a line each."""
+    """What of a run (base model, data, prompt contract, config ...) differs from its checkpoint, one line each."""
     stored = read_facts(folder)
-    found = []
+    lines = []
     for name, value in facts.items():
         was = stored.get(name)
         if isinstance(value, Mapping):
-            found += differences(was if isinstance(was, Mapping) else {}, value)
+            lines += differences(was if isinstance(was, Mapping) else {}, value)
         elif was != value:
-            found.append(f"the {name.replace('_', ' ')} changed: was {_short(was)}, is {_short(value)}")
-    return found
+            lines.append(f"the {name.replace('_', ' ')} changed: was {_short(was)}, is {_short(value)}")
+    return lines
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The keys whose values differ, a line each."""
+    """The keys whose values differ, one line each."""
     return [
         f"{prefix}{key} changed: was {_short(was.get(key))}, is {_short(now.get(key))}"
         for key in sorted(was.keys() | now.keys())
@@ -174,14 +178,14 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
     ]
 
 
-def refuse_changes(folder: Path, found: Sequence[str]) -> None:
-    """Raise RunError with what differs between a run and its checkpoint in `folder`, where anything does."""
-    if found:
+def refuse_changes(folder: Path, different: Sequence[str]) -> None:
+    """Raise RunError where anything is `different` between a run and its checkpoint in `folder`."""
+    if different:
         hint = (
-            "bring back what the run was started with, go on knowingly with --accept-changes, or start a new "
+            "restore what the run was started with, accept the changes with --accept-changes, or start a new "
             "run with lora.init_from=.../adapter"
         )
-        raise RunError.of([*map(Problem, found[:-1]), Problem(found[-1], str(folder), hint)])
+        raise RunError.of([*map(Problem, different[:-1]), Problem(different[-1], str(folder), hint)])
 
 
 def export_adapter(folder: Path, checkpoint: Path, facts: Mapping[str, Any]) -> None:
@@ -190,7 +194,7 @@ def export_adapter(folder: Path, checkpoint: Path, facts: Mapping[str, Any]) -> 
     Raises RunError.
     """
     if faults := verify_folder(checkpoint):
-        hint = "`lorafit train --resume` passes it over and goes on from one that is whole"
+        hint = "`lorafit train --resume` skips it and resumes from one that is whole"
         raise RunError(f"the checkpoint is damaged: {faults[0]}", place=str(checkpoint), hint=hint)
     try:
         files = {name: (checkpoint / name).read_bytes() for name in (CONFIG, WEIGHTS)}
@@ -200,24 +204,16 @@ def export_adapter(folder: Path, checkpoint: Path, facts: Mapping[str, Any]) -> 
     commit_folder(folder, lambda staging: write_files(staging, files), facts, num_bytes)
 
 
-def _masters(network: Llama) -> dict[str, torch.nn.Parameter]:
-    return {
-        f"{name}.{part}": getattr(module, part)
-        for name, module in adapted(network).items()
-        for part in ("lora_A", "lora_B")
-    }
-
-
 def _optimizer_tensors(network: Llama, optimizer: AdamW) -> dict[str, Tensor]:
     return {
         f"optimizer.{name}.{key}": value.detach().cpu().contiguous()
-        for name, parameter in _masters(network).items()
+        for name, parameter in adapter_parameters(network).items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
 def _restore_optimizer(network: Llama, optimizer: AdamW, tensors: Mapping[str, Tensor]) -> None:
-    for name, parameter in _masters(network).items():
+    for name, parameter in adapter_parameters(network).items():
         prefix = f"optimizer.{name}."
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if any(value.ndim and value.shape != parameter.shape for value in state.values()):
@@ -229,14 +225,14 @@ def _restore_optimizer(network: Llama, optimizer: AdamW, tensors: Mapping[str, T
 
 
 def seed_random(seed: int) -> None:
-    """Begin every generator whose state a checkpoint holds, so that two runs of one seed hold the same."""
+    """Seed every generator whose state a checkpoint holds."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def _random_tensors() -> dict[str, Tensor]:
-    """The state of every generator that training may draw from; numpy's legacy one for third-party observers."""
+    """The state of every generator that training may use; numpy's legacy one is for third-party observers."""
     kind, numbers, *rest = np.random.get_state(legacy=True)
     assert kind == "MT19937"
     tensors = {

@@ -1,4 +1,4 @@
-"""Checkpoints are written beside training: a thread commits a snapshot while the next steps run."""
+"""Writes checkpoints during training: a thread commits a snapshot while the next steps run."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _left: list[threading.Thread] = []  # commits that a run did not wait for
 class AsyncCheckpointWriter:
     """Commits one snapshot at a time. A step waits for the disk only when two saves meet.
 
-    The thread only writes; what follows from a commit (saying so, dropping older checkpoints) happens in
-    `wait`, which the loop calls between steps. A context manager: on leaving, a commit under way is waited
-    for, unless the user wants to stop at once; then it leaves an orphan that the next start removes.
+    The thread only writes. What follows a commit (the event, removal of older checkpoints) happens in `wait`, which
+    the loop calls between steps. A context manager: its exit waits for a commit in progress, unless the user stops
+    the run at once; then an orphan may stay, which the next start removes.
     """
 
     def __init__(self, run: RunDirectory, keep: int, facts: Mapping[str, Any], observe: Observer) -> None:
@@ -32,7 +32,7 @@ class AsyncCheckpointWriter:
         self._saved: Saved | None = None
 
     def save(self, taken: Snapshot, reason: str) -> None:
-        """Begin to commit `taken`. Raises RunError when the commit before failed."""
+        """Start to commit `taken`. Raises RunError where the commit before failed."""
         self.wait(block=True)
         folder = self._run.checkpoint(taken.step)
         self._saved = Saved(taken.step, str(folder), reason)
@@ -41,7 +41,7 @@ class AsyncCheckpointWriter:
         self._thread.start()
 
     def wait(self, *, block: bool) -> None:
-        """Take note of a commit that has ended. Raises its RunError, with earlier checkpoints untouched."""
+        """Complete a commit that has ended. Raises its RunError, with earlier checkpoints unchanged."""
         if self._thread is None or (self._thread.is_alive() and not block):
             return
         self._thread.join()
@@ -58,14 +58,14 @@ class AsyncCheckpointWriter:
 
     def _commit(self, taken: Snapshot, lock: AbstractContextManager[object]) -> None:
         try:
-            with lock:  # the thread may outlive the run that began it, where Python goes on after a Ctrl-C
+            with lock:  # the thread may outlive its run, where Python goes on after a Ctrl-C
                 self._sync_metrics()
                 save_checkpoint(self._run.checkpoint(taken.step), taken, self._facts)
         except BaseException as error:
             self._error = error
 
     def _sync_metrics(self) -> None:
-        """Make what is known of the steps before as durable as they are."""
+        """fsync the metrics, so that those of the saved steps are on disk too."""
         num_bytes = 0
         try:
             if self._run.metrics_file.exists():
@@ -75,7 +75,7 @@ class AsyncCheckpointWriter:
             raise RunError(
                 f"cannot save: {error.strerror or error} ({num_bytes:,} bytes are needed)",
                 place=str(self._run.metrics_file),
-                hint="free space or fix the disk, then `lorafit train --resume` goes on from the last checkpoint",
+                hint="free space or repair the disk, then `lorafit train --resume` resumes from the last checkpoint",
             ) from error
 
     def __enter__(self) -> AsyncCheckpointWriter:
@@ -93,6 +93,6 @@ class AsyncCheckpointWriter:
 
 
 def wait_for_left() -> None:
-    """Wait for commits of runs that were stopped at once in this process, as in a notebook that goes on with them."""
+    """Wait for commits of runs that were stopped at once in this process, as in a notebook."""
     while _left:
         _left.pop().join()

@@ -1,4 +1,4 @@
-"""The train loop: every act that changes weights, measures or saves is a visible line in it, in order."""
+"""The train loop: each act that changes weights, measures or saves is one line in it, in order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -15,52 +15,71 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lorafit.config.schema import Config
 from lorafit.data.batch import Batch, RankShare, Rows
-from lorafit.data.packing import EMPTY_PACK, Pack
+from lorafit.data.packing import EMPTY_PACK, Pack, Packer
 from lorafit.data.row_order import RowOrder
 from lorafit.distributed.parallel import Engine
 from lorafit.distributed.ranks import RankError, Ranks
 from lorafit.distributed.watchdog import BETWEEN, COMPUTING, SHARING, Heartbeat
 from lorafit.errors import RunError, TrainingError
 from lorafit.evaluate.heldout import heldout_loss
+from lorafit.evaluate.samples import SampleGenerator
 from lorafit.forward import pack_loss
+from lorafit.model.adamw import AdamW
 from lorafit.model.device import device_memory_bytes
 from lorafit.model.llama import Llama
 from lorafit.model.lora import disable_adapter
 from lorafit.model.memory import MUCH_FREE, is_out_of_memory, release_free_memory
 from lorafit.observe.events import Heldout, Message, Observer, Progress, Step
 from lorafit.observe.meters import Meter
+from lorafit.plan.cadence import Cadence
 from lorafit.run_dir import RunDirectory
 from lorafit.training.checkpoint import AdapterFacts, TrainState, adapter_digest, snapshot
 from lorafit.training.checkpoint_writer import AsyncCheckpointWriter
-from lorafit.training.optim import AdamW, clip, learning_rate
+from lorafit.training.optim import clip, learning_rate
+
+Outcome = Literal["finished", "ended early", "interrupted"]
+SAME_RESULT = "this needs less memory and does not change the result"
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """The plain values of a run."""
 
-    num_steps: int
     learning_rate: float
     schedule: Literal["cosine", "linear", "constant"]
     warmup: int
     max_grad_norm: float
-    micro_batch_tokens: int
-    halve: bool  # the micro-batch, where memory runs out
-    packing: bool
-    eval_every: int
-    save_every: int
-    samples_every: int | None
+    packer: Packer
+    halve: bool  # the passes, where memory runs out
+    cadence: Cadence
     keep: int
     patience: int  # measurements in a row without a better one that end the run; 0 for never
+
+    @classmethod
+    def from_config(cls, config: Config, num_steps: int, steps_per_epoch: int) -> Settings:
+        """The settings of a config, for a run of `num_steps`."""
+        train = config.train
+        return cls(
+            learning_rate=train.learning_rate,
+            schedule=train.schedule,
+            warmup=train.warmup_steps(num_steps),
+            max_grad_norm=train.max_grad_norm,
+            packer=Packer(train.micro_batch_tokens, config.data.packing),
+            halve=config.run.too_large == "auto",
+            cadence=Cadence.of(config, num_steps, steps_per_epoch),
+            keep=train.keep,
+            patience=train.patience,
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class TrainContext:
-    """A run put together: what the loop works on. Built by training/run.py."""
+    """What the loop works on. Built by training/run.py."""
 
     settings: Settings
-    ranks: Ranks  # the processes that train together: one, or those that torchrun started
+    ranks: Ranks
     share: RankShare
     engine: Engine
     heartbeat: Heartbeat
@@ -75,7 +94,7 @@ class TrainContext:
     adapter: AdapterFacts
     facts: Mapping[str, Any]
     observe: Observer
-    speak: Callable[[int], None]  # answers the fixed held-out prompts; changes nothing
+    samples: SampleGenerator
 
 
 def train(
@@ -83,18 +102,20 @@ def train(
     state: TrainState,
     stop: Callable[[], bool],
     save_now: Callable[[], bool] = lambda: False,
-) -> Literal["finished", "ended early", "interrupted"]:
-    """Train from `state` to the end, or until `stop()` asks to end after the current step; both are saved. Held-out
-    measurements without a better one end it early where the settings say so.
+) -> Outcome:
+    """Train from `state` to the end, or until `stop()` requests to end after the current step; both are saved.
+    Held-out measurements without a better one end the run early where the settings say so.
 
-    `save_now()` asks for a checkpoint after the current step. Raises TrainingError, before any weight changes, when
-    a step's loss or gradient is not finite or it has no supervised tokens; RunError when a checkpoint cannot be
+    `save_now()` requests a checkpoint after the current step. Raises TrainingError, before any weight changes, where
+    a step's loss or gradient is not finite or it has no supervised tokens; RunError where a checkpoint cannot be
     written or memory runs out (then the state before that step is saved).
     """
     job.network.train()
     with job.heartbeat, AsyncCheckpointWriter(job.run, job.settings.keep, job.facts, job.observe) as writer:
-        if state.measuring_due and (_measure(job, writer, state) or _early_stopped(job, state)):
-            _save(job, writer, state, "ended early" if _early_stopped(job, state) else "best")
+        if state.measuring_due:
+            better, early = _measure(job, writer, state), state.early_stopped(job.settings.patience)
+            if better or early:
+                _save(job, writer, state, "ended early" if early else "best")
         with ThreadPoolExecutor(1, "packs") as ahead:
             reason = _steps(job, state, writer, ahead, stop, save_now)
         writer.wait(block=True)
@@ -108,13 +129,13 @@ def _steps(
     ahead: ThreadPoolExecutor,
     stop: Callable[[], bool],
     save_now: Callable[[], bool],
-) -> Literal["finished", "ended early", "interrupted"]:
-    """The steps; the rows of the next one are laid out by `ahead` while the device works."""
-    settings = job.settings
+) -> Outcome:
+    """The steps. The thread `ahead` packs the rows of the next one while the device works."""
+    settings, cadence = job.settings, job.settings.cadence
     meter = Meter()
     device = job.network.lm_head.weight.device
     upcoming = ahead.submit(_batch, job, state, state.step)
-    while state.step < settings.num_steps and not _early_stopped(job, state):
+    while state.step < cadence.num_steps and not state.early_stopped(settings.patience):
         started = time.perf_counter()
         job.heartbeat.at(state.step + 1, COMPUTING)
         batch = upcoming.result()
@@ -127,7 +148,7 @@ def _steps(
             continue
         loss, norm = gradients
         rate = learning_rate(
-            state.step, settings.num_steps, settings.learning_rate, settings.schedule, settings.warmup
+            state.step, cadence.num_steps, settings.learning_rate, settings.schedule, settings.warmup
         )
         job.optimizer.step(rate)
         job.optimizer.zero_grad()
@@ -141,7 +162,7 @@ def _steps(
         job.observe(
             Step(
                 step=state.step,
-                num_steps=settings.num_steps,
+                num_steps=cadence.num_steps,
                 epoch=round(job.order.epoch_at(state.step), 4),
                 loss=loss,
                 learning_rate=rate,
@@ -157,37 +178,38 @@ def _steps(
             )
         )
         writer.wait(block=False)
-        ended = state.step == settings.num_steps
-        due = ended or _due(state.step, settings.eval_every, job.order)
-        state.measuring_due = due and bool(job.heldout)
+        ended = state.step == cadence.num_steps
+        due = cadence.at(state.step)
+        state.measuring_due = due.measure and bool(job.heldout)
         stopping = state.measuring_due and job.ranks.any(stop())[0]
         better = state.measuring_due and not stopping and _measure(job, writer, state)
-        stopping, asked = job.ranks.any(stop(), save_now())  # a signal to one rank is one to all
-        early = _early_stopped(job, state) and not ended
-        speaks = settings.samples_every is not None and job.ranks.is_main and not (stopping or ended or early)
-        if speaks and _due(state.step, settings.samples_every or 0, job.order):
-            job.speak(state.step)
-        if stopping or ended or early or better or asked or _due(state.step, settings.save_every, job.order):
+        stopping, requested = job.ranks.any(stop(), save_now())  # a signal to one rank is one to all
+        early = state.early_stopped(settings.patience) and not ended
+        if due.sample and job.ranks.is_main and not (stopping or early or job.engine.lockstep):
+            job.samples(state.step)
+        if stopping or early or better or requested or due.save:
             reason = "stopped" if stopping else "best" if better else "finished" if ended else "due"
             reason = "ended early" if early else reason
-            _save(job, writer, state, "asked for" if asked and reason == "due" else reason)
+            _save(job, writer, state, "asked for" if requested and reason == "due" else reason)
         if stopping and (not ended or state.measuring_due):
             return "interrupted"
-    return "finished" if state.step == settings.num_steps else "ended early"
+    return "finished" if state.step == cadence.num_steps else "ended early"
 
 
 def _batch(job: TrainContext, state: TrainState, step: int) -> Batch:
-    """The rows of a step and how they are laid out: a function of the step, so it can be made ahead."""
-    capacity = state.micro_batch_tokens or job.settings.micro_batch_tokens
-    return job.share.of(job.rows, job.order.rows(step), capacity, job.settings.packing)
+    """The packed rows of a step: a function of the step, so another thread can prepare the next one."""
+    packer = job.settings.packer
+    if state.micro_batch_tokens is not None:
+        packer = replace(packer, capacity=state.micro_batch_tokens)
+    return job.share.of(job.rows, job.order.rows(step), packer)
 
 
 def _gradients(job: TrainContext, state: TrainState, batch: Batch) -> tuple[float, float] | None:
     """Accumulate the step's gradient, clipped; returns (mean loss, norm before clipping), both finite.
 
     The sum of losses over all packs of all ranks is divided once by the step's supervised tokens, so the gradient
-    does not depend on how the rows were laid out. A float16 overflow is repeated with the same rows and random
-    numbers. None says that memory ran out, on any rank; then everything is as before the step.
+    does not depend on the packing. A float16 overflow is repeated with the same rows and random numbers. None means
+    that memory ran out, on any rank; then everything is as before the step.
     """
     step = state.step + 1
     if batch.supervised == 0:
@@ -221,22 +243,22 @@ def _gradients(job: TrainContext, state: TrainState, batch: Batch) -> tuple[floa
 
 
 def _passes(job: TrainContext, state: TrainState, batch: Batch) -> tuple[float, bool]:
-    """This rank's passes: (sum of their losses, whether memory ran out). The last one adds up the ranks' gradients.
+    """This rank's passes: (sum of their losses, whether memory ran out). The last one all-reduces the gradients.
 
-    All passes, of all ranks, take the same random numbers: what dropout takes from a row is a function of the step
-    and the row's place in it.
+    All passes of all ranks start from the same random state. The dropout of a row is a function of the step and of
+    the tokens of the row.
     """
     random = torch.get_rng_state()
     packs, last = batch.packs, len(batch.packs) - 1
     losses: list[Tensor] = []
-    sharing = False  # from then on a rank that gives up leaves the others waiting
+    sharing = False  # from then on a rank that stops leaves the others waiting
     try:
-        for at, pack in enumerate(packs):
+        for index, pack in enumerate(packs):
             torch.set_rng_state(random)
-            with nullcontext() if at == last else job.engine.accumulating():
+            with nullcontext() if index == last else job.engine.accumulating():
                 loss = job.engine.loss(pack_loss, pack)
                 release_free_memory(MUCH_FREE)
-                if sharing := at == last:
+                if sharing := index == last:
                     job.heartbeat.at(state.step + 1, SHARING)
                 (loss * (state.scale.factor / batch.supervised)).backward()
                 losses.append(loss.detach())
@@ -248,17 +270,17 @@ def _passes(job: TrainContext, state: TrainState, batch: Batch) -> tuple[float, 
                 raise RunError(
                     f"rank {job.ranks.rank} is out of memory in step {state.step + 1}",
                     place=str(job.run.path),
-                    hint=f"set train.micro_batch_tokens below {packs[last].num_tokens}: memory, never mathematics",
+                    hint=f"set train.micro_batch_tokens below {packs[last].num_tokens}: {SAME_RESULT}",
                 ) from None
             job.engine.loss(pack_loss, EMPTY_PACK).backward()
         return 0.0, True
-    return sum(map(float, losses)), False  # read only here: a device is waited for once
+    return sum(map(float, losses)), False  # read only here, so that the device is waited for once
 
 
 def _measure(job: TrainContext, writer: AsyncCheckpointWriter, state: TrainState) -> bool:
-    """Held-out loss now, and once of the base; True when the adapter is the best so far.
+    """Measure the held-out loss, and once that of the base; True where the adapter is the best so far.
 
-    Raises RunError when memory runs out; then the step is saved, and a resume makes up the measurement.
+    Raises RunError where memory runs out; then the step is saved, and a resume measures it.
     """
 
     def measuring(done: int, total: int) -> None:
@@ -271,7 +293,7 @@ def _measure(job: TrainContext, writer: AsyncCheckpointWriter, state: TrainState
                 state.base_loss = heldout_loss(job.network, job.heldout, measuring, job.ranks, job.engine)
         loss = heldout_loss(job.network, job.heldout, measuring, job.ranks, job.engine)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or not job.ranks.is_single_process:  # others cannot know, and wait
+        if not is_out_of_memory(error) or not job.ranks.is_single_process:  # the other ranks would wait
             raise
         _out_of_memory(job, writer, state, "measuring held-out rows", job.heldout)
     state.measuring_due = False
@@ -283,25 +305,20 @@ def _measure(job: TrainContext, writer: AsyncCheckpointWriter, state: TrainState
     return better
 
 
-def _early_stopped(job: TrainContext, state: TrainState) -> bool:
-    """Whether the held-out loss has not fallen for as many measurements as the settings wait."""
-    return 0 < job.settings.patience <= state.num_worse
-
-
 def _reduce_micro_batch(
     job: TrainContext, writer: AsyncCheckpointWriter, state: TrainState, batch: Batch
 ) -> None:
-    """Memory ran out: halve the passes where that was asked for and helps, else save and raise RunError."""
+    """Memory ran out: halve the passes where the settings say so and it helps, else save and raise RunError."""
     sizes = [(pack.num_tokens, len(pack.lengths)) for pack in batch.packs]
     most = [max(numbers) for numbers in zip(*sizes, strict=True)] or [0, 0]
     largest, documents = map(int, job.ranks.all_reduce_max(most))
     if job.settings.halve and documents > 1:
-        now = state.micro_batch_tokens or job.settings.micro_batch_tokens
+        now = state.micro_batch_tokens or job.settings.packer.capacity
         state.micro_batch_tokens = min(now, largest) // 2
         job.observe(
             Message(
                 f"out of memory in step {state.step + 1}: repeated with passes of at most "
-                f"{state.micro_batch_tokens} tokens, the mathematics is the same",
+                f"{state.micro_batch_tokens} tokens; the result does not change",
                 "warning",
             )
         )
@@ -312,33 +329,28 @@ def _reduce_micro_batch(
 def _out_of_memory(
     job: TrainContext, writer: AsyncCheckpointWriter, state: TrainState, where: str, packs: Sequence[Pack]
 ) -> NoReturn:
-    """Save the state and raise RunError with what would make passes like `packs` smaller."""
+    """Save the state and raise RunError with the setting that makes passes like `packs` smaller."""
     saved = ""
     if state.step:
         if job.ranks.any(job.ranks.is_main and state.step not in job.run.saved_steps())[0]:
             _save(job, writer, state, "out of memory")
         writer.wait(block=True)
         saved = f"; step {state.step} is saved and verified"
-    hint = "one row fills the pass: train.recompute=layers takes a fraction of the memory"
+    hint = "one row fills the pass: train.recompute=layers needs a fraction of the memory"
     if any(len(pack.lengths) > 1 for pack in packs):
         smaller = f"train.micro_batch_tokens={max(8, max(pack.num_tokens for pack in packs) // 2)}"
-        hint = f"go on with `lorafit train --resume {job.run.path} {smaller}`: memory, never mathematics"
+        hint = f"go on with `lorafit train --resume {job.run.path} {smaller}`: {SAME_RESULT}"
     raise RunError(f"out of memory {where}{saved}", place=str(job.run.path), hint=hint)
 
 
 def _save(job: TrainContext, writer: AsyncCheckpointWriter, state: TrainState, reason: str) -> None:
-    """Copy the state and have it committed, by the first rank, while training goes on."""
+    """Copy the state. The first rank commits it while training goes on."""
     if not job.ranks.is_single_process and not job.ranks.all_equal(adapter_digest(job.network)):
         raise RankError(
             f"the ranks hold different adapters after step {state.step}; nothing was saved",
             place=str(job.run.path),
-            hint="one of the machines computes wrong; the last checkpoint can be resumed",
+            hint="one of the machines makes errors; the last checkpoint can be resumed",
         )
     if not job.ranks.is_main:
         return
     writer.save(snapshot(job.network, job.optimizer, state, job.adapter), reason)
-
-
-def _due(step: int, every: int, order: RowOrder) -> bool:
-    """Whether something that happens every so many steps (0 is every epoch) happens after `step`."""
-    return step % (every or order.steps_per_epoch) == 0

@@ -1,4 +1,4 @@
-"""Loss scaling for float16: small gradients survive, and an overflow repeats the step instead of losing its rows."""
+"""Loss scaling for float16: small gradients are kept, and after an overflow the step is repeated with its rows."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lorafit.errors import TrainingError
 
 @dataclass(slots=True)
 class LossScale:
-    """What the loss is multiplied by before the backward pass; 1 and inert unless the compute type is float16.
+    """The factor of the loss in the backward pass; 1 and inactive unless the compute type is float16.
 
-    Micikevicius et al. (2018), but where the usual scaler skips an overflowing step, the loop repeats it with
-    the same rows at half the scale, so every row is trained exactly once.
+    Micikevicius et al. (2018), but where the usual scaler skips a step that overflows, the loop repeats it with the
+    same rows at half the scale, so every row is trained exactly once.
     """
 
     factor: float = 1.0
@@ -23,11 +23,11 @@ class LossScale:
 
     @classmethod
     def for_dtype(cls, dtype: torch.dtype) -> LossScale:
-        """The scale that a compute type starts with."""
+        """The first scale of a compute type."""
         return cls(factor=2.0**16, active=True) if dtype == torch.float16 else cls()
 
     def overflowed(self, step: int) -> None:
-        """Halve after non-finite gradients. Raises TrainingError when halving can no longer be the cure."""
+        """Halve after non-finite gradients. Raises TrainingError where the scale is already too small."""
         self.factor /= 2
         self.calm_steps = 0
         if self.factor < 2.0**-4:

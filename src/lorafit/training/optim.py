@@ -1,4 +1,4 @@
-"""AdamW over the adapter's masters, and the learning rate of each step."""
+"""The learning rate of each step, and clipping of the gradient."""
 
 from __future__ import annotations
 
@@ -9,71 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-BETAS, EPS = (0.9, 0.999), 1e-8  # what transformers, peft and the papers on LoRA use
-
-
-class AdamW:
-    """Adam with decoupled decay (Loshchilov and Hutter, 2019), to the bits of torch's with `foreach`.
-
-    `state` holds for each master that ever had a gradient `step`, `exp_avg` and `exp_avg_sq`, as torch names them. The
-    first step of any optimizer of torch loads its compiler: half a second and 75 MB that a run has no use for.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], weight_decay: float) -> None:
-        self.parameters, self.weight_decay = list(parameters), weight_decay
-        self.state: dict[Tensor, dict[str, Tensor]] = {}
-
-    @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """One step at a learning rate of `rate`."""
-        weights: list[Tensor] = []
-        gradients: list[Tensor] = []
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                weights.append(parameter)
-                gradients.append(parameter.grad)
-        if not weights:
-            return
-        for weight in weights:
-            if weight not in self.state:
-                self.state[weight] = {
-                    "step": torch.zeros(()),
-                    "exp_avg": torch.zeros_like(weight),
-                    "exp_avg_sq": torch.zeros_like(weight),
-                }
-            self.state[weight]["step"] += 1
-        steps, means, squares = (
-            [self.state[weight][name] for weight in weights] for name in ("step", "exp_avg", "exp_avg_sq")
-        )
-        counts = list(map(float, steps))
-        if self.weight_decay:
-            torch._foreach_mul_(weights, 1 - rate * self.weight_decay)
-        torch._foreach_lerp_(means, gradients, 1 - BETAS[0])
-        torch._foreach_mul_(squares, BETAS[1])
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - BETAS[1])
-        roots = torch._foreach_sqrt(squares)
-        torch._foreach_div_(roots, [(1 - BETAS[1] ** step) ** 0.5 for step in counts])
-        torch._foreach_add_(roots, EPS)
-        torch._foreach_addcdiv_(weights, means, roots, [-rate / (1 - BETAS[0] ** step) for step in counts])
-
-    def zero_grad(self) -> None:
-        """Let the gradients go."""
-        for parameter in self.parameters:
-            parameter.grad = None
-
-
-def warmup_steps(warmup: float, num_steps: int) -> int:
-    """Warm-up in steps: a share of the run below 1, else a count; always shorter than the run."""
-    return min(num_steps - 1, math.ceil(warmup * num_steps) if warmup < 1 else int(warmup))
-
 
 def learning_rate(
     step: int, num_steps: int, peak: float, schedule: Literal["cosine", "linear", "constant"], warmup: int
 ) -> float:
-    """The rate that step number `step` (from 0) uses.
+    """The rate of step number `step` (from 0).
 
-    Warm-up rises from peak / (warmup + 1), so that no step is wasted at zero; after it linear falls as
-    transformers' linear schedule does, cosine along half a wave.
+    Warm-up rises from peak / (warmup + 1), so that no step has a rate of zero. After it `linear` falls as in
+    transformers' linear schedule, `cosine` along half a wave.
     """
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
@@ -84,7 +27,7 @@ def learning_rate(
 
 
 def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients to at most `max_norm` (0 for never) and return their norm from before, a scalar."""
+    """Scale the gradients to a norm of at most `max_norm` (0 for never); returns their norm before, a scalar."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if max_norm:

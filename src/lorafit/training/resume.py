@@ -1,26 +1,28 @@
-"""Where a run goes on: its config, its newest checkpoint that verifies, and what was skipped on the way there."""
+"""Where a run resumes: its config, its newest checkpoint that verifies, and the damaged ones that were skipped."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import TypeAdapter
 
 from lorafit.config.load import load_config
 from lorafit.config.schema import Config
 from lorafit.distributed.env import ProcessEnv
 from lorafit.errors import ConfigError
+from lorafit.observe.run_summary import RunState
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import read_facts
-from lorafit.training.checkpoint import TrainState, read_state, state_of
+from lorafit.training.checkpoint import TrainState, read_state
 
 
 @dataclass(frozen=True, slots=True)
 class Resumption:
-    """What the first rank finds in a run directory, for all of them.
+    """What rank 0 reads from a run directory, for all ranks.
 
-    `step` is None before the first checkpoint, `finished` the last state of a run that has come to its end.
+    `step` is None before the first checkpoint, `finished` the last state of a finished run.
     """
 
     config: Config
@@ -30,12 +32,12 @@ class Resumption:
 
     @classmethod
     def of(cls, run: RunDirectory, overrides: Sequence[str]) -> Resumption:
-        """Look into a run, with settings laid over its own. Raises a LorafitError."""
+        """Read a run; `overrides` change its settings. Raises a LorafitError."""
         run.clean()
         config = load_config(run.config_file, overrides)
         step, skipped = run.newest_checkpoint()
         finished = None
-        if step is not None and run.has_adapter() and run.report_file.exists():  # the report comes last
+        if step is not None and RunState.of(run).is_complete and run.has_adapter():
             state = read_state(run.checkpoint(step))
             gave_up = 0 < config.train.patience <= state.num_worse
             ended = gave_up or read_facts(run.checkpoint(step)).get("steps") == step
@@ -44,39 +46,28 @@ class Resumption:
 
     def to_json(self) -> str:
         """For `from_json`."""
-        return json.dumps(
-            {
-                "config": self.config.model_dump_json(exclude_unset=True),
-                "step": self.step,
-                "skipped": list(self.skipped.items()),
-                "finished": None if self.finished is None else asdict(self.finished),
-            }
-        )
+        return _RESUMPTION.dump_json(self).decode()
 
     @classmethod
     def from_json(cls, text: str) -> Resumption:
         """What `to_json` wrote."""
-        values = json.loads(text)
-        finished = values["finished"]
-        return cls(
-            Config.model_validate_json(values["config"]),
-            values["step"],
-            dict(values["skipped"]),
-            None if finished is None else state_of(finished),
-        )
+        return _RESUMPTION.validate_json(text)
+
+
+_RESUMPTION = TypeAdapter(Resumption)
 
 
 def find_run_of_launch(env: ProcessEnv, output: str | None) -> str:
-    """The run directory that an earlier start of this launch has begun, empty if there is none.
+    """The run directory that an earlier start of this launch made, empty where there is none.
 
-    torchrun's agent starts the same command again when a worker was lost: then the run goes on. A directory that
-    another launch has made is not taken. Raises ConfigError without `run.output`, where it would not be found again.
+    torchrun's agent starts the same command again after a worker was lost; then the run is resumed. A directory of
+    another launch is not used. Raises ConfigError without `run.output`: a restart could not find the run.
     """
     if not env.has_agent:
         return ""
     if output is None:
         raise ConfigError(
-            "torchrun starts lost workers again, and they have to find the run",
+            "torchrun restarts lost workers, and they have to find the run",
             place="run.output",
             hint="give the run directory: --output runs/NAME",
         )

@@ -1,97 +1,155 @@
-"""What a run needs before there is one: rows that were looked at, their order, the network, and what decides it."""
+"""Builds everything that a run needs: rows, the final config, the network, and the facts that identify the run."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import platform
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
+
+import torch
 
 from lorafit.check.probe import trial_before_training
 from lorafit.check.run import check_rows
-from lorafit.check.verdict import CheckResult
 from lorafit.config.schema import Config, keys_that_change_results
-from lorafit.data.build import TrainingData
-from lorafit.data.row_order import RowOrder
-from lorafit.distributed.ranks import Ranks
-from lorafit.errors import RunError
-from lorafit.hub.client import ModelFolder
+from lorafit.data.row_preview import excerpt
+from lorafit.distributed.env import ProcessEnv
+from lorafit.distributed.ranks import Ranks, share_cores
+from lorafit.errors import CheckResult, RunError
 from lorafit.model.build import BaseModelCache, LoadedModel, build
+from lorafit.model.device import describe, pick_device
 from lorafit.model.weights import fingerprint
 from lorafit.observe.events import Message, Observer
 from lorafit.observe.progress import progress
-from lorafit.plan.planner import Planner
+from lorafit.plan.machine import Machine
+from lorafit.plan.planner import Fit, RunInputs, fit
+from lorafit.run_dir import RunDirectory
+from lorafit.version import __version__
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """All that a run needs and that can fail before there is one: rows, their order, network, adapter."""
+    """Everything that a run needs. `fitted.config` is the one final config of the run.
 
-    base: ModelFolder
-    training_data: TrainingData
-    order: RowOrder
+    `facts` identify the run in the manifests of its checkpoints: two runs with the same facts give the same bytes.
+    """
+
+    fitted: Fit
+    data: RunInputs
+    machine: Machine
     built: LoadedModel
-    planner: Planner
-    verdicts: Sequence[CheckResult]
+    checks: Sequence[CheckResult]
+    facts: Mapping[str, Any]
+
+    @property
+    def config(self) -> Config:
+        """The final config."""
+        return self.fitted.config
 
 
 def prepare(
     config: Config, ranks: Ranks, quiet: bool, base: BaseModelCache | None = None, *, resumed: bool = False
 ) -> Prepared:
-    """Read the rows, load the model, and only then connect the ranks: nobody waits for a slow one against a clock."""
+    """Read the rows, choose the config that fits, load the model. The ranks connect last: a slow one is waited for."""
     quiet = quiet or not ranks.is_main
-    planner = Planner(config, quiet, ranks.env)
-    looks = ranks.is_main and not resumed and config.run.check != "none"  # what began here is not refused
-    verdicts = check_rows(config, planner.training_data, planner.arch.num_parameters, quiet) if looks else []
+    device = pick_device(config.model.device, ranks.env.device_index)
+    share_cores(ranks.env, device)
+    data = RunInputs.read(config, quiet)
+    machine = Machine.read(device, ranks.env)
+    checked = (
+        ranks.is_main and not resumed and config.run.check != "none"
+    )  # a resumed run is not checked again
+    checks = check_rows(config, data.training_data, data.arch.num_parameters, quiet) if checked else []
+    fitted = Fit(config, "")
     if not resumed:
-        planner.config = config = Config.model_validate_json(
-            ranks.broadcast_from_rank0("fitting", lambda: planner.fit().model_dump_json(exclude_unset=True))
+        fitted = ranks.broadcast_from_rank0(
+            "fitting",
+            lambda: fit(config, data, machine),
+            lambda chosen: chosen.config.model_dump_json(exclude_unset=True),
+            lambda text: Fit(Config.model_validate_json(text), ""),
         )
+    config = fitted.config
+    sharded = is_sharded(config, ranks)
     with progress("loading the model", quiet=quiet) as advance:
-        built = build(config, planner.base.path, planner.device, advance, is_sharded(config, ranks), base)
-    if looks and not is_sharded(config, ranks):  # one rank alone cannot compute with its share
-        verdicts += trial_before_training(config, planner, built.network)
-    prepared = Prepared(planner.base, planner.training_data, planner.order, built, planner, verdicts)
-    ranks.connect(built.device, 2 * config.distributed.timeout)  # the heartbeat comes first, and says more
-    if not ranks.is_single_process and not ranks.all_equal(_digest(run_fingerprint(config, prepared))):
+        built = build(config, data.base.path, device, advance, sharded, base)
+    if checked and not sharded:  # one rank alone cannot compute with its part of the base
+        checks += trial_before_training(config, data, built.network)
+    facts = run_fingerprint(config, data)
+    ranks.connect(
+        device, 2 * config.distributed.timeout
+    )  # longer than the watchdog's, which says which rank is stuck
+    if not ranks.is_single_process and not ranks.all_equal(_digest(facts)):
         raise RunError(
             f"rank {ranks.rank} of {ranks.world_size} reads another model or other rows than the first",
-            place=str(planner.base.path),
+            place=str(data.base.path),
             hint="every machine needs the same model and data files",
         )
-    return prepared
+    return Prepared(fitted, data, machine, built, checks, facts)
 
 
 def is_sharded(config: Config, ranks: Ranks) -> bool:
-    """Whether the base is spread over the ranks, instead of whole on each."""
+    """Whether each rank holds a part of the base only."""
     return config.distributed.strategy == "fsdp" and not ranks.is_single_process
 
 
-def run_fingerprint(config: Config, prepared: Prepared) -> dict[str, Any]:
+def run_fingerprint(config: Config, data: RunInputs) -> dict[str, Any]:
     """What decides the bytes of a run, for the manifests of its checkpoints."""
-    train = config.train
     return {
-        "base_model": fingerprint(prepared.base.path),
-        "data": prepared.training_data.digest(),
-        "prompt_contract": prepared.training_data.renderer.contract.hash,
-        "steps": prepared.order.num_steps(train.epochs, train.max_steps),
+        "base_model": fingerprint(data.base.path),
+        "data": data.training_data.digest(),
+        "prompt_contract": data.training_data.renderer.contract.hash,
+        "steps": data.num_steps(config),
         "config": keys_that_change_results(config),
     }
 
 
-def introduce(prepared: Prepared, observe: Observer) -> None:
-    """Say what was read and what deserves a warning, before the first step."""
-    training_data = prepared.training_data
+def announce(prepared: Prepared, observe: Observer) -> None:
+    """Report what was read, and warnings, before the first step."""
+    training_data = prepared.data.training_data
     contract = training_data.renderer.contract
     observe(Message(f"format {training_data.format}: {training_data.reason}; template {contract.template}"))
     for line in training_data.ledger.lines():
         observe(Message(line))
     for warning in training_data.warnings:
         observe(Message(warning, "warning"))
-    for verdict in prepared.verdicts:
-        if verdict.verdict != "pass":
-            observe(Message(f"{verdict.name}: {verdict.text}", "warning"))
+    for check in prepared.checks:
+        if check.verdict != "pass":
+            observe(Message(f"{check.name}: {check.text}", "warning"))
+
+
+def write_origin(run: RunDirectory, prepared: Prepared) -> None:
+    """Store how rows become tokens, and what became of each row."""
+    rows = prepared.data.training_data
+    run.write_json(run.prompt_file, rows.renderer.contract.to_json())
+    run.write_json(run.ledger_file, rows.ledger.to_json())
+    run.write_json(run.rows_file, excerpt(rows.training, rows.heldout, rows.tokenizer, rows.place))
+    if prepared.checks:
+        run.write_json(run.check_file, [check.as_dict() for check in prepared.checks])
+
+
+def machine_facts(device: torch.device) -> dict[str, str]:
+    """What of a machine decides the last bits of a result."""
+    return {"device": device.type, "torch": torch.__version__, "machine": describe(device)}
+
+
+def environment(env: ProcessEnv) -> dict[str, Any]:
+    """Versions, machine and command of this process; no environment variable and no path of the user's home."""
+    packages = ("torch", "tokenizers", "safetensors", "numpy", "huggingface_hub")
+    return {
+        "lorafit": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in packages},
+        "command": shlex.join(["lorafit", *sys.argv[1:]]),
+        "threads": torch.get_num_threads(),
+        "ranks": env.world_size,
+        "launch": env.launch,
+    }
 
 
 def _digest(facts: Mapping[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""Ctrl-C and friends: the first asks the run to end after the current step, the second stops at once; USR1 saves."""
+"""Signals: the first SIGINT, SIGTERM or SIGHUP ends the run after the current step, the second at once; USR1 saves."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _Handler = Callable[[int, FrameType | None], None]
 
 @contextlib.contextmanager
 def outside_steps(observe: Observer) -> Iterator[None]:
-    """Before the first step and after the last there is nothing to save: a request to stop stops at once, USR1 is
-    answered. Left alone, all but SIGINT would end the process without a word.
+    """Before the first step and after the last there is nothing to save: a signal stops at once, USR1 gives a message.
+    By default all but SIGINT would end the process without a message.
     """
 
     def on_stop(number: int, frame: FrameType | None) -> None:
@@ -37,23 +37,23 @@ def outside_steps(observe: Observer) -> Iterator[None]:
 
 
 class Requests:
-    """A context manager that turns signals into questions that the loop asks after every step."""
+    """A context manager that records signals as flags, which the loop reads after every step."""
 
     def __init__(self, observe: Observer, *, patient: bool = False) -> None:
-        """`patient`: a second signal changes nothing, because schedulers and torchrun's agent send the first twice."""
+        """`patient`: a second signal is ignored, because schedulers and torchrun's agent send the first twice."""
         self._observe = observe
         self._patient = patient
         self._stop = self._save = False
         self._before: dict[int, Any] = {}
 
     def stop(self) -> bool:
-        """Whether somebody asked to stop."""
+        """Whether a stop was requested."""
         return self._stop
 
     def save(self) -> bool:
-        """Whether somebody asked for a checkpoint since the last call."""
-        asked, self._save = self._save, False
-        return asked
+        """Whether a checkpoint was requested since the last call."""
+        requested, self._save = self._save, False
+        return requested
 
     def __enter__(self) -> Requests:
         self._before = _install(self._on_stop, self._on_save)
@@ -79,7 +79,7 @@ class Requests:
 
 
 def _install(on_stop: _Handler, on_save: _Handler) -> dict[int, Any]:
-    """Set the handlers; returns those from before. Outside of the main thread Python allows none."""
+    """Set the handlers; returns the earlier ones. Python allows none outside of the main thread."""
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for name, handler in [*((name, on_stop) for name in _STOP), (_SAVE, on_save)]:

@@ -1,4 +1,4 @@
-"""The proof after training: what lies on disk is what was trained, is not the base, and ends its answers.
+"""Verifies a finished run: the adapter on disk is the trained one, differs from the base, and ends its answers.
 
 Four checks, each with a verdict: `changed`, `reload`, `stop` and `heldout`; docs/report.md defines them.
 """
@@ -22,12 +22,14 @@ from lorafit.data.formats import Row
 from lorafit.data.packing import TokenRow
 from lorafit.errors import LorafitError
 from lorafit.infer.model import Model
-from lorafit.model.adapter_file import WEIGHTS, adapter_tensors
+from lorafit.model.adapter_file import PREFIX, WEIGHTS, adapter_tensors
+from lorafit.model.dtypes import dtype_name
 from lorafit.model.llama import Llama
 from lorafit.model.memory import release_free_memory
 from lorafit.observe.events import Observer, Progress, Proved
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import sha256_file
+from lorafit.verify.logits import difference, rms
 from lorafit.verify.reload import Probe, logits_from_subprocess, probe_logits
 
 Verdict = Literal["pass", "warn", "fail", "skip"]
@@ -35,17 +37,17 @@ STOP_PROMPTS, STOP_SHARE = 20, 0.8
 LEAST_ANSWER, MOST_ANSWER = (
     64,
     256,
-)  # tokens given to an answer that should end; twice what the longest right one has
-# By the compute's dtype: how far two processes may be apart in the base's logits, and which part of the adapter's
-# effect may be lost between what was trained and what was loaded. Both are relative root mean squares.
+)  # limits of an answer that should end, in tokens: twice the longest right one
+# By the type of the compute: the largest difference of the base's logits between two processes, and the part of the
+# adapter's effect that may be lost between training and loading. Both are relative root mean squares.
 NOISE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
 SHARE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
-NOISES = 4.0  # how many times the distance of the base's logits the tuned ones may be apart
+NOISES = 4.0  # the tuned logits may differ by this many times the difference of the base's
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at: what was found, in words and in `values`."""
+    """One check: its result in words and in `values`."""
 
     name: str
     verdict: Verdict
@@ -73,9 +75,9 @@ class Proof:
         return {"schema": 1, "verdict": self.verdict, **asdict(self)}
 
     def event(self) -> Proved:
-        """What people are told: what holds in a line for each half of the proof, and what does not."""
-        said = {check.name: check.text for check in self.checks if check.verdict in ("pass", "skip")}
-        halves = [[said[name] for name in names if name in said] for names in _HALVES]
+        """The event to display: two lines of passed checks, and the failed ones."""
+        passed = {check.name: check.text for check in self.checks if check.verdict in ("pass", "skip")}
+        halves = [[passed[name] for name in names if name in passed] for names in _HALVES]
         faults = [check.text for check in self.checks if check.verdict in ("warn", "fail")]
         return Proved(self.verdict, ["; ".join(half) for half in halves if half], faults, self.seconds)
 
@@ -100,62 +102,61 @@ def prove(
     losses: tuple[float | None, float | None],
     observe: Observer,
 ) -> Proof:
-    """Look at the finished `run`, whose final adapter, of `step`, is on `model` too; gives up the model's memory.
+    """Check the finished `run`, whose final adapter, of `step`, is on `model` too; frees the model's memory.
 
-    `initial` are the digests before the first step; the adapter was `continued` from another or fresh. `rows` are
-    fixed texts, held out where there are such rows, `prompts` gives the first held-out rows that ask something,
-    `losses` are the held-out losses of base and tuned. Nothing is raised for what is found wrong.
+    `initial` are the digests before the first step; `continued` says that the adapter was not fresh. `rows` are fixed
+    texts, held out if there are such rows. `prompts(n)` are the first n held-out rows with a question. `losses` are
+    the held-out losses of base and tuned. A failed check is in the result, and raises nothing.
     """
     started = time.perf_counter()
     weights = run.adapter / WEIGHTS
-    observe(Progress("proving the adapter", 0, 4))
-    checks = [changed(weights, model.network, initial, only_b=step == 1 and not continued)]
-    observe(Progress("proving the adapter", 1, 4))
-    checks.append(stop(model, prompts))
-    observe(Progress("proving the adapter", 2, 4))
-    checks += [reload(run, model.network, rows), heldout(*losses)]
-    observe(Progress("proving the adapter", 4, 4))
+    observe(Progress("verifying the adapter", 0, 4))
+    changed_check = changed(weights, model.network, initial, only_b=step == 1 and not continued)
+    observe(Progress("verifying the adapter", 1, 4))
+    stop_check = stop(model, prompts)
+    observe(Progress("verifying the adapter", 2, 4))
+    checks = [changed_check, reload(run, model.network, rows), stop_check, heldout(*losses)]
+    observe(Progress("verifying the adapter", 4, 4))
     digest = sha256_file(weights) if weights.is_file() else None
-    order = ("changed", "reload", "stop", "heldout")
-    checks.sort(key=lambda check: order.index(check.name))
     return Proof(step, round(time.perf_counter() - started, 3), digest, checks)
 
 
 def changed(weights: Path, network: nn.Module, initial: Mapping[str, str], *, only_b: bool) -> Check:
-    """Every tensor of the file is the network's to the bit, and another than before the first step.
+    """Every tensor of the file equals the network's to the bit, and differs from that before the first step.
 
-    `only_b`: B was zero in the only step, so A had no gradient and stays.
+    `only_b`: B was zero in the only step, so A had no gradient and did not change.
     """
     try:
         stored = {name: _digest(tensor) for name, tensor in load_file(weights).items()}
     except (OSError, SafetensorError) as error:
         return Check("changed", "fail", f"the adapter's file cannot be read: {error}")
     live = tensor_digests(network)
-    other = sorted(name for name in live.keys() | stored.keys() if live.get(name) != stored.get(name))
-    still = [name for name in stored if stored[name] == initial.get(name)]
-    unexpected = [name for name in still if not (only_b and ".lora_A." in name)]
-    count = f"{len(stored) - len(still)} of {len(stored)} adapter tensors changed"
+    differing = sorted(name for name in live.keys() | stored.keys() if live.get(name) != stored.get(name))
+    unchanged = [name for name in stored if stored[name] == initial.get(name)]
+    unexpected = [name for name in unchanged if not (only_b and ".lora_A." in name)]
+    num_changed = len(stored) - len(unchanged)
+    count = f"{num_changed} of {len(stored)} adapter tensors changed"
     values = {
         "tensors": len(stored),
-        "changed": len(stored) - len(still),
-        "unchanged": still,
-        "not_as_trained": other,
+        "changed": num_changed,
+        "unchanged": unchanged,
+        "not_as_trained": differing,
     }
-    if other:
-        text = f"the adapter on disk is not the trained one: {_named(other)} differ"
+    if differing:
+        text = f"the adapter on disk is not the trained one: {_named(differing)} differ"
         return Check("changed", "fail", text, values)
     if unexpected:
         return Check("changed", "fail", f"{count}; {_named(unexpected)} did not change in training", values)
-    if still:
+    if unchanged:
         count += " (A has no gradient in a first step)"
     return Check("changed", "pass", count, values)
 
 
 def reload(run: RunDirectory, network: Llama, rows: Sequence[TokenRow]) -> Check:
-    """The run loaded from disk in a fresh process gives the network's logits, and not the base's.
+    """A fresh process that loads the run from disk computes the network's logits, and not the base's.
 
-    The base's logits of both processes say how far apart two processes are anyway. The network's memory is given
-    up before the other process needs it.
+    The base's logits of both processes measure how much two processes differ in any case. The network's memory is
+    freed before the other process needs it.
     """
     dtype = network.lm_head.weight.dtype
     probe = Probe.of(rows)
@@ -174,15 +175,13 @@ def reload(run: RunDirectory, network: Llama, rows: Sequence[TokenRow]) -> Check
 def compare_logits(
     live: Tensor, live_base: Tensor, fresh: Tensor, fresh_base: Tensor, dtype: torch.dtype
 ) -> Check:
-    """The verdict on four sets of logits (positions, vocab_size): trained and loaded, tuned and base."""
+    """The check of four tables of logits (positions, vocab_size): trained and loaded, tuned and base."""
     if fresh.shape != live.shape:
         return Check("reload", "fail", f"in a fresh process the logits have shape {list(fresh.shape)}")
-    size = _rms(live_base)
-    error, effect, noise = (
-        _rms(a - b) for a, b in ((fresh, live), (live, live_base), (fresh_base, live_base))
-    )
-    same = float((fresh.argmax(-1) == live.argmax(-1)).double().mean())
-    bound = NOISES * noise + SHARE[dtype] * effect
+    size, effect, noise = rms(live_base), rms(live - live_base), rms(fresh_base - live_base)
+    bounds = {"noise": noise, "times_noise": NOISES, "scale": effect, "share": SHARE[dtype]}
+    tuned = difference(fresh, live, rms, **bounds)
+    error, bound = tuned.size, tuned.bound
     values = {
         "positions": len(live),
         "base_rms": size,
@@ -191,23 +190,23 @@ def compare_logits(
         "noise": noise,
         "bound": bound,
         "noise_bound": NOISE[dtype] * size,
-        "same_token": same,
-        "dtype": str(dtype).removeprefix("torch."),
+        "same_token": float((fresh.argmax(-1) == live.argmax(-1)).double().mean()),
+        "dtype": dtype_name(dtype),
     }
     if not all(map(math.isfinite, (size, error, effect, noise))):
         return Check("reload", "fail", "the logits are not finite", {"positions": len(live)})
     if noise > NOISE[dtype] * size:
-        text = f"in a fresh process the base itself is another one: its logits are {noise / size:.1%} off"
+        text = f"in a fresh process the base itself differs: its logits are {noise / size:.1%} off"
         return Check("reload", "fail", text, values)
-    if error > bound:
-        what = "the base's" if _rms(fresh - live_base) <= bound else "others"
+    if not tuned.is_accepted:
+        what = "the base's" if difference(fresh, live_base, rms, **bounds).is_accepted else "others"
         text = (
             f"a fresh process that loads the adapter does not get the trained model's logits but {what} "
-            f"({error:.2g} off, where the adapter changes {effect:.2g})"
+            f"({error:.2g} off; the adapter changes them by {effect:.2g})"
         )
         return Check("reload", "fail", text, values)
     if effect <= 2 * bound:
-        text = f"the adapter changes the logits by {effect:.2g}, which rounding hides ({noise:.2g}): nothing is proven"
+        text = f"the adapter changes the logits by {effect:.2g}, no more than rounding ({noise:.2g}): not verified"
         return Check("reload", "warn" if effect else "fail", text, values)
     how = "to the bit" if error == 0 else f"but for {error / effect:.1e} of the adapter's effect"
     text = f"a fresh process loads it and gets the same logits, {how}"
@@ -215,11 +214,11 @@ def compare_logits(
 
 
 def stop(model: Model, prompts: Callable[[int], Sequence[Row]]) -> Check:
-    """How many greedy answers to held-out prompts end by themselves, given twice the tokens of a right answer."""
-    asked = [(row, _answer_tokens(model, row)) for row in prompts(STOP_PROMPTS)]
-    fair = [(row, length) for row, length in asked if _is_fair(length)]
+    """How many greedy answers to held-out prompts end by themselves within twice the tokens of a right answer."""
+    rows = [(row, _answer_tokens(model, row)) for row in prompts(STOP_PROMPTS)]
+    fair = [(row, length) for row, length in rows if _is_fair(length)]
     if not fair:
-        why = "right answers are too long to wait for" if asked else "no held-out row asks something"
+        why = "the right answers are too long" if rows else "no held-out row has a question"
         return Check("stop", "skip", f"whether answers end is not measured: {why}")
     _, limit = stop_prompts([length for _, length in fair])
     answers = model.generate([row.content for row, _ in fair], max_tokens=limit)
@@ -233,18 +232,18 @@ def stop(model: Model, prompts: Callable[[int], Sequence[Row]]) -> Check:
 
 
 def stop_prompts(lengths: Sequence[int]) -> tuple[int, int]:
-    """How many prompts are asked whether they end, and the most tokens of an answer; `lengths` are right answers'."""
+    """(prompts of the stop check, most tokens per answer); `lengths` are the tokens of the right answers."""
     fair = [length for length in lengths[:STOP_PROMPTS] if _is_fair(length)]
     return len(fair), max(LEAST_ANSWER, 2 * max(fair, default=0))
 
 
 def _is_fair(length: int) -> bool:
-    """Whether an answer may be waited for whose right one has `length` tokens."""
+    """Whether the right answer, of `length` tokens, is short enough for the stop check."""
     return 2 * length <= MOST_ANSWER
 
 
 def heldout(base: float | None, tuned: float | None) -> Check:
-    """The tuned model predicts held-out rows better than the base does."""
+    """Whether the held-out loss is lower than the base's."""
     if base is None or tuned is None:
         return Check("heldout", "skip", "the held-out loss is not measured")
     text = f"held-out loss {base:.3f} -> {tuned:.3f}"
@@ -263,10 +262,6 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().data).hexdigest()
 
 
-def _rms(values: Tensor) -> float:
-    return float(values.double().square().mean().sqrt())
-
-
 def _named(names: Sequence[str], most: int = 3) -> str:
-    listed = ", ".join(f"`{name.removeprefix('base_model.model.')}`" for name in names[:most])
+    listed = ", ".join(f"`{name.removeprefix(PREFIX)}`" for name in names[:most])
     return listed if len(names) <= most else f"{listed} and {len(names) - most} more"

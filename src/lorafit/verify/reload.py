@@ -1,7 +1,7 @@
-"""Logits of a run loaded from its files alone, in a fresh process that is given nothing but paths.
+"""A fresh process that loads what is on disk: it receives only paths, and returns logits.
 
-`logits_from_subprocess` starts the process and `main` runs in it: it loads as `lorafit generate RUN` does, then
-computes one pass.
+`logits_from_subprocess` starts one for a run and `main` runs in it: it loads as `lorafit generate RUN` does, then
+computes one pass. export/parity.py reads an export back in the same way.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,13 +27,13 @@ from lorafit.model.llama import Llama
 from lorafit.model.lora import disable_adapter, evaluating
 from lorafit.run_dir import RunDirectory
 
-PROBE_ROWS, MOST_TOKENS, MOST_POSITIONS = 4, 256, 16  # rows, and of each row
-TIMEOUT_SECONDS = 1800.0  # of loading a model from the slowest disk
+PROBE_ROWS, MOST_TOKENS, MOST_POSITIONS = 4, 256, 16  # rows; tokens and positions per row
+TIMEOUT_SECONDS = 1800.0  # to load a model from the slowest disk
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Fixed texts as ids (tokens,), the texts' token counts (texts,), and positions (positions,) to look at."""
+    """Fixed texts as ids (tokens,), the texts' token counts (texts,), and the positions (positions,) to compare."""
 
     ids: Tensor
     lengths: Tensor
@@ -41,20 +41,20 @@ class Probe:
 
     @classmethod
     def of(cls, rows: Sequence[TokenRow]) -> Probe:
-        """The first tokens of every row, looked at where they end."""
-        ids, positions, lengths, at = [], [], [], 0
+        """The first tokens of every row, compared at the last of them."""
+        ids, positions, lengths, start = [], [], [], 0
         for row, _ in rows:
             length = min(len(row), MOST_TOKENS)
             ids.append(torch.from_numpy(row[:length].astype(np.int64)))
-            positions.append(torch.arange(at + max(0, length - MOST_POSITIONS), at + length))
+            positions.append(torch.arange(start + max(0, length - MOST_POSITIONS), start + length))
             lengths.append(length)
-            at += length
+            start += length
         return cls(torch.cat(ids), torch.tensor(lengths), torch.cat(positions))
 
 
 @torch.inference_mode()
 def probe_logits(network: Llama, probe: Probe, *, base: bool) -> Tensor:
-    """Logits (positions, vocab_size) on the CPU, at least float32; `base` leaves the adapter out."""
+    """Logits (positions, vocab_size) on the CPU, at least float32; `base` disables the adapter."""
     device = network.lm_head.weight.device
     with evaluating(network), disable_adapter(network, when=base):
         attend = PackedDocuments(probe.lengths.tolist(), device)
@@ -66,48 +66,58 @@ def probe_logits(network: Llama, probe: Probe, *, base: bool) -> Tensor:
 def logits_from_subprocess(run: RunDirectory, probe: Probe) -> tuple[Tensor, Tensor]:
     """(tuned, base) logits of `probe` from a fresh process that loads `run` from disk.
 
-    Raises RunError with what that process said when it cannot.
+    Raises RunError with the reason that the process gives.
     """
     with tempfile.TemporaryDirectory(prefix="lorafit-proof-") as folder:
-        asked, answered = Path(folder) / "probe.safetensors", Path(folder) / "logits.safetensors"
-        save_file({"ids": probe.ids, "lengths": probe.lengths, "positions": probe.positions}, asked)
-        words = [str(path.resolve()) for path in (run.path, asked, answered)]
-        # -P: nothing in the working folder is taken for a module; as many threads, for the same bits
-        command = [sys.executable, "-P", "-m", "lorafit.verify.reload", *words]
+        probe_file, logits_file = Path(folder) / "probe.safetensors", Path(folder) / "logits.safetensors"
+        save_file({"ids": probe.ids, "lengths": probe.lengths, "positions": probe.positions}, probe_file)
+        # as many threads as here: the results then have the same bits
         environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-        try:
-            done = subprocess.run(  # noqa: S603 (our own module and paths)
-                command,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                check=False,
-                env=environment,
-                timeout=TIMEOUT_SECONDS,
-            )
-        except subprocess.TimeoutExpired:
-            raise RunError(f"a fresh process did not load the run within {TIMEOUT_SECONDS:.0f} s") from None
-        if done.returncode != 0:
-            said = [line for line in done.stderr.splitlines() if line.strip()]
-            first = next((line for line in said if line.startswith("error: ")), said[-1] if said else "")
-            reason = first.removeprefix("error: ") or f"exit code {done.returncode}"
+        paths = (run.path, probe_file, logits_file)
+        if reason := run_module("lorafit.verify.reload", paths, environment, TIMEOUT_SECONDS):
             raise RunError(f"a fresh process cannot load the run: {reason}", place=str(run.path))
-        logits = load_file(answered)
+        logits = load_file(logits_file)
     return logits["tuned"], logits["base"]
 
 
-def main(words: Sequence[str]) -> int:
-    """The fresh process: RUN, the probe's file, and the file for the logits."""
-    run, asked, answered = map(Path, words)
+def run_module(
+    module: str, paths: Sequence[Path], environment: Mapping[str, str], timeout: float | None = None
+) -> str:
+    """Run `python -m MODULE PATHS` to its end; returns why it failed, "" if it did not."""
+    # -P: a file of the working folder is never imported
+    command = [sys.executable, "-P", "-m", module, *(str(path.resolve()) for path in paths)]
+    try:
+        done = subprocess.run(  # noqa: S603 (our own module and paths)
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            env=dict(environment),
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired:
+        return f"it did not end within {timeout:.0f} s"
+    if done.returncode == 0:
+        return ""
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    exit_code = f"exit code {done.returncode}"
+    last = f"{exit_code}: {lines[-1]}" if lines else exit_code
+    return next((line for line in lines if line.startswith("error: ")), last).removeprefix("error: ")
+
+
+def main(paths: Sequence[str]) -> int:
+    """The fresh process. `paths` are the run, the probe's file, and the file for the logits."""
+    run, probe_file, logits_file = map(Path, paths)
     try:
         config = RunDirectory.open(run).config()
-        model = load(run, device=config.model.device, offline=True)  # what trained lies in the cache
-        probe = Probe(**load_file(asked))
+        model = load(run, device=config.model.device, offline=True)  # training put the base into the cache
+        probe = Probe(**load_file(probe_file))
         logits = {
             "tuned": probe_logits(model.network, probe, base=False),
             "base": probe_logits(model.network, probe, base=True),
         }
-        save_file(logits, answered)
+        save_file(logits, logits_file)
     except LorafitError as error:
         print(error, file=sys.stderr)
         return 2

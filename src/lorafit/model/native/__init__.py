@@ -1,7 +1,7 @@
 """The CPU kernels: compiled once on this machine with its own C++ compiler, cached, and called through ctypes.
 
-Nothing but speed depends on them: model/ops.py holds the same mathematics in torch, which runs where there is
-no compiler. Results do not depend on the number of threads.
+They are only faster: model/ops.py has the same operations in torch, which run if there is no compiler. Results do not
+depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lorafit.storage.locks import exclusive_lock
 _SOURCES = ("rows.cpp", "attention.cpp", "decode_linear.cpp", "decode.cpp", "products.cpp")
 _HEADERS = ("common.h", "vectors.h", "dots.h", "documents.h", "attention_dots.h")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
-_X86_FLAGS = ("-mprefer-vector-width=512",)  # where there are such; the compiler would take half of one
+_X86_FLAGS = ("-mprefer-vector-width=512",)  # if the processor has them; the default is 256
 _SUFFIX = {torch.float32: "_f32", torch.bfloat16: "_bf16"}
 
 
@@ -38,10 +38,10 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        self.has_tiles = self._says("has_tiles")
+        self.has_tiles = self._flag("has_tiles")
         """Whether the processor multiplies matrix tiles and the system lets this process use them."""
-        self.has_products = self._says("has_products")
-        """Whether the kernels `product` and `int8_product` are there: on tiles, or in vectors of dot products."""
+        self.has_products = self._flag("has_products")
+        """Whether the kernels `product` and `int8_product` exist: on tiles, or in vectors of dot products."""
 
     def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
         """Run the kernel `name` of `dtype` on all of torch's threads. Scalars are int64 or float32."""
@@ -49,7 +49,7 @@ class Kernels:
             *(_as_c(argument) for argument in arguments), ctypes.c_int(torch.get_num_threads())
         )
 
-    def _says(self, name: str) -> bool:
+    def _flag(self, name: str) -> bool:
         answer = ctypes.c_int64(0)
         getattr(self._library, name)(ctypes.byref(answer), ctypes.c_int(1))
         return bool(answer.value)
@@ -61,18 +61,18 @@ def fits(*tensors: Tensor) -> bool:
 
 
 def kernels() -> Kernels | None:
-    """The kernels of this machine, compiled at the first call; None where they cannot be had."""
+    """The kernels of this machine, compiled at the first call; None if they are not available."""
     return _build()[0]
 
 
 def missing() -> str:
-    """Why there are no kernels here; "" where there are."""
+    """Why the kernels are not available; "" if they are."""
     return _build()[1]
 
 
 @functools.cache
 def blocks() -> ctypes.CDLL | None:
-    """`keep_blocks` and `release_blocks` of model/native/blocks.cpp; None where they cannot be had."""
+    """`keep_blocks` and `release_blocks` of model/native/blocks.cpp; None if they are not available."""
     if sys.platform != "linux":
         return None
     torch_folder = Path(torch.__file__).parent
@@ -106,19 +106,19 @@ def _compiled(
     try:
         library = cache_folder("native") / f"{digest.hexdigest()[:32]}.so"
         if not library.is_file():
-            with exclusive_lock(library.with_suffix(".turn")):  # of ranks that start together one compiles
+            with exclusive_lock(library.with_suffix(".turn")):  # one of the ranks of a host compiles
                 if not library.is_file():
                     _compile(command, [path for path in paths if path.suffix == ".cpp"], links, library)
         return ctypes.CDLL(str(library)), ""
     except subprocess.CalledProcessError as error:
-        said = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
-        return None, f"`{compiler}` failed: {said[0]}"
+        lines = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
+        return None, f"`{compiler}` failed: {lines[0]}"
     except (OSError, subprocess.SubprocessError) as error:
         return None, str(error)
 
 
 def _compile(command: Sequence[str], sources: Sequence[Path], links: Sequence[str], library: Path) -> None:
-    """All sources at once, then the library of them. Raises CalledProcessError."""
+    """Compile all sources in parallel and link the library. Raises CalledProcessError."""
 
     def run(*words: object) -> None:
         subprocess.run(  # noqa: S603 (the user's own compiler on our own sources)
@@ -131,13 +131,13 @@ def _compile(command: Sequence[str], sources: Sequence[Path], links: Sequence[st
     ):
         objects = [Path(scratch) / f"{source.stem}.o" for source in sources]
         list(pool.map(lambda pair: run("-fPIC", "-c", "-o", *pair), zip(objects, sources, strict=True)))
-        made = Path(scratch) / "kernels.so"
-        run("-shared", "-o", made, *objects, *links)
-        made.replace(library)
+        linked = Path(scratch) / "kernels.so"
+        run("-shared", "-o", linked, *objects, *links)
+        linked.replace(library)
 
 
 def _machine() -> str:
-    """What a library fits: torch, and the instructions that the compiler may use. Machines can share a cache."""
+    """What a library depends on: torch, and the processor's instructions. Machines can share a cache."""
     instructions = sorted(torch.cpu.get_capabilities().items())
     return f"{torch.__version__} {platform.machine()} {platform.system()} {instructions}"
 

@@ -1,11 +1,11 @@
 // Causal attention of packed documents with rotary positions, forward and backward, in blocks of queries.
 //
 // q and o are (tokens, heads, size), k and v (tokens, kv_heads, size), cosine and sine (tokens, size / 2) float32,
-// lse (tokens, heads) float32. Document d holds the tokens index[starts[d]] .. index[starts[d + 1] - 1]: documents that
-// begin alike share tokens, which are numbered in the order in which they first occur. A query sees the keys of its
-// document up to itself, and with window > 0 only the last `window` of them. Scores exist for one block of queries
-// at a time, in float32 (the scheme of FlashAttention, Dao 2023). One thread does one document and one key-value
-// head, so results depend neither on the number of threads nor on the neighbours in the pack.
+// lse (tokens, heads) float32. Document d holds the tokens index[starts[d]] .. index[starts[d + 1] - 1]. Documents with a
+// common prefix share its tokens, and tokens are numbered in the order in which they first occur. A query attends to the
+// keys of its document up to its own position, and with window > 0 only to the last `window` of them. Scores exist for
+// one block of queries at a time, in float32 (FlashAttention, Dao 2023). One thread computes one document and one
+// key-value head. Thus results depend neither on the number of threads nor on the other documents of the pack.
 #include "documents.h"
 #include "dots.h"
 #include "vectors.h"
@@ -16,9 +16,9 @@
 
 constexpr int ROWS = LANES / 2;
 constexpr int64_t QUERIES = 64;      // queries of one block
-constexpr int64_t PAD = 2 * LANES;   // columns come in multiples of this
+constexpr int64_t PAD = 2 * LANES;   // the number of columns is a multiple of this
 
-// C[m, n] (+)= sum_k A[m * a_row + k * a_column] * B[k, n] for ROWS rows and COLUMNS vectors
+// C[m, n] (+)= sum_k A[m * a_row + k * a_column] * B[k, n] for ROWS rows and COLUMNS vectors.
 template <int COLUMNS>
 static inline void tile(int64_t depth, const float *a, int64_t a_row, int64_t a_column, const float *b, int64_t b_row,
                         float *c, int64_t c_row, bool add) {
@@ -37,7 +37,7 @@ static inline void tile(int64_t depth, const float *a, int64_t a_row, int64_t a_
     for (int n = 0; n < COLUMNS; n++) *(vec *)(c + m * c_row + n * LANES) = sum[m][n];
 }
 
-// rows is a multiple of ROWS, columns of LANES
+// rows is a multiple of ROWS, columns is a multiple of LANES.
 static void product(int64_t rows, int64_t columns, int64_t depth, const float *a, int64_t a_row, int64_t a_column,
                     const float *b, int64_t b_row, float *c, int64_t c_row, bool add) {
   for (int64_t n = 0; n < columns;) {
@@ -63,115 +63,121 @@ static void transpose(int64_t rows, int64_t columns, const float *from, float *t
       for (int64_t i = block; i < std::min(block + 16, rows); i++) to[j * to_row + i] = from[i * columns + j];
 }
 
-// The keys that a block of queries first..first+count sees: from `low` (a multiple of PAD) to `high` (padded)
+// The keys for the queries first .. first + count - 1: from `low` (a multiple of PAD) to `high` (rounded up to PAD).
 struct Range {
   int64_t low, high;
   Range(int64_t first, int64_t count, int64_t window)
-      : low(window ? std::max<int64_t>(0, first - window + 1) / PAD * PAD : 0), high(padded(first + count, PAD)) {}
+      : low(window ? std::max<int64_t>(0, first - window + 1) / PAD * PAD : 0), high(round_up(first + count, PAD)) {}
 };
 
 #include "attention_dots.h"
 
 template <class T>
-static void attend_one(const Shape &shape, const Document &document, int64_t group, const T *q, const T *k, const T *v,
+static void attend_one(const Shape &shape, const Document &document, int64_t kv_head, const T *q, const T *k, const T *v,
                        const float *cosine, const float *sine, T *o, float *lse) {
   const int64_t length = document.length, *const rows_of = document.rows;
-  const int64_t size = shape.size, all = padded(length, PAD), shared = shape.heads / shape.kv_heads;
+  const int64_t size = shape.size, padded = round_up(length, PAD), kv_groups = shape.heads / shape.kv_heads;
   const int64_t q_row = shape.heads * size, kv_row = shape.kv_heads * size;
-  std::vector<float> keys(all * size), keys_t(all * size), values(all * size), queries(QUERIES * size),
-      scores(QUERIES * all), mixed(QUERIES * size);
-  load(length, size, rows_of, k + group * size, kv_row, cosine, sine, 1.0f, keys.data());
-  transpose(length, size, keys.data(), keys_t.data(), all);
-  load(length, size, rows_of, v + group * size, kv_row, nullptr, nullptr, 1.0f, values.data());
-  for (int64_t head = group * shared; head < (group + 1) * shared; head++)
-    for (int64_t first = document.own, count; first < length; first += count) {
+  std::vector<float> keys(padded * size), keys_t(padded * size), values(padded * size), queries(QUERIES * size),
+      scores(QUERIES * padded), weighted(QUERIES * size);
+  load(length, size, rows_of, k + kv_head * size, kv_row, cosine, sine, 1.0f, keys.data());
+  transpose(length, size, keys.data(), keys_t.data(), padded);
+  load(length, size, rows_of, v + kv_head * size, kv_row, nullptr, nullptr, 1.0f, values.data());
+  for (int64_t head = kv_head * kv_groups; head < (kv_head + 1) * kv_groups; head++)
+    for (int64_t first = document.first_own, count; first < length; first += count) {
       count = std::min(QUERIES - first % QUERIES, length - first);
-      const int64_t rows = padded(count, ROWS);
+      const int64_t rows = round_up(count, ROWS);
       const Range range(first, count, shape.window);
-      const int64_t width = range.high - range.low;
+      const int64_t num_keys = range.high - range.low;
       load(count, size, rows_of + first, q + head * size, q_row, cosine, sine, shape.scale, queries.data());
       std::fill(queries.begin() + count * size, queries.begin() + rows * size, 0.0f);
-      product(rows, width, size, queries.data(), size, 1, keys_t.data() + range.low, all, scores.data(), width, false);
+      product(rows, num_keys, size, queries.data(), size, 1, keys_t.data() + range.low, padded, scores.data(), num_keys, false);
       for (int64_t t = 0; t < rows; t++) {
-        float *row = scores.data() + t * width;
-        const int64_t at = first + t, last = at + 1 - range.low;
-        const int64_t begin = shape.window ? std::max<int64_t>(0, at - shape.window + 1 - range.low) : 0;
+        float *row = scores.data() + t * num_keys;
+        const int64_t position = first + t, end_key = position + 1 - range.low;
+        const int64_t first_key = shape.window ? std::max<int64_t>(0, position - shape.window + 1 - range.low) : 0;
         if (t >= count) {
-          std::fill(row, row + width, 0.0f);
+          std::fill(row, row + num_keys, 0.0f);
           continue;
         }
-        std::fill(row, row + begin, 0.0f);
-        std::fill(row + last, row + width, 0.0f);
+        std::fill(row, row + first_key, 0.0f);
+        std::fill(row + end_key, row + num_keys, 0.0f);
         float sum = 0;
-        const float high = largest(row + begin, last - begin);
+        const float high = maximum(row + first_key, end_key - first_key);
 #pragma omp simd reduction(+ : sum)
-        for (int64_t j = begin; j < last; j++) sum += row[j] = fast_exp(row[j] - high);
-        lse[rows_of[at] * shape.heads + head] = high + std::log(sum);
+        for (int64_t j = first_key; j < end_key; j++) sum += row[j] = fast_exp(row[j] - high);
+        lse[rows_of[position] * shape.heads + head] = high + std::log(sum);
         const float inverse = 1.0f / sum;
 #pragma omp simd
-        for (int64_t j = begin; j < last; j++) row[j] *= inverse;
+        for (int64_t j = first_key; j < end_key; j++) row[j] *= inverse;
       }
-      product(rows, size, width, scores.data(), width, 1, values.data() + range.low * size, size, mixed.data(), size, false);
-      store(count, size, mixed.data(), rows_of + first, nullptr, nullptr, 1.0f, o + head * size, q_row);
+      product(rows, size, num_keys, scores.data(), num_keys, 1, values.data() + range.low * size, size, weighted.data(), size,
+              false);
+      store(count, size, weighted.data(), rows_of + first, nullptr, nullptr, 1.0f, o + head * size, q_row);
     }
 }
 
 template <class T>
-static void attend_one_backward(const Shape &shape, const Document &document, int64_t group, const T *q, const T *k,
+static void attend_one_backward(const Shape &shape, const Document &document, int64_t kv_head, const T *q, const T *k,
                                 const T *v, const T *d_o, const float *lse, const float *cosine, const float *sine, T *dq,
                                 T *dk, T *dv, float *slots_k, float *slots_v) {
   const int64_t length = document.length, *const rows_of = document.rows;
-  const int64_t size = shape.size, all = padded(length, PAD), shared = shape.heads / shape.kv_heads;
+  const int64_t size = shape.size, padded = round_up(length, PAD), kv_groups = shape.heads / shape.kv_heads;
   const int64_t q_row = shape.heads * size, kv_row = shape.kv_heads * size;
-  std::vector<float> keys(all * size), keys_t(all * size), values(all * size), values_t(all * size), d_keys(all * size),
-      d_values(all * size), queries(QUERIES * size), grad_output(QUERIES * size), d_queries(QUERIES * size),
-      scores(QUERIES * all), d_scores(QUERIES * all);
-  load(length, size, rows_of, k + group * size, kv_row, cosine, sine, 1.0f, keys.data());
-  transpose(length, size, keys.data(), keys_t.data(), all);
-  load(length, size, rows_of, v + group * size, kv_row, nullptr, nullptr, 1.0f, values.data());
-  transpose(length, size, values.data(), values_t.data(), all);
-  for (int64_t head = group * shared; head < (group + 1) * shared; head++)
-    for (int64_t first = document.own, count; first < length; first += count) {
+  std::vector<float> keys(padded * size), keys_t(padded * size), values(padded * size), values_t(padded * size),
+      d_keys(padded * size),
+      d_values(padded * size), queries(QUERIES * size), grad_output(QUERIES * size), d_queries(QUERIES * size),
+      scores(QUERIES * padded), d_scores(QUERIES * padded);
+  load(length, size, rows_of, k + kv_head * size, kv_row, cosine, sine, 1.0f, keys.data());
+  transpose(length, size, keys.data(), keys_t.data(), padded);
+  load(length, size, rows_of, v + kv_head * size, kv_row, nullptr, nullptr, 1.0f, values.data());
+  transpose(length, size, values.data(), values_t.data(), padded);
+  for (int64_t head = kv_head * kv_groups; head < (kv_head + 1) * kv_groups; head++)
+    for (int64_t first = document.first_own, count; first < length; first += count) {
       count = std::min(QUERIES - first % QUERIES, length - first);
-      const int64_t rows = padded(count, ROWS);
+      const int64_t rows = round_up(count, ROWS);
       const Range range(first, count, shape.window);
-      const int64_t width = range.high - range.low;
+      const int64_t num_keys = range.high - range.low;
       load(count, size, rows_of + first, q + head * size, q_row, cosine, sine, shape.scale, queries.data());
       load(count, size, rows_of + first, d_o + head * size, q_row, nullptr, nullptr, 1.0f, grad_output.data());
       std::fill(queries.begin() + count * size, queries.begin() + rows * size, 0.0f);
       std::fill(grad_output.begin() + count * size, grad_output.begin() + rows * size, 0.0f);
-      product(rows, width, size, queries.data(), size, 1, keys_t.data() + range.low, all, scores.data(), width, false);
-      product(rows, width, size, grad_output.data(), size, 1, values_t.data() + range.low, all, d_scores.data(), width, false);
+      product(rows, num_keys, size, queries.data(), size, 1, keys_t.data() + range.low, padded, scores.data(), num_keys, false);
+      product(rows, num_keys, size, grad_output.data(), size, 1, values_t.data() + range.low, padded, d_scores.data(), num_keys,
+              false);
       for (int64_t t = 0; t < rows; t++) {
-        float *row = scores.data() + t * width, *d_row = d_scores.data() + t * width;
-        const int64_t at = first + t, last = at + 1 - range.low;
-        const int64_t begin = shape.window ? std::max<int64_t>(0, at - shape.window + 1 - range.low) : 0;
+        float *row = scores.data() + t * num_keys, *d_row = d_scores.data() + t * num_keys;
+        const int64_t position = first + t, end_key = position + 1 - range.low;
+        const int64_t first_key = shape.window ? std::max<int64_t>(0, position - shape.window + 1 - range.low) : 0;
         if (t >= count) {
-          std::fill(row, row + width, 0.0f);
-          std::fill(d_row, d_row + width, 0.0f);
+          std::fill(row, row + num_keys, 0.0f);
+          std::fill(d_row, d_row + num_keys, 0.0f);
           continue;
         }
-        std::fill(row, row + begin, 0.0f);
-        std::fill(row + last, row + width, 0.0f);
-        std::fill(d_row, d_row + begin, 0.0f);
-        std::fill(d_row + last, d_row + width, 0.0f);
-        float along = 0;  // the grad_output along the row's own sum, which is fixed at 1
-        const float total = lse[rows_of[at] * shape.heads + head];
-#pragma omp simd reduction(+ : along)
-        for (int64_t j = begin; j < last; j++) {
-          row[j] = fast_exp(row[j] - total);
-          along += row[j] * d_row[j];
+        std::fill(row, row + first_key, 0.0f);
+        std::fill(row + end_key, row + num_keys, 0.0f);
+        std::fill(d_row, d_row + first_key, 0.0f);
+        std::fill(d_row + end_key, d_row + num_keys, 0.0f);
+        float delta = 0;  // sum_j p_j dp_j of the row (softmax backward)
+        const float log_sum = lse[rows_of[position] * shape.heads + head];
+#pragma omp simd reduction(+ : delta)
+        for (int64_t j = first_key; j < end_key; j++) {
+          row[j] = fast_exp(row[j] - log_sum);
+          delta += row[j] * d_row[j];
         }
 #pragma omp simd
-        for (int64_t j = begin; j < last; j++) d_row[j] = row[j] * (d_row[j] - along);
+        for (int64_t j = first_key; j < end_key; j++) d_row[j] = row[j] * (d_row[j] - delta);
       }
-      product(width, size, count, scores.data(), 1, width, grad_output.data(), size, d_values.data() + range.low * size, size, true);
-      product(width, size, count, d_scores.data(), 1, width, queries.data(), size, d_keys.data() + range.low * size, size, true);
-      product(rows, size, width, d_scores.data(), width, 1, keys.data() + range.low * size, size, d_queries.data(), size, false);
+      product(num_keys, size, count, scores.data(), 1, num_keys, grad_output.data(), size, d_values.data() + range.low * size,
+              size, true);
+      product(num_keys, size, count, d_scores.data(), 1, num_keys, queries.data(), size, d_keys.data() + range.low * size, size,
+              true);
+      product(rows, size, num_keys, d_scores.data(), num_keys, 1, keys.data() + range.low * size, size, d_queries.data(), size,
+              false);
       store(count, size, d_queries.data(), rows_of + first, cosine, sine, shape.scale, dq + head * size, q_row);
     }
-  store_gradients(document, size, d_keys.data(), cosine, sine, dk + group * size, slots_k + group * size, kv_row);
-  store_gradients<T>(document, size, d_values.data(), nullptr, nullptr, dv + group * size, slots_v + group * size, kv_row);
+  store_gradients(document, size, d_keys.data(), cosine, sine, dk + kv_head * size, slots_k + kv_head * size, kv_row);
+  store_gradients<T>(document, size, d_values.data(), nullptr, nullptr, dv + kv_head * size, slots_v + kv_head * size, kv_row);
 }
 
 template <class T>
@@ -204,8 +210,8 @@ static void attend_backward(int64_t count, const int64_t *starts, const int64_t 
                             int64_t size, int64_t window, const T *q, const T *k, const T *v, const T *d_o, const float *lse,
                             const float *cosine, const float *sine, T *dq, T *dk, T *dv, int threads) {
   const Shape shape{heads, kv_heads, size, window, 1.0f / std::sqrt(float(size))};
-  const auto in_order = documents_of(count, starts, index), documents = costliest_first(in_order);
-  const int64_t slots = (in_order.back().slot + in_order.back().alone) * kv_heads * size;
+  const auto in_pack_order = documents_of(count, starts, index), documents = costliest_first(in_pack_order);
+  const int64_t slots = (in_pack_order.back().slot + in_pack_order.back().first_unshared) * kv_heads * size;
   std::vector<float> slots_k(slots), slots_v(slots);
   [[maybe_unused]] const bool on_tiles = may_use_tiles();
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
@@ -225,7 +231,7 @@ static void attend_backward(int64_t count, const int64_t *starts, const int64_t 
   }
 #pragma omp parallel for num_threads(threads) schedule(static) if (slots)
   for (int64_t item = 0; item < 2 * kv_heads; item++)
-    add_slots(in_order, kv_heads * size, size, item / 2, (item % 2 ? slots_v : slots_k).data(), item % 2 ? dv : dk);
+    add_slots(in_pack_order, kv_heads * size, size, item / 2, (item % 2 ? slots_v : slots_k).data(), item % 2 ? dv : dk);
 }
 #define PARAMETERS(T) (int64_t count, const int64_t *starts, const int64_t *index, int64_t heads, int64_t kv_heads, int64_t size, int64_t window, const T *q, const T *k, const T *v, const T *d_o, const float *lse, const float *cosine, const float *sine, T *dq, T *dk, T *dv, int threads)
 FOR_BOTH_TYPES(attend_backward, (count, starts, index, heads, kv_heads, size, window, q, k, v, d_o, lse, cosine, sine, dq, dk, dv, threads))

@@ -1,9 +1,9 @@
-// Memory of large tensors: blocks in a few sizes, kept when freed and used again, beside the C library's heap.
+// A caching allocator for large tensors: blocks in a few size classes that are kept when freed and used again.
 //
-// A step makes and frees the same large tensors in every layer. In the heap what is kept comes to lie between what was
-// freed, so the peak grows; given back and faulted in again, pages cost as much as a tenth of the step. Blocks of one
-// size fit each other whatever order they come in. Before more is held than was once in use together, and `spare`, free
-// blocks go back to the system, the longest free first.
+// A step allocates and frees the same large tensors in every layer. In the C library's heap, live blocks fragment the
+// free memory, so the peak grows. If freed pages go back to the system, page faults cost up to a tenth of the step.
+// Blocks of one size class can replace each other in any order. The total of used and free blocks stays within the peak
+// of used bytes plus `spare`: before an allocation exceeds it, free blocks go back to the system, the oldest first.
 #include <c10/core/CPUAllocator.h>
 #include <sys/mman.h>
 
@@ -13,12 +13,12 @@
 #include <unordered_map>
 
 namespace {
-constexpr size_t LARGE = 1 << 20;   // smaller ones stay in the heap
-constexpr size_t MOST_TIMES = 2;    // a block is given for a size that is so many times smaller at most
-constexpr int CLASSES = 8;          // sizes to a doubling: at most an eighth is too much, and its pages are never touched
+constexpr size_t LARGE = 1 << 20;   // smaller allocations use the heap
+constexpr size_t MAX_SIZE_RATIO = 2;    // largest ratio of a block's size to the requested size
+constexpr int CLASSES = 8;          // size classes per doubling: at most an eighth is unused, and its pages are never touched
 
 struct Free {
-  void *at;
+  void *address;
   size_t size;
 };
 
@@ -34,84 +34,86 @@ class Blocks final : public c10::Allocator {
 
   c10::DataPtr allocate(size_t size) override {
     if (size < LARGE) return heap->allocate(size);
-    void *at = take(rounded(size));
-    TORCH_CHECK(at, "can't allocate memory: you tried to allocate ", size, " bytes.");
-    return {at, at, &give, c10::Device(c10::DeviceType::CPU)};
+    void *address = allocate_block(rounded(size));
+    TORCH_CHECK(address, "can't allocate memory: you tried to allocate ", size, " bytes.");
+    return {address, address, &free_block, c10::Device(c10::DeviceType::CPU)};
   }
-  c10::DeleterFnPtr raw_deleter() const override { return &give; }
+  c10::DeleterFnPtr raw_deleter() const override { return &free_block; }
   void copy_data(void *to, const void *from, size_t count) const override { default_copy_data(to, from, count); }
 
-  void release(size_t least) {  // the longest free first
-    while (held && least) {
-      const Free block = free_.front();
-      free_.pop_front();
-      munmap(block.at, block.size);
-      held -= block.size;
-      least -= std::min(least, block.size);
+  void release(size_t bytes) {  // frees the oldest blocks first
+    while (free_bytes && bytes) {
+      const Free block = free_blocks.front();
+      free_blocks.pop_front();
+      munmap(block.address, block.size);
+      free_bytes -= block.size;
+      bytes -= std::min(bytes, block.size);
     }
   }
   void release_all() {
     const std::lock_guard<std::mutex> guard(lock);
-    release(held);
+    release(free_bytes);
   }
 
  private:
-  void *take(size_t size) {
+  void *allocate_block(size_t size) {
     const std::lock_guard<std::mutex> guard(lock);
-    auto best = free_.end();  // of those that are large enough the smallest, of these the last freed: it may be in the cache
-    for (auto block = free_.begin(); block != free_.end(); ++block)
-      if (block->size >= size && block->size <= MOST_TIMES * size && (best == free_.end() || block->size <= best->size)) best = block;
-    if (best != free_.end()) {
+    auto best = free_blocks.end();  // the smallest block that fits; of equal ones the last freed, which may be in the cache
+    for (auto block = free_blocks.begin(); block != free_blocks.end(); ++block)
+      if (block->size >= size && block->size <= MAX_SIZE_RATIO * size &&
+          (best == free_blocks.end() || block->size <= best->size))
+        best = block;
+    if (best != free_blocks.end()) {
       const Free block = *best;
-      free_.erase(best);
-      held -= block.size;
-      return taken(block.at, block.size);
+      free_blocks.erase(best);
+      free_bytes -= block.size;
+      return register_block(block.address, block.size);
     }
-    if (used + held + size > most + spare) release(used + held + size - most - spare);
-    void *at = map(size);
-    if (at == MAP_FAILED) {
-      release(held);
-      at = map(size);
+    if (used_bytes + free_bytes + size > peak_bytes + spare) release(used_bytes + free_bytes + size - peak_bytes - spare);
+    void *address = map(size);
+    if (address == MAP_FAILED) {
+      release(free_bytes);
+      address = map(size);
     }
-    if (at == MAP_FAILED) return nullptr;
-    return taken(at, size);
+    if (address == MAP_FAILED) return nullptr;
+    return register_block(address, size);
   }
-  void *taken(void *at, size_t size) {
-    used += size;
-    most = std::max(most, used);
-    sizes[at] = size;
-    report(at, int64_t(size));
-    return at;
+  void *register_block(void *address, size_t size) {
+    used_bytes += size;
+    peak_bytes = std::max(peak_bytes, used_bytes);
+    sizes[address] = size;
+    report_change(address, int64_t(size));
+    return address;
   }
-  void report(void *at, int64_t change) const {
+  void report_change(void *address, int64_t change) const {
     if (c10::memoryProfilingEnabled())
-      c10::reportMemoryUsageToProfiler(at, change, used, used + held, c10::Device(c10::DeviceType::CPU));
+      c10::reportMemoryUsageToProfiler(address, change, used_bytes, used_bytes + free_bytes, c10::Device(c10::DeviceType::CPU));
   }
   static void *map(size_t size) { return mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0); }
-  static void give(void *at);
+  static void free_block(void *address);
 
   c10::Allocator *heap;
   const size_t spare;
   std::mutex lock;
-  std::deque<Free> free_;  // in the order in which they were freed
-  std::unordered_map<void *, size_t> sizes;  // of the blocks in use
-  size_t held = 0, used = 0, most = 0;  // bytes of free blocks, of those in use, of the most that were in use
+  std::deque<Free> free_blocks;  // in the order of being freed
+  std::unordered_map<void *, size_t> sizes;  // sizes of the used blocks
+  size_t free_bytes = 0, used_bytes = 0, peak_bytes = 0;  // bytes of free blocks, of used blocks, and the peak of used blocks
 };
 
 Blocks *blocks = nullptr;
 
-void Blocks::give(void *at) {
+void Blocks::free_block(void *address) {
   std::unique_lock<std::mutex> guard(blocks->lock);
-  const auto found = blocks->sizes.find(at);
-  if (found == blocks->sizes.end()) {  // a small one of somebody who asked for bare memory
+  const auto entry = blocks->sizes.find(address);
+  if (entry == blocks->sizes.end()) {  // a small allocation from raw_allocate
     guard.unlock();
-    return blocks->heap->raw_deallocate(at);
+    return blocks->heap->raw_deallocate(address);
   }
-  blocks->free_.push_back({at, found->second});
-  blocks->held += found->second;
-  blocks->used -= found->second;
-  blocks->report(at, -int64_t(found->second));
-  blocks->sizes.erase(found);
+  blocks->free_blocks.push_back({address, entry->second});
+  blocks->free_bytes += entry->second;
+  blocks->used_bytes -= entry->second;
+  blocks->report_change(address, -int64_t(entry->second));
+  blocks->sizes.erase(entry);
 }
 }  // namespace
 

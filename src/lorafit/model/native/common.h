@@ -1,4 +1,4 @@
-// Number types, conversions and a vectorisable exponential shared by the kernels.
+// Number types, conversions and a vectorisable exponential that the kernels share.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -18,7 +18,7 @@ inline float get(bf16 value) {
 }
 
 inline void put(float value, float &to) { to = value; }
-inline void put(float value, bf16 &to) {  // round to nearest, ties to even; a NaN stays one
+inline void put(float value, bf16 &to) {  // round to nearest, ties to even; a NaN stays a NaN
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
   uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -43,8 +43,8 @@ inline float fast_exp(float x) {
   return x < -87.0f ? 0.0f : p * power;
 }
 
-// The largest of some numbers; a function of its own, because within another loop the compiler does it one by one.
-__attribute__((noinline)) inline float largest(const float *row, int64_t count) {
+// The largest of `count` numbers. Not inlined: inside another loop the compiler does not vectorise it.
+__attribute__((noinline)) inline float maximum(const float *row, int64_t count) {
   float high = -INFINITY;
 #pragma omp simd reduction(max : high)
   for (int64_t i = 0; i < count; i++) high = row[i] > high ? row[i] : high;
@@ -53,7 +53,7 @@ __attribute__((noinline)) inline float largest(const float *row, int64_t count) 
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 
-// From the template NAME a C function for float32 and one for bfloat16; PARAMETERS(T) is their parameter list.
+// Defines NAME_f32 and NAME_bf16, C functions that call the template NAME. PARAMETERS(T) is their parameter list.
 #define FOR_BOTH_TYPES(NAME, ARGUMENTS)                              \
   extern "C" void NAME##_f32 PARAMETERS(float) { NAME<float> ARGUMENTS; } \
   extern "C" void NAME##_bf16 PARAMETERS(bf16) { NAME<bf16> ARGUMENTS; }

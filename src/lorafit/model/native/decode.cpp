@@ -1,17 +1,17 @@
-// Attention of one new token a row over the row's cache of keys and values, with rotary positions.
+// Attention of one new token per row over the row's key-value cache, with rotary positions.
 //
-// q and out are (rows, heads, size), k and v (rows, kv_heads, size), cosine and sine (rows, size / 2) float32. Row r
-// lives in the cache's slot slots[r]; caches are (slots, kv_heads, capacity, size) and hold positions[r] tokens of it.
-// The new key, transposed, and value are written behind them. With window > 0 only the last `window` tokens are seen. One
-// thread does one row and one key-value head: results depend neither on their number nor on the other rows.
+// q and out are (rows, heads, size), k and v (rows, kv_heads, size), cosine and sine (rows, size / 2) float32. Caches are
+// (slots, kv_heads, capacity, size). Row r uses the slot slots[r], which holds positions[r] tokens. The new rotated key
+// and the new value are appended. With window > 0 the query attends only to the last `window` tokens. One thread computes
+// one row and one key-value head: results depend neither on the number of threads nor on the other rows.
 #include "vectors.h"
 
 #include <vector>
 
-constexpr int64_t TOGETHER = 16;  // tokens of a cache whose products with one query are made at a time
+constexpr int64_t TOKEN_BLOCK = 16;  // cached tokens per block
 
 template <class T>
-static void turn(int64_t half, const T *from, const float *cosine, const float *sine, float scale, float *to) {
+static void rotate(int64_t half, const T *from, const float *cosine, const float *sine, float scale, float *to) {
 #pragma omp simd
   for (int64_t i = 0; i < half; i++) {
     float first = get(from[i]) * scale, second = get(from[half + i]) * scale;
@@ -20,10 +20,10 @@ static void turn(int64_t half, const T *from, const float *cosine, const float *
   }
 }
 
-// TOGETHER rows of a cache from `from` on, `count` of them there, as rows of `size` numbers, a multiple of LANES
+// Converts TOKEN_BLOCK cache rows to rows of `size` numbers (a multiple of LANES); rows from `count` on are zero.
 template <class T>
 static void load(int64_t count, int64_t width, int64_t size, const T *from, float *to) {
-  for (int64_t j = 0; j < TOGETHER; j++)
+  for (int64_t j = 0; j < TOKEN_BLOCK; j++)
     if (j < count)
 #pragma omp simd
       for (int64_t i = 0; i < width; i++) to[j * size + i] = get(from[j * width + i]);
@@ -31,83 +31,87 @@ static void load(int64_t count, int64_t width, int64_t size, const T *from, floa
       std::fill(to + j * size, to + j * size + width, 0.0f);
 }
 
-// Adds to N vectors of `to` those of TOGETHER rows, each times its weight
+// Adds to N vectors of `to` the weighted sum of TOKEN_BLOCK rows.
 template <int N>
-static inline void mix(int64_t size, const float *weights, const float *rows, float *to) {
+static inline void add_weighted(int64_t size, const float *weights, const float *rows, float *to) {
   vec sums[N];
   for (int n = 0; n < N; n++) sums[n] = *(const vec *)(to + n * LANES);
 #pragma GCC unroll 16
-  for (int64_t j = 0; j < TOGETHER; j++)
+  for (int64_t j = 0; j < TOKEN_BLOCK; j++)
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) sums[n] += *(const vec *)(rows + j * size + n * LANES) * weights[j];
   for (int n = 0; n < N; n++) *(vec *)(to + n * LANES) = sums[n];
 }
 
-// `shared` heads of queries against one head of the cache, of `width` numbers each; rows of scores are `pitch` apart.
-// `mixed` comes as zeros, and so does what is behind `width` in a row.
+// `kv_groups` query heads with one key-value head of the cache, each of `width` numbers. `pitch` is the row stride of
+// `scores`. The caller passes zeros in `weighted` and in the padding behind `width` of a query.
 template <class T>
-static void attend_one(int64_t shared, int64_t width, int64_t seen, int64_t pitch, const float *queries, const T *keys,
-                       const T *values, float *scores, float *rows, float *mixed, T *out) {
-  const int64_t size = padded(width, LANES);
-  for (int64_t first = 0; first < seen; first += TOGETHER) {
-    load(std::min(TOGETHER, seen - first), width, size, keys + first * width, rows);
-    for (int64_t head = 0; head < shared; head++) {
-      vec sums[TOGETHER] = {};
+static void attend_one(int64_t kv_groups, int64_t width, int64_t num_tokens, int64_t pitch, const float *queries, const T *keys,
+                       const T *values, float *scores, float *rows, float *weighted, T *out) {
+  const int64_t size = round_up(width, LANES);
+  for (int64_t first = 0; first < num_tokens; first += TOKEN_BLOCK) {
+    load(std::min(TOKEN_BLOCK, num_tokens - first), width, size, keys + first * width, rows);
+    for (int64_t head = 0; head < kv_groups; head++) {
+      vec sums[TOKEN_BLOCK] = {};
       for (int64_t i = 0; i < size; i += LANES) {
         const vec query = *(const vec *)(queries + head * size + i);
 #pragma GCC unroll 16
-        for (int64_t j = 0; j < TOGETHER; j++) sums[j] += query * *(const vec *)(rows + j * size + i);
+        for (int64_t j = 0; j < TOKEN_BLOCK; j++) sums[j] += query * *(const vec *)(rows + j * size + i);
       }
-      totals(sums, TOGETHER, scores + head * pitch + first);
+      lane_sums(sums, TOKEN_BLOCK, scores + head * pitch + first);
     }
   }
-  for (int64_t head = 0; head < shared; head++) {
+  for (int64_t head = 0; head < kv_groups; head++) {
     float *row = scores + head * pitch, sum = 0;
-    const float high = largest(row, seen);
+    const float high = maximum(row, num_tokens);
 #pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < seen; j++) sum += row[j] = fast_exp(row[j] - high);
+    for (int64_t j = 0; j < num_tokens; j++) sum += row[j] = fast_exp(row[j] - high);
     const float inverse = 1.0f / sum;
 #pragma omp simd
-    for (int64_t j = 0; j < seen; j++) row[j] *= inverse;
-    std::fill(row + seen, row + pitch, 0.0f);
+    for (int64_t j = 0; j < num_tokens; j++) row[j] *= inverse;
+    std::fill(row + num_tokens, row + pitch, 0.0f);
   }
-  for (int64_t first = 0; first < seen; first += TOGETHER) {
-    load(std::min(TOGETHER, seen - first), width, size, values + first * width, rows);
-    for (int64_t head = 0; head < shared; head++) {
+  for (int64_t first = 0; first < num_tokens; first += TOKEN_BLOCK) {
+    load(std::min(TOKEN_BLOCK, num_tokens - first), width, size, values + first * width, rows);
+    for (int64_t head = 0; head < kv_groups; head++) {
       int64_t i = 0;
-      for (; i + 4 * LANES <= size; i += 4 * LANES) mix<4>(size, scores + head * pitch + first, rows + i, mixed + head * size + i);
-      for (; i < size; i += LANES) mix<1>(size, scores + head * pitch + first, rows + i, mixed + head * size + i);
+      for (; i + 4 * LANES <= size; i += 4 * LANES) add_weighted<4>(size, scores + head * pitch + first, rows + i,
+                                                                    weighted + head * size + i);
+      for (; i < size; i += LANES) add_weighted<1>(size, scores + head * pitch + first, rows + i, weighted + head * size + i);
     }
   }
-  for (int64_t head = 0; head < shared; head++)
+  for (int64_t head = 0; head < kv_groups; head++)
 #pragma omp simd
-    for (int64_t i = 0; i < width; i++) put(mixed[head * size + i], out[head * width + i]);
+    for (int64_t i = 0; i < width; i++) put(weighted[head * size + i], out[head * width + i]);
 }
 
 template <class T>
 static void attend_cache(int64_t rows, int64_t heads, int64_t kv_heads, int64_t size, int64_t capacity, int64_t window,
                          const int64_t *slots, const int64_t *positions, const T *q, const T *k, const T *v,
                          const float *cosine, const float *sine, T *k_cache, T *v_cache, T *out, int threads) {
-  const int64_t shared = heads / kv_heads, half = size / 2, whole = padded(size, LANES);
+  const int64_t kv_groups = heads / kv_heads, half = size / 2, padded_size = round_up(size, LANES);
   const float scale = 1.0f / std::sqrt(float(size));
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t item = 0; item < rows * kv_heads; item++) {
-    static thread_local std::vector<float> room;
-    const int64_t row = item / kv_heads, last = positions[row] + 1;
-    const int64_t first = window ? std::max<int64_t>(0, last - window) : 0, pitch = padded(last - first, TOGETHER);
-    const int64_t need = (2 * shared + TOGETHER) * whole + shared * pitch;
-    if (int64_t(room.size()) < need) room.resize(2 * need);
-    float *queries = room.data(), *mixed = queries + shared * whole, *wide = mixed + shared * whole, *scores = wide + TOGETHER * whole;
+  for (int64_t task = 0; task < rows * kv_heads; task++) {
+    static thread_local std::vector<float> workspace;
+    const int64_t row = task / kv_heads, last = positions[row] + 1;
+    const int64_t first = window ? std::max<int64_t>(0, last - window) : 0, pitch = round_up(last - first, TOKEN_BLOCK);
+    const int64_t num_floats = (2 * kv_groups + TOKEN_BLOCK) * padded_size + kv_groups * pitch;
+    if (int64_t(workspace.size()) < num_floats) workspace.resize(2 * num_floats);
+    float *queries = workspace.data(), *weighted = queries + kv_groups * padded_size,
+        *widened = weighted + kv_groups * padded_size, *scores = widened + TOKEN_BLOCK * padded_size;
     std::fill(queries, scores, 0.0f);
-    T *keys = k_cache + (slots[row] * kv_heads + item % kv_heads) * capacity * size;
-    T *values = v_cache + (slots[row] * kv_heads + item % kv_heads) * capacity * size;
+    T *keys = k_cache + (slots[row] * kv_heads + task % kv_heads) * capacity * size;
+    T *values = v_cache + (slots[row] * kv_heads + task % kv_heads) * capacity * size;
     const float *c = cosine + row * half, *s = sine + row * half;
-    turn(half, k + item * size, c, s, 1.0f, wide);
-    for (int64_t i = 0; i < size; i++) put(wide[i], keys[(last - 1) * size + i]);
-    std::copy(v + item * size, v + (item + 1) * size, values + (last - 1) * size);
-    const int64_t from = item * shared * size;
-    for (int64_t head = 0; head < shared; head++) turn(half, q + from + head * size, c, s, scale, queries + head * whole);
-    attend_one(shared, size, last - first, pitch, queries, keys + first * size, values + first * size, scores, wide, mixed, out + from);
+    rotate(half, k + task * size, c, s, 1.0f, widened);
+    for (int64_t i = 0; i < size; i++) put(widened[i], keys[(last - 1) * size + i]);
+    std::copy(v + task * size, v + (task + 1) * size, values + (last - 1) * size);
+    const int64_t from = task * kv_groups * size;
+    for (int64_t head = 0; head < kv_groups; head++) rotate(half, q + from + head * size, c, s, scale,
+                                                            queries + head * padded_size);
+    attend_one(kv_groups, size, last - first, pitch, queries, keys + first * size, values + first * size, scores, widened,
+               weighted, out + from);
   }
 }
 #define PARAMETERS(T) (int64_t rows, int64_t heads, int64_t kv_heads, int64_t size, int64_t capacity, int64_t window, const int64_t *slots, const int64_t *positions, const T *q, const T *k, const T *v, const float *cosine, const float *sine, T *k_cache, T *v_cache, T *out, int threads)

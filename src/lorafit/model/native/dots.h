@@ -1,5 +1,5 @@
-// The processor's dot products of short numbers, in vectors (AVX-512 BF16 and VNNI) and on matrix tiles (Intel AMX):
-// leave to use tiles, their shape, and rows laid out for both. Empty where there are none.
+// Dot-product instructions for 8-bit and 16-bit numbers: vectors (AVX-512 BF16 and VNNI) and matrix tiles (Intel AMX).
+// Contains the permission to use tiles, their shape, and the packed layout of both. Empty on other processors.
 #pragma once
 #include "common.h"
 
@@ -12,8 +12,8 @@
 
 constexpr int64_t TILE_ROWS = 16, TILE_BYTES = 64, TILE = TILE_ROWS * TILE_BYTES;
 
-// Words (32 bits) w[i][c] = from[c][i] of 16 rows; those from `count` on are zero, and what is behind `bytes`
-inline void turn_words(const uint8_t *from, int64_t pitch, int64_t count, int64_t bytes, uint8_t *to) {
+// Transposes 32-bit words: w[i][c] = from[c][i] for 16 rows. Rows from `count` on and bytes from `bytes` on are zero.
+inline void transpose_words(const uint8_t *from, int64_t pitch, int64_t count, int64_t bytes, uint8_t *to) {
   const __mmask64 mask = bytes < 64 ? (1ull << bytes) - 1 : ~0ull;
   __m512i a[16], b[16];
   for (int64_t i = 0; i < 16; i++) a[i] = _mm512_maskz_loadu_epi8(i < count ? mask : 0, from + i * pitch);
@@ -36,8 +36,8 @@ inline void turn_words(const uint8_t *from, int64_t pitch, int64_t count, int64_
   }
 }
 
-// The order that lays numbers of 16 bits of two vectors side by side, from `first` on in each
-inline __m512i side_by_side(int64_t first) {
+// The permutation that interleaves the 16-bit numbers of two vectors, from index `first` of each.
+inline __m512i interleave_order(int64_t first) {
   alignas(64) uint16_t order[32];
   for (int64_t i = 0; i < 32; i++) order[i] = uint16_t(first + i / 2 + i % 2 * 32);
   return _mm512_load_si512(order);
@@ -46,24 +46,26 @@ inline __m512i side_by_side(int64_t first) {
 inline __m512i dot(__m512i sums, __m512i a, __m512i b) { return _mm512_dpbusd_epi32(sums, a, b); }  // a is unsigned
 inline __m512 dot(__m512 sums, __m512i a, __m512i b) { return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b); }
 
-constexpr int64_t DOT_ROWS = 8;  // that are multiplied at a time: their sums fill half of the registers
+constexpr int64_t DOT_ROWS = 8;  // rows per call of add_dots: their accumulators fill half of the registers
 
-// Adds to `left` and `right` the products of DOT_ROWS rows of a and twice 16 columns of b, `steps` of TILE_BYTES deep. b is
-// laid out as for the tiles, its second columns `next` bytes behind; strides are bytes. `ahead` comes into the second cache
-// meanwhile, two lines a step.
+// Adds to `left` and `right` the products of DOT_ROWS rows of a with 2 x 16 columns of b; the depth is `steps` times
+// TILE_BYTES. b is packed as for tiles, and its second 16 columns are `next` bytes further on. Strides are bytes. Two cache
+// lines per step are prefetched into the L2 cache, from `prefetch_from` on.
 template <class Vector>
 __attribute__((always_inline)) inline void add_dots(int64_t steps, const uint8_t *a, int64_t a_row, int64_t a_step, const uint8_t *b,
-                                                    int64_t b_step, int64_t next, const uint8_t *ahead, Vector *left, Vector *right) {
-  for (int64_t step = 0; step < steps; step++, a += a_step, b += b_step, ahead += 2 * TILE_BYTES) {
-    __builtin_prefetch(ahead, 0, 2), __builtin_prefetch(ahead + TILE_BYTES, 0, 2);
+                                                    int64_t b_step, int64_t second_offset, const uint8_t *prefetch_from,
+                                                        Vector *left, Vector *right) {
+  for (int64_t step = 0; step < steps; step++, a += a_step, b += b_step, prefetch_from += 2 * TILE_BYTES) {
+    __builtin_prefetch(prefetch_from, 0, 2), __builtin_prefetch(prefetch_from + TILE_BYTES, 0, 2);
     for (int64_t word = 0; word < TILE_BYTES; word += 4) {
-      const __m512i first = _mm512_load_si512(b + word * TILE_ROWS), second = _mm512_load_si512(b + word * TILE_ROWS + next);
+      const __m512i first = _mm512_load_si512(b + word * TILE_ROWS),
+          second = _mm512_load_si512(b + word * TILE_ROWS + second_offset);
 #pragma GCC unroll 16
       for (int64_t row = 0; row < DOT_ROWS; row++) {
-        int32_t one;
-        std::memcpy(&one, a + row * a_row + word, 4);
-        const __m512i both = _mm512_set1_epi32(one);
-        left[row] = dot(left[row], both, first), right[row] = dot(right[row], both, second);
+        int32_t word_of_a;
+        std::memcpy(&word_of_a, a + row * a_row + word, 4);
+        const __m512i broadcast = _mm512_set1_epi32(word_of_a);
+        left[row] = dot(left[row], broadcast, first), right[row] = dot(right[row], broadcast, second);
       }
     }
   }
@@ -75,13 +77,13 @@ __attribute__((always_inline)) inline void add_dots(int64_t steps, const uint8_t
 #include <sys/syscall.h>
 #include <unistd.h>
 
-// Linux gives the tiles to a process that asks (arch_prctl(2): ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+// Linux grants tiles on request (arch_prctl(2): ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA).
 inline bool may_use_tiles() {
   static const bool granted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
   return granted;
 }
 
-// While it lives this thread's eight tiles, if they may be used, have 16 rows of 64 bytes
+// During the lifetime of this object, the thread's eight tiles have 16 rows of 64 bytes, if `used`.
 struct Tiles {
   const bool used;
   explicit Tiles(bool used) : used(used) {
@@ -92,7 +94,7 @@ struct Tiles {
       uint8_t rows[16] = {};
     } shape;
     for (int tile = 0; tile < 8; tile++) shape.bytes[tile] = TILE_BYTES, shape.rows[tile] = TILE_ROWS;
-    asm volatile("" : : "r"(&shape) : "memory");  // GCC 12 takes the first bytes alone for what the next line reads
+    asm volatile("" : : "r"(&shape) : "memory");  // GCC 12 assumes that the next line reads only the first bytes
     _tile_loadconfig(&shape);
   }
   ~Tiles() {
@@ -106,20 +108,20 @@ struct Tiles {
 };
 #endif
 
-struct Aligned {  // memory on a cache line; not initialised
-  uint8_t *at;
-  explicit Aligned(size_t bytes) : at((uint8_t *)::operator new(bytes, std::align_val_t(64))) {}
-  ~Aligned() { ::operator delete(at, std::align_val_t(64)); }
+struct Aligned {  // memory aligned to a cache line; not initialised
+  uint8_t *data;
+  explicit Aligned(size_t bytes) : data((uint8_t *)::operator new(bytes, std::align_val_t(64))) {}
+  ~Aligned() { ::operator delete(data, std::align_val_t(64)); }
   Aligned(const Aligned &) = delete;
   Aligned &operator=(const Aligned &) = delete;
 };
 
-struct Space {  // of a thread, kept from call to call: fresh pages cost more than a row
-  std::optional<Aligned> held;
+struct Space {  // memory of a thread, kept between calls: page faults cost more than the product of a row
+  std::optional<Aligned> storage;
   size_t size = 0;
   template <class Item>
   Item *of(int64_t count) {
-    if (size < count * sizeof(Item)) held.emplace(size = count * sizeof(Item));
-    return size ? (Item *)held->at : nullptr;
+    if (size < count * sizeof(Item)) storage.emplace(size = count * sizeof(Item));
+    return size ? (Item *)storage->data : nullptr;
   }
 };

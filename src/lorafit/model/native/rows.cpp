@@ -1,7 +1,7 @@
 // Kernels that work on one row at a time: norms, the swiglu product, 8-bit quantisation, cross-entropy.
 //
-// All tensors are contiguous, (rows, width) in row-major order. Arithmetic is float32 whatever the type of the
-// tensors. Each row is the work of one thread, so results do not depend on the number of threads.
+// All tensors are contiguous, (rows, width) in row-major order. Arithmetic is float32 for every type of tensor. One thread
+// computes a row, so results do not depend on the number of threads.
 #include "common.h"
 
 // y = x * rstd * w, rstd = 1 / sqrt(mean(x^2) + eps)
@@ -35,10 +35,10 @@ static void rms_norm_backward(int64_t rows, int64_t width, const T *dy, const T 
     float dot = 0, scale = rstd[row];
 #pragma omp simd reduction(+ : dot)
     for (int64_t i = 0; i < width; i++) dot += get(grad_output[i]) * get(w[i]) * get(in[i]);
-    float along = dot * scale * scale / float(width);
+    float projection = dot * scale * scale / float(width);
 #pragma omp simd
     for (int64_t i = 0; i < width; i++)
-      put(scale * (get(grad_output[i]) * get(w[i]) - get(in[i]) * along), out[i]);
+      put(scale * (get(grad_output[i]) * get(w[i]) - get(in[i]) * projection), out[i]);
   }
 }
 #define PARAMETERS(T) (int64_t rows, int64_t width, const T *dy, const T *x, const T *w, const float *rstd, T *dx, int threads)
@@ -60,7 +60,7 @@ static void swiglu(int64_t rows, int64_t width, const T *gate, const T *up, T *o
 FOR_BOTH_TYPES(swiglu, (rows, width, gate, up, out, threads))
 #undef PARAMETERS
 
-// The gradients of gate and up from that of the product; dgate may be the memory of dout.
+// The gradients of gate and up from the gradient of the product; dgate can be the memory of dout.
 template <class T>
 static void swiglu_backward(int64_t rows, int64_t width, const T *dout, const T *gate, const T *up, T *dgate, T *dup,
                            int threads) {
@@ -80,7 +80,7 @@ static void swiglu_backward(int64_t rows, int64_t width, const T *dout, const T 
 FOR_BOTH_TYPES(swiglu_backward, (rows, width, dout, gate, up, dgate, dup, threads))
 #undef PARAMETERS
 
-// Largest |x * factor| of every column; `highest` (threads, width) is room for each thread's share.
+// Largest |x * factor| of every column, from each `every`-th row. `highest` (threads, width) is a workspace.
 template <class T>
 static void column_peaks(int64_t rows, int64_t width, int64_t every, const T *x, const float *factor, float *highest, float *peaks,
                          int threads) {
@@ -107,7 +107,7 @@ static void column_peaks(int64_t rows, int64_t width, int64_t every, const T *x,
 FOR_BOTH_TYPES(column_peaks, (rows, width, every, x, factor, highest, peaks, threads))
 #undef PARAMETERS
 
-// q = round(x * factor / scale) with scale = max |x * factor| / 127 of the row; factor is one number a column.
+// q = round(x * factor / scale) with scale = max |x * factor| / 127 of the row; factor has one number per column.
 template <class T>
 static void quantize_rows(int64_t rows, int64_t width, const T *x, const float *factor, int8_t *q, float *scale,
                           int threads) {
@@ -129,7 +129,7 @@ static void quantize_rows(int64_t rows, int64_t width, const T *x, const float *
 FOR_BOTH_TYPES(quantize_rows, (rows, width, x, factor, q, scale, threads))
 #undef PARAMETERS
 
-// y = addend + sums * row_scale * column_scale; addend may be null, or y itself
+// y = addend + sums * row_scale * column_scale; addend can be null, or y itself.
 template <class T>
 static void dequantize(int64_t rows, int64_t width, const int32_t *sums, const float *row_scale,
                        const float *column_scale, const T *addend, T *y, int threads) {
@@ -152,7 +152,7 @@ static void dequantize(int64_t rows, int64_t width, const int32_t *sums, const f
 FOR_BOTH_TYPES(dequantize, (rows, width, sums, row_scale, column_scale, addend, y, threads))
 #undef PARAMETERS
 
-// y = x / (1 - p) where a hash of seed, row and column is at least p * 2^32, else 0 (the mixing is Wellons' lowbias32)
+// y = x / (1 - p) where a hash of seed, row and column is at least p * 2^32, else 0. The hash is Wellons' lowbias32.
 template <class T>
 static void dropout(int64_t rows, int64_t width, int64_t seed, const int64_t *keys, int64_t threshold, float scale, const T *x,
                     T *y, int threads) {
@@ -179,7 +179,7 @@ static void dropout(int64_t rows, int64_t width, int64_t seed, const int64_t *ke
 FOR_BOTH_TYPES(dropout, (rows, width, seed, keys, threshold, scale, x, y, threads))
 #undef PARAMETERS
 
-// losses = log sum exp(logits) - logits[target]; with grad_output set the logits become softmax(logits) - [i = target].
+// losses = log sum exp(logits) - logits[target]; with grad_output the logits become softmax(logits) - [i = target].
 template <class T>
 static void cross_entropy(int64_t rows, int64_t width, T *logits, const int64_t *targets, float *losses, int64_t grad_output,
                           int threads) {
@@ -194,10 +194,10 @@ static void cross_entropy(int64_t rows, int64_t width, T *logits, const int64_t 
     float total = high + std::log(sum);
     losses[row] = total - get(in[targets[row]]);
     if (!grad_output) continue;
-    float at_target = fast_exp(get(in[targets[row]]) - total) - 1.0f;
+    float target_gradient = fast_exp(get(in[targets[row]]) - total) - 1.0f;
 #pragma omp simd
     for (int64_t i = 0; i < width; i++) put(fast_exp(get(in[i]) - total), in[i]);
-    put(at_target, in[targets[row]]);
+    put(target_gradient, in[targets[row]]);
   }
 }
 #define PARAMETERS(T) (int64_t rows, int64_t width, T *logits, const int64_t *targets, float *losses, int64_t grad_output, int threads)

@@ -1,4 +1,4 @@
-// Vectors of float32 as wide as the processor's registers, and the sums of their lanes.
+// Vectors of float32 with the width of the processor's registers, and the sums of their lanes.
 #pragma once
 #include "common.h"
 #ifdef __AVX512F__
@@ -9,24 +9,25 @@ constexpr int LANES = 8;
 #endif
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4)));
 
-inline int64_t padded(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// to[i] = the sum of the lanes of sums[i], half on half: the same bits wherever it stands. Inlined it would take registers
-// from the loop before it.
-__attribute__((noinline)) inline void totals(const vec *sums, int64_t count, float *to) {
+// to[i] = the sum of the lanes of sums[i], by halves, so the bits do not depend on i. Not inlined: inlined code would use
+// registers that the loop before it needs.
+__attribute__((noinline)) inline void lane_sums(const vec *sums, int64_t count, float *to) {
 #ifdef __AVX512F__
-  for (int64_t first = 0; first < count; first += 16) {  // sixteen at once: what is left of several comes side by side
-    const auto at = [&](int64_t i) { return first + i < count ? (__m512)sums[first + i] : _mm512_setzero_ps(); };
-    const auto eights = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee)); };
-    const auto pairs = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee)); };
+  for (int64_t first = 0; first < count; first += 16) {  // 16 vectors at a time; each step adds halves of two vectors in one register
+    const auto vector_at = [&](int64_t i) { return first + i < count ? (__m512)sums[first + i] : _mm512_setzero_ps(); };
+    const auto add_halves = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee)); };
+    const auto add_pairs = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee)); };
     __m512 fours[4];
     for (int64_t i = 0; i < 4; i++) {
-      const __m512 low = eights(at(i), at(4 + i)), high = eights(at(8 + i), at(12 + i));
+      const __m512 low = add_halves(vector_at(i), vector_at(4 + i)), high = add_halves(vector_at(8 + i), vector_at(12 + i));
       fours[i] = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
     }
-    const __m512 left = pairs(fours[0], fours[1]), right = pairs(fours[2], fours[3]);
-    const __m512 ones = _mm512_add_ps(_mm512_shuffle_ps(left, right, 0x88), _mm512_shuffle_ps(left, right, 0xdd));
-    _mm512_mask_storeu_ps(to + first, count - first < 16 ? (1u << (count - first)) - 1 : 0xffff, ones);
+    const __m512 low_pairs = add_pairs(fours[0], fours[1]), high_pairs = add_pairs(fours[2], fours[3]);
+    const __m512 result = _mm512_add_ps(_mm512_shuffle_ps(low_pairs, high_pairs, 0x88),
+                                        _mm512_shuffle_ps(low_pairs, high_pairs, 0xdd));
+    _mm512_mask_storeu_ps(to + first, count - first < 16 ? (1u << (count - first)) - 1 : 0xffff, result);
   }
 #else
   for (int64_t i = 0; i < count; i++) {

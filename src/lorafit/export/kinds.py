@@ -1,0 +1,203 @@
+"""The kinds of exports, one record each: what is written, how it rounds, who reads it back, and how people use it.
+
+A new kind is one record of EXPORTS and its name in cli/export.py. Modules that need the package `gguf` are imported
+when they are used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from lorafit.export import merge, ollama
+from lorafit.export.reference import Prompt, Rounding, exact, unrounded
+from lorafit.export.run_source import RunSource
+from lorafit.model.adapter_file import CONFIG, WEIGHTS
+from lorafit.model.dtypes import BY_GGUF_NAME
+
+Advance = Callable[[int, int], None]
+# Bytes per weight, and the part of a weight that rounding may change: at least twice what it changes of normally
+# distributed numbers.
+BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 0.75}
+_MOST_ROUNDED = {"f32": 1e-6, "f16": 1e-3, "bf16": 4e-3, "q8_0": 0.02, "q4_0": 0.25}
+_GGUF_TYPES = ("q8_0", "f32", "f16", "bf16", "q4_0")
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """One kind of export.
+
+    `write(source, folder, type, advance)` writes the files and returns the SHA-256 of those that it summed while it
+    wrote them. `usage` is Markdown for the model card, in which {base} is the base model, {name} the run and {file}
+    the GGUF file.
+    """
+
+    title: str
+    library: str  # `library_name` of the model card; `gguf` is also a package that writing needs
+    types: tuple[str, ...]  # of the weights, the default first
+    reader: str  # a name of export/readback.py's READERS
+    write: Callable[[RunSource, Path, str, Advance], Mapping[str, str]]
+    usage: str
+    rounding: Callable[[str], Rounding]  # of the program that reads a type
+    is_adapter: bool = False
+    write_base: Callable[[RunSource, Path], None] | None = None  # a file that the reader puts the adapter on
+    faults: Callable[[RunSource, Sequence[Prompt], Path], Sequence[str]] = lambda source, prompts, folder: ()
+
+
+def write_adapter(source: RunSource, staging: Path, type_name: str, advance: Advance) -> Mapping[str, str]:
+    """Copy the run's adapter, and add what other programs need to prompt it as in training. Raises OSError.
+
+    The base is named by its hub id, or by its folder's name alone: a path means nothing on another machine.
+    """
+    (staging / WEIGHTS).write_bytes((source.adapter / WEIGHTS).read_bytes())
+    config = json.loads((source.adapter / CONFIG).read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = source.base_name
+    config["revision"] = source.base.revision
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (staging / CONFIG).write_text(text, encoding="utf-8")
+    merge.write_tokenizer(source, staging)
+    ends = json.dumps(merge.generation_config(source), indent=2) + "\n"
+    (staging / "generation_config.json").write_text(ends, encoding="utf-8")
+    return {}
+
+
+def _write_merged(source: RunSource, staging: Path, type_name: str, advance: Advance) -> Mapping[str, str]:
+    return merge.write_merged(source, staging, BY_GGUF_NAME[type_name], advance)
+
+
+def _write_gguf(source: RunSource, staging: Path, type_name: str, advance: Advance) -> Mapping[str, str]:
+    from lorafit.export import gguf_model
+
+    gguf_model.write_gguf(source, staging / f"{source.name}-{type_name}.gguf", type_name, advance)
+    return {}
+
+
+def _write_gguf_lora(source: RunSource, staging: Path, type_name: str, advance: Advance) -> Mapping[str, str]:
+    from lorafit.export import gguf_model
+
+    gguf_model.write_lora(source, staging / f"{source.name}-lora.gguf")
+    return {}
+
+
+def _write_gguf_base(source: RunSource, path: Path) -> None:
+    from lorafit.export import gguf_model
+
+    gguf_model.write_gguf(source, path, "f32", lambda done, total: None, merged=False)
+
+
+def _write_ollama(source: RunSource, staging: Path, type_name: str, advance: Advance) -> Mapping[str, str]:
+    from lorafit.export import gguf_model
+
+    gguf_model.write_gguf(source, staging / ollama.MODEL, type_name, advance)
+    ollama.write_modelfile(source, staging)
+    return {}
+
+
+def _not_rounded(type_name: str) -> Rounding:
+    return Rounding(exact, unrounded, 0.0)
+
+
+def _rounding_of_weights(type_name: str) -> Rounding:
+    dtype = BY_GGUF_NAME[type_name]
+    return Rounding(lambda _, weight: weight.to(dtype).float(), unrounded, _MOST_ROUNDED[type_name])
+
+
+def _rounding_of_llama_cpp(type_name: str) -> Rounding:
+    from lorafit.export.gguf_types import Type, has_blocks, rounded, tensor_type, type_named
+
+    def weights(name: str, weight: Tensor) -> Tensor:
+        return rounded(weight, tensor_type(type_name, name, tuple(weight.shape)))
+
+    def inputs(x: Tensor) -> Tensor:
+        # llama.cpp converts the input of a product to the weight's type; for 4 bits, to 8
+        kind = Type.Q8_0 if type_name.startswith("q") else type_named(type_name)
+        return rounded(x, kind if has_blocks(kind, x.shape[-1]) else Type.F16).to(x.dtype)
+
+    return Rounding(weights, unrounded if type_name == "f32" else inputs, _MOST_ROUNDED[type_name])
+
+
+_ANSWER = """
+
+```python
+messages = [{{"role": "user", "content": "..."}}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+answer = model.generate(**inputs, max_new_tokens=256)[0]
+print(tokenizer.decode(answer[inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```"""
+_ADAPTER_USAGE = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+folder = "."
+model = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(model, folder)
+model.generation_config = GenerationConfig.from_pretrained(folder)  # its stop tokens
+tokenizer = AutoTokenizer.from_pretrained(folder)  # its chat template
+```"""
+_MERGED_USAGE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+```"""
+_GGUF_LORA_USAGE = """```bash
+llama-cli -m BASE.gguf --lora {file} --jinja -cnv
+```
+
+`BASE.gguf` is `{base}` in GGUF."""
+
+EXPORTS: dict[str, Export] = {
+    "adapter": Export(
+        title="LoRA adapter",
+        library="peft",
+        types=("f32",),
+        reader="peft",
+        write=write_adapter,
+        usage=_ADAPTER_USAGE + _ANSWER,
+        rounding=_not_rounded,
+        is_adapter=True,
+    ),
+    "merged": Export(
+        title="merged model",
+        library="transformers",
+        types=("auto", "f32", "bf16", "f16"),
+        reader="transformers",
+        write=_write_merged,
+        usage=_MERGED_USAGE + _ANSWER,
+        rounding=_rounding_of_weights,
+    ),
+    "gguf": Export(
+        title="GGUF",
+        library="gguf",
+        types=_GGUF_TYPES,
+        reader="llama.cpp",
+        write=_write_gguf,
+        usage="```bash\nllama-cli -m {file} --jinja -cnv\n```",
+        rounding=_rounding_of_llama_cpp,
+    ),
+    "gguf-lora": Export(
+        title="LoRA adapter in GGUF",
+        library="gguf",
+        types=("f32",),
+        reader="llama.cpp",
+        write=_write_gguf_lora,
+        usage=_GGUF_LORA_USAGE,
+        rounding=_not_rounded,
+        is_adapter=True,
+        write_base=_write_gguf_base,
+    ),
+    "ollama": Export(
+        title="model for Ollama",
+        library="gguf",
+        types=_GGUF_TYPES,
+        reader="llama.cpp",
+        write=_write_ollama,
+        usage="```bash\nollama create {name} -f Modelfile\nollama run {name}\n```",
+        rounding=_rounding_of_llama_cpp,
+        faults=ollama.check_modelfile,
+    ),
+}

@@ -1,0 +1,108 @@
+"""Reads prompts from a file: texts, or rows with `prompt`, `messages` or `instruction`. All problems at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorafit.data.formats import ROLES, Instruction, Message, undecodable
+from lorafit.data.readers import place_of, read_file
+from lorafit.data.sources import data_files
+from lorafit.errors import DataError, LorafitError, Problems
+from lorafit.infer.model import Model, Question
+from lorafit.storage.safe_read import MB, read_text
+
+MAX_TEXT = 256 * MB  # of a file with one prompt per line
+_KINDS = ("messages", "prompt", "instruction")
+_HINT = 'write {"prompt": "..."}, {"messages": [...]} or {"instruction": "...", "input": "..."}'
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRow:
+    """One row of a file: its value as it was read, and the ids of its prompt."""
+
+    raw: object
+    ids: list[int]
+
+
+def read_prompts(path: Path, model: Model) -> list[PromptRow]:
+    """The rows of a file as prompts for `model`. Other fields of a row are kept.
+
+    Raises DataError with the problems of all rows.
+    """
+    problems, prompts = Problems(), []
+    for place, raw in raw_rows(path, problems):
+        try:
+            prompts.append(PromptRow(raw, model.prompt_ids(question_of(raw))))
+        except LorafitError as error:
+            problems.add(dataclasses.replace(problem, place=place) for problem in error.problems)
+    if problems:
+        raise DataError.of(problems.kept, problems.num_more)
+    if not prompts:
+        raise DataError("there is no prompt", place=str(path))
+    return prompts
+
+
+def raw_rows(path: Path, problems: Problems) -> Iterator[tuple[str, object]]:
+    """(place, value) of each row. A .txt file has one prompt per line; all other files are read as training rows are.
+
+    A line that is no row goes to `problems`. Raises DataError where the file cannot be read.
+    """
+    if path.suffix.lower() != ".txt":
+        for file in data_files(path):
+            for row in read_file(file, file.name, problems):
+                yield place_of(file.name, row.number, row.line), row.value
+        return
+    try:
+        text = read_text(path, MAX_TEXT).removeprefix("\ufeff")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot be read: {error}", place=str(path)) from None
+    lines = [(line, prompt) for line, prompt in enumerate(text.split("\n"), 1) if prompt.strip()]
+    for number, (line, prompt) in enumerate(lines, 1):
+        yield place_of(path.name, number, line), prompt.rstrip("\r")
+
+
+def question_of(raw: object) -> Question:
+    """The question of a row. Raises DataError."""
+    if isinstance(raw, str):
+        return _text(raw, "the prompt")
+    if not isinstance(raw, dict):
+        raise DataError("the row is neither a text nor an object", hint=_HINT)
+    kinds = [kind for kind in _KINDS if raw.get(kind) is not None]
+    if len(kinds) != 1:
+        has = f"has {' and '.join(f'`{kind}`' for kind in kinds)}" if kinds else "has none of them"
+        raise DataError(
+            f"the row must have one of `messages`, `prompt` and `instruction`, and {has}", hint=_HINT
+        )
+    match kinds[0]:
+        case "messages":
+            return _conversation(raw["messages"])
+        case "prompt":
+            return _text(raw["prompt"], "`prompt`")
+        case _:
+            extra, system = (_text(raw.get(key) or "", f"`{key}`") for key in ("input", "system"))
+            return Instruction(_text(raw["instruction"], "`instruction`"), extra, "", system)
+
+
+def _conversation(turns: object) -> list[Message]:
+    if not isinstance(turns, list) or not turns:
+        raise DataError("`messages` is not a list of turns", hint=_HINT)
+    messages = []
+    for number, turn in enumerate(turns):
+        role = turn.get("role") if isinstance(turn, dict) else None
+        if role not in ROLES:
+            raise DataError(f"`messages[{number}]` has no role system, user or assistant")
+        messages.append(Message(ROLES[role], _text(turn.get("content"), f"`messages[{number}].content`")))
+    if messages[-1].role != "user":
+        raise DataError("`messages` does not end in a user turn", hint="remove the answer from the row")
+    return messages
+
+
+def _text(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{name} is not text")
+    if fault := undecodable(value):
+        raise DataError(f"{name} contains {fault}")
+    return value
