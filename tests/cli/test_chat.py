@@ -103,7 +103,7 @@ def test_turns_that_no_longer_fit_are_left_out_and_said(cli: Cli, tmp_path: Path
         "chat", base, "--max-tokens", 5, stdin="\n".join([*questions, "d" * 500, "/base"]) + "\n"
     )
     assert code == 0
-    assert "the oldest turn does not fit any more" in err
+    assert "the oldest turn is dropped from the conversation" in err
     assert "the question has" in err
     assert "there is no adapter here" in err
 

@@ -125,7 +125,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
         ["unknown key `lora.rnak`", "`train.epochs`"],
     ),
     "unknown recipe": (["train", "clasic"], ["there is no recipe `clasic`", "did you mean `classic`?"]),
-    "two recipes": (["train", "classic", "--recipe", "default"], ["one recipe a run, not 2"]),
+    "two recipes": (["train", "classic", "--recipe", "default"], ["one recipe per run, not 2"]),
     "unknown template": (["{ok}", "data.template=fancy"], ["unknown template 'fancy'", "classic"]),
     "wrong rows": (
         ["train", "--model", "{model}", "--data", "{wrong}"],

@@ -131,7 +131,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(b"\xff\xfe\x00")
     assert problems(path)[0].message == "cannot read the recipe: it is not UTF-8 text"
-    assert problems(tmp_path)[0].message == "cannot read the recipe: Is a directory"
+    assert problems(tmp_path)[0].message == "cannot read the recipe: it is not a plain file"
 
 
 def test_an_empty_recipe_and_an_empty_section_are_the_defaults(recipe: Callable[[str], Path]) -> None:

@@ -50,7 +50,7 @@ def swallows_system(content: Content) -> bool:
     row is refused rather than guessed at."""
     match content:
         case Instruction():
-            return bool(content.system) and not content.question.strip()
+            return bool(content.system) and not content.question().strip()
         case Chat((Message("system", _), Message("user", question), *_)):
             return not question.strip()
     return False

@@ -85,7 +85,7 @@ def test_a_lost_rank_is_named_within_the_time_out_and_the_process_ends(
     verdict = json.loads((tmp_path / "heartbeat.json").read_text())
     assert list(verdict["stands_still"]) == ["1"]
     assert verdict["ranks"][0]["phase"] == "all-reducing gradients"
-    assert "rank 1 (process 4711 on node-7, step 2" in capsys.readouterr().err
+    assert "rank 1 (process 4711 on node-7, step 1" in capsys.readouterr().err
 
 
 def test_training_that_goes_on_is_left_alone(watch: Callable[..., list[int]], tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pytest
-from tests.export.made import make_run, read_back_here
+from tests.export.made import read_back_here
+from tests.runs import run_to_export
 
 from lorafit.cli.export import export
 from lorafit.errors import LorafitError
@@ -20,7 +21,7 @@ from lorafit.export.run_source import RunSource
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("kinds"))
+    return run_to_export(tmp_path_factory.mktemp("kinds"))
 
 
 def test_the_command_line_has_the_names_of_the_exports() -> None:

@@ -93,7 +93,7 @@ def test_a_refusal_says_that_the_export_is_on_the_disk(
     monkeypatch.setenv("HF_TOKEN", STRANGER_TOKEN)
     with pytest.raises(RunError, match="the hub refused") as caught:
         push(folder, "me/tuned")
-    assert "right to write" in str(caught.value)
+    assert "needs write access" in str(caught.value)
     assert STRANGER_TOKEN not in str(caught.value)
     monkeypatch.setenv("HF_TOKEN", GOOD_TOKEN)
     hub.failing_on = "commit"

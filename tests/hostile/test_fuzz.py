@@ -49,7 +49,7 @@ PLANTS = {
     "overrides": ("lorafit.config.load._apply", 20),
     "templates": ("lorafit.data.chat_template._kind", 200),
     "arguments": ("lorafit.config.load.config_from_args", 400),
-    "runs": ("lorafit.report.run_data._told", 20),
+    "runs": ("lorafit.report.run_data._check_lines", 20),
 }
 
 

@@ -83,5 +83,5 @@ def test_a_toy_quantizer_loads_computes_and_is_planned(
         check_quantize(half, torch.device("cuda"), torch.float32)
     with pytest.raises(ConfigError, match="half cannot be combined with float64"):
         check_quantize(half, CPU, torch.float64)
-    with pytest.raises(ConfigError, match="a base in half cannot be shared out"):
+    with pytest.raises(ConfigError, match="a base in half cannot be sharded"):
         check_strategy("fsdp", half, ProcessEnv())

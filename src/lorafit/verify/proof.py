@@ -254,7 +254,7 @@ def heldout(base: float | None, tuned: float | None) -> Check:
 
 
 def _answer_tokens(model: Model, row: Row) -> int:
-    text = getattr(row.content, "answer", "")
+    text = row.content.answers()[-1]
     return len(next(model.renderer.tokenizer.encode_batch([text]))[0])
 
 
