@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from tests.command import Cli
 from tests.tiny_models import random_network, write_adapter, write_model
-from tests.waiting import HANGS
+from tests.waiting import HANGS, until
 
 from lorafit.infer.conversation import Conversation
 from lorafit.infer.model import Model, load
@@ -192,6 +192,15 @@ class Terminal:
         before, self.screen = self.screen[: match.end()], self.screen[match.end() :]
         return before
 
+    def wait_for_prompt(self) -> None:
+        """Return when the prompt is on the screen and the chat sleeps until a key comes.
+
+        Python's line editor notices a signal while it sleeps, and not between the prompt and its sleep.
+        """
+        self.wait("> ")
+        stat = Path(f"/proc/{self.process.pid}/stat")
+        until(lambda: not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "S")
+
     def type(self, text: str) -> None:
         os.write(self.master, text.encode())
 
@@ -201,17 +210,17 @@ def test_control_c_stops_an_answer_and_not_the_chat(adapter: Path) -> None:
     terminal = Terminal(adapter, "--device", "cpu")
     try:
         terminal.wait(r"context; /help lists the commands")
-        terminal.wait("> ")
+        terminal.wait_for_prompt()
         terminal.type("Hi\n")
         terminal.wait("so it is")  # the answer has begun
         terminal.type("\x03")
         assert "stopped by Ctrl-C" in terminal.wait(r"\d+ tokens .*Ctrl-C")
-        terminal.wait("> ")
+        terminal.wait_for_prompt()
         terminal.type("\x03")
         terminal.wait("/quit or Ctrl-D leaves")
         terminal.type("/help\n")
         terminal.wait("/reset +remove all turns")
-        terminal.wait("> ")
+        terminal.wait_for_prompt()
         terminal.type("\x04")
         assert terminal.process.wait(HANGS) == 0
     finally:
