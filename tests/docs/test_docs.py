@@ -187,3 +187,16 @@ def test_python_example_runs(
     assert (tmp_path / result.adapter / "adapter_model.safetensors").is_file()
     assert result.heldout_loss < result.base_loss / 2
     assert len(capsys.readouterr().out.splitlines()) >= 2
+
+
+def test_files_that_the_pages_name_exist() -> None:
+    """Paths of sources and tests in code spans, such as `src/lorafit/forward.py`."""
+    named = {
+        (page.name, path)
+        for page in [ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *ROOT.glob("README*.md")]
+        for path in re.findall(
+            r"`((?:src/lorafit|tests|benchmarks|tools)/[\w/.]+)`", page.read_text(encoding="utf-8")
+        )
+    }
+    assert len(named) > 20
+    assert [(page, path) for page, path in sorted(named) if not (ROOT / path).exists()] == []
