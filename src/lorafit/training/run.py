@@ -164,9 +164,7 @@ def _resume(
                 )
             observe = terminal_or_silent(ranks.env, quiet)
             observe(Message(f"`{path}` is finished after {step} steps; nothing was changed"))
-            if (
-                ranks.is_main and not run.report_file.exists()
-            ):  # the process ended between the run's end and the report
+            if ranks.is_main and not run.report_file.exists():  # killed between the end and the report
                 leave_report(run, observe)
             return Result.of(run, run.adapter, resumption.finished, finished=True)
         prepared = prepare(config, ranks, quiet, base, resumed=True)
