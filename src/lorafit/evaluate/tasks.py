@@ -10,15 +10,14 @@ expression of Python that must match somewhere in the model's answer. `instructi
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorafit.errors import DataError, Problems
+from lorafit.errors import DataError
 from lorafit.infer.model import Model, Question
-from lorafit.infer.prompts_file import question_of, raw_rows
+from lorafit.infer.prompts_file import question_of, read_rows
 
 _KEYS = {"prompt", "instruction", "input", "answer", "pattern", "system"}
 
@@ -49,17 +48,7 @@ class Score:
 
 def read_tasks(path: Path) -> list[Task]:
     """The tasks of a file. Raises DataError with the problems of all rows."""
-    problems, tasks = Problems(), []
-    for place, raw in raw_rows(path, problems):
-        try:
-            tasks.append(_task(raw))
-        except DataError as error:
-            problems.add(dataclasses.replace(problem, place=place) for problem in error.problems)
-    if problems:
-        raise DataError.of(problems.kept, problems.num_more)
-    if not tasks:
-        raise DataError("there is no task in the file", place=str(path))
-    return tasks
+    return read_rows(path, _task, "there is no task in the file")
 
 
 def score(model: Model, tasks: Sequence[Task], *, max_tokens: int, base: bool = False) -> Score:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from lorafit.data.formats import ROLES, Instruction, Message, undecodable
 from lorafit.data.readers import place_of, read_file
@@ -14,6 +15,7 @@ from lorafit.errors import DataError, LorafitError, Problems
 from lorafit.infer.model import Model, Question
 from lorafit.storage.safe_read import MB, read_text
 
+T = TypeVar("T")
 MAX_TEXT = 256 * MB  # of a file with one prompt per line
 _KINDS = ("messages", "prompt", "instruction")
 _HINT = 'write {"prompt": "..."}, {"messages": [...]} or {"instruction": "...", "input": "..."}'
@@ -32,17 +34,27 @@ def read_prompts(path: Path, model: Model) -> list[PromptRow]:
 
     Raises DataError with the problems of all rows.
     """
-    problems, prompts = Problems(), []
+    return read_rows(
+        path, lambda raw: PromptRow(raw, model.prompt_ids(question_of(raw))), "there is no prompt"
+    )
+
+
+def read_rows(path: Path, read: Callable[[object], T], if_empty: str) -> list[T]:
+    """What `read` makes of each row of a file.
+
+    Raises DataError with the problems of all rows, each with its place, or with `if_empty` for a file without rows.
+    """
+    problems, rows = Problems(), list[T]()
     for place, raw in raw_rows(path, problems):
         try:
-            prompts.append(PromptRow(raw, model.prompt_ids(question_of(raw))))
+            rows.append(read(raw))
         except LorafitError as error:
             problems.add(dataclasses.replace(problem, place=place) for problem in error.problems)
     if problems:
         raise DataError.of(problems.kept, problems.num_more)
-    if not prompts:
-        raise DataError("there is no prompt", place=str(path))
-    return prompts
+    if not rows:
+        raise DataError(if_empty, place=str(path))
+    return rows
 
 
 def raw_rows(path: Path, problems: Problems) -> Iterator[tuple[str, object]]:

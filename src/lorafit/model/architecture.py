@@ -173,13 +173,11 @@ class Family:
     """
 
     gguf: str | None = None  # llama.cpp's name of the architecture; None where it has none
-    gguf_interleaved_rope: bool = (
-        False  # llama.cpp rotates neighbouring rows of q and k, not halves of a head
-    )
+    # llama.cpp rotates neighbouring rows of q and k, not halves of a head
+    gguf_interleaved_rope: bool = False
     gguf_qkv_bias: bool = True  # llama.cpp has biases of q, k and v
-    gguf_pre_tokenizers: Mapping[str, str] = field(
-        default_factory=dict
-    )  # regex of the split: llama.cpp's name
+    # the regular expression of the pre-tokenizer's split, and llama.cpp's name of it
+    gguf_pre_tokenizers: Mapping[str, str] = field(default_factory=dict)
     qkv_bias: bool | str = False
     o_bias: bool | str = False
     mlp_bias: bool | str = False

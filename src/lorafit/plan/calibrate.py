@@ -20,9 +20,8 @@ from lorafit.plan.predict import Throughput
 from lorafit.plan.workload import Workload, evenly_spread
 
 _USUAL_EFFICIENCY = 0.7  # of a whole pass, relative to one large product
-_SHORT_PACK = (
-    0.2  # a pack with less than this part of the heaviest one's tokens serves for the first, slow products
-)
+# A pack with less than this part of the heaviest one's tokens serves for the first, slow products.
+_SHORT_PACK = 0.2
 _MOST_PACKS, _SEVERAL_SECONDS = 12, 2.0  # so many packs are timed while all take less than so many seconds
 _LONG_SECONDS = 1.0  # a measurement is not repeated after so long
 

@@ -39,8 +39,10 @@ class Resumption:
         finished = None
         if step is not None and RunState.of(run).is_complete and run.has_adapter():
             state = read_state(run.checkpoint(step))
-            gave_up = 0 < config.train.patience <= state.num_worse
-            ended = gave_up or read_facts(run.checkpoint(step)).get("steps") == step
+            ended = (
+                state.early_stopped(config.train.patience)
+                or read_facts(run.checkpoint(step)).get("steps") == step
+            )
             finished = state if ended else None
         return cls(config, step, skipped, finished)
 
