@@ -22,6 +22,7 @@ from lorafit.storage.atomic import (
     make_folder,
     read_facts,
     remove_folder,
+    run_error,
     sync,
     verify_folder,
     write_file,
@@ -227,27 +228,19 @@ class RunDirectory:
         """Rename a damaged checkpoint, so that it is no longer used; its files stay. Raises RunError."""
         folder = self.checkpoint(step)
         aside = folder.with_name(f"damaged-{folder.name}")
-        try:
+        with run_error("cannot write here", folder):
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
-        except OSError as error:
-            raise RunError(f"cannot write here: {error.strerror or error}", place=str(folder)) from None
 
     def clean(self) -> None:
         """Remove the unfinished files of an earlier crash, and sync the finished ones. Raises RunError."""
         self.refuse_links()
-        try:
-            for folder in (
-                self.path.parent,
-                self.path,
-                self.checkpoints,
-            ):  # so that names survive a power loss
+        with run_error("cannot write here", self.path):
+            for folder in (self.path.parent, self.path, self.checkpoints):  # names survive a power loss then
                 with contextlib.suppress(FileNotFoundError, PermissionError):  # not there, or another user's
                     sync(folder)
             clean_orphans(self.path)
             clean_orphans(self.checkpoints)
-        except OSError as error:
-            raise RunError(f"cannot write here: {error.strerror or error}", place=str(self.path)) from None
 
 
 def find_runs(folder: Path) -> list[RunDirectory]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 
@@ -28,9 +27,4 @@ def learning_rate(
 
 def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale the gradients to a norm of at most `max_norm` (0 for never); returns their norm before, a scalar."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if max_norm:
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # the 1e-6 is torch.nn.utils.clip_grad_norm_'s
-        torch._foreach_mul_(gradients, factor)
-    return norm
+    return nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
