@@ -9,10 +9,11 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorafit.observe.events import Diagnosis, Event, Heldout, Observer, Step
+from lorafit.observe.events import Diagnosis, Event, Observer
 
 WINDOW = 50  # steps that are recent
 LEAST = 20  # steps before the first diagnosis
@@ -53,25 +54,17 @@ class CurveMonitor:
         """A monitor that has read the events of a metrics.jsonl, for a run that is resumed."""
         monitor = cls()
         for event in events:
-            try:
-                match event.get("event"):
-                    case "step":
-                        monitor._step(
-                            event["step"], event["loss"], event["grad_norm"], event["learning_rate"]
-                        )
-                    case "heldout":
-                        monitor._heldout(event["step"], event["loss"], event.get("base_loss"))
-            except (KeyError, TypeError):  # a number that JSON does not have, or a line of another version
-                continue
+            with suppress(KeyError, TypeError):  # not a number of JSON, or a line of another version
+                monitor.look(event)
         return monitor
 
-    def look(self, event: Event) -> list[Diagnosis]:
-        """The diagnoses that follow from `event`, without those of the last QUIET steps."""
-        match event:
-            case Step():
-                return self._step(event.step, event.loss, event.grad_norm, event.learning_rate)
-            case Heldout():
-                return self._heldout(event.step, event.loss, event.base_loss)
+    def look(self, event: Mapping[str, Any]) -> list[Diagnosis]:
+        """The diagnoses that follow from an event, without those of the last QUIET steps."""
+        match event.get("event"):
+            case "step":
+                return self._step(event["step"], event["loss"], event["grad_norm"], event["learning_rate"])
+            case "heldout":
+                return self._heldout(event["step"], event["loss"], event["base_loss"])
         return []
 
     def _step(self, step: int, loss: float, norm: float, rate: float) -> list[Diagnosis]:
@@ -83,7 +76,7 @@ class CurveMonitor:
         self.norms.append(norm)
         self.num_steps += 1
         if self.num_steps % WINDOW == 0:
-            self.blocks.append(_mean(self.losses))
+            self.blocks.append(statistics.fmean(self.losses))
         if len(self.first) < _AT_START:
             self.first.append(loss)
         if len(self.losses) >= LEAST:
@@ -92,16 +85,14 @@ class CurveMonitor:
 
     def _spike(self, step: int, loss: float) -> Diagnosis | None:
         usual = statistics.median(self.losses)
-        logs = [
-            math.log(max(one, _TINY)) for one in self.losses
-        ]  # the noise of a loss is symmetric in its log
+        # the noise of a loss is symmetric in its log
+        logs = [math.log(max(one, _TINY)) for one in self.losses]
         factor = math.exp(min(_SPIKE_DEVIATIONS * _deviation(logs), _FAR))
         if loss <= max(usual * max(_SPIKE, factor), usual + _SPIKE_LEAST):
             return None
         text = f"the loss jumped to {loss:.3g} from about {usual:.3g}"
-        return self._diagnosis(
-            "spike", step, text, f"look at the rows of this step; if it stays high, {self._lower_rate()}"
-        )
+        hint = f"look at the rows of this step; if it stays high, {self._lower_rate()}"
+        return self._diagnosis("spike", step, text, hint)
 
     def _explosion(self, step: int, norm: float) -> Diagnosis | None:
         usual = statistics.median(self.norms)
@@ -124,15 +115,14 @@ class CurveMonitor:
             text = f"the loss rises: {usual:.3g} after it was down to {self.lowest:.3g}"
         else:
             return None
-        return self._diagnosis(
-            "divergence", step, text, f"the learning rate is too high: {self._lower_rate()}"
-        )
+        hint = f"the learning rate is too high: {self._lower_rate()}"
+        return self._diagnosis("divergence", step, text, hint)
 
     def _no_start(self, step: int) -> Diagnosis | None:
         quarter = len(self.blocks) // 4
         if not quarter or self.num_steps % WINDOW or self.rate < _FULL_RATE * self.peak_rate:
             return None
-        first, last = _mean(self.blocks[:quarter]), _mean(self.blocks[-quarter:])
+        first, last = statistics.fmean(self.blocks[:quarter]), statistics.fmean(self.blocks[-quarter:])
         noise = _deviation(self.losses) * math.sqrt(2 / (quarter * WINDOW))
         has_moved = not _MOVED * first <= last <= _CLIMB * first
         if has_moved or first < _NOTHING_TO_LEARN or noise > _SURE * first:
@@ -142,7 +132,7 @@ class CurveMonitor:
         return self._diagnosis("plateau", step, text, hint)
 
     def _heldout(self, step: int, loss: float, base: float | None) -> list[Diagnosis]:
-        training = _mean(list(self.losses)[-LEAST:]) if self.losses else loss
+        training = statistics.fmean(list(self.losses)[-LEAST:]) if self.losses else loss
         self.heldout.append((step, loss, training))
         best_step, best, training_then = min(self.heldout, key=lambda measured: measured[1])
         num_later = sum(measured[0] > best_step for measured in self.heldout)
@@ -183,7 +173,7 @@ def diagnosing(observe: Observer, monitor: CurveMonitor) -> Observer:
 
     def observe_and_look(event: Event) -> None:
         observe(event)
-        for diagnosis in monitor.look(event):
+        for diagnosis in monitor.look(event.as_dict()):
             observe(diagnosis)
 
     return observe_and_look
@@ -193,7 +183,3 @@ def _deviation(values: Sequence[float] | deque[float]) -> float:
     """A standard deviation that single outliers do not change."""
     middle = statistics.median(values)
     return 1.4826 * statistics.median(abs(one - middle) for one in values)
-
-
-def _mean(values: Sequence[float] | deque[float]) -> float:
-    return sum(values) / len(values)
