@@ -91,9 +91,8 @@ def _prove(job: TrainContext, initial: Mapping[str, str], step: int) -> Proof:
 
 def _losses(run: RunDirectory, step: int) -> tuple[float | None, float | None]:
     """The measured held-out losses of the base and of the adapter of `step`."""
-    measured = [event for event in read_whole_events(run.metrics_file)[0] if event.get("event") == "heldout"]
-    of_step = [event for event in measured if event.get("step") == step]
-    last = of_step[-1] if of_step else {}
+    events = read_whole_events(run.metrics_file)[0]
+    last = {event.get("step"): event for event in events if event.get("event") == "heldout"}.get(step, {})
     return last.get("base_loss"), last.get("loss")
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from lorafit.config.schema import Config
 from lorafit.data.batch import Batch, RankShare
@@ -36,7 +37,7 @@ from lorafit.plan.cadence import Cadence
 from lorafit.run_dir import RunDirectory
 from lorafit.training.checkpoint import TrainState, adapter_digest, snapshot
 from lorafit.training.checkpoint_writer import AsyncCheckpointWriter
-from lorafit.training.optim import clip, learning_rate
+from lorafit.training.optim import learning_rate
 from lorafit.training.setup import Prepared
 from lorafit.training.signals import Requests
 
@@ -55,7 +56,6 @@ class TrainContext:
     network: Llama
     engine: Engine
     optimizer: AdamW
-    adapter_parameters: Sequence[torch.nn.Parameter]
     order: RowOrder
     share: RankShare
     packer: Packer
@@ -202,10 +202,9 @@ def _gradients(job: TrainContext, state: TrainState, batch: Batch) -> tuple[floa
             return None
         mean = total / batch.supervised
         if state.scale.active:
-            torch._foreach_mul_(
-                [m.grad for m in job.adapter_parameters if m.grad is not None], 1 / state.scale.factor
-            )
-        norm = float(clip(job.adapter_parameters, job.config.train.max_grad_norm))
+            gradients = [m.grad for m in job.optimizer.parameters if m.grad is not None]
+            torch._foreach_mul_(gradients, 1 / state.scale.factor)
+        norm = float(clip_grad_norm_(job.optimizer.parameters, job.config.train.max_grad_norm or math.inf))
         if math.isfinite(mean) and math.isfinite(norm):
             return mean, norm
         job.optimizer.zero_grad()
@@ -322,7 +321,7 @@ def _out_of_memory(
 
 
 def _save(job: TrainContext, writer: AsyncCheckpointWriter, state: TrainState, reason: str) -> None:
-    """Copy the state. The first rank commits it while training goes on."""
+    """Copy the state. The first rank commits it while training continues."""
     if not job.ranks.is_single_process and not job.ranks.all_equal(adapter_digest(job.network)):
         raise RankError(
             f"the ranks hold different adapters after step {state.step}; nothing was saved",

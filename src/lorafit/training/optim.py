@@ -1,12 +1,9 @@
-"""The learning rate of each step, and clipping of the gradient."""
+"""The learning rate of each step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Literal
-
-from torch import Tensor, nn
 
 
 def learning_rate(
@@ -23,8 +20,3 @@ def learning_rate(
         return peak
     done = (step - warmup) / max(1, num_steps - warmup)
     return peak * (1 - done if schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
-
-
-def clip(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients to a norm of at most `max_norm` (0 for never); returns their norm before, a scalar."""
-    return nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)

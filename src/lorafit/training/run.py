@@ -90,7 +90,7 @@ def start_run(config: Config, *, quiet: bool = False, base: BaseModelCache | Non
     with init_process_group(env) as ranks, outside_steps(terminal_or_silent(env, quiet)):
         if ranks.broadcast_from_rank0("begun", str, lambda: find_run_of_launch(env, config.run.output)):
             assert config.run.output is not None
-            return _resume(ranks, config.run.output, quiet=quiet, base=base)
+            return _resume(ranks, config.run.output, (), False, quiet, base)
         run = RunDirectory(
             ranks.broadcast_from_rank0(
                 "output", Path, lambda: RunDirectory.new(config.run.output, config.model.name).path
@@ -126,17 +126,16 @@ def resume_run(
     """
     env = ProcessEnv.read()
     with init_process_group(env) as ranks, outside_steps(terminal_or_silent(env, quiet)):
-        return _resume(ranks, path, overrides, accept_changes=accept_changes, quiet=quiet, base=base)
+        return _resume(ranks, path, overrides, accept_changes, quiet, base)
 
 
 def _resume(
     ranks: Ranks,
     path: str | Path,
-    overrides: Sequence[str] = (),
-    *,
-    accept_changes: bool = False,
-    quiet: bool = False,
-    base: BaseModelCache | None = None,
+    overrides: Sequence[str],
+    accept_changes: bool,
+    quiet: bool,
+    base: BaseModelCache | None,
 ) -> Result:
     """`resume_run` in a process group. Only the first rank needs the run directory."""
     run = RunDirectory.open(path) if ranks.is_main else RunDirectory(Path(path).expanduser())
@@ -250,7 +249,6 @@ def make_context(prepared: Prepared, run: RunDirectory, ranks: Ranks, observe: O
     engine = Engine(network)
     if not ranks.is_single_process:
         engine = ReplicatedEngine(network, built.device if is_sharded(config, ranks) else None)
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     packer = Packer(config.train.micro_batch_tokens, config.data.packing)
     seed_random(config.train.seed)
     return loop.TrainContext(
@@ -260,8 +258,7 @@ def make_context(prepared: Prepared, run: RunDirectory, ranks: Ranks, observe: O
         observe=observe,
         network=network,
         engine=engine,
-        optimizer=AdamW(trained, config.train.weight_decay),
-        adapter_parameters=trained,
+        optimizer=AdamW(adapter_parameters(network).values(), config.train.weight_decay),
         order=data.order,
         share=RankShare(ranks.rank, ranks.world_size, attention_cost(network.arch), engine.lockstep),
         packer=packer,
@@ -300,7 +297,7 @@ def announce_start(job: loop.TrainContext, *, show_plan: bool) -> None:
             num_rows=len(prepared.data.training_data.training),
             num_steps=job.cadence.num_steps,
             num_parameters=job.network.arch.num_parameters,
-            num_trainable=sum(parameter.numel() for parameter in job.adapter_parameters),
+            num_trainable=sum(parameter.numel() for parameter in job.optimizer.parameters),
             device=("" if ranks.is_single_process else f"{ranks.world_size} x ") + describe(built.device),
             dtype=dtype_name(built.dtype),
             output=str(job.run.path),
