@@ -85,15 +85,13 @@ class RunDirectory:
                 f"`{self.path}` already holds a run",
                 hint=f"resume it: `lorafit train --resume {self.path}`, or give another --output",
             )
-        if self.path.exists() and not self._is_vacant():
-            raise RunError(f"`{self.path}` is not empty", hint="give an --output that does not exist yet")
-
-    def _is_vacant(self) -> bool:
-        """Whether nothing is here, or only the files of a run that was killed before it had a config."""
-        return self.path.is_dir() and all(
+        # files of a run that was killed before it had a config do not count
+        is_vacant = self.path.is_dir() and all(
             (path in self._written_first or is_orphan(path.name)) and not path.is_symlink()
             for path in self.path.iterdir()
         )
+        if self.path.exists() and not is_vacant:
+            raise RunError(f"`{self.path}` is not empty", hint="give an --output that does not exist yet")
 
     def create(self, num_bytes: int = 0) -> None:
         """Make the directory. Raises RunError when it cannot be written, with the `num_bytes` that a run needs."""

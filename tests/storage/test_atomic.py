@@ -239,10 +239,10 @@ def test_cleaning_touches_nothing_else(tmp_path: Path) -> None:
     (tmp_path / ".staging-step-000003").mkdir()
     (tmp_path / ".old-step-000001").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
-    assert clean_orphans(tmp_path) == [".old-step-000001", ".staging-step-000003"]
+    clean_orphans(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"step-000001", "step-000002", "notes.txt"}
     assert verify_folder(folder) == []
-    assert clean_orphans(tmp_path / "nowhere") == []
+    clean_orphans(tmp_path / "nowhere")
 
 
 def test_a_small_file_is_replaced_whole_or_not_at_all(

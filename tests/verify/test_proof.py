@@ -182,7 +182,7 @@ def test_a_tensor_that_no_optimizer_moves_is_named(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make = run_module.AdamW
-    monkeypatch.setattr(run_module, "AdamW", lambda masters, decay: make(masters[1:], decay))
+    monkeypatch.setattr(run_module, "AdamW", lambda masters, decay: make(list(masters)[1:], decay))
     result = tiny_run(material, tmp_path / "run")
     changed = checks(result)["changed"]
     assert changed["verdict"] == "fail"
@@ -271,7 +271,7 @@ class Parrot:
 
     def __init__(self, ends: Callable[[str], bool]) -> None:
         self.ends = ends
-        tokenizer = SimpleNamespace(encode_batch=lambda texts: iter([(list(texts[0]), [])]))
+        tokenizer = SimpleNamespace(encode_batch=lambda texts: ((list(text), []) for text in texts))
         self.renderer = SimpleNamespace(tokenizer=tokenizer)
 
     def generate(self, questions: Sequence[Any], *, max_tokens: int) -> list[Answer]:

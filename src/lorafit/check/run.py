@@ -97,11 +97,10 @@ def data_verdicts(
 ) -> list[CheckResult]:
     """The checks of the rows of a run and of its settings; at most about `most` rows are read."""
     findings = find(training_data, config.data.format, most, quiet)
+    order, num_held_out = row_order(config, training_data), len(training_data.heldout)
     return [
         *row_verdicts(findings, training_data.index, training_data),
-        *setting_verdicts(
-            config, row_order(config, training_data), len(training_data.heldout), num_parameters
-        ),
+        *setting_verdicts(config, order, num_held_out, num_parameters),
     ]
 
 

@@ -78,7 +78,7 @@ def truncate_after(path: Path, step: int) -> int:
     The file is replaced atomically, and the lines that stay keep their bytes. Raises RunError.
     """
     events = list(_lines(path))
-    kept = [line for line, event in events if event is not None and _step_of(event) <= step]
+    kept = [line for line, event in events if event is not None and (number(event.get("step")) or 0) <= step]
     write_file(path, b"".join(kept).decode())
     return sum(event is None for _, event in events)
 
@@ -94,11 +94,6 @@ def series(events: Iterable[Mapping[str, Any]], name: str) -> list[tuple[float, 
     """(step, value) of the events in order, where both are numbers that can be shown."""
     pairs = ((number(event.get("step")), number(event.get(name))) for event in events)
     return [(step, value) for step, value in pairs if step is not None and value is not None]
-
-
-def _step_of(event: dict[str, Any]) -> float:
-    step = event.get("step", 0)
-    return step if isinstance(step, int | float) else 0
 
 
 def _line(event: Event) -> bytes:

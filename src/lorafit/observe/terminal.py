@@ -68,12 +68,17 @@ class Terminal:
     def _show(self, event: Event) -> None:
         match event:
             case RunStarted():
-                self._print(_started(event))
+                part = 100 * event.num_trainable / max(event.num_parameters, 1)
+                counts = f"{short_count(event.num_parameters)} parameters, {short_count(event.num_trainable)} trained"
+                self._print(f"{event.model}  {counts} ({part:.2g} %)  {event.device} {event.dtype}")
+                self._print(f"{event.num_rows:,} rows  {event.num_steps:,} steps  output {event.output}")
                 self._started = time.monotonic()
             case Step():
                 self._step(event)
             case Heldout():
-                self._print(_heldout(event))
+                base = "" if event.base_loss is None else f" (base {event.base_loss:.3f})"
+                best = "  best so far" if event.best else ""
+                self._print(f"step {event.step}  held-out loss {event.loss:.3f}{base}{best}")
             case Saved():
                 self._print(f"step {event.step}  saved {event.path} ({event.reason})")
             case Progress():
@@ -94,7 +99,8 @@ class Terminal:
                 self._print(f"step {event.step}  {event.text}: {event.hint}", style="yellow")
             case RunEnded():
                 self.close()
-                self._print(_ended(event))
+                self._print(f"{event.reason} after {event.step:,} steps in {duration(event.seconds)}")
+                self._print(f"adapter {event.adapter}")
 
     def close(self) -> None:
         """Remove the live line."""
@@ -189,23 +195,5 @@ def _beginning(answer: str) -> str:
     return answer if len(answer) <= SAMPLE_CHARACTERS else answer[:SAMPLE_CHARACTERS].rstrip() + " [...]"
 
 
-def _started(event: RunStarted) -> str:
-    share = 100 * event.num_trainable / max(event.num_parameters, 1)
-    return (
-        f"{event.model}  {short_count(event.num_parameters)} parameters, {short_count(event.num_trainable)} trained"
-        f" ({share:.2g} %)  {event.device} {event.dtype}\n"
-        f"{event.num_rows:,} rows  {event.num_steps:,} steps  output {event.output}"
-    )
-
-
-def _heldout(event: Heldout) -> str:
-    base = "" if event.base_loss is None else f" (base {event.base_loss:.3f})"
-    return f"step {event.step}  held-out loss {event.loss:.3f}{base}{'  best so far' if event.best else ''}"
-
-
 def _short(text: str, most: int = 60) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
-
-
-def _ended(event: RunEnded) -> str:
-    return f"{event.reason} after {event.step:,} steps in {duration(event.seconds)}\nadapter {event.adapter}"

@@ -174,12 +174,11 @@ def is_orphan(name: str) -> bool:
     return name.startswith((_STAGING, _OLD))
 
 
-def clean_orphans(parent: Path, only: str | None = None) -> list[str]:
-    """Remove what a crash left of unfinished commits (of the folder `only`) in `parent`; returns the names.
+def clean_orphans(parent: Path, only: str | None = None) -> None:
+    """Remove what a crash left of unfinished commits (of the folder `only`) in `parent`.
 
     A folder that was about to be replaced gets its name back. Raises OSError.
     """
-    removed = []
     for path in sorted(parent.iterdir()) if parent.is_dir() else ():
         prefix = next((prefix for prefix in (_OLD, _STAGING) if path.name.startswith(prefix)), "")
         whole = path.with_name(path.name.removeprefix(prefix) or path.name)
@@ -187,13 +186,10 @@ def clean_orphans(parent: Path, only: str | None = None) -> list[str]:
             continue
         if prefix == _OLD and not whole.exists():
             path.rename(whole)
-            continue
-        if path.is_dir() and not path.is_symlink():
+        elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-        removed.append(path.name)
-    return removed
 
 
 def remove_folder(folder: Path) -> None:

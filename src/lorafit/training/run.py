@@ -8,8 +8,6 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from lorafit.config.schema import Config
 from lorafit.data.batch import RankShare
 from lorafit.data.packing import Packer
@@ -173,9 +171,13 @@ def _reconcile(
     notes = [Message(fault, "warning") for fault in skipped.values()]
     notes.append(Message(f"continuing from step {step}" if step is not None else f"{none}: starting over"))
     if step is not None:
-        different = changes(run.checkpoint(step), prepared.facts) + _prompt_changes(run, step, prepared)
+        checkpoint, contract = run.checkpoint(step), prepared.data.training_data.renderer.contract
+        different = changes(checkpoint, prepared.facts)
+        if read_facts(checkpoint).get("prompt_contract") != contract.hash:
+            with suppress(RunError):  # prompt.json shows more than the hash
+                different += differences(run.read_json(run.prompt_file), contract.to_json(), "prompt.")
         if not accept_changes:
-            refuse_changes(run.checkpoint(step), different)
+            refuse_changes(checkpoint, different)
         notes += [Message(change, "warning") for change in different]
     for damaged in skipped:
         run.set_aside(damaged)
@@ -283,8 +285,11 @@ def restore(job: loop.TrainContext, step: int | None) -> TrainState:
     if ranks.any(lost_best)[0]:
         job.observe(Message(f"the best step so far, {best}, is lost: later ones count", "warning"))
         state.best_loss = state.best_step = None
-    for change in _machine_changes(folder, built.device) if ranks.is_main else ():
-        job.observe(Message(change, "warning"))
+    stored = read_facts(folder) if ranks.is_main else {}
+    for name, value in machine_facts(built.device).items():
+        if (was := stored.get(name, value)) != value:
+            text = f"{name} was {was} and is {value}: the run continues, but not to the same bytes"
+            job.observe(Message(text, "warning"))
     return state
 
 
@@ -329,23 +334,3 @@ def train(job: loop.TrainContext, state: TrainState) -> tuple[loop.Outcome, floa
 def terminal_or_silent(env: ProcessEnv, quiet: bool) -> Observer:
     """The terminal of the first rank; nothing for the others, or where `quiet`."""
     return Terminal() if env.is_main and not quiet else fan_out([])
-
-
-def _prompt_changes(run: RunDirectory, step: int, prepared: Prepared) -> list[str]:
-    """What of the prompt contract differs from that of a checkpoint, as far as prompt.json shows it."""
-    contract = prepared.data.training_data.renderer.contract
-    if read_facts(run.checkpoint(step)).get("prompt_contract") == contract.hash:
-        return []
-    with suppress(RunError):
-        return differences(run.read_json(run.prompt_file), contract.to_json(), "prompt.")
-    return []
-
-
-def _machine_changes(checkpoint: Path, device: torch.device) -> list[str]:
-    """What differs from the machine that wrote a checkpoint. The run continues, but its last bits differ."""
-    stored = read_facts(checkpoint)
-    return [
-        f"{name} was {stored[name]} and is {value}: the run continues, but not to the same bytes"
-        for name, value in machine_facts(device).items()
-        if stored.get(name, value) != value
-    ]

@@ -57,7 +57,7 @@ def prepare(
 ) -> Prepared:
     """Read the rows, choose the config that fits, load the model. The ranks connect last: a slow one is waited for."""
     quiet = quiet or not ranks.is_main
-    device = pick_device(config.model.device, ranks.env.device_index)
+    device = pick_device(config.model.device, None if ranks.is_single_process else ranks.env.local_rank)
     share_cores(ranks.env, device)
     data = RunInputs.read(config, quiet)
     machine = Machine.read(device, ranks.env)

@@ -213,14 +213,15 @@ def compare_logits(
 
 def stop(model: Model, prompts: Sequence[Row]) -> Check:
     """How many greedy answers to held-out prompts end by themselves within twice the tokens of a right answer."""
-    lengths = [_answer_tokens(model, row) for row in prompts]
+    answers = [row.content.answers()[-1] for row in prompts]
+    lengths = [len(ids) for ids, _ in model.renderer.tokenizer.encode_batch(answers)]
     fair = [row for row, length in zip(prompts, lengths, strict=True) if _is_fair(length)]
     if not fair:
         why = "the right answers are too long" if prompts else "no held-out row has a question"
         return Check("stop", "skip", f"whether answers end is not measured: {why}")
     _, limit = stop_prompts(lengths)
-    answers = model.generate([row.content for row in fair], max_tokens=limit)
-    going = [row.place for row, answer in zip(fair, answers, strict=True) if not answer.stopped]
+    generated = model.generate([row.content for row in fair], max_tokens=limit)
+    going = [row.place for row, answer in zip(fair, generated, strict=True) if not answer.stopped]
     ended = len(fair) - len(going)
     text = f"{ended} of {len(fair)} held-out prompts ended by themselves"
     values = {"prompts": len(fair), "ended": ended, "max_tokens": limit, "going_on": going}
@@ -249,11 +250,6 @@ def heldout(base: float | None, tuned: float | None) -> Check:
     if not tuned < base:
         return Check("heldout", "warn", f"{text}: the adapter is no better than the base", values)
     return Check("heldout", "pass", text, values)
-
-
-def _answer_tokens(model: Model, row: Row) -> int:
-    text = row.content.answers()[-1]
-    return len(next(model.renderer.tokenizer.encode_batch([text]))[0])
 
 
 def _digest(tensor: Tensor) -> str:
