@@ -134,8 +134,7 @@ class AnswerFile:
 
     def close(self) -> None:
         """Close the part, which a later process can continue."""
-        if not self._file.closed:
-            self._file.close()
+        self._file.close()
 
     def _sync(self) -> None:
         self._file.flush()

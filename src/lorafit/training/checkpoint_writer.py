@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 from lorafit.observe.events import Message, Observer, Saved
@@ -36,8 +34,20 @@ class AsyncCheckpointWriter:
         folder = self._run.checkpoint(state.step)
         self._saved = Saved(state.step, str(folder), reason)
         facts = {"step": state.step, "best_step": state.best_step, **self._facts}
-        work = (folder, files, facts, self._run.keep_locked())
-        self._thread = threading.Thread(target=self._commit, args=work, name="save", daemon=True)
+        lock, metrics = self._run.keep_locked(), self._run.metrics_file
+        hint = "free space or repair the disk, then `lorafit train --resume` resumes from the last checkpoint"
+
+        def commit() -> None:
+            try:
+                with lock:  # the thread may outlive its run, where Python continues after a Ctrl-C
+                    if metrics.exists():  # those of the saved steps must be on disk too
+                        with run_error("cannot save", metrics, metrics.stat().st_size, hint):
+                            sync(metrics)
+                    commit_files(folder, files, facts)
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=commit, name="save", daemon=True)
         self._thread.start()
 
     def wait(self, *, block: bool) -> None:
@@ -55,28 +65,6 @@ class AsyncCheckpointWriter:
             self._run.rotate(self._keep)
         except OSError as error:
             self._observe(Message(f"older checkpoints stay: {error.strerror or error}", "warning"))
-
-    def _commit(
-        self,
-        folder: Path,
-        files: Mapping[str, bytes],
-        facts: Mapping[str, Any],
-        lock: AbstractContextManager[object],
-    ) -> None:
-        try:
-            with lock:  # the thread may outlive its run, where Python continues after a Ctrl-C
-                self._sync_metrics()
-                commit_files(folder, files, facts)
-        except BaseException as error:
-            self._error = error
-
-    def _sync_metrics(self) -> None:
-        """fsync the metrics, so that those of the saved steps are on disk too."""
-        file = self._run.metrics_file
-        hint = "free space or repair the disk, then `lorafit train --resume` resumes from the last checkpoint"
-        if file.exists():
-            with run_error("cannot save", file, file.stat().st_size, hint):
-                sync(file)
 
     def __enter__(self) -> AsyncCheckpointWriter:
         return self
