@@ -74,7 +74,7 @@ def sweep(
         flags = flag_overrides(model=model, data=data, output=None)
         planned = plan_points(vary or [], draws, seed, settings or [], recipe, flags)
     elif settings or vary or draws is not None or model or data or recipe:
-        raise ConfigError("--resume takes no settings: a sweep goes on as it was begun")
+        raise ConfigError("--resume takes no settings: a sweep continues as it was begun")
     else:
         planned = None
     folder = resume or Path(output)

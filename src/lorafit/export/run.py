@@ -22,7 +22,7 @@ from lorafit.export.readback import READERS
 from lorafit.export.reference import Reference, make_reference
 from lorafit.export.run_source import RunSource, open_source
 from lorafit.observe.progress import progress
-from lorafit.storage.atomic import commit_folder, read_facts, verify_folder
+from lorafit.storage.atomic import read_facts, staging_folder, verify_folder
 from lorafit.version import __version__
 
 _HINT = "free space, or give another --output; the run itself is unchanged"
@@ -111,7 +111,9 @@ def export_run(
         "lorafit": __version__,
         "prompt_contract": source.contract.hash,
     }
-    commit_folder(folder, write, facts, size, hint=_HINT)
+    sums: dict[str, str] = {}
+    with staging_folder(folder, facts, sums, size, _HINT) as staging:
+        sums.update(write(staging))
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return Exported(folder, kind, type_name, files, outcome)
 
