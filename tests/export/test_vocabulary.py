@@ -22,7 +22,7 @@ from lorafit.errors import ModelError
 from lorafit.export.chat_template import written_prompt
 from lorafit.export.gguf_model import write_gguf
 from lorafit.export.gguf_vocabulary import BYTE, CONTROL, UNUSED, vocabulary
-from lorafit.export.llama_cpp import _Server
+from lorafit.export.llama_cpp import Server
 from lorafit.export.run_source import RunSource
 
 pytestmark = pytest.mark.slow
@@ -85,7 +85,7 @@ def toy(folder: Path, *, legacy: bool) -> Path:
 @pytest.fixture(scope="module", params=MODELS)
 def opened(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[RunSource, _Server]:
+) -> tuple[RunSource, Server]:
     name = request.param
     work = tmp_path_factory.mktemp(name.replace(" ", "-"))
     if name == "demo":
@@ -97,10 +97,10 @@ def opened(
     sizes = {"tinystories-656k": 2048, "demo": 1024, "toy": 700, "legacy toy": 700}
     source = source_with(work, folder, sizes.get(name, 32000))
     write_gguf(source, work / "model.gguf", "f16", lambda done, total: None)
-    return source, _Server(work / "model.gguf", None, 256, 1)
+    return source, Server(work / "model.gguf", None, 256, 1)
 
 
-def check(opened: tuple[RunSource, _Server], count: int) -> None:
+def check(opened: tuple[RunSource, Server], count: int) -> None:
     """As many texts of the vocabulary's own pieces as of others; those with characters that it lacks are left out:
     where a vocabulary has no bytes for them, llama.cpp has nothing to say.
     """
@@ -122,15 +122,15 @@ def check(opened: tuple[RunSource, _Server], count: int) -> None:
     assert checked >= count * 0.8
 
 
-def test_ids_of_generated_strings_are_llama_cpps(opened: tuple[RunSource, _Server]) -> None:
+def test_ids_of_generated_strings_are_llama_cpps(opened: tuple[RunSource, Server]) -> None:
     check(opened, 300)
 
 
-def test_ids_of_ten_thousand_strings_are_llama_cpps(opened: tuple[RunSource, _Server]) -> None:
+def test_ids_of_ten_thousand_strings_are_llama_cpps(opened: tuple[RunSource, Server]) -> None:
     check(opened, 10_000 if opened[0].arch.vocab_size != 700 else 1_000)  # 700: the toys
 
 
-def test_ids_of_whole_prompts_are_llama_cpps(opened: tuple[RunSource, _Server]) -> None:
+def test_ids_of_whole_prompts_are_llama_cpps(opened: tuple[RunSource, Server]) -> None:
     """The template in the file, rendered by llama.cpp and tokenised with whatever it adds: the contract's ids."""
     source, server = opened
     for text in strings(150):

@@ -107,14 +107,14 @@ def _rounding_of_weights(type_name: str) -> Rounding:
 
 
 def _rounding_of_llama_cpp(type_name: str) -> Rounding:
-    from lorafit.export.gguf_types import Type, has_blocks, rounded, tensor_type, type_named
+    from lorafit.export.gguf_types import Type, has_blocks, rounded, tensor_type
 
     def weights(name: str, weight: Tensor) -> Tensor:
         return rounded(weight, tensor_type(type_name, name, tuple(weight.shape)))
 
     def inputs(x: Tensor) -> Tensor:
         # llama.cpp converts the input of a product to the weight's type; for 4 bits, to 8
-        kind = Type.Q8_0 if type_name.startswith("q") else type_named(type_name)
+        kind = Type.Q8_0 if type_name.startswith("q") else Type[type_name.upper()]
         return rounded(x, kind if has_blocks(kind, x.shape[-1]) else Type.F16).to(x.dtype)
 
     return Rounding(weights, unrounded if type_name == "f32" else inputs, _MOST_ROUNDED[type_name])

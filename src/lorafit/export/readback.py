@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,23 +19,23 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from lorafit.export import llama_cpp
+from lorafit.export.llama_cpp import Server
 
 Answer = tuple[dict[str, Any], NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """A program that reads exports: the packages that it needs (any of the modules of each), and its pip extra."""
+    """A program that reads exports: the packages that it needs, and its pip extra."""
 
     read: Callable[[dict[str, Any]], Answer]
-    packages: Mapping[str, Sequence[str]]
+    packages: Sequence[str]
     extra: str
     has_windows: bool = True  # whether it computes the sliding windows of a network
 
     def missing(self) -> list[str]:
         """The packages that are not installed."""
-        return [name for name, modules in self.packages.items() if not any(map(find_spec, modules))]
+        return [name for name in self.packages if find_spec(name) is None]
 
 
 def main(request_file: Path, result_file: Path, logits_file: Path) -> int:
@@ -102,7 +102,7 @@ def by_llama_cpp(request: dict[str, Any]) -> Answer:
     path, lora = next(Path(request["folder"]).glob("*.gguf")), None
     if request["is_adapter"]:
         path, lora = Path(request["base"]), path
-    program = llama_cpp.open_program(path, lora, longest, request["threads"])
+    program = Server(path, lora, longest, request["threads"])
     prompts, rows = [], []
     for prompt in request["prompts"]:
         text = program.render(prompt["messages"])
@@ -119,7 +119,7 @@ def by_llama_cpp(request: dict[str, Any]) -> Answer:
 
 
 def _greedy(
-    program: llama_cpp.Program,
+    program: Server,
     ids: Sequence[int],
     answer: Sequence[int],
     after: Sequence[NDArray[np.float32]],
@@ -138,9 +138,9 @@ def _greedy(
 
 
 READERS: dict[str, Reader] = {
-    "transformers": Reader(by_transformers, {"transformers": ["transformers"]}, "verify"),
-    "peft": Reader(by_transformers, {"transformers": ["transformers"], "peft": ["peft"]}, "verify"),
-    "llama.cpp": Reader(by_llama_cpp, {"llama.cpp": llama_cpp.MODULES}, "gguf", has_windows=False),
+    "transformers": Reader(by_transformers, ["transformers"], "verify"),
+    "peft": Reader(by_transformers, ["transformers", "peft"], "verify"),
+    "llama.cpp": Reader(by_llama_cpp, ["xllamacpp"], "gguf", has_windows=False),
 }
 
 if __name__ == "__main__":
