@@ -14,7 +14,7 @@ from torch import Tensor
 from lorafit.errors import ModelError
 from lorafit.export.chat_template import chat_template
 from lorafit.export.gguf_types import tensor_type
-from lorafit.export.gguf_vocabulary import vocabulary
+from lorafit.export.gguf_vocabulary import write_vocabulary
 from lorafit.export.run_source import RunSource
 from lorafit.model.architecture import FAMILIES, Architecture, Rope
 from lorafit.model.llama import inverse_frequencies
@@ -144,20 +144,9 @@ def _rope_factors(arch: Architecture) -> np.ndarray[tuple[int, ...], np.dtype[np
 
 def _add_tokenizer(writer: gguf.GGUFWriter, source: RunSource) -> None:
     contract = source.contract
-    vocab = vocabulary(source.base.path, source.renderer.tokenizer, source.arch.vocab_size)
-    writer.add_tokenizer_model(vocab.model)
-    writer.add_tokenizer_pre(vocab.pre)
-    writer.add_token_list(vocab.tokens)
-    writer.add_token_types(vocab.kinds)
-    if vocab.scores:
-        writer.add_token_scores(vocab.scores)
-    if vocab.merges:
-        writer.add_token_merges(vocab.merges)
-    writer.add_add_space_prefix(vocab.add_space_prefix)
+    write_vocabulary(writer, source.base.path, source.renderer.tokenizer, source.arch.vocab_size)
     writer.add_add_bos_token(contract.add_bos)
     writer.add_add_eos_token(False)
-    if vocab.nfc:
-        writer.add_bool("tokenizer.ggml.normalizer.nfc", True)
     if contract.bos_id is not None:
         writer.add_bos_token_id(contract.bos_id)
     ends = [contract.eos_id, *contract.stop_ids] if contract.eos_id is not None else contract.stop_ids

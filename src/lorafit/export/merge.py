@@ -52,13 +52,12 @@ def write_merged(
     }
     if shards.is_sharded:
         weight_map = dict(sorted(shards.tensor_to_filename.items()))
-        _write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     config = _read_json(source.base.path / "config.json")
     config.pop("dtype", None)
     config["torch_dtype"] = dtype_name(dtype)
-    _write_json(staging / "config.json", config)
-    _write_json(staging / "generation_config.json", generation_config(source))
-    write_tokenizer(source, staging)
+    write_json(staging / "config.json", config)
+    write_prompting(source, staging)
     return sums
 
 
@@ -85,14 +84,15 @@ def generation_config(source: RunSource) -> dict[str, Any]:
     return config
 
 
-def write_tokenizer(source: RunSource, staging: Path) -> None:
-    """The base's tokenizer, with the chat template of the training. Raises OSError."""
+def write_prompting(source: RunSource, staging: Path) -> None:
+    """The base's tokenizer, with the chat template and the stop tokens of the training. Raises OSError."""
     for name in _TOKENIZER_FILES:
         if (source.base.path / name).is_file():
             (staging / name).write_bytes((source.base.path / name).read_bytes())
     config = _read_json(source.base.path / "tokenizer_config.json")
     config["chat_template"] = chat_template(source.renderer)
-    _write_json(staging / "tokenizer_config.json", config)
+    write_json(staging / "tokenizer_config.json", config)
+    write_json(staging / "generation_config.json", generation_config(source))
 
 
 def _write_shard(
@@ -139,5 +139,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file for people and other programs. Raises OSError."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

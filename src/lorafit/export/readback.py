@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -109,32 +110,14 @@ def by_llama_cpp(request: dict[str, Any]) -> Answer:
         ids, bos = program.tokenize(text), request["bos"]
         if ids[:1] == [request["bos_id"]] and not text.startswith(bos):
             text = bos + text  # the program removes the text of BOS, and adds its token
-        before, answer = prompt["ids"], prompt["answer"]
-        after = [program.logits([*before, *answer[:count]]) for count in range(len(answer) + 1)]
-        greedy = _greedy(program, before, answer, after, request["max_tokens"])
+        before, answer, logits = prompt["ids"], prompt["answer"], cache(program.logits)
+        rows += [logits((*before, *answer[:count])) for count in range(len(answer) + 1)]
+        greedy: list[int] = []
+        while len(greedy) < request["max_tokens"] and not (greedy and program.ends(greedy[-1])):
+            greedy.append(int(logits((*before, *greedy)).argmax()))
         prompts.append({"text": text, "ids": ids, "greedy": greedy})
-        rows += after
     stops = {str(token): program.ends(token) for token in request["stop_ids"]}
     return {"program": program.name, "prompts": prompts, "stops": stops}, np.array(rows)
-
-
-def _greedy(
-    program: Server,
-    ids: Sequence[int],
-    answer: Sequence[int],
-    after: Sequence[NDArray[np.float32]],
-    max_tokens: int,
-) -> list[int]:
-    """The most probable tokens one by one, up to and including the one at which the program stops.
-
-    `after` are the logits after `ids` and after each token of `answer`; they are reused while the two agree.
-    """
-    tokens: list[int] = []
-    while len(tokens) < max_tokens and not (tokens and program.ends(tokens[-1])):
-        is_known = tokens == list(answer[: len(tokens)]) and len(tokens) < len(after)
-        logits = after[len(tokens)] if is_known else program.logits([*ids, *tokens])
-        tokens.append(int(logits.argmax()))
-    return tokens
 
 
 READERS: dict[str, Reader] = {
