@@ -99,7 +99,8 @@ def gguf_names(source: RunSource) -> dict[str, str]:
     """llama.cpp's name of each weight."""
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(kinds[_architecture(source)], source.arch.num_hidden_layers)
-    return {name: table.get_name(name, (".weight", ".bias")) for name in source.weights}
+    parts = {name: name.rpartition(".") for name in source.weights}
+    return {name: f"{table[module]}.{part}" for name, (module, _, part) in parts.items()}
 
 
 def permuted(weight: Tensor, name: str, arch: Architecture) -> Tensor:

@@ -70,7 +70,7 @@ def _tokens(spec: dict[str, Any], tokenizer: Tokenizer, size: int, path: Path) -
         )
     unknown = spec["model"].get("unk_token")
     tokens = [by_id.get(number, f"[PAD{number}]") for number in range(size)]
-    kinds = []
+    kinds: list[int] = []
     for number, text in enumerate(tokens):
         if number not in by_id:
             kinds.append(TokenType.UNUSED)

@@ -103,7 +103,9 @@ def _rounding_of_weights(type_name: str) -> Rounding:
 
 
 def _rounding_of_llama_cpp(type_name: str) -> Rounding:
-    from lorafit.export.gguf_types import Type, has_blocks, rounded, tensor_type
+    from gguf import GGMLQuantizationType as Type
+
+    from lorafit.export.gguf_types import has_blocks, rounded, tensor_type
 
     def weights(name: str, weight: Tensor) -> Tensor:
         return rounded(weight, tensor_type(type_name, name, tuple(weight.shape)))

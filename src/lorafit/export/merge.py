@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -38,21 +39,16 @@ def write_merged(
     Sums are computed in float32 and rounded once. Raises OSError.
     """
     shards = plan_shards(source, dtype, max_shard)
-    total = shards.metadata["total_size"]
-    done = 0
-
-    def tell(num_bytes: int) -> None:
-        nonlocal done
-        done += num_bytes
-        progress(done, total)
-
+    done = count(1)
     sums = {
-        file: _write_shard(source, staging / file, names, dtype, tell)
+        file: _write_shard(
+            source, staging / file, names, dtype, lambda: progress(next(done), len(source.weights))
+        )
         for file, names in shards.filename_to_tensors.items()
     }
     if shards.is_sharded:
         weight_map = dict(sorted(shards.tensor_to_filename.items()))
-        write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(staging / INDEX, {"metadata": shards.metadata, "weight_map": weight_map})
     config = _read_json(source.base.path / "config.json")
     config.pop("dtype", None)
     config["torch_dtype"] = dtype_name(dtype)
@@ -96,7 +92,7 @@ def write_prompting(source: RunSource, staging: Path) -> None:
 
 
 def _write_shard(
-    source: RunSource, path: Path, names: Sequence[str], dtype: torch.dtype, tell: Callable[[int], None]
+    source: RunSource, path: Path, names: Sequence[str], dtype: torch.dtype, tell: Callable[[], None]
 ) -> str:
     """A safetensors file (https://github.com/huggingface/safetensors#format), written tensor by tensor; its SHA-256.
 
@@ -119,7 +115,7 @@ def _write_shard(
             numbers = _bytes(source.tensor(name).to(dtype))
             file.write(numbers)
             digest.update(numbers)
-            tell(numbers.nbytes)
+            tell()
     return digest.hexdigest()
 
 

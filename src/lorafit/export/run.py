@@ -21,7 +21,7 @@ from lorafit.export.readback import READERS
 from lorafit.export.reference import Reference, make_reference
 from lorafit.export.run_source import RunSource, open_source
 from lorafit.observe.progress import progress
-from lorafit.storage.atomic import commit_folder, read_facts, verify_folder
+from lorafit.storage.atomic import read_facts, staging_folder, verify_folder
 from lorafit.version import __version__
 
 _HINT = "free space, or give another --output; the run itself is unchanged"
@@ -79,23 +79,6 @@ def export_run(
             reference = make_reference(source, export.rounding(type_name), longest, advance)
     outcome: dict[str, Any] = parity.unverified("--no-verify")
 
-    def write(staging: Path) -> Mapping[str, str]:
-        nonlocal outcome
-        try:
-            with progress(f"writing {kind}") as advance:
-                sums = export.write(source, staging, type_name, advance)
-            write_json(staging / "prompt.json", source.contract.to_json())
-            if reference is not None:
-                outcome = _verify(source, reference, export, staging)
-            write_json(staging / parity.FILE, outcome)
-            (staging / CARD).write_text(card(source, export, type_name, staging, outcome), encoding="utf-8")
-            return sums
-        except OSError:
-            raise
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
-
     size = None if export.is_adapter else round(BYTES[type_name] * source.arch.num_parameters)
     facts = {
         "export": kind,
@@ -103,7 +86,21 @@ def export_run(
         "lorafit": __version__,
         "prompt_contract": source.contract.hash,
     }
-    commit_folder(folder, write, facts, size, hint=_HINT)
+    sums: dict[str, str] = {}
+    with staging_folder(folder, facts, sums, size, _HINT) as staging:
+        try:
+            with progress(f"writing {kind}") as advance:
+                sums.update(export.write(source, staging, type_name, advance))
+            write_json(staging / "prompt.json", source.contract.to_json())
+            if reference is not None:
+                outcome = _verify(source, reference, export, staging)
+            write_json(staging / parity.FILE, outcome)
+            (staging / CARD).write_text(card(source, export, type_name, staging, outcome), encoding="utf-8")
+        except OSError:
+            raise
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return Exported(folder, kind, type_name, files, outcome)
 

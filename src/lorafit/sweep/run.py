@@ -105,7 +105,7 @@ def run_sweep(
 
 def draw_curves(folder: Path, results: Sequence[TrialResult]) -> Path:
     """Write the held-out losses over steps as a picture, the best trial boldest; returns its file."""
-    lines = []
+    lines: list[Line] = []
     for result in results:
         if result.state != "failed" and result.trial.run.metrics_file.exists():
             name = ", ".join(f"{key.partition('.')[2]}={value}" for key, value in result.trial.point.items())
