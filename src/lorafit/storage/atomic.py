@@ -97,6 +97,9 @@ def staging_folder(
             place=str(getattr(error, "filename", None) or folder),
             hint=hint,
         ) from error
+    except (Exception, KeyboardInterrupt):
+        _roll_back(folder, staging, old, placed)
+        raise
     if faults := verify_folder(folder):
         _roll_back(folder, staging, old, placed)
         raise RunError(
