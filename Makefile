@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 DEMO := runs/demo
 # Files or folders of tests, all without any: make test T=tests/data
 T ?=
-# Two files of tests at a time, each on one thread; the order of sets is always the same.
-SUITE = PYTHONHASHSEED=0 $(BIN)/python -m pytest -n 2 --dist loadfile $(T)
+# Two files of tests at a time, each on one thread, long ones first; the order of sets is always the same.
+SUITE = PYTHONHASHSEED=0 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(T)
 SEEDS ?= 20
 
 .PHONY: demo test quick slow seeds lint format docs config-docs types bench bugs masks crash fuzz fuzz-serve hostile hosts scale release dist clean

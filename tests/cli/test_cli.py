@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -11,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.command import COMMAND, TINY, Cli, Done
+from tests.command import TINY, Cli, Done
+from tests.forked import Forked, run
 from tests.tiny_models import write_model, write_rows
-from tests.waiting import HANGS, until
+from tests.waiting import until
 
 import lorafit
 from lorafit.config.schema import keys
@@ -36,11 +36,10 @@ def start(material: Path, output: Path, *overrides: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(material: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A run made by the real command in a process of its own, and what the process said."""
+    """A run made by the real command in a process, and what the process said."""
     output = material / "runs" / "first"
     words = start(material, output, "train.max_steps=6", "train.log_every=2", "train.learning_rate=0.01")
-    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, check=False)
-    return output, done
+    return output, run("lorafit", *words)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"]], ids=" ".join)
@@ -243,17 +242,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_resume_finishes(
 ) -> None:
     output = tmp_path / "run"
     words = start(material, output, "train.max_steps=150", "data.holdout=0", "train.save_every=1000")
-    with subprocess.Popen(
-        [*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as child:
-        try:
-            metrics = output / "metrics.jsonl"
-            until(lambda: metrics.exists() and b'"event": "step"' in metrics.read_bytes(), child.poll)
-            os.kill(child.pid, signal.SIGINT)
-            out, err = child.communicate(timeout=HANGS)
-        finally:
-            child.kill()
-    assert child.returncode == 130, err
+    with Forked("lorafit", *words) as child:
+        metrics = output / "metrics.jsonl"
+        until(lambda: metrics.exists() and b'"event": "step"' in metrics.read_bytes(), child.poll)
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate()
+        assert child.returncode == 130, err
     assert out == f"{output}\n"
     assert "SIGINT: saving after this step" in err
     assert f"continue with: lorafit train --resume {output}" in err

@@ -101,6 +101,8 @@ def corrupt_writes(bench: Bench, every: int = 1) -> Tally:
 
     for call, problems in bench.servers.each(trial, writes[::every]):
         tally.add(f"a write to {call.path}", *problems)
+        if bench.is_detected(tally):
+            break
     return tally
 
 

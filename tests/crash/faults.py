@@ -65,6 +65,8 @@ def fail_calls(bench: Bench, every: int = 1, kinds: str = "") -> Tally:
         error = errno.errorcode.get(injection.error, "")
         name = f"{injection.act} {error} at call {injection.call} of thread {injection.thread}"
         tally.add(name, *problems)
+        if bench.is_detected(tally):
+            break
         tally.count("stopped with a message" if stopped else "continued to the same bytes")
     return tally
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 
@@ -67,6 +68,8 @@ def kill_at_calls(bench: Bench, every: int = 1, at: str = "") -> Tally:
             tally.count("not reached")
             continue
         tally.add(str(injection), *problems)
+        if bench.is_detected(tally):
+            break
         if state:
             lost = state.last_step - state.newest
             tally.maximum("maximum of lost steps", lost)
@@ -94,12 +97,10 @@ def kill_at_random_times(bench: Bench, kills: int, seed: int = 0) -> Tally:
                 problems.append(f"the checkpoint of step {reported} is lost")
         return number, num_kills, problems + bench.finish(root)
 
-    number = 0
-    while tally.facts["kills"] < kills and not bench.servers.cut_short:
-        chains = range(number, number + 4 * bench.servers.count)
-        for name, num_kills, problems in bench.servers.each(chain, chains):
-            tally.add(f"chain {name}", *problems)
-            tally.count("kills", num_kills)
-            tally.maximum("longest chain", num_kills)
-        number = chains.stop
+    for number, num_kills, problems in bench.servers.each(chain, itertools.count()):
+        tally.add(f"chain {number}", *problems)
+        tally.count("kills", num_kills)
+        tally.maximum("longest chain", num_kills)
+        if tally.facts["kills"] >= kills:
+            break
     return tally

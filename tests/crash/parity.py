@@ -91,6 +91,8 @@ def resume_everywhere(
                     problems.append("the rows differ")
             outcomes.append((step, problems))
             shutil.rmtree(root)
+            if mutation and problems:  # detected
+                break
         shutil.rmtree(origin)
         return changes, outcomes
 

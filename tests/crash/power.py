@@ -114,6 +114,8 @@ def open_images(
             put(image, root / "image")
             if problems := check_image(root / "image", expected):
                 failures.append(f"after call {number} of {len(calls)}: {'; '.join(problems)}")
+                if mutation:  # detected
+                    return {"images": sorted(seen), "failures": failures, "kept": []}
             if len(seen) % sample == 0:
                 kept.append(f"image-{number}-{len(seen)}")
                 put(image, root / kept[-1])

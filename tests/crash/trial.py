@@ -103,6 +103,10 @@ class Bench:
         mutated.mutation = name
         return mutated
 
+    def is_detected(self, tally: Tally) -> bool:
+        """Whether the mutation has made a trial fail; the trials after that show nothing more."""
+        return bool(self.mutation and tally.failures)
+
     def finish(self, root: Path) -> list[str]:
         """Resume the run in `root` without faults. Returns its problems; without problems, removes `root`."""
         problems = self.end_of(root, self.run("resume", root))

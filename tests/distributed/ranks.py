@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from tests.waiting import HANGS
+from tests.forked import Forked
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,28 +32,24 @@ def together(world_size: int, jobs: list[dict[str, Any]], folder: Path) -> list[
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
     }
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.ranks", str(plan)],
-            env={**os.environ, **shared, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
     said = []
-    try:
+    with ExitStack() as stack:
+        started = [
+            stack.enter_context(
+                Forked(
+                    "tests.distributed.ranks",
+                    str(plan),
+                    env={**os.environ, **shared, **address, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    cwd=ROOT,
+                )
+            )
+            for rank in range(world_size)
+        ]
         for process in started:
-            out, error = process.communicate(timeout=HANGS)
+            out, error = process.communicate()
             assert process.returncode == 0, error
             said.append([json.loads(line) for line in out.splitlines()])
-    finally:
-        for process in started:
-            process.kill()
     return [{"ranks": list(answers)} for answers in zip(*said, strict=True)]
 
 

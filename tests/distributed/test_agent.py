@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from tests.forked import Forked
 from tests.runs import events, tiny_settings
 from tests.waiting import HANGS, until
 
@@ -36,30 +37,26 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "train.learning_rate=0.0002",  # ranks add up in another order: at a higher rate that shows after 200 steps
         "train.eval_every=30",
         "train.save_every=10",
-        "distributed.timeout=24",
+        f"distributed.timeout={HANGS}",
         "run.verify=true",
         num_rows=60,
     )
 
 
 @contextmanager
-def lorafit(*words: str) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lorafit", *words],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.terminate()
-        process.communicate(timeout=HANGS)
+def lorafit(*words: str) -> Iterator[Forked]:
+    """The agent; its workers are new interpreters."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with Forked("lorafit", *words, env=environment) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.terminate()  # it ends its workers
+            process.communicate(timeout=HANGS)
 
 
-def wait_for(there: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
+def wait_for(there: Callable[[], Any], process: Forked) -> Any:
     try:
         return until(there, process.poll)
     except AssertionError as error:
@@ -101,8 +98,11 @@ def test_stopped_killed_and_frozen_a_run_of_two_comes_to_the_end_of_a_run_of_one
 ) -> None:
     whole = start_run(load_config(None, [*settings, f"run.output={tmp_path / 'one'}"]), quiet=True)
     run = tmp_path / "two"
+    begun = time.monotonic()
     with lorafit("train", "--nproc", "2", *settings, "--output", str(run)) as agent:
         wait_for(lambda: last_step(run) >= 5, agent)
+        # A frozen rank is waited for in earnest: longer than this machine takes to start two ranks.
+        patience = max(20.0, 2 * (time.monotonic() - begun))
         agent.send_signal(signal.SIGTERM)
         _, said = agent.communicate(timeout=HANGS)
         assert agent.returncode == 130, said
@@ -110,7 +110,8 @@ def test_stopped_killed_and_frozen_a_run_of_two_comes_to_the_end_of_a_run_of_one
     assert RunDirectory.open(run).newest_checkpoint() == (stopped["step"], {})
     assert "Traceback" not in said
 
-    with lorafit("train", "--resume", str(run), "--nproc", "2") as agent:
+    words = ("--resume", str(run), "--nproc", "2", f"distributed.timeout={patience}")
+    with lorafit("train", *words) as agent:
         wait_for(lambda: num_starts(run) == 2 and last_step(run) > stopped["step"] + 10, agent)
         os.kill(worker(agent.pid, 1), signal.SIGKILL)
         wait_for(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from tests.tiny_models import write_model, write_rows
+from tests.waiting import HANGS
 
 from lorafit.config.load import load_config
 from lorafit.training.run import start_run
@@ -44,7 +45,7 @@ def test_two_workers_of_ray_compute_what_one_process_does(tmp_path: Path) -> Non
         },
         capture_output=True,
         text=True,
-        timeout=420,
+        timeout=HANGS,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]

@@ -15,7 +15,10 @@ from lorafit.data.formats import Message
 from lorafit.infer.model import load
 from lorafit.model.attention import PackedDocuments
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the harness's own imports
+pytestmark = [
+    pytest.mark.slow,  # the import of the harness alone takes many seconds
+    pytest.mark.filterwarnings("ignore"),  # of the harness's own imports
+]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +110,6 @@ def test_chats_are_asked_with_the_ids_of_training(lm: Any, run: Path) -> None:
     assert lm.generate_until([asked(text, {"max_gen_toks": 6, "until": []})])[0].strip() == live
 
 
-@pytest.mark.slow
 def test_the_harness_runs_a_local_task_on_base_and_adapter(run: Path) -> None:
     """From its own evaluator: multiple choice, so that loglikelihood decides."""
     import datasets

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.waiting import HANGS
 
 from lorafit.config.load import load_config, recipe_file
 from lorafit.observe.metrics_file import read_metrics
@@ -53,7 +54,7 @@ def test_twenty_steps_equal_the_script_that_people_start_from(shared: Path, tmp_
         env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=HANGS,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     theirs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"step"')]

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.waiting import HANGS
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "Dockerfile").read_text(encoding="utf-8")
@@ -24,7 +25,7 @@ def test_the_linter_accepts_it() -> None:
     if hadolint is None:
         pytest.skip("hadolint is missing: pip install '.[dev]'")
     command = [hadolint, "--no-color", "--failure-threshold", "style", "Dockerfile"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -56,7 +57,9 @@ def test_the_build_context_is_what_the_wheel_needs_and_no_more(tmp_path: Path) -
     build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d"]
     wheels = []
     for tree in (ROOT, tmp_path):
-        subprocess.run([*build, tmp_path / tree.name], cwd=tree, check=True, capture_output=True, timeout=120)
+        subprocess.run(
+            [*build, tmp_path / tree.name], cwd=tree, check=True, capture_output=True, timeout=HANGS
+        )
         (wheel,) = (tmp_path / tree.name).iterdir()
         wheels.append(wheel.read_bytes())
     assert wheels[0] == wheels[1]

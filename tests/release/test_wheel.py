@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
+from tests.waiting import HANGS
 
 pytest.importorskip("hatchling", reason="the build backend is missing: pip install '.[test]'")
 
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def build(source: Path, target: str, into: Path) -> Path:
     """The `wheel` or `sdist` of the tree `source`, built here without a network."""
     command = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", into]
-    subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, cwd=source, check=True, capture_output=True, timeout=HANGS)
     (built,) = into.iterdir()
     return built
 
@@ -87,7 +88,7 @@ def test_a_wheel_out_of_the_sdist_has_the_same_bytes(wheel: Path, sdist: Path, t
 def test_the_metadata_is_accepted_without_a_warning(wheel: Path, sdist: Path) -> None:
     pytest.importorskip("twine", reason="twine is missing: pip install '.[dev]'")
     command = [sys.executable, "-m", "twine", "check", "--strict", wheel, sdist]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGS)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("PASSED") == 2
 
@@ -108,7 +109,7 @@ class Installed:
             [sys.executable, "-m", "pip", "--python", python, "install", "-q", *options, wheel],
             check=True,
             capture_output=True,
-            timeout=120,
+            timeout=HANGS,
         )
         (self.site,) = self.folder.glob("[Ll]ib/**/site-packages")
         # Plain paths: the .pth files in those folders, an editable lorafit among them, are not read.
@@ -125,7 +126,7 @@ class Installed:
             capture_output=True,
             text=True,
             encoding="utf-8",
-            timeout=300,
+            timeout=HANGS,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load, save
+from tests.forked import run
 from tests.runs import tiny_run
 
 from lorafit.cli.main import main
@@ -44,6 +45,17 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     own = SimpleNamespace(run=here, TimeoutExpired=subprocess.TimeoutExpired)
     monkeypatch.setattr(reload, "subprocess", own)  # not `run` of all modules: others start processes too
+
+
+@pytest.fixture
+def fork(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fresh process is forked from one that has the imports done."""
+
+    def forked(command: Sequence[str], *, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
+        return run(*command[3:], env=env)
+
+    own = SimpleNamespace(run=forked, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(reload, "subprocess", own)
 
 
 def checks(result: Result) -> dict[str, dict[str, Any]]:
@@ -109,7 +121,7 @@ def test_a_run_is_proven_in_a_fresh_process(material: list[str], tmp_path: Path)
     ids=["int8", "nf4", "bfloat16"],
 )
 def test_other_bases_are_proven_in_a_fresh_process(
-    overrides: list[str], material: list[str], tmp_path: Path
+    overrides: list[str], material: list[str], tmp_path: Path, fork: None
 ) -> None:
     result = tiny_run(material, tmp_path / "run", *overrides)
     assert checks(result)["reload"]["verdict"] == "pass"
