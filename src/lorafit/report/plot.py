@@ -73,13 +73,13 @@ class Chart:
 def line_chart(
     title: str, lines: Sequence[Line], show: Format, *, log: bool = False, tall: bool = False
 ) -> Chart | None:
-    """A figure with `lines` over steps, None without points; `show` writes a value."""
+    """A figure with `lines` over steps from 0 on, None without points; `show` writes a value."""
     lines = [line for line in lines if line.points]
     if not lines:
         return None
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
-    x_axis, y_axis = linear_axis(min(xs), max(xs), 6, whole=True, tight=True), value_axis(ys, log=log)
+    x_axis, y_axis = linear_axis(0, max(xs), 6, whole=True, tight=True), value_axis(ys, log=log)
 
     def place(point: tuple[float, float]) -> str:
         return f"{BOX * x_axis.at(point[0]):.1f} {BOX * (1 - y_axis.at(point[1])):.1f}"

@@ -49,9 +49,8 @@ def loss(facts: Facts) -> plot.Chart | None:
     else:
         lines = [plot.Line("training", "train", raw, dots=True)]
     if base is not None and raw:
-        steps = [step for step, _ in [*raw, *held]]
-        ends = (min(steps), max(steps))
-        lines.append(plot.Line("held out, base", "base", [(step, base) for step in ends]))
+        last = max(step for step, _ in [*raw, *held])
+        lines.append(plot.Line("held out, base", "base", [(0, base), (last, base)]))
     lines.append(plot.Line("held out", "held", held, dots=True))
     return plot.line_chart(
         "Loss, mean over supervised tokens", lines, lambda value: f"{value:.3g}", tall=True

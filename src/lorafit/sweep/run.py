@@ -111,6 +111,8 @@ def draw_curves(folder: Path, results: Sequence[TrialResult]) -> Path:
             name = ", ".join(f"{key.partition('.')[2]}={value}" for key, value in result.trial.point.items())
             events = read_metrics(result.trial.run.metrics_file)
             points = series((event for event in events if event["event"] == "heldout"), "loss")
+            if result.summary is not None and result.summary.base_loss is not None:
+                points = [(0, result.summary.base_loss), *points]
             lines.append(Line(name, str(len(lines)), points, dots=True))
     title, picture = f"Held-out loss, {folder.name}", folder / "sweep.svg"
     chart = line_chart(title, lines, "{:.3f}".format)
