@@ -268,6 +268,35 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_resume_finishes(
     assert steps == list(range(1, 151))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ignored", [("HUP",), ("INT", "HUP", "TERM", "USR1")], ids=" ".join)
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored(
+    material: Path, tmp_path: Path, ignored: tuple[str, ...]
+) -> None:
+    """As below nohup, which ignores SIGHUP, and in the background of a script, where SIGINT is ignored."""
+    output = tmp_path / "run"
+    words = start(material, output, "train.max_steps=150", "data.holdout=0", "train.save_every=1000")
+    shell = ["sh", "-c", f'trap "" {" ".join(ignored)}; exec "$@"', "sh"]
+    with subprocess.Popen(
+        [*shell, *COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        try:
+            metrics = output / "metrics.jsonl"
+            until(lambda: metrics.exists() and b'"event": "step"' in metrics.read_bytes(), child.poll)
+            for name in ignored:
+                os.kill(child.pid, getattr(signal, f"SIG{name}"))
+            stops = "TERM" not in ignored
+            if stops:  # what is not ignored stops the run as ever
+                steps = metrics.read_bytes().count(b'"event": "step"')
+                until(lambda: metrics.read_bytes().count(b'"event": "step"') > steps + 2, child.poll)
+                os.kill(child.pid, signal.SIGTERM)
+            _, err = child.communicate(timeout=HANGS)
+        finally:
+            child.kill()
+    assert child.returncode == (130 if stops else 0), err
+    assert [name for name in ("HUP", "INT", "TERM", "USR1") if f"SIG{name}" in err] == ["TERM"] * stops
+
+
 def test_runs_are_listed(cli: Cli, trained: tuple[Path, object], tmp_path: Path) -> None:
     output = trained[0]
     done = cli("runs", output.parent)

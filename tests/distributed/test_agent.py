@@ -137,6 +137,23 @@ def test_stopped_killed_and_frozen_a_run_of_two_comes_to_the_end_of_a_run_of_one
     assert all(float((weights[name] - wanted[name]).abs().max()) < 1e-5 for name in wanted)
 
 
+def test_a_hangup_that_nohup_ignores_reaches_neither_the_agent_nor_the_workers(
+    settings: list[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a child inherits this
+    try:
+        started = lorafit("train", "--nproc", "2", *settings, "train.max_steps=20", "--output", str(run))
+        with started as agent:
+            wait_for(lambda: last_step(run) >= 2, agent)
+            for process in (agent.pid, worker(agent.pid, 0)):
+                os.kill(process, signal.SIGHUP)
+            _, said = agent.communicate(timeout=HANGS)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (agent.returncode, last_step(run)) == (0, 20), said
+
+
 def test_a_mistake_is_said_once_and_not_tried_again(settings: list[str], tmp_path: Path) -> None:
     broken = tmp_path / "rows.json"
     broken.write_text('[{"instruction": "a"}]')
