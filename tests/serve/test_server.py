@@ -100,6 +100,8 @@ def test_only_names_of_this_server_are_answered(host: str, status: int, there: L
     assert reply.status_code == status
     if status == 403:
         assert error_of(reply)["code"] == "host_not_allowed"
+        is_name = "@" not in host and host != ""
+        assert (f"--allow-host {host.strip('[]')}" in error_of(reply)["message"]) == is_name
 
 
 @pytest.mark.parametrize(
