@@ -200,6 +200,30 @@ def test_an_unknown_option_exits_2(cli: Cli) -> None:
     assert "--model" in done.err
 
 
+@pytest.mark.parametrize("name", ["cuda:x", "xpu", "meta", "cuda:99"])
+@pytest.mark.parametrize(
+    "command", [["generate", "MODEL", "Hi"], ["chat", "MODEL"], ["serve", "MODEL", "--port", "0"], ["train"]]
+)
+def test_a_device_is_checked_in_the_same_way_by_all_commands(
+    command: list[str], name: str, cli: Cli, material: Path, tmp_path: Path
+) -> None:
+    words = [word.replace("MODEL", str(material / "model")) for word in command]
+    given = ["--device", name]
+    if command == ["train"]:
+        words, given = start(material, tmp_path / "run"), [f"model.device={name}"]
+    done = cli(*words, *given, stdin="Hi")
+    assert (done.code, done.out) == (2, ""), done
+    assert done.err.count("error:") == 1
+    wanted = "not available here" if name == "cuda:99" else "a device is auto, cpu, gpu, cuda, cuda:N or mps"
+    assert f"`{name}`" in done.err or repr(name) in done.err
+    assert wanted in done.err
+
+
+def test_a_device_in_capital_letters_is_read(cli: Cli, material: Path) -> None:
+    done = cli("generate", material / "model", "Hi", "--device", "CPU", "--max-tokens", "1")
+    assert (done.code, done.err) == (0, "")
+
+
 def test_our_own_mistake_exits_1_and_asks_for_a_report(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("oh")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,27 @@ def config_from_args(words: Sequence[str], recipe: str | None, flags: Mapping[st
 def nearest_key(name: str) -> str:
     """A hint with the key that is most like `name`."""
     return _nearest(name, keys())
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """`config` with its files and folders as absolute paths: a run can be used from any folder, and be moved.
+
+    What does not exist here (a hub id, the name of a template) stays.
+    """
+
+    def absolute(name: str) -> str:
+        path = os.path.abspath(os.path.expanduser(name))  # noqa: PTH100, PTH111  they never raise
+        return path if os.path.exists(path) or "*" in path else name  # noqa: PTH110
+
+    model, lora, data = config.model, config.lora, config.data
+    template = absolute(data.template) if data.template.endswith(".jinja") else data.template
+    paths = tuple(map(absolute, data.path))
+    sections = {
+        "model": model.model_copy(update={"name": absolute(model.name)}),
+        "lora": lora.model_copy(update={"init_from": lora.init_from and absolute(lora.init_from)}),
+        "data": data.model_copy(update={"path": paths, "template": template}),
+    }
+    return config.model_copy(update=sections)
 
 
 def dump_config(config: Config) -> str:

@@ -18,6 +18,7 @@ from lorafit.infer.stream_text import AnswerText
 from lorafit.model.adapter_file import CONFIG as ADAPTER_CONFIG
 from lorafit.model.adapter_file import MAX_CONFIG
 from lorafit.model.build import build_saved
+from lorafit.model.device import pick_device
 from lorafit.model.llama import Llama
 from lorafit.model.lora import adapted, disable_adapter, evaluating
 from lorafit.model.quant import Quantize
@@ -166,6 +167,7 @@ def load(
 
     Returns the Model. Raises ModelError, RunError or ConfigError.
     """
+    pick_device(device)  # before anything is downloaded
     found = find_source(source, adapter=adapter, dtype=dtype, offline=offline, quantize=quantize)
     base = found.base_folder()
     tokenizer = Tokenizer.from_folder(base)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from lorafit.config.load import with_absolute_paths
 from lorafit.config.schema import Config
 from lorafit.data.batch import RankShare
 from lorafit.distributed.env import ProcessEnv
@@ -107,8 +108,10 @@ def start_run(config: Config, *, quiet: bool = False, base: BaseModelCache | Non
             "output", lambda: str(RunDirectory.new(config.run.output, config.model.name).path), str, str
         )
         run = RunDirectory(Path(output))
+        made_here = config.run.output is None
         config = config.model_copy(update={"run": config.run.model_copy(update={"output": str(run.path)})})
-        prepared = prepare(config, ranks, quiet, base)
+        with run.removed_on_failure() if made_here else nullcontext():
+            prepared = prepare(config, ranks, quiet, base)
         if not ranks.is_main:
             return run_training(prepared, run, ranks, step=None, notes=[], quiet=quiet)
         run.create(num_bytes=_checkpoint_bytes(prepared) * (config.train.keep + 2))
@@ -189,7 +192,7 @@ def _reconcile(
         run.set_aside(damaged)
     if step is None or accept_changes:
         write_origin(run, prepared)
-    if prepared.config != run.config():
+    if with_absolute_paths(prepared.config) != run.config():
         run.write_config(prepared.config)
     return notes
 
@@ -277,7 +280,7 @@ def make_context(prepared: Prepared, run: RunDirectory, ranks: Ranks, observe: O
         places=lambda members: ", ".join(rows.place(index) for index in members),
         heldout=settings.packer.packs(heldout),
         run=run,
-        adapter=AdapterFacts(built.spec, config.model.name, data.base.revision),
+        adapter=AdapterFacts(built.spec, with_absolute_paths(config).model.name, data.base.revision),
         facts={**prepared.facts, **machine_facts(built.device)},
         observe=observe,
         samples=SampleGenerator(Model(network, rows.renderer), rows.samples, observe),
