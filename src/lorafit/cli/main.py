@@ -121,6 +121,10 @@ def _explained(error: Exception) -> tuple[int, str]:
         case _ if hasattr(error, "format_message"):  # click's errors, which typer contains a copy of
             context = getattr(error, "ctx", None)
             hint = f"see `{context.command_path} --help`" if context else ""
+            if option := getattr(error, "option_name", ""):
+                from lorafit.config.load import option_hint
+
+                hint = option_hint(option) or hint
             return 2, str(Problem(error.format_message(), hint=hint))
     hint = "this is a bug in lorafit; run it with `lorafit --debug ...` and report it"
     return 1, str(Problem(f"{type(error).__name__}: {error}", hint=hint))
