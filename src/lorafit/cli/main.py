@@ -16,6 +16,7 @@ from lorafit.cli import (
     chat,
     check,
     config,
+    doctor,
     evaluate,
     export,
     generate,
@@ -58,6 +59,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("runs")(runs.runs)
 app.command("sweep")(sweep.sweep)
 app.command("config")(config.config)
+app.command("doctor")(doctor.doctor)
 
 
 def _version(is_set: bool) -> None:
@@ -126,7 +128,7 @@ def _explained(error: Exception) -> tuple[int, str]:
 
                 hint = option_hint(option) or hint
             return 2, str(Problem(error.format_message(), hint=hint))
-    hint = "this is a bug in lorafit; run it with `lorafit --debug ...` and report it"
+    hint = "this is a bug in lorafit; run it with `lorafit --debug ...` and report it with the text of `lorafit doctor`"
     return 1, str(Problem(f"{type(error).__name__}: {error}", hint=hint))
 
 
