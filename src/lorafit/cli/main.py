@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import os
 import sys
 import time
@@ -82,6 +83,8 @@ def _options(
 def main() -> None:
     """Run the command line and exit."""
     gc.set_threshold(*COLLECT)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that is not UTF-8 shows the rest as `\ud55c`
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         env = ProcessEnv.read()
     except LorafitError as error:
@@ -116,6 +119,9 @@ def _explained(error: Exception) -> tuple[int, str]:
             return error.exit_code, str(error)
         case OSError():
             return 2, str(Problem(error.strerror or str(error), str(error.filename or "")))
+        case RuntimeError() if "home directory" in str(error):  # pathlib, for `~nobody` or without HOME
+            hint = "write the whole path, or set HOME"
+            return 2, str(Problem("the home folder that `~` stands for is not known", hint=hint))
         case MemoryError():
             return 2, str(Problem("out of memory", hint="`lorafit plan` predicts the memory of a run"))
         case _ if type(error).__name__ == "NoArgsIsHelpError":

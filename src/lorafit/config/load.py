@@ -94,7 +94,9 @@ def validate(
     try:
         config = Config.model_validate(dict(values))
     except ValidationError as error:
-        details = error.errors(include_url=False)
+        details = [
+            detail for detail in error.errors(include_url=False) if detail["type"] != "string_unicode"
+        ]  # it is among the unusable texts
         fresh = [
             _problem(detail, places or {}, number < _MOST_HINTS) for number, detail in enumerate(details)
         ]
