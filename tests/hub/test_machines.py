@@ -248,6 +248,22 @@ def test_gguf_files_alone_are_called_so(hub: Hub, tmp_path: Path) -> None:
     assert hub.fetched() == set()
 
 
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://huggingface.co/owner/name",
+        "https://huggingface.co/owner/name/tree/main",
+        "http://hf-mirror.com/owner/name/",
+        "hf://owner/name",
+    ],
+)
+def test_an_address_of_a_model_is_answered_with_its_id(address: str, hub: Hub) -> None:
+    with pytest.raises(ModelError, match="is an address, and not a model") as caught:
+        model_folder(address)
+    assert caught.value.problems[0].hint == "write its id on the hub: owner/name"
+    assert hub.requests == []
+
+
 def test_a_download_that_the_disk_cannot_hold_does_not_begin(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

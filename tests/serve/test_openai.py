@@ -356,7 +356,7 @@ NO_EFFECT_IN_CHATS = [
         "response_format": {"type": "text"},
     },
     {"parallel_tool_calls": False, "logprobs": False, "top_logprobs": 0},
-    {"max_completion_tokens": 4, "max_tokens": -1},
+    {"max_completion_tokens": 4, "max_tokens": -1, "chat_template_kwargs": {}},
 ]
 
 
@@ -430,7 +430,11 @@ FAULTS = [
     ({"stop": "x" * 1001}, "stop", "at most 1000 characters"),
     ({"tool_choice": "required"}, "tool_choice", 'only "none" or "auto" or null'),
     ({"response_format": {"type": "json_object"}}, "response_format.type", "'text'"),
-    ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs", "only {} or null"),
+    (
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        "chat_template_kwargs.enable_thinking",
+        "the prompt is that of the training",
+    ),
     ({"guided_json": {}}, "guided_json", "this server has no such field"),
     ({"top_k": -2}, "top_k", "greater than or equal to -1"),
 ]

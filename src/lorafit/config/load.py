@@ -313,8 +313,8 @@ def _problem(detail: Mapping[str, Any], places: Mapping[KeyPath, str], near: boo
         message += f", not {value!r}"[:80]
     if detail["type"] == "model_type":
         message = "it is a section of `key: value` lines"
-        if len(where) == 1 and (key := answer(where[0])):  # `model: NAME`, as other programs write it
-            return Problem(f"`{name}`: {message}", place, key)
+        if len(where) == 1 and (hint := answer(where[0])):  # `model: NAME`, as other programs write it
+            return Problem(f"`{name}`: {message}", place, hint)
     return Problem(f"`{name}`: {message}", place, f"`lorafit config {'.'.join(where[:2])}` explains it")
 
 

@@ -227,6 +227,10 @@ def _folder(
             )
         choose([file.name for file in path.iterdir()], str(path))
         return ModelFolder(path, name, None)
+    if "://" in name:
+        found = re.search(r"://(?:[^/]*\.[^/]*/)?([\w.-]+/[\w.-]+)", name, re.ASCII)
+        hint = f"write its id on the hub: {found[1]}" if found else _WHAT_TO_GIVE
+        raise ModelError(f"`{name}` is an address, and not a model", hint=hint)
     if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
         raise ModelError(f"there is no folder `{name}`", hint=_similar_folder(name) or _WHAT_TO_GIVE)
     listing = _list(_Repository("model", name, revision), offline)

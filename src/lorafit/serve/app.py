@@ -89,6 +89,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     service = _service(request.app)
     served = service.named(body.model)
     messages = _messages(body.messages)
+    _check_template_args(served, body.chat_template_kwargs or {})
     prompts = await service.render(lambda: [served.renderer.prompt_ids(messages)])
     options = Options(
         max_tokens=_limit(body.max_completion_tokens or body.max_tokens),
@@ -178,6 +179,18 @@ def _messages(turns: Sequence[ChatMessage]) -> list[Message]:
     if message:
         raise ApiError(400, message, code="invalid_messages", param="messages")
     return [Message(role, turn.text) for role, turn in zip(roles, turns, strict=True)]
+
+
+def _check_template_args(served: ServedModel, given: Mapping[str, Any]) -> None:
+    """Raise ApiError for a variable of the template that differs from the model's training."""
+    fixed = getattr(served.renderer.contract, "template_args", {})
+    for name, value in given.items():
+        if name not in fixed or fixed[name] != value:
+            field = f"chat_template_kwargs.{name}"
+            message = (
+                f"{field}: the prompt is that of the training, where data.template_args has no such value"
+            )
+            raise ApiError(400, message, code="invalid_request", param=field)
 
 
 def _completion_prompts(

@@ -53,7 +53,7 @@ class Only:
         ):
             accepted = " or ".join(json.dumps(known) for known in self.values)
             message = f"this server does not support it and accepts only {accepted}"
-            raise PydanticCustomError("unsupported", message)  # type: ignore[arg-type]
+            raise PydanticCustomError("unsupported", message)
         return value
 
 
@@ -248,7 +248,9 @@ class ChatRequest(_Generation):
     parallel_tool_calls: Annotated[bool | None, Field(description="Accepted and not used.")] = None
     functions: Annotated[Any, Only([])] = None
     function_call: Annotated[Any, Only("none", "auto")] = None
-    chat_template_kwargs: Annotated[Any, Only({})] = None
+    chat_template_kwargs: Annotated[
+        dict[str, Any] | None, Field(description="Only what the run has as `data.template_args`.")
+    ] = None
     add_generation_prompt: Annotated[Any, Only(True)] = None
     continue_final_message: Annotated[Any, Only(False)] = None
     metadata: Annotated[dict[str, str] | None, Field(description="Accepted and not used.")] = None
