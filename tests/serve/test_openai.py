@@ -405,7 +405,9 @@ def test_no_limit_is_the_rest_of_the_context(client: openai.OpenAI) -> None:
 def test_turns_of_real_histories_are_taken(there: Live) -> None:
     def answer(turn: dict[str, Any]) -> Any:
         turns = [{"role": "user", "content": "a"}, turn, {"role": "user", "content": "d"}]
-        return differing(there.client.post("/v1/chat/completions", json={**HELLO, "messages": turns}))
+        reply = there.client.post("/v1/chat/completions", json={**HELLO, "messages": turns})
+        assert reply.status_code == 200, reply.text
+        return differing(reply)
 
     said, nothing = {"role": "assistant", "content": "b"}, {"role": "assistant", "content": ""}
     plain = answer(said)
