@@ -83,8 +83,8 @@ class LorafitError(Exception):
 
     @classmethod
     def of(cls, problems: Iterable[Problem], num_more: int = 0) -> LorafitError:
-        """The error with all `problems` (at least one), and `num_more` of which only the number is known."""
-        kept = tuple(problems)
+        """The error with all `problems` (at least one), each once, and `num_more` of which only the number is known."""
+        kept = tuple(dict.fromkeys(problems))
         assert kept, "an error needs a problem"
         count = len(kept) + num_more
         error = cls(kept[0].message if count == 1 else f"{count:,} problems")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lorafit.config.load import dump_config, load_config
+from lorafit.config.load import dump_config, load_config, with_absolute_paths
 from lorafit.config.schema import Config
 from lorafit.errors import RunError
 from lorafit.redact import redact
@@ -67,16 +68,38 @@ class RunDirectory:
 
     @classmethod
     def new(cls, output: str | None, model_name: str) -> RunDirectory:
-        """The run directory that `create` makes, by default named by the model and the time.
+        """The run directory that `create` makes. Raises RunError when something exists there.
 
-        Raises RunError when something exists there.
+        Without `output` it is named by the model and the time, and made at once: of several processes that start in
+        the same second, each gets a folder of its own. `removed_on_failure` removes it where no run begins.
         """
-        if output is None:
-            stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model_name).name) or "run"
-            output = f"runs/{stem}-{datetime.now():%Y%m%d-%H%M%S}"
-        run = cls(Path(output).expanduser())
-        run.check_vacant()
-        return run
+        if output is not None:
+            run = cls(Path(output).expanduser())
+            run.check_vacant()
+            return run
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model_name).name) or "run"
+        first = f"{stem[:100]}-{datetime.now():%Y%m%d-%H%M%S}"
+        for number in itertools.count(1):
+            run = cls(Path("runs") / (first if number == 1 else f"{first}-{number}"))
+            try:
+                make_folder(run.path.parent)
+                run.path.mkdir()
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise run._not_made(error) from None
+            return run
+        raise AssertionError  # the loop has no other end
+
+    @contextlib.contextmanager
+    def removed_on_failure(self) -> Iterator[None]:
+        """Remove the folder if the block fails and nothing is in it."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+            raise
 
     def check_vacant(self) -> None:
         """Raise RunError when something exists here."""
@@ -98,10 +121,13 @@ class RunDirectory:
         try:
             make_folder(self.path)
         except OSError as error:
-            needed = f" ({num_bytes:,} bytes are needed for its checkpoints)" if num_bytes else ""
-            raise RunError(
-                f"cannot make the run directory: {error.strerror or error}{needed}", place=str(self.path)
-            ) from None
+            raise self._not_made(error, num_bytes) from None
+
+    def _not_made(self, error: OSError, num_bytes: int = 0) -> RunError:
+        needed = f" ({num_bytes:,} bytes are needed for its checkpoints)" if num_bytes else ""
+        return RunError(
+            f"cannot make the run directory: {error.strerror or error}{needed}", place=str(self.path)
+        )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -154,8 +180,8 @@ class RunDirectory:
             return 0.0
 
     def write_config(self, config: Config) -> None:
-        """Write the resolved config."""
-        write_file(self.config_file, dump_config(config))
+        """Write the resolved config, with absolute paths."""
+        write_file(self.config_file, dump_config(with_absolute_paths(config)))
 
     def write_json(self, file: Path, value: Mapping[str, Any] | list[Any]) -> None:
         """Replace one of the run's JSON files, durably."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -10,10 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.command import TINY, Cli, Done
+from tests.command import COMMAND, TINY, Cli, Done
 from tests.forked import Forked, run
 from tests.tiny_models import write_model, write_rows
-from tests.waiting import until
+from tests.waiting import HANGS, until
 
 import lorafit
 from lorafit.config.schema import keys
@@ -199,6 +200,30 @@ def test_an_unknown_option_exits_2(cli: Cli) -> None:
     assert "--model" in done.err
 
 
+@pytest.mark.parametrize("name", ["cuda:x", "xpu", "meta", "cuda:99"])
+@pytest.mark.parametrize(
+    "command", [["generate", "MODEL", "Hi"], ["chat", "MODEL"], ["serve", "MODEL", "--port", "0"], ["train"]]
+)
+def test_a_device_is_checked_in_the_same_way_by_all_commands(
+    command: list[str], name: str, cli: Cli, material: Path, tmp_path: Path
+) -> None:
+    words = [word.replace("MODEL", str(material / "model")) for word in command]
+    given = ["--device", name]
+    if command == ["train"]:
+        words, given = start(material, tmp_path / "run"), [f"model.device={name}"]
+    done = cli(*words, *given, stdin="Hi")
+    assert (done.code, done.out) == (2, ""), done
+    assert done.err.count("error:") == 1
+    wanted = "not available here" if name == "cuda:99" else "a device is auto, cpu, gpu, cuda, cuda:N or mps"
+    assert f"`{name}`" in done.err or repr(name) in done.err
+    assert wanted in done.err
+
+
+def test_a_device_in_capital_letters_is_read(cli: Cli, material: Path) -> None:
+    done = cli("generate", material / "model", "Hi", "--device", "CPU", "--max-tokens", "1")
+    assert (done.code, done.err) == (0, "")
+
+
 def test_our_own_mistake_exits_1_and_asks_for_a_report(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("oh")
@@ -260,6 +285,35 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_resume_finishes(
     assert f"continuing from step {int(saved.name.removeprefix('step-'))}\n" in done.err
     steps = [event["step"] for event in read_metrics(output / "metrics.jsonl") if event["event"] == "step"]
     assert steps == list(range(1, 151))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ignored", [("HUP",), ("INT", "HUP", "TERM", "USR1")], ids=" ".join)
+def test_a_signal_that_was_ignored_at_the_start_stays_ignored(
+    material: Path, tmp_path: Path, ignored: tuple[str, ...]
+) -> None:
+    """As below nohup, which ignores SIGHUP, and in the background of a script, where SIGINT is ignored."""
+    output = tmp_path / "run"
+    words = start(material, output, "train.max_steps=150", "data.holdout=0", "train.save_every=1000")
+    shell = ["sh", "-c", f'trap "" {" ".join(ignored)}; exec "$@"', "sh"]
+    with subprocess.Popen(
+        [*shell, *COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
+        try:
+            metrics = output / "metrics.jsonl"
+            until(lambda: metrics.exists() and b'"event": "step"' in metrics.read_bytes(), child.poll)
+            for name in ignored:
+                os.kill(child.pid, getattr(signal, f"SIG{name}"))
+            stops = "TERM" not in ignored
+            if stops:  # what is not ignored stops the run as ever
+                steps = metrics.read_bytes().count(b'"event": "step"')
+                until(lambda: metrics.read_bytes().count(b'"event": "step"') > steps + 2, child.poll)
+                os.kill(child.pid, signal.SIGTERM)
+            _, err = child.communicate(timeout=HANGS)
+        finally:
+            child.kill()
+    assert child.returncode == (130 if stops else 0), err
+    assert [name for name in ("HUP", "INT", "TERM", "USR1") if f"SIG{name}" in err] == ["TERM"] * stops
 
 
 def test_runs_are_listed(cli: Cli, trained: tuple[Path, object], tmp_path: Path) -> None:

@@ -353,3 +353,19 @@ def test_bytes_in_yaml_are_no_text(tmp_path: Path) -> None:
     (problem,) = caught.value.problems
     assert problem.message == "`model.name` is bytes and no text"
     assert problem.place == f"{path}:2"
+
+
+def test_a_problem_that_comes_twice_is_said_once() -> None:
+    one, other = Problem("it is wrong", "rows.json", "correct it"), Problem("it is wrong", "more.json")
+    error = ConfigError.of([one, other, one, one], num_more=2)
+    assert error.problems == (one, other)
+    assert str(error).count("error: it is wrong") == 2
+    assert str(error).endswith("... and 2 more problems")
+
+
+def test_a_text_that_is_no_unicode_is_one_problem() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["data.path=d"], {"model.name": "\udcff"})
+    assert [problem.message for problem in caught.value.problems] == [
+        "`model.name` holds a character that is no text"
+    ]

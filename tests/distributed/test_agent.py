@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from tests.command import COMMAND
 from tests.forked import Forked
 from tests.runs import events, tiny_settings
 from tests.waiting import HANGS, until
@@ -136,6 +138,23 @@ def test_stopped_killed_and_frozen_a_run_of_two_comes_to_the_end_of_a_run_of_one
     assert losses == pytest.approx(expected, rel=1e-5)
     weights, wanted = (load_file(p / "adapter" / "adapter_model.safetensors") for p in (run, whole.path))
     assert all(float((weights[name] - wanted[name]).abs().max()) < 1e-5 for name in wanted)
+
+
+def test_a_hangup_that_nohup_ignores_reaches_neither_the_agent_nor_the_workers(
+    settings: list[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = ["train", "--nproc", "2", *settings, "train.max_steps=20", "--output", str(run)]
+    shell = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *COMMAND, *words]
+    with subprocess.Popen(shell, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as agent:
+        try:
+            until(lambda: last_step(run) >= 2, agent.poll)
+            for process in (agent.pid, worker(agent.pid, 0)):
+                os.kill(process, signal.SIGHUP)
+            output, _ = agent.communicate(timeout=HANGS)
+        finally:
+            agent.terminate()  # it ends its workers
+    assert (agent.returncode, last_step(run)) == (0, 20), output
 
 
 def test_a_mistake_is_said_once_and_not_tried_again(settings: list[str], tmp_path: Path) -> None:

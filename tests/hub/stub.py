@@ -33,6 +33,7 @@ class Hub:
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     lost: set[str] = field(default_factory=set)  # files that are listed but cannot be had
+    prefix: str = ""  # of all paths, as a mirror below another site has
     failing_with: int = 503
     failing_on: str | None = None  # requests with this in their path get the status above, to play an outage
 
@@ -48,7 +49,11 @@ class Hub:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return f"http://127.0.0.1:{self._server.server_port}{self.prefix}"
+
+    @property
+    def port(self) -> int:
+        return self._server.server_port
 
     def add(self, route: str, files: Mapping[str, bytes | str], *, is_gated: bool = False) -> str:
         """Commit `files` to the repository's main branch; the commit's hash."""
@@ -125,7 +130,10 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(200, json.dumps(done).encode())
 
     def _answer(self) -> None:
-        path = unquote(urlsplit(self.path).path).strip("/")
+        path = unquote(urlsplit(self.path).path)  # a proxy is asked for a whole URL
+        if not path.startswith(self.stub.prefix):
+            return self._send(404)
+        path = path.removeprefix(self.stub.prefix).strip("/")
         self.stub.requests.append(f"{self.command} {path}")
         if self.stub.failing_on is not None and self.stub.failing_on in path:
             return self._send(self.stub.failing_with)
@@ -151,7 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
                         for name, content in files.items()
                     ]
                     return self._send(200, json.dumps(tree).encode())
-                siblings = [{"rfilename": name} for name in files]
+                siblings = [{"rfilename": name, "size": len(content)} for name, content in files.items()]
                 info = {"id": route.removeprefix("datasets/"), "sha": commit, "siblings": siblings}
                 info["private"] = repository.is_private
                 return self._send(200, json.dumps(info).encode())

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
+from pydantic import BaseModel
 from tests.serve.live import TOKEN, Live, live, write_and_load
 
 from lorafit.data.formats import Completion, Message
 from lorafit.infer.model import Model
 from lorafit.infer.multi_adapter import Models
 from lorafit.infer.sampling import Sampling
+from lorafit.serve.protocol import ChatRequest, CompletionRequest, Only
 
 QUESTIONS = [
     "What is a llama?",
@@ -275,7 +278,11 @@ def test_an_answer_may_fill_the_context_and_a_prompt_may_not(client: openai.Open
 
 BAD = {
     "model": ({"model": "none"}, openai.NotFoundError, "there is no model `none`"),
-    "unknown key": ({"extra_body": {"tempature": 1}}, openai.BadRequestError, "tempature: Extra inputs"),
+    "unknown key": (
+        {"extra_body": {"tempature": 1}},
+        openai.BadRequestError,
+        "tempature: this server has no such field",
+    ),
     "type": ({"temperature": "1"}, openai.BadRequestError, "temperature: Input should be a valid number"),
     "range": ({"temperature": 3}, openai.BadRequestError, "less than or equal to 2"),
     "not done here": ({"presence_penalty": 0.5}, openai.BadRequestError, "presence_penalty"),
@@ -303,11 +310,6 @@ BAD = {
         "only the first message can be a system message",
     ),
     "lonely": ({"top_logprobs": 2}, openai.BadRequestError, "`top_logprobs` needs `logprobs: true`"),
-    "usage": (
-        {"stream_options": {"include_usage": True}},
-        openai.BadRequestError,
-        "`stream_options` needs `stream: true`",
-    ),
     "noncharacter": (
         {"messages": [{"role": "user", "content": "a\ufdd0b"}]},
         openai.BadRequestError,
@@ -325,6 +327,130 @@ def test_what_cannot_be_honoured_is_refused_in_openais_words(name: str, client: 
     assert message in refused.value.message
     assert isinstance(refused.value.body, dict)
     assert set(refused.value.body) == {"message", "type", "param", "code"}
+
+
+def fields_of(model: type[BaseModel]) -> dict[str, Only]:
+    """The fields of a request that accept only what changes nothing."""
+    return {
+        name: only
+        for name, field in model.model_fields.items()
+        for only in field.metadata
+        if isinstance(only, Only)
+    }
+
+
+HELLO = {"model": "one", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "temperature": 0}
+CONTINUE = {"model": "one", "prompt": "Hi", "max_tokens": 4, "temperature": 0}
+NO_EFFECT = [
+    *({"user": "u", "service_tier": tier, "prompt_cache_key": "k"} for tier in ("auto", "default", None)),
+    *({"stop": value} for value in ("", [], [""], None)),
+    *({"top_k": value} for value in (-1, 0)),
+    {"n": 1, "top_p": 1, "stream_options": {"include_usage": True}},
+    {"stream_options": {"include_obfuscation": False}},
+]
+NO_EFFECT_IN_CHATS = [
+    {
+        "metadata": {"a": "b"},
+        "parallel_tool_calls": True,
+        "store": False,
+        "response_format": {"type": "text"},
+    },
+    {"parallel_tool_calls": False, "logprobs": False, "top_logprobs": 0},
+    {"max_completion_tokens": 4, "max_tokens": -1, "chat_template_kwargs": {}},
+]
+
+
+def differing(reply: Any) -> Any:
+    """A reply without what differs from one request to the next."""
+    return {key: value for key, value in reply.json().items() if key not in ("id", "created")}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "model", "more"),
+    [
+        ("chat/completions", HELLO, ChatRequest, [*NO_EFFECT, *NO_EFFECT_IN_CHATS]),
+        ("completions", CONTINUE, CompletionRequest, NO_EFFECT),
+    ],
+    ids=["chat", "completions"],
+)
+def test_values_that_change_nothing_are_taken_and_all_others_are_refused_by_name(
+    path: str, body: dict[str, Any], model: type[BaseModel], more: list[dict[str, Any]], there: Live
+) -> None:
+    plain = differing(there.client.post(f"/v1/{path}", json=body))
+    assert plain["choices"]
+    neutral = [{name: value} for name, only in fields_of(model).items() for value in only.values]
+    for changes in [*neutral, *more]:
+        assert differing(there.client.post(f"/v1/{path}", json={**body, **changes})) == plain, changes
+    for name, only in fields_of(model).items():
+        for value in (0.5, 7, "x", ["x"], {"x": 1}, True, False):
+            if all(value != known or isinstance(known, bool) for known in only.values):
+                if isinstance(value, bool) and value in only.values:
+                    continue
+                reply = there.client.post(f"/v1/{path}", json={**body, name: value})
+                assert reply.status_code == 400, (name, value)
+                assert reply.json()["error"]["param"] == name
+                assert reply.json()["error"]["message"].startswith(f"{name}: this server does not support it")
+
+
+def test_no_limit_is_the_rest_of_the_context(client: openai.OpenAI) -> None:
+    prompt = [65] * 2045
+    for limit in (-1, 3):
+        reply = client.completions.create(model="base", prompt=prompt, temperature=0, max_tokens=limit)
+        assert reply.usage is not None
+        assert reply.usage.total_tokens == 2048
+    with pytest.raises(openai.BadRequestError, match="max_tokens: it is 1 or more; -1 is no limit"):
+        client.completions.create(model="base", prompt=prompt, max_tokens=0)
+
+
+def test_turns_of_real_histories_are_taken(there: Live) -> None:
+    def answer(turn: dict[str, Any]) -> Any:
+        turns = [{"role": "user", "content": "a"}, turn, {"role": "user", "content": "d"}]
+        reply = there.client.post("/v1/chat/completions", json={**HELLO, "messages": turns})
+        assert reply.status_code == 200, reply.text
+        return differing(reply)
+
+    said, nothing = {"role": "assistant", "content": "b"}, {"role": "assistant", "content": ""}
+    plain = answer(said)
+    for extra in ({"reasoning_content": "c"}, {"id": "m1", "refusal": None}, {"tool_calls": [], "name": "n"}):
+        assert answer({**said, **extra}) == plain
+    assert answer({**said, "content": [{"type": "text", "text": "b"}]}) == plain
+    assert answer({**nothing, "content": None}) == answer({"role": "assistant"}) == answer(nothing)
+
+
+FAULTS = [
+    ({"messages": [{"role": "user", "content": None}]}, "messages.0", "the role `user` needs `content`"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", "it is a text or a list"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        "messages.0.content.0",
+        "only parts of type `text` are supported",
+    ),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text", "missing"),
+    ({"messages": ["Hi"]}, "messages.0", "it is a JSON object"),
+    ({"stop": 7}, "stop", "it is a text or a list of texts"),
+    ({"stop": [7]}, "stop.0", "valid string"),
+    ({"stop": "x" * 1001}, "stop", "at most 1000 characters"),
+    ({"tool_choice": "required"}, "tool_choice", 'only "none" or "auto" or null'),
+    ({"response_format": {"type": "json_object"}}, "response_format.type", "'text'"),
+    (
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        "chat_template_kwargs.enable_thinking",
+        "the prompt is that of the training",
+    ),
+    ({"guided_json": {}}, "guided_json", "this server has no such field"),
+    ({"top_k": -2}, "top_k", "greater than or equal to -1"),
+]
+
+
+@pytest.mark.parametrize(("changes", "param", "words"), FAULTS, ids=[fault[1] for fault in FAULTS])
+def test_a_fault_is_named_by_its_place_and_in_plain_words(
+    changes: dict[str, Any], param: str, words: str, there: Live
+) -> None:
+    reply = there.client.post("/v1/chat/completions", json={**HELLO, **changes})
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (400, param), error
+    assert words in error["message"]
+    assert error["message"].count(param) == 1  # one fault, one message
 
 
 def test_the_wrong_token_is_an_authentication_error(there: Live) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from tests.serve.live import CONTEXT, TOKEN, Live, live, write_and_load, write_models
 from tests.waiting import HANGS, Clock
 
@@ -24,7 +25,7 @@ from lorafit.errors import ConfigError
 from lorafit.infer.multi_adapter import Models, check_context, load_many
 from lorafit.serve import auth
 from lorafit.serve.auth import Guard
-from lorafit.serve.server import MAX_BYTES, Address, find_token, listen
+from lorafit.serve.server import MAX_BYTES, Address, Server, find_token, listen
 
 ENDLESS: dict[str, Any] = {
     "model": "base",
@@ -99,6 +100,8 @@ def test_only_names_of_this_server_are_answered(host: str, status: int, there: L
     assert reply.status_code == status
     if status == 403:
         assert error_of(reply)["code"] == "host_not_allowed"
+        is_name = "@" not in host and host != ""
+        assert (f"--allow-host {host.strip('[]')}" in error_of(reply)["message"]) == is_name
 
 
 @pytest.mark.parametrize(
@@ -385,6 +388,20 @@ def test_a_signal_ends_the_process_well_and_answers_under_way_are_finished(
         assert "Traceback" not in said
         assert token not in said  # shown once, and not at all where it was given
         assert given == {} or shown == "the one in LORAFIT_SERVE_TOKEN"
+
+
+@pytest.mark.parametrize("ignored", [signal.SIGINT, signal.SIGTERM])
+def test_the_server_leaves_a_signal_ignored_that_was_ignored_before(ignored: signal.Signals) -> None:
+    server = Server(uvicorn.Config(lambda: None), lambda: None)
+    before = signal.signal(ignored, signal.SIG_IGN)
+    try:
+        with server.capture_signals():
+            handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        assert handlers.pop(ignored) is signal.SIG_IGN
+        assert set(handlers.values()) == {server.handle_exit}
+        assert signal.getsignal(ignored) is signal.SIG_IGN
+    finally:
+        signal.signal(ignored, before)
 
 
 def test_a_disconnect_is_seen_within_a_pass_even_while_others_are_answered(there: Live) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import io
 import os
 import sys
 import time
@@ -16,6 +17,7 @@ from lorafit.cli import (
     chat,
     check,
     config,
+    doctor,
     evaluate,
     export,
     generate,
@@ -58,6 +60,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("runs")(runs.runs)
 app.command("sweep")(sweep.sweep)
 app.command("config")(config.config)
+app.command("doctor")(doctor.doctor)
 
 
 def _version(is_set: bool) -> None:
@@ -80,6 +83,8 @@ def _options(
 def main() -> None:
     """Run the command line and exit."""
     gc.set_threshold(*COLLECT)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that is not UTF-8 shows the rest as `\ud55c`
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         env = ProcessEnv.read()
     except LorafitError as error:
@@ -114,6 +119,9 @@ def _explained(error: Exception) -> tuple[int, str]:
             return error.exit_code, str(error)
         case OSError():
             return 2, str(Problem(error.strerror or str(error), str(error.filename or "")))
+        case RuntimeError() if "home directory" in str(error):  # pathlib, for `~nobody` or without HOME
+            hint = "write the whole path, or set HOME"
+            return 2, str(Problem("the home folder that `~` stands for is not known", hint=hint))
         case MemoryError():
             return 2, str(Problem("out of memory", hint="`lorafit plan` predicts the memory of a run"))
         case _ if type(error).__name__ == "NoArgsIsHelpError":
@@ -121,8 +129,12 @@ def _explained(error: Exception) -> tuple[int, str]:
         case _ if hasattr(error, "format_message"):  # click's errors, which typer contains a copy of
             context = getattr(error, "ctx", None)
             hint = f"see `{context.command_path} --help`" if context else ""
+            if option := getattr(error, "option_name", ""):
+                from lorafit.config.load import option_hint
+
+                hint = option_hint(option) or hint
             return 2, str(Problem(error.format_message(), hint=hint))
-    hint = "this is a bug in lorafit; run it with `lorafit --debug ...` and report it"
+    hint = "this is a bug in lorafit; run it with `lorafit --debug ...` and report it with the text of `lorafit doctor`"
     return 1, str(Problem(f"{type(error).__name__}: {error}", hint=hint))
 
 

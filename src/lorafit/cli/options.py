@@ -21,6 +21,15 @@ def _quantize(name: str) -> str:
     return name
 
 
+def _device(name: str) -> str:
+    from lorafit.config.schema import device_name
+
+    try:
+        return device_name(name)
+    except ValueError as error:
+        raise typer.BadParameter(f"`{name}`: {error}") from None
+
+
 # A run from a recipe
 Overrides = Annotated[
     list[str] | None,
@@ -67,7 +76,9 @@ SystemOption = Annotated[
     str | None,
     typer.Option("--system", help="System prompt in place of the run's.", show_default=False),
 ]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.")]
+DeviceOption = Annotated[
+    str, typer.Option("--device", parser=_device, metavar="NAME", help="auto, cpu, gpu, cuda, cuda:N or mps.")
+]
 QuantizeOption = Annotated[
     Quantize | None,
     typer.Option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import Annotated, NoReturn
@@ -68,7 +69,9 @@ def train(
 
             run = RunDirectory.new(config.run.output, config.model.name)
             recipes = [] if recipe is None else ["--recipe", recipe]
-            _launch(nproc, *(settings or []), *override_words(flags), *recipes, "--output", str(run.path))
+            words = [*(settings or []), *override_words(flags), *recipes, "--output", str(run.path)]
+            with run.removed_on_failure() if config.run.output is None else contextlib.nullcontext():
+                _launch(nproc, *words)
         from lorafit.training.run import start_run
 
         result = start_run(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import yaml
 from pydantic import ValidationError
 from yaml.composer import ComposerError
 
+from lorafit.config.other_tools import answer
 from lorafit.config.schema import Config, keys
 from lorafit.errors import ConfigError, Problem
 from lorafit.redact import redact
@@ -25,6 +27,7 @@ _MOST_HINTS = (
 )
 # What PyYAML raises for dates, numbers and keys that Python cannot represent, and for endless nesting.
 _OF_VALUES = (ValueError, TypeError, LookupError, RecursionError)
+_ROWS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md", ".gz", ".zst")
 FLAGS = {
     "model.name": "--model NAME",
     "data.path": "--data FILE",
@@ -43,6 +46,13 @@ def recipes_folder() -> Path:
 def recipe_file(name: str) -> Path:
     """The recipe called `name`: a path, or the name of one that ships with lorafit."""
     path = Path(name)
+    is_folder = os.path.isdir(path)  # noqa: PTH112  does not raise for a name that is too long
+    if is_folder or path.suffix.lower() in _ROWS:
+        what = "a folder" if is_folder else "a file of rows"
+        raise ConfigError(
+            f"`{name}` is {what}, and stands where a recipe stands",
+            hint="`--data` stands before each file: --data ONE --data TWO; or give the folder, or a pattern in quotes",
+        )
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         if path.is_file():
             return path
@@ -84,7 +94,9 @@ def validate(
     try:
         config = Config.model_validate(dict(values))
     except ValidationError as error:
-        details = error.errors(include_url=False)
+        details = [
+            detail for detail in error.errors(include_url=False) if detail["type"] != "string_unicode"
+        ]  # it is among the unusable texts
         fresh = [
             _problem(detail, places or {}, number < _MOST_HINTS) for number, detail in enumerate(details)
         ]
@@ -123,6 +135,34 @@ def config_from_args(words: Sequence[str], recipe: str | None, flags: Mapping[st
 def nearest_key(name: str) -> str:
     """A hint with the key that is most like `name`."""
     return _nearest(name, keys())
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """`config` with its files and folders as absolute paths: a run can be used from any folder, and be moved.
+
+    What does not exist here (a hub id, the name of a template) stays.
+    """
+
+    def absolute(name: str) -> str:
+        path = os.path.abspath(os.path.expanduser(name))  # noqa: PTH100, PTH111  they never raise
+        return path if os.path.exists(path) or "*" in path else name  # noqa: PTH110
+
+    model, lora, data = config.model, config.lora, config.data
+    template = absolute(data.template) if data.template.endswith(".jinja") else data.template
+    paths = tuple(map(absolute, data.path))
+    sections = {
+        "model": model.model_copy(update={"name": absolute(model.name)}),
+        "lora": lora.model_copy(update={"init_from": lora.init_from and absolute(lora.init_from)}),
+        "data": data.model_copy(update={"path": paths, "template": template}),
+    }
+    return config.model_copy(update=sections)
+
+
+def option_hint(option: str) -> str:
+    """What to write in place of an unknown option of the command line, "" if nothing is known."""
+    name = option.lstrip("-").replace("-", "_").lower().rpartition(".")[2]
+    own = next((key for key in keys() if key.rpartition(".")[2] == name), "")
+    return answer(name) or (f"give it as a setting: {own}=VALUE" if own else "")
 
 
 def dump_config(config: Config) -> str:
@@ -204,7 +244,8 @@ def _apply(
     key = tuple(name.strip().split("."))
     place = f"`{override}` on the command line"
     if not equals or len(key) != 2 or not all(key):
-        problems.append(Problem("an override is `section.key=value`", place, "for example `lora.rank=8`"))
+        hint = answer(key[-1]) or "for example `lora.rank=8`"
+        problems.append(Problem("an override is `section.key=value`", place, hint))
         return
     try:
         value = _parse(text)[1] if text.strip() else ""
@@ -253,7 +294,8 @@ def _problem(detail: Mapping[str, Any], places: Mapping[KeyPath, str], near: boo
     place, name = _place(where, places), ".".join(where)
     if detail["type"] == "extra_forbidden":
         known = [*keys(), *Config.model_fields]
-        return Problem(f"unknown key `{name}`", place, _nearest(name, known) if near else "")
+        hint = _nearest(name, known) if near else answer(where[-1])
+        return Problem(f"unknown key `{name}`", place, hint)
     if detail["type"] == "missing":
         section_missing = where in {("model",), ("data",)}
         key = (*where, "name" if where == ("model",) else "path") if section_missing else where
@@ -271,6 +313,8 @@ def _problem(detail: Mapping[str, Any], places: Mapping[KeyPath, str], near: boo
         message += f", not {value!r}"[:80]
     if detail["type"] == "model_type":
         message = "it is a section of `key: value` lines"
+        if len(where) == 1 and (hint := answer(where[0])):  # `model: NAME`, as other programs write it
+            return Problem(f"`{name}`: {message}", place, hint)
     return Problem(f"`{name}`: {message}", place, f"`lorafit config {'.'.join(where[:2])}` explains it")
 
 
@@ -280,12 +324,18 @@ def _place(key: KeyPath, places: Mapping[KeyPath, str]) -> str:
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    """`did you mean ...`, by the whole name first, then by its last part in any section."""
+    """What lorafit has for a key of another program, else `did you mean ...`: by the whole name first, then by its last
+    part in any section.
+    """
+    last = name.rpartition(".")[2]
+    is_ours = any(key.rpartition(".")[2] == last for key in known)
+    if not is_ours and (hint := answer(last)):
+        return hint
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     if not close:
         by_last = {key.rpartition(".")[2]: key for key in known}
-        last = difflib.get_close_matches(name.rpartition(".")[2], list(by_last), n=1, cutoff=0.6)
-        close = [by_last[last[0]]] if last else difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        likely = difflib.get_close_matches(last, list(by_last), n=1, cutoff=0.6)
+        close = [by_last[likely[0]]] if likely else difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean `{close[0]}`?" if close else "`lorafit config` lists the keys"
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 
 def _as_tuple(value: object) -> object:
@@ -16,6 +17,14 @@ def _as_tuple(value: object) -> object:
 def _interval(value: object) -> object:
     """A whole number of steps, or the word `epoch` (which is stored as 0)."""
     return 0 if value == "epoch" else value
+
+
+def device_name(text: str) -> str:
+    """The name of a device as lorafit writes it. Raises ValueError for one that is not known."""
+    name = text.strip().lower()
+    if not re.fullmatch(r"auto|cpu|gpu|mps|cuda(:[0-9]{1,3})?", name):
+        raise ValueError("a device is auto, cpu, gpu, cuda, cuda:N or mps")
+    return name
 
 
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
@@ -44,10 +53,10 @@ class ModelSection(Section):
         min_length=1, description="Hub id (`owner/name`) or local folder of the base model."
     )
     revision: str | None = resumable(None, description="Branch, tag or commit on the hub; a commit pins it.")
-    device: str = resumable(
+    device: Annotated[str, AfterValidator(device_name)] = resumable(
         "auto",
-        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
-        description="Where to compute: `auto` takes CUDA, then Apple MPS, then the CPU.",
+        description="Where to compute: `cpu`, `gpu`, `cuda`, `cuda:N` or `mps`. `auto` takes CUDA, then Apple MPS, "
+        "then the CPU; `gpu` takes CUDA or MPS.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = Field(
         "auto",

@@ -94,8 +94,8 @@ class ChatTemplate:
 
         The template may strip blanks from a content and, from an assistant turn, its thinking. An empty thought that
         the template writes before an answer belongs to the answer, because the model must generate it, unless the
-        generation prompt has it. Every assistant turn is there exactly once. Raises DataError when the template
-        changes a content in any other way.
+        generation prompt has it. Every assistant turn with a content is there exactly once. Raises DataError when the
+        template changes a content in any other way.
         """
         text = self.render(messages)
         holes = self._holes(messages)
@@ -127,7 +127,8 @@ class ChatTemplate:
             parts.append(Part(thought + content, messages[turn].role))
             located += [turn] if messages[turn].role == "assistant" else []
             position += len(content)
-        answers = [turn for turn, message in enumerate(messages) if message.role == "assistant"]
+        last = len(messages) - 1  # an earlier turn without content, as of a client's history, has no place
+        answers = [t for t, m in enumerate(messages) if m.role == "assistant" and (m.content or t == last)]
         if position < len(text) or sorted(located) != answers:
             raise self._lost(messages, None)
         return [part for part in parts if part.text or part.role == "assistant"]

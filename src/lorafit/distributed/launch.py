@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from lorafit.distributed.ranks import num_cores
 
+SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")  # that the agent handles by default
 MAX_RESTARTS = 3  # of all workers, where one is lost; torchrun's default for a launch from Python
 LAST_SAVE_SECONDS = 120  # for a step and its checkpoint after a signal to stop
 
@@ -22,7 +24,7 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
     """Run `python -m lorafit ARGUMENTS` in `num_processes`; returns the exit code of the first that failed.
 
     Their output is passed through. If a worker is lost, all are restarted, and the run resumes from its last
-    checkpoint. A signal is forwarded to them, and they are waited for.
+    checkpoint. A signal is forwarded to them, and they are waited for; one that is ignored here stays ignored.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_processes)))
     logging.disable(logging.ERROR)  # the workers report their own errors
@@ -36,6 +38,7 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
         local_addr="127.0.0.1",
         max_restarts=MAX_RESTARTS,
         shutdown_timeout=LAST_SAVE_SECONDS,
+        signals_to_handle=",".join(filter(_is_handled, SIGNALS)),
     )
     try:
         elastic_launch(config, sys.executable)("-m", "lorafit", *arguments)
@@ -45,3 +48,8 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
         _, failure = error.get_first_failure()
         return failure.exitcode if failure.exitcode > 0 else 1
     return 0
+
+
+def _is_handled(name: str) -> bool:
+    """Whether this system has the signal `name`, and the process does not ignore it, as below `nohup`."""
+    return hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN

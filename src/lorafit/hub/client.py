@@ -11,10 +11,11 @@ import glob
 import logging
 import os
 import re
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
@@ -61,6 +62,8 @@ MODEL_FILES = (
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
+_MORE_SPACE = "free some space (`hf cache prune`), or set HF_HOME to a larger disk"
+_CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
 _WHAT_TO_GIVE = "give a folder with safetensors weights, or a hub id (owner/name)"
 
 logger = logging.getLogger(__name__)
@@ -83,13 +86,20 @@ class DatasetFiles:
     revision: str
 
 
-def model_folder(name: str, *, revision: str | None = None, offline: bool = False) -> ModelFolder:
+def model_folder(
+    name: str,
+    *,
+    revision: str | None = None,
+    offline: bool = False,
+    judge: Callable[[Path], object] = lambda folder: None,
+) -> ModelFolder:
     """The folder of the model `name`: a local folder, or a hub id `owner/name`, downloaded if needed.
 
     `revision` is a branch, tag or commit of the hub's repository. With `offline` (or HF_HUB_OFFLINE=1) only files of
-    the cache are used and no connection is opened. Raises ModelError.
+    the cache are used and no connection is opened. Before weights are downloaded, `judge` gets the folder with all
+    other files, and raises where the model cannot be used. Raises ModelError.
     """
-    return _folder(name, revision, offline, _model_files)
+    return _folder(name, revision, offline, _model_files, judge)
 
 
 def tokenizer_folder(name: str, *, revision: str | None = None, offline: bool = False) -> ModelFolder:
@@ -177,20 +187,38 @@ class _Repository:
 
 @dataclass(frozen=True, slots=True)
 class _Listing:
-    """The files of a repository at a commit; `cached` is their folder where nothing may be downloaded."""
+    """The files of a repository at a commit; `cached` is their folder where nothing may be downloaded.
+
+    `sizes` are the bytes of the files, where the hub says them.
+    """
 
     repository: _Repository
     files: list[str]
     commit: str
     cached: Path | None
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def lacks(self, file: str) -> bool:
+        """Whether `file` is not in the cache yet."""
+        repository = self.repository
+        found = huggingface_hub.try_to_load_from_cache(
+            repository.name, file, repo_type=repository.kind, revision=self.commit
+        )
+        return not isinstance(found, str)
 
 
 def _folder(
-    name: str, revision: str | None, offline: bool, choose: Callable[[list[str], str], list[str]]
+    name: str,
+    revision: str | None,
+    offline: bool,
+    choose: Callable[[list[str], str], list[str]],
+    judge: Callable[[Path], object] = lambda folder: None,
 ) -> ModelFolder:
     """The local folder or hub download `name`; `choose` returns the files to read, or raises ModelError."""
     path = Path(name).expanduser()
-    if path.is_dir():
+    if os.path.isfile(path):  # noqa: PTH113  does not raise for a name that is too long
+        raise ModelError(f"`{name}` is a file, and not a folder", hint=_WHAT_TO_GIVE)
+    if os.path.isdir(path):  # noqa: PTH112
         if revision is not None:
             raise ModelError(
                 f"a local folder has no revision `{revision}`",
@@ -199,10 +227,18 @@ def _folder(
             )
         choose([file.name for file in path.iterdir()], str(path))
         return ModelFolder(path, name, None)
+    if "://" in name:
+        found = re.search(r"://(?:[^/]*\.[^/]*/)?([\w.-]+/[\w.-]+)", name, re.ASCII)
+        hint = f"write its id on the hub: {found[1]}" if found else _WHAT_TO_GIVE
+        raise ModelError(f"`{name}` is an address, and not a model", hint=hint)
     if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
         raise ModelError(f"there is no folder `{name}`", hint=_similar_folder(name) or _WHAT_TO_GIVE)
     listing = _list(_Repository("model", name, revision), offline)
-    folder = _fetch(listing, choose(listing.files, listing.repository.place))
+    files = choose(listing.files, listing.repository.place)
+    weights = [file for file in files if file.endswith(".safetensors")]
+    if listing.cached is None and any(map(listing.lacks, weights)):
+        judge(_fetch(listing, [file for file in files if file not in weights]))
+    folder = _fetch(listing, files)
     return ModelFolder(folder, name, folder.name)
 
 
@@ -243,6 +279,12 @@ def _adapter_files(files: list[str], place: str) -> list[str]:
 
 def _no_safetensors(files: list[str], place: str, missing: str) -> ModelError:
     pickles = [file for file in files if file.endswith(PICKLES)]
+    if ggufs := [file for file in files if file.endswith(".gguf")]:
+        return ModelError(
+            f"it holds GGUF files only ({ggufs[0]}), which are for llama.cpp and cannot be trained",
+            place=place,
+            hint="give the model from which they were made: their card names it as the base model",
+        )
     if not pickles:
         return ModelError(f"there are no weights here: {missing} is missing", place=place, hint=_WHAT_TO_GIVE)
     return ModelError(
@@ -267,7 +309,7 @@ def _list(repository: _Repository, offline: bool) -> _Listing:
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     try:
         with _explained(repository):
-            info = ask(repository.name, revision=repository.revision, timeout=timeout)
+            info = ask(repository.name, revision=repository.revision, timeout=timeout, files_metadata=True)
     except LorafitError as error:
         if not isinstance(error.__cause__, httpx.TransportError):
             raise
@@ -278,7 +320,9 @@ def _list(repository: _Repository, offline: bool) -> _Listing:
         logger.warning("no connection to %s: using the cached copy %s", repository.page, listing.commit)
         return listing
     assert info.sha is not None  # the hub names the commit of every revision
-    return _Listing(repository, [file.rfilename for file in info.siblings or []], info.sha, cached=None)
+    siblings = info.siblings or []
+    sizes = {file.rfilename: file.size for file in siblings if file.size is not None}
+    return _Listing(repository, [file.rfilename for file in siblings], info.sha, cached=None, sizes=sizes)
 
 
 def _list_cached(repository: _Repository) -> _Listing:
@@ -315,15 +359,9 @@ def _fetch(listing: _Listing, files: list[str]) -> Path:
             if not (folder / file).is_file():
                 raise _not_cached(repository, f"{file} of `{repository.name}`")
         return folder
-    is_new = any(
-        not isinstance(
-            huggingface_hub.try_to_load_from_cache(
-                repository.name, file, repo_type=repository.kind, revision=listing.commit
-            ),
-            str,
-        )
-        for file in files
-    )
+    new = [file for file in files if listing.lacks(file)]
+    _check_room(repository, sum(listing.sizes.get(file, 0) for file in new))
+    is_new = bool(new)
     # On a terminal the library draws its own bars, also where there is nothing to download.
     has_bars = is_new and sys.stderr.isatty()
     access = token() or False
@@ -343,6 +381,24 @@ def _fetch(listing: _Listing, files: list[str]) -> Path:
         )
 
 
+def _check_room(repository: _Repository, num_bytes: int) -> None:
+    """Raise a LorafitError if the disk of the cache has no room for a download of `num_bytes`."""
+    cache = Path(constants.HF_HUB_CACHE)
+    kind = repository.kind + "s"
+    blobs = cache / f"{kind}--{repository.name.replace('/', '--')}" / "blobs"
+    try:
+        begun = sum(file.stat().st_size for file in blobs.glob("*.incomplete"))  # they are continued
+        disk = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
+        free = shutil.disk_usage(disk).free
+    except OSError:
+        return  # the download tells what is wrong
+    if num_bytes - begun > free:
+        raise repository.error(
+            f"`{repository.name}` needs {num_bytes - begun:,} bytes, and the disk of the cache has {free:,} free",
+            f"{_MORE_SPACE} (now {cache})",
+        )
+
+
 def _not_cached(repository: _Repository, what: str) -> LorafitError:
     return repository.error(
         f"{what} is not in the local cache, and this run is offline",
@@ -355,7 +411,10 @@ def _explained(repository: _Repository) -> Iterator[None]:
     """Replace an error of the library by one of lorafit, with the library's error as its cause."""
     try:
         yield
-    except (httpx.HTTPError, OSError, ValueError, RuntimeError, XetDownloadError) as raised:
+    except (
+        *(httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, RuntimeError, XetDownloadError),
+        ImportError,  # of a proxy without its package
+    ) as raised:
         error: BaseException = raised
         while isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
             error = error.__cause__  # the library raises this after the error of the connection
@@ -403,10 +462,24 @@ def _explanation(repository: _Repository, error: BaseException) -> tuple[str, st
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return (
                 f"the disk is full: no room to download to {constants.HF_HUB_CACHE}",
-                "free some space (`hf cache prune`), or set HF_HOME to a larger disk",
+                _MORE_SPACE,
+            )
+        case OSError() if error.errno in _CANNOT_WRITE and not isinstance(error, httpx.HTTPError):
+            return (
+                f"cannot write to the cache of the hub, {constants.HF_HUB_CACHE}: {error.strerror}",
+                "set HF_HOME to a folder that you can write",
+            )
+        case ImportError() | httpx.InvalidURL() | ValueError():
+            return (
+                f"the address of the hub or of a proxy cannot be used: {_first_line(error)}",
+                "correct or unset HF_ENDPOINT, HTTPS_PROXY, HTTP_PROXY or ALL_PROXY (`lorafit doctor` lists them)",
             )
         case _:
-            return f"the download failed: {str(error).strip().partition(chr(10))[0]}", "try again"
+            return f"the download failed: {_first_line(error)}", "try again"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _similar_folder(name: str) -> str:

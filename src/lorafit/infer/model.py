@@ -17,7 +17,9 @@ from lorafit.infer.sampling import Sampling
 from lorafit.infer.stream_text import AnswerText
 from lorafit.model.adapter_file import CONFIG as ADAPTER_CONFIG
 from lorafit.model.adapter_file import MAX_CONFIG
+from lorafit.model.architecture import read_architecture
 from lorafit.model.build import build_saved
+from lorafit.model.device import pick_device
 from lorafit.model.llama import Llama
 from lorafit.model.lora import adapted, disable_adapter, evaluating
 from lorafit.model.quant import Quantize
@@ -166,6 +168,7 @@ def load(
 
     Returns the Model. Raises ModelError, RunError or ConfigError.
     """
+    pick_device(device)  # before anything is downloaded
     found = find_source(source, adapter=adapter, dtype=dtype, offline=offline, quantize=quantize)
     base = found.base_folder()
     tokenizer = Tokenizer.from_folder(base)
@@ -195,7 +198,14 @@ class ModelSource:
 
     def base_folder(self) -> Path:
         """The folder of the base model, downloaded where needed. Raises ModelError."""
-        return model_folder(self.base, revision=self.revision, offline=self.offline).path
+        revision, offline = self.revision, self.offline
+        return model_folder(self.base, revision=revision, offline=offline, judge=check_readable).path
+
+
+def check_readable(folder: Path) -> None:
+    """Raise ModelError if config.json or the tokenizer cannot be used: before weights are downloaded."""
+    read_architecture(folder)
+    Tokenizer.from_folder(folder)
 
 
 def find_source(

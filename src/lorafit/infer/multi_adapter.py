@@ -13,6 +13,7 @@ from lorafit.errors import ConfigError, Problem
 from lorafit.hub.client import adapter_folder
 from lorafit.infer.model import ModelSource, default_contract, find_source
 from lorafit.model.build import build_saved
+from lorafit.model.device import pick_device
 from lorafit.model.llama import Llama
 from lorafit.model.multi_lora import Adapters
 from lorafit.model.quant import Quantize
@@ -51,6 +52,7 @@ def load_many(
     All must have the base model of the first, which also decides type and quantization. The base is served too, by its
     own name and chat template. Raises ConfigError with all words that cannot be served together with the first.
     """
+    pick_device(device)  # before anything is downloaded
     sources: dict[str, ModelSource] = {}
     problems: list[Problem] = []
     for index, word in enumerate(words):

@@ -22,10 +22,12 @@ from lorafit.model.weights import fingerprint, load_network
 from lorafit.storage.atomic import check_manifest
 
 
-def base_folder(config: Config, *, offline: bool = False) -> ModelFolder:
+def base_folder(
+    config: Config, *, offline: bool = False, judge: Callable[[Path], object] = read_architecture
+) -> ModelFolder:
     """The folder of the base model of `config`, as `model_folder`; `offline` in addition to the config's own."""
-    model = config.model
-    return model_folder(model.name, revision=model.revision, offline=offline or config.run.offline)
+    name, revision = config.model.name, config.model.revision
+    return model_folder(name, revision=revision, offline=offline or config.run.offline, judge=judge)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import torch
 
+from lorafit.config.schema import device_name
 from lorafit.errors import ConfigError
 from lorafit.model.dtypes import DTYPES
 
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
-    """`auto` is CUDA, then Apple MPS, then the CPU; a named device must exist. Raises ConfigError.
+    """`auto` is CUDA, then Apple MPS, then the CPU; `gpu` is CUDA, then MPS. A named device must exist.
 
-    `cuda` without a number is the device of `local_rank`, if there are several processes on the host.
+    `cuda` without a number is the device of `local_rank`, if there are several processes on the host. Raises
+    ConfigError, which names the devices of this machine.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and local_rank is not None:
-        name = f"cuda:{local_rank}"
-    device = torch.device(name)
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available[device.type]:
-        hint = "use model.device=auto, or install a torch build for this device"
-        raise ConfigError(f"device `{name}` is not available here", place="model.device", hint=hint)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    try:
+        wanted = device_name(name)
+    except ValueError as error:
+        raise ConfigError(f"`{name}` is not a device: {error}") from None
+    num_cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    has_mps = torch.backends.mps.is_available()
+    if wanted in ("auto", "gpu"):
+        wanted = "cuda" if num_cuda else "mps" if has_mps else "cpu" if wanted == "auto" else "gpu"
+    if wanted == "cuda" and local_rank is not None:
+        wanted = f"cuda:{local_rank}"
+    kind, _, index = wanted.partition(":")
+    if not {"cpu": True, "cuda": int(index or 0) < num_cuda, "mps": has_mps}.get(kind, False):
+        here = ["cpu", *(f"cuda:{number}" for number in range(num_cuda)), *(["mps"] if has_mps else [])]
+        hint = "" if num_cuda or has_mps else "; for a GPU, install a torch build for it (`lorafit doctor`)"
         raise ConfigError(
-            f"device `{name}` does not exist: there are {torch.cuda.device_count()} CUDA devices",
-            place="model.device",
+            f"device `{wanted}` is not available here",
+            hint=f"use auto or one of {', '.join(here)}{hint}",
         )
-    return device
+    return torch.device(wanted)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -41,11 +41,16 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, stream: Text
 STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
 
 
-def print_verdicts(lines: Sequence[tuple[str, str, str]], *, stream: TextIO | None = None) -> None:
-    """Print (pass, warn or fail; name of the check; text), one per line, without line breaks."""
+def print_verdicts(
+    lines: Sequence[tuple[str, str, str]], *, passed: str = "pass", stream: TextIO | None = None
+) -> None:
+    """Print (pass, warn or fail; name of the check; text), one per line, without line breaks; `passed` is the word
+    for a pass.
+    """
     width = max((len(name) for _, name, _ in lines), default=0)
     for outcome, name, text in lines:
-        print_styled([(outcome, STYLES[outcome]), (f"  {name:<{width}}  {text}", "")], stream=stream)
+        word = f"{passed:<4}" if outcome == "pass" else outcome
+        print_styled([(word, STYLES[outcome]), (f"  {name:<{width}}  {text}", "")], stream=stream)
 
 
 def has_colours(stream: TextIO | None = None) -> bool:

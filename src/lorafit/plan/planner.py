@@ -20,6 +20,7 @@ from lorafit.errors import ConfigError, RunError
 from lorafit.evaluate.samples import SAMPLE_TOKENS
 from lorafit.hub.client import ModelFolder
 from lorafit.infer.continuous_batch import AT_ONCE
+from lorafit.infer.model import check_readable
 from lorafit.model.architecture import Architecture, read_architecture
 from lorafit.model.build import base_folder, build, wanted_adapter
 from lorafit.model.device import describe, pick_device, pick_dtype
@@ -67,7 +68,7 @@ class RunInputs:
     def read(cls, config: Config, quiet: bool) -> RunInputs:
         """Read and tokenise the rows. Raises a LorafitError with all that is wrong with them."""
         started = time.perf_counter()
-        base = base_folder(config)
+        base = base_folder(config, judge=check_readable)
         arch = read_architecture(base.path)
         training_data = build_data(config, base, arch, quiet)
         kernels()

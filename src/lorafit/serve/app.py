@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -89,9 +89,10 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     service = _service(request.app)
     served = service.named(body.model)
     messages = _messages(body.messages)
+    _check_template_args(served, body.chat_template_kwargs or {})
     prompts = await service.render(lambda: [served.renderer.prompt_ids(messages)])
     options = Options(
-        max_tokens=body.max_completion_tokens or body.max_tokens,
+        max_tokens=_limit(body.max_completion_tokens or body.max_tokens),
         sampling=body.sampling(),
         num=body.n or 1,
         stops=body.stops,
@@ -116,7 +117,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     vocab_size = service.models.network.arch.vocab_size
     prompts = await service.render(lambda: _completion_prompts(served, body.prompt, vocab_size))
     options = Options(
-        max_tokens=body.max_tokens or _COMPLETION_TOKENS,
+        max_tokens=_limit(body.max_tokens or _COMPLETION_TOKENS),
         sampling=body.sampling(),
         num=body.n or 1,
         stops=body.stops,
@@ -163,6 +164,11 @@ def _service(app: FastAPI) -> AnswerService:
     return service
 
 
+def _limit(max_tokens: int | None) -> int | None:
+    """The most tokens of an answer, None for the rest of the context."""
+    return None if max_tokens == -1 else max_tokens
+
+
 def _messages(turns: Sequence[ChatMessage]) -> list[Message]:
     roles: list[Role] = ["system" if turn.role == "developer" else turn.role for turn in turns]
     message = ""
@@ -173,6 +179,18 @@ def _messages(turns: Sequence[ChatMessage]) -> list[Message]:
     if message:
         raise ApiError(400, message, code="invalid_messages", param="messages")
     return [Message(role, turn.text) for role, turn in zip(roles, turns, strict=True)]
+
+
+def _check_template_args(served: ServedModel, given: Mapping[str, Any]) -> None:
+    """Raise ApiError for a variable of the template that differs from the model's training."""
+    fixed = getattr(served.renderer.contract, "template_args", {})
+    for name, value in given.items():
+        if name not in fixed or fixed[name] != value:
+            field = f"chat_template_kwargs.{name}"
+            message = (
+                f"{field}: the prompt is that of the training, where data.template_args has no such value"
+            )
+            raise ApiError(400, message, code="invalid_request", param=field)
 
 
 def _completion_prompts(
@@ -198,7 +216,7 @@ async def _api_error(_: Request, error: Exception) -> Response:
 
 async def _invalid(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    faults = [(_field(fault["loc"]), fault["msg"]) for fault in error.errors()]
+    faults = list(dict.fromkeys((_field(fault, error.body), _words(fault)) for fault in error.errors()))
     message = "; ".join(f"{field}: {text}" for field, text in faults[:_MAX_FAULTS])
     if len(faults) > _MAX_FAULTS:
         message += f"; and {len(faults) - _MAX_FAULTS} more"
@@ -217,8 +235,32 @@ async def _internal_error(request: Request, error: Exception) -> Response:
     return ApiError(500, "an internal error; see the server's log", code="internal_error").response()
 
 
-def _field(location: Sequence[int | str]) -> str:
-    return ".".join(str(part) for part in location if part != "body") or "body"
+def _field(fault: Mapping[str, Any], body: object) -> str:
+    """The place of a fault in `body`. Parts that name an alternative of a type, and no place, are left out."""
+    parts: list[str] = []
+    for part in fault["loc"][1:]:
+        if isinstance(body, dict) and (part in body or fault["type"] == "missing"):
+            body = body.get(part)
+        elif isinstance(body, list) and isinstance(part, int) and part < len(body):
+            body = body[part]
+        else:
+            continue
+        parts.append(str(part))
+    return ".".join(parts) or "body"
+
+
+def _words(fault: Mapping[str, Any]) -> str:
+    """What is wrong, without the names that pydantic has for it."""
+    match fault["type"]:
+        case "extra_forbidden":
+            return "this server has no such field"
+        case "missing":
+            return "it is missing"
+        case "json_invalid":
+            return f"it is not JSON: {fault['ctx']['error']}"
+        case "model_attributes_type" | "model_type":
+            return "it is a JSON object"
+    return str(fault["msg"]).removeprefix("Value error, ")
 
 
 def _document(app: FastAPI) -> dict[str, Any]:

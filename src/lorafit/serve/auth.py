@@ -56,6 +56,9 @@ class Guard:
         hosts = [value.decode("latin-1") for name, value in headers if name == b"host"]
         if len(hosts) != 1 or not self._is_allowed(hosts[0]):
             message = "the host name is not one of this server"
+            if len(hosts) == 1 and (match := _HOST.fullmatch(hosts[0])):
+                name = match[1] or match[2]
+                message += f": start it with `lorafit serve ... --allow-host {name}` to allow `{name}`"
             raise ApiError(403, message, code="host_not_allowed", param="Host")
         for name, value in headers:
             if name == b"origin" and value.decode("latin-1") not in (

@@ -1,20 +1,60 @@
 """Requests and replies of the API, with OpenAI's names. Unknown and unsupported fields are refused, never ignored.
 
-Types are strict: a number in quotes is not a number. Fields that would change the answer, and are not supported, accept
-only the value that changes nothing.
+Types are strict: a number in quotes is not a number. Fields of OpenAI and of other servers that would change the
+answer, and are not supported, accept only the value that changes nothing.
 """
 
 from __future__ import annotations
 
+import json
 import secrets
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    JsonValue,
+    Tag,
+    model_validator,
+)
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from lorafit.infer.sampling import Sampling
 
 MAX_CHOICES = 16
 _INT64 = 2**63
+
+
+class Only:
+    """The annotation of a field that accepts only `values`, which change nothing, and null."""
+
+    def __init__(self, *values: JsonValue) -> None:
+        self.values = (*values, None)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._check)
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {"enum": list(self.values)}
+
+    def _check(self, value: object) -> object:
+        # in Python, but not in JSON, True is 1
+        if not any(
+            value == known and isinstance(value, bool) == isinstance(known, bool) for known in self.values
+        ):
+            accepted = " or ".join(json.dumps(known) for known in self.values)
+            message = f"this server does not support it and accepts only {accepted}"
+            raise PydanticCustomError("unsupported", message)
+        return value
 
 
 def _decodable(text: str) -> str:
@@ -25,12 +65,43 @@ def _decodable(text: str) -> str:
     return text
 
 
+def _not_zero(count: int) -> int:
+    if count == 0:
+        raise ValueError("it is 1 or more; -1 is no limit")
+    return count
+
+
+def _is_text_part(part: object) -> object:
+    if isinstance(part, dict) and part.get("type", "text") != "text":
+        raise ValueError("only parts of type `text` are supported")
+    return part
+
+
+def _kind(value: object) -> str | None:
+    """The alternative of a field that `value` is meant to be."""
+    return "text" if isinstance(value, str) else "list" if isinstance(value, list) else None
+
+
+def _kind_of_prompt(value: object) -> str | None:
+    """As `_kind`, where the first element says what a list holds."""
+    match value:
+        case [int() | float(), *_]:
+            return "ids"
+        case [list(), *_]:
+            return "lists"
+    return _kind(value)
+
+
+def _choice(kind: Callable[[object], str | None], expected: str) -> Discriminator:
+    """The discriminator of a field with alternatives of different type; `expected` is said where none fits."""
+    return Discriminator(kind, custom_error_type="kind", custom_error_message=f"it is {expected}")
+
+
 Str = Annotated[str, AfterValidator(_decodable)]
-StopText = Annotated[Str, Field(min_length=1, max_length=1000)]
+StopText = Annotated[str, Field(max_length=1000), AfterValidator(_decodable)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-Zero = Annotated[float, Field(ge=0, le=0)] | None
-Count = Annotated[int, Field(ge=1, lt=2**31)] | None
-Empty = Annotated[list[Any], Field(max_length=0)] | None
+Count = Annotated[int, Field(ge=-1, lt=2**31, description="-1 is no limit."), AfterValidator(_not_zero)]
+Unused = Annotated[Str | None, Field(description="Accepted and not used.")]
 
 
 class _Strict(BaseModel):
@@ -42,35 +113,83 @@ class TextPart(_Strict):
     text: Str
 
 
+Parts = Annotated[list[Annotated[TextPart, BeforeValidator(_is_text_part)]], Field(min_length=1)]
+
+
 class ChatMessage(_Strict):
     """One turn. `developer` is another name of `system`. Fields beside role and content are accepted and unused."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Str | Annotated[list[TextPart], Field(min_length=1)]
-    name: Str | None = None
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: Empty = None
-    annotations: Empty = None
+    content: (
+        Annotated[
+            Annotated[Str, Tag("text")] | Annotated[Parts, Tag("list")], _choice(_kind, "a text or a list")
+        ]
+        | None
+    ) = None
+    name: Unused = None
+    id: Unused = None
+    reasoning_content: Unused = None
+    reasoning: Unused = None
+    refusal: Annotated[Any, Only()] = None
+    audio: Annotated[Any, Only()] = None
+    function_call: Annotated[Any, Only()] = None
+    tool_calls: Annotated[Any, Only([])] = None
+    annotations: Annotated[Any, Only([])] = None
+
+    @model_validator(mode="after")
+    def _check_content(self) -> ChatMessage:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of the role `{self.role}` needs `content`")
+        return self
 
     @property
     def text(self) -> str:
         """The content as one text."""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
 
 
 class StreamOptions(_Strict):
     include_usage: bool | None = None
+    include_obfuscation: Annotated[Any, Only(False)] = None
+    continuous_usage_stats: Annotated[Any, Only(False)] = None
 
 
 class ResponseFormat(_Strict):
     type: Literal["text"]
 
 
-class _Generation(_Strict):
-    model: Annotated[Str, Field(min_length=1, max_length=256)]
-    max_tokens: Count = None
+class _Neutral(_Strict):
+    """Fields of OpenAI, vLLM, llama.cpp and other servers with which clients change nothing."""
+
+    frequency_penalty: Annotated[Any, Only(0)] = None
+    presence_penalty: Annotated[Any, Only(0)] = None
+    logit_bias: Annotated[Any, Only({})] = None
+    repetition_penalty: Annotated[Any, Only(1)] = None
+    repeat_penalty: Annotated[Any, Only(1)] = None
+    length_penalty: Annotated[Any, Only(1)] = None
+    min_p: Annotated[Any, Only(0)] = None
+    typical_p: Annotated[Any, Only(1)] = None
+    mirostat: Annotated[Any, Only(0)] = None
+    min_tokens: Annotated[Any, Only(0)] = None
+    ignore_eos: Annotated[Any, Only(False)] = None
+    use_beam_search: Annotated[Any, Only(False)] = None
+    skip_special_tokens: Annotated[Any, Only(True)] = None
+    include_stop_str_in_output: Annotated[Any, Only(False)] = None
+    stop_token_ids: Annotated[Any, Only([])] = None
+    best_of: Annotated[Any, Only(1)] = None
+    echo: Annotated[Any, Only(False)] = None
+    user: Unused = None
+    service_tier: Unused = None
+    prompt_cache_key: Unused = None
+    safety_identifier: Unused = None
+    store: Annotated[Any, Only(False)] = None
+
+
+class _Generation(_Neutral):
+    model: Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_decodable)]
+    max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2, description="0 is greedy. The default is 1.")] | None = (
         None
     )
@@ -78,39 +197,36 @@ class _Generation(_Strict):
     top_k: (
         Annotated[
             int,
-            Field(ge=0, lt=2**31, description="Sample from the k most probable. Not OpenAI's."),
+            Field(ge=-1, lt=2**31, description="Sample from the k most probable; 0 and -1 are all."),
         ]
         | None
     ) = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = None
+    stop: (
+        Annotated[
+            Annotated[StopText, Tag("text")] | Annotated[list[StopText], Field(max_length=16), Tag("list")],
+            _choice(_kind, "a text or a list of texts"),
+        ]
+        | None
+    ) = None
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    frequency_penalty: Zero = None
-    presence_penalty: Zero = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    user: Annotated[Str | None, Field(description="Accepted and not used.")] = None
-
-    @model_validator(mode="after")
-    def _check_stream_options(self) -> _Generation:
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("`stream_options` needs `stream: true`")
-        return self
 
     def sampling(self) -> Sampling:
         """The sampling, with OpenAI's defaults. Without a seed, each request has a new one."""
         return Sampling(
             temperature=1.0 if self.temperature is None else self.temperature,
-            top_k=self.top_k or 0,
+            top_k=max(self.top_k or 0, 0),
             top_p=1.0 if self.top_p is None else self.top_p,
             seed=secrets.randbits(62) if self.seed is None else self.seed % 2**64,
         )
 
     @property
     def stops(self) -> list[str]:
-        """The stop texts."""
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+        """The stop texts. An empty one stops nothing."""
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or ()
+        return [stop for stop in stops if stop]
 
     @property
     def includes_usage(self) -> bool:
@@ -122,16 +238,26 @@ class ChatRequest(_Generation):
     """The body of /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
-    max_completion_tokens: Count = None
+    max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Empty = None
+    modalities: Annotated[Any, Only(["text"])] = None
+    tools: Annotated[Any, Only([])] = None
+    tool_choice: Annotated[Any, Only("none", "auto")] = None
+    parallel_tool_calls: Annotated[bool | None, Field(description="Accepted and not used.")] = None
+    functions: Annotated[Any, Only([])] = None
+    function_call: Annotated[Any, Only("none", "auto")] = None
+    chat_template_kwargs: Annotated[
+        dict[str, Any] | None, Field(description="Only what the run has as `data.template_args`.")
+    ] = None
+    add_generation_prompt: Annotated[Any, Only(True)] = None
+    continue_final_message: Annotated[Any, Only(False)] = None
     metadata: Annotated[dict[str, str] | None, Field(description="Accepted and not used.")] = None
 
     @model_validator(mode="after")
     def _check_logprobs(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("`top_logprobs` needs `logprobs: true`")
         return self
 
@@ -139,18 +265,19 @@ class ChatRequest(_Generation):
 class CompletionRequest(_Generation):
     """The body of /v1/completions: texts, or token ids, to continue."""
 
-    prompt: (
-        Str
-        | Annotated[list[Str], Field(min_length=1, max_length=MAX_CHOICES)]
-        | Annotated[list[TokenId], Field(min_length=1)]
+    prompt: Annotated[
+        Annotated[Str, Tag("text")]
+        | Annotated[list[Str], Field(min_length=1, max_length=MAX_CHOICES), Tag("list")]
+        | Annotated[list[TokenId], Field(min_length=1), Tag("ids")]
         | Annotated[
-            list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MAX_CHOICES)
-        ]
-    )
+            list[Annotated[list[TokenId], Field(min_length=1)]],
+            Field(min_length=1, max_length=MAX_CHOICES),
+            Tag("lists"),
+        ],
+        _choice(_kind_of_prompt, "a text, a list of texts, or token ids"),
+    ]
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
-    echo: Literal[False] | None = None
-    suffix: None = None
+    suffix: Annotated[Any, Only("")] = None
 
 
 class TopLogprob(BaseModel):

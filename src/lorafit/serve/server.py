@@ -136,7 +136,9 @@ class Server(uvicorn.Server):
             yield
             return
         before = {
-            number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)
+            number: signal.signal(number, self.handle_exit)
+            for number in (signal.SIGINT, signal.SIGTERM)
+            if signal.getsignal(number) is not signal.SIG_IGN  # a script's `&` ignores SIGINT
         }
         try:
             yield

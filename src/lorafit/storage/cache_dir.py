@@ -6,12 +6,14 @@ import os
 from pathlib import Path
 
 
-def cache_folder(name: str) -> Path:
-    """The folder `name` of lorafit's cache, created if it is missing, readable by its user only.
-
-    The cache is `LORAFIT_CACHE`, or `lorafit` in the user's cache folder. Raises OSError.
-    """
+def cache_home() -> Path:
+    """The folder of lorafit's cache: `LORAFIT_CACHE`, or `lorafit` in the user's cache folder. It may not exist."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(os.environ.get("LORAFIT_CACHE") or Path(home) / "lorafit").expanduser() / name
+    return Path(os.environ.get("LORAFIT_CACHE") or Path(home) / "lorafit").expanduser()
+
+
+def cache_folder(name: str) -> Path:
+    """The folder `name` of lorafit's cache, created if it is missing, readable by its user only. Raises OSError."""
+    folder = cache_home() / name
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorafit.config.load import with_absolute_paths
 from lorafit.config.schema import Config
 from lorafit.distributed.ranks import num_cores
 from lorafit.errors import LorafitError, RunError
@@ -62,7 +63,7 @@ def plan_sweep(folder: Path, trials: Sequence[tuple[Point, Config]]) -> list[Tri
     Raises RunError where the folder holds anything but a sweep of the same trials.
     """
     plan = [
-        {"varies": point, "config": config.model_dump(mode="json", exclude_unset=True)}
+        {"varies": point, "config": with_absolute_paths(config).model_dump(mode="json", exclude_unset=True)}
         for point, config in trials
     ]
     file = folder / _PLAN

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from lorafit.config.load import with_absolute_paths
 from lorafit.errors import Problem, RunError
 from lorafit.model.adamw import AdamW
 from lorafit.model.adapter_file import CONFIG, WEIGHTS, adapter_files, adapter_tensors, fill_adapter
@@ -66,7 +67,7 @@ def snapshot(prepared: Prepared, optimizer: AdamW, state: TrainState) -> dict[st
     """Copy everything that the next step changes, as the bytes of files, so that training continues meanwhile."""
     network, spec = prepared.built.network, prepared.built.spec
     values = asdict(state) | {"python_random": random.getstate()}
-    base, revision = prepared.config.model.name, prepared.data.base.revision
+    base, revision = with_absolute_paths(prepared.config).model.name, prepared.data.base.revision
     files = adapter_files(adapter_tensors(network), spec, base, revision)
     files[TENSORS] = save(_optimizer_tensors(network, optimizer) | _random_tensors())
     files[STATE] = (json.dumps(values) + "\n").encode()

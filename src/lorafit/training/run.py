@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorafit.config.load import with_absolute_paths
 from lorafit.config.schema import Config
 from lorafit.data.batch import RankShare
 from lorafit.data.packing import Packer
@@ -94,8 +95,10 @@ def start_run(config: Config, *, quiet: bool = False, base: BaseModelCache | Non
                 "output", Path, lambda: RunDirectory.new(config.run.output, config.model.name).path
             )
         )
+        made_here = config.run.output is None
         config = config.model_copy(update={"run": config.run.model_copy(update={"output": str(run.path)})})
-        prepared = prepare(config, ranks, quiet, base)
+        with run.removed_on_failure() if made_here else nullcontext():
+            prepared = prepare(config, ranks, quiet, base)
         if not ranks.is_main:
             return run_training(prepared, run, ranks, step=None, notes=[], quiet=quiet)
         parameters = adapter_parameters(prepared.built.network).values()
@@ -183,7 +186,7 @@ def _reconcile(
         run.set_aside(damaged)
     if step is None or accept_changes:
         write_origin(run, prepared)
-    if prepared.config != run.config():
+    if with_absolute_paths(prepared.config) != run.config():
         run.write_config(prepared.config)
     return notes
 

@@ -79,12 +79,15 @@ class Requests:
 
 
 def _install(on_stop: _Handler, on_save: _Handler) -> dict[int, Any]:
-    """Set the handlers; returns the earlier ones. Python allows none outside of the main thread."""
+    """Set the handlers; returns the earlier ones. Python allows none outside of the main thread.
+
+    A signal that is ignored stays ignored: `nohup` ignores SIGHUP, and a script's `&` ignores SIGINT.
+    """
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for name, handler in [*((name, on_stop) for name in _STOP), (_SAVE, on_save)]:
-            if hasattr(signal, name):
-                number = getattr(signal, name)
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, handler)
     return before
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorafit.storage.cache_dir import cache_folder
+from lorafit.storage.cache_dir import cache_folder, cache_home
 from lorafit.storage.locks import exclusive_lock
 
 _SOURCES = ("rows.cpp", "attention.cpp", "decode_linear.cpp", "decode.cpp", "products.cpp")
@@ -84,37 +84,81 @@ def blocks() -> ctypes.CDLL | None:
 
 @functools.cache
 def _build() -> tuple[Kernels | None, str]:
-    flags = _FLAGS + (_X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ())
-    library, why = _compiled((*_SOURCES, *_HEADERS), flags)
+    library, why = _compiled((*_SOURCES, *_HEADERS), _flags())
     return (None if library is None else Kernels(library)), why
+
+
+def is_cached() -> bool:
+    """Whether the kernels are compiled. Nothing is compiled or created."""
+    command = _command(_flags())
+    return bool(command) and (cache_home() / "native" / _name(command, (*_SOURCES, *_HEADERS))).is_file()
+
+
+def trial() -> str:
+    """Why kernels cannot be compiled here; "" if a small program can, with the flags of the kernels."""
+    command = _command(_flags())
+    if not command:
+        return _no_compiler()
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / "trial.cpp"
+        source.write_text(
+            "#include <omp.h>\nint main() { return omp_get_max_threads() < 0; }\n", encoding="ascii"
+        )
+        try:
+            _compile(command, [source], (), Path(scratch) / "trial.so")
+        except (OSError, subprocess.SubprocessError) as error:
+            return _reason(command, error)
+    return ""
+
+
+def _flags() -> tuple[str, ...]:
+    return _FLAGS + (_X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else ())
+
+
+def _command(flags: Sequence[str]) -> list[str]:
+    """The compiler with `flags`, empty if there is none."""
+    if os.environ.get("LORAFIT_NATIVE") == "0":
+        return []
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    return [*shlex.split(compiler), *flags] if compiler else []
+
+
+def _no_compiler() -> str:
+    return "LORAFIT_NATIVE=0" if os.environ.get("LORAFIT_NATIVE") == "0" else "there is no C++ compiler"
+
+
+def _name(command: Sequence[str], files: Sequence[str], links: Sequence[str] = ()) -> str:
+    """The file name of a library in the cache."""
+    digest = hashlib.sha256(" ".join([*command, *links, _machine()]).encode())
+    for name in files:
+        digest.update((Path(__file__).parent / name).read_bytes())
+    return f"{digest.hexdigest()[:32]}.so"
 
 
 def _compiled(
     files: Sequence[str], flags: Sequence[str], links: Sequence[str] = ()
 ) -> tuple[ctypes.CDLL | None, str]:
     """The library of these sources and headers, from the cache or the compiler, or why there is none."""
-    if os.environ.get("LORAFIT_NATIVE") == "0":
-        return None, "LORAFIT_NATIVE=0"
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
-    if not compiler:
-        return None, "there is no C++ compiler"
-    command = [*shlex.split(compiler), *flags]
-    paths = [Path(__file__).parent / name for name in files]
-    digest = hashlib.sha256(" ".join([*command, *links, _machine()]).encode())
-    for path in paths:
-        digest.update(path.read_bytes())
+    command = _command(flags)
+    if not command:
+        return None, _no_compiler()
+    sources = [Path(__file__).parent / name for name in files if name.endswith(".cpp")]
     try:
-        library = cache_folder("native") / f"{digest.hexdigest()[:32]}.so"
+        library = cache_folder("native") / _name(command, files, links)
         if not library.is_file():
             with exclusive_lock(library.with_suffix(".turn")):  # one of the ranks of a host compiles
                 if not library.is_file():
-                    _compile(command, [path for path in paths if path.suffix == ".cpp"], links, library)
+                    _compile(command, sources, links, library)
         return ctypes.CDLL(str(library)), ""
-    except subprocess.CalledProcessError as error:
-        lines = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
-        return None, f"`{compiler}` failed: {lines[0]}"
     except (OSError, subprocess.SubprocessError) as error:
-        return None, str(error)
+        return None, _reason(command, error)
+
+
+def _reason(command: Sequence[str], error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):
+        lines = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
+        return f"`{command[0]}` failed: {lines[0]}"
+    return str(error)
 
 
 def _compile(command: Sequence[str], sources: Sequence[Path], links: Sequence[str], library: Path) -> None:
