@@ -50,12 +50,13 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with each reading of the rows by the checks."""
     counted: list[int] = []
 
-    class Counting(RowReader):
-        def chunks(self, *size: int) -> Any:
-            counted.append(1)
-            return super().chunks(*size)
+    inspect = preflight.inspect
 
-    monkeypatch.setattr(preflight, "RowReader", Counting)
+    def counting(*args: Any) -> preflight.RowFindings:
+        counted.append(1)
+        return inspect(*args)
+
+    monkeypatch.setattr(preflight, "inspect", counting)
     return counted
 
 

@@ -15,10 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorafit.data.folders import SourceFile, Wanted
 from lorafit.data.formats import Instruction, Row
 from lorafit.data.readers import read_file
+from lorafit.data.row_faults import RowFaults
 from lorafit.data.row_index import RowIndex
-from lorafit.data.sources import RowReader, SourceFile, describe, find_files
+from lorafit.data.sources import Reading, RowReader, describe, find_sources
 from lorafit.errors import DataError, Problem, Problems
 
 ROWS = [
@@ -37,18 +39,24 @@ class Loaded:
     reason: str
 
 
-def load_rows(specs: list[str], format: str = "auto", size: int = 2048, **options: Any) -> Loaded:  # noqa: A002
+def load_rows(
+    specs: list[str],
+    format: str = "auto",  # noqa: A002 (the name of the setting)
+    size: int = 2048,
+    wanted: Wanted | None = None,
+    **reading: Any,
+) -> Loaded:
     """All rows at once."""
-    files = find_files(specs, format, **options)
-    reader = RowReader(files, format)
+    sources = find_sources(specs, Reading(format, **reading), wanted or Wanted())
+    reader = sources.reader()
     chunks = list(reader.chunks(size))
     assert all(0 < len(chunk.rows) <= size for chunk in chunks)
     rows = [row for chunk in chunks for row in chunk.rows]
     assert sum(summary.num_rows for summary in reader.summaries) == len(rows)
     numbers = list(range(0, len(rows), 3))
-    assert RowIndex(files, reader.summaries).read(numbers) == [rows[number] for number in numbers]
+    assert RowIndex(sources, reader.summaries).read(numbers) == [rows[number] for number in numbers]
     lines = [line for chunk in chunks for line in chunk.lines]
-    return Loaded(rows, lines, files, *describe(files, reader.summaries))
+    return Loaded(rows, lines, list(sources.files), *describe(sources, reader.summaries))
 
 
 def write(path: Path) -> Path:
@@ -134,11 +142,12 @@ def test_tolerated(tmp_path: Path) -> None:
     ("name", "content", "message", "place"),
     [
         ("a.json", b'[{"text": "a"},\n {"text" "b"}]', "is not JSON", "a.json line 2 column 10"),
-        ("a.json", b'{"a": 1}', "is not a list of rows", "a.json"),
+        ("a.json", b'{"a": [{}], "b": [{}]}', "is not a list of rows", "a.json"),
+        ("a.json", b'{"a": 1}', "no format fits: the rows have `a`", "a.json"),
         ("a.json", b"[]", "has no rows", "a.json"),
         ("a.json", b"[" * 100_000, "is not usable JSON", "a.json"),
         ("a.json", b" \n", "the file is empty", "a.json"),
-        ("a.json", b'[{"text": "\xff"}]', "not UTF-8: byte 0xFF at offset 11", "a.json"),
+        ("a.json", b'[{"text": "\xff"}]', "not UTF-8: byte 0xFF", "a.json line 1"),
         ("a.json.gz", b"no gzip", "is not a whole gzip file", "a.json.gz"),
         (
             "a.jsonl.gz",
@@ -146,7 +155,7 @@ def test_tolerated(tmp_path: Path) -> None:
             "is not a whole gzip file",
             "a.jsonl.gz",
         ),
-        ("a.csv", b"text,text\na,b\n", "empty or repeated names", "a.csv line 1"),
+        ("a.csv", b"text,text\na,b\n", "repeated names", "a.csv line 1"),
         ("a.csv", b'text\n"a\n', "is not CSV", "a.csv line"),
         ("a.csv", b"text,b\na,b\nc\n", "has 1 fields where the header has 2", "a.csv row 2, line 3"),
         ("a.csv", b"text\n", "has no rows", "a.csv"),
@@ -169,7 +178,7 @@ def test_faults_name_place_and_fix(
 
 def test_all_bad_lines_and_all_sources_are_reported(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text"\n\n{"text": "b"}\nnope\n')
-    (tmp_path / "b.json").write_text('[{"text": 3}]')
+    (tmp_path / "b.json").write_text('[{"text": true}]')
     with pytest.raises(DataError) as caught:
         load_rows(
             [str(tmp_path / "a.jsonl"), str(tmp_path / "b.json"), str(tmp_path / "c.json")], format="text"
@@ -177,6 +186,8 @@ def test_all_bad_lines_and_all_sources_are_reported(tmp_path: Path) -> None:
     places = [problem.place for problem in caught.value.problems]
     assert [place.removeprefix(f"{tmp_path}/") for place in places] == [
         "a.jsonl row 2, line 2", "a.jsonl row 4, line 5", "b.json row 1, field `text`", "c.json"]  # fmt: skip
+    assert "data.bad_rows=drop" in caught.value.problems[1].hint
+    assert "data.bad_rows" not in caught.value.problems[2].hint  # nothing would be left
 
 
 def test_missing_files_suggest_near_names(tmp_path: Path) -> None:
@@ -207,8 +218,9 @@ def test_hub_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return Files([path], "abc123")
 
     monkeypatch.setattr("lorafit.hub.client.dataset_files", dataset_files)
-    rows = load_rows(["tatsu-lab/alpaca"], revision="main", split="test", offline=True)
-    assert asked == [("tatsu-lab/alpaca", {"revision": "main", "split": "test", "offline": True})]
+    rows = load_rows(["tatsu-lab/alpaca"], wanted=Wanted("test", config="en", revision="main", offline=True))
+    options = {"revision": "main", "split": "test", "config": "en", "offline": True}
+    assert asked == [("tatsu-lab/alpaca", options)]
     assert rows.sources[0].name == "tatsu-lab/alpaca/train.parquet"
     assert rows.sources[0].revision == "abc123"
     assert rows.rows[1].place == "tatsu-lab/alpaca/train.parquet row 2"
@@ -223,9 +235,8 @@ def test_any_bytes_are_read_or_reported(
     path.write_bytes(content)
     problems: tuple[Problem, ...] = ()
     try:
-        found = Problems()
-        list(read_file(path, str(path), found))
-        problems = tuple(found.kept)
+        rows = list(read_file(path, str(path)))
+        problems = tuple(row.value for row in rows if isinstance(row.value, Problem))
     except DataError as error:
         problems = error.problems
     assert all(str(path) in problem.place for problem in problems)
@@ -233,23 +244,39 @@ def test_any_bytes_are_read_or_reported(
 
 def test_a_million_bad_lines_are_counted_and_few_are_kept(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' + "nope\n" * 3000)
-    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n' + '{"text": 3}\n' * 3000)
-    with pytest.raises(DataError, match=r"and 5,951 more problems") as caught:
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n' + '{"text": true}\n' * 3000)
+    with pytest.raises(DataError) as caught:
         load_rows([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), str(tmp_path / "c.jsonl")])
-    assert len(caught.value.problems) <= Problems.MAX_KEPT + 1
+    listed = [
+        (problem.message, problem.place.removeprefix(f"{tmp_path}/")) for problem in caught.value.problems
+    ]
+    assert listed == [
+        ("3,000 rows: is not JSON: Expecting value (column 1)", "a.jsonl rows 2, 3, 4, 5, 6 and 2,995 more"),
+        ("3,000 rows: `text` is true or false, not text", "b.jsonl rows 2, 3, 4, 5, 6 and 2,995 more"),
+        ("no such file or folder", "c.jsonl"),
+    ]
+
+
+def test_kinds_of_faults_beyond_a_bound_are_counted(tmp_path: Path) -> None:
+    count = Problems.MAX_KEPT + 20
+    faults = RowFaults()
+    for number in range(count):
+        faults.add("a", number, f"a row {number}", Problem(f"`{'x' * number}` is wrong"))
+    assert len(faults.problems(count)) == Problems.MAX_KEPT
+    assert faults.num_more == 20
 
 
 def test_rows_read_once_more_are_those_asked_for(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{number}"}}\n\n' for number in range(10)))
     (tmp_path / "b.csv").write_text("text\n" + "".join(f'"{number}\n"\n' for number in range(10)))
-    files = find_files([str(tmp_path)])
-    reader = RowReader(files)
+    sources = find_sources([str(tmp_path)])
+    reader = sources.reader()
     rows = [row for chunk in reader.chunks(3) for row in chunk.rows]
     wanted = [0, 7, 10, 19]
-    assert RowIndex(files, reader.summaries).read(wanted) == [rows[number] for number in wanted]
-    assert RowReader(files).read(range(8, 12)) == rows[8:12]
+    assert RowIndex(sources, reader.summaries).read(wanted) == [rows[number] for number in wanted]
+    assert RowReader(sources.files).read(range(8, 12)) == rows[8:12]
     with pytest.raises(DataError, match="there is no row 21") as caught:
-        RowReader(files).read(range(19, 22))
+        RowReader(sources.files).read(range(19, 22))
     assert caught.value.problems[0].hint == "the last row is number 20"
     assert rows[7].place.endswith("a.jsonl row 8, line 15")
     assert reader.progress()[0] == reader.progress()[1] > 0

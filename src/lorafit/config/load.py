@@ -110,6 +110,7 @@ def override_words(flags: Mapping[str, object]) -> list[str]:
 
 def config_from_args(words: Sequence[str], recipe: str | None, flags: Mapping[str, object]) -> Config:
     """The Config of a command line: a recipe and overrides in any order, or `recipe` by flag, the other flags last."""
+    flags, words = _with_more_data(flags, words)
     recipes = [word for word in words if "=" not in word] + ([recipe] if recipe is not None else [])
     if len(recipes) > 1:
         raise ConfigError(
@@ -118,6 +119,18 @@ def config_from_args(words: Sequence[str], recipe: str | None, flags: Mapping[st
         )
     overrides = [word for word in words if "=" in word]
     return load_config(recipe_file(recipes[0]) if recipes else None, overrides, flags)
+
+
+def _with_more_data(
+    flags: Mapping[str, object], words: Sequence[str]
+) -> tuple[Mapping[str, object], Sequence[str]]:
+    """(flags, words) with the files after `--data FILE` as data: a shell writes `--data *.jsonl` as several words."""
+    if "data.path" not in flags:
+        return flags, words
+    more = [word for word in words if Path(word).suffix not in ("", ".yaml", ".yml") and Path(word).is_file()]
+    paths = flags["data.path"]
+    assert isinstance(paths, list)
+    return {**flags, "data.path": [*paths, *more]}, [word for word in words if word not in more]
 
 
 def nearest_key(name: str) -> str:
