@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorafit.data.folders import SourceFile, Wanted
-from lorafit.data.formats import Instruction, Row
+from lorafit.data.formats import Instruction, Row, Text
+from lorafit.data.open_text import LEAST_UNPACKED
 from lorafit.data.readers import read_file
 from lorafit.data.row_faults import RowFaults
 from lorafit.data.row_index import RowIndex
@@ -280,3 +283,181 @@ def test_rows_read_once_more_are_those_asked_for(tmp_path: Path) -> None:
     assert caught.value.problems[0].hint == "the last row is number 20"
     assert rows[7].place.endswith("a.jsonl row 8, line 15")
     assert reader.progress()[0] == reader.progress()[1] > 0
+
+
+texts = st.text(st.characters(codec="cp949", exclude_characters="\r\0"), min_size=1, max_size=12).filter(
+    str.strip
+)
+row_lists = st.lists(
+    st.fixed_dictionaries({"instruction": texts, "input": st.just(""), "output": texts}), min_size=1
+)
+
+
+def as_json(rows: list[dict[str, str]], layout: str) -> str:
+    by_column = {key: [row[key] for row in rows] for key in rows[0]}
+    indent = 1 if "indented" in layout else None
+    values: dict[str, object] = {
+        "array": rows,
+        "data": {"version": "1", "data": rows},
+        "columns": by_column,
+        "pandas": {key: {str(n): item for n, item in enumerate(items)} for key, items in by_column.items()},
+        "split": {"columns": list(by_column), "data": [[row[key] for key in by_column] for row in rows]},
+    }
+    if (name := layout.split()[0]) in values:
+        return json.dumps(values[name], indent=indent, ensure_ascii=False)
+    return {"lines": "\n", "commas": ",\n", "blank": "\n\n"}[name].join(
+        json.dumps(row, indent=indent, ensure_ascii=False) for row in rows
+    )
+
+
+def as_csv(rows: list[dict[str, str]], separator: str, index: str | None) -> str:
+    with io.StringIO(newline="") as out:
+        first = [] if index is None else [index]
+        writer = csv.writer(out, delimiter=separator)
+        writer.writerow([*first, *rows[0]])
+        writer.writerows([*([number] if first else []), *row.values()] for number, row in enumerate(rows))
+        return out.getvalue()
+
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": lambda content: pyarrow.Codec("zstd").compress(content, asbytes=True),
+}
+
+
+@given(
+    rows=row_lists,
+    shape=st.sampled_from(
+        [f"json {a} {b}" for a in ("array", "data", "columns", "pandas", "split", "lines", "commas", "blank")
+         for b in ("", "indented")]
+        + [f"csv {a}" for a in (",", ";", "\t", "|")]
+    ),
+    suffix=st.sampled_from([".json", ".jsonl", ".ndjson"]),
+    index=st.sampled_from([None, "", "Unnamed: 0", "__index_level_0__"]),
+    encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "cp949", "UTF-32"]),
+    packed=st.sampled_from(list(PACKERS)),
+)  # fmt: skip
+def test_rows_in_any_layout_encoding_and_container_are_the_same_rows(
+    tmp_path_factory: pytest.TempPathFactory,
+    rows: list[dict[str, str]],
+    shape: str,
+    suffix: str,
+    index: str | None,
+    encoding: str,
+    packed: str,
+) -> None:
+    kind, _, layout = shape.partition(" ")
+    content = as_json(rows, layout) if kind == "json" else as_csv(rows, layout, index)
+    if kind == "csv":
+        suffix = ".tsv" if layout == "\t" else ".csv"
+    path = tmp_path_factory.getbasetemp() / f"rows{suffix}{packed}"
+    path.write_bytes(PACKERS[packed](content.encode(encoding)))
+    loaded = load_rows([str(path)], encoding=encoding)
+    assert [row.content for row in loaded.rows] == [
+        Instruction(row["instruction"], "", row["output"]) for row in rows
+    ]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "json", "txt"])
+@given(lines=st.integers(0, 5), block=st.sampled_from([4, 1 << 20]))
+def test_a_byte_that_is_no_text_is_named_with_its_line(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, lines: int, block: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / f"wrong.{kind}"
+    path.write_bytes(b"text\n" * lines + "\ud55c\uad6d".encode("cp949") + b"\nmore\n")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError) as caught:
+        patch.setattr("lorafit.data.open_text._BLOCK", block)
+        load_rows([str(path)])
+    [problem] = caught.value.problems
+    assert problem.message == "is not UTF-8: byte 0xC7"
+    assert problem.place == f"{path} line {lines + 1}"
+    assert "data.encoding=cp949" in problem.hint
+
+
+def test_a_byte_order_mark_names_the_encoding(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes("text\na\n".encode("utf-16"))
+    with pytest.raises(DataError) as caught:
+        load_rows([str(path)])
+    assert caught.value.problems[0].hint == "data.encoding=utf-16 reads it"
+    assert len(load_rows([str(path)], encoding="utf-16").rows) == 1
+    path.write_bytes(b"text\na\n")
+    with pytest.raises(DataError, match="is not utf-16"):
+        load_rows([str(path)], encoding="utf-16")
+
+
+def test_packed_files_that_are_cut_or_grow_too_large(tmp_path: Path) -> None:
+    whole = PACKERS[".zst"](b'{"text": "a"}\n' * 1000)
+    for content in (b"no zstd", whole[:-5]):
+        (tmp_path / "a.jsonl.zst").write_bytes(content)
+        with pytest.raises(DataError, match="is not a whole zstd file"):
+            load_rows([str(tmp_path / "a.jsonl.zst")])
+    (tmp_path / "a.txt.zst").write_bytes(PACKERS[".zst"](b"a" * (LEAST_UNPACKED + (1 << 21))))
+    with pytest.raises(DataError, match="unpacks to more than 100 times its size"):
+        load_rows([str(tmp_path / "a.txt.zst")])
+
+
+def test_a_text_is_one_row(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text('One.\n\n{"text": 1}\n')
+    (tmp_path / "b.md").write_text("# Two\n")
+    rows = load_rows([str(tmp_path)])
+    assert [row.content for row in rows.rows] == [Text('One.\n\n{"text": 1}\n'), Text("# Two\n")]
+
+
+GOOD, BAD = '{"instruction": "a", "output": "b"}', '{"instruction": "a", "output": null}'
+
+
+@given(
+    lines=st.lists(
+        st.sampled_from([GOOD, BAD, "nope", '{"instruction": "a"}', '"text"']), min_size=1, max_size=9
+    ),
+    size=st.integers(1, 4),
+)
+def test_bad_rows_are_left_out_and_counted(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[str], size: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "bad.jsonl"
+    path.write_text(f"{GOOD}\n" + "".join(line + "\n" for line in lines))
+    reader = find_sources([str(path)], Reading("alpaca", drops=True)).reader()
+    chunks = list(reader.chunks(size))
+    kept = [row.number for chunk in chunks for row in chunk.rows]
+    dropped = sorted(number for chunk in chunks for number, _ in chunk.dropped)
+    assert kept == [0, *(number for number, line in enumerate(lines, 1) if line == GOOD)]
+    assert sorted([*kept, *dropped]) == list(range(1 + len(lines)))
+    assert sorted(number for numbers in reader.dropped.values() for number in numbers) == dropped
+    assert reader.summaries[0].num_rows == 1 + len(lines)
+    index = RowIndex(find_sources([str(path)], Reading("alpaca", drops=True)), reader.summaries)
+    assert [row.number for row in index.read(kept)] == kept
+    for number in dropped[:1]:
+        with pytest.raises(DataError, match=f"row {number + 1} is left out: "):
+            find_sources([str(path)], Reading("alpaca", drops=True)).reader().read([number])
+
+
+def test_no_usable_row_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f"{BAD}\n" * 3 + "nope\n")
+    with pytest.raises(DataError, match="no row can be used: 1 rows: is not JSON") as caught:
+        load_rows([str(path)], "alpaca", drops=True)
+    assert "3 rows: `output` is null" in caught.value.problems[0].message
+    with pytest.raises(DataError) as caught:
+        load_rows([str(path)], "alpaca")
+    assert "data.bad_rows" not in str(caught.value)  # it would leave nothing
+
+
+def test_reasons_are_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "roles.jsonl"
+    rows = [{"messages": [{"role": f"r{n}", "content": "a"}]} for n in range(200)]
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+        + json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+    )
+    reader = find_sources([str(path)], Reading(drops=True)).reader()
+    list(reader.chunks())
+    assert sum(map(len, reader.dropped.values())) == 200
+    assert len(reader.dropped) == 51
+    with pytest.raises(DataError) as caught:
+        load_rows([str(path)])
+    [problem] = caught.value.problems
+    assert problem.message.startswith("200 rows, the first: `role` is 'r0'")
+    assert problem.place == f"{path} rows 1, 2, 3, 4, 5 and 195 more"

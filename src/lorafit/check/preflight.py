@@ -94,7 +94,7 @@ def inspect(
             tokens.add(chunk.rows)
         if advance:
             advance(*reader.progress())
-    held_out = training_data.heldout.numbers if training_data else np.array([], dtype=np.int64)
+    held_out = training_data.heldout.numbers if training_data else np.array(reader.heldout(), dtype=np.int64)
     return RowFindings(texts.finish(held_out), tokens, is_complete)
 
 
@@ -104,7 +104,8 @@ def row_verdicts(
     """A result for each check of the rows; without `training_data` (no tokenizer) only of their texts."""
     texts, tokens = findings.texts, findings.tokens
     account = _account(training_data) if training_data else []
-    leaks = [_leaks(texts, len(training_data.heldout), index)] if training_data else []
+    num_heldout = len(training_data.heldout) if training_data else index.num_heldout
+    leaks = [_leaks(texts, num_heldout, index)] if training_data or num_heldout else []
     verdicts = [
         _rows(findings, index), *account, _answers(texts, index), _repeats(texts, index), *leaks,
         _encoding(texts, index), _controls(texts, index),
@@ -172,6 +173,8 @@ def _account(training_data: TrainingData) -> list[CheckResult]:
         f"{trained.trained + held.trained:,} trained + {trained.masked + held.masked:,} masked + "
         f"{trained.truncated + held.truncated:,} truncated"
     )
+    if pieces := trained.pieces + held.pieces:
+        sums += f"; longer texts are split into {pieces:,} pieces"
     verdicts = [CheckResult("ledger", "pass", sums)]
     verdicts += dropped_rows(encoded.dropped, index) or [CheckResult("dropped rows", "pass", "none")]
     lengths = ledger.lengths

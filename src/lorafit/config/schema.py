@@ -110,8 +110,9 @@ class DataSection(Section):
     columns: dict[str, str] = resumable(
         {},
         description="Columns of a table by field: `{instruction: question, output: answer}`. The fields are "
-        "`instruction`, `input`, `output`, `system`, `prompt`, `completion`, `text`, `messages`, `conversations` and "
-        "`tools`; a column is a name or a path (`answers.text.0`). Usual names are found without it.",
+        "`instruction`, `input`, `output`, `system`, `prompt`, `completion`, `text`, `messages`, `conversations`, "
+        "`tools`, `history`, `weight` and `train`; a column is a name or a path (`answers.text.0`). Usual names are "
+        "found without it.",
     )
     encoding: Encoding = resumable(
         "utf-8", description="Encoding of text files, such as `cp949` or `utf-16`."
@@ -137,8 +138,10 @@ class DataSection(Section):
     )
     system: str = resumable("", description="System prompt for rows that have none.")
     max_length: int = resumable(2048, ge=8, le=1_048_576, description="Longest row in tokens.")
-    too_long: Literal["error", "truncate", "drop"] = resumable(
-        "error", description="What happens to a longer row. A cut answer is always reported."
+    too_long: Literal["error", "truncate", "drop", "split"] = resumable(
+        "error",
+        description="What happens to a longer row. `split` cuts texts (format `text`) into several rows; each repeats "
+        "an eighth of `data.max_length` from the one before as context. A cut answer is always reported.",
     )
     train_on: Literal["response", "all"] = resumable(
         "response", description="Supervised tokens: those of the answers, or all."

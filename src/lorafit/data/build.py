@@ -150,7 +150,10 @@ def _split(config: Config, index: RowIndex, encoded: TokenDataset) -> tuple[Indi
     if any(file.heldout for file in index.files):
         heldout = index.is_heldout(encoded.numbers)
         return np.flatnonzero(~heldout), np.flatnonzero(heldout)
-    return split_holdout(len(encoded), config.data.holdout, config.train.seed)
+    rows, row_of = np.unique(encoded.numbers, return_inverse=True)  # a text that was split is one row
+    _, heldout = split_holdout(len(rows), config.data.holdout, config.train.seed)
+    is_heldout = np.isin(row_of, heldout)
+    return np.flatnonzero(~is_heldout), np.flatnonzero(is_heldout)
 
 
 def _check_embedded(encoded: TokenDataset, tokenizer: Tokenizer, num_embeddings: int) -> None:

@@ -14,7 +14,7 @@ from lorafit.errors import DataError
 
 Columns = Mapping[str, str]  # field -> column; `answers.text.0` is a value within a value
 TEXT_FIELDS = ("instruction", "input", "output", "system", "prompt", "completion", "text")
-FIELDS = (*TEXT_FIELDS, "messages", "conversations", "tools")
+FIELDS = (*TEXT_FIELDS, "messages", "conversations", "tools", "history", "weight", "train")
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns")
 
 # The names of columns for each field, the usual ones first. A context is the question where there is no other.
@@ -95,7 +95,7 @@ def is_row(value: Mapping[str, object]) -> bool:
     try:
         find_layout([value])
     except DataError:
-        return False
+        return {"chosen", "rejected"} <= value.keys()
     return True
 
 
@@ -228,7 +228,7 @@ def _pair(rows: Sequence[Mapping[str, object]], *, is_given: bool = False) -> La
         return None
     texts = [names["text"]] if "text" in names and not questions and not is_given else []
     if len(questions) > 1 or len(contexts) > 1 or len(answers) > 1 or texts or (questions and choices):
-        raise _ambiguous([*questions, *texts], [*contexts, *choices], answers)
+        raise _ambiguous([*questions, *texts], contexts, choices, answers)
     if not questions or not _is_text(rows, questions[0]):
         return None
     fields = {"instruction": questions[0], "input": contexts[:1], "output": answers[0], "system": systems[:1]}
@@ -324,10 +324,12 @@ def _refuse_preferences(rows: Sequence[Mapping[str, object]]) -> None:
         )
 
 
-def _ambiguous(questions: Sequence[str], others: Sequence[str], answers: Sequence[str]) -> DataError:
-    names = ", ".join(f"`{name}`" for name in [*questions, *others, *answers])
+def _ambiguous(
+    questions: Sequence[str], contexts: Sequence[str], choices: Sequence[str], answers: Sequence[str]
+) -> DataError:
+    names = ", ".join(f"`{name}`" for name in [*questions, *contexts, *choices, *answers])
     question = questions[0] if questions else _ANY
-    context = f", input: {others[0]}" if others and len(questions) == 1 else ""
+    context = f", input: {contexts[0]}" if contexts else ""
     hint = f"say which to read: data.columns='{{instruction: {question}{context}, output: {answers[0]}}}'"
     if questions == ["text"]:
         hint += ", or data.format=text for `text` alone"
@@ -346,6 +348,9 @@ def _no_format(rows: Sequence[Mapping[str, object]], error: DataError) -> DataEr
         next((names[name] for name in known if name in names), _ANY)
         for known in ((*_QUESTIONS, *_CONTEXTS), _ANSWERS)
     )
+    if (question, answer) == ("instruction", "output"):
+        message = "fewer than half of the first rows have both `instruction` and `output`"
+        return DataError(message, hint="add what is missing, or name other columns with data.columns")
     hint = (
         f"name the columns: data.columns='{{instruction: {question}, output: {answer}}}', or text, messages, "
         "prompt and completion; `lorafit config data.columns` lists the fields"

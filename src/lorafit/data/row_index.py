@@ -37,6 +37,12 @@ class RowIndex:
         """Rows of all files."""
         return self._ends[-1]
 
+    @property
+    def num_heldout(self) -> int:
+        """Rows of the files that are only measured."""
+        counts = zip(self.files, self.summaries, strict=True)
+        return sum(summary.num_rows for file, summary in counts if file.heldout)
+
     def place(self, number: int) -> str:
         """`rows.jsonl row 17, line 18`; without the line where it is not known."""
         name, row = self._in_file(number)

@@ -89,7 +89,10 @@ def view_row(renderer: Renderer, row: Row) -> RowView:
         return RowView(row.number, row.place, (), (), outcome.reason)
     longest = renderer.contract.max_length
     kept, dropped = longest, ""
-    if len(outcome.ids) > longest and renderer.contract.too_long != "truncate":
+    is_split = renderer.contract.too_long == "split" and not row.content.asks
+    if is_split:
+        kept = len(outcome.ids)
+    elif len(outcome.ids) > longest and renderer.contract.too_long != "truncate":
         kept = len(outcome.ids)
         dropped = f"{kept:,} tokens are more than data.max_length={longest}"
     tokens = _tokens(renderer.tokenizer, outcome, kept)

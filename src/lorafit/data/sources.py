@@ -169,6 +169,12 @@ class RowReader:
             hint="" if reason else f"the last row is number {last + 1:,}",
         )
 
+    def heldout(self) -> list[int]:
+        """The numbers of the rows in files that are only measured, of those that were read to their end."""
+        ends = itertools.accumulate((summary.num_rows for summary in self.summaries), initial=self._start)
+        bounds = zip(self.files, itertools.pairwise(ends), strict=False)
+        return [number for file, (start, end) in bounds if file.heldout for number in range(start, end)]
+
     def progress(self) -> tuple[int, int]:
         """(bytes read, bytes in all)."""
         sizes = [file.path.stat().st_size for file in self.files]

@@ -83,7 +83,8 @@ class Flat:
 class TokenDataset:
     """Rows as tokens on disk, all of them or (`index`) some; `row(i)` is the row at position i.
 
-    `dropped` maps the reason to the numbers of the rows that are not here.
+    `dropped` maps the reason to the numbers of the rows that are not here. A text that was split is several rows with
+    one number, one after the other.
     """
 
     flat: Flat
@@ -191,6 +192,24 @@ def encode_chunks(
         return writer.finish()
 
 
+def split(row: Rendered, longest: int, bos_id: int | None) -> list[Rendered]:
+    """A row as pieces of at most `longest` tokens. Each token is trained in one of them.
+
+    Each piece repeats the BOS of the row, and as context an eighth of `longest` tokens of the piece before.
+    """
+    if len(row.ids) <= longest:
+        return [row]
+    start = int(row.ids[0] == bos_id)
+    bos, pieces, repeated = row.ids[:start], list[Rendered](), 0
+    while start + repeated < len(row.ids):
+        stop = start + longest - len(bos)
+        trained = [False] * (len(bos) + repeated) + row.trained[start + repeated : stop]
+        pieces.append(Rendered(bos + row.ids[start:stop], trained))
+        repeated = longest // 8
+        start = stop - repeated
+    return pieces
+
+
 class _Writer:
     """Fits rendered rows to the contract and writes them, chunk after chunk."""
 
@@ -225,11 +244,13 @@ class _Writer:
                 self._drop(row.number, outcome.message)
             elif isinstance(outcome, Problem):
                 self._faults.add(chunk.name, row.number - chunk.start + 1, row.place, outcome)
-            elif (fitted := self._fit(row, outcome)) is not None:
-                fitting.append(fitted[0])
-                truncated.append(fitted[1])
-                numbers.append(row.number)
-                lines.append(line)
+            else:
+                for piece in self._pieces(row, outcome):
+                    if (fitted := self._fit(row, piece)) is not None:
+                        fitting.append(fitted[0])
+                        truncated.append(fitted[1])
+                        numbers.append(row.number)
+                        lines.append(line)
         # Through `array` and `bytes`: several times faster than numpy on lists of millions of tokens.
         trained = [bytes(row.trained) for row in fitting]
         try:
@@ -261,6 +282,13 @@ class _Writer:
     def _max_length(self) -> int:
         return self._renderer.contract.max_length
 
+    def _pieces(self, row: Row, outcome: Rendered | Dropped) -> Iterable[Rendered | Dropped]:
+        """A text that is too long as several rows, if the contract says so; everything else as it is."""
+        longest = self._max_length
+        if self._renderer.contract.too_long != "split" or row.content.asks or isinstance(outcome, Dropped):
+            return [outcome]
+        return split(outcome, longest, self._renderer.contract.bos_id)
+
     def _fit(self, row: Row, outcome: Rendered | Dropped) -> tuple[Rendered, int] | None:
         """The row as it is trained and the number of tokens that were cut, None if it is not trained."""
         longest = self._max_length
@@ -268,7 +296,7 @@ class _Writer:
             self._drop(row.number, outcome.reason)
             return None
         if (length := len(outcome.ids)) > longest:
-            if self._renderer.contract.too_long == "error":
+            if self._renderer.contract.too_long in ("error", "split"):  # a row with an answer is not split
                 self._num_too_long += 1
                 self._longest = max(self._longest, length)
                 if len(self._too_long) < _NUM_LISTED:
