@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lorafit.data.formats import Chat, Content, Instruction, Message, Row, Text
 from lorafit.data.ledger import DroppedRows, Ledger
 from lorafit.data.prompt import Rendered, Renderer, contract
 from lorafit.data.sources import Chunk, find_sources
-from lorafit.data.token_dataset import TokenDataset, encode_chunks, open_encoded
+from lorafit.data.token_dataset import TokenDataset, encode_chunks, open_encoded, split
 from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import DataError, RunError
 
@@ -127,6 +128,27 @@ def test_truncated_and_dropped_rows(tokenizer: Tokenizer) -> None:
     encoded = encode_rows(rows, make(tokenizer, max_length=40, too_long="drop"))
     assert lists(encoded.dropped) == {"longer than 40 tokens": [1, 2]}
     assert encoded.truncated.tolist() == [0]
+
+
+@given(
+    length=st.integers(1, 90), longest=st.integers(8, 40), has_bos=st.booleans(), untrained=st.integers(0, 5)
+)
+def test_pieces_hold_each_token_and_train_it_once(
+    length: int, longest: int, has_bos: bool, untrained: int
+) -> None:
+    ids = list(range(has_bos ^ 1, length + 1))
+    trained = [number >= max(1, untrained) for number in range(len(ids))]
+    pieces = split(Rendered(ids, trained), longest, 0)
+    assert all(0 < len(piece.ids) == len(piece.trained) <= longest for piece in pieces)
+    assert [
+        i for piece in pieces for i, is_target in zip(piece.ids, piece.trained, strict=True) if is_target
+    ] == [i for i, is_target in zip(ids, trained, strict=True) if is_target]
+    assert not any(piece.trained[0] for piece in pieces)
+    for before, piece in pairwise(pieces):
+        body = piece.ids[has_bos:]
+        assert piece.ids[:has_bos] == ids[:has_bos]
+        assert body[: longest // 8] == before.ids[-(longest // 8) :]
+        assert body == list(range(body[0], body[0] + len(body)))
 
 
 def test_rows_that_cannot_be_rendered_are_all_reported(tokenizer: Tokenizer) -> None:

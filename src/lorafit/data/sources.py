@@ -147,7 +147,11 @@ class RowReader:
         if problems:
             raise DataError.of(problems.kept, problems.num_more)
         if self.dropped and not has_rows:
-            reasons = "; ".join(f"{len(rows):,} rows: {reason}" for reason, rows in self.dropped.items())
+            counts = [
+                (f"{len(rows):,} row{'s' if len(rows) > 1 else ''}", why)
+                for why, rows in self.dropped.items()
+            ]
+            reasons = "; ".join(f"{count}: {why}" for count, why in counts)
             raise DataError(f"no row can be used: {reasons}", hint="correct the rows, or see data.columns")
 
     def read(self, numbers: Collection[int]) -> list[Row]:

@@ -319,6 +319,8 @@ class _Writer:
         count, longest = self._num_too_long, self._longest
         most = self._most_readable or longest
         hint = "data.too_long=truncate cuts them, data.too_long=drop leaves them out"
+        if any(not row.content.asks for row in self._too_long):
+            hint = f"data.too_long=split makes several rows of a text, {hint}"
         if longest <= most:
             hint = f"data.max_length={longest} keeps them whole; {hint}"
         else:
