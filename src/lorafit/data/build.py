@@ -148,11 +148,11 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
 def _split(config: Config, index: RowIndex, encoded: TokenDataset) -> tuple[Indices, Indices]:
     """(training rows, held-out rows): those of the files to measure on, else random ones."""
     if any(file.heldout for file in index.files):
-        heldout = index.is_heldout(encoded.numbers)
-        return np.flatnonzero(~heldout), np.flatnonzero(heldout)
-    rows, row_of = np.unique(encoded.numbers, return_inverse=True)  # a text that was split is one row
-    _, heldout = split_holdout(len(rows), config.data.holdout, config.train.seed)
-    is_heldout = np.isin(row_of, heldout)
+        is_heldout = index.is_heldout(encoded.numbers)
+    else:
+        rows, row_of = np.unique(encoded.numbers, return_inverse=True)  # a text that was split is one row
+        _, heldout = split_holdout(len(rows), config.data.holdout, config.train.seed)
+        is_heldout = np.isin(row_of, heldout)
     return np.flatnonzero(~is_heldout), np.flatnonzero(is_heldout)
 
 

@@ -158,7 +158,7 @@ def _fits(row: Mapping[str, object], columns: Columns) -> bool:
 def _conversation(rows: Sequence[Mapping[str, object]]) -> Layout | None:
     """The layout of rows with one conversation each; None for those that a format reads as they are."""
     for key in CONVERSATIONS:
-        values = [row[key] for row in rows if isinstance(row.get(key), list) and row[key]]
+        values = [value for row in rows if isinstance(value := row.get(key), list) and value]
         if not values or 2 * len(values) < len(rows):
             continue
         shapes = [_shape(value) for value in values]
