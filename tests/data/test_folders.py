@@ -189,6 +189,10 @@ def test_addresses(address: str, hint: str) -> None:
     assert hint in refusal(address)
 
 
+def test_a_name_that_no_system_takes() -> None:
+    assert "cannot be read: File name too long" in refusal("a" * 300 + ".json")
+
+
 def test_a_part_of_a_split_is_refused(tmp_path: Path) -> None:
     assert "data.split=train; train.max_steps" in refusal(tmp_path, Wanted("train[:10]"))
 

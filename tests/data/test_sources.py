@@ -137,6 +137,12 @@ def test_tolerated(tmp_path: Path) -> None:
     assert len(load_rows([str(path)]).rows) == 2
     path.write_text("\n".join(json.dumps(row) for row in ROWS))  # JSON lines under the wrong name
     assert len(load_rows([str(path)]).rows) == 2
+    (tmp_path / "blank.csv").write_text("\n\ninstruction;output\na, b;c\n")
+    [row] = load_rows([str(tmp_path / "blank.csv")]).rows
+    assert (row.content, row.place) == (
+        Instruction("a, b", "", "c"),
+        f"{tmp_path / 'blank.csv'} row 1, line 4",
+    )
     (tmp_path / "long.csv").write_text(f"text\n{'x' * 200_000}\n")
     assert len(load_rows([str(tmp_path / "long.csv")]).rows) == 1
 

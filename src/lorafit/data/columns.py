@@ -5,6 +5,7 @@ A column that is no field stays in the row under its own name, so that what is n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,8 +138,8 @@ def _top(raw: Mapping[str, object], path: str) -> str:
 
 def _usual(key: str, value: object) -> object:
     """None for NaN; the text of a number in a text field."""
-    if isinstance(value, float) and value != value:
-        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else value
     if key in TEXT_FIELDS and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     return value

@@ -80,7 +80,11 @@ def files_of(spec: str, wanted: Wanted) -> Found:
         hint = f"{wanted.key}={wanted.split.partition('[')[0]}; train.max_steps=N trains on fewer rows"
         raise DataError(f"a part of a split cannot be named: {wanted.split}", place=wanted.key, hint=hint)
     path = Path(spec).expanduser()
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:  # such as a name that is too long
+        raise DataError(f"cannot be read: {error.strerror}", place=spec, hint="check the path") from None
+    if not exists:
         if match := _ADDRESS.fullmatch(spec):
             raise _address(spec, match[2])
         if any(mark in spec for mark in "*?["):

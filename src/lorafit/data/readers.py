@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -109,9 +110,11 @@ def _lines(text: TextIO, name: str) -> Iterator[str]:
 def _csv(lines: Iterator[str], name: str, has_tabs: bool) -> Iterator[RawRow]:
     """The rows of a table with a header. Columns without a name are called as pandas calls them."""
     csv.field_size_limit(min(MAX_ROW, sys.maxsize))  # the default of 128 KiB is less than a long answer
-    first = next(lines)
-    separator = "\t" if has_tabs else _separator(first)
-    reader = csv.reader(_after(first, lines), delimiter=separator, strict=True)
+    first: list[str] = []  # up to the header
+    while not first or first[-1].isspace():
+        first.append(next(lines))
+    separator = "\t" if has_tabs else _separator(first[-1])
+    reader = csv.reader(itertools.chain(first, lines), delimiter=separator, strict=True)
     header: list[str] = []
     number = 0
     line_number = 1
@@ -135,11 +138,6 @@ def _csv(lines: Iterator[str], name: str, has_tabs: bool) -> Iterator[RawRow]:
     except csv.Error as error:
         place = f"{name} line {line_number}"
         raise DataError(f"is not CSV: {error}", place=place, hint="correct the quotes there") from error
-
-
-def _after(first: str, lines: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from lines
 
 
 def _separator(header: str) -> str:

@@ -14,6 +14,7 @@ from lorafit.data.open_text import Position
 from lorafit.data.readers import RawRow, place_of, read_file
 from lorafit.data.row_faults import RowFaults
 from lorafit.errors import DataError, Problem, Problems
+from lorafit.redact import one_line
 
 CHUNK = 2048  # rows that are Python objects at a time: enough for all cores
 _NUM_DETECT_ROWS = 100
@@ -255,6 +256,7 @@ class RowReader:
         return chunk
 
     def _reason(self, message: str) -> str:
+        message = one_line(message)
         return message if message in self.dropped or len(self.dropped) < _MAX_REASONS else _OTHER
 
 
