@@ -41,7 +41,9 @@ def a_row_without_an_answer_after_truncation_is_dropped_and_listed(lab: Lab) -> 
 
 @probe(
     16,
-    Plant("data.token_dataset:_Writer._fit", 'self._renderer.contract.too_long == "error"', "False"),
+    Plant(
+        "data.token_dataset:_Writer._fit", 'self._renderer.contract.too_long in ("error", "split")', "False"
+    ),
     Plant(
         "data.token_dataset:_Writer._fit", "return outcome, length - len(outcome.ids)", "return outcome, 0"
     ),
