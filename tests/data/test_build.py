@@ -169,6 +169,16 @@ def test_rows_to_measure_on_as_a_split_of_the_same_folder(model: Path, tmp_path:
     assert (len(material.training), len(material.heldout)) == (12, 3)
 
 
+def test_rows_to_measure_on_that_cannot_be_used(
+    model: Path, paths: list[Path], rows_to_measure: Path
+) -> None:
+    rows_to_measure.write_text('{"instruction": "a", "output": null}\n')
+    with pytest.raises(DataError, match="no row is left to measure on"):
+        read(
+            model, paths[:1], f"data.eval_path={rows_to_measure}", "data.bad_rows=drop", "data.format=alpaca"
+        )
+
+
 def test_one_path_for_both_is_refused(model: Path, paths: list[Path]) -> None:
     with pytest.raises(ConfigError, match=r"`data.path` and `data.eval_path` both name"):
         read(model, paths[:1], f"data.eval_path={paths[0]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -163,6 +164,18 @@ def test_numbers_are_read_as_their_text_and_nan_is_missing() -> None:
     for value in (True, float("inf")):
         with pytest.raises(DataError, match="not text"):
             texts({"question": Q, "answer": value})
+
+
+def test_a_conversation_as_json_text_in_a_table() -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    [content] = read([{"messages": json.dumps(turns), "id": "1"}])
+    assert isinstance(content, Chat)
+    assert len(content.messages) == 2
+    [content] = read([{"dialog": json.dumps(["a", "b"])}], {"messages": "dialog"})
+    assert isinstance(content, Chat)
+    for text in ("[nothing", "{}", "a"):
+        with pytest.raises(DataError, match="is text, not a list"):
+            read([{"messages": text}])
 
 
 names = st.text("abc xyz._", min_size=1, max_size=4).filter(lambda name: name.strip("0123456789"))

@@ -408,7 +408,7 @@ def test_packed_files_that_are_cut_or_grow_too_large(tmp_path: Path) -> None:
 
 def test_a_text_is_one_row(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text('One.\n\n{"text": 1}\n')
-    (tmp_path / "b.md").write_text("# Two\n")
+    (tmp_path / "b.md").write_bytes(b"# Two\r\n")
     rows = load_rows([str(tmp_path)])
     assert [row.content for row in rows.rows] == [Text('One.\n\n{"text": 1}\n'), Text("# Two\n")]
 

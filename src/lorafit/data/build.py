@@ -126,6 +126,9 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
     if not len(training):
         hint = "give other rows in data.path"
         raise DataError("no row is left to train on: all are held out", place="data.eval_path", hint=hint)
+    if not len(heldout) and any(file.heldout for file in sources.files):
+        hint = "correct its rows, or see data.max_length"
+        raise DataError("no row is left to measure on", place="data.eval_path", hint=hint)
     format_name, reason = describe(sources, summaries)
     return TrainingData(
         index=index,

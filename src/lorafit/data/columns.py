@@ -5,6 +5,7 @@ A column that is no field stays in the row under its own name, so that what is n
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from lorafit.errors import DataError
 Columns = Mapping[str, str]  # field -> column; `answers.text.0` is a value within a value
 TEXT_FIELDS = ("instruction", "input", "output", "system", "prompt", "completion", "text")
 FIELDS = (*TEXT_FIELDS, "messages", "conversations", "tools", "history", "weight", "train")
+LISTS = {"messages", "conversations", "conversation", "tools"}  # may be the JSON text of a list
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns")
 
 # The names of columns for each field, the usual ones first. A context is the question where there is no other.
@@ -80,11 +82,12 @@ def mapped(raw: object, columns: Columns) -> object:
         used = {_top(raw, path) for path in columns.values()}
         row = {name: value for name, path in columns.items() if (value := _value(raw, path)) is not _MISSING}
         row |= {(key if key not in row else f"column {key}"): raw[key] for key in raw if key not in used}
-        if "messages" in columns:
-            row["messages"] = _as_turns(row.get("messages"))
-    if all(type(value) is str for value in row.values()):
+    if LISTS.isdisjoint(row) and all(type(value) is str for value in row.values()):
         return row
-    return {key: _usual(key, value) for key, value in row.items()}
+    row = {key: _usual(key, value) for key, value in row.items()}
+    if "messages" in columns:
+        row["messages"] = _as_turns(row.get("messages"))
+    return row
 
 
 def is_row(value: Mapping[str, object]) -> bool:
@@ -137,12 +140,23 @@ def _top(raw: Mapping[str, object], path: str) -> str:
 
 
 def _usual(key: str, value: object) -> object:
-    """None for NaN; the text of a number in a text field."""
+    """None for NaN; the text of a number in a text field; the list in the JSON text of a conversation."""
+    if key in LISTS and isinstance(value, str):
+        return _list_in_text(value)
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else value
     if key in TEXT_FIELDS and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     return value
+
+
+def _list_in_text(text: str) -> object:
+    """The list of which `text` is the JSON, as a CSV file holds it; any other text as it is."""
+    try:
+        value = json.loads(text) if text.lstrip()[:1] == "[" else text
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, list) else text
 
 
 def _fits(row: Mapping[str, object], columns: Columns) -> bool:

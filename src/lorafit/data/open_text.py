@@ -28,7 +28,7 @@ class Position:
 
 @contextlib.contextmanager
 def open_text(
-    path: Path, name: str, encoding: str, position: Position, newline: str = "\n"
+    path: Path, name: str, encoding: str, position: Position, newline: str | None = "\n"
 ) -> Iterator[TextIO]:
     """The file as text without a byte order mark, unpacked if it is packed. DataError if it is blank.
 

@@ -56,7 +56,7 @@ def read_file(
             with open_text(path, name, encoding, position, newline="") as text:
                 yield from _csv(_lines(text, name), name, suffix.startswith(".tsv"))
         case "text":
-            with open_text(path, name, encoding, position) as text:
+            with open_text(path, name, encoding, position, newline=None) as text:
                 document = text.read(MAX_ROW + 1)
                 if len(document) > MAX_ROW:
                     raise DataError(
