@@ -67,6 +67,7 @@ def profile(config: Config, model: Path, num_steps: int) -> dict[str, Any]:
     """Milliseconds per step by group, after one warm-up step, and the largest operators of `other operators`."""
     import torch
     from torch._inductor import config as inductor
+    from torch.nn.utils import clip_grad_norm_
     from torch.profiler import ProfilerActivity, record_function
     from torch.profiler import profile as profiler
 
@@ -78,7 +79,6 @@ def profile(config: Config, model: Path, num_steps: int) -> dict[str, Any]:
     from lorafit.model.architecture import read_architecture
     from lorafit.model.build import build
     from lorafit.model.device import pick_device
-    from lorafit.training.optim import clip
 
     inductor.cpp.enable_kernel_profile = True  # otherwise fused kernels have no names
     data = config.data.model_copy(update={"holdout": 0.0})
@@ -103,7 +103,7 @@ def profile(config: Config, model: Path, num_steps: int) -> dict[str, Any]:
         for pack in packs:
             (pack_loss(network, pack) / supervised).backward()
         with record_function("lorafit clip"):
-            clip(adapter_parameters, config.train.max_grad_norm)
+            clip_grad_norm_(adapter_parameters, config.train.max_grad_norm)
         with record_function("lorafit optimizer"):
             optimizer.step(config.train.learning_rate)
         optimizer.zero_grad()

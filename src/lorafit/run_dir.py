@@ -22,6 +22,7 @@ from lorafit.storage.atomic import (
     make_folder,
     read_facts,
     remove_folder,
+    run_error,
     sync,
     verify_folder,
     write_file,
@@ -84,15 +85,13 @@ class RunDirectory:
                 f"`{self.path}` already holds a run",
                 hint=f"resume it: `lorafit train --resume {self.path}`, or give another --output",
             )
-        if self.path.exists() and not self._is_vacant():
-            raise RunError(f"`{self.path}` is not empty", hint="give an --output that does not exist yet")
-
-    def _is_vacant(self) -> bool:
-        """Whether nothing is here, or only the files of a run that was killed before it had a config."""
-        return self.path.is_dir() and all(
+        # files of a run that was killed before it had a config do not count
+        is_vacant = self.path.is_dir() and all(
             (path in self._written_first or is_orphan(path.name)) and not path.is_symlink()
             for path in self.path.iterdir()
         )
+        if self.path.exists() and not is_vacant:
+            raise RunError(f"`{self.path}` is not empty", hint="give an --output that does not exist yet")
 
     def create(self, num_bytes: int = 0) -> None:
         """Make the directory. Raises RunError when it cannot be written, with the `num_bytes` that a run needs."""
@@ -227,27 +226,19 @@ class RunDirectory:
         """Rename a damaged checkpoint, so that it is no longer used; its files stay. Raises RunError."""
         folder = self.checkpoint(step)
         aside = folder.with_name(f"damaged-{folder.name}")
-        try:
+        with run_error("cannot write here", folder):
             shutil.rmtree(aside, ignore_errors=True)
             folder.rename(aside)
-        except OSError as error:
-            raise RunError(f"cannot write here: {error.strerror or error}", place=str(folder)) from None
 
     def clean(self) -> None:
         """Remove the unfinished files of an earlier crash, and sync the finished ones. Raises RunError."""
         self.refuse_links()
-        try:
-            for folder in (
-                self.path.parent,
-                self.path,
-                self.checkpoints,
-            ):  # so that names survive a power loss
+        with run_error("cannot write here", self.path):
+            for folder in (self.path.parent, self.path, self.checkpoints):  # names survive a power loss then
                 with contextlib.suppress(FileNotFoundError, PermissionError):  # not there, or another user's
                     sync(folder)
             clean_orphans(self.path)
             clean_orphans(self.checkpoints)
-        except OSError as error:
-            raise RunError(f"cannot write here: {error.strerror or error}", place=str(self.path)) from None
 
 
 def find_runs(folder: Path) -> list[RunDirectory]:

@@ -72,8 +72,8 @@ def every_trained_token_has_the_same_weight(lab: Lab) -> None:
     3,
     Plant(
         "training.loop:_batch",
-        "return job.share.of(job.rows, job.order.rows(step), packer)",
-        "made = job.share.of(job.rows, job.order.rows(step), packer)\n"
+        "return job.share.of(job.data.training, job.order.rows(step), packer)",
+        "made = job.share.of(job.data.training, job.order.rows(step), packer)\n"
         "    counted = made.supervised * job.order.batch_size // len(made.indices)\n"
         "    return Batch(made.indices, made.packs, made.tokens, counted, 0.0)",
     ),

@@ -165,7 +165,9 @@ def gguf_rows_of_q_and_k_equal_the_merged_ones(lab: Lab) -> None:
     Plant(
         "export.gguf_vocabulary:_pre", "    raise ModelError(", '    return "gpt-2"\n    raise ModelError('
     ),
-    Plant("export.gguf_vocabulary:_tokens", "kinds.append(CONTROL)", "kinds.append(NORMAL)"),
+    Plant(
+        "export.gguf_vocabulary:_tokens", "kinds.append(TokenType.CONTROL)", "kinds.append(TokenType.NORMAL)"
+    ),
 )
 def a_tokenizer_is_exported_unchanged_or_refused(lab: Lab) -> None:
     """A split pattern that llama.cpp does not know is refused; control tokens are marked as control tokens."""

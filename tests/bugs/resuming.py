@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tests.bugs.catalogue import probe
 from tests.bugs.lab import Lab, Plant, events
 from tests.waiting import HANGS
 
-from lorafit.model.adapter_file import WEIGHTS, adapter_files, adapter_tensors
+from lorafit.model.adapter_file import WEIGHTS
 from lorafit.storage.atomic import sha256_file
 from lorafit.training import checkpoint, checkpoint_writer, loop
 from lorafit.training.run import Result
@@ -100,7 +101,7 @@ def a_resumed_run_keeps_optimizer_and_step(lab: Lab) -> None:
 @probe(31, Plant("training.loop:_save", act=lambda patch: patch.setattr(loop, "snapshot", _LiveSnapshot)))
 def a_checkpoint_has_the_state_of_its_step(lab: Lab) -> None:
     """With a slow disk, two steps pass while step 2 is written: the checkpoint contains step 2, not step 4."""
-    passed, write, save, kept = threading.Event(), checkpoint_writer.save_checkpoint, loop._save, {}
+    passed, write, save, kept = threading.Event(), checkpoint_writer.commit_files, loop._save, {}
 
     def slow(folder: Path, *rest: Any) -> None:
         if folder.name == "step-000002":
@@ -108,13 +109,13 @@ def a_checkpoint_has_the_state_of_its_step(lab: Lab) -> None:
         write(folder, *rest)
 
     def recorded(job: loop.TrainContext, saver: Any, state: Any, reason: str) -> None:
-        files = adapter_files(adapter_tensors(job.network), job.adapter.spec, job.adapter.base, None)
+        files = checkpoint.snapshot(job.prepared, job.optimizer, state)
         kept[state.step] = hashlib.sha256(files[WEIGHTS]).hexdigest()
         if state.step == 4:
             passed.set()
         save(job, saver, state, reason)
 
-    lab.patch.setattr(checkpoint_writer, "save_checkpoint", slow)
+    lab.patch.setattr(checkpoint_writer, "commit_files", slow)
     lab.patch.setattr(loop, "_save", recorded)
     result = lab.run("train.max_steps=4", "train.save_every=2", "train.keep=9")
     assert kept[2] != kept[4]
@@ -124,13 +125,17 @@ def a_checkpoint_has_the_state_of_its_step(lab: Lab) -> None:
         )
 
 
-class _LiveSnapshot:
+class _LiveSnapshot(Mapping[str, bytes]):
     """A snapshot that reads the tensors at the time of the write, as an asynchronous save without a copy does."""
 
     def __init__(self, *state: Any) -> None:
         self._state = state
-        self.step, self.best_step = state[2].step, state[2].best_step
 
-    @property
-    def files(self) -> Any:
-        return checkpoint.snapshot(*self._state).files
+    def __getitem__(self, name: str) -> bytes:
+        return checkpoint.snapshot(*self._state)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(checkpoint.snapshot(*self._state))
+
+    def __len__(self) -> int:
+        return len(checkpoint.snapshot(*self._state))

@@ -47,9 +47,9 @@ def found(
     words = [f"model.name={model}", f"data.path={data}", "model.device=cpu", "model.dtype=float32"]
     try:
         config = load_config(None, [*words, "data.holdout=5", "train.batch_size=6", *settings])
+        checked = (check_run if probe else check_data)(config, quiet=True)
     except LorafitError as error:
         return of_error(error)
-    checked = (check_run if probe else check_data)(config, quiet=True)
     assert len(checked.verdicts) > 15 or any(verdict.verdict == "fail" for verdict in checked.verdicts)
     return [verdict for verdict in checked.verdicts if verdict.verdict != "pass"]
 

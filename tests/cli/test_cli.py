@@ -256,14 +256,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_resume_finishes(
     assert child.returncode == 130, err
     assert out == f"{output}\n"
     assert "SIGINT: saving after this step" in err
-    assert f"go on with: lorafit train --resume {output}" in err
+    assert f"continue with: lorafit train --resume {output}" in err
     assert "Traceback" not in err
     (saved,) = (output / "checkpoints").iterdir()
     assert verify_folder(saved) == []
     done = cli("train", "--resume", output)
     assert done.code == 0, done.err
     assert done.out == f"{output / 'adapter'}\n"
-    assert f"going on from step {int(saved.name.removeprefix('step-'))}\n" in done.err
+    assert f"continuing from step {int(saved.name.removeprefix('step-'))}\n" in done.err
     steps = [event["step"] for event in read_metrics(output / "metrics.jsonl") if event["event"] == "step"]
     assert steps == list(range(1, 151))
 

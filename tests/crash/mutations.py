@@ -74,7 +74,7 @@ def _orphans_are_not_removed() -> None:
 
 
 def _written_files_are_not_verified() -> None:
-    atomic.commit_folder.__globals__["verify_folder"] = lambda *_, **__: []
+    atomic.staging_folder.__globals__["verify_folder"] = lambda *_, **__: []
 
 
 def _an_error_of_fsync_is_ignored() -> None:
@@ -143,18 +143,18 @@ class _Late(Mapping[str, bytes]):
 
 
 def _the_state_is_read_during_training() -> None:
-    def live(network: Any, optimizer: Any, state: Any, adapter: Any) -> checkpoint.Snapshot:
+    def live(prepared: Any, optimizer: Any, state: Any) -> Mapping[str, bytes]:
         values = checkpoint.asdict(state)
 
         def files() -> Mapping[str, bytes]:
-            contents = dict(_snapshot(network, optimizer, state, adapter).files)
+            contents = _snapshot(prepared, optimizer, state)
             plain = values | {"python_random": random.getstate()}
             contents[checkpoint.STATE] = (checkpoint.json.dumps(plain) + "\n").encode()
             return contents
 
-        return checkpoint.Snapshot(state.step, state.best_step, _Late(files))
+        return _Late(files)
 
-    loop.snapshot = live
+    loop.snapshot = live  # type: ignore[assignment]
 
 
 MUTATIONS: Mapping[str, Callable[[], None]] = {

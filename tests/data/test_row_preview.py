@@ -16,7 +16,7 @@ from lorafit.data.row_preview import RowView, difference, marked, shipped, style
 from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import DataError
 from lorafit.redact import visible
-from lorafit.report.row_page import page
+from lorafit.report.escape import rows_page
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_a_page_holds_text_and_no_markup_of_a_row(
     except DataError:
         return
     reader = Reader()
-    text = page("Rows", [(view, [])], ids=ids)
+    text = rows_page("Rows", [(view, [])], ids=ids)
     reader.feed(text[text.index("<section") : text.index("</body>")])
     assert reader.tags == {"section", "h2", "pre", "span"}
     if not ids:
@@ -134,7 +134,7 @@ def test_a_page_holds_text_and_no_markup_of_a_row(
 
 def test_a_page_fetches_nothing_and_runs_nothing(tokenizers: dict[str, Tokenizer]) -> None:
     view = view_row(make(tokenizers["zephyr"]), HELLO)
-    text = page("Rows <b>", [(view, [("-", "<i>"), ("+", "x")])])
+    text = rows_page("Rows <b>", [(view, [("-", "<i>"), ("+", "x")])])
     assert "default-src 'none'" in text
     assert "prefers-color-scheme: dark" in text
     assert not re.search(r"<script|<link|<img|src=|href=|url\(|https?://|<b>|<i>", text)

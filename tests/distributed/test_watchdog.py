@@ -11,6 +11,8 @@ import pytest
 import torch.distributed as dist
 from tests.waiting import HANGS, Clock, until
 
+from lorafit.distributed.env import ProcessEnv
+from lorafit.distributed.ranks import Ranks
 from lorafit.distributed.watchdog import BETWEEN, COMPUTING, SHARING, Heartbeat, standing_still
 
 
@@ -32,6 +34,10 @@ def test_among_the_living_the_one_behind_holds_up_the_others() -> None:
     now = [{**one, "beats": 5} for one in before]
     assert list(standing_still(before, now)) == [1]
     assert "is stuck; the other ranks wait" in standing_still(before, now)[1]
+
+
+def two_ranks(store: dist.Store) -> Ranks:
+    return Ranks(ProcessEnv(world_size=2), store)
 
 
 class Ended:
@@ -58,7 +64,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list
     monkeypatch.setattr("lorafit.distributed.watchdog.os._exit", end)
 
     def work(store: dist.Store, seconds_per_step: float, num_steps: int) -> list[int]:
-        heartbeat = Heartbeat(store, 0, 2, timeout=10.0, file=tmp_path / "heartbeat.json")
+        heartbeat = Heartbeat(two_ranks(store), timeout=10.0, file=tmp_path / "heartbeat.json")
         step, next_step = 1, clock.now + seconds_per_step
 
         def train() -> bool:
@@ -95,7 +101,7 @@ def test_training_that_goes_on_is_left_alone(watch: Callable[..., list[int]], tm
 
 def test_the_thread_watches_until_the_end_of_the_block(tmp_path: Path) -> None:
     store = dist.HashStore()
-    with Heartbeat(store, 0, 2, timeout=HANGS, file=tmp_path / "heartbeat.json") as heartbeat:
+    with Heartbeat(two_ranks(store), timeout=HANGS, file=tmp_path / "heartbeat.json") as heartbeat:
         heartbeat.at(3, BETWEEN)
         until(lambda: store.check(["beat/0"]))
     assert not heartbeat._thread.is_alive()

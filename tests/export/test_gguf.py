@@ -14,7 +14,7 @@ from tests.export.made import source_of
 from tests.runs import run_to_export
 from tests.tiny_models import FAMILIES, config_of, write_model
 
-from lorafit.export.gguf_model import gguf_name, permuted, write_gguf, write_lora
+from lorafit.export.gguf_model import gguf_names, permuted, write_gguf, write_lora
 from lorafit.export.gguf_types import rounded, tensor_type
 from lorafit.export.run import export_run
 from lorafit.model.architecture import parse_architecture
@@ -49,12 +49,13 @@ def test_every_tensor_is_the_merged_weight_in_its_type(
     """The reader of the `gguf` package gives back each weight, its rows put back in order, rounded as it says."""
     source = source_of(finished_run)
     write_gguf(source, tmp_path / "model.gguf", type_name, lambda done, total: None)
-    found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
-    assert found.keys() == {gguf_name(name) for name in source.weights}
+    written = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    names = gguf_names(source)
+    assert written.keys() == set(names.values())
     for name in source.weights:
         wanted = source.tensor(name).float()
         kind = tensor_type(type_name, name, tuple(wanted.shape))
-        tensor = found[gguf_name(name)]
+        tensor = written[names[name]]
         assert tensor.tensor_type == kind
         numbers = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
         if name.endswith(("q_proj.weight", "k_proj.weight")):
@@ -63,7 +64,7 @@ def test_every_tensor_is_the_merged_weight_in_its_type(
         torch.testing.assert_close(numbers, rounded(wanted, kind), rtol=0, atol=0)
         most = {"f32": 0, "f16": 1e-3, "bf16": 4e-3, "q8_0": 0.02, "q4_0": 0.25}[type_name]
         assert (numbers - wanted).norm() <= most * wanted.norm()
-    kinds = {tensor.tensor_type for tensor in found.values()}
+    kinds = {tensor.tensor_type for tensor in written.values()}
     wide = {"q8_0": {Type.Q8_0, Type.F16}, "q4_0": {Type.Q4_0, Type.Q8_0, Type.F16}}
     assert kinds == {Type.F32} | wide.get(type_name, {getattr(Type, type_name.upper())})
 

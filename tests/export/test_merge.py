@@ -149,10 +149,10 @@ def _point(run: Path, model: Path) -> None:
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.ones(512, 4)
     (run / "adapter" / "manifest.json").unlink()
     save_file(tensors, run / "adapter" / "adapter_model.safetensors", {"format": "pt"})
-    from lorafit.storage.atomic import commit_folder, write_files
+    from lorafit.storage.atomic import commit_files
 
     files = {path.name: path.read_bytes() for path in (run / "adapter").iterdir()}
-    commit_folder(run / "adapter", lambda staging: write_files(staging, files), manifest["facts"])
+    commit_files(run / "adapter", files, manifest["facts"])
 
 
 def test_stop_tokens_of_the_contract_are_the_generation_config_s(run: Path) -> None:

@@ -8,8 +8,11 @@ import shutil
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
+import gguf
 import pytest
+from gguf import TokenType
 from tests.data.toy_tokenizers import llama_like, qwen_like
 from tests.export.made import source_of
 from tests.runs import run_to_export
@@ -21,8 +24,8 @@ from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import ModelError
 from lorafit.export.chat_template import written_prompt
 from lorafit.export.gguf_model import write_gguf
-from lorafit.export.gguf_vocabulary import BYTE, CONTROL, UNUSED, vocabulary
-from lorafit.export.llama_cpp import _Server
+from lorafit.export.gguf_vocabulary import write_vocabulary
+from lorafit.export.llama_cpp import Server
 from lorafit.export.run_source import RunSource
 
 pytestmark = pytest.mark.slow
@@ -85,7 +88,7 @@ def toy(folder: Path, *, legacy: bool) -> Path:
 @pytest.fixture(scope="module", params=MODELS)
 def opened(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[RunSource, _Server]:
+) -> tuple[RunSource, Server]:
     name = request.param
     work = tmp_path_factory.mktemp(name.replace(" ", "-"))
     if name == "demo":
@@ -97,10 +100,10 @@ def opened(
     sizes = {"tinystories-656k": 2048, "demo": 1024, "toy": 700, "legacy toy": 700}
     source = source_with(work, folder, sizes.get(name, 32000))
     write_gguf(source, work / "model.gguf", "f16", lambda done, total: None)
-    return source, _Server(work / "model.gguf", None, 256, 1)
+    return source, Server(work / "model.gguf", None, 256, 1)
 
 
-def check(opened: tuple[RunSource, _Server], count: int) -> None:
+def check(opened: tuple[RunSource, Server], count: int) -> None:
     """As many texts of the vocabulary's own pieces as of others; those with characters that it lacks are left out:
     where a vocabulary has no bytes for them, llama.cpp has nothing to say.
     """
@@ -122,15 +125,15 @@ def check(opened: tuple[RunSource, _Server], count: int) -> None:
     assert checked >= count * 0.8
 
 
-def test_ids_of_generated_strings_are_llama_cpps(opened: tuple[RunSource, _Server]) -> None:
+def test_ids_of_generated_strings_are_llama_cpps(opened: tuple[RunSource, Server]) -> None:
     check(opened, 300)
 
 
-def test_ids_of_ten_thousand_strings_are_llama_cpps(opened: tuple[RunSource, _Server]) -> None:
+def test_ids_of_ten_thousand_strings_are_llama_cpps(opened: tuple[RunSource, Server]) -> None:
     check(opened, 10_000 if opened[0].arch.vocab_size != 700 else 1_000)  # 700: the toys
 
 
-def test_ids_of_whole_prompts_are_llama_cpps(opened: tuple[RunSource, _Server]) -> None:
+def test_ids_of_whole_prompts_are_llama_cpps(opened: tuple[RunSource, Server]) -> None:
     """The template in the file, rendered by llama.cpp and tokenised with whatever it adds: the contract's ids."""
     source, server = opened
     for text in strings(150):
@@ -142,34 +145,36 @@ def test_ids_of_whole_prompts_are_llama_cpps(opened: tuple[RunSource, _Server]) 
         assert written_prompt(source.renderer, messages).endswith(rendered)
 
 
-def of(folder: Path, size: int = 600) -> object:
-    return vocabulary(folder, Tokenizer.from_folder(folder), size)
+def of(folder: Path, size: int = 600) -> dict[str, Any]:
+    """The values that a GGUF file has of the tokenizer in `folder`, without `tokenizer.ggml.`."""
+    writer = gguf.GGUFWriter(None, "llama")
+    write_vocabulary(writer, folder, Tokenizer.from_folder(folder), size)
+    return {key.removeprefix("tokenizer.ggml."): value.value for key, value in writer.kv_data[0].items()}
 
 
 def test_every_id_has_a_text_and_a_kind(tmp_path: Path) -> None:
     folder = qwen_like(tmp_path / "qwen")
     tokenizer = Tokenizer.from_folder(folder)
-    made = vocabulary(folder, tokenizer, 600)
-    assert (made.model, made.pre, made.nfc) == ("gpt2", "qwen2", True)
-    assert len(made.tokens) == len(made.kinds) == 600
-    assert len(set(made.tokens)) == 600
+    made = of(folder)
+    assert (made["model"], made["pre"], made["normalizer.nfc"]) == ("gpt2", "qwen2", True)
+    tokens, kinds = made["tokens"], made["token_type"]
+    assert len(tokens) == len(kinds) == len(set(tokens)) == 600
     controls = {number: text for text, number in tokenizer.control.items()}
-    assert {n: made.tokens[n] for n, kind in enumerate(made.kinds) if kind == CONTROL} == controls
-    assert [n for n, kind in enumerate(made.kinds) if kind == UNUSED] == list(
-        range(tokenizer.vocab_size, 600)
-    )
+    assert {n: tokens[n] for n, kind in enumerate(kinds) if kind == TokenType.CONTROL} == controls
+    unused = [n for n, kind in enumerate(kinds) if kind == TokenType.UNUSED]
+    assert unused == list(range(tokenizer.vocab_size, 600))
+    assert not made["add_space_prefix"]
 
 
 def test_sentence_piece_scores_tokens_by_their_first_merge(tmp_path: Path) -> None:
     folder = llama_like(tmp_path / "a")
-    made = vocabulary(folder, Tokenizer.from_folder(folder), 700)
-    assert (made.model, made.merges, made.kinds.count(BYTE)) == ("llama", [], 256)
+    made = of(folder, 700)
+    assert (made["model"], made["token_type"].count(TokenType.BYTE)) == ("llama", 256)
+    assert "merges" not in made
     merges = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["merges"]
-    ids = [made.tokens.index("".join(pair)) for pair in merges]
-    assert [made.scores[number] for number in ids] == [-float(rank) for rank in range(len(merges))]
-    assert max(score for n, score in enumerate(made.scores) if n not in ids) < min(
-        made.scores[n] for n in ids
-    )
+    ids, scores = [made["tokens"].index("".join(pair)) for pair in merges], made["scores"]
+    assert [scores[number] for number in ids] == [-float(rank) for rank in range(len(merges))]
+    assert max(score for n, score in enumerate(scores) if n not in ids) < min(scores[n] for n in ids)
 
 
 def test_what_llama_cpp_cannot_do_is_refused(tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ from lorafit.model.adapter_file import (
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, adapted, attach
-from lorafit.storage.atomic import write_files
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -48,7 +47,8 @@ def logits(network: Llama) -> torch.Tensor:
 
 def save(folder: Path, network: Llama, spec: LoraSpec) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    write_files(folder, adapter_files(adapter_tensors(network), spec, "some/base", None))
+    for name, content in adapter_files(adapter_tensors(network), spec, "some/base", None).items():
+        (folder / name).write_bytes(content)
     return folder
 
 

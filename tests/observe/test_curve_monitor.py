@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 
 import pytest
 
@@ -43,7 +42,7 @@ def falling(number: int) -> float:
 
 def diagnose(events: Iterable[Event]) -> list[Diagnosis]:
     monitor = CurveMonitor()
-    return [diagnosis for event in events for diagnosis in monitor.look(event)]
+    return [diagnosis for event in events for diagnosis in monitor.look(event.as_dict())]
 
 
 def whats(events: Iterable[Event]) -> list[str]:
@@ -138,9 +137,9 @@ def test_a_norm_that_explodes_for_some_steps() -> None:
 
 def test_what_was_said_before_a_resume_is_not_said_again() -> None:
     events = list(curves(lambda n: falling(n) * (4 if n in (300, 320) else 1)))
-    lines = [{"event": event.kind, **asdict(event)} for event in events[:310]]
+    lines = [event.as_dict() for event in events[:310]]
     watch = CurveMonitor.over([*lines, {"event": "step", "loss": None}, {"event": "note", "text": "x"}])
-    assert [found for event in events[310:] for found in watch.look(event)] == []
+    assert [found for event in events[310:] for found in watch.look(event.as_dict())] == []
 
 
 def test_observers_are_told_after_the_event_itself() -> None:

@@ -7,10 +7,6 @@ import psutil
 from lorafit.observe.meters import Meter
 
 
-def test_before_the_first_step_nothing_is_known() -> None:
-    assert Meter().eta(10) is None
-
-
 def test_speed_is_tokens_over_seconds_of_the_window() -> None:
     meter = Meter(window=2)
     assert meter.update(1000, 1.0) == 1000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def written(path: Path) -> list[str]:
 
 
 def test_a_step_has_the_keys_that_others_rely_on(path: Path) -> None:
-    with Record(path) as record:
+    with closing(Record(path)) as record:
         record(step(1))
     (event,) = read_metrics(path)
     required = "event step loss learning_rate grad_norm supervised_tokens tokens tokens_per_second seconds"
@@ -38,12 +39,12 @@ def test_a_step_has_the_keys_that_others_rely_on(path: Path) -> None:
 
 
 def test_events_are_there_at_once_and_appended_to(path: Path) -> None:
-    with Record(path) as record:
+    with closing(Record(path)) as record:
         record(STARTED)
         assert written(path) == ["run_started"]
         record(step(1))
         record(Heldout(1, 1.5, 2.5, True))
-    with Record(path) as record:
+    with closing(Record(path)) as record:
         record(Saved(1, "checkpoints/step-000001", "best"))
         record(Message("두 줄\n\ud800", "warning"))
         record(RunEnded(1, "finished", 1.0, "adapter", 2.0))
@@ -53,7 +54,7 @@ def test_events_are_there_at_once_and_appended_to(path: Path) -> None:
 
 
 def test_numbers_that_json_lacks_become_null_with_a_note(path: Path) -> None:
-    with Record(path) as record:
+    with closing(Record(path)) as record:
         record(step(1, loss=math.nan, grad_norm=math.inf))
     (event,) = (json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines())
     assert (event["loss"], event["grad_norm"], event["learning_rate"]) == (None, None, 2e-4)
@@ -61,20 +62,20 @@ def test_numbers_that_json_lacks_become_null_with_a_note(path: Path) -> None:
 
 
 def test_a_torn_last_line_is_left_out_and_cut_off(path: Path) -> None:
-    with Record(path) as record:
+    with closing(Record(path)) as record:
         record(step(1))
         record(step(2))
     whole = path.read_bytes()
     for torn in range(whole.index(b"\n") + 1, len(whole)):
         path.write_bytes(whole[:torn])
         assert written(path) == ["step 1"]
-    with Record(path) as record:
+    with closing(Record(path)) as record:
         record(step(3))
     assert written(path) == ["step 1", "step 3"]
 
 
 def test_a_broken_line_before_the_last_is_an_error(path: Path) -> None:
-    with Record(path) as record:
+    with closing(Record(path)) as record:
         record(step(1))
     path.write_bytes(b"[]\n" + path.read_bytes())
     with pytest.raises(RunError) as caught:
@@ -83,7 +84,7 @@ def test_a_broken_line_before_the_last_is_an_error(path: Path) -> None:
 
 
 def test_resuming_forgets_what_came_after(path: Path) -> None:
-    with Record(path) as record:
+    with closing(Record(path)) as record:
         for event in (
             STARTED,
             step(1),
@@ -107,7 +108,7 @@ def test_resuming_forgets_what_came_after(path: Path) -> None:
 
 
 def test_an_interrupted_truncation_leaves_the_record(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Record(path) as record:
+    with closing(Record(path)) as record:
         record(step(1))
     before = path.read_bytes()
 
@@ -125,7 +126,7 @@ def test_a_full_disk_is_an_error_with_a_way_out(path: Path) -> None:
     record = Record(path)
     record._file.close()
     record._file = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115  closed by the record
-    with record, pytest.raises(RunError, match="No space left") as caught:
+    with closing(record), pytest.raises(RunError, match="No space left") as caught:
         record(step(1))
     assert caught.value.problems[0].place == str(path)
 

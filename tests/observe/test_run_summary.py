@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def make(folder: Path, *events: Event) -> RunDirectory:
     run.adapter.mkdir()
     (run.adapter / "manifest.json").write_text("{}")
     if events:
-        with Record(run.metrics_file) as record:
+        with closing(Record(run.metrics_file)) as record:
             for event in events:
                 record(event)
     return run

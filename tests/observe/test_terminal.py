@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from contextlib import closing
 from itertools import pairwise
 
 import pytest
@@ -63,7 +64,7 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shown_run(stream: io.StringIO, log_every: int = 10) -> str:
-    with Terminal(stream, log_every=log_every) as observe:
+    with closing(Terminal(stream, log_every=log_every)) as observe:
         for event in RUN:
             observe(event)
     return stream.getvalue()
@@ -110,7 +111,7 @@ def test_an_error_leaves_the_terminal_in_order() -> None:
     screen = Screen()
 
     def interrupted() -> None:
-        with Terminal(screen) as observe:
+        with closing(Terminal(screen)) as observe:
             observe(RUN[1])
             raise KeyboardInterrupt
 
@@ -138,7 +139,7 @@ def test_the_live_line_fits_and_drops_the_least_important_first(
     )
     clock = Clock()
     monkeypatch.setattr(terminal, "time", clock)
-    console.print(terminal._LiveLine(step, 1.832, 3672.0, clock.now - 3))
+    console.print(terminal._Line(1200, 3000, lambda: terminal._parts(step, 1.832, 3672.0, clock.now - 3)))
     line = console.export_text()
     assert line.count("\n") == 1
     assert cell_len(line.rstrip("\n")) == width

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -20,6 +20,7 @@ from lorafit.config.load import config_from_args, flag_overrides, load_config
 from lorafit.config.schema import Config
 from lorafit.data.packing import Packer, TokenRow
 from lorafit.data.row_order import RowOrder
+from lorafit.data.token_dataset import TokenDataset
 from lorafit.distributed.env import ProcessEnv
 from lorafit.errors import RunError
 from lorafit.model import memory
@@ -28,8 +29,7 @@ from lorafit.plan import planner
 from lorafit.plan.cadence import Cadence
 from lorafit.plan.cost_model import PassCost
 from lorafit.plan.machine import Machine, watch_peak
-from lorafit.plan.planner import Fit, RunInputs, fit, make_plan, plan_run
-from lorafit.plan.predict import Choice, choices, settings_of
+from lorafit.plan.planner import Fit, RunInputs, fit, make_plan, plan_run, settings_of
 from lorafit.plan.table import short_lines, table_rows
 from lorafit.plan.workload import Workload, estimate_workload
 from lorafit.storage.atomic import sha256_file
@@ -207,35 +207,27 @@ def test_auto_picks_the_cheapest_and_the_run_keeps_it(
 def test_choices_go_from_cheap_to_dear_and_int8_says_that_numbers_change(
     material: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = survey_of([300] * 8, [100] * 8)
-    given = Choice(1024, False, "none")
-    found = list(choices(given, work, can_int8=True))
-    assert found[:2] == [Choice(512, False, "none"), Choice(300, False, "none")]
-    assert found[2:5] == [Choice(1024, True, "none"), Choice(512, True, "none"), Choice(300, True, "none")]
-    assert found[5] == Choice(1024, False, "int8")
-    assert all(choice.quantize == "none" for choice in choices(given, work, can_int8=False))
-    words = settings_of(found[-1], given)
-    assert words == "train.micro_batch_tokens=300 train.recompute=layers model.quantize=int8"
+    config = config_of(material, "train.micro_batch_tokens=1024", "run.too_large=auto")
+    settings = [settings_of(candidate, config) for candidate in planner.candidates(config, 300)]
+    sizes = ["", "train.micro_batch_tokens=512", "train.micro_batch_tokens=300"]
+    assert settings[:3] == sizes
+    assert settings[3:6] == [f"{size} train.recompute=layers".strip() for size in sizes]
+    assert settings[6:9] == [f"{size} model.quantize=int8".strip() for size in sizes]
+    assert settings[-1] == "train.micro_batch_tokens=300 train.recompute=layers model.quantize=int8"
     machine = Short(monkeypatch, 2**60)
-    all_made = list(
-        choices(
-            Choice(256, False, "none"),
-            inputs(config_of(material))[0].workload(config_of(material)),
-            True,
-        )
-    )
-    without = min(
-        needed(config_of(material, *settings_of(c, Choice(256, False, "none")).split()))
-        for c in all_made
-        if c.quantize == "none"
-    )
+    longest = inputs(config)[0].workload(config).longest_row
+    made = planner.candidates(config, longest)
+    without = min(needed(candidate) for candidate in made if candidate.model.quantize == "none")
     machine.free = without - 1
-    config = config_of(material, "run.too_large=auto")
     data, free = inputs(config)
     chosen = fit(config, data, free)
     assert chosen.config.model.quantize == "int8"
     assert config.model.quantize == "none"  # a fit is a new value
     assert "changes the base's numbers" in make_plan(chosen, data, free, None).picked
+    machine.free = 10
+    wide = config_of(material, "model.dtype=float64")  # has no int8
+    with pytest.raises(RunError, match="no setting makes it fit"):
+        fitted(wide)
 
 
 def test_fit_is_a_function_of_config_rows_and_machine(material: list[str]) -> None:
@@ -286,7 +278,7 @@ def survey_of(
     """The workload of these rows; numbers stand for rows of that length that share no prefix."""
     order = RowOrder([np.arange(len(rows))], [1.0], 4, 0, True)
     texts = [np.arange(row) + 1000 * n if isinstance(row, int) else row for n, row in enumerate(rows)]
-    return estimate_workload(Rows(texts, targets), order, num_steps, Packer(capacity))
+    return estimate_workload(cast(TokenDataset, Rows(texts, targets)), order, num_steps, Packer(capacity))
 
 
 def test_a_long_run_is_sampled_but_its_tokens_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:

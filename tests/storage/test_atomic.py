@@ -24,8 +24,8 @@ from lorafit.storage import atomic
 from lorafit.storage.atomic import (
     MANIFEST,
     clean_orphans,
-    commit_folder,
     read_facts,
+    staging_folder,
     verify_folder,
     write_file,
 )
@@ -35,17 +35,6 @@ OLD = {"weights.bin": b"old weights", "deep/er/notes.txt": b"old"}
 NEW = {"weights.bin": b"new weights!", "deep/er/notes.txt": b"new", "more.bin": b"\0\1\2"}
 
 
-def writing(files: dict[str, bytes]) -> Callable[[Path], None]:
-    def write(staging: Path) -> None:
-        for name, content in files.items():
-            path = staging / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("wb") as file:
-                file.write(content)
-
-    return write
-
-
 def files_of(folder: Path) -> dict[str, bytes]:
     found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     found.pop(MANIFEST, None)
@@ -53,7 +42,12 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def commit(folder: Path, files: dict[str, bytes], **facts: Any) -> Path:
-    commit_folder(folder, writing(files), facts)
+    with staging_folder(folder, facts, {}) as staging:
+        for name, content in files.items():
+            path = staging / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                file.write(content)
     return folder
 
 
@@ -200,8 +194,9 @@ def test_a_disk_that_fills_up_under_safetensors_is_an_error_of_the_run(tmp_path:
             signal.signal(signal.SIGXFSZ, handler)
 
     folder = commit(tmp_path / "folder", OLD)
-    with pytest.raises(RunError, match="cannot save `folder`.*File too large"):
-        commit_folder(folder, write, {})
+    message = "cannot save `folder`.*File too large"
+    with pytest.raises(RunError, match=message), staging_folder(folder, {}, {}) as staging:
+        write(staging)
     assert files_of(folder) == OLD
     assert verify_folder(folder) == []
 
@@ -244,10 +239,10 @@ def test_cleaning_touches_nothing_else(tmp_path: Path) -> None:
     (tmp_path / ".staging-step-000003").mkdir()
     (tmp_path / ".old-step-000001").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
-    assert clean_orphans(tmp_path) == [".old-step-000001", ".staging-step-000003"]
+    clean_orphans(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"step-000001", "step-000002", "notes.txt"}
     assert verify_folder(folder) == []
-    assert clean_orphans(tmp_path / "nowhere") == []
+    clean_orphans(tmp_path / "nowhere")
 
 
 def test_a_small_file_is_replaced_whole_or_not_at_all(

@@ -15,10 +15,11 @@ from lorafit.cli.main import app
 from lorafit.config.load import load_config
 from lorafit.errors import RunError
 from lorafit.model import build
+from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import sha256_file
 from lorafit.storage.locks import lock
 from lorafit.sweep import trials
-from lorafit.sweep.curves import curves_svg
+from lorafit.sweep.run import TrialResult, draw_curves
 from lorafit.training.run import Result, start_run
 
 pytestmark = pytest.mark.slow
@@ -78,8 +79,10 @@ def test_a_grid_loads_its_base_once_and_its_runs_are_those_of_train(
     assert run(*VARY)[1] == found == run(resume=True)[1]
     with pytest.raises(RunError, match="holds a sweep of other trials"):
         run("--vary", "lora.rank=2,8")
-    lines = ElementTree.parse(tmp_path / "s" / "sweep.svg").getroot()
-    assert len(lines.findall("{http://www.w3.org/2000/svg}polyline")) == 4
+    root = ElementTree.parse(tmp_path / "s" / "sweep.svg").getroot()
+    widths = [path.get("stroke-width") for path in root.iter("{http://www.w3.org/2000/svg}path")]
+    assert (widths.count("1.5"), widths.count("3")) == (3, 1)  # the lines; the best trial's is the boldest
+    assert len(ElementTree.tostring(root)) > 2000
 
 
 def test_a_sweep_that_was_killed_goes_on_within_its_runs(run: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,8 +127,17 @@ def test_what_somebody_else_works_on_is_left_to_them(run: Sweep, tmp_path: Path)
     }
 
 
-def test_names_in_a_picture_are_text() -> None:
-    picture = curves_svg("a < b", {"x=<script>": [(1, 2.0), (2, float("nan"))], "flat": [(1, 3.0)]})
-    root = ElementTree.fromstring(picture)
+def test_names_in_a_picture_are_text(words: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "a < b"
+    trial = trials.Trial(
+        RunDirectory(folder / "trial-001"), {"train.x": "<script>"}, load_config(None, words)
+    )
+    trial.run.path.mkdir(parents=True)
+    losses = {1: 2.0, 2: "x", 3: 1.5}
+    lines = [json.dumps({"event": "heldout", "step": step, "loss": loss}) for step, loss in losses.items()]
+    trial.run.metrics_file.write_text("\n".join(lines) + "\n")
+    root = ElementTree.fromstring(draw_curves(folder, [TrialResult(trial, None)]).read_text())
     assert "x=<script>" in [element.text for element in root.iter()]
-    assert "nan" not in picture
+    [line] = [path for path in root.iter() if path.get("stroke-width") == "3"]
+    assert line.get("d") == "M0.0 0.0L1000.0 833.3"
+    draw_curves(folder, [])  # nothing was measured

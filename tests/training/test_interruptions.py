@@ -20,7 +20,6 @@ from tests.waiting import HANGS
 
 from lorafit.errors import RunError
 from lorafit.run_dir import RunDirectory
-from lorafit.storage import atomic
 from lorafit.storage.atomic import read_facts, sha256_file
 from lorafit.storage.locks import is_locked
 from lorafit.training import checkpoint_writer, finish, loop, setup
@@ -239,7 +238,7 @@ def test_a_save_that_outlives_its_run_keeps_the_lock_and_a_resume_waits_for_it(
 ) -> None:
     """As in a notebook: Ctrl-C twice, and the cell is run again while the thread still writes."""
     whole = tiny_run(material, tmp_path / "whole")
-    go, held, real = threading.Event(), [], checkpoint_writer.save_checkpoint
+    go, held, real = threading.Event(), [], checkpoint_writer.commit_files
 
     def slow(folder: Path, *rest: Any) -> None:
         if folder.name == "step-000004":
@@ -255,7 +254,7 @@ def test_a_save_that_outlives_its_run_keeps_the_lock_and_a_resume_waits_for_it(
             os.kill(os.getpid(), signal.SIGINT)
         return gradients(job, state, *rest)
 
-    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", slow)
+    monkeypatch.setattr(checkpoint_writer, "commit_files", slow)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loop, "_gradients", twice)
         tiny_run(material, tmp_path / "run")
@@ -269,7 +268,7 @@ def test_a_step_does_not_wait_for_the_disk(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The disk hangs from the first save on; training goes on until the next one is due."""
-    reached, real = threading.Event(), checkpoint_writer.save_checkpoint
+    reached, real = threading.Event(), checkpoint_writer.commit_files
 
     def hang(folder: Path, *rest: Any) -> None:
         if folder.name == "step-000002":
@@ -283,7 +282,7 @@ def test_a_step_does_not_wait_for_the_disk(
             reached.set()
         return gradients(job, state, *rest)
 
-    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", hang)
+    monkeypatch.setattr(checkpoint_writer, "commit_files", hang)
     monkeypatch.setattr(loop, "_gradients", spy)
     result = tiny_run(material, tmp_path / "run", "train.eval_every=100")
     saved = [(event["step"]) for event in events(result, "saved")]
@@ -294,7 +293,7 @@ def test_what_is_saved_is_the_state_of_its_step_though_training_went_on(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = tiny_run(material, tmp_path / "whole", "train.keep=9")
-    passed, real = threading.Event(), checkpoint_writer.save_checkpoint
+    passed, real = threading.Event(), checkpoint_writer.commit_files
 
     def late(folder: Path, *rest: Any) -> None:
         if folder.name == "step-000004":
@@ -309,7 +308,7 @@ def test_what_is_saved_is_the_state_of_its_step_though_training_went_on(
             passed.set()
         return found
 
-    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", late)
+    monkeypatch.setattr(checkpoint_writer, "commit_files", late)
     monkeypatch.setattr(loop, "_gradients", spy)
     result = tiny_run(material, tmp_path / "run", "train.keep=9")
     for name in ("adapter_model.safetensors", "state.safetensors", "state.json"):
@@ -321,15 +320,15 @@ def test_a_full_disk_stops_the_run_with_cause_and_size_and_the_last_checkpoint_r
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = tiny_run(material, tmp_path / "whole")
-    write = atomic.write_files
+    write = Path.write_bytes
 
-    def full(staging: Path, files: Any) -> Any:
-        if "000004" in staging.name:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(staging / "state.json"))
-        return write(staging, files)
+    def full(path: Path, content: bytes) -> int:
+        if "000004" in path.parent.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr("lorafit.training.checkpoint.write_files", full)
+        patch.setattr(Path, "write_bytes", full)
         with pytest.raises(
             RunError, match=r"step-000004`: No space left on device \([\d,]+ bytes are needed\)"
         ):

@@ -1,8 +1,7 @@
-"""One AdamW step by the book, the learning rate of every step, and clipping as torch clips."""
+"""One AdamW step by the book, and the learning rate of every step."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Literal
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from lorafit.config.schema import TrainSection
 from lorafit.model.adamw import BETAS, EPS, AdamW
-from lorafit.training.optim import clip, learning_rate
+from lorafit.training.optim import learning_rate
 
 Schedule = Literal["cosine", "linear", "constant"]
 SCHEDULES = st.sampled_from(["cosine", "linear", "constant"])
@@ -150,35 +149,3 @@ def test_warmup_is_a_share_below_one_and_else_steps() -> None:
         199,
     ]
     assert TrainSection(warmup=0.5).warmup_steps(1) == 0
-
-
-@given(st.floats(1e-3, 1e3), st.lists(st.floats(-1e3, 1e3), min_size=3, max_size=3))
-def test_clipping_is_torchs(max_norm: float, scales: list[float]) -> None:
-    ours, theirs = masters(), masters()
-    for mine, peer, scale in zip(ours, theirs, scales, strict=True):
-        mine.grad, peer.grad = mine.detach() * scale, peer.detach() * scale
-    norm = clip(ours, max_norm)
-    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(theirs, max_norm))
-    for mine, peer in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine.grad, peer.grad)
-
-
-def test_zero_clips_never_and_the_norm_is_the_one_before() -> None:
-    parameters = masters()
-    for parameter in parameters:
-        parameter.grad = parameter.detach() * 100
-    expected = 100 * math.sqrt(sum(float(parameter.detach().square().sum()) for parameter in parameters))
-    assert float(clip(parameters, 0.0)) == pytest.approx(expected)
-    assert torch.equal(parameters[0].grad, masters()[0].detach() * 100)  # type: ignore[arg-type]
-    assert float(clip(parameters, 1.0)) == pytest.approx(expected)
-    assert float(clip(parameters, 1.0)) == pytest.approx(1.0, rel=1e-5)
-
-
-@pytest.mark.parametrize("wrong", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_shows_in_the_norm(wrong: float) -> None:
-    parameters = masters()
-    for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
-    assert parameters[1].grad is not None
-    parameters[1].grad[2, 3] = wrong
-    assert not math.isfinite(float(clip(parameters, 1.0)))

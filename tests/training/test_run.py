@@ -245,7 +245,7 @@ def test_a_step_without_supervised_tokens_stops(
 def test_float16_overflow_repeats_the_step_with_the_same_rows(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clip = loop.clip
+    clip = loop.clip_grad_norm_
 
     def counted(output: str, overflow_at: int) -> tuple[int, list[float]]:
         calls = []
@@ -255,7 +255,7 @@ def test_float16_overflow_repeats_the_step_with_the_same_rows(
             return torch.tensor(float("inf")) if len(calls) == overflow_at else clip(*arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "clip", clip_or_overflow)
+            patch.setattr(loop, "clip_grad_norm_", clip_or_overflow)
             overrides = ["model.dtype=float16", "train.max_steps=4", "lora.dropout=0.1"]
             result = tiny_run(material, tmp_path / output, *overrides)
         return len(calls), [event["loss"] for event in events(result, "step")]

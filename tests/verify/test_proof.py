@@ -19,7 +19,7 @@ from lorafit.cli.main import main
 from lorafit.data.formats import Instruction, Row
 from lorafit.infer.model import Answer
 from lorafit.observe.metrics_file import read_metrics
-from lorafit.storage.atomic import commit_folder, read_facts, verify_folder, write_files
+from lorafit.storage.atomic import commit_files, read_facts, verify_folder
 from lorafit.training import checkpoint, finish
 from lorafit.training import run as run_module
 from lorafit.training.run import Result
@@ -55,7 +55,7 @@ def rewritten(folder: Path, change: Change) -> None:
     """Another adapter in place of the one in `folder`, committed as carefully as the first."""
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "manifest.json"}
     change(files)
-    commit_folder(folder, lambda staging: write_files(staging, files), read_facts(folder))
+    commit_files(folder, files, read_facts(folder))
 
 
 def too_strong(files: dict[str, bytes]) -> None:
@@ -182,7 +182,7 @@ def test_a_tensor_that_no_optimizer_moves_is_named(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make = run_module.AdamW
-    monkeypatch.setattr(run_module, "AdamW", lambda masters, decay: make(masters[1:], decay))
+    monkeypatch.setattr(run_module, "AdamW", lambda masters, decay: make(list(masters)[1:], decay))
     result = tiny_run(material, tmp_path / "run")
     changed = checks(result)["changed"]
     assert changed["verdict"] == "fail"
@@ -271,7 +271,7 @@ class Parrot:
 
     def __init__(self, ends: Callable[[str], bool]) -> None:
         self.ends = ends
-        tokenizer = SimpleNamespace(encode_batch=lambda texts: iter([(list(texts[0]), [])]))
+        tokenizer = SimpleNamespace(encode_batch=lambda texts: ((list(text), []) for text in texts))
         self.renderer = SimpleNamespace(tokenizer=tokenizer)
 
     def generate(self, questions: Sequence[Any], *, max_tokens: int) -> list[Answer]:
@@ -279,16 +279,15 @@ class Parrot:
         return [Answer("", 1, self.ends(question.question())) for question in questions]
 
 
-def asked(*answers: str) -> Callable[[int], list[Row]]:
-    rows = [
+def asked(*answers: str) -> list[Row]:
+    return [
         Row(i, f"row {i + 1}", Instruction(f"question {i}", "", answer)) for i, answer in enumerate(answers)
     ]
-    return lambda count: rows[:count]
 
 
 def test_an_adapter_that_never_stops_is_a_warning_that_names_the_prompts() -> None:
     model: Any = Parrot(lambda question: False)
-    check = stop(model, asked(*["word" * 10] * 30))
+    check = stop(model, asked(*["word" * 10] * 20))
     assert (check.verdict, check.values["ended"], check.values["prompts"]) == ("warn", 0, 20)
     assert check.values["going_on"][:2] == ["row 1", "row 2"]
     assert check.text == "only 0 of 20 held-out prompts ended by themselves within 80 tokens"

@@ -12,19 +12,18 @@ from numpy.typing import NDArray
 
 from lorafit.check.preflight import dropped_rows, find, inspect, row_verdicts
 from lorafit.check.setting_checks import setting_verdicts
-from lorafit.check.verdict import of_error, refuse_failed
+from lorafit.check.verdict import refuse_failed
 from lorafit.config.schema import Config
 from lorafit.data.build import TrainingData, build_data, row_order, sources_of
 from lorafit.data.ledger import Ledger
 from lorafit.data.row_index import RowIndex
-from lorafit.errors import CheckResult, LorafitError
+from lorafit.errors import CheckResult
 from lorafit.hub.client import PICKLES, tokenizer_folder
 from lorafit.model.architecture import read_architecture
 from lorafit.observe.progress import progress
 
-MOST_ROWS = (
-    8_000  # a run checks that many rows, or as many as it trains: less than a second, or 2 % of its time
-)
+# a run checks that many rows, or as many as it trains: less than a second, or 2 % of its time
+MOST_ROWS = 8_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +43,6 @@ class Checked:
         }
 
 
-def refused(error: LorafitError) -> Checked:
-    """A check that ended in an error: its problems are the results."""
-    return Checked(of_error(error))
-
-
 def has_weights(config: Config) -> bool:
     """Whether the model is more than a tokenizer; True for one of the hub."""
     folder = Path(config.model.name).expanduser()
@@ -56,47 +50,41 @@ def has_weights(config: Config) -> bool:
 
 
 def check_texts(config: Config, *, quiet: bool = False) -> Checked:
-    """The checks of the rows' texts alone, without a tokenizer."""
-    try:
-        sources = sources_of(config)
-        reader = sources.reader()
-        with progress("checking rows", quiet=quiet) as advance:
-            findings = inspect(reader, advance=advance)
-    except LorafitError as error:
-        return refused(error)
+    """The checks of the rows' texts alone, without a tokenizer. Raises a LorafitError."""
+    sources = sources_of(config)
+    reader = sources.reader()
+    with progress("checking rows", quiet=quiet) as advance:
+        findings = inspect(reader, advance=advance)
     index = RowIndex(sources, reader.summaries)
     return Checked([*row_verdicts(findings, index), *dropped_rows(reader.dropped, index)])
 
 
 def check_data(config: Config, *, quiet: bool = False) -> Checked:
-    """The checks of rows and settings with the model's tokenizer; no weight is read and torch is not loaded."""
-    try:
-        name, revision, offline = config.model.name, config.model.revision, config.run.offline
-        base = tokenizer_folder(name, revision=revision, offline=offline)
-        arch = read_architecture(base.path) if (base.path / "config.json").is_file() else None
-        training_data = build_data(config, base, arch, quiet)
-        verdicts = data_verdicts(config, training_data, arch.num_parameters if arch else None, quiet)
-    except LorafitError as error:
-        return refused(error)
+    """The checks of rows and settings with the model's tokenizer; no weight is read and torch is not loaded.
+
+    Raises a LorafitError.
+    """
+    name, revision, offline = config.model.name, config.model.revision, config.run.offline
+    base = tokenizer_folder(name, revision=revision, offline=offline)
+    arch = read_architecture(base.path) if (base.path / "config.json").is_file() else None
+    training_data = build_data(config, base, arch, quiet)
+    verdicts = data_verdicts(config, training_data, arch.num_parameters if arch else None, quiet)
     return Checked(verdicts, training_data.ledger, training_data.encoded.lengths)
 
 
 def check_run(config: Config, *, quiet: bool = False) -> Checked:
-    """All checks: rows, settings, a trial step of the model, memory."""
+    """All checks: rows, settings, a trial step of the model, memory. Raises a LorafitError."""
     from lorafit.check.probe import model_verdicts
     from lorafit.distributed.env import ProcessEnv
     from lorafit.model.device import pick_device
     from lorafit.plan.machine import Machine
     from lorafit.plan.planner import RunInputs
 
-    try:
-        device = pick_device(config.model.device)
-        data = RunInputs.read(config, quiet)
-        machine = Machine.read(device, ProcessEnv())
-        training_data = data.training_data
-        verdicts = data_verdicts(config, training_data, data.arch.num_parameters, quiet)
-    except LorafitError as error:
-        return refused(error)
+    device = pick_device(config.model.device)
+    data = RunInputs.read(config, quiet)
+    machine = Machine.read(device, ProcessEnv())
+    training_data = data.training_data
+    verdicts = data_verdicts(config, training_data, data.arch.num_parameters, quiet)
     verdicts += model_verdicts(config, data, machine, quiet)
     return Checked(verdicts, training_data.ledger, training_data.encoded.lengths)
 
@@ -110,11 +98,10 @@ def data_verdicts(
 ) -> list[CheckResult]:
     """The checks of the rows of a run and of its settings; at most about `most` rows are read."""
     findings = find(training_data, most, quiet)
+    order, num_held_out = row_order(config, training_data), len(training_data.heldout)
     return [
         *row_verdicts(findings, training_data.index, training_data),
-        *setting_verdicts(
-            config, row_order(config, training_data), len(training_data.heldout), num_parameters
-        ),
+        *setting_verdicts(config, order, num_held_out, num_parameters),
     ]
 
 

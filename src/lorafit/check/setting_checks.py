@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from lorafit.config.schema import Config, TrainSection
 from lorafit.data.row_order import RowOrder
 from lorafit.errors import CheckResult
@@ -27,11 +25,6 @@ def setting_verdicts(
         _rate(config.train, num_parameters),
         _warmup(config.train, num_steps),
     ]
-
-
-def highest_rate(num_parameters: int) -> float:
-    """The learning rate above which a model of that size is not usually trained with LoRA."""
-    return _USUAL_RATE * math.pow(max(1.0, _USUAL_PARAMETERS / num_parameters), _POWER)
 
 
 def _scale(scale: float) -> CheckResult:
@@ -78,7 +71,7 @@ def _rate(train: TrainSection, num_parameters: int | None) -> CheckResult:
     if rate < _LEAST_RATE:
         message = f"{rate:g} is so small that the model learns almost nothing"
         return CheckResult(name, "warn", message, key, "the usual for LoRA is 1e-4 to 5e-4")
-    highest = highest_rate(num_parameters or 1)
+    highest = _USUAL_RATE * max(1.0, _USUAL_PARAMETERS / (num_parameters or 1)) ** _POWER
     if rate > highest:
         size = f"{num_parameters / 1e6:,.0f} M parameters" if num_parameters else "any model"
         message = f"{rate:g} is above the highest rate known to work for LoRA on {size} ({highest:.1g})"

@@ -20,15 +20,7 @@ from lorafit.errors import (
 
 def of_error(error: LorafitError) -> list[CheckResult]:
     """The problems of an error as results that fail."""
-    match error:
-        case ConfigError():
-            name = "settings"
-        case DataError():
-            name = "rows"
-        case ModelError():
-            name = "model"
-        case _:
-            name = "machine"
+    name = {ConfigError: "settings", DataError: "rows", ModelError: "model"}.get(type(error), "machine")
     listed = error.problems[:MAX_LISTED]
     results = [CheckResult(name, "fail", problem.message, problem.place, problem.hint) for problem in listed]
     if num_more := error.num_more + len(error.problems) - len(listed):

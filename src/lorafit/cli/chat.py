@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import typer
@@ -61,7 +62,7 @@ def chat(
         model.require_adapter(source)
     sampling = Sampling(temperature, top_k, top_p, seed)
     conversation = Conversation(model, max_tokens, system)
-    Session(model, conversation, sampling, max_tokens, base=base, compare=compare).run(source)
+    Session(model, conversation, sampling, max_tokens, base, compare).run(source)
 
 
 class Interrupt:
@@ -96,26 +97,21 @@ class Interrupt:
             raise KeyboardInterrupt
 
 
+@dataclass
 class Session:
     """The chat: reads questions, prints answers to stdout and everything else to stderr."""
 
-    def __init__(
-        self,
-        model: Model,
-        conversation: Conversation,
-        sampling: Sampling,
-        max_tokens: int,
-        *,
-        base: bool,
-        compare: bool,
-    ) -> None:
-        self.model, self.conversation = model, conversation
-        self.sampling, self.max_tokens = sampling, max_tokens
-        self.base, self.compare = base, compare
+    model: Model
+    conversation: Conversation
+    sampling: Sampling  # of the next answer
+    max_tokens: int
+    base: bool
+    compare: bool
+
+    def __post_init__(self) -> None:
         self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self.interrupt = Interrupt()
         self._lines = read_stdin_lines(sys.stdin)
-        self._num_asked = 0
 
     def run(self, source: str) -> None:
         """Until /quit or the end of the input."""
@@ -209,31 +205,21 @@ class Session:
         from lorafit.redact import printable
 
         try:
-            asked = self.conversation.ask(question)
+            prompt = self.conversation.ask(question)
         except LorafitError as error:
             self._note(str(error))
             return
-        if asked.num_dropped:
-            turns = "the oldest turn is" if asked.num_dropped == 1 else f"{asked.num_dropped} turns are"
+        if prompt.num_dropped:
+            turns = "the oldest turn is" if prompt.num_dropped == 1 else f"{prompt.num_dropped} turns are"
             self._note(f"{turns} dropped from the conversation: the context is full")
         if not self.is_terminal:
             typer.echo(f"> {printable(question)}")
-        reply = Reply(self, asked)
-        if self.compare:
-            reply.compare()
-        else:
-            reply.show()
-        self.conversation.answered(asked, reply.text.strip())
-        self._num_asked += 1
+        reply = Reply(self, prompt)
+        self.conversation.answered(prompt, reply.show().strip())
+        self.sampling = replace(self.sampling, seed=self.sampling.seed + 1)  # a repeated question differs
         if self.is_terminal or reply.fault:
             self._note(reply.summary())
         typer.echo()
-
-    def draws(self) -> Sampling:
-        """The sampling of the next answer. A repeated question gets other random numbers."""
-        import dataclasses
-
-        return dataclasses.replace(self.sampling, seed=self.sampling.seed + self._num_asked)
 
     def _note(self, text: str) -> None:
         from lorafit.observe.console import note
@@ -242,62 +228,50 @@ class Session:
 
 
 class Reply:
-    """One printed answer. `text` is the part that was generated, `fault` the reason why it is not complete."""
+    """One answer. `fault` is the reason why it is not complete."""
 
-    def __init__(self, session: Session, asked: ChatPrompt) -> None:
-        self.text, self.fault = "", ""
-        self._session, self._asked = session, asked
+    def __init__(self, session: Session, prompt: ChatPrompt) -> None:
+        self.fault = ""
+        self._session, self._prompt = session, prompt
+        self._texts = {False: "", True: ""}  # of the tuned model, of the base
         self._num_tokens, self._end, self._seconds = 0, "", 0.0
 
-    def show(self) -> None:
-        """Print it as it comes."""
-        from lorafit.observe.console import flowing
+    def show(self) -> str:
+        """Print the answer as it comes, if the session compares beside that of the base model; returns it.
 
-        with flowing() as write:
+        The base model does not answer if the tuned one was stopped.
+        """
+        from lorafit.observe.console import flowing, growing_side_by_side
 
-            def add(piece: str) -> None:
-                self.text += piece
-                write(piece)
-
-            self._take(add, self._session.base)
-
-    def compare(self) -> None:
-        """Print it beside what the base model says, which is not asked any more where this was stopped."""
-        from lorafit.observe.console import growing_side_by_side
-
-        base = ""
+        session, texts = self._session, self._texts
+        if not session.compare:
+            with flowing() as write:
+                self._take(session.base, write)
+            return texts[session.base]
         with growing_side_by_side() as draw:
+            for base in (False, True):
+                if self.fault != _STOPPED:
+                    self._take(base, lambda _: draw(texts[True], texts[False]))
+        return texts[False]
 
-            def add(piece: str) -> None:
-                self.text += piece
-                draw(base, self.text)
-
-            def add_to_base(piece: str) -> None:
-                nonlocal base
-                base += piece
-                draw(base, self.text)
-
-            self._take(add, base=False)
-            if self.fault != _STOPPED:
-                self._take(add_to_base, base=True)
-
-    def _take(self, add: Callable[[str], None], base: bool) -> None:
-        """Call `add` with each piece of an answer, until its end or Ctrl-C.
+    def _take(self, base: bool, show: Callable[[str], None]) -> None:
+        """Add the pieces of a model's answer and call `show` with each, until its end or Ctrl-C.
 
         Ctrl-C may have come before the first piece, since the question was read.
         """
         session, started, before = self._session, time.perf_counter(), self._num_tokens
         pieces = session.model.stream(
-            self._asked.messages,
+            self._prompt.messages,
             max_tokens=session.max_tokens,
-            sampling=session.draws(),
+            sampling=session.sampling,
             base=base,
             watch=self._watch,
         )
         try:
             with session.interrupt, contextlib.closing(pieces):
                 for piece in pieces:
-                    add(piece)
+                    self._texts[base] += piece
+                    show(piece)
             if self._end == "length":
                 is_long = self._num_tokens - before >= session.max_tokens
                 fault = "cut: --max-tokens" if is_long else "cut: the context is full"

@@ -28,7 +28,7 @@ def check(
     """
     from lorafit.check import run
     from lorafit.check.preflight import histogram
-    from lorafit.check.verdict import summary
+    from lorafit.check.verdict import of_error, summary
     from lorafit.config.load import config_from_args, flag_overrides
     from lorafit.errors import ConfigError, LorafitError
     from lorafit.redact import json_line
@@ -46,7 +46,7 @@ def check(
             config = config_from_args(words, recipe, {**flags, "model.name": "none"})
             checked = run.check_texts(config)
     except LorafitError as error:
-        checked = run.refused(error)
+        checked = run.Checked(of_error(error))
     if as_json:
         typer.echo(json_line(checked.as_dict()))
     else:

@@ -47,7 +47,7 @@ def show(
         wanted_rows,
     )
     from lorafit.observe.console import has_colours, print_styled, table
-    from lorafit.report.row_page import page
+    from lorafit.report.escape import rows_page
     from lorafit.storage.atomic import write_file
 
     numbers = wanted_rows(row, rows)
@@ -57,7 +57,7 @@ def show(
     with_diff = [(view, difference(view, text) if text is not None else []) for view, text in views]
     if html is not None:
         title = f"Rows as {config.model.name} reads them"
-        write_file(html, page(title, with_diff, ids=ids))
+        write_file(html, rows_page(title, with_diff, ids=ids))
         typer.echo(html)
         return
     for view, lines in with_diff:

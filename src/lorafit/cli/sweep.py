@@ -9,19 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lorafit.cli import options
+
 if TYPE_CHECKING:
     from lorafit.sweep.trials import Trial
 
 
 def sweep(
-    settings: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[RECIPE] [SECTION.KEY=VALUE]...",
-            help="What all runs have in common, as for `lorafit train`.",
-            show_default=False,
-        ),
-    ] = None,
+    settings: options.Overrides = None,
     vary: Annotated[
         list[str] | None,
         typer.Option(
@@ -41,22 +36,15 @@ def sweep(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random points.")] = 0,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time, each in a process.")] = 1,
-    model: Annotated[
-        str | None, typer.Option(help="Base model: hub id or folder.", show_default=False)
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(help="Rows: file, folder or hub data set; may be repeated.", show_default=False),
-    ] = None,
+    model: options.ModelOption = None,
+    data: options.DataOption = None,
     output: Annotated[str, typer.Option(help="Folder of the sweep.")] = "runs/sweep",
-    recipe: Annotated[
-        str | None, typer.Option(help="Recipe file or shipped name.", show_default=False)
-    ] = None,
+    recipe: options.RecipeOption = None,
     resume: Annotated[
         Path | None, typer.Option(metavar="SWEEP", help="Go on with a sweep.", show_default=False)
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show which run begins, and no steps.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per run, best first.")] = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Train with every combination of some values, or random ones. The same command again resumes the sweep.
 
@@ -74,7 +62,7 @@ def sweep(
         flags = flag_overrides(model=model, data=data, output=None)
         planned = plan_points(vary or [], draws, seed, settings or [], recipe, flags)
     elif settings or vary or draws is not None or model or data or recipe:
-        raise ConfigError("--resume takes no settings: a sweep goes on as it was begun")
+        raise ConfigError("--resume takes no settings: a sweep continues as it was begun")
     else:
         planned = None
     folder = resume or Path(output)

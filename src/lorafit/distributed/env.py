@@ -70,11 +70,6 @@ class ProcessEnv:
         return self.rank == 0
 
     @property
-    def device_index(self) -> int | None:
-        """The index of this process's device on its host; None for a single process."""
-        return None if self.is_single_process else self.local_rank
-
-    @property
     def has_agent(self) -> bool:
         """Whether torchrun's agent restarts this process when it fails."""
         return bool(self.launch)

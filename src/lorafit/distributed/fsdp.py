@@ -23,7 +23,11 @@ def shard_base(network: Llama, device: torch.device) -> None:
         parameter.data = parameter.data.to(device)
     for module in network.modules():
         if isinstance(module, QuantizedLinear):
-            _as_parameters(module)
+            for name, buffer in list(
+                module.named_buffers(recurse=False)
+            ):  # `fully_shard` shards parameters only
+                delattr(module, name)
+                module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     ignored = set(adapter_parameters)
     for layer in network.model.layers:
@@ -31,10 +35,3 @@ def shard_base(network: Llama, device: torch.device) -> None:
     fully_shard(network, mesh=mesh, ignored_params=ignored)
     for method in ("hidden", "logits"):
         register_fsdp_forward_method(network, method)
-
-
-def _as_parameters(module: nn.Module) -> None:
-    """Replace a module's buffers by frozen parameters: `fully_shard` shards parameters only."""
-    for name, buffer in list(module.named_buffers(recurse=False)):
-        delattr(module, name)
-        module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))

@@ -2,7 +2,7 @@
 
 import contextlib  # no annotations of the future here: torch reads those of the communication hook
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,10 +19,9 @@ BUCKET_MIB = 25  # torch's default: the first is sent during the backward pass
 class Engine:
     """A single process: a pass is a plain call."""
 
-    lockstep: ClassVar = False  # whether all ranks must compute each pass together
-
     def __init__(self, network: Llama) -> None:
         self.network = network
+        self.lockstep = False  # whether all ranks must compute each pass together
         self.reduced_bytes = 0  # of gradients, given to all-reduce by this rank so far
 
     def loss(self, compute: Compute, pack: Pack) -> Tensor:
@@ -38,11 +37,17 @@ class ReplicatedEngine(Engine):
     """Every rank has the adapter. Only the adapter's gradients are communicated.
 
     Gradients are summed, not averaged: the loss is already divided by the supervised tokens of all ranks. The ranks
-    must start with the same adapter.
+    must start with the same adapter. With `sharded` the base is sharded on that device (distributed/fsdp.py): each
+    pass gathers it layer by layer.
     """
 
-    def __init__(self, network: Llama) -> None:
+    def __init__(self, network: Llama, sharded: torch.device | None = None) -> None:
         super().__init__(network)
+        if sharded is not None:
+            from lorafit.distributed.fsdp import shard_base  # imports much of torch that no other run needs
+
+            shard_base(network, sharded)
+            self.lockstep = True
         passes = _PassLoss(network)
         # The weights of a quantised base are buffers, which DDP broadcasts before every synchronised pass by default.
         # Its switch for that, broadcast_buffers, warns in torch 2.13; this list works in all versions.
@@ -68,18 +73,6 @@ class ReplicatedEngine(Engine):
         assert work is not None
         future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
         return future
-
-
-class ShardedEngine(ReplicatedEngine):
-    """As above, with a sharded base (distributed/fsdp.py): each pass gathers it layer by layer."""
-
-    lockstep: ClassVar = True
-
-    def __init__(self, network: Llama, device: torch.device) -> None:
-        from lorafit.distributed.fsdp import shard_base  # imports much of torch that no other run needs
-
-        shard_base(network, device)
-        super().__init__(network)
 
 
 class _PassLoss(nn.Module):

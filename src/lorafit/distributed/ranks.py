@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter
 
 from lorafit.distributed.env import ProcessEnv
 from lorafit.errors import ConfigError, LorafitError
 from lorafit.model.quant import QUANTIZERS
 
 _POLL_SECONDS = 0.05
+_LOST_CONNECTION = re.compile("Connection closed by peer|Connection reset|Broken pipe|imed out|NCCL|[Gg]loo")
 T = TypeVar("T")
 
 
@@ -39,33 +42,24 @@ class Ranks:
     def __init__(self, env: ProcessEnv | None = None, store: dist.Store | None = None) -> None:
         self.env = env or ProcessEnv()
         self.rank, self.world_size = self.env.rank, self.env.world_size
+        self.is_main, self.is_single_process = self.env.is_main, self.env.is_single_process
         self.store = store
         self._on_cpu: dist.ProcessGroup | None = None  # None is the default group
 
-    @property
-    def is_single_process(self) -> bool:
-        return self.env.is_single_process
+    def broadcast_from_rank0(self, name: str, kind: type[T], make: Callable[[], T]) -> T:
+        """The value of type `kind` that rank 0 makes, on every rank; the others read it from JSON.
 
-    @property
-    def is_main(self) -> bool:
-        return self.env.is_main
-
-    def broadcast_from_rank0(
-        self, name: str, make: Callable[[], T], to_text: Callable[[T], str], from_text: Callable[[str], T]
-    ) -> T:
-        """The value that rank 0 makes, on every rank; the others read it from text. An error is raised on rank 0 only.
-
-        A single process makes no text.
+        An error is raised on rank 0 only. A single process makes no JSON.
         """
-        if self.store is None:
+        if (store := self.store) is None:
             return make()
-        store = self.store
+        json_type = TypeAdapter(kind)
         if self.is_main:
             value = make()
-            store.set(name, to_text(value))
+            store.set(name, json_type.dump_json(value, exclude_unset=True).decode())
             return value
         _wait(lambda: store.check([name]))
-        return from_text(store.get(name).decode())
+        return json_type.validate_json(store.get(name))
 
     def barrier(self, name: str) -> None:
         """Return when every rank has called this."""
@@ -107,18 +101,16 @@ class Ranks:
 
     def all_equal(self, digest: bytes) -> bool:
         """Whether all ranks have the same bytes."""
-        numbers = [float(byte) for byte in digest]
-        return self.all_reduce_max(numbers) == numbers and self.all_reduce_max([-n for n in numbers]) == [
-            -n for n in numbers
-        ]
+        numbers = [float(byte) for byte in (*digest, *(-byte for byte in digest))]
+        return self.all_reduce_max(numbers) == numbers
 
-    def broadcast_files(self, read: Callable[[], Mapping[str, bytes]]) -> Mapping[str, bytes]:
-        """The files that rank 0 reads, by name, on every rank."""
+    def broadcast_files(self, folder: Path, names: Sequence[str]) -> Mapping[str, bytes]:
+        """The content of files that rank 0 reads, by name, on every rank."""
+        files = {name: (folder / name).read_bytes() for name in names} if self.is_main else {}
         if self.is_single_process:
-            return read()
-        files = read() if self.is_main else {}
+            return files
         sizes = self.broadcast_from_rank0(
-            "files", lambda: {name: len(content) for name, content in files.items()}, json.dumps, json.loads
+            "files", dict[str, int], lambda: {name: len(content) for name, content in files.items()}
         )
         received = {}
         for name, size in sizes.items():
@@ -151,7 +143,8 @@ def init_process_group(env: ProcessEnv) -> Iterator[Ranks]:
     try:
         yield Ranks(env, dist.PrefixStore(_assembled(env, store), store))
     except RuntimeError as error:
-        if isinstance(error, LorafitError) or not _is_lost_connection(error):
+        is_lost = isinstance(error, dist.DistError) or _LOST_CONNECTION.search(str(error))
+        if isinstance(error, LorafitError) or not is_lost:
             raise
         raise RankError(
             f"rank {env.rank} lost the connection to another rank: {str(error).splitlines()[0]}",
@@ -184,22 +177,6 @@ def _assembled(env: ProcessEnv, store: dist.Store) -> str:
                 missing.remove(rank)
         time.sleep(_POLL_SECONDS)
     return name
-
-
-def _is_lost_connection(error: BaseException) -> bool:
-    """Whether an exception means that another rank is lost."""
-    words = (
-        "Connection closed by peer",
-        "Connection reset",
-        "Broken pipe",
-        "imed out",
-        "NCCL",
-        "gloo",
-        "Gloo",
-    )
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    )
 
 
 def _wait(ready: Callable[[], bool]) -> None:

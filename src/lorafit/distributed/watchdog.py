@@ -16,11 +16,11 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
 
+from lorafit.distributed.ranks import Ranks
 from lorafit.errors import Problem, RunError
 from lorafit.storage.atomic import write_file
 
@@ -33,11 +33,9 @@ _PATIENCE, _SECOND_LOOK = 0.6, 0.2
 class Heartbeat:
     """A context manager around the steps of a run. Without a store (a single process) it does nothing."""
 
-    def __init__(
-        self, store: dist.Store | None, rank: int, world_size: int, timeout: float, file: Path
-    ) -> None:
+    def __init__(self, ranks: Ranks, timeout: float, file: Path) -> None:
         """`timeout` in seconds; the report goes to `file`."""
-        self._store, self._rank, self._world_size = store, rank, world_size
+        self._store, self._rank, self._world_size = ranks.store, ranks.rank, ranks.world_size
         self._timeout, self._file = timeout, file
         self._at, self._since, self._beats = (0, BETWEEN), time.monotonic(), 0
         self._ended = threading.Event()
@@ -53,9 +51,7 @@ class Heartbeat:
             self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ended.set()
         if self._store is not None:
             self._thread.join()

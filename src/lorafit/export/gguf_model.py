@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,30 +13,12 @@ from torch import Tensor
 
 from lorafit.errors import ModelError
 from lorafit.export.chat_template import chat_template
-from lorafit.export.gguf_types import byte_shape, file_type, stored, tensor_type
-from lorafit.export.gguf_vocabulary import Vocabulary, vocabulary
+from lorafit.export.gguf_types import tensor_type
+from lorafit.export.gguf_vocabulary import write_vocabulary
 from lorafit.export.run_source import RunSource
 from lorafit.model.architecture import FAMILIES, Architecture, Rope
 from lorafit.model.llama import inverse_frequencies
 from lorafit.model.lora import VARIANTS
-
-_NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
 def write_gguf(
@@ -51,27 +33,26 @@ def write_gguf(
     try:
         writer.add_type("model")
         writer.add_name(source.name)
-        writer.add_file_type(file_type(kind))
+        size = "ALL" if kind == "f32" else "MOSTLY"
+        writer.add_file_type(gguf.LlamaFileType[f"{size}_{kind.upper()}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_shape(writer, arch)
-        _add_tokenizer(
-            writer, source, vocabulary(source.base.path, source.renderer.tokenizer, arch.vocab_size)
-        )
+        _add_tokenizer(writer, source)
         extra = {"rope_freqs.weight": _rope_factors(arch)} if arch.rope.kind == "llama3" else {}
         for name, factors in extra.items():
             writer.add_tensor_info(name, factors.shape, factors.dtype, factors.nbytes)
-        for name, weight in source.weights.items():
-            dtype = tensor_type(kind, name, weight.shape)
-            shape, element, num_bytes = byte_shape(weight.shape, dtype)
-            writer.add_tensor_info(gguf_name(name), shape, np.dtype(element), num_bytes, raw_dtype=dtype)
+        types = {name: tensor_type(kind, name, weight.shape) for name, weight in source.weights.items()}
+        for name, gguf_name in gguf_names(source).items():
+            shape = gguf.quant_shape_to_byte_shape(source.weights[name].shape, types[name])
+            writer.add_tensor_info(gguf_name, shape, np.dtype(np.uint8), math.prod(shape), types[name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for factors in extra.values():
             writer.write_tensor_data(factors)
-        for done, (name, weight) in enumerate(source.weights.items(), 1):
+        for done, (name, dtype) in enumerate(types.items(), 1):
             tensor = permuted(source.tensor(name, merged=merged), name, arch)
-            writer.write_tensor_data(stored(tensor, tensor_type(kind, name, weight.shape)))
+            writer.write_tensor_data(gguf.quantize(tensor.float().numpy(), dtype))
             progress(done, len(source.weights))
     finally:
         writer.close()
@@ -91,12 +72,12 @@ def write_lora(source: RunSource, path: Path) -> None:
         writer.add_string("adapter.type", "lora")
         # llama.cpp divides by the rank
         writer.add_float32("adapter.lora.alpha", source.spec.scale * source.spec.rank)
-        for name in source.weights:
+        for name, gguf_name in gguf_names(source).items():
             if name in source.adapted:
                 factors = source.factors(name)
                 b = permuted(factors["lora_B"], name, arch)
-                writer.add_tensor(f"{gguf_name(name)}.lora_a", factors["lora_A"].contiguous().numpy())
-                writer.add_tensor(f"{gguf_name(name)}.lora_b", b.contiguous().numpy())
+                writer.add_tensor(f"{gguf_name}.lora_a", factors["lora_A"].contiguous().numpy())
+                writer.add_tensor(f"{gguf_name}.lora_b", b.contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -114,12 +95,12 @@ def _architecture(source: RunSource) -> str:
     return family.gguf
 
 
-def gguf_name(name: str) -> str:
-    """llama.cpp's name of a weight."""
-    if match := _LAYER.fullmatch(name):
-        return f"blk.{match[1]}.{_NAMES[match[2]]}.{match[3]}"
-    module, _, part = name.rpartition(".")
-    return f"{_NAMES[module]}.{part}"
+def gguf_names(source: RunSource) -> dict[str, str]:
+    """llama.cpp's name of each weight."""
+    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+    table = gguf.get_tensor_name_map(kinds[_architecture(source)], source.arch.num_hidden_layers)
+    parts = {name: name.rpartition(".") for name in source.weights}
+    return {name: f"{table[module]}.{part}" for name, (module, _, part) in parts.items()}
 
 
 def permuted(weight: Tensor, name: str, arch: Architecture) -> Tensor:
@@ -162,21 +143,11 @@ def _rope_factors(arch: Architecture) -> np.ndarray[tuple[int, ...], np.dtype[np
     return factors.to(torch.float32).numpy()
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, source: RunSource, vocab: Vocabulary) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, source: RunSource) -> None:
     contract = source.contract
-    writer.add_tokenizer_model(vocab.model)
-    writer.add_tokenizer_pre(vocab.pre)
-    writer.add_token_list(vocab.tokens)
-    writer.add_token_types(vocab.kinds)
-    if vocab.scores:
-        writer.add_token_scores(vocab.scores)
-    if vocab.merges:
-        writer.add_token_merges(vocab.merges)
-    writer.add_add_space_prefix(vocab.add_space_prefix)
+    write_vocabulary(writer, source.base.path, source.renderer.tokenizer, source.arch.vocab_size)
     writer.add_add_bos_token(contract.add_bos)
     writer.add_add_eos_token(False)
-    if vocab.nfc:
-        writer.add_bool("tokenizer.ggml.normalizer.nfc", True)
     if contract.bos_id is not None:
         writer.add_bos_token_id(contract.bos_id)
     ends = [contract.eos_id, *contract.stop_ids] if contract.eos_id is not None else contract.stop_ids

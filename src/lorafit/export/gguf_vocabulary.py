@@ -9,36 +9,23 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import gguf
+from gguf import TokenType
 
 from lorafit.data.tokenizer import Tokenizer, steps_of
 from lorafit.errors import ModelError
 from lorafit.model.architecture import FAMILIES
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _NEVER_MERGED = -1e6
 _UNREACHABLE = "\u00fe \u00ff"  # bytes that UTF-8 never has, because a list of merges must not be empty
 
 
-@dataclass(frozen=True, slots=True)
-class Vocabulary:
-    """`tokens` with `kinds` (and for `llama` `scores`) by id; `pre` names the split of a text before its merges."""
-
-    model: str
-    pre: str
-    tokens: list[str]
-    kinds: list[int]
-    scores: list[float]
-    merges: list[str]
-    add_space_prefix: bool
-    nfc: bool
-
-
-def vocabulary(folder: Path, tokenizer: Tokenizer, size: int) -> Vocabulary:
-    """The vocabulary of the model in `folder`, padded to the network's `size`. Raises ModelError."""
+def write_vocabulary(writer: gguf.GGUFWriter, folder: Path, tokenizer: Tokenizer, size: int) -> None:
+    """Write the vocabulary of the model in `folder`, padded to the network's `size`. Raises ModelError."""
     path = folder / "tokenizer.json"
     spec = json.loads(path.read_text(encoding="utf-8"))
     model = spec["model"]
@@ -52,12 +39,23 @@ def vocabulary(folder: Path, tokenizer: Tokenizer, size: int) -> Vocabulary:
     ]
     is_bytes = any(step["type"] == "ByteLevel" for step in steps_of(spec.get("pre_tokenizer")))
     nfc = any(step["type"] == "NFC" for step in steps_of(spec.get("normalizer")))
+    writer.add_token_list(tokens)
     if is_bytes:
-        pre = _pre(spec, path, has_merges=bool(merges))
-        return Vocabulary("gpt2", pre, tokens, kinds, [], merges or [_UNREACHABLE], False, nfc)
-    kinds = [BYTE if kind == NORMAL and _BYTE.fullmatch(tokens[i]) else kind for i, kind in enumerate(kinds)]
-    by_score = _scores(tokens, merges)
-    return Vocabulary("llama", "default", tokens, kinds, by_score, [], tokenizer.blank == "each", nfc)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_pre(spec, path, has_merges=bool(merges)))
+        writer.add_token_merges(merges or [_UNREACHABLE])
+    else:
+        kinds = [
+            TokenType.BYTE if kind == TokenType.NORMAL and _BYTE.fullmatch(token) else kind
+            for token, kind in zip(tokens, kinds, strict=True)
+        ]
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores(_scores(tokens, merges))
+    writer.add_token_types(kinds)
+    writer.add_add_space_prefix(not is_bytes and tokenizer.blank == "each")
+    if nfc:
+        writer.add_bool("tokenizer.ggml.normalizer.nfc", True)
 
 
 def _tokens(spec: dict[str, Any], tokenizer: Tokenizer, size: int, path: Path) -> tuple[list[str], list[int]]:
@@ -72,16 +70,16 @@ def _tokens(spec: dict[str, Any], tokenizer: Tokenizer, size: int, path: Path) -
         )
     unknown = spec["model"].get("unk_token")
     tokens = [by_id.get(number, f"[PAD{number}]") for number in range(size)]
-    kinds = []
+    kinds: list[int] = []
     for number, text in enumerate(tokens):
         if number not in by_id:
-            kinds.append(UNUSED)
+            kinds.append(TokenType.UNUSED)
         elif text == unknown:
-            kinds.append(UNKNOWN)
+            kinds.append(TokenType.UNKNOWN)
         elif number in controls:
-            kinds.append(CONTROL)
+            kinds.append(TokenType.CONTROL)
         else:
-            kinds.append(USER_DEFINED if number in added else NORMAL)
+            kinds.append(TokenType.USER_DEFINED if number in added else TokenType.NORMAL)
     return tokens, kinds
 
 

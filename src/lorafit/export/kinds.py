@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lorafit.export import merge, ollama
-from lorafit.export.reference import Prompt, Rounding, exact, unrounded
+from lorafit.export.reference import Prompt, Rounding
 from lorafit.export.run_source import RunSource
 from lorafit.model.adapter_file import CONFIG, WEIGHTS
 from lorafit.model.dtypes import BY_GGUF_NAME
@@ -55,13 +55,9 @@ def write_adapter(source: RunSource, staging: Path, type_name: str, advance: Adv
     """
     (staging / WEIGHTS).write_bytes((source.adapter / WEIGHTS).read_bytes())
     config = json.loads((source.adapter / CONFIG).read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = source.base_name
-    config["revision"] = source.base.revision
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    (staging / CONFIG).write_text(text, encoding="utf-8")
-    merge.write_tokenizer(source, staging)
-    ends = json.dumps(merge.generation_config(source), indent=2) + "\n"
-    (staging / "generation_config.json").write_text(ends, encoding="utf-8")
+    base = {"base_model_name_or_path": source.base_name, "revision": source.base.revision}
+    merge.write_json(staging / CONFIG, config | base)
+    merge.write_prompting(source, staging)
     return {}
 
 
@@ -98,26 +94,28 @@ def _write_ollama(source: RunSource, staging: Path, type_name: str, advance: Adv
 
 
 def _not_rounded(type_name: str) -> Rounding:
-    return Rounding(exact, unrounded, 0.0)
+    return Rounding()
 
 
 def _rounding_of_weights(type_name: str) -> Rounding:
     dtype = BY_GGUF_NAME[type_name]
-    return Rounding(lambda _, weight: weight.to(dtype).float(), unrounded, _MOST_ROUNDED[type_name])
+    return Rounding(lambda _, weight: weight.to(dtype).float(), most=_MOST_ROUNDED[type_name])
 
 
 def _rounding_of_llama_cpp(type_name: str) -> Rounding:
-    from lorafit.export.gguf_types import Type, has_blocks, rounded, tensor_type, type_named
+    from gguf import GGMLQuantizationType as Type
+
+    from lorafit.export.gguf_types import has_blocks, rounded, tensor_type
 
     def weights(name: str, weight: Tensor) -> Tensor:
         return rounded(weight, tensor_type(type_name, name, tuple(weight.shape)))
 
     def inputs(x: Tensor) -> Tensor:
         # llama.cpp converts the input of a product to the weight's type; for 4 bits, to 8
-        kind = Type.Q8_0 if type_name.startswith("q") else type_named(type_name)
+        kind = Type.Q8_0 if type_name.startswith("q") else Type[type_name.upper()]
         return rounded(x, kind if has_blocks(kind, x.shape[-1]) else Type.F16).to(x.dtype)
 
-    return Rounding(weights, unrounded if type_name == "f32" else inputs, _MOST_ROUNDED[type_name])
+    return Rounding(weights, None if type_name == "f32" else inputs, _MOST_ROUNDED[type_name])
 
 
 _ANSWER = """

@@ -1,12 +1,10 @@
-"""llama.cpp, through an installed Python package: prompts, tokens, probabilities and end tokens of a GGUF file.
+"""llama.cpp, through the package `xllamacpp`: prompts, tokens, probabilities and end tokens of a GGUF file.
 
-The package is imported only in the process that reads an export back. Two are supported: `llama-cpp-python`, which is
-compiled when it is installed, and `xllamacpp`, llama.cpp's own server in a wheel (extra `gguf`).
+The package (extra `gguf`) is imported only in the process that reads an export back.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import secrets
 import urllib.request
@@ -16,17 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 
-MODULES = ("llama_cpp", "xllamacpp")
 _FORCED = 1e4  # a bias of the logits that selects a token in any case
 
 
-class _Server:
+class Server:
     """llama.cpp's server, inside this process, behind a random key on the loopback interface.
 
-    Its HTTP interface: https://github.com/ggml-org/llama.cpp/tree/master/tools/server
+    It reads the GGUF file `path`, with the adapter `lora` on it, for texts of up to `length` tokens, on the CPU. Its
+    HTTP interface: https://github.com/ggml-org/llama.cpp/tree/master/tools/server
     """
 
     def __init__(self, path: Path, lora: Path | None, length: int, threads: int) -> None:
@@ -86,57 +83,3 @@ class _Server:
             answer = json.loads(response.read())
         assert isinstance(answer, dict)
         return answer
-
-
-class _Bindings:
-    """llama-cpp-python's `Llama`, with the methods of `_Server`."""
-
-    def __init__(self, path: Path, lora: Path | None, length: int, threads: int) -> None:
-        import llama_cpp
-
-        self.name = f"llama.cpp (llama-cpp-python {version('llama-cpp-python')})"
-        self._low: Any = llama_cpp
-        self._llama: Any = llama_cpp.Llama(
-            str(path),
-            lora_path=str(lora) if lora else None,
-            n_ctx=length,
-            n_batch=length,
-            n_ubatch=length,
-            n_threads=threads,
-            n_gpu_layers=0,
-            type_k=llama_cpp.GGML_TYPE_F32,
-            type_v=llama_cpp.GGML_TYPE_F32,
-            logits_all=True,
-            verbose=False,
-        )
-
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """As its Jinja2ChatFormatter does."""
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        template = environment.from_string(self._llama.metadata["tokenizer.chat_template"])
-        bos, eos = (
-            self._llama.detokenize([token], special=True).decode() if token >= 0 else ""
-            for token in (self._llama.token_bos(), self._llama.token_eos())
-        )
-        return template.render(messages=messages, add_generation_prompt=True, bos_token=bos, eos_token=eos)
-
-    def tokenize(self, text: str) -> list[int]:
-        return list(self._llama.tokenize(text.encode(), add_bos=False, special=True))
-
-    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        self._llama.reset()
-        self._llama.eval(list(ids))
-        return np.array(self._llama.scores[len(ids) - 1], np.float32)
-
-    def ends(self, token: int) -> bool:
-        vocab = self._low.llama_model_get_vocab(self._llama.model)
-        return bool(self._low.llama_vocab_is_eog(vocab, token))
-
-
-Program = _Server | _Bindings
-
-
-def open_program(path: Path, lora: Path | None, length: int, threads: int) -> Program:
-    """The GGUF file `path`, with the adapter `lora` on it, for texts of up to `length` tokens, on the CPU."""
-    program = _Bindings if importlib.util.find_spec("llama_cpp") else _Server
-    return program(path, lora, length, threads)

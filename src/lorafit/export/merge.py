@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -38,27 +39,21 @@ def write_merged(
     Sums are computed in float32 and rounded once. Raises OSError.
     """
     shards = plan_shards(source, dtype, max_shard)
-    total = shards.metadata["total_size"]
-    done = 0
-
-    def tell(num_bytes: int) -> None:
-        nonlocal done
-        done += num_bytes
-        progress(done, total)
-
+    done = count(1)
     sums = {
-        file: _write_shard(source, staging / file, names, dtype, tell)
+        file: _write_shard(
+            source, staging / file, names, dtype, lambda: progress(next(done), len(source.weights))
+        )
         for file, names in shards.filename_to_tensors.items()
     }
     if shards.is_sharded:
         weight_map = dict(sorted(shards.tensor_to_filename.items()))
-        _write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(staging / INDEX, {"metadata": shards.metadata, "weight_map": weight_map})
     config = _read_json(source.base.path / "config.json")
     config.pop("dtype", None)
     config["torch_dtype"] = dtype_name(dtype)
-    _write_json(staging / "config.json", config)
-    _write_json(staging / "generation_config.json", generation_config(source))
-    write_tokenizer(source, staging)
+    write_json(staging / "config.json", config)
+    write_prompting(source, staging)
     return sums
 
 
@@ -85,18 +80,19 @@ def generation_config(source: RunSource) -> dict[str, Any]:
     return config
 
 
-def write_tokenizer(source: RunSource, staging: Path) -> None:
-    """The base's tokenizer, with the chat template of the training. Raises OSError."""
+def write_prompting(source: RunSource, staging: Path) -> None:
+    """The base's tokenizer, with the chat template and the stop tokens of the training. Raises OSError."""
     for name in _TOKENIZER_FILES:
         if (source.base.path / name).is_file():
             (staging / name).write_bytes((source.base.path / name).read_bytes())
     config = _read_json(source.base.path / "tokenizer_config.json")
     config["chat_template"] = chat_template(source.renderer)
-    _write_json(staging / "tokenizer_config.json", config)
+    write_json(staging / "tokenizer_config.json", config)
+    write_json(staging / "generation_config.json", generation_config(source))
 
 
 def _write_shard(
-    source: RunSource, path: Path, names: Sequence[str], dtype: torch.dtype, tell: Callable[[int], None]
+    source: RunSource, path: Path, names: Sequence[str], dtype: torch.dtype, tell: Callable[[], None]
 ) -> str:
     """A safetensors file (https://github.com/huggingface/safetensors#format), written tensor by tensor; its SHA-256.
 
@@ -119,7 +115,7 @@ def _write_shard(
             numbers = _bytes(source.tensor(name).to(dtype))
             file.write(numbers)
             digest.update(numbers)
-            tell(numbers.nbytes)
+            tell()
     return digest.hexdigest()
 
 
@@ -139,5 +135,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file for people and other programs. Raises OSError."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -23,6 +23,7 @@ FILE, MODEL = "Modelfile", "model.gguf"
 _SYSTEM, _QUESTION, _ANSWER = "the-system-prompt", "the-question", "the-answer"
 _QUOTES = '"""'
 _ACTION = re.compile(r"\{\{ (.*?) \}\}", re.DOTALL)
+_CONDITION = re.compile(r"\{\{ if \.System \}\}(.*?)\{\{ else \}\}(.*?)\{\{ end \}\}", re.DOTALL)
 
 
 def write_modelfile(source: RunSource, staging: Path) -> None:
@@ -76,24 +77,13 @@ def check_modelfile(source: RunSource, prompts: Sequence[Prompt], folder: Path) 
 
 def render_go(template: str, system: str, question: str) -> str:
     """The prompt that Ollama renders of a question, up to the answer: the few actions that `go_template` writes."""
-    out, shown, end = [], True, 0
-    for action in _ACTION.finditer(template):
-        if shown:
-            out.append(template[end : action.start()])
-        end = action.end()
-        match action[1]:
-            case "if .System":
-                shown = bool(system)
-            case "else":
-                shown = not shown
-            case "end":
-                shown = True
-            case ".Response":
-                break
-            case ".System" | ".Prompt" | _ as name:
-                values = {".System": system, ".Prompt": question}
-                out.append((values[name] if name in values else json.loads(name)) if shown else "")
-    return "".join(out)
+    template = _CONDITION.sub(
+        lambda match: match[1 if system else 2], template.partition("{{ .Response }}")[0]
+    )
+    values = {".System": system, ".Prompt": question}
+    return _ACTION.sub(
+        lambda match: values[match[1]] if match[1] in values else json.loads(match[1]), template
+    )
 
 
 def _prompt(renderer: Renderer, messages: Sequence[Message]) -> str:

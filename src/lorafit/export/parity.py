@@ -26,7 +26,7 @@ from lorafit.export.kinds import Export
 from lorafit.export.readback import READERS
 from lorafit.export.reference import MAX_TOKENS, Prompt, Reference, log_probabilities
 from lorafit.export.run_source import RunSource
-from lorafit.verify.logits import Difference, difference, largest
+from lorafit.verify.logits import Difference, largest
 from lorafit.verify.reload import run_module
 
 FILE = "parity.json"
@@ -93,14 +93,14 @@ def compare(
         for token, ends in result["stops"].items()
         if not ends
     ]
-    bounds = {"scale": reference.spread, "share": FLOAT_NOISE}
-    noise = {"noise": reference.noise, "times_noise": TIMES_NOISE}
+    float_noise = FLOAT_NOISE * reference.spread
     if logits.shape != expected.shape:
         faults.append(f"logits have shape {tuple(logits.shape)}, the adapter's {tuple(expected.shape)}")
         logits = torch.full_like(expected, torch.nan)
     theirs = log_probabilities(logits)
-    live = difference(theirs, log_probabilities(expected), largest, **noise, **bounds)
-    rest = difference(theirs, log_probabilities(reference.rounded), largest, **bounds)
+    size = largest(theirs - log_probabilities(expected))
+    live = Difference(size, TIMES_NOISE * reference.noise + float_noise)
+    rest = Difference(largest(theirs - log_probabilities(reference.rounded)), float_noise)
     if not live.is_accepted:
         faults.append(
             f"logits differ by up to {live.size:.4g}, the bound is {live.bound:.4g}: three times the effect of "

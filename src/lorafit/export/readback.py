@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,23 +20,23 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from lorafit.export import llama_cpp
+from lorafit.export.llama_cpp import Server
 
 Answer = tuple[dict[str, Any], NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """A program that reads exports: the packages that it needs (any of the modules of each), and its pip extra."""
+    """A program that reads exports: the packages that it needs, and its pip extra."""
 
     read: Callable[[dict[str, Any]], Answer]
-    packages: Mapping[str, Sequence[str]]
+    packages: Sequence[str]
     extra: str
     has_windows: bool = True  # whether it computes the sliding windows of a network
 
     def missing(self) -> list[str]:
         """The packages that are not installed."""
-        return [name for name, modules in self.packages.items() if not any(map(find_spec, modules))]
+        return [name for name in self.packages if find_spec(name) is None]
 
 
 def main(request_file: Path, result_file: Path, logits_file: Path) -> int:
@@ -102,45 +103,27 @@ def by_llama_cpp(request: dict[str, Any]) -> Answer:
     path, lora = next(Path(request["folder"]).glob("*.gguf")), None
     if request["is_adapter"]:
         path, lora = Path(request["base"]), path
-    program = llama_cpp.open_program(path, lora, longest, request["threads"])
+    program = Server(path, lora, longest, request["threads"])
     prompts, rows = [], []
     for prompt in request["prompts"]:
         text = program.render(prompt["messages"])
         ids, bos = program.tokenize(text), request["bos"]
         if ids[:1] == [request["bos_id"]] and not text.startswith(bos):
             text = bos + text  # the program removes the text of BOS, and adds its token
-        before, answer = prompt["ids"], prompt["answer"]
-        after = [program.logits([*before, *answer[:count]]) for count in range(len(answer) + 1)]
-        greedy = _greedy(program, before, answer, after, request["max_tokens"])
+        before, answer, logits = prompt["ids"], prompt["answer"], cache(program.logits)
+        rows += [logits((*before, *answer[:count])) for count in range(len(answer) + 1)]
+        greedy: list[int] = []
+        while len(greedy) < request["max_tokens"] and not (greedy and program.ends(greedy[-1])):
+            greedy.append(int(logits((*before, *greedy)).argmax()))
         prompts.append({"text": text, "ids": ids, "greedy": greedy})
-        rows += after
     stops = {str(token): program.ends(token) for token in request["stop_ids"]}
     return {"program": program.name, "prompts": prompts, "stops": stops}, np.array(rows)
 
 
-def _greedy(
-    program: llama_cpp.Program,
-    ids: Sequence[int],
-    answer: Sequence[int],
-    after: Sequence[NDArray[np.float32]],
-    max_tokens: int,
-) -> list[int]:
-    """The most probable tokens one by one, up to and including the one at which the program stops.
-
-    `after` are the logits after `ids` and after each token of `answer`; they are reused while the two agree.
-    """
-    tokens: list[int] = []
-    while len(tokens) < max_tokens and not (tokens and program.ends(tokens[-1])):
-        is_known = tokens == list(answer[: len(tokens)]) and len(tokens) < len(after)
-        logits = after[len(tokens)] if is_known else program.logits([*ids, *tokens])
-        tokens.append(int(logits.argmax()))
-    return tokens
-
-
 READERS: dict[str, Reader] = {
-    "transformers": Reader(by_transformers, {"transformers": ["transformers"]}, "verify"),
-    "peft": Reader(by_transformers, {"transformers": ["transformers"], "peft": ["peft"]}, "verify"),
-    "llama.cpp": Reader(by_llama_cpp, {"llama.cpp": llama_cpp.MODULES}, "gguf", has_windows=False),
+    "transformers": Reader(by_transformers, ["transformers"], "verify"),
+    "peft": Reader(by_transformers, ["transformers", "peft"], "verify"),
+    "llama.cpp": Reader(by_llama_cpp, ["xllamacpp"], "gguf", has_windows=False),
 }
 
 if __name__ == "__main__":

@@ -41,14 +41,14 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
-    """How a program rounds: `weights(name, merged weight)`, and the `inputs` of each product.
+    """How a program rounds: `weights(name, merged weight)`, and the `inputs` of each product (None: not rounded).
 
     `most` is the largest relative change of a weight, in root mean squares; more is an error.
     """
 
-    weights: Callable[[str, Tensor], Tensor]
-    inputs: Callable[[Tensor], Tensor]
-    most: float
+    weights: Callable[[str, Tensor], Tensor] = lambda name, weight: weight.float()
+    inputs: Callable[[Tensor], Tensor] | None = None
+    most: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +76,6 @@ class Reference:
         return float(self.logits.max() - self.logits.min())
 
 
-def exact(name: str, weight: Tensor) -> Tensor:
-    """A weight that is not rounded."""
-    return weight.float()
-
-
-def unrounded(x: Tensor) -> Tensor:
-    """An input of a product that is not rounded."""
-    return x
-
-
 def make_reference(
     source: RunSource, rounding: Rounding, longest: int, progress: Callable[[int, int], None]
 ) -> Reference:
@@ -97,10 +87,10 @@ def make_reference(
     network, _ = build_saved(source.base.path, source.adapter, "cpu", arithmetic)
     prompts = [_answered(source, network, messages) for messages in _questions(source, longest)]
     with torch.no_grad():
-        live = torch.cat([_logits(network, prompt, unrounded) for prompt in prompts])
+        live = torch.cat([_logits(network, prompt) for prompt in prompts])
         _round(source, network, rounding, progress)
         rounded = torch.cat([_logits(network, prompt, rounding.inputs) for prompt in prompts])
-    is_exact = rounding.inputs is unrounded and arithmetic == "float32"
+    is_exact = rounding.inputs is None and arithmetic == "float32"
     return Reference(prompts, live, rounded, arithmetic, is_exact)
 
 
@@ -150,10 +140,10 @@ def _answered(source: RunSource, network: Llama, messages: tuple[Message, ...]) 
     return Prompt(messages, text, ids, [token.id for _, token in made])
 
 
-def _logits(network: Llama, prompt: Prompt, inputs: Callable[[Tensor], Tensor]) -> Tensor:
+def _logits(network: Llama, prompt: Prompt, inputs: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     whole = torch.tensor([*prompt.ids, *prompt.answer])
-    hidden = network.hidden(whole, PackedDocuments([len(whole)]))[len(prompt.ids) - 1 :]
-    return F.linear(inputs(network.model.norm(hidden)), network.lm_head.weight).float()
+    hidden = network.model.norm(network.hidden(whole, PackedDocuments([len(whole)]))[len(prompt.ids) - 1 :])
+    return F.linear(hidden if inputs is None else inputs(hidden), network.lm_head.weight).float()
 
 
 def _round(
@@ -187,7 +177,9 @@ def _round(
 class _Rounded(Frozen):
     """A linear that rounds its input."""
 
-    def __init__(self, weight: Tensor, bias: nn.Parameter | None, inputs: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, weight: Tensor, bias: nn.Parameter | None, inputs: Callable[[Tensor], Tensor] | None
+    ) -> None:
         super().__init__(weight.shape[1], weight.shape[0])
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = bias
@@ -195,5 +187,5 @@ class _Rounded(Frozen):
 
     def product(self, x: Tensor, addend: Tensor | None = None, low: LowRank | None = None) -> Tensor:
         start = with_low_rank(addend, low, transposed=False, in_place=False)
-        out = F.linear(self._inputs(x), self.weight, self.bias)
+        out = F.linear(x if self._inputs is None else self._inputs(x), self.weight, self.bias)
         return out if start is None else out.add_(start)

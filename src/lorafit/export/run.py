@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,13 @@ from lorafit.export import parity
 from lorafit.export.card import FILE as CARD
 from lorafit.export.card import card
 from lorafit.export.kinds import BYTES, EXPORTS, Export
-from lorafit.export.merge import base_type
+from lorafit.export.merge import base_type, write_json
 from lorafit.export.ollama import FILE as MODELFILE
 from lorafit.export.readback import READERS
 from lorafit.export.reference import Reference, make_reference
 from lorafit.export.run_source import RunSource, open_source
 from lorafit.observe.progress import progress
-from lorafit.storage.atomic import commit_folder, read_facts, verify_folder
+from lorafit.storage.atomic import read_facts, staging_folder, verify_folder
 from lorafit.version import __version__
 
 _HINT = "free space, or give another --output; the run itself is unchanged"
@@ -40,13 +38,7 @@ class Exported:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, for JSON."""
-        fields = {
-            "kind": self.kind,
-            "type": self.type,
-            "files": dict(self.files),
-            "parity": dict(self.parity),
-        }
-        return {"path": str(self.path), **fields}
+        return {**asdict(self), "path": str(self.path)}
 
 
 def export_run(
@@ -86,24 +78,6 @@ def export_run(
             reference = make_reference(source, export.rounding(type_name), longest, advance)
     outcome: dict[str, Any] = parity.unverified("--no-verify")
 
-    def write(staging: Path) -> Mapping[str, str]:
-        nonlocal outcome
-        try:
-            with progress(f"writing {kind}") as advance:
-                sums = export.write(source, staging, type_name, advance)
-            contract = json.dumps(source.contract.to_json(), indent=1, ensure_ascii=False) + "\n"
-            (staging / "prompt.json").write_text(contract, encoding="utf-8")
-            if reference is not None:
-                outcome = _verify(source, reference, export, staging)
-            (staging / parity.FILE).write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")
-            (staging / CARD).write_text(card(source, export, type_name, staging, outcome), encoding="utf-8")
-            return sums
-        except OSError:
-            raise
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
-
     size = None if export.is_adapter else round(BYTES[type_name] * source.arch.num_parameters)
     facts = {
         "export": kind,
@@ -111,7 +85,15 @@ def export_run(
         "lorafit": __version__,
         "prompt_contract": source.contract.hash,
     }
-    commit_folder(folder, write, facts, size, hint=_HINT)
+    sums: dict[str, str] = {}
+    with staging_folder(folder, facts, sums, size, _HINT) as staging:
+        with progress(f"writing {kind}") as advance:
+            sums.update(export.write(source, staging, type_name, advance))
+        write_json(staging / "prompt.json", source.contract.to_json())
+        if reference is not None:
+            outcome = _verify(source, reference, export, staging)
+        write_json(staging / parity.FILE, outcome)
+        (staging / CARD).write_text(card(source, export, type_name, staging, outcome), encoding="utf-8")
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return Exported(folder, kind, type_name, files, outcome)
 

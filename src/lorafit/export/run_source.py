@@ -107,6 +107,14 @@ def open_source(path: str | Path, *, offline: bool = False) -> RunSource:
                 place=str(stored.file),
                 hint="give the original checkpoint; a merge into a quantised copy rounds the adapter away",
             )
+    adapted = frozenset(f"{module}.weight" for module in adapted_modules(adapter))
+    if unknown := sorted(adapted - weights.keys()):
+        raise ModelError.of(
+            Problem(
+                f"the adapter changes `{name}`, which the base model does not have", str(adapter / WEIGHTS)
+            )
+            for name in unknown
+        )
     return RunSource(
         run=run,
         config=config,
@@ -117,18 +125,5 @@ def open_source(path: str | Path, *, offline: bool = False) -> RunSource:
         spec=read_spec(adapter),
         renderer=Renderer(prompt, Tokenizer.from_folder(base.path)),
         weights=weights,
-        adapted=_adapted(adapter, weights),
+        adapted=adapted,
     )
-
-
-def _adapted(adapter: Path, weights: dict[str, StoredTensor]) -> frozenset[str]:
-    """The weights that the adapter changes. Raises ModelError naming those that the base does not have."""
-    names = {f"{module}.weight" for module in adapted_modules(adapter)}
-    if unknown := sorted(names - weights.keys()):
-        raise ModelError.of(
-            Problem(
-                f"the adapter changes `{name}`, which the base model does not have", str(adapter / WEIGHTS)
-            )
-            for name in unknown
-        )
-    return frozenset(names)

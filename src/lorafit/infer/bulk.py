@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -10,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from lorafit.errors import ConfigError, RunError
+from lorafit.errors import ConfigError
 from lorafit.infer.model import Answer, Model
 from lorafit.infer.prompts_file import PromptRow, read_prompts
 from lorafit.infer.sampling import Sampling
@@ -18,7 +17,7 @@ from lorafit.model.adapter_file import adapter_tensors
 from lorafit.observe.console import note
 from lorafit.observe.progress import progress
 from lorafit.redact import json_line
-from lorafit.storage.atomic import sha256_file, write_file
+from lorafit.storage.atomic import run_error, sha256_file, write_file
 
 _SYNC_SECONDS = 2.0
 
@@ -53,9 +52,8 @@ def answer_file(
                 write(line_of(index, rows[index], answer))
     except KeyboardInterrupt:
         if kept:
-            note(
-                f"{len(kept.lines):,} of {len(rows):,} answers are kept; the same command continues after them"
-            )
+            count = f"{len(kept.lines):,} of {len(rows):,}"
+            note(f"{count} answers are kept; the same command continues after them")
         raise
     finally:
         if kept:
@@ -79,12 +77,10 @@ def answers(
 
     `advance` gets the number of answers that are generated, which may be ahead of the order, and that of all rows.
     """
-    requests = [model.request(row.ids, max_tokens, sampling, stream=index) for index, row in enumerate(rows)][
-        start:
-    ]
+    requests = [model.request(row.ids, max_tokens, sampling, stream=index) for index, row in enumerate(rows)]
     done: dict[int, Answer] = {}
     num_yielded = 0
-    for index, answer in model.answers(requests, base=base):
+    for index, answer in model.answers(requests[start:], base=base):
         done[index] = answer
         advance(start + num_yielded + len(done), len(rows))
         while num_yielded in done:
@@ -117,7 +113,7 @@ class AnswerFile:
             raise ConfigError(f"`{path}` exists already", hint="give another --output, or remove it")
         self._head = json.dumps({"answers": purpose})
         self.lines = self._read()
-        with self._writing():
+        with run_error("cannot write", self.part):
             self._file = self.part.open("w", encoding="utf-8", newline="\n")
             self._file.write("".join(line + "\n" for line in (self._head, *self.lines)))
             self._sync()
@@ -125,7 +121,7 @@ class AnswerFile:
     def add(self, line: str) -> None:
         """Add a line, which is on the disk within a few seconds. Raises RunError."""
         self.lines.append(line)
-        with self._writing():
+        with run_error("cannot write", self.part):
             self._file.write(line + "\n")
             if time.monotonic() - self._synced > _SYNC_SECONDS:
                 self._sync()
@@ -138,15 +134,7 @@ class AnswerFile:
 
     def close(self) -> None:
         """Close the part, which a later process can continue."""
-        if not self._file.closed:
-            self._file.close()
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise RunError(f"cannot write: {error.strerror or error}", place=str(self.part)) from None
+        self._file.close()
 
     def _sync(self) -> None:
         self._file.flush()
@@ -182,20 +170,10 @@ def purpose_of(path: Path, model: Model, max_tokens: int, sampling: Sampling, ba
     """A hash of all that decides the answers: prompts, contract, adapter, part of the base's weights, settings."""
     digest = hashlib.sha256(sha256_file(path).encode())
     network = model.network
-    for tensor in (
-        *adapter_tensors(network).values(),
-        network.model.norm.weight,
-        network.lm_head.weight[:64],
-    ):
+    head = network.lm_head.weight
+    for tensor in (*adapter_tensors(network).values(), network.model.norm.weight, head[:64]):
         digest.update(tensor.detach().cpu().double().numpy().tobytes())
     kinds = sorted({type(module).__name__ for module in network.modules()})
-    settings = (
-        model.renderer.contract.hash,
-        max_tokens,
-        sampling,
-        base,
-        str(network.lm_head.weight.dtype),
-        kinds,
-    )
+    settings = (model.renderer.contract.hash, max_tokens, sampling, base, str(head.dtype), kinds)
     digest.update(repr(settings).encode())
     return digest.hexdigest()

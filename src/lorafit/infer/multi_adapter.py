@@ -54,7 +54,8 @@ def load_many(
     sources: dict[str, ModelSource] = {}
     problems: list[Problem] = []
     for index, word in enumerate(words):
-        name, path = _name_and_path(word)
+        match = None if Path(word).expanduser().exists() else _NAMED.fullmatch(word)
+        name, path = match.groups() if match else ("", word)
         if index and not Path(path).expanduser().exists():
             path = str(adapter_folder(path, offline=offline).path)
         source = find_source(path, offline=offline, quantize=quantize)
@@ -89,13 +90,6 @@ def load_many(
         folders = {name: source.adapter for name, source in sources.items() if source.adapter}
         adapters = Adapters(network, folders)
     return Models(network, adapters, named)
-
-
-def _name_and_path(word: str) -> tuple[str, str]:
-    match = _NAMED.fullmatch(word)
-    if match is None or Path(word).expanduser().exists():
-        return "", word
-    return match[1], match[2]
 
 
 def _default_name(path: str, source: ModelSource) -> str:

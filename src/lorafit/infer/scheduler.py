@@ -14,9 +14,8 @@ from typing import Literal
 
 from lorafit.infer.continuous_batch import ContinuousBatch, GeneratedToken, Request
 
-_PROMPT_TOKENS = (
-    512  # most that are read between two decode passes, except one longer prompt: active rows wait
-)
+# most that are read between two decode passes, except one longer prompt: active rows wait
+_PROMPT_TOKENS = 512
 
 Failure = Literal["late", "failed", "stopped"]
 
@@ -77,7 +76,8 @@ class Scheduler:
             if self._stopping:
                 raise StoppedError
             if len(self._active) + len(self._waiting) + len(tickets) > self.capacity:
-                raise QueueFullError(self._wait_seconds())
+                rounds = 1 + len(self._waiting) / self.batch.num_slots
+                raise QueueFullError(max(1, min(60, round(rounds * self._seconds))))
             self._waiting.extend(tickets)
             self._changed.notify()
 
@@ -102,10 +102,6 @@ class Scheduler:
         if self._thread.is_alive():
             self._thread.join()
 
-    def _wait_seconds(self) -> int:
-        rounds = 1 + len(self._waiting) / self.batch.num_slots
-        return max(1, min(60, round(rounds * self._seconds)))
-
     def _run(self) -> None:
         while True:
             with self._changed:
@@ -117,6 +113,13 @@ class Scheduler:
                     self._waiting.clear()
                     break
             events = [*self._expire(), *self._admit(), *self._step()]
+            with self._changed:
+                for ticket, event in events:
+                    if isinstance(event, str):
+                        self._active.discard(ticket)
+                    elif event.end:
+                        self._active.discard(ticket)
+                        self._seconds += 0.1 * (time.monotonic() - ticket.started - self._seconds)
             if events := [event for event in events if not event[0].is_cancelled]:
                 self._deliver(events)
         if stopped:
@@ -126,11 +129,8 @@ class Scheduler:
         """Remove the tickets whose deadline is over, and cancelled ones from the batch."""
         now = time.monotonic()
         with self._changed:
-            late = {
-                ticket
-                for ticket in (*self._active, *self._waiting)
-                if ticket.deadline <= now and not ticket.is_cancelled
-            }
+            tickets = [*self._active, *self._waiting]
+            late = {ticket for ticket in tickets if ticket.deadline <= now and not ticket.is_cancelled}
             removed = {ticket for ticket in self._active if ticket.is_cancelled or ticket in late}
             self._active -= removed
             self._waiting = deque(ticket for ticket in self._waiting if ticket not in late)
@@ -154,30 +154,15 @@ class Scheduler:
             num_read += length
             ticket.started = time.monotonic()
             try:
-                events += self._record(self.batch.add([(ticket, ticket.request)]))
+                events += self.batch.add([(ticket, ticket.request)])
             except Exception as error:  # this prompt's alone
                 self.last_error = error
-                with self._changed:
-                    self._active.discard(ticket)
                 events.append((ticket, "failed"))
         return events
 
     def _step(self) -> list[TicketEvent]:
         try:
-            return self._record(self.batch.step())
+            return list(self.batch.step())
         except Exception as error:
             self.last_error = error
-            self.batch.clear()
-            with self._changed:
-                failed = list(self._active)
-                self._active.clear()
-            return [(ticket, "failed") for ticket in failed]
-
-    def _record(self, tokens: Sequence[tuple[Ticket, GeneratedToken]]) -> list[TicketEvent]:
-        """The events of `tokens`; tickets that have ended are no longer active."""
-        for ticket, token in tokens:
-            if token.end:
-                self._seconds += 0.1 * (time.monotonic() - ticket.started - self._seconds)
-                with self._changed:
-                    self._active.discard(ticket)
-        return list(tokens)
+            return [(ticket, "failed") for ticket in self.batch.clear()]

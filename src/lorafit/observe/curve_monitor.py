@@ -9,10 +9,11 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorafit.observe.events import Diagnosis, Event, Heldout, Observer, Step
+from lorafit.observe.events import Diagnosis, Event, Observer
 
 WINDOW = 50  # steps that are recent
 LEAST = 20  # steps before the first diagnosis
@@ -26,6 +27,7 @@ _EXPLODED, _EXPLODED_STEPS = 20.0, 3
 _MOVED, _SURE, _FULL_RATE, _NOTHING_TO_LEARN = 0.98, 0.02, 0.3, 0.2
 _STILL, _STILL_TIMES = 0.002, 5
 _WORSE, _WORSE_LEAST = 1.03, 0.02
+_Problem = tuple[str, str, str]  # what, text and hint of a diagnosis
 
 
 def _recent() -> deque[float]:
@@ -53,66 +55,60 @@ class CurveMonitor:
         """A monitor that has read the events of a metrics.jsonl, for a run that is resumed."""
         monitor = cls()
         for event in events:
-            try:
-                match event.get("event"):
-                    case "step":
-                        monitor._step(
-                            event["step"], event["loss"], event["grad_norm"], event["learning_rate"]
-                        )
-                    case "heldout":
-                        monitor._heldout(event["step"], event["loss"], event.get("base_loss"))
-            except (KeyError, TypeError):  # a number that JSON does not have, or a line of another version
-                continue
+            with suppress(KeyError, TypeError):  # not a number of JSON, or a line of another version
+                monitor.look(event)
         return monitor
 
-    def look(self, event: Event) -> list[Diagnosis]:
-        """The diagnoses that follow from `event`, without those of the last QUIET steps."""
-        match event:
-            case Step():
-                return self._step(event.step, event.loss, event.grad_norm, event.learning_rate)
-            case Heldout():
-                return self._heldout(event.step, event.loss, event.base_loss)
-        return []
+    def look(self, event: Mapping[str, Any]) -> list[Diagnosis]:
+        """The diagnoses that follow from an event, without those of the last QUIET steps."""
+        if (kind := event.get("event")) not in ("step", "heldout"):
+            return []
+        step, loss = event["step"], event["loss"]
+        if kind == "step":
+            problems = self._step(loss, event["grad_norm"], event["learning_rate"])
+        else:
+            problems = self._heldout(step, loss, event.get("base_loss"))
+        quiet_for = {what: step - self.last_seen.get(what, -math.inf) for what, _, _ in problems}
+        self.last_seen |= dict.fromkeys(quiet_for, step)  # it is not repeated while it lasts
+        return [Diagnosis(step, *problem) for problem in problems if quiet_for[problem[0]] >= QUIET]
 
-    def _step(self, step: int, loss: float, norm: float, rate: float) -> list[Diagnosis]:
-        diagnoses: list[Diagnosis | None] = []
+    def _step(self, loss: float, norm: float, rate: float) -> list[_Problem]:
+        problems: list[_Problem | None] = []
         self.rate, self.peak_rate = rate, max(self.peak_rate, rate)
         if len(self.losses) >= LEAST:
-            diagnoses += [self._spike(step, loss), self._explosion(step, norm)]
+            problems += [self._spike(loss), self._explosion(norm)]
         self.losses.append(loss)
         self.norms.append(norm)
         self.num_steps += 1
         if self.num_steps % WINDOW == 0:
-            self.blocks.append(_mean(self.losses))
+            self.blocks.append(statistics.fmean(self.losses))
         if len(self.first) < _AT_START:
             self.first.append(loss)
         if len(self.losses) >= LEAST:
-            diagnoses += [self._climb(step), self._no_start(step)]
-        return [diagnosis for diagnosis in diagnoses if diagnosis]
+            problems += [self._climb(), self._no_start()]
+        return [problem for problem in problems if problem]
 
-    def _spike(self, step: int, loss: float) -> Diagnosis | None:
+    def _spike(self, loss: float) -> _Problem | None:
         usual = statistics.median(self.losses)
-        logs = [
-            math.log(max(one, _TINY)) for one in self.losses
-        ]  # the noise of a loss is symmetric in its log
+        # the noise of a loss is symmetric in its log
+        logs = [math.log(max(one, _TINY)) for one in self.losses]
         factor = math.exp(min(_SPIKE_DEVIATIONS * _deviation(logs), _FAR))
         if loss <= max(usual * max(_SPIKE, factor), usual + _SPIKE_LEAST):
             return None
         text = f"the loss jumped to {loss:.3g} from about {usual:.3g}"
-        return self._diagnosis(
-            "spike", step, text, f"look at the rows of this step; if it stays high, {self._lower_rate()}"
-        )
+        hint = f"look at the rows of this step; if it stays high, {self._lower_rate()}"
+        return "spike", text, hint
 
-    def _explosion(self, step: int, norm: float) -> Diagnosis | None:
+    def _explosion(self, norm: float) -> _Problem | None:
         usual = statistics.median(self.norms)
         self.num_exploded = self.num_exploded + 1 if norm > _EXPLODED * usual > 0 else 0
         if self.num_exploded < _EXPLODED_STEPS:
             return None
         text = f"the gradient's norm exploded to {norm:.3g} from about {usual:.3g}"
         hint = f"{self._lower_rate()}, or a lower train.max_grad_norm"
-        return self._diagnosis("gradient explosion", step, text, hint)
+        return "gradient explosion", text, hint
 
-    def _climb(self, step: int) -> Diagnosis | None:
+    def _climb(self) -> _Problem | None:
         usual, noise = statistics.median(self.losses), _deviation(self.losses)
         if len(self.losses) == WINDOW:
             self.lowest = usual if self.lowest is None else min(usual, self.lowest)
@@ -124,25 +120,24 @@ class CurveMonitor:
             text = f"the loss rises: {usual:.3g} after it was down to {self.lowest:.3g}"
         else:
             return None
-        return self._diagnosis(
-            "divergence", step, text, f"the learning rate is too high: {self._lower_rate()}"
-        )
+        hint = f"the learning rate is too high: {self._lower_rate()}"
+        return "divergence", text, hint
 
-    def _no_start(self, step: int) -> Diagnosis | None:
+    def _no_start(self) -> _Problem | None:
         quarter = len(self.blocks) // 4
         if not quarter or self.num_steps % WINDOW or self.rate < _FULL_RATE * self.peak_rate:
             return None
-        first, last = _mean(self.blocks[:quarter]), _mean(self.blocks[-quarter:])
+        first, last = statistics.fmean(self.blocks[:quarter]), statistics.fmean(self.blocks[-quarter:])
         noise = _deviation(self.losses) * math.sqrt(2 / (quarter * WINDOW))
         has_moved = not _MOVED * first <= last <= _CLIMB * first
         if has_moved or first < _NOTHING_TO_LEARN or noise > _SURE * first:
             return None
         text = f"after {self.num_steps} steps the loss has hardly moved ({first:.3g} to {last:.3g})"
         hint = f"is the learning rate ({self.peak_rate:.1g}) too low, or is the answer not what is trained?"
-        return self._diagnosis("plateau", step, text, hint)
+        return "plateau", text, hint
 
-    def _heldout(self, step: int, loss: float, base: float | None) -> list[Diagnosis]:
-        training = _mean(list(self.losses)[-LEAST:]) if self.losses else loss
+    def _heldout(self, step: int, loss: float, base: float | None) -> list[_Problem]:
+        training = statistics.fmean(list(self.losses)[-LEAST:]) if self.losses else loss
         self.heldout.append((step, loss, training))
         best_step, best, training_then = min(self.heldout, key=lambda measured: measured[1])
         num_later = sum(measured[0] > best_step for measured in self.heldout)
@@ -150,32 +145,25 @@ class CurveMonitor:
         recent = [measured[1] for measured in self.heldout[-_STILL_TIMES:]]
         if base is not None and loss > _WORSE * base and loss > base + _WORSE_LEAST:
             text = f"the held-out loss ({loss:.3g}) is above that of the untrained model ({base:.3g})"
-            diagnosis = self._diagnosis("worse than base", step, text, self._lower_rate())
-        elif num_later >= 2 and is_worse and training < training_then:
+            return [("worse than base", text, self._lower_rate())]
+        if num_later >= 2 and is_worse and training < training_then:
             text = (
                 f"the run overfits: the training loss falls ({training_then:.3g} to {training:.3g}), "
                 f"the held-out loss rises ({best:.3g} at step {best_step}, now {loss:.3g})"
             )
             hint = "fewer epochs, more rows, lora.dropout, or train.patience=3"
-            diagnosis = self._diagnosis("overfit", step, text, hint)
-        elif (
+            return [("overfit", text, hint)]
+        if (
             len(recent) == _STILL_TIMES
             and self.rate >= _FULL_RATE * self.peak_rate
             and max(recent) - min(recent) <= _STILL * min(recent)
         ):
             text = f"the held-out loss has stayed at {loss:.3g} for {_STILL_TIMES} measurements"
-            diagnosis = self._diagnosis("plateau", step, text, "train.patience=3 would end the run here")
-        else:
-            return []
-        return [diagnosis] if diagnosis else []
+            return [("plateau", text, "train.patience=3 would end the run here")]
+        return []
 
     def _lower_rate(self) -> str:
         return f"try train.learning_rate={self.peak_rate / 3:.1g}"
-
-    def _diagnosis(self, what: str, step: int, text: str, hint: str) -> Diagnosis | None:
-        before = self.last_seen.get(what)
-        self.last_seen[what] = step  # it is not repeated while it lasts
-        return None if before is not None and step - before < QUIET else Diagnosis(step, what, text, hint)
 
 
 def diagnosing(observe: Observer, monitor: CurveMonitor) -> Observer:
@@ -183,7 +171,7 @@ def diagnosing(observe: Observer, monitor: CurveMonitor) -> Observer:
 
     def observe_and_look(event: Event) -> None:
         observe(event)
-        for diagnosis in monitor.look(event):
+        for diagnosis in monitor.look(event.as_dict()):
             observe(diagnosis)
 
     return observe_and_look
@@ -193,7 +181,3 @@ def _deviation(values: Sequence[float] | deque[float]) -> float:
     """A standard deviation that single outliers do not change."""
     middle = statistics.median(values)
     return 1.4826 * statistics.median(abs(one - middle) for one in values)
-
-
-def _mean(values: Sequence[float] | deque[float]) -> float:
-    return sum(values) / len(values)

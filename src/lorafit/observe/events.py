@@ -8,7 +8,9 @@ from typing import ClassVar, Literal
 
 
 @dataclass(frozen=True, slots=True)
-class _Event:
+class Event:
+    """Something that happened in a run. `kind` is its name on disk."""
+
     kind: ClassVar[str]
 
     def as_dict(self) -> dict[str, object]:
@@ -17,7 +19,7 @@ class _Event:
 
 
 @dataclass(frozen=True, slots=True)
-class RunStarted(_Event):
+class RunStarted(Event):
     """A run, new or resumed, is about to take its first step."""
 
     kind = "run_started"
@@ -32,7 +34,7 @@ class RunStarted(_Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Step(_Event):
+class Step(Event):
     """One optimizer step is done.
 
     `loss` is the mean over the step's supervised tokens, `grad_norm` the norm before clipping, `seconds` the wall time
@@ -58,7 +60,7 @@ class Step(_Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Heldout(_Event):
+class Heldout(Event):
     """The held-out rows were evaluated after `step`; `base_loss` is the untrained model's, where known."""
 
     kind = "heldout"
@@ -69,7 +71,7 @@ class Heldout(_Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Saved(_Event):
+class Saved(Event):
     """A checkpoint was written after `step`."""
 
     kind = "saved"
@@ -79,7 +81,7 @@ class Saved(_Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Progress(_Event):
+class Progress(Event):
     """Work between two steps: `done` of `total` parts of `what`. It is shown and not recorded."""
 
     kind = "busy"
@@ -89,7 +91,7 @@ class Progress(_Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Sample(_Event):
+class Sample(Event):
     """The answers of the base and of the tuned model to a held-out prompt."""
 
     kind = "sample"
@@ -99,7 +101,7 @@ class Sample(_Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Answers(_Event):
+class Answers(Event):
     """The answers to the fixed held-out prompts after `step`, and whether each ended with a stop token.
 
     `base` are the base model's answers, in the first such event of a process only.
@@ -115,7 +117,7 @@ class Answers(_Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Proved(_Event):
+class Proved(Event):
     """The result of the proof at the end: `lines` for what holds, `faults` for what does not. proof.json has all."""
 
     kind = "proved"
@@ -126,7 +128,7 @@ class Proved(_Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Message(_Event):
+class Message(Event):
     """A message for the user that is none of the other events."""
 
     kind = "note"
@@ -135,7 +137,7 @@ class Message(_Event):
 
 
 @dataclass(frozen=True, slots=True)
-class Diagnosis(_Event):
+class Diagnosis(Event):
     """A problem in the curves up to `step` (see `curve_monitor`), and what to do."""
 
     kind = "diagnosis"
@@ -146,7 +148,7 @@ class Diagnosis(_Event):
 
 
 @dataclass(frozen=True, slots=True)
-class RunEnded(_Event):
+class RunEnded(Event):
     """The run has ended; `loss` is that of the last step, `adapter` the folder to load."""
 
     kind = "run_ended"
@@ -157,19 +159,6 @@ class RunEnded(_Event):
     loss: float
 
 
-Event = (
-    RunStarted
-    | Step
-    | Heldout
-    | Saved
-    | Progress
-    | Sample
-    | Answers
-    | Proved
-    | Message
-    | Diagnosis
-    | RunEnded
-)
 Observer = Callable[[Event], None]
 
 

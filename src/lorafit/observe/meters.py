@@ -27,13 +27,11 @@ class Meter:
         window_seconds = sum(step_seconds for _, step_seconds in self._steps)
         return sum(step_tokens for step_tokens, _ in self._steps) / window_seconds if window_seconds else 0.0
 
-    def eta(self, num_steps_left: int) -> float | None:
-        """Seconds for `num_steps_left` steps at the median time of the window; None before the first step.
+    def eta(self, num_steps_left: int) -> float:
+        """Seconds for `num_steps_left` steps at the median time of the window, after the first `update`.
 
         The median, because the first step (compilation, cold caches) is slower than the others.
         """
-        if not self._steps:
-            return None
         return num_steps_left * statistics.median(seconds for _, seconds in self._steps)
 
     @staticmethod

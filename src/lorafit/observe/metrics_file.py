@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from lorafit.errors import RunError
 from lorafit.observe.events import Event, Progress, Step
-from lorafit.storage.atomic import BLOCK, sync, write_file
+from lorafit.storage.atomic import BLOCK, run_error, sync, write_file
 from lorafit.storage.safe_read import MB, open_no_follow, parse_json, read_bytes
 
 MAX_BYTES = 4096 * MB  # of the file: ten million steps take half of it
@@ -25,39 +26,26 @@ class Record:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
+        with self._writing(BLOCK):
             self._file = open_no_follow(path, "ab")
             self._file.truncate(_whole(path.read_bytes()))
             sync(path.parent)  # a later sync of the file needs its name on disk
-        except OSError as error:
-            raise self._cannot_write(error, BLOCK) from error
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Progress):
             return
         line = _line(event)
-        try:
+        with self._writing(len(line)):
             written = self._file.write(line)
             if written < len(line):  # the disk became full: the rest of the line raises the error
                 self._file.write(line[written:])
-        except OSError as error:
-            raise self._cannot_write(error, len(line)) from error
 
     def close(self) -> None:
         self._file.close()
 
-    def __enter__(self) -> Record:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _cannot_write(self, error: OSError, num_bytes: int) -> RunError:
-        return RunError(
-            f"cannot write the run's metrics: {error.strerror or error} ({num_bytes:,} bytes are needed)",
-            place=str(self.path),
-            hint="free some space or choose another output folder, then resume the run",
-        )
+    def _writing(self, num_bytes: int) -> AbstractContextManager[None]:
+        hint = "free some space or choose another output folder, then resume the run"
+        return run_error("cannot write the run's metrics", self.path, num_bytes, hint)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -68,11 +56,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     events = []
     for number, (_, event) in enumerate(_lines(path), start=1):
         if event is None:
-            raise RunError(
-                "a line of the run's metrics is not a JSON object",
-                place=f"{path}:{number}",
-                hint="another program has changed the file; delete that line to read the rest",
-            )
+            hint = "another program has changed the file; delete that line to read the rest"
+            message = "a line of the run's metrics is not a JSON object"
+            raise RunError(message, place=f"{path}:{number}", hint=hint)
         events.append(event)
     return events
 
@@ -92,7 +78,7 @@ def truncate_after(path: Path, step: int) -> int:
     The file is replaced atomically, and the lines that stay keep their bytes. Raises RunError.
     """
     events = list(_lines(path))
-    kept = [line for line, event in events if event is not None and _step_of(event) <= step]
+    kept = [line for line, event in events if event is not None and (number(event.get("step")) or 0) <= step]
     write_file(path, b"".join(kept).decode())
     return sum(event is None for _, event in events)
 
@@ -108,11 +94,6 @@ def series(events: Iterable[Mapping[str, Any]], name: str) -> list[tuple[float, 
     """(step, value) of the events in order, where both are numbers that can be shown."""
     pairs = ((number(event.get("step")), number(event.get(name))) for event in events)
     return [(step, value) for step, value in pairs if step is not None and value is not None]
-
-
-def _step_of(event: dict[str, Any]) -> float:
-    step = event.get("step", 0)
-    return step if isinstance(step, int | float) else 0
 
 
 def _line(event: Event) -> bytes:
@@ -138,10 +119,8 @@ def _whole(content: bytes) -> int:
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     """The whole lines of `path`, each with its event, None for a damaged one."""
-    try:
+    with run_error("cannot read the run's metrics", path):
         content = read_bytes(path, MAX_BYTES)
-    except OSError as error:
-        raise RunError(f"cannot read the run's metrics: {error.strerror}", place=str(path)) from error
     for line in content[: _whole(content)].splitlines(keepends=True):
         try:
             event = parse_json(line.decode())

@@ -6,6 +6,7 @@ import contextlib
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -34,21 +35,15 @@ from lorafit.observe.meters import Meter
 from lorafit.observe.units import duration, memory_size, short_count
 
 MIN_BAR_WIDTH = 8
-LEAST_IMPORTANT_FIRST = (
-    "elapsed",
-    "memory",
-    "learning_rate",
-    "speed",
-    "eta",
-    "loss",
-)  # left out of a short line
+# left out of a short line
+LEAST_IMPORTANT_FIRST = ("elapsed", "memory", "learning_rate", "speed", "eta", "loss")
 SAMPLE_CHARACTERS = 240
 
 
 class Terminal:
     """Shows a run: a live line on a terminal, plain lines every `log_every` steps elsewhere.
 
-    The loss is the mean of the last `log_every` steps. A context manager, which removes the live line at its end.
+    The loss is the mean of the last `log_every` steps. `close` removes the live line.
     """
 
     def __init__(self, stream: TextIO | None = None, *, log_every: int = 10) -> None:
@@ -73,17 +68,23 @@ class Terminal:
     def _show(self, event: Event) -> None:
         match event:
             case RunStarted():
-                self._print(_started(event))
+                part = 100 * event.num_trainable / max(event.num_parameters, 1)
+                counts = f"{short_count(event.num_parameters)} parameters, {short_count(event.num_trainable)} trained"
+                self._print(f"{event.model}  {counts} ({part:.2g} %)  {event.device} {event.dtype}")
+                self._print(f"{event.num_rows:,} rows  {event.num_steps:,} steps  output {event.output}")
                 self._started = time.monotonic()
             case Step():
                 self._step(event)
             case Heldout():
-                self._print(_heldout(event))
+                base = "" if event.base_loss is None else f" (base {event.base_loss:.3f})"
+                best = "  best so far" if event.best else ""
+                self._print(f"step {event.step}  held-out loss {event.loss:.3f}{base}{best}")
             case Saved():
                 self._print(f"step {event.step}  saved {event.path} ({event.reason})")
             case Progress():
                 if can_redraw(self._console):  # elsewhere its result is a line
-                    self._draw(_BusyLine(event))
+                    text = f"{event.what} {event.done}/{event.total}"
+                    self._draw(_Line(event.done, event.total, lambda: {"step": text}))
             case Sample():
                 self._sample(event)
             case Answers():
@@ -98,7 +99,8 @@ class Terminal:
                 self._print(f"step {event.step}  {event.text}: {event.hint}", style="yellow")
             case RunEnded():
                 self.close()
-                self._print(_ended(event))
+                self._print(f"{event.reason} after {event.step:,} steps in {duration(event.seconds)}")
+                self._print(f"adapter {event.adapter}")
 
     def close(self) -> None:
         """Remove the live line."""
@@ -107,23 +109,17 @@ class Terminal:
             with contextlib.suppress(OSError, ValueError):  # the terminal was closed
                 live.stop()
 
-    def __enter__(self) -> Terminal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def _step(self, event: Step) -> None:
         self._losses.append(event.loss)
         self._meter.update(event.tokens, event.seconds)
         loss = sum(self._losses) / len(self._losses)
-        eta = self._meter.eta(event.num_steps - event.step) or 0.0
+        eta = self._meter.eta(event.num_steps - event.step)
         if can_redraw(self._console):
-            self._draw(_LiveLine(event, loss, eta, self._started))
+            self._draw(_Line(event.step, event.num_steps, lambda: _parts(event, loss, eta, self._started)))
         elif event.step % self._log_every == 0 or event.step == event.num_steps:
             self._print("  ".join(_parts(event, loss, eta).values()))
 
-    def _draw(self, line: _LiveLine | _BusyLine) -> None:
+    def _draw(self, line: _Line) -> None:
         """Draw `line` in place of the live line."""
         if self._live is None:
             # stdout is not redirected: it may be a pipe, and it carries results
@@ -160,7 +156,7 @@ class Terminal:
         print_line(self._console, line, style)
 
 
-def _parts(event: Step, loss: float, eta: float, elapsed: float | None = None) -> dict[str, str]:
+def _parts(event: Step, loss: float, eta: float, started: float | None = None) -> dict[str, str]:
     """The pieces of a progress line by name, in their order on the line."""
     parts = {
         "step": f"step {event.step}/{event.num_steps}",
@@ -168,47 +164,30 @@ def _parts(event: Step, loss: float, eta: float, elapsed: float | None = None) -
         "learning_rate": f"lr {event.learning_rate:.1e}",
         "speed": f"{event.tokens_per_second:,.0f} tokens/s",
     }
-    if elapsed is not None:
-        parts["elapsed"] = duration(elapsed)
+    if started is not None:
+        parts["elapsed"] = duration(time.monotonic() - started)
     return {**parts, "eta": f"eta {duration(eta)}", "memory": memory_size(event.memory_bytes)}
 
 
 @dataclass(frozen=True, slots=True)
-class _LiveLine:
-    """The parts that fit the width of the terminal, and a bar in the rest."""
+class _Line:
+    """The parts that fit the width of the terminal, and a bar in the rest. It asks for `parts` at each redraw."""
 
-    event: Step
-    loss: float
-    eta: float
-    started: float
+    done: int
+    total: int
+    parts: Callable[[], dict[str, str]]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        parts = _parts(self.event, self.loss, self.eta, time.monotonic() - self.started)
+        parts = self.parts()
         for name in LEAST_IMPORTANT_FIRST:
             if MIN_BAR_WIDTH + sum(len(part) + 2 for part in parts.values()) <= options.max_width:
                 break
-            del parts[name]
-        step, others = parts.pop("step") + "  ", "".join("  " + part for part in parts.values())
-        yield _bar(options.max_width, step, self.event.num_steps, self.event.step, others)
-
-
-@dataclass(frozen=True, slots=True)
-class _BusyLine:
-    """The progress of work between two steps, and a bar."""
-
-    event: Progress
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        event = self.event
-        text = f"{event.what} {event.done}/{event.total}  "
-        yield _bar(options.max_width, text, event.total, event.done, "")
-
-
-def _bar(width: int, before: str, total: int, done: int, after: str) -> Table:
-    bar = ProgressBar(total, done, max(width - len(before) - len(after), 1))
-    line = Table.grid()
-    line.add_row(Text(before, style="bold"), bar, Text(after))
-    return line
+            parts.pop(name, None)
+        before, after = parts.pop("step") + "  ", "".join("  " + part for part in parts.values())
+        bar = ProgressBar(self.total, self.done, max(options.max_width - len(before) - len(after), 1))
+        line = Table.grid()
+        line.add_row(Text(before, style="bold"), bar, Text(after))
+        yield line
 
 
 def _beginning(answer: str) -> str:
@@ -216,23 +195,5 @@ def _beginning(answer: str) -> str:
     return answer if len(answer) <= SAMPLE_CHARACTERS else answer[:SAMPLE_CHARACTERS].rstrip() + " [...]"
 
 
-def _started(event: RunStarted) -> str:
-    share = 100 * event.num_trainable / max(event.num_parameters, 1)
-    return (
-        f"{event.model}  {short_count(event.num_parameters)} parameters, {short_count(event.num_trainable)} trained"
-        f" ({share:.2g} %)  {event.device} {event.dtype}\n"
-        f"{event.num_rows:,} rows  {event.num_steps:,} steps  output {event.output}"
-    )
-
-
-def _heldout(event: Heldout) -> str:
-    base = "" if event.base_loss is None else f" (base {event.base_loss:.3f})"
-    return f"step {event.step}  held-out loss {event.loss:.3f}{base}{'  best so far' if event.best else ''}"
-
-
 def _short(text: str, most: int = 60) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
-
-
-def _ended(event: RunEnded) -> str:
-    return f"{event.reason} after {event.step:,} steps in {duration(event.seconds)}\nadapter {event.adapter}"

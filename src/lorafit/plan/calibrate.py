@@ -75,37 +75,36 @@ def calibrate(
     """
     started = time.perf_counter()
     device, was_training = network.lm_head.weight.device, network.training
-    states = torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
     def timed(index: int) -> float:
-        return _pass_seconds(network, pack_of(index))
+        pack = pack_of(index)
+        taken = _seconds(lambda: (pack_loss(network, pack) / max(1, len(pack.targets))).backward(), device)
+        network.zero_grad()
+        return taken
 
     tokens = work.passes[:, 0]
     shortest = int(np.argmin(tokens))
     network.train()
     try:
-        cheap = tokens[shortest] < _SHORT_PACK * tokens[heaviest]
-        if cheap:
-            timed(shortest)  # the first products of a process set things up
-        network.model.embed_tokens.weight.count_nonzero()  # mapped from its file; a whole run reads all of it
-        with watch_peak(device) as peak:
-            seconds = timed(heaviest)
-        if not cheap and time.perf_counter() - started < _SEVERAL_SECONDS:
-            seconds = timed(heaviest)
-        num_tokens = float(tokens[heaviest])
-        for index in evenly_spread(len(tokens), _MOST_PACKS):
-            if time.perf_counter() - started > _SEVERAL_SECONDS:
-                break
-            seconds += timed(index)
-            num_tokens += float(tokens[index])
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            cheap = tokens[shortest] < _SHORT_PACK * tokens[heaviest]
+            if cheap:
+                timed(shortest)  # the first products of a process set things up
+            network.model.embed_tokens.weight.count_nonzero()  # mapped from its file; a whole run reads all of it
+            with watch_peak(device) as peak:
+                seconds = timed(heaviest)
+            if not cheap and time.perf_counter() - started < _SEVERAL_SECONDS:
+                seconds = timed(heaviest)
+            num_tokens = float(tokens[heaviest])
+            for index in evenly_spread(len(tokens), _MOST_PACKS):
+                if time.perf_counter() - started > _SEVERAL_SECONDS:
+                    break
+                seconds += timed(index)
+                num_tokens += float(tokens[index])
     finally:
-        for parameter in network.parameters():
-            parameter.grad = None
+        network.zero_grad()
         release_free_memory()
         network.train(was_training)
-        torch.set_rng_state(states[0])
-        if states[1] is not None:
-            torch.cuda.set_rng_state(states[1], device)
     return Throughput(
         seconds_per_token=seconds / max(1.0, num_tokens),
         token_seconds=quick.token_seconds,
@@ -113,18 +112,6 @@ def calibrate(
         seconds=time.perf_counter() - started,
         peak_bytes=peak.num_bytes,
     )
-
-
-def _pass_seconds(network: Llama, pack: Pack) -> float:
-    """Seconds of a forward and backward pass whose gradients are dropped."""
-
-    def work() -> None:
-        (pack_loss(network, pack) / max(1, len(pack.targets))).backward()
-
-    seconds = _seconds(work, network.lm_head.weight.device)
-    for parameter in network.parameters():
-        parameter.grad = None
-    return seconds
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

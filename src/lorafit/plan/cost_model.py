@@ -14,6 +14,7 @@ from lorafit.model.architecture import Architecture
 from lorafit.model.loss import CHUNK_BYTES
 from lorafit.model.quant import QUANTIZERS, Quantize
 
+# The linears of a layer in order; those that share an input stand together.
 _NAMES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 
 
@@ -48,53 +49,25 @@ class PassCost:
         return math.ceil(self.tokens / FILL) * FILL
 
 
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Linears that share an input, as `project` takes them: (name, out_features), the input's width, its rows.
-
-    `inputs` is numbers per row that the group saves where it saves its input, `needs_input` whether it does so even
-    without an adapted linear.
-    """
-
-    linears: tuple[tuple[str, int], ...]
-    in_features: int
-    inputs: int
-    needs_input: bool
-    rows: float
-
-
-def _groups(arch: Architecture, work: PassCost, layer: int) -> list[_Group]:
-    """The four groups of a layer in order. After its attention the last layer computes the supervised rows only."""
-    rows = work.supervised if layer == arch.num_hidden_layers - 1 else work.filled
-    groups = []
-    for names in _NAMES:
-        linears = tuple((name, arch.linears[name][0]) for name in names)
-        width = arch.linears[names[0]][1]
-        inputs = 2 * width if names == ("down_proj",) else width
-        rows_here = work.filled if "q_proj" in names else rows
-        groups.append(_Group(linears, width, inputs, names != ("o_proj",), rows_here))
-    return groups
-
-
-def _adapted_before(shape: Shape, layer: int, group: int) -> bool:
-    """Whether a linear before this group is adapted, so that a gradient reaches its input."""
-    before = {name for names in _NAMES[:group] for name in names}
-    return any(shape.adapted[:layer]) or bool(shape.adapted[layer] & before)
+def _rows(arch: Architecture, work: PassCost, layer: int) -> float:
+    """Rows that a layer computes after its attention: in the last layer the supervised ones only."""
+    return work.supervised if layer == arch.num_hidden_layers - 1 else work.filled
 
 
 def layer_saved_bytes(shape: Shape, work: PassCost, layer: int) -> float:
     """Bytes that a layer keeps for its backward pass, without `recompute`."""
-    width = shape.width
-    total = 0.0
-    for number, group in enumerate(_groups(shape.arch, work, layer)):
-        ranks = shape.rank * sum(name in shape.adapted[layer] for name, _ in group.linears)
-        if not ranks and not _adapted_before(shape, layer, number):
-            continue
-        if group.needs_input or ranks:
-            total += group.rows * group.inputs * width
-        total += group.rows * ranks * width
-        if number == 0:
-            total += _attention_bytes(shape, work)
+    linears, adapted, total = shape.arch.linears, shape.adapted[layer], 0.0
+    has_gradient = any(shape.adapted[:layer])  # reaches the input of these linears
+    for names in _NAMES:
+        rows = work.filled if "q_proj" in names else _rows(shape.arch, work, layer)
+        ranks = shape.rank * len(adapted.intersection(names))
+        if has_gradient or ranks:
+            inputs = linears[names[0]][1] * (2 if names == ("down_proj",) else 1)
+            keeps_input = ranks or names != ("o_proj",)
+            total += rows * (ranks + inputs * bool(keeps_input)) * shape.width
+            if "q_proj" in names:
+                total += _attention_bytes(shape, work)
+        has_gradient = has_gradient or ranks > 0
     return total
 
 
@@ -127,7 +100,7 @@ def working_bytes(shape: Shape, work: PassCost) -> float:
     """Temporary bytes at the peak: the backward pass of the widest layer, or the loss with its chunk of logits."""
     arch, width = shape.arch, shape.width
     middle = max(0, arch.num_hidden_layers - 2)
-    rows = _groups(arch, work, middle)[-1].rows
+    rows = _rows(arch, work, middle)
     # down_proj: the gradients of its output, of the residual stream and of its input, the recomputed input, one of up's
     layer = rows * width * (2 * arch.hidden_size + 3 * arch.intermediate_size)
     if shape.dropout:
@@ -150,11 +123,5 @@ def base_bytes(shape: Shape) -> float:
 
 def num_trainable(shape: Shape) -> int:
     """Parameters of the adapter."""
-    groups = _groups(shape.arch, PassCost(0, 0), 0)
-    return sum(
-        shape.rank * (out + group.in_features)
-        for names in shape.adapted
-        for group in groups
-        for name, out in group.linears
-        if name in names
-    )
+    linears = shape.arch.linears
+    return sum(shape.rank * sum(linears[name]) for names in shape.adapted for name in names)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -13,7 +16,7 @@ from lorafit.data.build import TrainingData, build_data, row_order
 from lorafit.data.packing import Packer
 from lorafit.data.row_order import RowOrder
 from lorafit.distributed.env import ProcessEnv
-from lorafit.errors import RunError
+from lorafit.errors import ConfigError, RunError
 from lorafit.evaluate.samples import SAMPLE_TOKENS
 from lorafit.hub.client import ModelFolder
 from lorafit.infer.continuous_batch import AT_ONCE
@@ -32,22 +35,13 @@ from lorafit.plan.cadence import Cadence
 from lorafit.plan.calibrate import calibrate, quick_rates
 from lorafit.plan.cost_model import Shape, num_trainable
 from lorafit.plan.machine import Machine, process_seconds
-from lorafit.plan.predict import (
-    Choice,
-    Memory,
-    Plan,
-    Schedule,
-    choices,
-    heaviest,
-    predict_memory,
-    predict_times,
-    settings_of,
-)
+from lorafit.plan.predict import Memory, Plan, Schedule, heaviest, predict_memory, predict_times
 from lorafit.plan.workload import Workload, estimate_workload, heldout_tokens, pack_of_rows
 from lorafit.verify.proof import stop_prompts
 from lorafit.verify.reload import PROBE_ROWS, Probe
 
 LEAST_STEPS, LEAST_SECONDS = 20, 30.0  # shorter runs start at once, with a rougher plan
+_MIN_MICRO_BATCH = 128  # smaller passes save little memory and cost time
 MOST_SHARE = 0.025  # of a run's time that its calibration may take
 _ENDED_TOKENS = 32  # of an answer that ends with a stop token, on average
 MOST_IMPORT_SECONDS = 20.0  # an older process did something else before
@@ -118,11 +112,11 @@ def fit(config: Config, data: RunInputs, machine: Machine, beyond: float = 0.0) 
     problem = (
         f"training needs about {memory_size(needed(config))}, but only {memory_size(available)} are available"
     )
-    current = _choice(config)
-    can_int8 = machine.device.type in ("cpu", "cuda") and config.model.dtype != "float64"
-    for choice in choices(current, data.workload(config), can_int8):
-        candidate = _with(config, choice)
-        num_bytes = needed(candidate)
+    for candidate in candidates(config, data.workload(config).longest_row):
+        try:
+            num_bytes = needed(candidate)
+        except ConfigError:  # the device or the number type has no int8
+            continue
         if num_bytes <= available:
             break
     else:
@@ -132,7 +126,7 @@ def fit(config: Config, data: RunInputs, machine: Machine, beyond: float = 0.0) 
             hint="use a smaller model, shorter rows (data.max_length) or a lower lora.rank; "
             "run.too_large=try starts in spite of it",
         )
-    settings = settings_of(choice, current)
+    settings = settings_of(candidate, config)
     if config.run.too_large == "error":
         raise RunError(
             problem,
@@ -140,9 +134,35 @@ def fit(config: Config, data: RunInputs, machine: Machine, beyond: float = 0.0) 
             hint=f"{settings} needs {memory_size(num_bytes)}; --auto picks it; "
             "run.too_large=try starts in spite of it",
         )
-    changed = choice.quantize != current.quantize
+    changed = candidate.model.quantize != config.model.quantize
     effect = "int8 changes the base's numbers a little" if changed else "the result does not change"
     return Fit(candidate, f"picked {settings}, as {problem}; this needs {memory_size(num_bytes)}, {effect}")
+
+
+def candidates(config: Config, longest_row: int) -> Iterator[Config]:
+    """`config` itself, then with settings that need less memory, the cheapest first.
+
+    Smaller passes cost almost nothing, recomputing a third of the time; only int8 changes numbers.
+    """
+    train, model = config.train, config.model
+    sizes = [train.micro_batch_tokens]
+    least = max(longest_row, _MIN_MICRO_BATCH)  # a longer row gets a pass of its own
+    while sizes[-1] > least:
+        sizes.append(max(least, sizes[-1] // 2))
+    bases = ["none", "int8"] if model.quantize == "none" else [model.quantize]
+    for quantize, recompute, size in product(bases, dict.fromkeys([train.recompute, "layers"]), sizes):
+        changed = train.model_copy(update={"micro_batch_tokens": size, "recompute": recompute})
+        base = model.model_copy(update={"quantize": quantize})
+        yield config.model_copy(update={"train": changed, "model": base})
+
+
+def settings_of(candidate: Config, config: Config) -> str:
+    """The settings that lead from `config` to `candidate`, as on the command line."""
+    getters = {
+        key: attrgetter(key) for key in ("train.micro_batch_tokens", "train.recompute", "model.quantize")
+    }
+    pairs = ((key, get(candidate)) for key, get in getters.items() if get(candidate) != get(config))
+    return " ".join(f"{key}={value}" for key, value in pairs)
 
 
 def make_plan(
@@ -192,7 +212,11 @@ def make_plan(
         longest_pack_tokens=int(work.at(heaviest(shape, work)).tokens),
         device=describe(machine.device),
         dtype=dtype_name(pick_dtype(config.model.dtype, machine.device)),
-        choice=_choice(config),
+        choice={
+            "micro_batch_tokens": config.train.micro_batch_tokens,
+            "recompute": shape.recompute,
+            "quantize": shape.quantize,
+        },
         memory=memory,
         peak_bytes=max(memory.total, loading_peak) if on_cpu else memory.total,
         available_bytes=machine.available_bytes,
@@ -286,23 +310,4 @@ def _schedule(config: Config, data: RunInputs, work: Workload) -> Schedule:
         saves=saves,
         answers=answers,
         proof_tokens=proof_tokens,
-    )
-
-
-def _choice(config: Config) -> Choice:
-    train = config.train
-    return Choice(train.micro_batch_tokens, train.recompute == "layers", config.model.quantize)
-
-
-def _with(config: Config, choice: Choice) -> Config:
-    """`config` with the settings of `choice`."""
-    train = {
-        "micro_batch_tokens": choice.micro_batch_tokens,
-        "recompute": "layers" if choice.recompute else "none",
-    }
-    return config.model_copy(
-        update={
-            "train": config.train.model_copy(update=train),
-            "model": config.model.model_copy(update={"quantize": choice.quantize}),
-        }
     )

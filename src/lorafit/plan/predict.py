@@ -6,7 +6,7 @@ seconds per token times tokens. Nothing here knows a config or a run directory: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,7 +15,6 @@ import torch
 
 from lorafit.model.memory import MOST_KERNELS, SPARE_BYTES
 from lorafit.model.native import blocks
-from lorafit.model.quant import Quantize
 from lorafit.plan.cost_model import Shape, base_bytes, num_trainable, saved_bytes, working_bytes
 from lorafit.plan.machine import CONTEXT_BYTES
 from lorafit.plan.workload import Workload
@@ -25,21 +24,11 @@ _ENDS_SECONDS = 1.0  # making the run directory, digests, exporting the adapter,
 _OPTIMIZER_SECONDS = 8e-9  # AdamW and clipping, per parameter of the adapter
 _SAVE_SECONDS, _SAVED_BYTES_PER_SECOND = 0.05, 2.5e8  # a checkpoint is synced, then read back
 _PROOF_PASSES = 4  # base and tuned, trained and loaded
-_MIN_MICRO_BATCH = 128  # smaller passes save little memory and cost time
 _LIBRARIES_BYTES = 80 * 10**6  # what torch loads and allocates once at the first products
 # On a CPU, torch's library (oneDNN) compiles small 16-bit products anew for every number of rows and keeps some of them
 # (model/memory.py). Measured: about four for a pass of a new size.
 _ONE_KERNEL = 14 * 10**5
 _KERNEL_BYTES, _MOST_KERNEL_BYTES = 4 * _ONE_KERNEL, MOST_KERNELS * _ONE_KERNEL
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """The settings that decide the memory of a run and not its result (but for `quantize`)."""
-
-    micro_batch_tokens: int
-    recompute: bool
-    quantize: Quantize
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +109,8 @@ class Plan:
 
     `shared_tokens` estimates the tokens of prefixes that rows of a pass share; each is computed once per pass.
     `peak_bytes` is the peak of the process's resident memory (on CUDA the device's), loading included.
-    `available_bytes` is None where unknown. `picked` names the settings that were chosen to make the run fit.
+    `available_bytes` is None where unknown. `choice` are the settings that decide the memory. `picked` names those
+    that were chosen to make the run fit.
     """
 
     parameters: int
@@ -136,7 +126,7 @@ class Plan:
     longest_pack_tokens: int
     device: str
     dtype: str
-    choice: Choice
+    choice: Mapping[str, Any]
     memory: Memory
     peak_bytes: int
     available_bytes: int | None
@@ -239,33 +229,3 @@ def predict_times(
 def _adapter_width(shape: Shape) -> int:
     """Bytes per parameter of the adapter."""
     return 4 if shape.width < 8 else 8
-
-
-def choices(current: Choice, work: Workload, can_int8: bool) -> Iterator[Choice]:
-    """What to try where `current` does not fit, the cheapest first.
-
-    Smaller passes cost almost nothing, recomputing a third of the time; only int8 changes numbers.
-    """
-    sizes = [current.micro_batch_tokens]
-    least = max(work.longest_row, _MIN_MICRO_BATCH)  # a longer row gets a pass of its own
-    while sizes[-1] > least:
-        sizes.append(max(least, sizes[-1] // 2))
-    bases: list[Quantize] = [current.quantize]
-    bases += ["int8"] if can_int8 and current.quantize == "none" else []
-    for quantize in bases:
-        for recompute in (False, True) if not current.recompute else (True,):
-            for size in sizes:
-                if (choice := Choice(size, recompute, quantize)) != current:
-                    yield choice
-
-
-def settings_of(choice: Choice, current: Choice) -> str:
-    """The settings that lead from `current` to `choice`, as on the command line."""
-    words = []
-    if choice.micro_batch_tokens != current.micro_batch_tokens:
-        words.append(f"train.micro_batch_tokens={choice.micro_batch_tokens}")
-    if choice.recompute != current.recompute:
-        words.append("train.recompute=layers")
-    if choice.quantize != current.quantize:
-        words.append(f"model.quantize={choice.quantize}")
-    return " ".join(words)

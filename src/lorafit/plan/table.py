@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from lorafit.observe.units import duration, memory_size, short_count
-from lorafit.plan.predict import Plan
+from lorafit.plan.predict import Plan, Times
+
+_NAMES = {"adapter": "adapter and optimizer", "spare": "spare blocks", "rest": "the rest"}
+_NAMES |= {"measuring": "held-out rows", "answering": "answers, at most", "proving": "the proof"}
 
 
 def table_rows(plan: Plan) -> list[list[str]]:
@@ -24,7 +28,7 @@ def table_rows(plan: Plan) -> list[list[str]]:
         ["", "", _available(plan)],
     ]
     if plan.times is not None:
-        rows.append(["time", duration(plan.times.total), _time(plan)])
+        rows.append(["time", duration(plan.times.total), _time(plan, plan.times)])
     return rows
 
 
@@ -51,11 +55,8 @@ def _is_measured(plan: Plan) -> bool:
 
 
 def _memory(plan: Plan) -> str:
-    names = {"adapter": "adapter and optimizer", "spare": "spare blocks", "rest": "the rest"}
-    sizes = {names.get(name, name): num for name, num in plan.as_dict()["memory"].items() if name != "total"}
-    listed = _listed(
-        {name: f"{'-' if num < 0 else ''}{memory_size(abs(num))}" for name, num in sizes.items()}
-    )
+    sizes = asdict(plan.memory).items()
+    listed = _listed({name: f"{'-' if num < 0 else ''}{memory_size(abs(num))}" for name, num in sizes})
     loading = f"; {memory_size(plan.peak_bytes)} while loading" if plan.peak_bytes > plan.memory.total else ""
     return listed + loading + ("" if _is_measured(plan) else " (predicted, nothing was measured)")
 
@@ -66,12 +67,10 @@ def _available(plan: Plan) -> str:
     return f"{memory_size(plan.available_bytes)} available"
 
 
-def _time(plan: Plan) -> str:
-    names = {"measuring": "held-out rows", "answering": "answers, at most", "proving": "the proof"}
-    times = {name: num for name, num in plan.as_dict()["times"].items() if name != "total" and num >= 0.5}
-    listed = _listed({names.get(name, name): duration(num) for name, num in times.items()})
+def _time(plan: Plan, times: Times) -> str:
+    listed = _listed({name: duration(num) for name, num in asdict(times).items() if num >= 0.5})
     return listed + ("" if _is_measured(plan) else " (estimated, nothing was measured)")
 
 
 def _listed(values: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in values.items())
+    return ", ".join(f"{_NAMES.get(name, name)} {value}" for name, value in values.items())

@@ -4,29 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lorafit.data.packing import Pack, Packer, TokenRow, build_pack
+from lorafit.data.packing import Pack, Packer, build_pack
 from lorafit.data.row_order import RowOrder
+from lorafit.data.token_dataset import TokenDataset
 from lorafit.plan.cost_model import PassCost
 
 _SAMPLED_STEPS = 2000  # evenly spread steps of a longer run stand for all of it, because packing takes time
 _SAMPLED_PACKS = 250  # of more packs so many are built, to see what their rows share
-
-
-class MeasuredRows(Protocol):
-    """Tokenised rows whose lengths are known without reading them: tokens and supervised tokens of each row."""
-
-    @property
-    def lengths(self) -> NDArray[np.integer[Any]]: ...
-
-    @property
-    def targets(self) -> NDArray[np.integer[Any]]: ...
-
-    def row(self, index: int) -> TokenRow: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +52,7 @@ class Workload:
         return PassCost(*map(float, self.passes[index]))
 
 
-def estimate_workload(rows: MeasuredRows, order: RowOrder, num_steps: int, packer: Packer) -> Workload:
+def estimate_workload(rows: TokenDataset, order: RowOrder, num_steps: int, packer: Packer) -> Workload:
     """The workload of `num_steps` steps over `rows`."""
     lengths, targets = rows.lengths, rows.targets
     of_epoch = replace(order, batch_size=order.rows_per_epoch)  # the same order, one step per epoch
@@ -101,12 +89,12 @@ def estimate_workload(rows: MeasuredRows, order: RowOrder, num_steps: int, packe
     )
 
 
-def heldout_tokens(rows: MeasuredRows, packer: Packer) -> float:
+def heldout_tokens(rows: TokenDataset, packer: Packer) -> float:
     """Input tokens of one held-out measurement."""
     return float(_passes(packer.bins(rows.lengths.tolist()), rows)[0][:, 0].sum())
 
 
-def pack_of_rows(rows: MeasuredRows, members: Sequence[int]) -> Pack:
+def pack_of_rows(rows: TokenDataset, members: Sequence[int]) -> Pack:
     """The rows at `members` as one pack."""
     return build_pack([rows.row(index) for index in members])
 
@@ -116,7 +104,7 @@ def evenly_spread(count: int, most: int) -> list[int]:
     return list(range(count)) if count <= most else [index * count // most for index in range(most)]
 
 
-def _passes(pack_of: Sequence[Sequence[int]], rows: MeasuredRows) -> tuple[NDArray[np.float64], float]:
+def _passes(pack_of: Sequence[Sequence[int]], rows: TokenDataset) -> tuple[NDArray[np.float64], float]:
     """The passes of these packs, (packs, 2), and how many tokens their rows share.
 
     Of many packs only some are built. In the others each row but the first is expected to share the mean of those.
@@ -124,10 +112,8 @@ def _passes(pack_of: Sequence[Sequence[int]], rows: MeasuredRows) -> tuple[NDArr
     lengths, targets = rows.lengths, rows.targets
     passes = np.empty((len(pack_of), 2))
     for index, members in enumerate(pack_of):
-        passes[index] = (
-            (lengths[list(members)] - 1).sum(),
-            targets[list(members)].sum(),
-        )  # the last is a target only
+        chosen = list(members)
+        passes[index] = (lengths[chosen] - 1).sum(), targets[chosen].sum()  # the last token is a target only
     several = [index for index, members in enumerate(pack_of) if len(members) > 1]
     if not several:
         return passes, 0.0

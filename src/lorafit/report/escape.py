@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from lorafit.data.row_preview import RowView
 from lorafit.redact import visible
 
 
 def render(template: str, **values: Any) -> str:
     """The text of a file in `templates/`, filled with `values`, which may come from anywhere."""
     return _ENVIRONMENT.get_template(template).render(values)
+
+
+def rows_page(
+    title: str, rows: Sequence[tuple[RowView, Sequence[tuple[str, str]]]], *, ids: bool = False
+) -> str:
+    """A page without a script, for light and dark, of `rows`: (row, lines of its difference to a chat template).
+
+    With `ids` each token is followed by its id.
+    """
+    return render("rows.html", title=title, rows=rows, ids=ids, style=own_text("rows.css"))
 
 
 def own_text(name: str) -> Markup:

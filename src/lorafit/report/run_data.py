@@ -90,11 +90,9 @@ def read_facts(run: RunDirectory) -> Facts:
 def _json(path: Path, facts: Facts, *, expected: bool = True) -> Any:
     try:
         return read_json(path, MOST_JSON_BYTES)
-    except FileNotFoundError:
-        if expected:
+    except (OSError, ValueError) as error:
+        if expected or not isinstance(error, FileNotFoundError):
             facts.missing.append(path.name)
-    except (OSError, ValueError):
-        facts.missing.append(path.name)
     return None
 
 

@@ -105,7 +105,7 @@ def data(facts: Facts) -> dict[str, Any] | None:
             (f"{cut(reason, 200)}: {_row_numbers(rows.first, rows.rows)}", rows.rows)
             for reason, rows in list(ledger.dropped.items())[:MOST_DROPS]
         ]
-        accounts.append(_account("Rows", buckets, ledger.num_rows, drops))
+        accounts.append({"title": "Rows", "buckets": buckets, "total": ledger.num_rows, "drops": drops})
         accounts.append(_token_account("Tokens of the trained rows", ledger.trained))
         if ledger.held_out.rows:
             accounts.append(_token_account("Tokens of the held-out rows", ledger.held_out))
@@ -205,20 +205,13 @@ def _history(index: int, events: Sequence[Mapping[str, Any]]) -> list[dict[str, 
     return plot.thinned(stages, MOST_HISTORY)
 
 
-def _account(
-    title: str, buckets: Sequence[tuple[str, str, int]], total: int, drops: Sequence[tuple[str, int]] = ()
-) -> dict[str, Any]:
-    """Buckets (name, CSS class, count) whose counts add up to `total`; `drops` are (reason, rows)."""
-    return {"title": title, "buckets": buckets, "total": total, "drops": drops}
-
-
 def _token_account(title: str, tokens: Tokens) -> dict[str, Any]:
     buckets = [
         ("trained", "train", tokens.trained),
         ("masked", "masked", tokens.masked),
         ("truncated", "cut", tokens.truncated),
     ]
-    return _account(title, buckets, tokens.total)
+    return {"title": title, "buckets": buckets, "total": tokens.total, "drops": ()}
 
 
 def _row_numbers(first: Sequence[int], count: int) -> str:

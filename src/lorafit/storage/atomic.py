@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +32,23 @@ _STAGING, _OLD = ".staging-", ".old-"
 _RESUME = "free space or fix the disk, then `lorafit train --resume` continues from the last checkpoint"
 
 
-def commit_folder(
-    folder: Path,
-    write: Callable[[Path], Mapping[str, str] | None],
-    facts: Mapping[str, Any],
-    num_bytes: int | None = None,
-    hint: str = _RESUME,
-) -> None:
-    """Make `folder` hold exactly what `write(staging)` writes, all of it or nothing.
-
-    Files may be in folders of `staging`; the manifest stores `facts`. `write` may return the SHA-256 of the files
-    as they were in memory, by name (see `write_files`): the files must then read back with it. An existing `folder` is
-    replaced. Raises RunError when anything cannot be written, with the old folder untouched; the error names
-    `num_bytes` as what is needed.
-    """
+def commit_files(folder: Path, files: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
+    """Make `folder` hold exactly `files`, by name, as `staging_folder` does. They must read back as they are here."""
     known: dict[str, str] = {}
-    with staging_folder(folder, facts, known, num_bytes, hint) as staging:
-        known.update(write(staging) or {})
+    with staging_folder(folder, facts, known, sum(map(len, files.values()))) as staging:
+        for name, content in files.items():
+            (staging / name).write_bytes(content)
+            known[name] = hashlib.sha256(content).hexdigest()
+
+
+@contextlib.contextmanager
+def run_error(what: str, place: Path, num_bytes: int | None = None, hint: str = "") -> Iterator[None]:
+    """Raise an OSError of the block as a RunError with `what` failed, why, and the `num_bytes` that it needs."""
+    try:
+        yield
+    except OSError as error:
+        needed = f" ({num_bytes:,} bytes are needed)" if num_bytes is not None else ""
+        raise RunError(f"{what}: {error.strerror or error}{needed}", place=str(place), hint=hint) from error
 
 
 @contextlib.contextmanager
@@ -59,9 +59,12 @@ def staging_folder(
     num_bytes: int | None = None,
     hint: str = _RESUME,
 ) -> Iterator[Path]:
-    """A folder to write to; when the block ends without an error it becomes `folder`, as by `commit_folder`.
+    """A folder to write to, also in folders of its own; when the block ends without an error it becomes `folder`.
 
-    `facts` and `known`, SHA-256 values by file name, are read when the block ends, so the block may fill them.
+    An existing `folder` is replaced. The manifest stores `facts`. Files read back with the SHA-256 that `known` has
+    under their name, that of their content in memory. Both are read when the block ends, so the block may fill them.
+    Raises RunError when anything cannot be written, with the old folder untouched; the error names `num_bytes` as
+    what is needed.
     """
     staging, old = folder.with_name(_STAGING + folder.name), folder.with_name(_OLD + folder.name)
     placed = False
@@ -94,6 +97,9 @@ def staging_folder(
             place=str(getattr(error, "filename", None) or folder),
             hint=hint,
         ) from error
+    except (Exception, KeyboardInterrupt):
+        _roll_back(folder, staging, old, placed)
+        raise
     if faults := verify_folder(folder):
         _roll_back(folder, staging, old, placed)
         raise RunError(
@@ -102,13 +108,6 @@ def staging_folder(
             hint="the disk or its driver does not keep what is written; older checkpoints are untouched",
         )
     shutil.rmtree(old, ignore_errors=True)
-
-
-def write_files(staging: Path, files: Mapping[str, bytes]) -> dict[str, str]:
-    """Write `files`; returns the SHA-256 of each as it was in memory. Raises OSError."""
-    for name, content in files.items():
-        (staging / name).write_bytes(content)
-    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
 def make_folder(folder: Path) -> None:
@@ -178,12 +177,11 @@ def is_orphan(name: str) -> bool:
     return name.startswith((_STAGING, _OLD))
 
 
-def clean_orphans(parent: Path, only: str | None = None) -> list[str]:
-    """Remove what a crash left of unfinished commits (of the folder `only`) in `parent`; returns the names.
+def clean_orphans(parent: Path, only: str | None = None) -> None:
+    """Remove what a crash left of unfinished commits (of the folder `only`) in `parent`.
 
     A folder that was about to be replaced gets its name back. Raises OSError.
     """
-    removed = []
     for path in sorted(parent.iterdir()) if parent.is_dir() else ():
         prefix = next((prefix for prefix in (_OLD, _STAGING) if path.name.startswith(prefix)), "")
         whole = path.with_name(path.name.removeprefix(prefix) or path.name)
@@ -191,13 +189,10 @@ def clean_orphans(parent: Path, only: str | None = None) -> list[str]:
             continue
         if prefix == _OLD and not whole.exists():
             path.rename(whole)
-            continue
-        if path.is_dir() and not path.is_symlink():
+        elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-        removed.append(path.name)
-    return removed
 
 
 def remove_folder(folder: Path) -> None:
@@ -211,16 +206,16 @@ def remove_folder(folder: Path) -> None:
 def write_file(path: Path, text: str) -> None:
     """Replace one small text file atomically and durably. Raises RunError."""
     temporary = path.with_name(_STAGING + path.name)
-    try:
+    with run_error(f"cannot write `{path.name}`", path, len(text.encode())):
         temporary.unlink(missing_ok=True)  # it might be a link
-        _write_synced(temporary, text)
-        temporary.replace(path)
-        sync(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        reason = f"{error.strerror or error} ({len(text.encode()):,} bytes are needed)"
-        raise RunError(f"cannot write `{path.name}`: {reason}", place=str(path)) from error
+        try:
+            _write_synced(temporary, text)
+            temporary.replace(path)
+            sync(path.parent)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
 
 
 def sha256_file(path: Path) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lorafit.errors import RunError
-from lorafit.storage.atomic import BLOCK
+from lorafit.storage.atomic import BLOCK, run_error
 from lorafit.storage.safe_read import open_no_follow, read_text
 
 CLAIM = ".holder"  # the suffix of the file beside a lock where the file system has no locks
@@ -25,10 +25,8 @@ def lock(path: Path) -> Iterator[BinaryIO | None]:
     the system or the file system has no locks: a file beside `path` names the process then. Raises RunError when
     another living process holds the lock.
     """
-    try:
+    with run_error("cannot write here", path.parent, BLOCK):
         file = open_no_follow(path, "ab+")
-    except OSError as error:
-        raise _cannot_write(path, error) from None
     with file:
         try:
             import fcntl
@@ -80,18 +78,17 @@ def _claimed(path: Path) -> Iterator[None]:
     RunError names the file to remove.
     """
     claim = _claim_of(path)
-    try:
-        if claim.exists() and not _is_claimed(claim):
-            claim.unlink()
-        with claim.open("x", encoding="utf-8") as file:
-            file.write(f"{os.getpid()} on {platform.node()}")
-    except FileExistsError:
-        holder = ""
-        with contextlib.suppress(OSError, ValueError):  # it is gone, or is no text
-            holder = f"{read_text(claim, MAX_CLAIM)}; "
-        raise _is_held(path, f"{holder}if there is none any more, remove {claim}") from None
-    except OSError as error:
-        raise _cannot_write(path, error) from None
+    with run_error("cannot write here", path.parent, BLOCK):
+        try:
+            if claim.exists() and not _is_claimed(claim):
+                claim.unlink()
+            with claim.open("x", encoding="utf-8") as file:
+                file.write(f"{os.getpid()} on {platform.node()}")
+        except FileExistsError:
+            holder = ""
+            with contextlib.suppress(OSError, ValueError):  # it is gone, or is no text
+                holder = f"{read_text(claim, MAX_CLAIM)}; "
+            raise _is_held(path, f"{holder}if there is none any more, remove {claim}") from None
     try:
         yield
     finally:
@@ -114,11 +111,6 @@ def _is_claimed(claim: Path) -> bool:
         return False
     except (OSError, ValueError, OverflowError):
         return True
-
-
-def _cannot_write(path: Path, error: OSError) -> RunError:
-    reason = f"{error.strerror or error} ({BLOCK:,} bytes are needed)"
-    return RunError(f"cannot write here: {reason}", place=str(path.parent))
 
 
 def _is_held(path: Path, holder: str) -> RunError:

@@ -10,10 +10,11 @@ from typing import Any
 from lorafit.config.load import config_from_args
 from lorafit.config.schema import Config
 from lorafit.errors import ConfigError
-from lorafit.observe.metrics_file import read_metrics
+from lorafit.observe.metrics_file import read_metrics, series
 from lorafit.observe.run_summary import Summary, summarize
+from lorafit.report.escape import render
+from lorafit.report.plot import Line, line_chart
 from lorafit.storage.atomic import write_file
-from lorafit.sweep.curves import curves_svg
 from lorafit.sweep.space import Point, draw, grid, parse_axes
 from lorafit.sweep.trials import Trial, open_sweep, plan_sweep, work, work_beside_each_other
 
@@ -103,16 +104,16 @@ def run_sweep(
 
 
 def draw_curves(folder: Path, results: Sequence[TrialResult]) -> Path:
-    """Write the held-out losses over steps as a picture; returns its file."""
-    curves = {
-        ", ".join(f"{key.partition('.')[2]}={value}" for key, value in result.trial.point.items()): [
-            (event["step"], event["loss"])
-            for event in read_metrics(result.trial.run.metrics_file)
-            if event["event"] == "heldout"
-        ]
-        for result in results
-        if result.state != "failed" and result.trial.run.metrics_file.exists()
-    }
-    picture = folder / "sweep.svg"
-    write_file(picture, curves_svg(f"Held-out loss, {folder.name}", curves))
+    """Write the held-out losses over steps as a picture, the best trial boldest; returns its file."""
+    lines: list[Line] = []
+    for result in results:
+        if result.state != "failed" and result.trial.run.metrics_file.exists():
+            name = ", ".join(f"{key.partition('.')[2]}={value}" for key, value in result.trial.point.items())
+            events = read_metrics(result.trial.run.metrics_file)
+            points = series((event for event in events if event["event"] == "heldout"), "loss")
+            lines.append(Line(name, str(len(lines)), points, dots=True))
+    title, picture = f"Held-out loss, {folder.name}", folder / "sweep.svg"
+    chart = line_chart(title, lines, "{:.3f}".format)
+    names = [line.name for line in lines]
+    write_file(picture, render("sweep.svg", title=title, chart=chart, names=names))
     return picture

@@ -70,7 +70,7 @@ def plan_sweep(folder: Path, trials: Sequence[tuple[Point, Config]]) -> list[Tri
         if _read(file) != plan:
             raise RunError(
                 f"`{folder}` holds a sweep of other trials",
-                hint=f"go on with it: `lorafit sweep --resume {folder}`, or give another --output",
+                hint=f"continue it: `lorafit sweep --resume {folder}`, or give another --output",
             )
     else:
         if folder.exists() and any(folder.iterdir()):
@@ -115,7 +115,7 @@ def work(trials: Sequence[Trial], announce: Callable[[Trial, str], None], *, qui
             if trial.finished:
                 continue
             begun = trial.run.config_file.exists()
-            announce(trial, "goes on" if begun else "begins")
+            announce(trial, "continues" if begun else "begins")
             try:
                 if begun:
                     result = resume_run(trial.run.path, quiet=quiet, base=base)

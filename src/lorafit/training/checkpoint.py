@@ -21,22 +21,18 @@ from lorafit.errors import Problem, RunError
 from lorafit.model.adamw import AdamW
 from lorafit.model.adapter_file import CONFIG, WEIGHTS, adapter_files, adapter_tensors, fill_adapter
 from lorafit.model.llama import Llama
-from lorafit.model.lora import LoraSpec, adapter_parameters
-from lorafit.storage.atomic import commit_folder, read_facts, verify_folder, write_files
+from lorafit.model.lora import adapter_parameters
+from lorafit.storage.atomic import commit_files, read_facts, run_error, verify_folder
 from lorafit.storage.safe_read import MB, parse_json, read_json
 from lorafit.training.loss_scale import LossScale
+from lorafit.training.setup import Prepared
 
 STATE, TENSORS = "state.json", "state.safetensors"
+FILES = (WEIGHTS, TENSORS, STATE)  # what `load_checkpoint` needs
 MAX_STATE = MB
 # Raised by reading and restoring where files only look like a checkpoint.
 _OF_OTHER_VALUES = (
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    RuntimeError,
-    OverflowError,
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, OverflowError),
     SafetensorError,
 )
 
@@ -66,31 +62,15 @@ class TrainState:
 _STATE = TypeAdapter(TrainState)
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterFacts:
-    """The origin of an adapter, as its folder states it."""
-
-    spec: LoraSpec
-    base: str
-    revision: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The whole state of a run as the bytes of its files, so that training goes on while they are written."""
-
-    step: int
-    best_step: int | None
-    files: Mapping[str, bytes]
-
-
-def snapshot(network: Llama, optimizer: AdamW, state: TrainState, adapter: AdapterFacts) -> Snapshot:
-    """Copy everything that the next step changes."""
+def snapshot(prepared: Prepared, optimizer: AdamW, state: TrainState) -> dict[str, bytes]:
+    """Copy everything that the next step changes, as the bytes of files, so that training continues meanwhile."""
+    network, spec = prepared.built.network, prepared.built.spec
     values = asdict(state) | {"python_random": random.getstate()}
-    files = adapter_files(adapter_tensors(network), adapter.spec, adapter.base, adapter.revision)
+    base, revision = prepared.config.model.name, prepared.data.base.revision
+    files = adapter_files(adapter_tensors(network), spec, base, revision)
     files[TENSORS] = save(_optimizer_tensors(network, optimizer) | _random_tensors())
     files[STATE] = (json.dumps(values) + "\n").encode()
-    return Snapshot(state.step, state.best_step, files)
+    return files
 
 
 def adapter_digest(network: Llama) -> bytes:
@@ -99,21 +79,6 @@ def adapter_digest(network: Llama) -> bytes:
     for tensor in adapter_tensors(network).values():
         digest.update(tensor.numpy().tobytes())
     return digest.digest()
-
-
-def save_checkpoint(folder: Path, taken: Snapshot, facts: Mapping[str, Any]) -> None:
-    """Commit a snapshot to `folder`. Raises RunError with earlier checkpoints untouched."""
-    commit_folder(
-        folder,
-        lambda staging: write_files(staging, taken.files),
-        {"step": taken.step, "best_step": taken.best_step, **facts},
-        num_bytes=sum(map(len, taken.files.values())),
-    )
-
-
-def read_checkpoint(folder: Path) -> dict[str, bytes]:
-    """The files of a verified checkpoint that `load_checkpoint` needs."""
-    return {name: (folder / name).read_bytes() for name in (WEIGHTS, TENSORS, STATE)}
 
 
 def load_checkpoint(files: Mapping[str, bytes], place: Path, network: Llama, optimizer: AdamW) -> TrainState:
@@ -196,12 +161,9 @@ def export_adapter(folder: Path, checkpoint: Path, facts: Mapping[str, Any]) -> 
     if faults := verify_folder(checkpoint):
         hint = "`lorafit train --resume` skips it and resumes from one that is whole"
         raise RunError(f"the checkpoint is damaged: {faults[0]}", place=str(checkpoint), hint=hint)
-    try:
+    with run_error("cannot be read", checkpoint):
         files = {name: (checkpoint / name).read_bytes() for name in (CONFIG, WEIGHTS)}
-    except OSError as error:
-        raise RunError(f"cannot be read: {error.strerror or error}", place=str(checkpoint)) from None
-    num_bytes = sum(map(len, files.values()))
-    commit_folder(folder, lambda staging: write_files(staging, files), facts, num_bytes)
+    commit_files(folder, files, facts)
 
 
 def _optimizer_tensors(network: Llama, optimizer: AdamW) -> dict[str, Tensor]:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from types import TracebackType
 from typing import Any
 
-from lorafit.errors import RunError
 from lorafit.observe.events import Message, Observer, Saved
 from lorafit.run_dir import RunDirectory
-from lorafit.storage.atomic import sync
-from lorafit.training.checkpoint import Snapshot, save_checkpoint
+from lorafit.storage.atomic import commit_files, run_error, sync
+from lorafit.training.checkpoint import TrainState
 
 _left: list[threading.Thread] = []  # commits that a run did not wait for
 
@@ -31,13 +28,26 @@ class AsyncCheckpointWriter:
         self._error: BaseException | None = None
         self._saved: Saved | None = None
 
-    def save(self, taken: Snapshot, reason: str) -> None:
-        """Start to commit `taken`. Raises RunError where the commit before failed."""
+    def save(self, state: TrainState, files: Mapping[str, bytes], reason: str) -> None:
+        """Start to commit `files`, the snapshot of `state`. Raises RunError where the commit before failed."""
         self.wait(block=True)
-        folder = self._run.checkpoint(taken.step)
-        self._saved = Saved(taken.step, str(folder), reason)
-        work = (taken, self._run.keep_locked())
-        self._thread = threading.Thread(target=self._commit, args=work, name="save", daemon=True)
+        folder = self._run.checkpoint(state.step)
+        self._saved = Saved(state.step, str(folder), reason)
+        facts = {"step": state.step, "best_step": state.best_step, **self._facts}
+        lock, metrics = self._run.keep_locked(), self._run.metrics_file
+        hint = "free space or repair the disk, then `lorafit train --resume` resumes from the last checkpoint"
+
+        def commit() -> None:
+            try:
+                with lock:  # the thread may outlive its run, where Python continues after a Ctrl-C
+                    if metrics.exists():  # those of the saved steps must be on disk too
+                        with run_error("cannot save", metrics, metrics.stat().st_size, hint):
+                            sync(metrics)
+                    commit_files(folder, files, facts)
+            except BaseException as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=commit, name="save", daemon=True)
         self._thread.start()
 
     def wait(self, *, block: bool) -> None:
@@ -56,34 +66,10 @@ class AsyncCheckpointWriter:
         except OSError as error:
             self._observe(Message(f"older checkpoints stay: {error.strerror or error}", "warning"))
 
-    def _commit(self, taken: Snapshot, lock: AbstractContextManager[object]) -> None:
-        try:
-            with lock:  # the thread may outlive its run, where Python goes on after a Ctrl-C
-                self._sync_metrics()
-                save_checkpoint(self._run.checkpoint(taken.step), taken, self._facts)
-        except BaseException as error:
-            self._error = error
-
-    def _sync_metrics(self) -> None:
-        """fsync the metrics, so that those of the saved steps are on disk too."""
-        num_bytes = 0
-        try:
-            if self._run.metrics_file.exists():
-                num_bytes = self._run.metrics_file.stat().st_size
-                sync(self._run.metrics_file)
-        except OSError as error:
-            raise RunError(
-                f"cannot save: {error.strerror or error} ({num_bytes:,} bytes are needed)",
-                place=str(self._run.metrics_file),
-                hint="free space or repair the disk, then `lorafit train --resume` resumes from the last checkpoint",
-            ) from error
-
     def __enter__(self) -> AsyncCheckpointWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if self._thread is None:
             return
         if isinstance(error, KeyboardInterrupt):

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from lorafit.config.schema import Config
-from lorafit.data.build import TrainingData
 from lorafit.data.formats import Row
 from lorafit.errors import LorafitError, RunError
 from lorafit.infer.model import Model
@@ -19,42 +17,37 @@ from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import verify_folder
 from lorafit.training.checkpoint import TrainState, export_adapter
 from lorafit.training.loop import Outcome, TrainContext
-from lorafit.verify.proof import Proof, prove
+from lorafit.verify.proof import STOP_PROMPTS, Proof, prove
 from lorafit.verify.reload import PROBE_ROWS
 
 
 def finish(
-    config: Config,
-    training_data: TrainingData,
-    job: TrainContext,
-    state: TrainState,
-    outcome: Outcome,
-    seconds: float,
-    initial: Mapping[str, str],
+    job: TrainContext, state: TrainState, outcome: Outcome, seconds: float, initial: Mapping[str, str]
 ) -> tuple[Path, bool | None]:
     """The folder of the adapter, and whether the proof passed (None without one). For the first rank only.
 
     `seconds` is what the steps took, `initial` the digests of the adapter's tensors before the first step.
     """
     run, observe = job.run, job.observe
+    adapter, proven = run.adapter, None
     if outcome == "interrupted":
-        adapter, proven = run.checkpoint(state.step), None
-        observe(Message(f"go on with: lorafit train --resume {run.path}"))
+        adapter = run.checkpoint(state.step)
+        observe(Message(f"continue with: lorafit train --resume {run.path}"))
     else:
         if outcome == "ended early":
             count = state.num_worse
             observe(Message(f"ended early: {count} held-out measurements in a row were no better"))
-        adapter, proven = run.adapter, None
-        step = _export_best(config, job, state)
+        step = _export_best(job, state)
         if job.engine.lockstep:  # the first rank alone has no whole base to generate or compare with
             text = "no rank holds the whole base: no samples are generated and nothing is verified"
             observe(Message(text, "warning"))
         else:
             if samples := job.samples.generate_samples():
                 run.write_json(run.samples_file, samples)
-            if config.run.verify:
-                continued = config.lora.init_from is not None
-                proof = _prove(job, training_data, initial, step=step, continued=continued)
+            if job.config.run.verify:
+                proof = _prove(job, initial, step)
+                run.write_json(run.proof_file, proof.to_json())
+                observe(proof.event())
                 proven = proof.verdict != "fail"
     with suppress(RunError):  # if an older checkpoint still cannot be removed, the next start tries again
         run.clean()
@@ -63,10 +56,10 @@ def finish(
     return adapter, proven
 
 
-def _export_best(config: Config, job: TrainContext, state: TrainState) -> int:
+def _export_best(job: TrainContext, state: TrainState) -> int:
     """Export the adapter of the best step, or of the last one; returns that step. The network has this adapter."""
     run, observe = job.run, job.observe
-    best = state.best_step if config.train.keep_best and state.best_step else state.step
+    best = state.best_step if job.config.train.keep_best and state.best_step else state.step
     if best != state.step and (faults := verify_folder(run.checkpoint(best))):
         observe(Message(f"the best step, {best}, is lost ({faults[0]}): the last one counts", "warning"))
         best = state.step
@@ -77,38 +70,29 @@ def _export_best(config: Config, job: TrainContext, state: TrainState) -> int:
     return best
 
 
-def _prove(
-    job: TrainContext, training_data: TrainingData, initial: Mapping[str, str], *, step: int, continued: bool
-) -> Proof:
-    """Prove the final adapter, of `step`, and store the proof; the network's memory is released."""
-
-    def prompts(count: int) -> Sequence[Row]:
-        try:
-            return training_data.prompts(count)
-        except (LorafitError, OSError, StopIteration):  # the files have changed
-            return training_data.samples
-
-    proof = prove(
+def _prove(job: TrainContext, initial: Mapping[str, str], step: int) -> Proof:
+    """The proof of the final adapter, of `step`; the network's memory is released."""
+    try:
+        prompts: Sequence[Row] = job.data.prompts(STOP_PROMPTS)
+    except (LorafitError, OSError, StopIteration):  # the files have changed
+        prompts = job.data.samples
+    return prove(
         job.run,
-        Model(job.network, training_data.renderer),
+        Model(job.network, job.data.renderer),
         step=step,
         initial=initial,
-        continued=continued,
-        rows=training_data.fixed_rows(PROBE_ROWS),
+        continued=job.config.lora.init_from is not None,
+        rows=job.data.fixed_rows(PROBE_ROWS),
         prompts=prompts,
         losses=_losses(job.run, step),
         observe=job.observe,
     )
-    job.run.write_json(job.run.proof_file, proof.to_json())
-    job.observe(proof.event())
-    return proof
 
 
 def _losses(run: RunDirectory, step: int) -> tuple[float | None, float | None]:
     """The measured held-out losses of the base and of the adapter of `step`."""
-    measured = [event for event in read_whole_events(run.metrics_file)[0] if event.get("event") == "heldout"]
-    of_step = [event for event in measured if event.get("step") == step]
-    last = of_step[-1] if of_step else {}
+    events = read_whole_events(run.metrics_file)[0]
+    last = {event.get("step"): event for event in events if event.get("event") == "heldout"}.get(step, {})
     return last.get("base_loss"), last.get("loss")
 
 

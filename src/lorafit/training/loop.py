@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from lorafit.config.schema import Config
-from lorafit.data.batch import Batch, RankShare, Rows
+from lorafit.data.batch import Batch, RankShare
+from lorafit.data.build import TrainingData
 from lorafit.data.packing import EMPTY_PACK, Pack, Packer
 from lorafit.data.row_order import RowOrder
 from lorafit.distributed.parallel import Engine
@@ -35,91 +35,72 @@ from lorafit.observe.events import Heldout, Message, Observer, Progress, Step
 from lorafit.observe.meters import Meter
 from lorafit.plan.cadence import Cadence
 from lorafit.run_dir import RunDirectory
-from lorafit.training.checkpoint import AdapterFacts, TrainState, adapter_digest, snapshot
+from lorafit.training.checkpoint import TrainState, adapter_digest, snapshot
 from lorafit.training.checkpoint_writer import AsyncCheckpointWriter
-from lorafit.training.optim import clip, learning_rate
+from lorafit.training.optim import learning_rate
+from lorafit.training.setup import Prepared
+from lorafit.training.signals import Requests
 
 Outcome = Literal["finished", "ended early", "interrupted"]
 SAME_RESULT = "this needs less memory and does not change the result"
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """The plain values of a run."""
-
-    learning_rate: float
-    schedule: Literal["cosine", "linear", "constant"]
-    warmup: int
-    max_grad_norm: float
-    packer: Packer
-    halve: bool  # the passes, where memory runs out
-    cadence: Cadence
-    keep: int
-    patience: int  # measurements in a row without a better one that end the run; 0 for never
-
-    @classmethod
-    def from_config(cls, config: Config, num_steps: int, steps_per_epoch: int) -> Settings:
-        """The settings of a config, for a run of `num_steps`."""
-        train = config.train
-        return cls(
-            learning_rate=train.learning_rate,
-            schedule=train.schedule,
-            warmup=train.warmup_steps(num_steps),
-            max_grad_norm=train.max_grad_norm,
-            packer=Packer(train.micro_batch_tokens, config.data.packing),
-            halve=config.run.too_large == "auto",
-            cadence=Cadence.of(config, num_steps, steps_per_epoch),
-            keep=train.keep,
-            patience=train.patience,
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class TrainContext:
     """What the loop works on. Built by training/run.py."""
 
-    settings: Settings
-    ranks: Ranks
-    share: RankShare
-    engine: Engine
-    heartbeat: Heartbeat
-    network: Llama
-    adapter_parameters: Sequence[torch.nn.Parameter]
-    optimizer: AdamW
-    rows: Rows
-    order: RowOrder
-    places: Callable[[NDArray[np.int64]], str]  # names rows for error messages
-    heldout: Sequence[Pack]
+    prepared: Prepared
     run: RunDirectory
-    adapter: AdapterFacts
-    facts: Mapping[str, Any]
+    ranks: Ranks
     observe: Observer
+    network: Llama
+    engine: Engine
+    optimizer: AdamW
+    order: RowOrder
+    share: RankShare
+    packer: Packer
+    heldout: Sequence[Pack]
+    cadence: Cadence
+    heartbeat: Heartbeat
     samples: SampleGenerator
+    facts: Mapping[str, Any]
+
+    @property
+    def config(self) -> Config:
+        """The final config of the run."""
+        return self.prepared.config
+
+    @property
+    def data(self) -> TrainingData:
+        """The rows of the run."""
+        return self.prepared.data.training_data
+
+    def places(self, batch: Batch) -> str:
+        """The places of the rows of a step, for error messages."""
+        return ", ".join(self.data.place(index) for index in batch.indices)
 
 
-def train(
-    job: TrainContext,
-    state: TrainState,
-    stop: Callable[[], bool],
-    save_now: Callable[[], bool] = lambda: False,
-) -> Outcome:
-    """Train from `state` to the end, or until `stop()` requests to end after the current step; both are saved.
-    Held-out measurements without a better one end the run early where the settings say so.
+def train(job: TrainContext, state: TrainState, requests: Requests) -> Outcome:
+    """Train from `state` to the end, or until `requests` has a stop: then to the end of the current step. Both states
+    are saved. Held-out measurements without a better one end the run early where the config says so.
 
-    `save_now()` requests a checkpoint after the current step. Raises TrainingError, before any weight changes, where
-    a step's loss or gradient is not finite or it has no supervised tokens; RunError where a checkpoint cannot be
-    written or memory runs out (then the state before that step is saved).
+    Raises TrainingError, before any weight changes, where a step's loss or gradient is not finite or it has no
+    supervised tokens; RunError where a checkpoint cannot be written or memory runs out (then the state before that
+    step is saved).
     """
     job.network.train()
-    with job.heartbeat, AsyncCheckpointWriter(job.run, job.settings.keep, job.facts, job.observe) as writer:
+    with (
+        job.heartbeat,
+        AsyncCheckpointWriter(job.run, job.config.train.keep, job.facts, job.observe) as writer,
+    ):
         if state.measuring_due:
-            better, early = _measure(job, writer, state), state.early_stopped(job.settings.patience)
+            better, early = _measure(job, writer, state), state.early_stopped(job.config.train.patience)
             if better or early:
                 _save(job, writer, state, "ended early" if early else "best")
         with ThreadPoolExecutor(1, "packs") as ahead:
-            reason = _steps(job, state, writer, ahead, stop, save_now)
+            outcome = _steps(job, state, writer, ahead, requests)
         writer.wait(block=True)
-        return reason
+        return outcome
 
 
 def _steps(
@@ -127,15 +108,15 @@ def _steps(
     state: TrainState,
     writer: AsyncCheckpointWriter,
     ahead: ThreadPoolExecutor,
-    stop: Callable[[], bool],
-    save_now: Callable[[], bool],
+    requests: Requests,
 ) -> Outcome:
     """The steps. The thread `ahead` packs the rows of the next one while the device works."""
-    settings, cadence = job.settings, job.settings.cadence
+    settings, num_steps = job.config.train, job.cadence.num_steps
+    warmup = settings.warmup_steps(num_steps)
     meter = Meter()
-    device = job.network.lm_head.weight.device
+    device = job.prepared.built.device
     upcoming = ahead.submit(_batch, job, state, state.step)
-    while state.step < cadence.num_steps and not state.early_stopped(settings.patience):
+    while state.step < num_steps and not state.early_stopped(settings.patience):
         started = time.perf_counter()
         job.heartbeat.at(state.step + 1, COMPUTING)
         batch = upcoming.result()
@@ -147,9 +128,7 @@ def _steps(
             upcoming = ahead.submit(_batch, job, state, state.step)
             continue
         loss, norm = gradients
-        rate = learning_rate(
-            state.step, cadence.num_steps, settings.learning_rate, settings.schedule, settings.warmup
-        )
+        rate = learning_rate(state.step, num_steps, settings.learning_rate, settings.schedule, warmup)
         job.optimizer.step(rate)
         job.optimizer.zero_grad()
         state.step += 1
@@ -162,7 +141,7 @@ def _steps(
         job.observe(
             Step(
                 step=state.step,
-                num_steps=cadence.num_steps,
+                num_steps=num_steps,
                 epoch=round(job.order.epoch_at(state.step), 4),
                 loss=loss,
                 learning_rate=rate,
@@ -178,12 +157,13 @@ def _steps(
             )
         )
         writer.wait(block=False)
-        ended = state.step == cadence.num_steps
-        due = cadence.at(state.step)
+        ended = state.step == num_steps
+        due = job.cadence.at(state.step)
         state.measuring_due = due.measure and bool(job.heldout)
-        stopping = state.measuring_due and job.ranks.any(stop())[0]
+        stopping = state.measuring_due and job.ranks.any(requests.stop())[0]
         better = state.measuring_due and not stopping and _measure(job, writer, state)
-        stopping, requested = job.ranks.any(stop(), save_now())  # a signal to one rank is one to all
+        # a signal to one rank is one to all
+        stopping, requested = job.ranks.any(requests.stop(), requests.save())
         early = state.early_stopped(settings.patience) and not ended
         if due.sample and job.ranks.is_main and not (stopping or early or job.engine.lockstep):
             job.samples(state.step)
@@ -193,15 +173,13 @@ def _steps(
             _save(job, writer, state, "asked for" if requested and reason == "due" else reason)
         if stopping and (not ended or state.measuring_due):
             return "interrupted"
-    return "finished" if state.step == cadence.num_steps else "ended early"
+    return "finished" if state.step == num_steps else "ended early"
 
 
 def _batch(job: TrainContext, state: TrainState, step: int) -> Batch:
     """The packed rows of a step: a function of the step, so another thread can prepare the next one."""
-    packer = job.settings.packer
-    if state.micro_batch_tokens is not None:
-        packer = replace(packer, capacity=state.micro_batch_tokens)
-    return job.share.of(job.rows, job.order.rows(step), packer)
+    packer = replace(job.packer, capacity=state.micro_batch_tokens or job.packer.capacity)
+    return job.share.of(job.data.training, job.order.rows(step), packer)
 
 
 def _gradients(job: TrainContext, state: TrainState, batch: Batch) -> tuple[float, float] | None:
@@ -213,7 +191,7 @@ def _gradients(job: TrainContext, state: TrainState, batch: Batch) -> tuple[floa
     """
     step = state.step + 1
     if batch.supervised == 0:
-        raise TrainingError(f"step {step} has no supervised tokens", place=job.places(batch.indices))
+        raise TrainingError(f"step {step} has no supervised tokens", place=job.places(batch))
     random = torch.get_rng_state()
     while True:
         total, short = _passes(job, state, batch)
@@ -224,10 +202,9 @@ def _gradients(job: TrainContext, state: TrainState, batch: Batch) -> tuple[floa
             return None
         mean = total / batch.supervised
         if state.scale.active:
-            torch._foreach_mul_(
-                [m.grad for m in job.adapter_parameters if m.grad is not None], 1 / state.scale.factor
-            )
-        norm = float(clip(job.adapter_parameters, job.settings.max_grad_norm))
+            gradients = [m.grad for m in job.optimizer.parameters if m.grad is not None]
+            torch._foreach_mul_(gradients, 1 / state.scale.factor)
+        norm = float(clip_grad_norm_(job.optimizer.parameters, job.config.train.max_grad_norm or math.inf))
         if math.isfinite(mean) and math.isfinite(norm):
             return mean, norm
         job.optimizer.zero_grad()
@@ -235,7 +212,7 @@ def _gradients(job: TrainContext, state: TrainState, batch: Batch) -> tuple[floa
             what = "loss" if not math.isfinite(mean) else "gradient"
             raise TrainingError(
                 f"step {step}: the {what} is not finite (loss {mean}, gradient norm {norm}); no weight was changed",
-                place=job.places(batch.indices),
+                place=job.places(batch),
                 hint="lower train.learning_rate, or look at these rows; the last checkpoint can be resumed",
             )
         state.scale.overflowed(step)
@@ -312,8 +289,8 @@ def _reduce_micro_batch(
     sizes = [(pack.num_tokens, len(pack.lengths)) for pack in batch.packs]
     most = [max(numbers) for numbers in zip(*sizes, strict=True)] or [0, 0]
     largest, documents = map(int, job.ranks.all_reduce_max(most))
-    if job.settings.halve and documents > 1:
-        now = state.micro_batch_tokens or job.settings.packer.capacity
+    if job.config.run.too_large == "auto" and documents > 1:
+        now = state.micro_batch_tokens or job.packer.capacity
         state.micro_batch_tokens = min(now, largest) // 2
         job.observe(
             Message(
@@ -339,18 +316,17 @@ def _out_of_memory(
     hint = "one row fills the pass: train.recompute=layers needs a fraction of the memory"
     if any(len(pack.lengths) > 1 for pack in packs):
         smaller = f"train.micro_batch_tokens={max(8, max(pack.num_tokens for pack in packs) // 2)}"
-        hint = f"go on with `lorafit train --resume {job.run.path} {smaller}`: {SAME_RESULT}"
+        hint = f"continue with `lorafit train --resume {job.run.path} {smaller}`: {SAME_RESULT}"
     raise RunError(f"out of memory {where}{saved}", place=str(job.run.path), hint=hint)
 
 
 def _save(job: TrainContext, writer: AsyncCheckpointWriter, state: TrainState, reason: str) -> None:
-    """Copy the state. The first rank commits it while training goes on."""
+    """Copy the state. The first rank commits it while training continues."""
     if not job.ranks.is_single_process and not job.ranks.all_equal(adapter_digest(job.network)):
         raise RankError(
             f"the ranks hold different adapters after step {state.step}; nothing was saved",
             place=str(job.run.path),
             hint="one of the machines makes errors; the last checkpoint can be resumed",
         )
-    if not job.ranks.is_main:
-        return
-    writer.save(snapshot(job.network, job.optimizer, state, job.adapter), reason)
+    if job.ranks.is_main:
+        writer.save(state, snapshot(job.prepared, job.optimizer, state), reason)

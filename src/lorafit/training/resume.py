@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter
-
 from lorafit.config.load import load_config
 from lorafit.config.schema import Config
 from lorafit.distributed.env import ProcessEnv
@@ -38,25 +36,10 @@ class Resumption:
         step, skipped = run.newest_checkpoint()
         finished = None
         if step is not None and RunState.of(run).is_complete and run.has_adapter():
-            state = read_state(run.checkpoint(step))
-            ended = (
-                state.early_stopped(config.train.patience)
-                or read_facts(run.checkpoint(step)).get("steps") == step
-            )
-            finished = state if ended else None
+            state, facts = read_state(run.checkpoint(step)), read_facts(run.checkpoint(step))
+            if state.early_stopped(config.train.patience) or facts.get("steps") == step:
+                finished = state
         return cls(config, step, skipped, finished)
-
-    def to_json(self) -> str:
-        """For `from_json`."""
-        return _RESUMPTION.dump_json(self).decode()
-
-    @classmethod
-    def from_json(cls, text: str) -> Resumption:
-        """What `to_json` wrote."""
-        return _RESUMPTION.validate_json(text)
-
-
-_RESUMPTION = TypeAdapter(Resumption)
 
 
 def find_run_of_launch(env: ProcessEnv, output: str | None) -> str:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from lorafit.config.schema import Config
 from lorafit.data.batch import RankShare
+from lorafit.data.packing import Packer
 from lorafit.distributed.env import ProcessEnv
-from lorafit.distributed.parallel import Engine, ReplicatedEngine, ShardedEngine
+from lorafit.distributed.parallel import Engine, ReplicatedEngine
 from lorafit.distributed.ranks import Ranks, check_strategy, init_process_group
 from lorafit.distributed.watchdog import Heartbeat
 from lorafit.errors import RunError
@@ -25,6 +24,7 @@ from lorafit.model.build import BaseModelCache
 from lorafit.model.compile import enable_compile
 from lorafit.model.device import describe
 from lorafit.model.dtypes import dtype_name
+from lorafit.model.lora import adapter_parameters
 from lorafit.model.memory import is_out_of_memory
 from lorafit.model.native import missing
 from lorafit.observe.curve_monitor import CurveMonitor, diagnosing
@@ -32,18 +32,18 @@ from lorafit.observe.events import Message, Observer, RunStarted, fan_out
 from lorafit.observe.metrics_file import Record, read_metrics, truncate_after
 from lorafit.observe.terminal import Terminal
 from lorafit.observe.trackers import tracker
+from lorafit.plan.cadence import Cadence
 from lorafit.plan.planner import make_plan
 from lorafit.plan.table import short_lines
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import read_facts, verify_folder
 from lorafit.training import loop
 from lorafit.training.checkpoint import (
-    AdapterFacts,
+    FILES,
     TrainState,
     changes,
     differences,
     load_checkpoint,
-    read_checkpoint,
     refuse_changes,
     seed_random,
 )
@@ -77,20 +77,6 @@ class Result:
     base_loss: float | None
     proven: bool | None = None  # None without a proof
 
-    @classmethod
-    def of(
-        cls,
-        run: RunDirectory,
-        adapter: Path,
-        state: TrainState,
-        *,
-        finished: bool,
-        proven: bool | None = None,
-    ) -> Result:
-        """The result of a run that ended in `state`."""
-        losses = (state.last_loss, state.best_loss, state.base_loss)
-        return cls(run.path, adapter, finished, state.step, *losses, proven)
-
 
 def start_run(config: Config, *, quiet: bool = False, base: BaseModelCache | None = None) -> Result:
     """Train a new run. Raises a LorafitError before the first step where config, model or data are wrong.
@@ -100,18 +86,21 @@ def start_run(config: Config, *, quiet: bool = False, base: BaseModelCache | Non
     env = ProcessEnv.read()
     check_strategy(config.distributed.strategy, config.model.quantize, env)
     with init_process_group(env) as ranks, outside_steps(terminal_or_silent(env, quiet)):
-        if ranks.broadcast_from_rank0("begun", lambda: find_run_of_launch(env, config.run.output), str, str):
+        if ranks.broadcast_from_rank0("begun", str, lambda: find_run_of_launch(env, config.run.output)):
             assert config.run.output is not None
-            return _resume(ranks, config.run.output, quiet=quiet, base=base)
-        output = ranks.broadcast_from_rank0(
-            "output", lambda: str(RunDirectory.new(config.run.output, config.model.name).path), str, str
+            return _resume(ranks, config.run.output, (), False, quiet, base)
+        run = RunDirectory(
+            ranks.broadcast_from_rank0(
+                "output", Path, lambda: RunDirectory.new(config.run.output, config.model.name).path
+            )
         )
-        run = RunDirectory(Path(output))
         config = config.model_copy(update={"run": config.run.model_copy(update={"output": str(run.path)})})
         prepared = prepare(config, ranks, quiet, base)
         if not ranks.is_main:
             return run_training(prepared, run, ranks, step=None, notes=[], quiet=quiet)
-        run.create(num_bytes=_checkpoint_bytes(prepared) * (config.train.keep + 2))
+        parameters = adapter_parameters(prepared.built.network).values()
+        num_bytes = 3 * sum(parameter.nbytes for parameter in parameters)  # with AdamW's two moments of each
+        run.create(num_bytes * (config.train.keep + 2))
         with run.locked():
             run.check_vacant()  # another process may have used the folder while this one read the rows
             write_origin(run, prepared)
@@ -135,24 +124,23 @@ def resume_run(
     """
     env = ProcessEnv.read()
     with init_process_group(env) as ranks, outside_steps(terminal_or_silent(env, quiet)):
-        return _resume(ranks, path, overrides, accept_changes=accept_changes, quiet=quiet, base=base)
+        return _resume(ranks, path, overrides, accept_changes, quiet, base)
 
 
 def _resume(
     ranks: Ranks,
     path: str | Path,
-    overrides: Sequence[str] = (),
-    *,
-    accept_changes: bool = False,
-    quiet: bool = False,
-    base: BaseModelCache | None = None,
+    overrides: Sequence[str],
+    accept_changes: bool,
+    quiet: bool,
+    base: BaseModelCache | None,
 ) -> Result:
     """`resume_run` in a process group. Only the first rank needs the run directory."""
     run = RunDirectory.open(path) if ranks.is_main else RunDirectory(Path(path).expanduser())
     wait_for_left()
     with run.locked() if ranks.is_main else nullcontext():
         resumption = ranks.broadcast_from_rank0(
-            "resumption", lambda: Resumption.of(run, overrides), Resumption.to_json, Resumption.from_json
+            "resumption", Resumption, lambda: Resumption.of(run, overrides)
         )
         config, step = resumption.config, resumption.step
         check_strategy(config.distributed.strategy, config.model.quantize, ranks.env)
@@ -166,7 +154,9 @@ def _resume(
             observe(Message(f"`{path}` is finished after {step} steps; nothing was changed"))
             if ranks.is_main and not run.report_file.exists():  # killed between the end and the report
                 leave_report(run, observe)
-            return Result.of(run, run.adapter, resumption.finished, finished=True)
+            state = resumption.finished
+            losses = (state.last_loss, state.best_loss, state.base_loss)
+            return Result(run.path, run.adapter, True, state.step, *losses)
         prepared = prepare(config, ranks, quiet, base, resumed=True)
         notes = _reconcile(run, prepared, resumption, accept_changes) if ranks.is_main else []
         return run_training(prepared, run, ranks, step=step, notes=notes, quiet=quiet)
@@ -179,11 +169,15 @@ def _reconcile(
     step, skipped = resumption.step, resumption.skipped
     none = "no checkpoint is whole" if skipped else "no checkpoint yet"
     notes = [Message(fault, "warning") for fault in skipped.values()]
-    notes.append(Message(f"going on from step {step}" if step is not None else f"{none}: starting over"))
+    notes.append(Message(f"continuing from step {step}" if step is not None else f"{none}: starting over"))
     if step is not None:
-        different = changes(run.checkpoint(step), prepared.facts) + _prompt_changes(run, step, prepared)
+        checkpoint, contract = run.checkpoint(step), prepared.data.training_data.renderer.contract
+        different = changes(checkpoint, prepared.facts)
+        if read_facts(checkpoint).get("prompt_contract") != contract.hash:
+            with suppress(RunError):  # prompt.json shows more than the hash
+                different += differences(run.read_json(run.prompt_file), contract.to_json(), "prompt.")
         if not accept_changes:
-            refuse_changes(run.checkpoint(step), different)
+            refuse_changes(checkpoint, different)
         notes += [Message(change, "warning") for change in different]
     for damaged in skipped:
         run.set_aside(damaged)
@@ -213,15 +207,15 @@ def run_training(
             observe(Message(text, "warning"))
         initial = tensor_digests(prepared.built.network) if prepared.config.run.verify else {}
         job = make_context(prepared, run, ranks, observe)
-        state = restore(job, prepared, step)
-        announce_start(job, prepared, show_plan=step is None)
+        state = restore(job, step)
+        announce_start(job, show_plan=step is None)
         outcome, seconds = train(job, state)
         adapter, proven = run.adapter, None
         if ranks.is_main:
-            rows = prepared.data.training_data
-            adapter, proven = finish(prepared.config, rows, job, state, outcome, seconds, initial)
+            adapter, proven = finish(job, state, outcome, seconds, initial)
         ranks.barrier("finished")
-        return Result.of(run, adapter, state, finished=outcome != "interrupted", proven=proven)
+        losses = (state.last_loss, state.best_loss, state.base_loss)
+        return Result(run.path, adapter, outcome != "interrupted", state.step, *losses, proven)
 
 
 @contextmanager
@@ -230,17 +224,16 @@ def make_observers(
 ) -> Iterator[Observer]:
     """Metrics file, terminal, trackers and diagnosis, of the first rank only. Metrics after `step` are dropped."""
     if not ranks.is_main:
-        yield _silent
+        yield fan_out([])
         return
     lost = truncate_after(run.metrics_file, step or 0) if run.metrics_file.exists() else 0
     with ExitStack() as stack:
-        observers: list[Observer] = [stack.enter_context(Record(run.metrics_file))]
+        observers: list[Observer] = [stack.enter_context(closing(Record(run.metrics_file)))]
         if not quiet:
-            observers.append(stack.enter_context(Terminal(log_every=config.train.log_every)))
+            observers.append(stack.enter_context(closing(Terminal(log_every=config.train.log_every))))
         for name in config.run.trackers:
             watcher = tracker(name, run.path.name, run.path, config.model_dump(mode="json"))
-            stack.callback(watcher.close)
-            observers.append(watcher)
+            observers.append(stack.enter_context(closing(watcher)))
         past = read_metrics(run.metrics_file) if step is not None else []
         observe = diagnosing(fan_out(observers), CurveMonitor.over(past))
         if lost:
@@ -255,73 +248,61 @@ def make_context(prepared: Prepared, run: RunDirectory, ranks: Ranks, observe: O
     num_steps = data.num_steps(config)
     enable_compile(built.device, num_steps)
     network.recompute = config.train.recompute == "layers"
-    engine = make_engine(prepared, ranks)
-    adapter_parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = AdamW(adapter_parameters, config.train.weight_decay)
+    engine = Engine(network)
+    if not ranks.is_single_process:
+        engine = ReplicatedEngine(network, built.device if is_sharded(config, ranks) else None)
+    packer = Packer(config.train.micro_batch_tokens, config.data.packing)
     seed_random(config.train.seed)
-    settings = loop.Settings.from_config(config, num_steps, data.order.steps_per_epoch)
-    heldout = [rows.heldout.row(index) for index in range(len(rows.heldout))]
     return loop.TrainContext(
-        settings=settings,
-        ranks=ranks,
-        share=RankShare(ranks.rank, ranks.world_size, attention_cost(network.arch), engine.lockstep),
-        engine=engine,
-        heartbeat=Heartbeat(
-            ranks.store, ranks.rank, ranks.world_size, config.distributed.timeout, run.heartbeat_file
-        ),
-        network=network,
-        adapter_parameters=adapter_parameters,
-        optimizer=optimizer,
-        rows=rows.training,
-        order=data.order,
-        places=lambda members: ", ".join(rows.place(index) for index in members),
-        heldout=settings.packer.packs(heldout),
+        prepared=prepared,
         run=run,
-        adapter=AdapterFacts(built.spec, config.model.name, data.base.revision),
-        facts={**prepared.facts, **machine_facts(built.device)},
+        ranks=ranks,
         observe=observe,
+        network=network,
+        engine=engine,
+        optimizer=AdamW(adapter_parameters(network).values(), config.train.weight_decay),
+        order=data.order,
+        share=RankShare(ranks.rank, ranks.world_size, attention_cost(network.arch), engine.lockstep),
+        packer=packer,
+        heldout=packer.packs([rows.heldout.row(index) for index in range(len(rows.heldout))]),
+        cadence=Cadence.of(config, num_steps, data.order.steps_per_epoch),
+        heartbeat=Heartbeat(ranks, config.distributed.timeout, run.heartbeat_file),
         samples=SampleGenerator(Model(network, rows.renderer), rows.samples, observe),
+        facts={**prepared.facts, **machine_facts(built.device)},
     )
 
 
-def make_engine(prepared: Prepared, ranks: Ranks) -> Engine:
-    """How a pass is computed: in one process, or replicated or sharded over the ranks."""
-    network = prepared.built.network
-    if ranks.is_single_process:
-        return Engine(network)
-    if is_sharded(prepared.config, ranks):
-        return ShardedEngine(network, prepared.machine.device)
-    return ReplicatedEngine(network)
-
-
-def restore(job: loop.TrainContext, prepared: Prepared, step: int | None) -> TrainState:
+def restore(job: loop.TrainContext, step: int | None) -> TrainState:
     """The state to train from; network, optimizer and random generators get the values of checkpoint `step`."""
+    built, run, ranks = job.prepared.built, job.run, job.ranks
     if step is None:
-        return TrainState(scale=LossScale.for_dtype(prepared.built.dtype))
-    run, ranks = job.run, job.ranks
+        return TrainState(scale=LossScale.for_dtype(built.dtype))
     folder = run.checkpoint(step)
-    files = ranks.broadcast_files(lambda: read_checkpoint(folder))
+    files = ranks.broadcast_files(folder, FILES)
     state = load_checkpoint(files, folder, job.network, job.optimizer)
     best = state.best_step
     lost_best = best not in (None, step) and ranks.is_main and bool(verify_folder(run.checkpoint(best)))
     if ranks.any(lost_best)[0]:
         job.observe(Message(f"the best step so far, {best}, is lost: later ones count", "warning"))
         state.best_loss = state.best_step = None
-    for change in _machine_changes(folder, prepared.built.device) if ranks.is_main else ():
-        job.observe(Message(change, "warning"))
+    stored = read_facts(folder) if ranks.is_main else {}
+    for name, value in machine_facts(built.device).items():
+        if (was := stored.get(name, value)) != value:
+            text = f"{name} was {was} and is {value}: the run continues, but not to the same bytes"
+            job.observe(Message(text, "warning"))
     return state
 
 
-def announce_start(job: loop.TrainContext, prepared: Prepared, *, show_plan: bool) -> None:
+def announce_start(job: loop.TrainContext, *, show_plan: bool) -> None:
     """Report the size of the run, and its plan."""
-    built, ranks = prepared.built, job.ranks
+    prepared, built, ranks = job.prepared, job.prepared.built, job.ranks
     job.observe(
         RunStarted(
-            model=prepared.config.model.name,
+            model=job.config.model.name,
             num_rows=len(prepared.data.training_data.training),
-            num_steps=job.settings.cadence.num_steps,
+            num_steps=job.cadence.num_steps,
             num_parameters=job.network.arch.num_parameters,
-            num_trainable=sum(parameter.numel() for parameter in job.adapter_parameters),
+            num_trainable=sum(parameter.numel() for parameter in job.optimizer.parameters),
             device=("" if ranks.is_single_process else f"{ranks.world_size} x ") + describe(built.device),
             dtype=dtype_name(built.dtype),
             output=str(job.run.path),
@@ -338,52 +319,18 @@ def train(job: loop.TrainContext, state: TrainState) -> tuple[loop.Outcome, floa
     started = time.perf_counter()
     with Requests(job.observe, patient=job.ranks.env.has_agent) as requests:
         try:
-            outcome = loop.train(job, state, requests.stop, requests.save)
+            outcome = loop.train(job, state, requests)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             raise RunError(
                 f"out of memory after step {state.step}",
-                place=describe(job.network.lm_head.weight.device),
-                hint=f"set train.micro_batch_tokens below {job.settings.packer.capacity}: {loop.SAME_RESULT}",
+                place=describe(job.prepared.built.device),
+                hint=f"set train.micro_batch_tokens below {job.packer.capacity}: {loop.SAME_RESULT}",
             ) from None
     return outcome, time.perf_counter() - started
 
 
 def terminal_or_silent(env: ProcessEnv, quiet: bool) -> Observer:
     """The terminal of the first rank; nothing for the others, or where `quiet`."""
-    return Terminal() if env.is_main and not quiet else _silent
-
-
-def _silent(event: object) -> None:
-    """Observe nothing."""
-
-
-def _checkpoint_bytes(prepared: Prepared) -> int:
-    """About the size of a checkpoint: each parameter of the adapter and AdamW's two moments of it."""
-    parameters = prepared.built.network.parameters()
-    return sum(
-        3 * parameter.numel() * parameter.element_size()
-        for parameter in parameters
-        if parameter.requires_grad
-    )
-
-
-def _prompt_changes(run: RunDirectory, step: int, prepared: Prepared) -> list[str]:
-    """What of the prompt contract differs from that of a checkpoint, as far as prompt.json shows it."""
-    contract = prepared.data.training_data.renderer.contract
-    if read_facts(run.checkpoint(step)).get("prompt_contract") == contract.hash:
-        return []
-    with suppress(RunError):
-        return differences(run.read_json(run.prompt_file), contract.to_json(), "prompt.")
-    return []
-
-
-def _machine_changes(checkpoint: Path, device: torch.device) -> list[str]:
-    """What differs from the machine that wrote a checkpoint. The run goes on, but its last bits differ."""
-    stored = read_facts(checkpoint)
-    return [
-        f"{name} was {stored[name]} and is {value}: the run goes on, but not to the same bytes"
-        for name, value in machine_facts(device).items()
-        if stored.get(name, value) != value
-    ]
+    return Terminal() if env.is_main and not quiet else fan_out([])

@@ -57,22 +57,16 @@ def prepare(
 ) -> Prepared:
     """Read the rows, choose the config that fits, load the model. The ranks connect last: a slow one is waited for."""
     quiet = quiet or not ranks.is_main
-    device = pick_device(config.model.device, ranks.env.device_index)
+    device = pick_device(config.model.device, None if ranks.is_single_process else ranks.env.local_rank)
     share_cores(ranks.env, device)
     data = RunInputs.read(config, quiet)
     machine = Machine.read(device, ranks.env)
-    checked = (
-        ranks.is_main and not resumed and config.run.check != "none"
-    )  # a resumed run is not checked again
+    # a resumed run is not checked again
+    checked = ranks.is_main and not resumed and config.run.check != "none"
     checks = check_rows(config, data.training_data, data.arch.num_parameters, quiet) if checked else []
     fitted = Fit(config, "")
     if not resumed:
-        fitted = ranks.broadcast_from_rank0(
-            "fitting",
-            lambda: fit(config, data, machine),
-            lambda chosen: chosen.config.model_dump_json(exclude_unset=True),
-            lambda text: Fit(Config.model_validate_json(text), ""),
-        )
+        fitted = ranks.broadcast_from_rank0("fitting", Fit, lambda: fit(config, data, machine))
     config = fitted.config
     sharded = is_sharded(config, ranks)
     with progress("loading the model", quiet=quiet) as advance:
@@ -80,10 +74,10 @@ def prepare(
     if checked and not sharded:  # one rank alone cannot compute with its part of the base
         checks += trial_before_training(config, data, built.network)
     facts = run_fingerprint(config, data)
-    ranks.connect(
-        device, 2 * config.distributed.timeout
-    )  # longer than the watchdog's, which says which rank is stuck
-    if not ranks.is_single_process and not ranks.all_equal(_digest(facts)):
+    # longer than the watchdog's timeout, which says which rank is stuck
+    ranks.connect(device, 2 * config.distributed.timeout)
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
+    if not ranks.is_single_process and not ranks.all_equal(digest):
         raise RunError(
             f"rank {ranks.rank} of {ranks.world_size} reads another model or other rows than the first",
             place=str(data.base.path),
@@ -150,7 +144,3 @@ def environment(env: ProcessEnv) -> dict[str, Any]:
         "ranks": env.world_size,
         "launch": env.launch,
     }
-
-
-def _digest(facts: Mapping[str, Any]) -> bytes:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,10 +34,8 @@ from lorafit.verify.reload import Probe, logits_from_subprocess, probe_logits
 
 Verdict = Literal["pass", "warn", "fail", "skip"]
 STOP_PROMPTS, STOP_SHARE = 20, 0.8
-LEAST_ANSWER, MOST_ANSWER = (
-    64,
-    256,
-)  # limits of an answer that should end, in tokens: twice the longest right one
+# limits of an answer that should end, in tokens: twice the longest right one
+LEAST_ANSWER, MOST_ANSWER = 64, 256
 # By the type of the compute: the largest difference of the base's logits between two processes, and the part of the
 # adapter's effect that may be lost between training and loading. Both are relative root mean squares.
 NOISE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
@@ -98,15 +96,15 @@ def prove(
     initial: Mapping[str, str],
     continued: bool,
     rows: Sequence[TokenRow],
-    prompts: Callable[[int], Sequence[Row]],
+    prompts: Sequence[Row],
     losses: tuple[float | None, float | None],
     observe: Observer,
 ) -> Proof:
     """Check the finished `run`, whose final adapter, of `step`, is on `model` too; frees the model's memory.
 
     `initial` are the digests before the first step; `continued` says that the adapter was not fresh. `rows` are fixed
-    texts, held out if there are such rows. `prompts(n)` are the first n held-out rows with a question. `losses` are
-    the held-out losses of base and tuned. A failed check is in the result, and raises nothing.
+    texts, held out if there are such rows. `prompts` are the held-out rows of the stop check. `losses` are the
+    held-out losses of base and tuned. A failed check is in the result, and raises nothing.
     """
     started = time.perf_counter()
     weights = run.adapter / WEIGHTS
@@ -213,16 +211,17 @@ def compare_logits(
     return Check("reload", "pass", text, values)
 
 
-def stop(model: Model, prompts: Callable[[int], Sequence[Row]]) -> Check:
+def stop(model: Model, prompts: Sequence[Row]) -> Check:
     """How many greedy answers to held-out prompts end by themselves within twice the tokens of a right answer."""
-    rows = [(row, _answer_tokens(model, row)) for row in prompts(STOP_PROMPTS)]
-    fair = [(row, length) for row, length in rows if _is_fair(length)]
+    answers = [row.content.answers()[-1] for row in prompts]
+    lengths = [len(ids) for ids, _ in model.renderer.tokenizer.encode_batch(answers)]
+    fair = [row for row, length in zip(prompts, lengths, strict=True) if _is_fair(length)]
     if not fair:
-        why = "the right answers are too long" if rows else "no held-out row has a question"
+        why = "the right answers are too long" if prompts else "no held-out row has a question"
         return Check("stop", "skip", f"whether answers end is not measured: {why}")
-    _, limit = stop_prompts([length for _, length in fair])
-    answers = model.generate([row.content for row, _ in fair], max_tokens=limit)
-    going = [row.place for (row, _), answer in zip(fair, answers, strict=True) if not answer.stopped]
+    _, limit = stop_prompts(lengths)
+    generated = model.generate([row.content for row in fair], max_tokens=limit)
+    going = [row.place for row, answer in zip(fair, generated, strict=True) if not answer.stopped]
     ended = len(fair) - len(going)
     text = f"{ended} of {len(fair)} held-out prompts ended by themselves"
     values = {"prompts": len(fair), "ended": ended, "max_tokens": limit, "going_on": going}
@@ -251,11 +250,6 @@ def heldout(base: float | None, tuned: float | None) -> Check:
     if not tuned < base:
         return Check("heldout", "warn", f"{text}: the adapter is no better than the base", values)
     return Check("heldout", "pass", text, values)
-
-
-def _answer_tokens(model: Model, row: Row) -> int:
-    text = row.content.answers()[-1]
-    return len(next(model.renderer.tokenizer.encode_batch([text]))[0])
 
 
 def _digest(tensor: Tensor) -> str:
