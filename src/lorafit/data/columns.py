@@ -18,7 +18,7 @@ Columns = Mapping[str, str]  # field -> column; `answers.text.0` is a value with
 TEXT_FIELDS = ("instruction", "input", "output", "system", "prompt", "completion", "text")
 FIELDS = (*TEXT_FIELDS, "messages", "conversations", "tools", "history", "weight", "train")
 LISTS = {"messages", "conversations", "conversation", "tools"}  # may be the JSON text of a list
-CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "turns")
+CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
 
 # The names of columns for each field, the usual ones first. A context is the question where there is no other.
 _QUESTIONS = ("instruction", "question", "query", "problem", "prompt", "inputs")
