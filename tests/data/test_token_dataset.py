@@ -18,9 +18,10 @@ from tests.data.toy_tokenizers import hostile_text, llama_like, load
 
 from lorafit.data.formats import Chat, Content, Instruction, Message, Row, Text
 from lorafit.data.ledger import DroppedRows, Ledger
+from lorafit.data.pieces import split
 from lorafit.data.prompt import Rendered, Renderer, contract
 from lorafit.data.sources import Chunk, find_sources
-from lorafit.data.token_dataset import TokenDataset, encode_chunks, open_encoded, split
+from lorafit.data.token_dataset import TokenDataset, encode_chunks, open_encoded
 from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import DataError, RunError
 

@@ -117,7 +117,7 @@ class Tokens(TokenFindings):
         ids = [] if int(first[0]) == self._bos else [int(first[0])]
         for index in indices:
             piece, trained = self._encoded.row(index)
-            ids += piece[trained].tolist()
+            ids += piece[trained.astype(np.bool_)].tolist()
         self.num_answers += 1
         if ids[-1] not in self._stops:
             self.no_stop.add(row.number)

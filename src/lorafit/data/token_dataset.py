@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from lorafit.data.formats import Row
 from lorafit.data.packing import Ids, TokenRow
+from lorafit.data.pieces import split
 from lorafit.data.prompt import Dropped, Rendered, Renderer
 from lorafit.data.row_faults import RowFaults
 from lorafit.data.sources import Chunk
@@ -192,24 +193,6 @@ def encode_chunks(
         return writer.finish()
 
 
-def split(row: Rendered, longest: int, bos_id: int | None) -> list[Rendered]:
-    """A row as pieces of at most `longest` tokens. Each token is trained in one of them.
-
-    Each piece repeats the BOS of the row, and as context an eighth of `longest` tokens of the piece before.
-    """
-    if len(row.ids) <= longest:
-        return [row]
-    start = int(row.ids[0] == bos_id)
-    bos, pieces, repeated = row.ids[:start], list[Rendered](), 0
-    while start + repeated < len(row.ids):
-        stop = start + longest - len(bos)
-        trained = [False] * (len(bos) + repeated) + row.trained[start + repeated : stop]
-        pieces.append(Rendered(bos + row.ids[start:stop], trained))
-        repeated = longest // 8
-        start = stop - repeated
-    return pieces
-
-
 class _Writer:
     """Fits rendered rows to the contract and writes them, chunk after chunk."""
 
@@ -222,7 +205,7 @@ class _Writer:
         self._files: dict[str, BinaryIO] = {
             name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in self._kinds
         }
-        self._num_tokens = self._num_rows = self._longest = self._num_too_long = 0
+        self._num_tokens = self._num_read = self._longest = self._num_too_long = 0
         self._too_long: list[Row] = []
         self._dropped: dict[str, array[int]] = {}
         self._faults = RowFaults()
@@ -235,7 +218,7 @@ class _Writer:
         lines: list[int] = []
         truncated: list[int] = []
         fitting: list[Rendered] = []
-        self._num_rows += len(chunk.rows)
+        self._num_read += len(chunk.rows)
         for number, reason in chunk.dropped:
             self._drop(number, reason)
         outcomes = self._renderer.render_batch(chunk.rows)
@@ -268,7 +251,7 @@ class _Writer:
 
     def finish(self) -> dict[str, Any]:
         """The facts about what was written; raises DataError with all problems."""
-        problems = self._faults.problems(self._num_rows)
+        problems = self._faults.problems(self._num_read)
         if self._num_too_long:
             problems.append(self._too_long_problem())
         if problems:
