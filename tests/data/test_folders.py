@@ -153,6 +153,13 @@ def test_the_split_to_measure_on(tmp_path: Path) -> None:
     assert "data.eval_split names one" in refusal(tmp_path, Wanted("validation", "data.eval_split"))
 
 
+def test_data_files_of_prompts_have_no_splits(tmp_path: Path) -> None:
+    write(tmp_path, dict.fromkeys(["train.jsonl", "test.jsonl", "README.md", "in/x.jsonl"], ROW))
+    assert data_files(tmp_path) == [tmp_path / "test.jsonl", tmp_path / "train.jsonl"]
+    with pytest.raises(DataError, match="the folder holds no data files"):
+        data_files(write(tmp_path / "empty", {"x.py": ""}))
+
+
 def test_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, dict.fromkeys(["a/b.jsonl", "a/c.jsonl", "a/d.csv", "e/f/g.jsonl", "[x]/y.jsonl"], ROW))
     monkeypatch.chdir(tmp_path)

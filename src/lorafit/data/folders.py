@@ -97,11 +97,16 @@ def files_of(spec: str, wanted: Wanted) -> Found:
 
 
 def data_files(path: Path) -> list[Path]:
-    """`path` itself if it is a data file, or the data files in the folder `path`, sorted by name. Raises DataError."""
+    """`path` if it is a data file, or all data files directly in the folder `path`, by name. Raises DataError."""
     if not path.exists():
         raise DataError("no such file or folder", place=str(path), hint=_nearest(path))
     if path.is_dir():
-        return [file.path for file in _folder(str(path), path, Wanted()).files]
+        files = row_files(_listed(path)[0])
+        if not files:
+            raise DataError(
+                "the folder holds no data files", place=str(path), hint=f"data files end in {KNOWN_FILES}"
+            )
+        return [path / file for file in files]
     if not suffix_of(path.name):
         hint = f"data files end in {KNOWN_FILES}"
         raise DataError(f"unsupported kind of file {path.suffix!r}", place=str(path), hint=hint)
