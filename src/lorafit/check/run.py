@@ -56,7 +56,8 @@ def check_texts(config: Config, *, quiet: bool = False) -> Checked:
     with progress("checking rows", quiet=quiet) as advance:
         findings = inspect(reader, advance=advance)
     index = RowIndex(sources, reader.summaries)
-    return Checked([*row_verdicts(findings, index), *dropped_rows(reader.dropped, index)])
+    rows, *others = row_verdicts(findings, index)
+    return Checked([rows, *dropped_rows(reader.dropped, index), *others])
 
 
 def check_data(config: Config, *, quiet: bool = False) -> Checked:
