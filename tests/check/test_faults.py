@@ -85,7 +85,7 @@ def nearly_repeat(rows: list[RowData]) -> None:
 # name of the fault: what is done to the rows, the check that names it, the verdict, a word of what it says
 DATA_FAULTS: dict[str, tuple[Callable[[list[RowData]], object], str, str, str]] = {
     "no answer field": (drop("output"), "rows", "fail", "`output` is missing"),
-    "a number for an answer": (lambda rows: rows[AT - 1].update(output=7), "rows", "fail", "not text"),
+    "true for an answer": (lambda rows: rows[AT - 1].update(output=True), "rows", "fail", "not text"),
     "a lone surrogate": (answer("a \ud83d b"), "rows", "fail", "lone surrogate U+D83D"),
     "an empty answer": (answer("  "), "dropped rows", "warn", "the answer is empty"),
     "an answer that says nothing": (answer("N/A"), "answers", "warn", "next to nothing (N/A)"),
@@ -120,7 +120,7 @@ def test_the_row_that_is_too_long_is_named(model: Path, tmp_path: Path) -> None:
     rows[AT - 1]["output"] = "so it goes on " * 30
     verdicts = found(model, tmp_path, rows, "data.max_length=200")
     assert f"rows.json row {AT}" in verdicts[0].place
-    assert "data.max_length" in verdicts[-1].place
+    assert "data.max_length=200" in verdicts[0].message
     cut = found(model, tmp_path, rows, "data.max_length=200", "data.too_long=truncate")
     assert [(verdict.name, verdict.rows) for verdict in cut] == [("lengths", (AT,))]
 

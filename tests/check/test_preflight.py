@@ -12,7 +12,7 @@ import pytest
 from tests.tiny_models import write_model, write_rows
 
 from lorafit.check import preflight
-from lorafit.check.run import check_rows
+from lorafit.check.run import check_rows, check_texts
 from lorafit.config.load import load_config
 from lorafit.data import token_cache
 from lorafit.data.build import build_data
@@ -50,12 +50,13 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with each reading of the rows by the checks."""
     counted: list[int] = []
 
-    class Counting(RowReader):
-        def chunks(self, *size: int) -> Any:
-            counted.append(1)
-            return super().chunks(*size)
+    inspect = preflight.inspect
 
-    monkeypatch.setattr(preflight, "RowReader", Counting)
+    def counting(*args: Any) -> preflight.RowFindings:
+        counted.append(1)
+        return inspect(*args)
+
+    monkeypatch.setattr(preflight, "inspect", counting)
     return counted
 
 
@@ -144,3 +145,18 @@ def test_damaged_and_foreign_findings_are_found_anew(
     assert len(reads) == 2
     assert check(model, rows) == first
     assert len(reads) == 2
+
+
+def test_without_a_model_rows_are_left_out_and_leaks_named_too(tmp_path: Path) -> None:
+    rows = [{"instruction": f"say {n}", "output": f"it is {n}" if n != 3 else None} for n in range(12)]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    (tmp_path / "own.jsonl").write_text("".join(lines[10:]))
+    words = [f"data.path={tmp_path / 'train.jsonl'}", f"data.eval_path={tmp_path / 'own.jsonl'}"]
+    checked = check_texts(load_config(None, ["model.name=none", *words, "data.bad_rows=drop"]), quiet=True)
+    said = {verdict.name: verdict for verdict in checked.verdicts}
+    assert (said["dropped rows"].message, said["dropped rows"].rows) == (
+        "1 row dropped: `output` is null",
+        (4,),
+    )
+    assert said["leaks"].message == "2 of 2 held-out rows also trained"

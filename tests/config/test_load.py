@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorafit.config.load import (
+    config_from_args,
     dump_config,
     flag_overrides,
     load_config,
@@ -208,11 +209,17 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "data.weights": st.none(),
     "data.revision": st.none() | TEXT,
     "data.split": TEXT,
+    "data.config": st.none() | TEXT,
+    "data.columns": st.dictionaries(TEXT, TEXT, max_size=3),
+    "data.encoding": st.sampled_from(["utf-8", "cp949", "utf-16"]),
+    "data.bad_rows": st.sampled_from(["error", "drop"]),
+    "data.eval_path": st.just([]) | TEXT.map("measured-".__add__),
+    "data.eval_split": st.none() | TEXT,
     "data.format": st.sampled_from(["auto", "alpaca", "messages", "sharegpt", "completion", "text"]),
     "data.template": TEXT,
     "data.system": TEXT,
     "data.max_length": st.integers(8, 1_048_576),
-    "data.too_long": st.sampled_from(["error", "truncate", "drop"]),
+    "data.too_long": st.sampled_from(["error", "truncate", "drop", "split"]),
     "data.train_on": st.sampled_from(["response", "all"]),
     "data.eos": st.booleans(),
     "data.packing": st.booleans(),
@@ -369,3 +376,27 @@ def test_a_text_that_is_no_unicode_is_one_problem() -> None:
     assert [problem.message for problem in caught.value.problems] == [
         "`model.name` holds a character that is no text"
     ]
+
+
+def test_files_after_data_are_data(tmp_path: Path) -> None:
+    """A shell writes `--data *.jsonl` as several words. Recipes and overrides stay what they are."""
+    names = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "c.csv.gz")]
+    for name in names:
+        Path(name).touch()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("lora: {rank: 3}")
+    config = config_from_args(
+        [names[1], str(recipe), "train.seed=1", names[2]], None, {"model.name": "m", "data.path": names[:1]}
+    )
+    assert config.data.path == tuple(names)
+    assert (config.lora.rank, config.train.seed) == (3, 1)
+    with pytest.raises(ConfigError):
+        config_from_args(names[:1], None, {"model.name": "m"})
+    with pytest.raises(ConfigError, match="there is no recipe"):
+        config_from_args(["none.jsonl"], None, {"model.name": "m", "data.path": names})
+
+
+@pytest.mark.parametrize("name", ["cp9490", "zlib", "base64", ""])
+def test_encodings_are_those_of_text(name: str) -> None:
+    with pytest.raises(ConfigError, match="no encoding of text has this name"):
+        load_config(None, ["model.name=m", "data.path=a", f"data.encoding={name}"])

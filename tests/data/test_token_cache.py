@@ -22,7 +22,7 @@ from tests.waiting import HANGS
 from lorafit.data import token_cache, token_dataset
 from lorafit.data.ledger import Ledger
 from lorafit.data.prompt import Renderer, contract
-from lorafit.data.sources import find_files
+from lorafit.data.sources import Reading, find_sources
 from lorafit.data.token_cache import Entry, encode_files
 from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import DataError, RunError
@@ -58,7 +58,7 @@ def renderer(tokenizer: Tokenizer, **changes: Any) -> Renderer:
 
 
 def run(path: Path, tokenizer: Tokenizer, format_name: str = "auto", **changes: Any) -> Entry:
-    return encode_files(find_files([str(path)]), format_name, renderer(tokenizer, **changes))
+    return encode_files(find_sources([str(path)], Reading(format_name)), renderer(tokenizer, **changes))
 
 
 def content(entry: Entry) -> dict[str, Any]:
@@ -90,7 +90,8 @@ def test_the_second_time_nothing_is_encoded_and_all_is_the_same(
     assert content(first) == content(second) == content(moved)
     assert (first.notes, second.notes) == ((), ())
     told: list[tuple[int, int]] = []
-    encode_files(find_files([str(rows)]), "alpaca", renderer(tokenizer), lambda *now: told.append(now))
+    sources = find_sources([str(rows)], Reading("alpaca"))
+    encode_files(sources, renderer(tokenizer), lambda *now: told.append(now))
     assert told == [(rows.stat().st_size,) * 2]
 
 
@@ -123,10 +124,10 @@ def test_every_change_misses(tokenizer: Tokenizer, rows: Path, place: Path, tmp_
 
 
 def test_the_version_of_the_encoding_is_part_of_the_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = token_cache.key_of([(".json", "0")], "auto", "1")
-    assert token_cache.key_of([(".json", "0")], "auto", "1") == before
+    before = token_cache.key_of([(".json", "0")], Reading(), "1")
+    assert token_cache.key_of([(".json", "0")], Reading(), "1") == before
     monkeypatch.setattr(token_cache, "ENCODING", token_cache.ENCODING + 1)
-    assert token_cache.key_of([(".json", "0")], "auto", "1") != before
+    assert token_cache.key_of([(".json", "0")], Reading(), "1") != before
 
 
 @pytest.mark.parametrize("file", ["tokens.bin", "offsets.bin", "numbers.bin", "manifest.json"])

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from tests.data.toy_tokenizers import hostile_text, llama_like, load
 
 from lorafit.data.formats import Chat, Content, Instruction, Message, Row, Text
 from lorafit.data.ledger import DroppedRows, Ledger
+from lorafit.data.pieces import split
 from lorafit.data.prompt import Rendered, Renderer, contract
-from lorafit.data.sources import Chunk, RowReader, find_files
+from lorafit.data.sources import Chunk, find_sources
 from lorafit.data.token_dataset import TokenDataset, encode_chunks, open_encoded
 from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import DataError, RunError
@@ -48,8 +50,10 @@ def encode_rows(
     rows: list[Row], renderer: Renderer, size: int = 2, progress: Callable[[], None] | None = None
 ) -> TokenDataset:
     """`rows` encoded in chunks of `size`; each starts in the line that is its number."""
-    chunks = [Chunk(rows[at : at + size], [row.number for row in rows[at : at + size]])
-              for at in range(0, len(rows), size)]  # fmt: skip
+    chunks = [
+        Chunk(rows[at : at + size], [row.number for row in rows[at : at + size]], name="x.json")
+        for at in range(0, len(rows), size)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         facts = encode_chunks(chunks, renderer, Path(folder), progress=progress)
         return open_encoded(Path(folder), json.loads(json.dumps(facts)))
@@ -97,11 +101,22 @@ def test_large_vocabularies_take_more_bits(tokenizer: Tokenizer, monkeypatch: py
 def test_too_long_rows_are_all_reported(tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError) as caught:
         encode_rows(numbered(*[LONG] * 30, SHORT), make(tokenizer, max_length=40))
-    *listed, summary = caught.value.problems
-    assert "30 rows are longer than data.max_length=40" in summary.message
-    assert "data.too_long=truncate" in summary.hint
-    assert listed[0].place == "x.json row 1"
-    assert len(listed) == 5
+    [problem] = caught.value.problems
+    assert "30 rows are longer than data.max_length=40" in problem.message
+    assert "data.too_long=truncate" in problem.hint
+    assert problem.place.startswith("x.json row 1; x.json row 2; ")
+    assert problem.place.endswith("x.json row 5 and 25 more")
+
+
+def test_a_length_is_offered_only_where_the_model_reads_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for most, is_offered in ((None, True), (10_000, True), (50, False)):
+        with pytest.raises(DataError) as caught:
+            encode_chunks(
+                [Chunk(numbered(LONG), [0])], make(tokenizer, max_length=40), tmp_path, most_readable=most
+            )
+        hint = caught.value.problems[0].hint
+        assert ("data.max_length=" in hint) == is_offered
+        assert ("reads at most 50 tokens" in hint) != is_offered
 
 
 def test_truncated_and_dropped_rows(tokenizer: Tokenizer) -> None:
@@ -116,12 +131,46 @@ def test_truncated_and_dropped_rows(tokenizer: Tokenizer) -> None:
     assert encoded.truncated.tolist() == [0]
 
 
+@given(
+    length=st.integers(1, 90), longest=st.integers(8, 40), has_bos=st.booleans(), untrained=st.integers(0, 5)
+)
+def test_pieces_hold_each_token_and_train_it_once(
+    length: int, longest: int, has_bos: bool, untrained: int
+) -> None:
+    ids = list(range(has_bos ^ 1, length + 1))
+    trained = [number >= max(1, untrained) for number in range(len(ids))]
+    pieces = split(Rendered(ids, trained), longest, 0)
+    assert all(0 < len(piece.ids) == len(piece.trained) <= longest for piece in pieces)
+    assert [
+        i for piece in pieces for i, is_target in zip(piece.ids, piece.trained, strict=True) if is_target
+    ] == [i for i, is_target in zip(ids, trained, strict=True) if is_target]
+    assert not any(piece.trained[0] for piece in pieces)
+    for before, piece in pairwise(pieces):
+        body = piece.ids[has_bos:]
+        assert piece.ids[:has_bos] == ids[:has_bos]
+        assert body[: longest // 8] == before.ids[-(longest // 8) :]
+        assert body == list(range(body[0], body[0] + len(body)))
+
+
 def test_rows_that_cannot_be_rendered_are_all_reported(tokenizer: Tokenizer) -> None:
     chat = Chat((Message("user", "a"), Message("assistant", "b")))
     with pytest.raises(DataError) as caught:
         encode_rows(numbered(chat, SHORT, chat), make(tokenizer, template="classic"))
-    assert [problem.place for problem in caught.value.problems] == ["x.json row 1", "x.json row 3"]
+    [problem] = caught.value.problems
+    assert (problem.message[:7], problem.place) == ("2 rows:", "x.json rows 1, 3")
+    assert "data.bad_rows=drop" in problem.hint
     assert len(encode_rows([], make(tokenizer))) == 0
+
+
+def test_rows_that_cannot_be_rendered_are_dropped_where_that_is_wanted(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    chat = Chat((Message("user", "a"), Message("assistant", "b")))
+    chunk = Chunk(numbered(chat, SHORT, chat), [0] * 3, [(3, "is not JSON")], "x.json")
+    facts = encode_chunks([chunk], make(tokenizer, template="classic"), tmp_path, drops=True)
+    encoded = open_encoded(tmp_path, facts)
+    assert [numbers.tolist() for numbers in encoded.dropped.values()] == [[3], [0, 2]]
+    assert Ledger.of(4, encoded).num_dropped == 3
 
 
 contents = st.builds(Instruction, hostile_text, hostile_text, hostile_text) | st.builds(
@@ -191,7 +240,7 @@ def test_tokens_that_cannot_be_read_are_an_error(tokenizer: Tokenizer, tmp_path:
 
 @pytest.mark.shared
 def test_a_real_dataset_closes(shared: Path) -> None:
-    reader = RowReader(find_files([str(shared / "data/alpaca_en_demo.json")]))
+    reader = find_sources([str(shared / "data/alpaca_en_demo.json")]).reader()
     rows = [row for chunk in reader.chunks() for row in chunk.rows]
     renderer = make(
         load(shared / "models/tinyllama-1.1b-chat-skeleton"), template="classic", train_on="all",

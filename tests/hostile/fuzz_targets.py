@@ -25,10 +25,11 @@ from tokenizers.normalizers import NFC
 from lorafit.cli.main import main
 from lorafit.config.load import dump_config, load_config, validate
 from lorafit.data.chat_template import ChatTemplate
+from lorafit.data.folders import SourceFile
 from lorafit.data.formats import Chat, Completion, Content, Instruction, Message, Row
 from lorafit.data.prompt import Dropped, PromptContract, Rendered, Renderer, contract
 from lorafit.data.row_index import RowIndex
-from lorafit.data.sources import RowReader, SourceFile
+from lorafit.data.sources import Reading, Sources
 from lorafit.data.token_dataset import encode_chunks, open_encoded
 from lorafit.errors import DataError, LorafitError, Problem
 from lorafit.observe.console import table
@@ -94,8 +95,8 @@ def refused(error: LorafitError, place: str | None = None) -> None:
 
 def read(scene: Scene, path: Path, form: str, which: int) -> None:
     """Read a file as training does, and once more by numbers; render every row with renderer number `which`."""
-    files = [SourceFile(path.name, path.name, path, "")]
-    reader = RowReader(files, form)
+    sources = Sources([SourceFile(path.name, path.name, path, "")], Reading(form))
+    reader = sources.reader()
     renderer = scene.renderers[which % len(scene.renderers)]
     try:
         chunks = list(reader.chunks())
@@ -104,7 +105,7 @@ def read(scene: Scene, path: Path, form: str, which: int) -> None:
         return
     rows = [row for chunk in chunks for row in chunk.rows]
     assert [row.number for row in rows] == list(range(len(rows)))
-    assert RowIndex(files, reader.summaries).read([row.number for row in rows[-1:]]) == rows[-1:]
+    assert RowIndex(sources, reader.summaries).read([row.number for row in rows[-1:]]) == rows[-1:]
     for row, outcome in zip(rows, renderer.render_batch(rows), strict=True):
         rendered(renderer, row, outcome)
     if len(rows) > 2:

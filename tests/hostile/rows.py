@@ -201,7 +201,7 @@ PACKED: dict[str, Case | Callable[[Place], Path]] = {
         "rows.parquet", b"PAR1\x15\x02\x19\xfc\xff\xff\xff\xff\x07" + struct.pack("<I", 9) + b"PAR1"
     ),
     "parquet: encrypted": file("rows.parquet", PARQUET[:-4] + b"PARE"),
-    "parquet: numbers": Case(file("rows.parquet", parquet(table(instruction=1))), many=True),
+    "parquet: numbers": Case(file("rows.parquet", parquet(table(instruction=True))), many=True),
     "parquet: bytes": Case(file("rows.parquet", parquet(table(instruction=b"\xff"))), many=True),
     "parquet: nested": Case(
         file("rows.parquet", parquet(table(instruction=[{"a": [{"b": "c"}]}]))), many=True
@@ -231,7 +231,7 @@ PACKED: dict[str, Case | Callable[[Place], Path]] = {
     "arrow: cut off": file("rows.arrow", ARROW[:-30]),
     "arrow: offsets outside": file("rows.arrow", outlying_offsets),
     "arrow: zeros packed": file("rows.arrow", lambda: arrow(table(60, output="b" * 3 * MB), "zstd")),
-    "arrow: numbers": Case(file("rows.arrow", arrow(table(instruction=1))), many=True),
+    "arrow: numbers": Case(file("rows.arrow", arrow(table(instruction=True))), many=True),
     "arrow: runs code": Case(file("rows.arrow", runs_code()), harmless=frozenset({"train", "plan"})),
     "feather: random": file("rows.feather", random.Random(0).randbytes(10_000)),
 }

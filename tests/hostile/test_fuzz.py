@@ -15,7 +15,7 @@ from tests.hostile.fuzz_targets import TARGETS, Scene, read
 from lorafit.data.formats import Completion, Row
 from lorafit.data.prompt import Rendered
 from lorafit.data.readers import read_file
-from lorafit.errors import DataError, Problems
+from lorafit.errors import DataError
 
 SHORT = {"rows": 300, "bytes": 300, "texts": 250, "configs": 150, "recipes": 150, "overrides": 150}
 SHORT |= {"templates": 200, "arguments": 50, "runs": 50}
@@ -118,7 +118,7 @@ def test_bytes_that_are_no_text_in_a_cut_gzip_file(scene: Scene) -> None:
     path = scene.file("data.json.gz", cut)
     read(scene, path, "auto", 0)
     with pytest.raises(DataError, match="not a whole gzip file"):
-        list(read_file(path, "data.json.gz", Problems()))
+        list(read_file(path, "data.json.gz"))
 
 
 def test_a_server_without_its_model_lets_go_of_the_port(

@@ -318,11 +318,13 @@ def test_a_full_disk(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 # Datasets
 
 
-def split_names(hub: Hub, files: Iterable[str], split: str = "train", *, card: str = "") -> list[str]:
+def split_names(
+    hub: Hub, files: Iterable[str], split: str | None = "train", *, card: str = "", config: str | None = None
+) -> list[str]:
     """The files that make up `split` of a dataset of `files` whose card has the YAML header `card`."""
     readme = {"README.md": f"---\nlicense: mit\n{card}\n---\n# Rows\n---\n"} if card else {}
     revision = hub.add("datasets/owner/rows", {**dict.fromkeys(files, "content"), **readme})
-    found = dataset_files("owner/rows", split=split)
+    found = dataset_files("owner/rows", split=split, config=config)
     assert found.revision == revision
     assert all(path.read_text() == "content" for path in found.paths)
     return [path.as_posix().partition(f"/{revision}/")[2] for path in found.paths]
@@ -345,6 +347,14 @@ def split_names(hub: Hub, files: Iterable[str], split: str = "train", *, card: s
         (["train.parquet", "train.json", "train.py"], "train", "train.parquet"),
         (["train-1.json", "train-2.jsonl", "train.parquet"], "train", "train-1.json train-2.jsonl"),
         (["a [1].json", "[ab].json", "a.json"], "train", None),
+        (["train.csv.gz", "test.csv.gz"], "train", "train.csv.gz"),
+        (["train.tsv", "README.md", "LICENSE.txt"], "train", "train.tsv"),
+        (["rows.jsonl.zst", "test.jsonl.zst"], "train", "rows.jsonl.zst"),
+        (["train.txt", "valid.txt"], "validation", "valid.txt"),
+        (["a.parquet", "a.txt", "b.txt"], "train", "a.parquet"),
+        (["train.json", "dev.json", "test.json"], None, "dev.json"),
+        (["train.json", "eval.json"], None, "eval.json"),
+        (["rows.json"], None, "rows.json"),
     ],
 )
 def test_splits_by_file_names(files: list[str], split: str, expected: str | None, hub: Hub) -> None:
@@ -382,7 +392,14 @@ def test_the_default_configuration_is_used(hub: Hub) -> None:
     assert split_names(hub, files, card=(card % "").replace("name: x", "name: default")) == ["a.json"]
     with pytest.raises(DataError, match="several configurations and no default one: x, y") as caught:
         split_names(hub, files, card=card % "")
-    assert "hf download owner/rows --repo-type dataset" in caught.value.problems[0].hint
+    assert caught.value.problems[0].hint == "data.config=x or another one"
+    assert split_names(hub, files, card=card % "", config="y") == ["b.json"]
+    assert split_names(hub, files, card=card % ", default: true", config="x") == ["a.json"]
+    with pytest.raises(DataError, match="has no configuration `z`; it has x, y"):
+        split_names(hub, files, card=card % "", config="z")
+    with pytest.raises(DataError, match="names no configurations") as caught:
+        split_names(hub, files, config="z")
+    assert caught.value.problems[0].hint == "leave data.config out"
 
 
 @pytest.mark.parametrize("card", ["configs: [", "configs: 3", "configs: [3]", "- 1", "tags: [a]"])
@@ -397,7 +414,7 @@ def test_an_unknown_split_lists_those_there_are(hub: Hub) -> None:
     assert "train, validation" in caught.value.problems[0].hint
     with pytest.raises(DataError) as caught:
         split_names(hub, ["rows.py", "rows.zip"])
-    assert "it has no .json .jsonl" in caught.value.problems[0].hint
+    assert "it has no files .json .jsonl" in caught.value.problems[0].hint
 
 
 def test_a_dataset_revision_pins_the_files(hub: Hub) -> None:
@@ -409,7 +426,7 @@ def test_a_dataset_revision_pins_the_files(hub: Hub) -> None:
 
 @pytest.mark.parametrize("suffix", FILE_KINDS)
 def test_every_kind_of_file_that_is_read_here_is_detected_on_the_hub(hub: Hub, suffix: str) -> None:
-    files = [f"train{suffix}", f"nested/test{suffix.upper()}", "notes.txt"]
+    files = [f"train{suffix}", f"nested/test{suffix.upper()}", "README.md"]
     assert split_names(hub, files) == [f"train{suffix}"]
     assert split_names(hub, files, "test") == [f"nested/test{suffix.upper()}"]
     assert suffix_of(f"train{suffix}") == suffix

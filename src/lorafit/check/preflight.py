@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,7 +47,7 @@ class RowFindings:
 _FINDINGS = TypeAdapter(RowFindings)
 
 
-def find(training_data: TrainingData, format: str, most: int | None, quiet: bool) -> RowFindings:  # noqa: A002
+def find(training_data: TrainingData, most: int | None, quiet: bool) -> RowFindings:
     """The findings in at most about `most` rows: stored ones for the same tokens, split and bound, else new ones."""
     num_rows = training_data.index.num_rows
     bound = None if most is None or most >= num_rows else most
@@ -55,8 +55,7 @@ def find(training_data: TrainingData, format: str, most: int | None, quiet: bool
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     if (findings := _stored(key, num_rows)) is None:
         with progress("checking rows", quiet=quiet) as advance:
-            reader = RowReader(training_data.index.files, format)
-            findings = inspect(reader, training_data, bound, advance)
+            findings = inspect(training_data.index.sources.reader(), training_data, bound, advance)
         store_facts(key, _FINDINGS.dump_python(findings, mode="json"))
     return findings
 
@@ -89,12 +88,13 @@ def inspect(
         if most is not None and texts.num_rows >= most:
             is_complete = False
             break
-        texts.add(chunk.rows)
-        if tokens is not None:
+        if chunk.rows:
+            texts.add(chunk.rows)
+        if chunk.rows and tokens is not None:
             tokens.add(chunk.rows)
         if advance:
             advance(*reader.progress())
-    held_out = training_data.heldout.numbers if training_data else np.array([], dtype=np.int64)
+    held_out = training_data.heldout.numbers if training_data else np.array(reader.heldout(), dtype=np.int64)
     return RowFindings(texts.finish(held_out), tokens, is_complete)
 
 
@@ -104,7 +104,8 @@ def row_verdicts(
     """A result for each check of the rows; without `training_data` (no tokenizer) only of their texts."""
     texts, tokens = findings.texts, findings.tokens
     account = _account(training_data) if training_data else []
-    leaks = [_leaks(texts, len(training_data.heldout), index)] if training_data else []
+    num_heldout = len(training_data.heldout) if training_data else index.num_heldout
+    leaks = [_leaks(texts, num_heldout, index)] if training_data or num_heldout else []
     verdicts = [
         _rows(findings, index), *account, _answers(texts, index), _repeats(texts, index), *leaks,
         _encoding(texts, index), _controls(texts, index),
@@ -157,7 +158,8 @@ def _do(count: int, verb: str) -> str:
 def _rows(findings: RowFindings, index: RowIndex) -> CheckResult:
     formats = ", ".join(dict.fromkeys(f"{summary.format}: {summary.reason}" for summary in index.summaries))
     part = ", " if findings.is_complete else f", the first {findings.texts.num_rows:,} checked; "
-    return CheckResult("rows", "pass", f"{_count(index.num_rows)}{part}format {formats}")
+    left_out = f"; {index.sources.left_out}" if index.sources.left_out else ""
+    return CheckResult("rows", "pass", f"{_count(index.num_rows)}{part}format {formats}{left_out}")
 
 
 def _account(training_data: TrainingData) -> list[CheckResult]:
@@ -171,13 +173,10 @@ def _account(training_data: TrainingData) -> list[CheckResult]:
         f"{trained.trained + held.trained:,} trained + {trained.masked + held.masked:,} masked + "
         f"{trained.truncated + held.truncated:,} truncated"
     )
+    if pieces := trained.pieces + held.pieces:
+        sums += f"; longer texts are split into {pieces:,} pieces"
     verdicts = [CheckResult("ledger", "pass", sums)]
-    for reason, numbers in encoded.dropped.items():
-        message = f"{_count(len(numbers))} dropped: {reason}"
-        hint = "write what is missing, or remove them"
-        verdicts.append(_result("dropped rows", "warn", message, _of(numbers), index, hint))
-    if not encoded.dropped:
-        verdicts.append(CheckResult("dropped rows", "pass", "none"))
+    verdicts += dropped_rows(encoded.dropped, index) or [CheckResult("dropped rows", "pass", "none")]
     lengths = ledger.lengths
     message = (
         f"mean {lengths.mean:.0f}, half up to {lengths.p50:,}, 90% up to {lengths.p90:,}, max {lengths.max:,}"
@@ -202,8 +201,19 @@ def _account(training_data: TrainingData) -> list[CheckResult]:
     return verdicts
 
 
-def _of(numbers: NDArray[np.int64]) -> Finding:
-    return Finding(len(numbers), numbers[:MAX_LISTED].tolist())
+def dropped_rows(
+    dropped: Mapping[str, Sequence[int] | NDArray[np.int64]], index: RowIndex
+) -> list[CheckResult]:
+    """A result for each reason for which rows are left out."""
+    hint = "write what is missing, or remove them"
+    return [
+        _result("dropped rows", "warn", f"{_count(len(rows))} dropped: {why}", _of(rows), index, hint)
+        for why, rows in dropped.items()
+    ]
+
+
+def _of(numbers: Sequence[int] | NDArray[np.int64]) -> Finding:
+    return Finding(len(numbers), [int(number) for number in numbers[:MAX_LISTED]])
 
 
 def _answers(texts: TextFindings, index: RowIndex) -> CheckResult:

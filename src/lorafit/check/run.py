@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lorafit.check.preflight import find, inspect, row_verdicts
+from lorafit.check.preflight import dropped_rows, find, inspect, row_verdicts
 from lorafit.check.setting_checks import setting_verdicts
 from lorafit.check.verdict import refuse_failed
 from lorafit.config.schema import Config
-from lorafit.data.build import TrainingData, build_data, row_order, source_files
+from lorafit.data.build import TrainingData, build_data, row_order, sources_of
 from lorafit.data.ledger import Ledger
 from lorafit.data.row_index import RowIndex
-from lorafit.data.sources import RowReader
 from lorafit.errors import CheckResult
 from lorafit.hub.client import PICKLES, tokenizer_folder
 from lorafit.model.architecture import read_architecture
@@ -52,10 +51,13 @@ def has_weights(config: Config) -> bool:
 
 def check_texts(config: Config, *, quiet: bool = False) -> Checked:
     """The checks of the rows' texts alone, without a tokenizer. Raises a LorafitError."""
-    reader = RowReader(source_files(config), config.data.format)
+    sources = sources_of(config)
+    reader = sources.reader()
     with progress("checking rows", quiet=quiet) as advance:
         findings = inspect(reader, advance=advance)
-    return Checked(row_verdicts(findings, RowIndex(reader.files, reader.summaries)))
+    index = RowIndex(sources, reader.summaries)
+    rows, *others = row_verdicts(findings, index)
+    return Checked([rows, *dropped_rows(reader.dropped, index), *others])
 
 
 def check_data(config: Config, *, quiet: bool = False) -> Checked:
@@ -96,7 +98,7 @@ def data_verdicts(
     most: int | None = None,
 ) -> list[CheckResult]:
     """The checks of the rows of a run and of its settings; at most about `most` rows are read."""
-    findings = find(training_data, config.data.format, most, quiet)
+    findings = find(training_data, most, quiet)
     order, num_held_out = row_order(config, training_data), len(training_data.heldout)
     return [
         *row_verdicts(findings, training_data.index, training_data),

@@ -72,6 +72,11 @@ class Tokens(TokenFindings):
                 continue
             ids, trained = self._encoded.row(index)
             self._beginning(row, ids)
+            if (pieces := int(np.searchsorted(self._numbers, row.number, "right")) - index) > 1:
+                seen.append((row, 1))
+                texts.append(self._joined(row, range(index, index + pieces)))
+                index += pieces
+                continue
             if not trained.any():
                 self.wrong.add(row.number, "nothing is trained")
                 index += 1
@@ -105,6 +110,20 @@ class Tokens(TokenFindings):
             end -= 1
         stopped = any(int(token) in self._stops for token in ids[-8:])  # a template may end in a line break
         return _Span(ids[start:end].tolist(), stopped)
+
+    def _joined(self, row: Row, indices: range) -> list[int]:
+        """The trained tokens of a text that was split, without its stop token."""
+        first, _ = self._encoded.row(indices[0])
+        ids = [] if int(first[0]) == self._bos else [int(first[0])]
+        for index in indices:
+            piece, trained = self._encoded.row(index)
+            ids += piece[trained.astype(np.bool_)].tolist()
+        self.num_answers += 1
+        if ids[-1] not in self._stops:
+            self.no_stop.add(row.number)
+            return ids
+        self.num_stopped += 1
+        return ids[:-1]
 
     def _spans(self, ids: Ids, places: NDArray[np.int64]) -> list[_Span]:
         """The stretches of trained tokens; `places` are their indices."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import glob
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -122,6 +123,7 @@ def override_words(flags: Mapping[str, object]) -> list[str]:
 
 def config_from_args(words: Sequence[str], recipe: str | None, flags: Mapping[str, object]) -> Config:
     """The Config of a command line: a recipe and overrides in any order, or `recipe` by flag, the other flags last."""
+    flags, words = _with_more_data(flags, words)
     recipes = [word for word in words if "=" not in word] + ([recipe] if recipe is not None else [])
     if len(recipes) > 1:
         raise ConfigError(
@@ -130,6 +132,18 @@ def config_from_args(words: Sequence[str], recipe: str | None, flags: Mapping[st
         )
     overrides = [word for word in words if "=" in word]
     return load_config(recipe_file(recipes[0]) if recipes else None, overrides, flags)
+
+
+def _with_more_data(
+    flags: Mapping[str, object], words: Sequence[str]
+) -> tuple[Mapping[str, object], Sequence[str]]:
+    """(flags, words) with the files after `--data FILE` as data: a shell writes `--data *.jsonl` as several words."""
+    if "data.path" not in flags:
+        return flags, words
+    more = [word for word in words if Path(word).suffix not in ("", ".yaml", ".yml") and Path(word).is_file()]
+    paths = flags["data.path"]
+    assert isinstance(paths, list)
+    return {**flags, "data.path": [*paths, *more]}, [word for word in words if word not in more]
 
 
 def nearest_key(name: str) -> str:
@@ -145,15 +159,15 @@ def with_absolute_paths(config: Config) -> Config:
 
     def absolute(name: str) -> str:
         path = os.path.abspath(os.path.expanduser(name))  # noqa: PTH100, PTH111  they never raise
-        return path if os.path.exists(path) or "*" in path else name  # noqa: PTH110
+        return path if os.path.exists(path) or glob.has_magic(path) else name  # noqa: PTH110
 
     model, lora, data = config.model, config.lora, config.data
     template = absolute(data.template) if data.template.endswith(".jinja") else data.template
-    paths = tuple(map(absolute, data.path))
+    paths = {"path": tuple(map(absolute, data.path)), "eval_path": tuple(map(absolute, data.eval_path))}
     sections = {
         "model": model.model_copy(update={"name": absolute(model.name)}),
         "lora": lora.model_copy(update={"init_from": lora.init_from and absolute(lora.init_from)}),
-        "data": data.model_copy(update={"path": paths, "template": template}),
+        "data": data.model_copy(update={**paths, "template": template}),
     }
     return config.model_copy(update=sections)
 

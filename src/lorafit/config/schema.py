@@ -29,6 +29,20 @@ def device_name(text: str) -> str:
 
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Quantize = Literal["none", "int8", "nf4", "fp8"]  # "none" and the names of model/quant.py's QUANTIZERS
+
+
+def _encoding(name: str) -> str:
+    """The name of an encoding of text that Python knows."""
+    try:
+        "".encode(name)
+    except LookupError:  # also for a codec that is not for text
+        raise ValueError(
+            "no encoding of text has this name; `utf-8`, `utf-16` and `cp949` are some"
+        ) from None
+    return name
+
+
+Encoding = Annotated[str, AfterValidator(_encoding)]
 Interval = Annotated[int, BeforeValidator(_interval), Field(ge=0)]
 _KEEPS_RESULTS: dict[str, JsonValue] = {"changes_results": False}
 
@@ -92,13 +106,37 @@ class LoraSection(Section):
 class DataSection(Section):
     """The rows, how they are rendered as text, and which tokens are supervised."""
 
-    path: Strings = resumable(min_length=1, description="Files, folders or hub data sets (`owner/name`).")
+    path: Strings = resumable(
+        min_length=1, description="Files, folders, patterns (`rows/*.jsonl`) or hub data sets (`owner/name`)."
+    )
     weights: tuple[Annotated[float, Field(gt=0, le=100)], ...] | None = Field(
         None,
         description="How often an epoch sees each path's rows, one number per path: 2 is twice, 0.5 half.",
     )
     revision: str | None = resumable(None, description="Revision of a hub data set; a commit pins it.")
-    split: str = resumable("train", description="Split of a hub data set.")
+    split: str = resumable("train", description="Split of a hub data set or of a folder with splits.")
+    config: str | None = resumable(None, description="Configuration of a data set that has several.")
+    columns: dict[str, str] = resumable(
+        {},
+        description="Columns of a table by field: `{instruction: question, output: answer}`. The fields are "
+        "`instruction`, `input`, `output`, `system`, `prompt`, `completion`, `text`, `messages`, `conversations`, "
+        "`tools`, `history`, `weight` and `train`; a column is a name or a path (`answers.text.0`). Usual names are "
+        "found without it.",
+    )
+    encoding: Encoding = resumable(
+        "utf-8", description="Encoding of text files, such as `cp949` or `utf-16`."
+    )
+    bad_rows: Literal["error", "drop"] = resumable(
+        "error",
+        description="Rows that cannot be used end the run, or are left out and counted with the reason.",
+    )
+    eval_path: Strings = resumable(
+        (),
+        description="Rows to measure the loss on, as `data.path`; then `data.holdout` takes no training rows.",
+    )
+    eval_split: str | None = resumable(
+        None, description="Split to measure the loss on, of `data.eval_path` or else of `data.path`."
+    )
     format: Literal["auto", "alpaca", "messages", "sharegpt", "completion", "text"] = resumable(
         "auto", description="Row format; `auto` detects it and says why."
     )
@@ -109,8 +147,10 @@ class DataSection(Section):
     )
     system: str = resumable("", description="System prompt for rows that have none.")
     max_length: int = resumable(2048, ge=8, le=1_048_576, description="Longest row in tokens.")
-    too_long: Literal["error", "truncate", "drop"] = resumable(
-        "error", description="What happens to a longer row. A cut answer is always reported."
+    too_long: Literal["error", "truncate", "drop", "split"] = resumable(
+        "error",
+        description="What happens to a longer row. `split` cuts texts (format `text`) into several rows; each repeats "
+        "an eighth of `data.max_length` from the one before as context. A cut answer is always reported.",
     )
     train_on: Literal["response", "all"] = resumable(
         "response", description="Supervised tokens: those of the answers, or all."
@@ -250,6 +290,10 @@ class Config(Section):
         if twice := sorted({path for path in self.data.path if self.data.path.count(path) > 1}):
             raise ValueError(
                 f"`data.path` names {twice[0]} twice; `data.weights` sets how often rows are seen"
+            )
+        if both := sorted(set(self.data.path) & set(self.data.eval_path)):
+            raise ValueError(
+                f"`data.path` and `data.eval_path` both name {both[0]}; `data.eval_split` names a split"
             )
         return self
 

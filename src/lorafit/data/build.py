@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
 from lorafit.config.schema import Config
+from lorafit.data.folders import Wanted
 from lorafit.data.formats import Row
 from lorafit.data.ledger import Ledger
 from lorafit.data.packing import TokenRow
 from lorafit.data.prompt import Renderer
 from lorafit.data.prompt import contract as make_contract
 from lorafit.data.row_index import RowIndex
-from lorafit.data.row_order import RowOrder, split_holdout
-from lorafit.data.sources import FileSummary, SourceFile, describe, find_files
+from lorafit.data.row_order import Indices, RowOrder, split_holdout
+from lorafit.data.sources import FileSummary, Reading, Sources, describe, find_sources
 from lorafit.data.token_cache import encode_files
 from lorafit.data.token_dataset import TokenDataset
 from lorafit.data.tokenizer import Tokenizer
@@ -80,11 +81,17 @@ class TrainingData:
         return self.index.place(self.training.number(index))
 
 
-def source_files(config: Config) -> list[SourceFile]:
-    """The data files of a config. Raises a LorafitError."""
+def sources_of(config: Config) -> Sources:
+    """The data files of a config: those to train on, then those to measure on. Raises a LorafitError."""
     data = config.data
-    return find_files(
-        data.path, format=data.format, revision=data.revision, split=data.split, offline=config.run.offline
+    wanted = Wanted(data.split, "data.split", data.config, data.revision, config.run.offline)
+    is_own = data.eval_path or data.eval_split is not None
+    return find_sources(
+        data.path,
+        Reading(data.format, data.columns, data.encoding, drops=data.bad_rows == "drop"),
+        wanted,
+        (data.eval_path or data.path) if is_own else (),
+        replace(wanted, split=data.eval_split, key="data.eval_split"),
     )
 
 
@@ -95,18 +102,18 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
     """
     tokenizer = Tokenizer.from_folder(base.path)
     renderer = make_renderer(config, tokenizer)
-    files = source_files(config)
+    sources = sources_of(config)
+    longest = limits.max_position_embeddings if limits else None
     with progress("tokenising", quiet=quiet) as advance:
-        entry = encode_files(files, config.data.format, renderer, advance)
+        entry = encode_files(sources, renderer, advance, longest)
     encoded = entry.encoded
     summaries = [FileSummary(**summary) for summary in entry.facts["files"]]
-    index = RowIndex(files, summaries, encoded)
+    index = RowIndex(sources, summaries, encoded)
     if not len(encoded):
         reasons = "; ".join(f"{len(rows):,} {reason}" for reason, rows in encoded.dropped.items())
         raise DataError(
             f"no row is left to train on: {reasons}", hint="correct the rows, or see data.max_length"
         )
-    longest = limits.max_position_embeddings if limits else None
     if longest is not None and (most := int(encoded.lengths.max())) > longest:
         raise DataError(
             f"the longest row has {most:,} tokens, but the model reads at most {longest:,}",
@@ -115,8 +122,14 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
         )
     if limits is not None:
         _check_embedded(encoded, tokenizer, limits.vocab_size)
-    training, heldout = map(encoded.take, split_holdout(len(encoded), config.data.holdout, config.train.seed))
-    format_name, reason = describe(files, summaries)
+    training, heldout = map(encoded.take, _split(config, index, encoded))
+    if not len(training):
+        hint = "give other rows in data.path"
+        raise DataError("no row is left to train on: all are held out", place="data.eval_path", hint=hint)
+    if not len(heldout) and any(file.heldout for file in sources.files):
+        hint = "correct its rows, or see data.max_length"
+        raise DataError("no row is left to measure on", place="data.eval_path", hint=hint)
+    format_name, reason = describe(sources, summaries)
     return TrainingData(
         index=index,
         format=format_name,
@@ -133,6 +146,17 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
         entry_digest=entry.digest,
         cache_key=entry.key,
     )
+
+
+def _split(config: Config, index: RowIndex, encoded: TokenDataset) -> tuple[Indices, Indices]:
+    """(training rows, held-out rows): those of the files to measure on, else random ones."""
+    if any(file.heldout for file in index.files):
+        is_heldout = index.is_heldout(encoded.numbers)
+    else:
+        rows, row_of = np.unique(encoded.numbers, return_inverse=True)  # a text that was split is one row
+        _, heldout = split_holdout(len(rows), config.data.holdout, config.train.seed)
+        is_heldout = np.isin(row_of, heldout)
+    return np.flatnonzero(~is_heldout), np.flatnonzero(is_heldout)
 
 
 def _check_embedded(encoded: TokenDataset, tokenizer: Tokenizer, num_embeddings: int) -> None:

@@ -1,24 +1,27 @@
-"""The rows of a JSON file of any size, decoded one by one from a window that moves over the text.
+"""The rows of a JSON file of any size and layout, decoded one by one from a window that moves over the text.
 
-The decoder is that of `json`. A value that it cannot read is decoded again with more text, until the value is whole or
-the fault is too far from the end of the window to come from the cut.
+The decoder is that of `json`, with NaN as null. A value that it cannot read is decoded again with more text, until the
+value is whole or the fault is too far from the end of the window to come from the cut.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TextIO
 
+from lorafit.data.columns import are_turns, is_row
 from lorafit.errors import DataError
 
 BLOCK = 1 << 20  # characters read at a time
 MAX_OBJECT = 1 << 24  # characters up to which an object at the top is decoded whole
 MAX_ROW = 1 << 25  # characters of a row: far more than any model reads
+_SNIFFED = 5  # lines that show whether each line is a row
 _CUT = 64  # a fault from the cut is at most that far from the end, except for strings without an end
 _BLANKS = re.compile(r"[ \t\n\r]*")
-_DECODER = json.JSONDecoder()
+_INFINITIES = {"Infinity": float("inf"), "-Infinity": -float("inf")}
+DECODER = json.JSONDecoder(parse_constant=_INFINITIES.get)  # NaN is what pandas writes for a missing value
 
 
 def too_long(place: str) -> DataError:
@@ -27,38 +30,112 @@ def too_long(place: str) -> DataError:
     return DataError(f"a row has more than {MAX_ROW:,} characters", place=place, hint=hint)
 
 
-class SeveralValuesError(Exception):
-    """The text has one value after another, as JSON lines."""
-
-
 class _TooLongError(Exception):
     """A value is longer than the limit."""
 
 
-def json_rows(text: TextIO, name: str) -> Iterator[object]:
-    """The elements of the array in `text`, or of the only list among the values of an object.
+def has_row_lines(text: TextIO) -> bool:
+    """Whether each line of `text` is a row: of its first lines one is a whole object, and it is not the only line."""
+    lines = (line for line in iter(lambda: text.readline(MAX_OBJECT), "") if not line.isspace())
+    first = next(lines, "")
+    if first.lstrip().startswith("["):
+        return False
+    second = next(lines, "")
+    if not second or _is_object(first):
+        return bool(second)
+    return any(_is_object(line) for line in (second, *(next(lines, "") for _ in range(_SNIFFED - 2))))
 
-    Raises DataError, and SeveralValuesError, before the first row, where lines follow the first value.
+
+def line_value(line: str) -> object:
+    """The value of a line, which may end in a comma. Raises ValueError or RecursionError."""
+    bare = line.strip(" \t\n\r")
+    try:
+        return DECODER.decode(bare)
+    except ValueError:
+        if bare.endswith(","):
+            return DECODER.decode(bare[:-1])
+        raise
+
+
+def _is_object(line: str) -> bool:
+    """Whether a line is a whole object. A line of an indented object begins with a blank."""
+    try:
+        return line.startswith("{") and isinstance(line_value(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def json_rows(text: TextIO, name: str) -> Iterator[tuple[int, object]]:
+    """(line, value) of each row in `text`; the line is 0 where it is not known.
+
+    The rows are the elements of an array, objects one after the other, or what `rows_of_object` finds in a single
+    object. Raises DataError.
     """
     window = _Window(text, name)
     if window.peek() == "[":
-        yield from window.elements()
-    else:
-        try:
-            value = window.value(MAX_OBJECT)
-        except _TooLongError:
-            yield from _long_object(window)
-        else:
-            if window.peek() and window.line() > 1:
-                raise SeveralValuesError
-            items = value.values() if isinstance(value, dict) else ()
-            lists = [item for item in items if isinstance(item, list)]
-            window.end()
-            if len(lists) != 1:
-                raise window.no_list()
-            yield from lists[0]
-            return
+        yield from ((0, value) for value in window.elements())
+        window.end()
+        return
+    line = window.line()
+    try:
+        value = window.value(MAX_OBJECT)
+    except _TooLongError:
+        yield from ((0, value) for value in _long_object(window))
+        window.end()
+        return
+    if not window.follows():
+        window.end()
+        items = rows_of_object(value, name) if isinstance(value, dict) else [value]
+        yield from ((line if item is value else 0, item) for item in items)
+        return
+    yield line, value
+    while window.follows():
+        line = window.line()
+        yield line, window.value()
     window.end()
+
+
+def rows_of_object(value: Mapping[str, object], name: str) -> list[object]:
+    """The rows in the only object of a file: a table by columns, a list of rows under a key, or the object itself.
+
+    Raises DataError where the object has several lists of rows.
+    """
+    if not any(map(are_turns, value.values())) and (rows := _table(value)) is not None:
+        return rows
+    if is_row(value):
+        return [value]
+    lists = {key: item for key, item in value.items() if isinstance(item, list)}
+    of_rows = {
+        key: item for key, item in lists.items() if len(value) == 1 or (item and isinstance(item[0], dict))
+    }
+    if len(of_rows) == 1:
+        return next(iter(of_rows.values()))
+    if of_rows:
+        raise _no_list(
+            name, f": it has several lists, {', '.join(f'`{key[:40]}`' for key in list(of_rows)[:9])}"
+        )
+    return [value]
+
+
+def _table(value: Mapping[str, object]) -> list[object] | None:
+    """The rows of a table that is written by columns or by its index, as pandas and `datasets` do; None for others."""
+    items = list(value.values())
+    columns, data = value.get("columns"), value.get("data")
+    if isinstance(columns, list) and isinstance(data, list):  # orient="split"
+        if all(isinstance(row, list) and len(row) == len(columns) for row in data):
+            return [dict(zip(map(str, columns), row, strict=True)) for row in data]
+        return None
+    lists = [item for item in items if isinstance(item, list)]
+    if lists and len(lists) == len(items):  # {"a": [1, 2], "b": [3, 4]}
+        are_rows = all(item and isinstance(item[0], dict) for item in lists)
+        is_table = lists[0] and not are_rows and len({len(item) for item in lists}) == 1
+        return [dict(zip(value, row, strict=True)) for row in zip(*lists, strict=True)] if is_table else None
+    inner = [item for item in items if isinstance(item, dict)]
+    if not inner or len(inner) < len(items) or any(item.keys() != inner[0].keys() for item in inner):
+        return None
+    if inner[0] and all(key.isdigit() for key in inner[0]):  # {"a": {"0": 1, "1": 2}}
+        return [{key: item[index] for key, item in zip(value, inner, strict=True)} for index in inner[0]]
+    return list(inner) if all(key.isdigit() for key in value) else None  # {"0": {"a": 1}, "1": {"a": 2}}
 
 
 def _long_object(window: _Window) -> Iterator[object]:
@@ -73,33 +150,38 @@ def _long_object(window: _Window) -> Iterator[object]:
         if window.peek() != "[":
             window.value()
         elif has_list:
-            raise window.no_list()
+            raise _no_list(window.name, "")
         else:
-            yield from window.elements()
             has_list = True
-        if window.peek() == "}":
-            window.position += 1
-            if not has_list:
-                raise window.no_list()
-            return
-        if window.peek() != ",":
+            yield from window.elements()
+        sign = window.peek()
+        if sign not in (",", "}"):
             raise window.fault("Expecting ',' delimiter")
         window.position += 1
-    window.peek()
+        if sign == "}":
+            if not has_list:
+                raise _no_list(window.name, "")
+            return
     raise window.fault("Expecting property name enclosed in double quotes")
 
 
+def _no_list(name: str, why: str) -> DataError:
+    """The error for a file without rows, or with rows in two places."""
+    hint = 'write [{...}, {...}], or one object per line; pandas: to_json(FILE, orient="records", lines=True)'
+    return DataError(f"is not a list of rows{why}", place=name, hint=hint)
+
+
 class _Window:
-    """A part of the text; everything before `position` is decoded."""
+    """The part of the text that is not decoded yet; `position` is where decoding goes on."""
 
     def __init__(self, source: TextIO, name: str) -> None:
-        self._source, self._name = source, name
-        self._text = ""
-        self._line = self._column = 1  # of the first character of the window
-        self.position = 0
+        self.name, self._source = name, source
+        self._text, self.position = "", 0
+        self._column = 1  # of the first character of the window
+        self._line, self._counted = 1, 0  # the line ends before `_counted` are counted in `_line`
 
     def peek(self) -> str:
-        """The next character that is not blank, "" at the end of the text; `position` moves to it."""
+        """The character after blanks, "" at the end of the text."""
         while True:
             blanks = _BLANKS.match(self._text, self.position)
             assert blanks is not None
@@ -107,25 +189,32 @@ class _Window:
             if self.position < len(self._text) or not self._more():
                 return self._text[self.position : self.position + 1]
 
+    def follows(self) -> bool:
+        """Whether another object follows, with or without a comma before it."""
+        if self.peek() == ",":
+            self.position += 1
+            return self.peek() != ""
+        return self.peek() == "{"
+
     def value(self, longest: int | None = None) -> object:
         """The value after blanks; _TooLongError, with nothing lost, if it may have over `longest` characters."""
         self.peek()
         while True:
             try:
-                value, end = _DECODER.raw_decode(self._text, self.position)
+                value, end = DECODER.raw_decode(self._text, self.position)
             except json.JSONDecodeError as error:
                 near_end = error.pos + _CUT >= len(self._text) or error.msg.startswith("Unterminated string")
                 long = longest is not None and len(self._text) - self.position > longest
                 if near_end and long:
                     raise _TooLongError from None
                 if near_end and len(self._text) - self.position > MAX_ROW:
-                    raise too_long(f"{self._name} line {self.line()}") from None
+                    raise too_long(f"{self.name} line {self.line()}") from None
                 if not near_end or not self._more():
                     raise self.fault(error.msg, error.pos) from None
                 continue
             except (RecursionError, ValueError) as error:
                 hint = "flatten or split the file"
-                raise DataError(f"is not usable JSON: {error}", place=self._name, hint=hint) from None
+                raise DataError(f"is not usable JSON: {error}", place=self.name, hint=hint) from None
             if end + len("e+") >= len(self._text) and self._more():  # a number may continue
                 continue
             self.position = end
@@ -152,21 +241,19 @@ class _Window:
             raise self.fault("Extra data")
 
     def line(self, index: int | None = None) -> int:
-        """The line (from 1) of the character at `index`, or at `position`."""
-        return self._line + self._text.count("\n", 0, self.position if index is None else index)
+        """The line (from 1) of the character at `index`, which is never before an earlier one, or at `position`."""
+        index = self.position if index is None else index
+        self._line += self._text.count("\n", self._counted, index)
+        self._counted = max(self._counted, index)
+        return self._line
 
     def fault(self, message: str, index: int | None = None) -> DataError:
         """The error for a fault at `index`, or at `position`."""
         index = self.position if index is None else index
         before = self._text.rfind("\n", 0, index)
         column = index - before if before >= 0 else self._column + index
-        place = f"{self._name} line {self.line(index)} column {column}"
+        place = f"{self.name} line {self.line(index)} column {column}"
         return DataError(f"is not JSON: {message}", place=place, hint="correct the syntax there")
-
-    def no_list(self) -> DataError:
-        """The error for a file without rows, or with rows in two places."""
-        hint = 'write [{...}, {...}], or an object with one list, such as {"data": [...]}'
-        return DataError("is not a list of rows", place=self._name, hint=hint)
 
     def _more(self) -> bool:
         """Read more text and drop what is decoded; False at the end of the text, with nothing changed."""
@@ -176,6 +263,6 @@ class _Window:
             return False
         last = self._text.rfind("\n", 0, self.position)
         self._column = self.position - last if last >= 0 else self._column + self.position
-        self._line += self._text.count("\n", 0, self.position)
-        self._text, self.position = self._text[self.position :] + block, 0
+        self.line()
+        self._text, self.position, self._counted = self._text[self.position :] + block, 0, 0
         return True

@@ -22,13 +22,16 @@ class Tokens:
     trained: int
     masked: int
     truncated: int
+    pieces: int = 0  # of the rows that were split
 
     @classmethod
     def of(cls, encoded: TokenDataset) -> Tokens:
         """The count of `encoded`; the total is the rows' tokens before truncation."""
         kept, trained = int(encoded.lengths.sum(dtype=np.int64)), int(encoded.targets.sum(dtype=np.int64))
         truncated = int(encoded.truncated.sum(dtype=np.int64))
-        return cls(len(encoded), kept + truncated, trained, kept - trained, truncated)
+        _, pieces = np.unique(encoded.numbers, return_counts=True)
+        split = int(pieces[pieces > 1].sum())
+        return cls(len(pieces), kept + truncated, trained, kept - trained, truncated, split)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,7 @@ class Ledger:
         """
         held_out = trained.take(np.array([], dtype=np.int64)) if held_out is None else held_out
         dropped = trained.dropped if dropped is None else dropped
-        parts = [trained.numbers, held_out.numbers, *dropped.values()]
+        parts = [np.unique(trained.numbers), np.unique(held_out.numbers), *dropped.values()]
         seen = np.zeros(num_rows, dtype=np.bool_)
         for numbers in parts:
             seen[numbers] = True
@@ -122,6 +125,8 @@ class Ledger:
             f"rows    {self.num_rows:,} = {trained:,} trained + {held_out:,} held out + {dropped:,} dropped"
         ]
         lines += [f"        {rows.rows:,} dropped: {reason}" for reason, rows in self.dropped.items()]
+        if pieces := self.trained.pieces + self.held_out.pieces:
+            lines.append(f"        longer texts are split into {pieces:,} pieces")
         lines.append(f"tokens  {_account(self.trained)}")
         if self.held_out.rows:
             lines.append(f"        held out: {_account(self.held_out)}")

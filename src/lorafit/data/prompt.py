@@ -25,7 +25,7 @@ from lorafit.errors import DataError, ModelError, Problem
 from lorafit.storage.safe_read import MB, read_text
 
 TrainOn = Literal["all", "response"]
-TooLong = Literal["error", "truncate", "drop"]
+TooLong = Literal["error", "truncate", "drop", "split"]
 TEMPLATES = ("auto", "chat", "alpaca", "classic")  # or the path of a .jinja file
 
 _SCHEMA = 1

@@ -2,42 +2,35 @@
 
 from __future__ import annotations
 
-import codecs
-import contextlib
 import csv
-import gzip
-import io
+import itertools
 import json
-import zlib
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TextIO, cast
+from typing import Any, NamedTuple, TextIO
 
-from lorafit.data.json_rows import MAX_ROW, SeveralValuesError, json_rows, too_long
-from lorafit.errors import DataError, Problem, Problems
-from lorafit.hub.dataset_splits import suffix_of
+from lorafit.data.json_rows import MAX_ROW, has_row_lines, json_rows, line_value, too_long
+from lorafit.data.open_text import Position, most_unpacked, open_text, too_much
+from lorafit.errors import DataError, Problem
+from lorafit.hub.dataset_splits import FILE_KINDS, suffix_of
 from lorafit.storage.safe_read import MB
 
-LEAST_UNPACKED, MAX_RATIO = 16 * MB, 100
 _LEAST_ROW = 8  # bytes of a row of text
-_BLOCK = 1 << 20
 _BATCH = 64  # rows of a Parquet or Arrow file that are Python objects at a time
 _THRIFT = 16 * MB  # bytes of a text, or items of a list, in the metadata of a Parquet file
+_SEPARATORS = ",;\t|"  # of a CSV file; the first where two fit
 
 
 class RawRow(NamedTuple):
-    """A row as its file holds it: its number in the file (from 1), its first line (0 without lines), its value."""
+    """A row as its file holds it: its number in the file (from 1), its first line (0 without lines), its value.
+
+    The value is a Problem where the row cannot be read.
+    """
 
     number: int
     line: int
     value: object
-
-
-class Position:
-    """The part of a file that was read, for progress."""
-
-    def __init__(self) -> None:
-        self.fraction: Callable[[], float] = lambda: 0.0
 
 
 def place_of(name: str, row: int, line: int) -> str:
@@ -46,28 +39,41 @@ def place_of(name: str, row: int, line: int) -> str:
 
 
 def read_file(
-    path: Path, name: str, problems: Problems, position: Position | None = None
+    path: Path, name: str, position: Position | None = None, encoding: str = "utf-8"
 ) -> Iterator[RawRow]:
-    """The raw rows of a data file, which messages call `name`.
+    """The raw rows of a data file, which messages call `name`; `encoding` is that of text files.
 
-    `problems` receives the lines that are not rows; they count as rows. Raises DataError where reading must end.
+    Raises DataError where reading must end.
     """
     position = position or Position()
-    kind = suffix_of(path.name).removesuffix(".gz")
-    if kind == ".parquet":
-        yield from _numbered(_parquet(path, name, position))
-    elif kind in (".arrow", ".feather"):
-        yield from _numbered(_arrow(path, name, position))
-    elif kind in (".csv", ".tsv"):
-        yield from _csv(path, name, "\t" if kind == ".tsv" else ",", problems, position)
-    elif kind == ".json":
-        try:
-            with _text(path, name, None, position) as text:
-                yield from _numbered(json_rows(text, name))
-        except SeveralValuesError:
-            yield from _json_lines(path, name, problems, position)
-    else:
-        yield from _json_lines(path, name, problems, position)
+    suffix = suffix_of(path.name)
+    match FILE_KINDS.get(suffix):
+        case "parquet":
+            yield from _numbered(_parquet(path, name, position))
+        case "arrow":
+            yield from _numbered(_arrow(path, name, position))
+        case "csv":
+            with open_text(path, name, encoding, position, newline="") as text:
+                yield from _csv(_lines(text, name), name, suffix.startswith(".tsv"))
+        case "text":
+            with open_text(path, name, encoding, position, newline=None) as text:
+                document = text.read(MAX_ROW + 1)
+                if len(document) > MAX_ROW:
+                    raise DataError(
+                        f"a text has more than {MAX_ROW:,} characters",
+                        place=name,
+                        hint="cut it into several files",
+                    )
+                yield RawRow(1, 0, {"text": document})
+        case _:
+            with open_text(path, name, encoding, position) as text:
+                is_lines = has_row_lines(text)
+            with open_text(path, name, encoding, position) as text:
+                if is_lines:
+                    yield from _json_lines(text, name)
+                else:
+                    for number, (line, value) in enumerate(json_rows(text, name), 1):
+                        yield RawRow(number, line, value)
 
 
 def _numbered(rows: Iterator[object]) -> Iterator[RawRow]:
@@ -75,109 +81,22 @@ def _numbered(rows: Iterator[object]) -> Iterator[RawRow]:
     return (RawRow(number, 0, row) for number, row in enumerate(rows, 1))
 
 
-@contextlib.contextmanager
-def _text(path: Path, name: str, newline: str | None, position: Position) -> Iterator[TextIO]:
-    """The file as UTF-8 text with or without a byte order mark, unpacked if it is gzipped. DataError if it is blank.
-
-    `newline` is as for `open`, but None is like "\\n": nothing is translated.
-    """
-    try:
-        size = max(path.stat().st_size, 1)
-        with path.open("rb") as file, _unpacked(file, path, size) as raw:
-            position.fraction = lambda: file.tell() / size
-            text = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="\n" if newline is None else newline)
-            try:
-                while (block := text.read(1 << 16)) and block.isspace():
-                    pass
-                if not block:
-                    hint = "give a file with at least one row"
-                    raise DataError("the file is empty", place=name, hint=hint)
-                text.seek(0)
-                yield text
-            except UnicodeDecodeError as error:  # _bad_byte reads a packed file on and may find it broken
-                raise DataError(_bad_byte(path), place=name, hint="save the file as UTF-8") from error
-    except _BombError as error:
-        raise _too_much(name) from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        message = f"is not a whole gzip file: {error}"
-        raise DataError(message, place=name, hint="pack the file again") from error
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror or error}", place=name) from error
-    finally:
-        position.fraction = lambda: 1.0
-
-
-class _BombError(Exception):
-    """A packed file unpacks to more than its limit."""
-
-
-class _Unpacked(gzip.GzipFile):
-    """A gzip file that gives no more bytes than `most_unpacked` allows."""
-
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        super().__init__(fileobj=file)
-        self._most = most_unpacked(size)
-
-    def read(self, size: int | None = -1) -> bytes:
-        return self._checked(super().read(size))
-
-    def read1(self, size: int = -1) -> bytes:
-        return self._checked(super().read1(size))
-
-    def _checked(self, content: bytes) -> bytes:
-        if self.tell() > self._most:
-            raise _BombError
-        return content
-
-
-def most_unpacked(size: int) -> int:
-    """The limit of bytes from a packed file of `size` bytes. Rows are text, which packs to a twentieth at best."""
-    return LEAST_UNPACKED + MAX_RATIO * size
-
-
-def _too_much(name: str) -> DataError:
-    hint = "if you trust its source, unpack it yourself and look at it"
-    return DataError(f"unpacks to more than {MAX_RATIO} times its size", place=name, hint=hint)
-
-
-def _unpacked(file: BinaryIO, path: Path, size: int) -> BinaryIO:
-    return cast(BinaryIO, _Unpacked(file, size)) if path.name.lower().endswith(".gz") else file
-
-
-def _bad_byte(path: Path) -> str:
-    """The message about the first byte of a file that is not UTF-8."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    done = 0
-    with path.open("rb") as file, _unpacked(file, path, path.stat().st_size) as raw:
-        while True:
-            block = raw.read(_BLOCK)
-            try:
-                decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                offset = done + len(block) - len(error.object) + error.start
-                return f"is not UTF-8: byte 0x{error.object[error.start]:02X} at offset {offset}"
-            assert block
-            done += len(block)
-
-
-def _json_lines(path: Path, name: str, problems: Problems, position: Position) -> Iterator[RawRow]:
+def _json_lines(text: TextIO, name: str) -> Iterator[RawRow]:
     number = 0
-    with _text(path, name, "\n", position) as text:
-        for line_number, line in enumerate(_lines(text, name), 1):
-            if line.isspace():
-                continue
-            number += 1
-            try:
-                row = json.loads(line.removesuffix("\n"))
-            except (ValueError, RecursionError) as error:
-                fault = str(error)
-                if isinstance(error, json.JSONDecodeError):
-                    fault = f"{error.msg} (column {error.colno})"
-                place = place_of(name, number, line_number)
-                hint = "write one JSON object on each line"
-                problems.add([Problem(f"is not JSON: {fault}", place, hint)])
-                continue
-            yield RawRow(number, line_number, row)
+    for line_number, line in enumerate(_lines(text, name), 1):
+        if line.isspace():
+            continue
+        number += 1
+        value: object
+        try:
+            value = line_value(line)
+        except (ValueError, RecursionError) as error:
+            fault = str(error)
+            if isinstance(error, json.JSONDecodeError):
+                fault = f"{error.msg} (column {error.colno})"
+            place = place_of(name, number, line_number)
+            value = Problem(f"is not JSON: {fault}", place, "write one JSON object on each line")
+        yield RawRow(number, line_number, value)
 
 
 def _lines(text: TextIO, name: str) -> Iterator[str]:
@@ -188,18 +107,14 @@ def _lines(text: TextIO, name: str) -> Iterator[str]:
         yield line
 
 
-def _csv(path: Path, name: str, delimiter: str, problems: Problems, position: Position) -> Iterator[RawRow]:
-    limit = csv.field_size_limit(MAX_ROW)  # the default of 128 KiB is less than a long answer
-    try:
-        with _text(path, name, "", position) as text:
-            lines = _lines(text, name)
-            yield from _csv_rows(csv.reader(lines, delimiter=delimiter, strict=True), name, problems)
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _csv_rows(reader: Any, name: str, problems: Problems) -> Iterator[RawRow]:
-    """The rows of a csv.reader; the first is the header."""
+def _csv(lines: Iterator[str], name: str, has_tabs: bool) -> Iterator[RawRow]:
+    """The rows of a table with a header. Columns without a name are called as pandas calls them."""
+    csv.field_size_limit(min(MAX_ROW, sys.maxsize))  # the default of 128 KiB is less than a long answer
+    first: list[str] = []  # up to the header
+    while not first or first[-1].isspace():
+        first.append(next(lines))
+    separator = "\t" if has_tabs else _separator(first[-1])
+    reader = csv.reader(itertools.chain(first, lines), delimiter=separator, strict=True)
     header: list[str] = []
     number = 0
     line_number = 1
@@ -207,11 +122,10 @@ def _csv_rows(reader: Any, name: str, problems: Problems) -> Iterator[RawRow]:
         for fields in reader:
             first_line, line_number = line_number, reader.line_num + 1
             if not header:
-                header = fields
-                if len(set(header)) < len(header) or not all(header):
+                header = [field or f"Unnamed: {index}" for index, field in enumerate(fields)]
+                if len(set(header)) < len(header):
                     hint = "name every column, each name once"
-                    message = "the header has empty or repeated names"
-                    raise DataError(message, place=f"{name} line 1", hint=hint)
+                    raise DataError("the header has repeated names", place=f"{name} line 1", hint=hint)
             elif fields:
                 number += 1
                 if len(fields) == len(header):
@@ -219,11 +133,23 @@ def _csv_rows(reader: Any, name: str, problems: Problems) -> Iterator[RawRow]:
                 else:
                     message = f"has {len(fields)} fields where the header has {len(header)}"
                     hint = 'put fields that hold a separator or a line break in "quotes"'
-                    problems.add([Problem(message, place_of(name, number, first_line), hint)])
+                    place = place_of(name, number, first_line)
+                    yield RawRow(number, first_line, Problem(message, place, hint))
     except csv.Error as error:
-        problems.add(
-            [Problem(f"is not CSV: {error}", f"{name} line {line_number}", "correct the quotes there")]
-        )
+        place = f"{name} line {line_number}"
+        raise DataError(f"is not CSV: {error}", place=place, hint="correct the quotes there") from error
+
+
+def _separator(header: str) -> str:
+    """The separator that gives a header the most columns."""
+
+    def columns(separator: str) -> int:
+        return len(next(csv.reader([header], delimiter=separator)))
+
+    try:
+        return max(_SEPARATORS, key=columns)
+    except csv.Error:
+        return ","
 
 
 def _parquet(path: Path, name: str, position: Position) -> Iterator[object]:
@@ -235,7 +161,7 @@ def _parquet(path: Path, name: str, position: Position) -> Iterator[object]:
             path, pre_buffer=False, thrift_string_size_limit=_THRIFT, thrift_container_size_limit=_THRIFT
         ) as file:
             if file.metadata.num_rows * _LEAST_ROW > most_unpacked(path.stat().st_size):
-                raise _too_much(name)
+                raise too_much(name)
             batches = file.iter_batches(_BATCH)
             yield from _rows_of(batches, file.metadata.num_rows, position, path, name)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -279,7 +205,7 @@ def _rows_of(
             part = batch.slice(start, _BATCH)  # one batch of an Arrow file may be all of it
             left -= sum(_unpacked_bytes(column) for column in part.columns)
             if left < 0:
-                raise _too_much(name)
+                raise too_much(name)
             rows = part.to_pylist()
             yield from rows
             done += len(rows)

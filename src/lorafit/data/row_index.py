@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from lorafit.data.formats import FORMATS, Row
 from lorafit.data.readers import place_of
-from lorafit.data.sources import FileSummary, RowReader, SourceFile
+from lorafit.data.sources import FileSummary, RowReader, Sources
 from lorafit.data.token_dataset import TokenDataset
 
 Numbers = NDArray[np.int64]
@@ -19,22 +20,28 @@ _LISTED = 5  # rows that `places` names
 
 
 class RowIndex:
-    """The rows of `files`, numbered from 0 in their order; `encoded` has the lines of rows in files with lines."""
+    """The rows of `sources`, numbered from 0 in the order of the files; `encoded` has the lines of rows in files with
+    lines.
+    """
 
     def __init__(
-        self,
-        files: Sequence[SourceFile],
-        summaries: Sequence[FileSummary],
-        encoded: TokenDataset | None = None,
+        self, sources: Sources, summaries: Sequence[FileSummary], encoded: TokenDataset | None = None
     ) -> None:
-        assert len(files) == len(summaries)
-        self.files, self.summaries, self._encoded = files, summaries, encoded
+        assert len(sources.files) == len(summaries)
+        self.sources, self.files = sources, sources.files
+        self.summaries, self._encoded = summaries, encoded
         self._ends = list(accumulate((summary.num_rows for summary in summaries), initial=0))
 
     @property
     def num_rows(self) -> int:
         """Rows of all files."""
         return self._ends[-1]
+
+    @property
+    def num_heldout(self) -> int:
+        """Rows of the files that are only measured."""
+        counts = zip(self.files, self.summaries, strict=True)
+        return sum(summary.num_rows for file, summary in counts if file.heldout)
 
     def place(self, number: int) -> str:
         """`rows.jsonl row 17, line 18`; without the line where it is not known."""
@@ -53,11 +60,22 @@ class RowIndex:
         return "; ".join(parts) + (f" and {count - _LISTED:,} more" if count > _LISTED else "")
 
     def groups(self, numbers: Numbers) -> list[Numbers]:
-        """Indices into `numbers` of the rows that each entry of `data.path` gave, a folder's files together."""
-        specs = list(dict.fromkeys(file.spec for file in self.files))
+        """Indices into `numbers` of the rows that each entry of `data.path` gave, a folder's files together.
+
+        `numbers` are of training rows.
+        """
+        specs = list(dict.fromkeys(file.spec for file in self.files if not file.heldout))
+        num_groups = len(specs)
+        specs += [file.spec for file in self.files if file.spec not in specs]
         group_of_file = np.array([specs.index(file.spec) for file in self.files])
         groups = group_of_file[self._file_of(numbers)]
-        return [np.flatnonzero(groups == group) for group in range(len(specs))]
+        return [np.flatnonzero(groups == group) for group in range(num_groups)]
+
+    def is_heldout(self, numbers: Numbers) -> NDArray[np.bool_]:
+        """Whether the rows with `numbers` are of files that are only measured."""
+        heldout = np.array([file.heldout for file in self.files], dtype=np.bool_)
+        of_rows: NDArray[np.bool_] = heldout[self._file_of(numbers)]
+        return of_rows
 
     def asking(self, numbers: Numbers) -> Numbers:
         """Those of `numbers` whose rows have a question."""
@@ -71,7 +89,8 @@ class RowIndex:
         bounds = pairwise(self._ends)
         for file, summary, (start, end) in zip(self.files, self.summaries, bounds, strict=True):
             if wanted := {number for number in numbers if start <= number < end}:
-                rows += RowReader([file], summary.format, start).read(wanted)
+                reading = replace(self.sources.reading, format=summary.format, columns=summary.columns)
+                rows += RowReader([file], reading, start).read(wanted)
         return rows
 
     def _file_of(self, numbers: Numbers) -> Numbers:

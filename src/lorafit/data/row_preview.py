@@ -16,11 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorafit.config.schema import Config
-from lorafit.data.build import make_renderer, source_files
+from lorafit.data.build import make_renderer, sources_of
 from lorafit.data.chat_template import ChatTemplate
 from lorafit.data.formats import Row
 from lorafit.data.prompt import Piece, Rendered, Renderer
-from lorafit.data.sources import RowReader
 from lorafit.data.token_dataset import TokenDataset
 from lorafit.data.tokenizer import StreamDecoder, Tokenizer
 from lorafit.errors import ConfigError, DataError, Problem
@@ -90,7 +89,10 @@ def view_row(renderer: Renderer, row: Row) -> RowView:
         return RowView(row.number, row.place, (), (), outcome.reason)
     longest = renderer.contract.max_length
     kept, dropped = longest, ""
-    if len(outcome.ids) > longest and renderer.contract.too_long != "truncate":
+    is_split = renderer.contract.too_long == "split" and not row.content.asks
+    if is_split:
+        kept = len(outcome.ids)
+    elif len(outcome.ids) > longest and renderer.contract.too_long != "truncate":
         kept = len(outcome.ids)
         dropped = f"{kept:,} tokens are more than data.max_length={longest}"
     tokens = _tokens(renderer.tokenizer, outcome, kept)
@@ -190,7 +192,7 @@ def rows_of(config: Config, numbers: range) -> tuple[Renderer, list[Row]]:
     """The rows with `numbers`, and their renderer. Raises a LorafitError."""
     base = tokenizer_folder(config.model.name, revision=config.model.revision, offline=config.run.offline)
     renderer = make_renderer(config, Tokenizer.from_folder(base.path))
-    return renderer, RowReader(source_files(config), config.data.format).read(numbers)
+    return renderer, sources_of(config).reader().read(numbers)
 
 
 NUM_BINS = 40

@@ -2,74 +2,113 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from array import array
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from lorafit.data.formats import FORMATS, Detected, Row, detect, parse
-from lorafit.data.readers import Position, place_of, read_file
+from lorafit.data.columns import Layout, find_layout, mapped
+from lorafit.data.folders import Found, SourceFile, Wanted, files_of, not_read
+from lorafit.data.formats import FORMATS, Row, parse
+from lorafit.data.open_text import Position
+from lorafit.data.readers import RawRow, place_of, read_file
+from lorafit.data.row_faults import RowFaults
 from lorafit.errors import DataError, Problem, Problems
-from lorafit.hub.dataset_splits import FILE_KINDS, HUB_ID, METADATA, suffix_of
+from lorafit.redact import one_line
 
 CHUNK = 2048  # rows that are Python objects at a time: enough for all cores
 _NUM_DETECT_ROWS = 100
+_MAX_REASONS = 50  # of rows that are left out; further ones have one in common
+_OTHER = "other faults"
 
 
 @dataclass(frozen=True, slots=True)
-class SourceFile:
-    """A file of `spec`, an entry of `data.path`; messages call it `name`. `revision` is a hub data set's commit."""
+class Reading:
+    """How files become rows: format, column of each field (`data.columns`), encoding of text files, and whether rows
+    that cannot be used are left out (`data.bad_rows`).
+    """
 
-    spec: str
-    name: str
-    path: Path
-    revision: str
+    format: str = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    encoding: str = "utf-8"
+    drops: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """The files of a data set, how they are read, and which data files are not (`not read: ...`, or "")."""
+
+    files: Sequence[SourceFile]
+    reading: Reading = Reading()
+    left_out: str = ""
+
+    def reader(self) -> RowReader:
+        """A reader of all rows."""
+        return RowReader(self.files, self.reading)
 
 
 @dataclass(frozen=True, slots=True)
 class FileSummary:
-    """The format of a file, the reason for it, and the number of its rows."""
+    """The format of a file, the reason for it, the number of its rows, and the columns of the format's fields."""
 
     format: str
     reason: str
     num_rows: int
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Some rows, and the first line of each, 0 where its file has no lines."""
+    """Some rows of one file, and the first line of each, 0 where its file has no lines.
+
+    `dropped` are the numbers and reasons of rows that are left out. `start` is the number of the file's first row.
+    """
 
     rows: list[Row]
     lines: list[int]
+    dropped: list[tuple[int, str]] = field(default_factory=list)
+    name: str = ""
+    start: int = 0
 
 
-def find_files(
+def find_sources(
     specs: Sequence[str],
-    format: str = "auto",  # noqa: A002 (the name of the setting)
-    revision: str | None = None,
-    split: str = "train",
-    offline: bool = False,
-) -> list[SourceFile]:
-    """The files of all `specs`: each a file, a folder of files, or the id `owner/name` of a hub data set.
+    reading: Reading = Reading(),
+    wanted: Wanted = Wanted(),  # noqa: B008
+    heldout: Sequence[str] = (),
+    heldout_wanted: Wanted = Wanted(None),  # noqa: B008
+) -> Sources:
+    """The files of all `specs`: each a file, a folder, a pattern, or the id `owner/name` of a hub data set.
 
-    `revision`, `split` and `offline` are for hub data sets. Raises DataError when `format` is unknown, and when a
-    spec has no files: then with the problems of the rows in the other files too.
+    The files of `heldout` come last; they are not among the others. Raises DataError when the format is unknown, and
+    when a spec has no files: then with the problems of the rows in the other files too.
     """
-    if format not in ("auto", *FORMATS):
+    if reading.format not in ("auto", *FORMATS):
         hint = f"use auto or one of {', '.join(FORMATS)}"
-        raise DataError(f"unknown data format {format!r}", place="data.format", hint=hint)
-    files: list[SourceFile] = []
+        raise DataError(f"unknown data format {reading.format!r}", place="data.format", hint=hint)
     problems: list[Problem] = []
-    for spec in specs:
-        try:
-            files += _files(spec, revision, split, offline)
-        except DataError as error:
-            problems += error.problems
+    training, measured = Found(), Found()
+    for found, listed, chosen in (training, specs, wanted), (measured, heldout, heldout_wanted):
+        for spec in listed:
+            try:
+                part = files_of(spec, chosen)
+                found.files += part.files
+                found.left_out += part.left_out
+            except DataError as error:
+                problems += error.problems
+    held = {file.path.resolve() for file in measured.files}
+    kept = [file for file in training.files if file.path.resolve() not in held]
+    for spec in sorted({file.spec for file in training.files} - {file.spec for file in kept}):
+        hint = "give other rows in data.path"
+        problems.append(Problem("all its rows are held out: none is left to train on", spec, hint))
+    rest = [SourceFile(f.spec, f.name, f.path, f.revision, heldout=True) for f in measured.files]
+    read = {file.name.removeprefix(f"{file.spec}/") for file in rest}
+    left_out = [(name, why) for name, why in training.left_out + measured.left_out if name not in read]
+    sources = Sources([*kept, *rest], reading, not_read(dict.fromkeys(left_out)))
     if not problems:
-        return files
+        return sources
     try:
-        for _ in RowReader(files, format).chunks():
+        for _ in sources.reader().chunks():
             pass
     except DataError as error:
         raise DataError.of([*error.problems, *problems], error.num_more) from None
@@ -80,46 +119,66 @@ class RowReader:
     """The rows of `files` in order, numbered from `start`, in memory that does not grow with them.
 
     With the format `auto` the format of each file is detected. `summaries` gets one of each file that was read to
-    its end.
+    its end, `dropped` the numbers of the rows that were left out by their reason.
     """
 
     def __init__(
         self,
         files: Sequence[SourceFile],
-        format: str = "auto",  # noqa: A002 (the name of the setting)
+        reading: Reading = Reading(),
         start: int = 0,
     ) -> None:
-        self.files, self._format, self._start = files, format, start
+        self.files, self.reading, self._start = files, reading, start
         self.summaries: list[FileSummary] = []
+        self.dropped: dict[str, array[int]] = {}
         self._position = Position()
 
     def chunks(self, size: int = CHUNK) -> Iterator[Chunk]:
         """The rows, at most `size` at a time; to be called once. Raises DataError at the end with all problems."""
         problems = Problems()
+        has_rows = False
         for file in self.files:
             try:
                 for chunk in self._chunks_of(file, size):
+                    has_rows = has_rows or bool(chunk.rows)
                     if not problems:
                         yield chunk
             except DataError as error:
                 problems.add(error.problems, error.num_more)
         if problems:
             raise DataError.of(problems.kept, problems.num_more)
+        if self.dropped and not has_rows:
+            counts = [
+                (f"{len(rows):,} row{'s' if len(rows) > 1 else ''}", why)
+                for why, rows in self.dropped.items()
+            ]
+            reasons = "; ".join(f"{count}: {why}" for count, why in counts)
+            raise DataError(f"no row can be used: {reasons}", hint="correct the rows, or see data.columns")
 
     def read(self, numbers: Collection[int]) -> list[Row]:
         """The rows with `numbers`, read as far as needed. Raises DataError for the first that does not exist."""
         rows: list[Row] = []
         last = self._start - 1
         for chunk in self.chunks():
-            last = chunk.rows[-1].number
+            last = max(
+                [last, *(row.number for row in chunk.rows[-1:]), *(number for number, _ in chunk.dropped)]
+            )
             rows += [row for row in chunk.rows if row.number in numbers]
             if len(rows) == len(numbers):
                 return rows
+        missing = sorted(set(numbers) - {row.number for row in rows})[0]
+        reason = next((reason for reason, dropped in self.dropped.items() if missing in dropped), "")
         raise DataError(
-            f"there is no row {sorted(numbers)[len(rows)] + 1:,}",
+            f"row {missing + 1:,} is left out: {reason}" if reason else f"there is no row {missing + 1:,}",
             place=", ".join(dict.fromkeys(file.spec for file in self.files)),
-            hint=f"the last row is number {last + 1:,}",
+            hint="" if reason else f"the last row is number {last + 1:,}",
         )
+
+    def heldout(self) -> list[int]:
+        """The numbers of the rows in files that are only measured, of those that were read to their end."""
+        ends = itertools.accumulate((summary.num_rows for summary in self.summaries), initial=self._start)
+        bounds = zip(self.files, itertools.pairwise(ends), strict=False)
+        return [number for file, (start, end) in bounds if file.heldout for number in range(start, end)]
 
     def progress(self) -> tuple[int, int]:
         """(bytes read, bytes in all)."""
@@ -130,87 +189,83 @@ class RowReader:
 
     def _chunks_of(self, file: SourceFile, size: int) -> Iterator[Chunk]:
         """The chunks of one file; raises DataError, at the end where that is possible, with all its problems."""
-        bad_lines, bad_rows = Problems(), Problems()
-        raw = read_file(file.path, file.name, bad_lines, self._position)
-        start = self._start + sum(summary.num_rows for summary in self.summaries)
-        head = list(itertools.islice(raw, _NUM_DETECT_ROWS))
-        if not head and not bad_lines:
-            raise DataError("has no rows", place=file.name, hint="give a file with at least one row")
-        detected = None if bad_lines else self._detect(file, [row.value for row in head])
-        raw, num_rows = itertools.chain(head, raw), 0
-        while batch := list(itertools.islice(raw, size)):
-            if detected and not bad_lines:
-                places = [place_of(file.name, row.number, row.line) for row in batch]
-                try:
-                    rows = parse([row.value for row in batch], detected.format, places, start + num_rows)
-                    if not bad_rows:
-                        yield Chunk(rows, [row.line for row in batch])
-                except DataError as error:
-                    bad_rows.add(error.problems)
-            num_rows = batch[-1].number
-        if wrong := bad_lines or bad_rows:
-            raise DataError.of(wrong.kept, wrong.num_more)
-        assert detected is not None
-        self.summaries.append(FileSummary(detected.format, detected.reason, num_rows))
-
-    def _detect(self, file: SourceFile, head: list[object]) -> Detected:
-        if self._format != "auto":
-            return Detected(self._format, "given")
+        faults, start = RowFaults(), self._start + sum(summary.num_rows for summary in self.summaries)
+        raw = read_file(file.path, file.name, self._position, self.reading.encoding)
+        num_rows = 0
         try:
-            return detect(head)
+            head = list(itertools.islice(raw, _NUM_DETECT_ROWS))
+            if not head:
+                raise DataError("has no rows", place=file.name, hint="give a file with at least one row")
+            layout = self._layout(file, [row.value for row in head if not isinstance(row.value, Problem)])
+            raw = itertools.chain(head, raw)
+            while batch := list(itertools.islice(raw, size)):
+                chunk = self._parse(file.name, batch, layout, start, faults)
+                num_rows = batch[-1].number
+                if not faults:
+                    yield chunk
         except DataError as error:
-            problems = (Problem(problem.message, file.name, problem.hint) for problem in error.problems)
+            if faults:
+                raise DataError.of([*faults.problems(0), *error.problems]) from error
+            raise
+        if faults:
+            raise DataError.of(faults.problems(num_rows), faults.num_more)
+        self.summaries.append(FileSummary(layout.format, layout.reason, num_rows, dict(layout.columns)))
+
+    def _layout(self, file: SourceFile, head: list[object]) -> Layout:
+        if not head:  # all lines are faults
+            return Layout("text", "")
+        try:
+            return find_layout(head, self.reading.format, self.reading.columns)
+        except DataError as error:
+            problems = (Problem(p.message, p.place or file.name, p.hint) for p in error.problems)
             raise DataError.of(problems) from error
 
+    def _parse(
+        self, name: str, batch: Sequence[RawRow], layout: Layout, start: int, faults: RowFaults
+    ) -> Chunk:
+        """The rows of `batch`; those with a fault are dropped, or their faults go to `faults`."""
+        chunk = Chunk([], [], [], name, start)
+        good = [row for row in batch if not isinstance(row.value, Problem)]
+        places = [place_of(name, row.number, row.line) for row in batch]
+        values = [mapped(row.value, layout.columns) for row in good]
+        if len(good) == len(batch):
+            numbers = batch[0].number - 1 + start
+            try:
+                rows = parse(values, layout.format, places, numbers)
+                return Chunk(rows, [row.line for row in batch], [], name, start)
+            except DataError:
+                pass  # one by one
+        following = iter(values)
+        for raw, place in zip(batch, places, strict=True):
+            number = start + raw.number - 1
+            if isinstance(raw.value, Problem):
+                problems: Sequence[Problem] = [raw.value]
+            else:
+                try:
+                    chunk.rows.extend(parse([next(following)], layout.format, [place], number))
+                    chunk.lines.append(raw.line)
+                    continue
+                except DataError as error:
+                    problems = error.problems
+            if self.reading.drops:
+                chunk.dropped.append((number, self._reason(problems[0].message)))
+                self.dropped.setdefault(chunk.dropped[-1][1], array("q")).append(number)
+            else:
+                for problem in problems:
+                    faults.add(name, raw.number, place, problem)
+        return chunk
 
-def describe(files: Sequence[SourceFile], summaries: Sequence[FileSummary]) -> tuple[str, str]:
-    """The format of all rows and the reason for it, joined where files differ."""
+    def _reason(self, message: str) -> str:
+        message = one_line(message)
+        return message if message in self.dropped or len(self.dropped) < _MAX_REASONS else _OTHER
+
+
+def describe(sources: Sources, summaries: Sequence[FileSummary]) -> tuple[str, str]:
+    """The format of all rows and the reason for it, joined where files differ, and which files are not read."""
     kinds = {(summary.format, summary.reason) for summary in summaries}
     reasons = dict.fromkeys(
         f"{file.name}: {summary.reason}" if len(kinds) > 1 else summary.reason
-        for file, summary in zip(files, summaries, strict=True)
+        for file, summary in zip(sources.files, summaries, strict=True)
     )
-    return "+".join(dict.fromkeys(summary.format for summary in summaries)), "; ".join(reasons)
-
-
-def _files(spec: str, revision: str | None, split: str, offline: bool) -> list[SourceFile]:
-    path = Path(spec).expanduser()
-    if path.exists() or not HUB_ID.fullmatch(spec) or suffix_of(path.name):
-        return [SourceFile(spec, str(file), file, "") for file in data_files(path)]
-    from lorafit.hub.client import dataset_files
-
-    dataset = dataset_files(spec, revision=revision, split=split, offline=offline)
-    return [SourceFile(spec, f"{spec}/{file.name}", file, dataset.revision) for file in dataset.paths]
-
-
-def data_files(path: Path) -> list[Path]:
-    """`path` itself if it is a data file, or the data files in the folder `path`, sorted by name."""
-    if not path.exists():
-        raise DataError("no such file or folder", place=str(path), hint=_nearest(path))
-    known = f"data files end in {', '.join(FILE_KINDS)}"
-    if path.is_dir():
-        files = sorted(
-            file
-            for file in path.iterdir()
-            if suffix_of(file.name) and file.name not in METADATA and file.is_file()
-        )
-        if not files:
-            raise DataError("the folder holds no data files", place=str(path), hint=known)
-        return files
-    if not suffix_of(path.name):
-        raise DataError(f"unsupported kind of file {path.suffix!r}", place=str(path), hint=known)
-    if not path.is_file():  # reading it would never end
-        raise DataError(
-            "a pipe or a device is no data file", place=str(path), hint="write the rows to a file first"
-        )
-    return [path]
-
-
-def _nearest(path: Path) -> str:
-    folder = path.parent
-    if not folder.is_dir():
-        return f"the folder {folder} does not exist either"
-    near = difflib.get_close_matches(path.name, [file.name for file in folder.iterdir()])
-    if near:
-        return f"did you mean {' or '.join(str(folder / name) for name in near)}?"
-    return "check the path; a hub dataset is written owner/name"
+    formats = "+".join(dict.fromkeys(summary.format for summary in summaries))
+    return formats, "; ".join(filter(None, [*reasons, sources.left_out]))

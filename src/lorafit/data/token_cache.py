@@ -21,8 +21,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lorafit.data.folders import SourceFile
 from lorafit.data.prompt import Renderer
-from lorafit.data.sources import RowReader, SourceFile
+from lorafit.data.sources import Reading, Sources
 from lorafit.data.token_dataset import TokenDataset, encode_chunks, open_encoded
 from lorafit.errors import DataError, RunError
 from lorafit.hub.dataset_splits import suffix_of
@@ -30,7 +31,7 @@ from lorafit.storage.atomic import MANIFEST, read_facts, sha256_file, staging_fo
 from lorafit.storage.cache_dir import cache_folder
 from lorafit.storage.locks import exclusive_lock
 
-ENCODING = 2  # to be raised whenever the same rows would be written as other bytes
+ENCODING = 3  # to be raised whenever the same rows would be written as other bytes
 MAX_BYTES = 20 * 10**9
 _DECIDING_FILES = ("tokens.bin", "offsets.bin", "numbers.bin")
 _BUILDING = ".building-"
@@ -52,26 +53,27 @@ class Entry:
 
 
 def encode_files(
-    files: Sequence[SourceFile],
-    format: str,  # noqa: A002 (the name of the setting)
+    sources: Sources,
     renderer: Renderer,
     advance: Callable[[int, int], None] | None = None,
+    most_readable: int | None = None,
 ) -> Entry:
-    """The rows of `files` as tokens; facts are those of `open_encoded`, and `files`: a summary of each.
+    """The rows of `sources` as tokens; facts are those of `open_encoded`, and `files`: a summary of each.
 
     Of processes that need the same entry at once, as the ranks of a run do, one builds it and the others wait.
-    `advance` is called with (bytes read, bytes in all). Raises DataError with the problems of all rows, and RunError
-    when the tokens can be stored nowhere.
+    `advance` is called with (bytes read, bytes in all); `most_readable` is as for `encode_chunks`. Raises DataError
+    with the problems of all rows, and RunError when the tokens can be stored nowhere.
     """
+    files = sources.files
     digests = [_sha256(file) for file in files]
     contents = [(suffix_of(file.path.name), digest) for file, digest in zip(files, digests, strict=True)]
-    key = key_of(contents, format, renderer.contract.hash)
+    key = key_of(contents, sources.reading, renderer.contract.hash)
     notes: list[str] = []
     try:
         with exclusive_lock(_cache("turns") / key[:2]):
             if not _is_whole(folder := _cache() / key, notes):
                 with writing(_cache(), key) as (staging, facts):
-                    facts |= _encode(files, digests, format, renderer, advance, staging)
+                    facts |= _encode(sources, digests, renderer, advance, most_readable, staging)
             entry = _entry(folder, notes)
     except (OSError, RunError) as error:
         notes = [f"the tokens are not cached: {_reason(error)}"]
@@ -84,7 +86,7 @@ def encode_files(
     try:
         with _own_folder(temporary) as parent:
             with writing(parent, key) as (staging, facts):
-                facts |= _encode(files, digests, format, renderer, advance, staging)
+                facts |= _encode(sources, digests, renderer, advance, most_readable, staging)
             return _entry(parent / key, notes)  # its files stay readable after the folder is removed
     except (OSError, RunError) as error:
         raise RunError(
@@ -94,15 +96,15 @@ def encode_files(
         ) from error
 
 
-def key_of(contents: Sequence[tuple[str, str]], format: str, contract_hash: str) -> str:  # noqa: A002
-    """The name of an entry: `contents` are kind and SHA-256 of each file in order, `format` is the requested one."""
+def key_of(contents: Sequence[tuple[str, str]], reading: Reading, contract_hash: str) -> str:
+    """The name of an entry: `contents` are kind and SHA-256 of each file in order."""
     decides = {
         "encoding": ENCODING,
         "tokenizers": version("tokenizers"),
         "jinja2": version("jinja2"),
         "byteorder": sys.byteorder,
         "contents": [list(content) for content in contents],
-        "format": format,
+        "reading": asdict(reading),
         "contract": contract_hash,
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
@@ -170,18 +172,25 @@ def _sha256(file: SourceFile) -> str:
 
 
 def _encode(
-    files: Sequence[SourceFile],
+    sources: Sources,
     digests: Sequence[str],
-    format: str,  # noqa: A002 (the name of the setting)
     renderer: Renderer,
     advance: Callable[[int, int], None] | None,
+    most_readable: int | None,
     folder: Path,
 ) -> dict[str, Any]:
     """Write the tokens to `folder` and return the facts. Raises DataError, also for a file that changed meanwhile."""
-    reader = RowReader(files, format)
+    reader = sources.reader()
     show = (lambda: advance(*reader.progress())) if advance else None
-    facts = encode_chunks(reader.chunks(), renderer, folder, progress=show)
-    for file, digest in zip(files, digests, strict=True):
+    facts = encode_chunks(
+        reader.chunks(),
+        renderer,
+        folder,
+        progress=show,
+        drops=sources.reading.drops,
+        most_readable=most_readable,
+    )
+    for file, digest in zip(sources.files, digests, strict=True):
         if _sha256(file) != digest:
             hint = "start again when no other program writes to it"
             raise DataError("the file changed while it was read", place=file.name, hint=hint)

@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 
 from lorafit.data.formats import Row
 from lorafit.data.packing import Ids, TokenRow
+from lorafit.data.pieces import split
 from lorafit.data.prompt import Dropped, Rendered, Renderer
+from lorafit.data.row_faults import RowFaults
 from lorafit.data.sources import Chunk
-from lorafit.errors import DataError, ModelError, Problem, Problems, RunError
+from lorafit.errors import DataError, ModelError, Problem, RunError
 
-_NUM_LISTED = 5  # too long rows that an error names one by one
+_NUM_LISTED = 5  # too long rows that an error names
 _WIDE = 1 << 16  # vocabularies from here on need 32 bits an id
 
 Numbers = NDArray[np.int64]
@@ -82,7 +84,8 @@ class Flat:
 class TokenDataset:
     """Rows as tokens on disk, all of them or (`index`) some; `row(i)` is the row at position i.
 
-    `dropped` maps the reason to the numbers of the rows that are not here.
+    `dropped` maps the reason to the numbers of the rows that are not here. A text that was split is several rows with
+    one number, one after the other.
     """
 
     flat: Flat
@@ -172,15 +175,17 @@ def encode_chunks(
     folder: Path,
     *,
     progress: Callable[[], None] | None = None,
+    drops: bool = False,
+    most_readable: int | None = None,
 ) -> dict[str, Any]:
     """Renders all rows of `chunks`, applies the contract's `max_length` and `too_long`, and writes the arrays to
     `folder`; returns the facts that `open_encoded` needs.
 
-    Memory does not grow with the rows. `progress` is called after each chunk. Raises DataError with the problems of
-    all rows.
+    Memory does not grow with the rows. `progress` is called after each chunk. Rows that cannot be rendered are
+    dropped (`drops`), else DataError has the problems of all rows; `most_readable` tokens are all that the model reads.
     """
     with ExitStack() as stack:
-        writer = _Writer(stack, folder, renderer)
+        writer = _Writer(stack, folder, renderer, drops, most_readable)
         for chunk in chunks:
             writer.add(chunk)
             if progress:
@@ -191,17 +196,20 @@ def encode_chunks(
 class _Writer:
     """Fits rendered rows to the contract and writes them, chunk after chunk."""
 
-    def __init__(self, stack: ExitStack, folder: Path, renderer: Renderer) -> None:
-        self._renderer = renderer
+    def __init__(
+        self, stack: ExitStack, folder: Path, renderer: Renderer, drops: bool, most_readable: int | None
+    ) -> None:
+        self._renderer, self._most_readable = renderer, most_readable
         self._code = "I" if renderer.tokenizer.vocab_size >= _WIDE else "H"
         self._kinds = _kinds({"ids": np.dtype(self._code).name})
         self._files: dict[str, BinaryIO] = {
             name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in self._kinds
         }
-        self._num_tokens = self._longest = self._num_too_long = 0
-        self._too_long: list[Problem] = []
+        self._num_tokens = self._num_read = self._longest = self._num_too_long = 0
+        self._too_long: list[Row] = []
         self._dropped: dict[str, array[int]] = {}
-        self._problems = Problems()
+        self._faults = RowFaults()
+        self._drops = drops
         self._write("offsets", [0])
 
     def add(self, chunk: Chunk) -> None:
@@ -210,15 +218,22 @@ class _Writer:
         lines: list[int] = []
         truncated: list[int] = []
         fitting: list[Rendered] = []
+        self._num_read += len(chunk.rows)
+        for number, reason in chunk.dropped:
+            self._drop(number, reason)
         outcomes = self._renderer.render_batch(chunk.rows)
         for row, line, outcome in zip(chunk.rows, chunk.lines, outcomes, strict=True):
-            if isinstance(outcome, Problem):
-                self._problems.add([outcome])
-            elif (fitted := self._fit(row, outcome)) is not None:
-                fitting.append(fitted[0])
-                truncated.append(fitted[1])
-                numbers.append(row.number)
-                lines.append(line)
+            if isinstance(outcome, Problem) and self._drops:
+                self._drop(row.number, outcome.message)
+            elif isinstance(outcome, Problem):
+                self._faults.add(chunk.name, row.number - chunk.start + 1, row.place, outcome)
+            else:
+                for piece in self._pieces(row, outcome):
+                    if (fitted := self._fit(row, piece)) is not None:
+                        fitting.append(fitted[0])
+                        truncated.append(fitted[1])
+                        numbers.append(row.number)
+                        lines.append(line)
         # Through `array` and `bytes`: several times faster than numpy on lists of millions of tokens.
         trained = [bytes(row.trained) for row in fitting]
         try:
@@ -236,12 +251,13 @@ class _Writer:
 
     def finish(self) -> dict[str, Any]:
         """The facts about what was written; raises DataError with all problems."""
+        problems = self._faults.problems(self._num_read)
         if self._num_too_long:
-            self._problems.add(_too_long(self._too_long, self._num_too_long, self._longest, self._max_length))
-        if self._problems:
-            raise DataError.of(self._problems.kept, self._problems.num_more)
+            problems.append(self._too_long_problem())
+        if problems:
+            raise DataError.of(problems, self._faults.num_more)
         for numbers in self._dropped.values():
-            self._write("dropped", numbers)
+            self._write("dropped", sorted(numbers))
         dropped = [[reason, len(numbers)] for reason, numbers in self._dropped.items()]
         return {"ids": self._kinds["tokens"], "dropped": dropped}
 
@@ -249,42 +265,53 @@ class _Writer:
     def _max_length(self) -> int:
         return self._renderer.contract.max_length
 
+    def _pieces(self, row: Row, outcome: Rendered | Dropped) -> Iterable[Rendered | Dropped]:
+        """A text that is too long as several rows, if the contract says so; everything else as it is."""
+        longest = self._max_length
+        if self._renderer.contract.too_long != "split" or row.content.asks or isinstance(outcome, Dropped):
+            return [outcome]
+        return split(outcome, longest, self._renderer.contract.bos_id)
+
     def _fit(self, row: Row, outcome: Rendered | Dropped) -> tuple[Rendered, int] | None:
         """The row as it is trained and the number of tokens that were cut, None if it is not trained."""
         longest = self._max_length
         if isinstance(outcome, Dropped):
-            self._drop(row, outcome.reason)
+            self._drop(row.number, outcome.reason)
             return None
         if (length := len(outcome.ids)) > longest:
-            if self._renderer.contract.too_long == "error":
+            if self._renderer.contract.too_long in ("error", "split"):  # a row with an answer is not split
                 self._num_too_long += 1
                 self._longest = max(self._longest, length)
                 if len(self._too_long) < _NUM_LISTED:
-                    self._too_long.append(Problem(f"has {length:,} tokens", row.place))
+                    self._too_long.append(row)
                 return None
             if self._renderer.contract.too_long == "drop":
-                self._drop(row, f"longer than {longest} tokens")
+                self._drop(row.number, f"longer than {longest} tokens")
                 return None
             outcome = Rendered(outcome.ids[:longest], outcome.trained[:longest])
         if True not in outcome.trained:
-            self._drop(row, f"nothing to train on in the first {longest} tokens")
+            self._drop(row.number, f"nothing to train on in the first {longest} tokens")
             return None
         return outcome, length - len(outcome.ids)
 
-    def _drop(self, row: Row, reason: str) -> None:
-        self._dropped.setdefault(reason, array("q")).append(row.number)
+    def _drop(self, number: int, reason: str) -> None:
+        self._dropped.setdefault(reason, array("q")).append(number)
+
+    def _too_long_problem(self) -> Problem:
+        """The problem of all rows that are too long. It offers a length only where the model reads that."""
+        count, longest = self._num_too_long, self._longest
+        most = self._most_readable or longest
+        hint = "data.too_long=truncate cuts them, data.too_long=drop leaves them out"
+        if any(not row.content.asks for row in self._too_long):
+            hint = f"data.too_long=split makes several rows of a text, {hint}"
+        if longest <= most:
+            hint = f"data.max_length={longest} keeps them whole; {hint}"
+        else:
+            hint += f"; the model reads at most {most:,} tokens"
+        what = "1 row is" if count == 1 else f"{count:,} rows are"
+        message = f"{what} longer than data.max_length={self._max_length}; the longest has {longest:,} tokens"
+        more = f" and {count - len(self._too_long):,} more" if count > len(self._too_long) else ""
+        return Problem(message, "; ".join(row.place for row in self._too_long) + more, hint)
 
     def _write(self, name: str, values: Sequence[int] | NDArray[Any] | array[int]) -> None:
         self._files[name].write(np.asarray(values, dtype=self._kinds[name]).tobytes())
-
-
-def _too_long(listed: Sequence[Problem], count: int, longest: int, max_length: int) -> list[Problem]:
-    """A problem for each of the first rows that are too long, then one that counts all of them."""
-    hint = (
-        f"data.max_length={longest} keeps them whole; data.too_long=truncate cuts them, "
-        "data.too_long=drop leaves them out"
-    )
-    summary = (
-        f"{count:,} rows are longer than data.max_length={max_length}; the longest has {longest:,} tokens"
-    )
-    return [*listed, Problem(summary, "data.max_length", hint)]

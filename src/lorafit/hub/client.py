@@ -38,13 +38,13 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from lorafit.errors import ConfigError, DataError, LorafitError, ModelError
 from lorafit.hub.dataset_splits import (
-    FILE_KINDS,
     HUB_ID,
-    ManyConfigurationsError,
-    file_kind,
+    KNOWN_FILES,
+    ConfigurationError,
     of_one_kind,
-    splits_of_card,
-    splits_of_names,
+    row_files,
+    split_to_measure,
+    splits_of,
 )
 from lorafit.observe.progress import progress
 from lorafit.redact import dotenv
@@ -113,32 +113,31 @@ def adapter_folder(name: str, *, revision: str | None = None, offline: bool = Fa
 
 
 def dataset_files(
-    name: str, *, revision: str | None = None, split: str = "train", offline: bool = False
+    name: str,
+    *,
+    revision: str | None = None,
+    split: str | None = "train",
+    config: str | None = None,
+    offline: bool = False,
 ) -> DatasetFiles:
     """The data files of `split` of the hub dataset `name` (`owner/name`), downloaded if needed.
 
-    The dataset card says which files these are, else the files' names, by the rules of the `datasets` library. A
-    dataset's script is never fetched. Raises DataError.
+    The dataset card says which files these are, by its configuration `config`, else the files' names, by the rules
+    of the `datasets` library. Without a `split`, it is the one to measure on: `validation`, else `test`. A dataset's
+    script is never fetched. Raises DataError.
     """
     repository = _Repository("dataset", name, revision)
     listing = _list(repository, offline)
     card = ""
     if "README.md" in listing.files:
         card = (_fetch(listing, ["README.md"]) / "README.md").read_text(encoding="utf-8", errors="replace")
-    data = [file for file in listing.files if file_kind(file)]
     try:
-        splits = splits_of_card(card, data) or splits_of_names(data)
-    except ManyConfigurationsError as error:
-        raise repository.error(
-            f"`{name}` has several configurations and no default one: {error}",
-            f"fetch it ({repository.download_command} --local-dir FOLDER) and give the files of one of them",
-        ) from None
+        splits = splits_of(row_files(listing.files), card, config)
+    except ConfigurationError as error:
+        raise repository.error(*error.explained(f"`{name}`", config)) from None
+    split = split or split_to_measure(splits)
     if split not in splits:
-        found = (
-            f"its splits: {', '.join(sorted(splits))}"
-            if splits
-            else f"it has no {' '.join(FILE_KINDS)} files"
-        )
+        found = f"its splits: {', '.join(sorted(splits))}" if splits else f"it has no files {KNOWN_FILES}"
         raise repository.error(f"`{name}` has no data for the split `{split}`", hint=found)
     files = of_one_kind(splits[split])
     folder = _fetch(listing, files)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from lorafit.data.folders import data_files
 from lorafit.data.formats import ROLES, Instruction, Message, undecodable
 from lorafit.data.readers import place_of, read_file
-from lorafit.data.sources import data_files
-from lorafit.errors import DataError, LorafitError, Problems
+from lorafit.errors import DataError, LorafitError, Problem, Problems
 from lorafit.infer.model import Model, Question
 from lorafit.storage.safe_read import MB, read_text
 
@@ -64,8 +64,11 @@ def raw_rows(path: Path, problems: Problems) -> Iterator[tuple[str, object]]:
     """
     if path.suffix.lower() != ".txt":
         for file in data_files(path):
-            for row in read_file(file, file.name, problems):
-                yield place_of(file.name, row.number, row.line), row.value
+            for row in read_file(file, file.name):
+                if isinstance(row.value, Problem):
+                    problems.add([row.value])
+                else:
+                    yield place_of(file.name, row.number, row.line), row.value
         return
     try:
         text = read_text(path, MAX_TEXT).removeprefix("\ufeff")
