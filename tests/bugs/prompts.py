@@ -136,7 +136,7 @@ def a_turn_is_located_also_if_the_template_rewrites_it(lab: Lab) -> None:
     ),
     Plant(
         "data.prompt:Renderer._assemble",
-        "[True] * (stop - start) + [False] * (end - stop)",
+        "[segment.weight > 0] * (stop - start) + [everything] * (end - stop)",
         "[True] * (end - start)",
     ),
     Plant("data.token_dataset:_Writer._fit", "if True not in outcome.trained:", "if not outcome.trained:"),

@@ -154,7 +154,7 @@ class Tokens(TokenFindings):
             decoded = [tokenizer.decode(ids[int(ids[0] == self._bos) :].tolist())]
         else:
             expected = [span.text for span in spans if span.trained]
-            decoded = _in_place(tokenizer, ids.tolist(), trained.tolist())
+            decoded = _in_place(tokenizer, ids.tolist(), trained.astype(np.bool_).tolist())
         if self._encoded.flat.truncated[index]:
             expected = expected[: len(decoded)]
             pairs = list(zip(expected, decoded, strict=False))

@@ -19,7 +19,7 @@ from lorafit.data.row_index import RowIndex
 from lorafit.data.row_order import RowOrder, split_holdout
 from lorafit.data.sources import FileSummary, SourceFile, describe, find_files
 from lorafit.data.token_cache import encode_files
-from lorafit.data.token_dataset import TokenDataset
+from lorafit.data.token_dataset import RowFacts, TokenDataset
 from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import DataError, ModelError
 from lorafit.hub.client import ModelFolder
@@ -98,7 +98,7 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
     files = source_files(config)
     with progress("tokenising", quiet=quiet) as advance:
         entry = encode_files(files, config.data.format, renderer, advance)
-    encoded = entry.encoded
+    encoded, said = entry.encoded, RowFacts(**entry.facts["said"])
     summaries = [FileSummary(**summary) for summary in entry.facts["files"]]
     index = RowIndex(files, summaries, encoded)
     if not len(encoded):
@@ -115,6 +115,13 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
         )
     if limits is not None:
         _check_embedded(encoded, tokenizer, limits.vocab_size)
+    notes = list(entry.notes)
+    if not said.templated:
+        notes += _without_template(config)
+        renderer = Renderer(renderer.contract.as_raw(tokenizer), tokenizer)
+    elif said.templated < index.num_rows:
+        count = index.num_rows - said.templated
+        notes.append(f"{count:,} rows have no template, but prompts will be asked with one, as the other rows are")
     training, heldout = map(encoded.take, split_holdout(len(encoded), config.data.holdout, config.train.seed))
     format_name, reason = describe(files, summaries)
     return TrainingData(
@@ -127,12 +134,23 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
         encoded=encoded,
         training=training,
         heldout=heldout,
-        ledger=Ledger.of(index.num_rows, training, heldout, encoded.dropped),
+        ledger=Ledger.of(index.num_rows, training, heldout, encoded.dropped, said),
         samples=index.read(index.asking(heldout.numbers)[: config.run.samples].tolist()),
-        warnings=entry.notes,
+        warnings=notes,
         entry_digest=entry.digest,
         cache_key=entry.key,
     )
+
+
+def _without_template(config: Config) -> list[str]:
+    """The settings of the template that rows without one leave unused."""
+    data = config.data
+    unused = {
+        f"data.template={data.template}": data.template != "auto",
+        "data.system": bool(data.system),
+        "data.template_args": bool(data.template_args),
+    }
+    return [f"{key} is not used: the rows are texts without a template" for key, is_set in unused.items() if is_set]
 
 
 def _check_embedded(encoded: TokenDataset, tokenizer: Tokenizer, num_embeddings: int) -> None:
@@ -160,6 +178,8 @@ def make_renderer(config: Config, tokenizer: Tokenizer) -> Renderer:
         max_length=data.max_length,
         too_long=data.too_long,
         add_eos=data.eos,
+        template_args=data.template_args,
+        parse_special=data.parse_special,
     )
     return Renderer(contract, tokenizer)
 

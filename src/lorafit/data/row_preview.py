@@ -231,4 +231,4 @@ def _row(rows: TokenDataset, index: int, tokenizer: Tokenizer, place: str) -> di
         if room > 0:
             spans.append([text if len(text) <= room else text[:room] + " [...]", bool(is_trained)])
         room -= len(text)
-    return {"place": place, "tokens": len(ids), "trained": int(trained.sum()), "spans": spans}
+    return {"place": place, "tokens": len(ids), "trained": int(np.count_nonzero(trained)), "spans": spans}

@@ -25,8 +25,8 @@ from lorafit.errors import ModelError
 from lorafit.storage.safe_read import MB, read_json, read_text
 
 # Noncharacters that Unicode reserves for use inside a program; rows with one of them are refused.
-_OPEN, _CLOSE, BORDER, HOLE = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
-_RESERVED = re.compile("[\ufdd0-\ufdd3]")
+_OPEN, _CLOSE, BORDER, HOLE, GUARD = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4"
+_RESERVED = re.compile("[\ufdd0-\ufdd4]")
 _DECIDING_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _MAX_PROTECTED = 4096
 MAX_JSON = 64 * MB
@@ -151,6 +151,10 @@ class Tokenizer:
                 self._protected[template_text] = known
         return known
 
+    def guard(self, content: str) -> str:
+        """`content` with a GUARD in each text of a control token, so that `protect` does not take it for one."""
+        return self._control_pattern.sub(lambda match: f"{match[0][0]}{GUARD}{match[0][1:]}", content)
+
     def public(self, text: str) -> str:
         """A protected text with the public names of its control tokens."""
         if BORDER in text:
@@ -169,6 +173,10 @@ class Tokenizer:
         """The control token at the start of a protected text, after blanks, if there is one."""
         match = re.match(f"\\s*({_OPEN}\\d+{_CLOSE})", protected)
         return self._named(self._public[match[1]]) if match else None
+
+    def control_of(self, token_id: int) -> Control | None:
+        """The control token with an id, None where it is another token."""
+        return next((Control(text, number) for text, number in self.control.items() if number == token_id), None)
 
     def encode(self, content: str) -> list[int]:
         """The ids of plain content, without BOS and without any control token."""
