@@ -166,6 +166,8 @@ class ChatTemplate:
         once. Raises DataError when the template changes a content in any other way, or drops a part of the row.
         """
         messages = self._with_reasoning(messages)
+        if any(message.calls for message in messages) and "tool_calls" not in self._source:
+            raise self._shows_no_calls()
         text = self.render(messages, tools=tools)
         holes = self._holes(messages, tools)
         cuts = self._cuts(messages, tools, holes, stops)
@@ -233,26 +235,36 @@ class ChatTemplate:
         for turn, message in enumerate(messages):
             if not message.calls and not message.reasoning:
                 continue
-            first = next(
-                (at for at, hole in enumerate(holes) if hole.turn is None or hole.turn >= turn), len(holes) - 1
-            )
             own = [at for at, hole in enumerate(holes) if hole.turn == turn]
+            if message.reasoning and self._asks_without_thought and any(holes[at].is_reasoning for at in own):
+                raise self._thinks(turn)
             asked = self._holes([*messages[:turn], _ANSWER], tools)
-            prompt = next((hole.before for hole in asked if hole.turn == turn), "")
-            prompt = prompt[: len(prompt) - len(self._empty_thought(prompt))].rstrip(" ")
-            before = holes[first].before
-            if not before.startswith(prompt):
-                if message.reasoning and self._asks_without_thought:
-                    raise self._thinks(turn)
+            answer = next((at for at, hole in enumerate(asked) if hole.turn == turn), 0)
+            first = 0  # the hole after the last one of the prompt
+            if answer:
+                last = asked[answer - 1]
+                places = (at for at, hole in enumerate(holes, 1) if hole.turn == last.turn)
+                first = max(places, default=len(holes) - 1)
+            prompt = self._beginning(asked[answer].before, holes[first].before)
+            if prompt is None:
                 raise self._unclear(turn, "begins with other text than other answers")
-            last = own[-1] + 1 if own else first
-            start = len(prompt) if last == first else 0
+            after = own[-1] + 1 if own else first
+            start = len(prompt) if after == first else 0
             end = 0
             if message.calls:
-                end = self._end_of_calls(messages[: turn + 1], tools, holes[last].before, start, stops)
+                end = self._end_of_calls(messages[: turn + 1], tools, holes[after].before, start, stops)
             cuts.setdefault(first, []).append((len(prompt), turn))
-            cuts.setdefault(last, []).append((end, None))
+            cuts.setdefault(after, []).append((end, None))
         return cuts
+
+    def _beginning(self, prompt: str, text: str) -> str | None:
+        """The end of the prompt of a plain answer, with which `text` begins; None if it does not.
+
+        An earlier answer may lack the empty thought with which the prompt ends.
+        """
+        prompt = prompt[: len(prompt) - len(self._empty_thought(prompt))].rstrip(" ")
+        without = _NO_THOUGHT.sub("", prompt)
+        return next((form for form in (prompt, without) if text.startswith(form)), None)
 
     def _end_of_calls(
         self, messages: Sequence[Message], tools: str, text: str, start: int, stops: Sequence[str]
@@ -277,8 +289,7 @@ class ChatTemplate:
         for turn, message in enumerate(messages):
             shown = "".join(part.text for part in parts if part.turn == turn and part.own) if message.calls else ""
             if not all(call.name in shown for call in message.calls):
-                hint = "remove the row, or give a template that shows calls of tools with data.template"
-                raise DataError("the chat template does not show the calls of tools", hint=hint)
+                raise self._shows_no_calls()
 
     def _holes(self, messages: Sequence[Message], tools: str = "") -> list[_Hole]:
         """The template's text cut at the contents; the last hole has no turn."""
@@ -319,6 +330,11 @@ class ChatTemplate:
             return _NO_THOUGHT.search(self.render([Message("user", "question")], ask=True)) is not None
         except DataError:
             return False
+
+    @staticmethod
+    def _shows_no_calls() -> DataError:
+        hint = "remove the row, or give a template that shows calls of tools with data.template"
+        return DataError("the chat template does not show the calls of tools", hint=hint)
 
     @staticmethod
     def _thinks(turn: int) -> DataError:

@@ -200,6 +200,8 @@ class Renderer:
 
     def _segments(self, content: Content) -> list[_Segment]:
         """The protected text of a row, without BOS and EOS; the last segment holds the last answer."""
+        if isinstance(content, Instruction) and self.contract.template == RAW:
+            return self._plain_segments(content.question(), content.output)
         if isinstance(content, Instruction) and self.contract.template != "chat":
             prompt = self._instruction_prompt(content)
         elif (messages := content.turns()) is not None:
