@@ -28,9 +28,7 @@ def _gradient(lab: Lab, name: str, *overrides: str) -> tuple[dict[str, torch.Ten
 
 @probe(
     1,
-    Plant(
-        "training.loop:_passes", "state.scale.factor / batch.weight", "1 / len(pack.targets) / len(packs)"
-    ),
+    Plant("training.loop:_passes", "state.scale.factor / batch.weight", "1 / len(pack.targets) / len(packs)"),
     Plant(
         "training.loop:_gradients",
         "mean = total / batch.weight",
@@ -50,9 +48,7 @@ def a_gradient_does_not_depend_on_the_split_of_its_step(lab: Lab) -> None:
 
 @probe(
     2,
-    Plant(
-        "training.loop:_passes", "state.scale.factor / batch.weight", "1 / len(pack.targets) / len(packs)"
-    ),
+    Plant("training.loop:_passes", "state.scale.factor / batch.weight", "1 / len(pack.targets) / len(packs)"),
 )
 def every_trained_token_has_the_same_weight(lab: Lab) -> None:
     """A short and a long answer: the batch's gradient is the mean over tokens, not over rows."""

@@ -169,7 +169,9 @@ _WITH_TOOLS = (
 )
 
 
-def rows_with_tools(count: int, chat: Format, seed: object) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def rows_with_tools(
+    count: int, chat: Format, seed: object
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Rows with tools, calls and results, each with the row without them that says the same in plain turns."""
     draw = random.Random(str(seed))
 
@@ -191,7 +193,10 @@ def rows_with_tools(count: int, chat: Format, seed: object) -> Iterator[tuple[di
             for _ in range(draw.randint(0, 2)):
                 said = draw.choice(["", "", "Let me see."])
                 calls = [
-                    {"name": draw.choice(["f", "get it"]), "arguments": {text(): text(), "n": draw.randint(0, 9)}}
+                    {
+                        "name": draw.choice(["f", "get it"]),
+                        "arguments": {text(): text(), "n": draw.randint(0, 9)},
+                    }
                     for _ in range(draw.randint(1, 2))
                 ]
                 written = [json.dumps(call["arguments"], ensure_ascii=False) for call in calls]

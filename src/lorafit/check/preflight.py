@@ -110,7 +110,9 @@ def row_verdicts(
         _encoding(texts, index), _controls(texts, index, training_data),
     ]  # fmt: skip
     if texts.arguments.count:
-        message = f"arguments are not valid JSON in {_count(texts.arguments.count)} ({texts.arguments.example})"
+        message = (
+            f"arguments are not valid JSON in {_count(texts.arguments.count)} ({texts.arguments.example})"
+        )
         hint = "they are trained as they are: correct them, or remove the rows"
         verdicts.append(_result("calls", "warn", message, texts.arguments, index, hint))
     if training_data is not None and tokens is not None:

@@ -47,7 +47,9 @@ class TokenFindings:
     more_bos: Finding = field(default_factory=Finding)
     wrong: Finding = field(default_factory=Finding)
     changed: Finding = field(default_factory=Finding)
-    thoughts: Finding = field(default_factory=Finding)  # rows with reasoning that is not among the trained tokens
+    thoughts: Finding = field(
+        default_factory=Finding
+    )  # rows with reasoning that is not among the trained tokens
     num_thoughts: int = 0
 
 

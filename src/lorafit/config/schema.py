@@ -110,10 +110,11 @@ class DataSection(Section):
     )
     parse_special: bool = resumable(
         False,
-        description="In `text` and `completion` rows, read the texts of control tokens (`<s>`, `</s>`) as these tokens.",
+        description="In `text` and `completion` rows, read the texts of control tokens (`<s>`) as these tokens.",
     )
     train_on: Literal["response", "last", "all"] = resumable(
-        "response", description="Supervised tokens: those of the answers, of the last answer of each row, or all."
+        "response",
+        description="Supervised tokens: those of the answers, of the last answer of each row, or all.",
     )
     eos: bool = resumable(
         True, description="End each answer with the stop token where the template has none, and supervise it."

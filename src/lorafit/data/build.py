@@ -121,7 +121,9 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
         renderer = Renderer(renderer.contract.as_raw(tokenizer), tokenizer)
     elif said.templated < index.num_rows:
         count = index.num_rows - said.templated
-        notes.append(f"{count:,} rows have no template, but prompts will be asked with one, as the other rows are")
+        notes.append(
+            f"{count:,} rows have no template, but prompts will be asked with one, as the other rows are"
+        )
     training, heldout = map(encoded.take, split_holdout(len(encoded), config.data.holdout, config.train.seed))
     format_name, reason = describe(files, summaries)
     return TrainingData(
@@ -150,7 +152,11 @@ def _without_template(config: Config) -> list[str]:
         "data.system": bool(data.system),
         "data.template_args": bool(data.template_args),
     }
-    return [f"{key} is not used: the rows are texts without a template" for key, is_set in unused.items() if is_set]
+    return [
+        f"{key} is not used: the rows are texts without a template"
+        for key, is_set in unused.items()
+        if is_set
+    ]
 
 
 def _check_embedded(encoded: TokenDataset, tokenizer: Tokenizer, num_embeddings: int) -> None:

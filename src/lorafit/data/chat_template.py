@@ -18,8 +18,8 @@ from typing import Any, Literal
 from jinja2 import meta
 
 from lorafit.data.content import Message
-from lorafit.data.row_fields import REASONING
 from lorafit.data.jinja_sandbox import OverdrawnError, Sandbox
+from lorafit.data.row_fields import REASONING
 from lorafit.data.tokenizer import HOLE
 from lorafit.errors import DataError, ModelError
 
@@ -221,7 +221,9 @@ class ChatTemplate:
             hint = "remove it, write it into the content, or give a template that shows it with data.template"
             raise DataError("the chat template does not show the reasoning of the row", hint=hint)
         return [
-            replace(m, content=f"{_THINK}{m.reasoning}{_END_THINK}{m.content}", reasoning="") if m.reasoning else m
+            replace(m, content=f"{_THINK}{m.reasoning}{_END_THINK}{m.content}", reasoning="")
+            if m.reasoning
+            else m
             for m in messages
         ]
 
@@ -285,9 +287,15 @@ class ChatTemplate:
         for turn, message in enumerate(messages):
             if message.content and turn not in located:
                 hint = "remove it, or give a template that shows it with data.template"
-                raise DataError(f"the chat template does not show the {message.role} turn {turn + 1}", hint=hint)
+                raise DataError(
+                    f"the chat template does not show the {message.role} turn {turn + 1}", hint=hint
+                )
         for turn, message in enumerate(messages):
-            shown = "".join(part.text for part in parts if part.turn == turn and part.own) if message.calls else ""
+            shown = (
+                "".join(part.text for part in parts if part.turn == turn and part.own)
+                if message.calls
+                else ""
+            )
             if not all(call.name in shown for call in message.calls):
                 raise self._shows_no_calls()
 
@@ -344,7 +352,9 @@ class ChatTemplate:
     @staticmethod
     def _unclear(turn: int, reason: str) -> DataError:
         hint = "remove the row, or give another template with data.template"
-        return DataError(f"in the chat template, turn {turn + 1} {reason}: what to train is not clear", hint=hint)
+        return DataError(
+            f"in the chat template, turn {turn + 1} {reason}: what to train is not clear", hint=hint
+        )
 
     @staticmethod
     def _lost(messages: Sequence[Message], turn: int | None) -> DataError:
@@ -390,7 +400,15 @@ def _placeholder(turn: int, message: Message) -> Message:
 
 
 def _forms_of_reasoning(text: str) -> Iterable[str]:
-    yield from (text, text.strip("\n"), text.lstrip("\n"), text.rstrip("\n"), text.rstrip(), text.lstrip(), text.strip())
+    yield from (
+        text,
+        text.strip("\n"),
+        text.lstrip("\n"),
+        text.rstrip("\n"),
+        text.rstrip(),
+        text.lstrip(),
+        text.strip(),
+    )
 
 
 def _forms(content: str, with_thinking: bool, role: str) -> Iterable[str]:

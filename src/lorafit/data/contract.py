@@ -35,7 +35,7 @@ NAME_A_TEMPLATE = "name a chat template: data.template=PATH.jinja"
 class PromptContract:
     """All that decides how a conversation becomes ids.
 
-    `template` is classic, alpaca, chat or raw (no template: a prompt is asked as it is); `chat_template` the Jinja source
+    `template` is classic, alpaca, chat or raw (none: a prompt is asked as it is); `chat_template` the Jinja source
     for chat, else None. `bos_id`, `eos_id` and their texts are None where the model has none. `system` is the system
     prompt of rows without one. `add_eos` ends every row in EOS unless the template ends it in a stop token. `stop_ids`
     end an answer in generation. `date` is the date of today for the template, `template_args` are its other variables.
@@ -108,7 +108,10 @@ class PromptContract:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-_LATER: dict[str, Any] = {"template_args": {}, "parse_special": False}  # fields that old contracts do not have
+_LATER: dict[str, Any] = {
+    "template_args": {},
+    "parse_special": False,
+}  # fields that old contracts do not have
 
 
 def contract(
@@ -203,5 +206,3 @@ def _template_stop(contract: PromptContract, tokenizer: Tokenizer) -> Control | 
         raise ModelError(message, place=problem.place or "chat template", hint=NAME_A_TEMPLATE) from error
     leading = tokenizer.leading_control(tokenizer.protect(parts[-1].text))
     return leading if parts[-1].role is None else None
-
-

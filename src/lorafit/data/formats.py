@@ -157,7 +157,9 @@ _CONVERSATIONS = ("conversations", "conversation", "messages", *_LISTS)
 FORMATS: dict[str, Format] = {
     "alpaca": Format((("instruction",), ("output",)), Instruction, _alpaca),
     "messages": Format(
-        (("messages", *_LISTS),), Chat, lambda row: conversation(row, row.first(("messages", *_CONVERSATIONS)))
+        (("messages", *_LISTS),),
+        Chat,
+        lambda row: conversation(row, row.first(("messages", *_CONVERSATIONS))),
     ),
     "sharegpt": Format(
         (("conversations", "conversation"),), Chat, lambda row: conversation(row, row.first(_CONVERSATIONS))

@@ -152,7 +152,9 @@ class Ledger:
         """The keys of rows that are read as others, and those that are not used."""
 
         def listed(keys: Mapping[str, int]) -> str:
-            return ", ".join(f"{key} ({count:,} row{'' if count == 1 else 's'})" for key, count in keys.items())
+            return ", ".join(
+                f"{key} ({count:,} row{'' if count == 1 else 's'})" for key, count in keys.items()
+            )
 
         parts = (("keys read", self.aliases), ("keys not used", self.unused))
         return [f"{name}: {listed(keys)}" for name, keys in parts if keys]

@@ -102,7 +102,9 @@ def build_pack(rows: Sequence[TokenRow]) -> Pack:
         np.concatenate([path[before] for path, (_, before, _, _) in zip(paths, documents, strict=True)]),
         np.concatenate([targets for _, _, targets, _ in documents], dtype=np.int64),
         num_tokens,
-        np.concatenate([weights for _, _, _, weights in documents], dtype=np.float32) if is_weighted else None,
+        np.concatenate([weights for _, _, _, weights in documents], dtype=np.float32)
+        if is_weighted
+        else None,
     )
 
 

@@ -13,7 +13,16 @@ from itertools import groupby
 
 from lorafit.data.chat_template import Part
 from lorafit.data.contract import NAME_A_TEMPLATE, RAW, PromptContract, contract
-from lorafit.data.formats import Chat, Completion, Content, Instruction, Message, Row, as_messages, undecodable
+from lorafit.data.formats import (
+    Chat,
+    Completion,
+    Content,
+    Instruction,
+    Message,
+    Row,
+    as_messages,
+    undecodable,
+)
 from lorafit.data.tokenizer import BORDER, GUARD, Control, Tokenizer, reserved
 from lorafit.errors import DataError, ModelError, Problem
 
@@ -76,8 +85,8 @@ class Piece:
 class _Segment:
     """A stretch of protected text that is encoded as the continuation of what precedes it.
 
-    `answer`: it starts with an answer. The answer ends with the control token `stop`, else with the segment. `weight` is
-    the factor of its loss. `ended`: its text holds the stop token.
+    `answer`: it starts with an answer. The answer ends with the control token `stop`, else with the segment. `weight`
+    is the factor of its loss. `ended`: its text holds the stop token.
     """
 
     text: str
@@ -173,7 +182,9 @@ class Renderer:
         turns = content.turns()
         if turns is None:
             return content
-        if [turn.role for turn in turns] != ["user", "assistant"] or (isinstance(content, Chat) and content.tools):
+        if [turn.role for turn in turns] != ["user", "assistant"] or (
+            isinstance(content, Chat) and content.tools
+        ):
             hint = "give one text: no system prompt, no tools, and no earlier turns"
             raise DataError("the rows of the training had no template: a prompt is one text", hint=hint)
         return Completion(turns[0].content, "answer")
@@ -331,7 +342,9 @@ class Renderer:
                 if segment.answer:
                     stop = ids.index(segment.stop.id, start) + 1 if segment.stop else end
                 if is_weighted:
-                    weights += [weight * segment.weight] * (stop - start) + [weight * everything] * (end - stop)
+                    weights += [weight * segment.weight] * (stop - start) + [weight * everything] * (
+                        end - stop
+                    )
                 trained += [segment.weight > 0] * (stop - start) + [everything] * (end - stop)
         if self._ends_in_eos(segments):
             assert self.contract.eos_id is not None

@@ -54,7 +54,9 @@ KEYS: dict[str, Key] = {
     ),
     **dict.fromkeys(SYSTEM, Key("a system prompt", f"{_AS_CHAT} with a system turn, or remove it")),
     "history": Key("earlier turns", f"{_AS_CHAT} with all turns, or remove it"),
-    **dict.fromkeys(_MEDIA, Key("not text", "lorafit trains on text only: remove it from the row, or the row")),
+    **dict.fromkeys(
+        _MEDIA, Key("not text", "lorafit trains on text only: remove it from the row, or the row")
+    ),
     "chat_template_kwargs": Key(
         "arguments of the chat template", "give them for all rows with data.template_args, and remove it"
     ),
@@ -162,13 +164,15 @@ class Fields:
             if is_empty(value := self.raw.get(name)):
                 continue
             self._read.add(name)
-            if isinstance(value, int | float) and math.isfinite(value) and value >= 0:
-                if name in WEIGHT or value in (0, 1):
-                    found[name] = float(value)
-                    continue
+            is_factor = isinstance(value, int | float) and math.isfinite(value) and value >= 0
+            if is_factor and (name in WEIGHT or value in (0, 1)):
+                found[name] = float(value)
+                continue
             must = "a number from 0" if name in WEIGHT else "true or false"
             hint = f"it is the weight of the loss: write {must}, or give the key another name if it is not"
-            self.wrong(name, f"is {value if isinstance(value, int | float) else kind(value)}, not {must}", hint)
+            self.wrong(
+                name, f"is {value if isinstance(value, int | float) else kind(value)}, not {must}", hint
+            )
         for name in found:
             if name != WEIGHT[0]:
                 self.aliases[f"`{name}` as `{WEIGHT[0]}`"] = None
@@ -178,7 +182,7 @@ class Fields:
         return next(iter(found.values()), 1.0)
 
     def finish(self) -> None:
-        """Refuse each key with a meaning that was not read, and note the others in `unused`. Empty ones do not count."""
+        """Refuse each key with a meaning that was not read, and note the others in `unused`; empty ones are nothing."""
         for name, value in self.raw.items():
             if name in self._read or is_empty(value):
                 continue

@@ -69,8 +69,8 @@ class TokenFile:
 class Flat:
     """The arrays of the rows as stored on disk: row i has the tokens `offsets[i]` to `offsets[i + 1]`.
 
-    `weighted` are the rows with other weights of the loss than 0 and 1, ascending; `weights` has the weights of their
-    tokens, row after row.
+    `weighted` are the rows with other weights of the loss than 0 and 1, ascending, each with the place in `weights` of
+    the weight of its first token.
     """
 
     tokens: TokenFile
@@ -80,18 +80,17 @@ class Flat:
     targets: Counts  # (rows,)
     lines: Counts  # (rows,)
     dropped: Numbers  # (dropped rows,)
-    weighted: Numbers  # (weighted rows,)
+    weighted: Numbers  # (weighted rows, 2)
     weights: NDArray[np.float32]  # (tokens of the weighted rows,)
 
     def row(self, row: int) -> TokenRow:
         """The ids of a row, and which are trained, or the weight of each."""
         start, stop = int(self.offsets[row]), int(self.offsets[row + 1])
         ids, trained = self.tokens.read(start, stop)
-        if len(self.weighted) and (at := int(np.searchsorted(self.weighted, row))) < len(self.weighted):
-            if self.weighted[at] == row:
-                before = self.weighted[:at]
-                first = int((self.offsets[before + 1] - self.offsets[before]).sum())
-                return ids, self.weights[first : first + stop - start]
+        at = int(np.searchsorted(self.weighted[:, 0], row))
+        if at < len(self.weighted) and self.weighted[at, 0] == row:
+            first = int(self.weighted[at, 1])
+            return ids, self.weights[first : first + stop - start]
         return ids, trained
 
 
@@ -160,6 +159,7 @@ def open_encoded(folder: Path, facts: Mapping[str, Any]) -> TokenDataset:
         name: (TokenFile if name == "tokens" else _mapped)(folder / f"{name}.bin", kind)
         for name, kind in _kinds(facts).items()
     }
+    arrays["weighted"] = arrays["weighted"].reshape(-1, 2)
     flat = Flat(**arrays)
     reasons = [str(reason) for reason, _ in facts["dropped"]]
     ends = np.cumsum([count for _, count in facts["dropped"]], dtype=np.int64)
@@ -249,7 +249,7 @@ class _Writer:
         self._too_long: list[Problem] = []
         self._dropped: dict[str, array[int]] = {}
         self._problems = Problems()
-        self._num_rows = 0
+        self._num_rows = self._num_weights = 0
         self._facts = RowFacts()
         self._write("offsets", [0])
 
@@ -272,8 +272,9 @@ class _Writer:
         # Through `array` and `bytes`: several times faster than numpy on lists of millions of tokens.
         for at, fit in enumerate(fitting, self._num_rows):
             if fit.weights is not None:
-                self._write("weighted", [at])
+                self._write("weighted", [at, self._num_weights])
                 self._write("weights", fit.weights)
+                self._num_weights += len(fit.weights)
         self._num_rows += len(fitting)
         trained = [bytes(row.trained) for row in fitting]
         try:

@@ -176,7 +176,9 @@ class Tokenizer:
 
     def control_of(self, token_id: int) -> Control | None:
         """The control token with an id, None where it is another token."""
-        return next((Control(text, number) for text, number in self.control.items() if number == token_id), None)
+        return next(
+            (Control(text, number) for text, number in self.control.items() if number == token_id), None
+        )
 
     def encode(self, content: str) -> list[int]:
         """The ids of plain content, without BOS and without any control token."""

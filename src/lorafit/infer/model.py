@@ -7,8 +7,8 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorafit.data.formats import Content, Instruction, Message, as_messages
 from lorafit.data.contract import RAW
+from lorafit.data.formats import Content, Instruction, Message, as_messages
 from lorafit.data.prompt import PromptContract, Renderer, contract
 from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import ConfigError, DataError, ModelError
