@@ -82,7 +82,6 @@ class ChatTemplate:
         self._variables: dict[str, Any] = {**(arguments or {}), **special}
         self._source = source
         self._shapes: dict[Shape, list[_Hole]] = {}
-        self._tools: dict[str, bool] = {}  # of each list of tools: whether the template shows it
         try:
             self._template = self._environment.from_string(source)
         except Exception as error:  # TemplateSyntaxError; a hostile template can break the compiler too
@@ -169,6 +168,9 @@ class ChatTemplate:
         if any(message.calls for message in messages) and "tool_calls" not in self._source:
             raise self._shows_no_calls()
         text = self.render(messages, tools=tools)
+        if tools and text == self.render(messages):
+            hint = "remove `tools` from the row, or give a template that shows tools with data.template"
+            raise DataError("the chat template does not show the tools of the row", hint=hint)
         holes = self._holes(messages, tools)
         cuts = self._cuts(messages, tools, holes, stops)
         parts: list[Part] = []
@@ -306,13 +308,6 @@ class ChatTemplate:
             return self._shapes[shape]
         blank = [_placeholder(turn, message) for turn, message in enumerate(messages)]
         text = self.render(blank, tools=tools)
-        if tools and tools not in self._tools:
-            if len(self._tools) >= _MAX_KNOWN_SHAPES:
-                self._tools.clear()
-            self._tools[tools] = text != self.render(blank)
-        if tools and not self._tools[tools]:
-            hint = "remove `tools` from the row, or give a template that shows tools with data.template"
-            raise DataError("the chat template does not show the tools of the row", hint=hint)
         holes: list[_Hole] = []
         position = 0
         for match in _HOLE.finditer(text):
