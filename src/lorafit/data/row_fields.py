@@ -164,9 +164,9 @@ class Fields:
             if is_empty(value := self.raw.get(name)):
                 continue
             self._read.add(name)
-            is_factor = isinstance(value, int | float) and math.isfinite(value) and value >= 0
-            if is_factor and (name in WEIGHT or value in (0, 1)):
-                found[name] = float(value)
+            number = value if isinstance(value, int | float) else math.nan
+            if (name in WEIGHT and 0 <= number < math.inf) or number in (0, 1):
+                found[name] = float(number)
                 continue
             must = "a number from 0" if name in WEIGHT else "true or false"
             hint = f"it is the weight of the loss: write {must}, or give the key another name if it is not"

@@ -273,7 +273,7 @@ class _Writer:
         for at, fit in enumerate(fitting, self._num_rows):
             if fit.weights is not None:
                 self._write("weighted", [at, self._num_weights])
-                self._write("weights", fit.weights)
+                self._write("weights", np.array(fit.weights, dtype=np.float32))
                 self._num_weights += len(fit.weights)
         self._num_rows += len(fitting)
         trained = [bytes(row.trained) for row in fitting]
