@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 from tests.data.test_tools import HERMES
+from tests.runs import tiny_run
 from tests.tiny_models import write_model
 
 from lorafit.check.run import check_data
 from lorafit.config.load import load_config
+from lorafit.data.formats import Message
 from lorafit.errors import CheckResult
+from lorafit.export.chat_template import chat_template, render
+from lorafit.infer.model import load
 
 ASK, END = {"role": "user", "content": "What?"}, {"role": "assistant", "content": "It is 5."}
 
@@ -62,6 +66,27 @@ def test_thoughts_of_earlier_turns_and_broken_arguments(model: Path, tmp_path: P
     assert not {"reasoning", "calls", "loss weights", "keys"} & set(
         results(model, tmp_path, [{"messages": [ASK, END]}])
     )
+
+
+def test_arguments_of_the_template_reach_training_answers_and_exports(model: Path, tmp_path: Path) -> None:
+    asks = "data.template_args={enable_thinking: false}"
+    rows = [{"messages": [ASK, {**END, "reasoning": "One."}]}, {"messages": [ASK, END]}]
+    assert "asks without a thought" in results(model, tmp_path, rows, asks)["rows"].message
+    [wrong] = results(model, tmp_path, rows, "data.template_args={thinking: true}").values()
+    assert "reads no `thinking`" in wrong.message
+    (tmp_path / "rows.json").write_text(json.dumps(rows[1:] * 9))
+    words = [
+        f"model.name={model}",
+        f"data.path={tmp_path / 'rows.json'}",
+        "train.max_steps=1",
+        "run.samples=0",
+    ]
+    run = tiny_run([*words, "run.verify=false", asks], tmp_path / "run").path
+    renderer = load(run, device="cpu").renderer
+    asked = renderer.prompt_text([Message("user", "What?")])[1]
+    assert asked.endswith("<assistant\n<think>\n\n</think>\n\n")
+    exported = render(renderer, chat_template(renderer), [Message("user", "What?")])
+    assert exported.removeprefix("<s>") == asked
 
 
 def test_keys_that_are_not_used_are_named_once(model: Path, tmp_path: Path) -> None:

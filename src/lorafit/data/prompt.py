@@ -108,7 +108,7 @@ class Renderer:
         self.contract = contract
         self.tokenizer = tokenizer
         self._template = contract.jinja()
-        self._stops = [token.text for token in map(tokenizer.control_of, contract.stop_ids) if token]
+        self._stops = [text for text, number in tokenizer.control.items() if number in contract.stop_ids]
 
     def render_batch(self, rows: Sequence[Row]) -> list[Rendered | Dropped | Problem]:
         """Each row in full (no limit on its length), or the reason why it cannot be rendered."""

@@ -174,12 +174,6 @@ class Tokenizer:
         match = re.match(f"\\s*({_OPEN}\\d+{_CLOSE})", protected)
         return self._named(self._public[match[1]]) if match else None
 
-    def control_of(self, token_id: int) -> Control | None:
-        """The control token with an id, None where it is another token."""
-        return next(
-            (Control(text, number) for text, number in self.control.items() if number == token_id), None
-        )
-
     def encode(self, content: str) -> list[int]:
         """The ids of plain content, without BOS and without any control token."""
         return next(self.encode_batch([content]))[0]

@@ -219,12 +219,13 @@ def _tools(row: Fields) -> str:
     name = found[0]
     tools: list[Any] = []
     for value in _list(row, name):
-        inner = value.get("function", value) if isinstance(value, dict) else None
+        tool = value if isinstance(value, dict) else {}
+        inner = tool.get("function", tool)
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
             hint = 'write {"type": "function", "function": {"name": "...", "parameters": {...}}}'
             row.wrong(name, "has a tool without a name", hint)
             return ""
-        tools.append(value if "function" in value else {"type": "function", "function": value})
+        tools.append(tool if "function" in tool else {"type": "function", "function": tool})
     if name != TOOLS[0]:
         row.aliases[f"`{name}` as `{TOOLS[0]}`"] = None
     return row.checked(name, json.dumps(tools, ensure_ascii=False)) if tools else ""
