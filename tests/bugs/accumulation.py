@@ -91,8 +91,8 @@ def the_last_step_of_an_epoch_counts_its_own_tokens(lab: Lab) -> None:
     32,
     Plant(
         "data.batch:RankShare.of",
-        "sum(len(pack.targets) for pack in packs))",
-        "max(1, sum(len(pack.targets) for pack in packs)))",
+        "sum(pack.weight for pack in packs))",
+        "max(1, sum(pack.weight for pack in packs)))",
     ),
 )
 def a_step_without_trained_tokens_is_an_error(lab: Lab) -> None:

@@ -31,7 +31,9 @@ HERMES = (
     "{{- '\\n</tool_response><|im_end|>\\n' }}"
     "{%- elif m.role == 'assistant' %}{{- '<|im_start|>assistant\\n' }}"
     "{%- if loop.index0 > ns.last and m.reasoning_content is string %}"
-    "{{- '<think>\\n' + m.reasoning_content.strip('\\n') + '\\n</think>\\n\\n' }}{%- endif %}{{- content }}"
+    "{{- '<think>\\n' + m.reasoning_content.strip('\\n') + '\\n</think>\\n\\n' }}"
+    "{%- elif loop.last and enable_thinking is defined and not enable_thinking %}"
+    "{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}{{- content }}"
     "{%- for call in m.tool_calls or [] %}"
     '{{- \'\\n<tool_call>\\n{"name": "\' + call.function.name + \'", "arguments": \' }}'
     "{{- call.function.arguments if call.function.arguments is string else call.function.arguments | tojson }}"

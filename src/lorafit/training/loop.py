@@ -213,7 +213,7 @@ def _gradients(job: TrainContext, state: TrainState, batch: Batch) -> tuple[floa
     that memory ran out, on any rank; then everything is as before the step.
     """
     step = state.step + 1
-    if batch.supervised == 0:
+    if batch.weight == 0:
         raise TrainingError(f"step {step} has no supervised tokens", place=job.places(batch.indices))
     random = torch.get_rng_state()
     while True:
