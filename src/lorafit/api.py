@@ -35,7 +35,7 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, quiet: bool = True
 
 def generate(
     model: Model,
-    prompts: Sequence[Question],
+    prompts: Question | Sequence[Question],
     *,
     max_tokens: int = 256,
     temperature: float = 0.0,
@@ -44,11 +44,12 @@ def generate(
     seed: int = 0,
     base: bool = False,
 ) -> list[Answer]:
-    """Answer all prompts.
+    """Answer all prompts. One prompt gives a list of one answer.
 
     Args:
         model: the result of `load`.
-        prompts: each a question, the content of a row, or a conversation that ends in a user turn.
+        prompts: each a question, the content of a row, or a conversation that ends in a user turn: a list of
+            `{"role": ..., "content": ...}`.
         max_tokens: most tokens of an answer.
         temperature: 0 is greedy, and ignores the following three.
         top_k: sample from the most probable tokens; 0 is all.

@@ -19,7 +19,7 @@ FILL = 16
 
 
 def pack_loss(network: Llama, pack: Pack) -> Tensor:
-    """Sum of the cross-entropy over a pack's supervised tokens, a scalar on the network's device.
+    """Sum of the weighted cross-entropy over a pack's supervised tokens, a scalar on the network's device.
 
     A last document without targets pads the pass to a multiple of FILL tokens: passes of the same size reuse freed
     memory, and products that are compiled for a size are compiled less often.
@@ -37,7 +37,8 @@ def pack_loss(network: Llama, pack: Pack) -> Tensor:
     predict = torch.from_numpy(pack.predict).to(device)
     supervised = network.hidden(ids.to(device), attend, predict, keys)
     targets = torch.from_numpy(pack.targets).to(device)
-    return loss_sum(network.model.norm(supervised), network.lm_head.weight, targets)
+    weights = None if pack.weights is None else torch.from_numpy(pack.weights).to(device)
+    return loss_sum(network.model.norm(supervised), network.lm_head.weight, targets, weights)
 
 
 _ODD, _MIX = 0xD1342543DE82EF95, 0x9E3779B97F4A7C15  # multipliers with bits all over

@@ -28,12 +28,10 @@ def _gradient(lab: Lab, name: str, *overrides: str) -> tuple[dict[str, torch.Ten
 
 @probe(
     1,
-    Plant(
-        "training.loop:_passes", "state.scale.factor / batch.supervised", "1 / len(pack.targets) / len(packs)"
-    ),
+    Plant("training.loop:_passes", "state.scale.factor / batch.weight", "1 / len(pack.targets) / len(packs)"),
     Plant(
         "training.loop:_gradients",
-        "mean = total / batch.supervised",
+        "mean = total / batch.weight",
         "mean = total / len(batch.packs)",
     ),
 )
@@ -50,9 +48,7 @@ def a_gradient_does_not_depend_on_the_split_of_its_step(lab: Lab) -> None:
 
 @probe(
     2,
-    Plant(
-        "training.loop:_passes", "state.scale.factor / batch.supervised", "1 / len(pack.targets) / len(packs)"
-    ),
+    Plant("training.loop:_passes", "state.scale.factor / batch.weight", "1 / len(pack.targets) / len(packs)"),
 )
 def every_trained_token_has_the_same_weight(lab: Lab) -> None:
     """A short and a long answer: the batch's gradient is the mean over tokens, not over rows."""
@@ -74,8 +70,8 @@ def every_trained_token_has_the_same_weight(lab: Lab) -> None:
         "training.loop:_batch",
         "return job.share.of(job.data.training, job.order.rows(step), packer)",
         "made = job.share.of(job.data.training, job.order.rows(step), packer)\n"
-        "    counted = made.supervised * job.order.batch_size // len(made.indices)\n"
-        "    return Batch(made.indices, made.packs, made.tokens, counted, 0.0)",
+        "    counted = made.weight * job.order.batch_size / len(made.indices)\n"
+        "    return Batch(made.indices, made.packs, made.tokens, made.supervised, 0.0, counted)",
     ),
 )
 def the_last_step_of_an_epoch_counts_its_own_tokens(lab: Lab) -> None:
@@ -95,8 +91,8 @@ def the_last_step_of_an_epoch_counts_its_own_tokens(lab: Lab) -> None:
     32,
     Plant(
         "data.batch:RankShare.of",
-        "sum(len(pack.targets) for pack in packs))",
-        "max(1, sum(len(pack.targets) for pack in packs)))",
+        "sum(pack.weight for pack in packs))",
+        "max(1, sum(pack.weight for pack in packs)))",
     ),
 )
 def a_step_without_trained_tokens_is_an_error(lab: Lab) -> None:

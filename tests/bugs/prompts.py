@@ -73,7 +73,7 @@ def an_answer_begins_where_generation_begins(lab: Lab) -> None:
         assert whole[: len(prompt)] != prompt, "this tokenizer joins no tokens"
 
 
-def _by_prefixes(self: ChatTemplate, messages: Sequence[Message]) -> list[Part]:
+def _by_prefixes(self: ChatTemplate, messages: Sequence[Message], **_: object) -> list[Part]:
     """Locate answers by rendering the conversation up to their start and up to their end."""
     text, parts, position = self.render(messages), [], 0
     for turn, message in enumerate(messages):
@@ -81,7 +81,7 @@ def _by_prefixes(self: ChatTemplate, messages: Sequence[Message]) -> list[Part]:
             before = self.render(messages[:turn])
             start = len(before) + len("<|im_start|>assistant\n")
             end = len(self.render(messages[: turn + 1])) - len("<|im_end|>\n")
-            parts += [Part(text[position:start], None), Part(text[start:end], "assistant")]
+            parts += [Part(text[position:start], None), Part(text[start:end], "assistant", turn)]
             position = end
     return [*parts, Part(text[position:], None)]
 
@@ -136,7 +136,7 @@ def a_turn_is_located_also_if_the_template_rewrites_it(lab: Lab) -> None:
     ),
     Plant(
         "data.prompt:Renderer._assemble",
-        "[True] * (stop - start) + [False] * (end - stop)",
+        "[segment.weight > 0] * (stop - start) + [everything] * (end - stop)",
         "[True] * (end - start)",
     ),
     Plant("data.token_dataset:_Writer._fit", "if True not in outcome.trained:", "if not outcome.trained:"),

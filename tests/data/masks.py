@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,100 @@ class Reference:
         raise TemplateError(message)
 
 
+# Before a template: calls become the text of their turn, results questions, and the tools begin the first question.
+_WITH_TOOLS = (
+    "{%- set ns = namespace(turns=[], tools=tools) %}{%- for m in messages %}{%- if m.role == 'tool' %}"
+    "{%- set ns.turns = ns.turns + [{'role': 'user', 'content': '<result>' + m.content + '</result>'}] %}"
+    "{%- elif m.tool_calls %}{%- set calls = namespace(text=m.content or '') %}{%- for call in m.tool_calls %}"
+    "{%- set calls.text = calls.text + '<call>' + call.function.name + ' ' + (call.function.arguments | tojson) "
+    "+ '</call>' %}{%- endfor %}{%- set ns.turns = ns.turns + [{'role': m.role, 'content': calls.text}] %}"
+    "{%- elif m.role == 'user' and ns.tools %}"
+    "{%- set text = '<tools>' + (ns.tools | tojson) + '</tools>' + m.content %}{%- set ns.tools = none %}"
+    "{%- set ns.turns = ns.turns + [{'role': 'user', 'content': text}] %}"
+    "{%- else %}{%- set ns.turns = ns.turns + [{'role': m.role, 'content': m.content}] %}{%- endif %}{%- endfor %}"
+    "{%- set messages = ns.turns %}{{- '' }}"
+)
+
+
+def rows_with_tools(
+    count: int, chat: Format, seed: object
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Rows with tools, calls and results, each with the row without them that says the same in plain turns."""
+    draw = random.Random(str(seed))
+
+    def text() -> str:
+        return "".join(draw.choice(PIECES) for _ in range(draw.randint(1, 4)))
+
+    for _ in range(count):
+        tools = [{"type": "function", "function": {"name": "f", "description": text()}}]
+        turns: list[dict[str, Any]] = []
+        plain: list[dict[str, Any]] = []
+        if chat.system and draw.random() < 0.3:
+            turns.append({"role": "system", "content": "Be kind."})
+            plain.append(turns[0])
+        for number in range(draw.randint(1, 3)):
+            asked = {"role": "user", "content": text()}
+            start = f"<tools>{json.dumps(tools, ensure_ascii=False)}</tools>" * (number == 0)
+            turns.append(asked)
+            plain.append({"role": "user", "content": start + asked["content"]})
+            for _ in range(draw.randint(0, 2)):
+                said = draw.choice(["", "", "Let me see."])
+                calls = [
+                    {
+                        "name": draw.choice(["f", "get it"]),
+                        "arguments": {text(): text(), "n": draw.randint(0, 9)},
+                    }
+                    for _ in range(draw.randint(1, 2))
+                ]
+                written = [json.dumps(call["arguments"], ensure_ascii=False) for call in calls]
+                as_text = draw.random() < 0.5
+                made = [
+                    {"function": {**call, "arguments": arguments if as_text else call["arguments"]}}
+                    for call, arguments in zip(calls, written, strict=True)
+                ]
+                turns.append({"role": "assistant", "content": said or None, "tool_calls": made})
+                shown = zip(calls, written, strict=True)
+                said += "".join(f"<call>{call['name']} {arguments}</call>" for call, arguments in shown)
+                result = text()
+                turns.append({"role": "tool", "content": result})
+                plain += [
+                    {"role": "assistant", "content": said},
+                    {"role": "user", "content": f"<result>{result}</result>"},
+                ]
+            answer = {"role": "assistant", "content": f"It is {text()} so."}
+            turns.append(answer)
+            plain.append(answer)
+        yield {"messages": turns, "tools": tools}, {"messages": plain}
+
+
+def check_tools(chat: Format, kind: Kind, name: str, count: int, seed: object, tally: Tally) -> None:
+    """Calls are trained and results are not: the ids and masks are those of the row that says the same in plain turns.
+
+    AssertionError names the row.
+    """
+    with_tools = replace(chat, source=_WITH_TOOLS + chat.source)
+    renderers = []
+    for title, format_ in ((f"{name} with tools", with_tools), (name, chat)):
+        tokenizer = kind.make(title, format_)
+        options: dict[str, Any] = {"template": "chat", "train_on": "response", "add_eos": True}
+        made = contract(tokenizer, max_length=10**6, too_long="error", **options)
+        renderers.append(Renderer(made, tokenizer))
+    for number, rows in enumerate(rows_with_tools(count, chat, seed)):
+        outcomes = []
+        for renderer, row in zip(renderers, rows, strict=True):
+            [outcome], _ = _outcome(renderer, row, number, "rows.jsonl row 1")
+            outcomes.append(outcome)
+        told, plain = outcomes
+        if isinstance(plain, Problem):
+            tally.refused["the template refuses the plain turns"] += 1
+            continue
+        where = f"{name}, row {number + 1}: {json.dumps(rows[0], ensure_ascii=False)}"
+        assert isinstance(told, Rendered), f"{where}: {told}"
+        assert told == plain, f"{where}: {trained_stretches(renderers[0].tokenizer, told)}"
+        tally.exact += 1
+        tally.trained_tokens += sum(told.trained)
+
+
 def check(chat: Format, kind: Kind, name: str, raw: Sequence[dict[str, Any]], tally: Tally) -> None:
     """Check every row of `raw` in the format called `name`; AssertionError names the row."""
     tokenizer = kind.make(name, chat)
@@ -281,6 +375,7 @@ def campaign(
                 if not formats or name in formats:
                     tally = Tally()
                     check(chat, kind, name, list(conversations(count, chat, (seed, title, name))), tally)
+                    check_tools(chat, kind, name, count // 5, (seed, title, name), tally)
                     yield name, title, tally
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tests.data.chat_formats import FORMATS
-from tests.data.masks import Kind, Tally, check, conversations, kinds
+from tests.data.masks import Kind, Tally, check, check_tools, conversations, kinds
 from tests.shared_files import shared_dir
 
 from lorafit.data import chat_template, prompt
@@ -26,6 +26,14 @@ def test_what_is_trained_is_the_answers(makers: dict[str, Kind], name: str) -> N
         tally = Tally()
         check(FORMATS[name], kind, name, list(conversations(EACH, FORMATS[name], (title, name))), tally)
         assert tally.exact + sum(tally.refused.values()) == EACH
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_calls_are_trained_and_results_are_not(makers: dict[str, Kind], name: str) -> None:
+    for title in ("byte-level BPE", "SentencePiece-like BPE"):
+        tally = Tally()
+        check_tools(FORMATS[name], makers[title], name, EACH, (title, name), tally)
+        assert tally.exact > EACH // 2
 
 
 @pytest.mark.shared

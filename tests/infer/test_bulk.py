@@ -89,7 +89,7 @@ def test_everything_that_cannot_be_asked_is_said_at_once(model: Model, tmp_path:
         {"prompt": "a", "instruction": "b"},
         {"prompt": 3},
         {"messages": []},
-        {"messages": [{"role": "tool", "content": "x"}]},
+        {"messages": [{"role": "critic", "content": "x"}]},
         {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
         {"prompt": "\ud800"},
         {"prompt": "x" * 300},

@@ -27,7 +27,7 @@ from lorafit.errors import MAX_LISTED, CheckResult, Outcome
 from lorafit.observe.progress import progress
 from lorafit.version import __version__
 
-CHECKS = 1  # to be raised whenever the same rows would give other findings
+CHECKS = 2  # to be raised whenever the same rows would give other findings
 _FEW_SUPERVISED = 0.02  # of the tokens: below, most of the computing trains nothing
 _MANY_NEAR = 0.01  # of the rows: below, near duplicates are no warning
 _BARS = " ▏▎▍▌▋▊▉█"
@@ -108,8 +108,14 @@ def row_verdicts(
     leaks = [_leaks(texts, num_heldout, index)] if training_data or num_heldout else []
     verdicts = [
         _rows(findings, index), *account, _answers(texts, index), _repeats(texts, index), *leaks,
-        _encoding(texts, index), _controls(texts, index),
+        _encoding(texts, index), _controls(texts, index, training_data),
     ]  # fmt: skip
+    if texts.arguments.count:
+        message = (
+            f"arguments are not valid JSON in {_count(texts.arguments.count)} ({texts.arguments.example})"
+        )
+        hint = "they are trained as they are: correct them, or remove the rows"
+        verdicts.append(_result("calls", "warn", message, texts.arguments, index, hint))
     if training_data is not None and tokens is not None:
         contract = training_data.renderer.contract
         verdicts += [
@@ -117,6 +123,11 @@ def row_verdicts(
             _bos(tokens, contract, index),
             _round_trip(tokens, index),
         ]
+        if tokens.num_thoughts:
+            never = "1 thought is" if tokens.num_thoughts == 1 else f"{tokens.num_thoughts:,} thoughts are"
+            message = f"the template drops the reasoning of earlier turns: {never} never trained"
+            hint = "give a template that keeps it with data.template, or a row for each answer"
+            verdicts.append(_result("reasoning", "warn", message, tokens.thoughts, index, hint))
     return verdicts
 
 
@@ -176,6 +187,9 @@ def _account(training_data: TrainingData) -> list[CheckResult]:
     if pieces := trained.pieces + held.pieces:
         sums += f"; longer texts are split into {pieces:,} pieces"
     verdicts = [CheckResult("ledger", "pass", sums)]
+    verdicts += [CheckResult("loss weights", "pass", line) for line in ledger.loss_lines()]
+    if lines := ledger.key_lines():
+        verdicts.append(CheckResult("keys", "pass", "; ".join(lines)))
     verdicts += dropped_rows(encoded.dropped, index) or [CheckResult("dropped rows", "pass", "none")]
     lengths = ledger.lengths
     message = (
@@ -274,7 +288,15 @@ def _encoding(texts: TextFindings, index: RowIndex) -> CheckResult:
     return _result("encoding", "warn", ", ".join(parts), texts.broken, index, hint)
 
 
-def _controls(texts: TextFindings, index: RowIndex) -> CheckResult:
+def _controls(texts: TextFindings, index: RowIndex, data: TrainingData | None) -> CheckResult:
+    plain = texts.plain_controls
+    if plain.count and data is not None and not data.renderer.contract.parse_special:
+        message = f"{_do(plain.count, 'hold')} the text of control tokens ({plain.example}): they are letters"
+        hint = "data.parse_special=true reads them as control tokens; run.check=warn trains the letters"
+        return _result("control tokens", "fail", message, plain, index, hint)
+    if plain.count and plain.count == texts.marked.count and data is not None:
+        message = f"read as such in {_count(plain.count)} (data.parse_special)"
+        return CheckResult("control tokens", "pass", message)
     kinds = {"control tokens as text": texts.controls, "a template's marks": texts.templated}
     parts = [
         f"{_do(finding.count, 'hold')} {kind} ({finding.example})"

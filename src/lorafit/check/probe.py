@@ -112,12 +112,12 @@ def probe_verdicts(probed: Measured, learning_rate: float) -> list[CheckResult]:
 def _loss(network: Llama, packs: Sequence[Pack]) -> float:
     with torch.inference_mode():
         total = sum(float(pack_loss(network, pack)) for pack in packs)
-    return total / max(1, sum(len(pack.targets) for pack in packs))
+    return total / (sum(pack.weight for pack in packs) or 1)
 
 
 def _gradients(network: Llama, packs: Sequence[Pack]) -> tuple[float, dict[str, Tensor]]:
     """(mean loss, gradient of every adapter tensor; zeros where there is none). Float16 is scaled as in training."""
-    targets = max(1, sum(len(pack.targets) for pack in packs))
+    weight = sum(pack.weight for pack in packs) or 1
     parameters = adapter_parameters(network)
     scales = _FLOAT16_SCALES if network.lm_head.weight.dtype == torch.float16 else (1.0,)
     total, gradients = math.nan, dict[str, Tensor]()
@@ -127,14 +127,14 @@ def _gradients(network: Llama, packs: Sequence[Pack]) -> tuple[float, dict[str, 
         total = 0.0
         for pack in packs:
             loss = pack_loss(network, pack)
-            (loss * (scale / targets)).backward()
+            (loss * (scale / weight)).backward()
             total += float(loss.detach())
         gradients = {
             name: torch.zeros_like(m) if m.grad is None else m.grad / scale for name, m in parameters.items()
         }
         if all(bool(torch.isfinite(g).all()) for g in gradients.values()):
             break
-    return total / targets, gradients
+    return total / weight, gradients
 
 
 def _of_gradients(probed: Measured) -> CheckResult:

@@ -86,6 +86,8 @@ class TextFindings:
     control_characters: Finding = field(default_factory=Finding)
     broken: Finding = field(default_factory=Finding)
     controls: Finding = field(default_factory=Finding)
+    plain_controls: Finding = field(default_factory=Finding)  # those of the model in rows without a template
+    arguments: Finding = field(default_factory=Finding)  # rows with calls whose arguments are no JSON object
     templated: Finding = field(default_factory=Finding)
     marked: Finding = field(default_factory=Finding)  # each row with one of the two before
     duplicates: Finding = field(default_factory=Finding)
@@ -102,6 +104,7 @@ class Texts(TextFindings):
         names = sorted({*_CONTROLS, *controls} - {""}, key=len, reverse=True)
         self._controls = re.compile("|".join(map(re.escape, names)))
         self._openings = {name[0] for name in names}
+        self._own_controls = frozenset(controls)
         self._numbers: list[Numbers] = []
         self._keys: list[Keys] = []
         self._signatures: list[NDArray[np.uint32]] = []
@@ -115,6 +118,7 @@ class Texts(TextFindings):
             self._characters(row.number, text)
             self._marks(row, text)
             self._answers(row)
+            self._calls(row)
             lowered = text.lower().split()
             words.append(lowered)
             keys.append(int.from_bytes(blake2b(" ".join(lowered).encode(), digest_size=8).digest(), "little"))
@@ -141,6 +145,9 @@ class Texts(TextFindings):
         examples: dict[str, str] = {}
         if any(opening in text for opening in self._openings) and (match := self._controls.search(text)):
             examples["controls"] = match.group()
+            own = (name for name in self._controls.findall(text) if name in self._own_controls)
+            if not row.content.has_template and (found := next(own, "")):
+                self.plain_controls.add(row.number, found)
         if row.content.has_template and (mark := next((m for m in _TEMPLATE_MARKS if m in text), "")):
             examples["templated"] = mark
         self._add(row.number, examples, self.marked)
@@ -163,6 +170,13 @@ class Texts(TextFindings):
             else:
                 continue
             break
+
+    def _calls(self, row: Row) -> None:
+        for turn in row.content.turns() or ():
+            for call in turn.calls:
+                if not call.is_valid:
+                    self.arguments.add(row.number, f"{call.name}({call.arguments[:40]})")
+                    return
 
     def finish(self, held_out: Numbers) -> TextFindings:
         """The findings, with the repetitions among all rows and those of held-out rows (by number) in training."""

@@ -47,6 +47,10 @@ class TokenFindings:
     more_bos: Finding = field(default_factory=Finding)
     wrong: Finding = field(default_factory=Finding)
     changed: Finding = field(default_factory=Finding)
+    thoughts: Finding = field(
+        default_factory=Finding
+    )  # rows with reasoning that is not among the trained tokens
+    num_thoughts: int = 0
 
 
 class Tokens(TokenFindings):
@@ -96,10 +100,8 @@ class Tokens(TokenFindings):
             return
         if self._renderer.contract.add_bos and ids[0] != self._bos:
             self.no_bos.add(row.number)
-        twice = len(ids) > 1 and ids[0] == ids[1] == self._bos
-        # a template such as Llama 2's begins every exchange with one
-        exchanges = sum(turn.role == "user" for turn in row.content.turns() or ())
-        if twice or int(np.count_nonzero(ids == self._bos)) > max(1, exchanges):
+        # only the beginning: a template may begin each turn with one, and so may a text with several turns
+        if len(ids) > 1 and ids[0] == ids[1] == self._bos:
             self.more_bos.add(row.number)
 
     def _all(self, ids: Ids) -> _Span:
@@ -147,6 +149,7 @@ class Tokens(TokenFindings):
 
     def _answers(self, row: Row, decoded: Sequence[str]) -> None:
         """Compare the text of the trained tokens with the answers of the row."""
+        self._reasoning(row, decoded)
         answers = row.content.answers()
         whole = self._is_whole(row)
         if whole:
@@ -156,6 +159,22 @@ class Tokens(TokenFindings):
         if not fits or (self._num_exact < _EXACT_ROWS and not whole):
             self._num_exact += 1
             self._explain(row)
+
+    def _reasoning(self, row: Row, decoded: Sequence[str]) -> None:
+        """Count the thoughts of trained answers that are not in the trained text."""
+        answers = [t for t in row.content.turns() or () if t.role == "assistant" and t.weight > 0]
+        if self._renderer.contract.train_on == "last":
+            answers = answers[-1:]
+        thoughts = [
+            answer.reasoning or answer.content.rpartition("</think>")[0].rpartition("<think>")[2]
+            for answer in answers
+        ]
+        if not any(thoughts):
+            return
+        text = _bare("".join(decoded))
+        if missing := sum(bool(bare) and bare not in text for bare in map(_bare, thoughts)):
+            self.num_thoughts += missing
+            self.thoughts.add(row.number)
 
     def _is_whole(self, row: Row) -> bool:
         """Whether all of the row is trained."""
@@ -173,7 +192,7 @@ class Tokens(TokenFindings):
             decoded = [tokenizer.decode(ids[int(ids[0] == self._bos) :].tolist())]
         else:
             expected = [span.text for span in spans if span.trained]
-            decoded = _in_place(tokenizer, ids.tolist(), trained.tolist())
+            decoded = _in_place(tokenizer, ids.tolist(), trained.astype(np.bool_).tolist())
         if self._encoded.flat.truncated[index]:
             expected = expected[: len(decoded)]
             pairs = list(zip(expected, decoded, strict=False))
@@ -197,6 +216,11 @@ class Tokens(TokenFindings):
 def _same(answer: str, other: str) -> bool:
     """Whether two texts are the same without blanks at their ends, which templates add and remove."""
     return answer == other or answer.strip() == other.strip()
+
+
+def _bare(text: str) -> str:
+    """`text` without blanks, in the form to which tokenizers may change it."""
+    return "".join(unicodedata.normalize("NFKC", text).replace("\u2581", " ").split())
 
 
 def _in_place(tokenizer: Tokenizer, ids: list[int], trained: list[bool]) -> list[str]:

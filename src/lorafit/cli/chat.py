@@ -120,10 +120,7 @@ class Session:
             kind = "base" if self.base or not self.model.has_adapter else "tuned"
             self._note(f"{source} ({kind}), {context:,} tokens of context; /help lists the commands")
         if not self.conversation.remembers:
-            template = self.model.renderer.contract.template
-            self._note(
-                f"the {template} template knows no conversations: each question is a prompt of its own"
-            )
+            self._note(self.conversation.note)
         with self.interrupt.handling():
             for line in self._questions():
                 if not line.strip():

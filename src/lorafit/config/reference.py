@@ -56,7 +56,7 @@ def _key(section: str, name: str, info: FieldInfo) -> Key:
         shown = "epoch"
     elif isinstance(default, tuple):
         shown = ", ".join(default) or "(none)"
-    elif default is None or default == "":
+    elif default is None or default in ("", {}):
         shown = "(none)"
     else:
         shown = str(default).lower() if isinstance(default, bool) else f"{default}"
@@ -69,6 +69,8 @@ def _kind(name: str, info: FieldInfo) -> str:
         return " | ".join(part.strip(" '\"") for part in choices[0].split(","))
     if name.endswith("_every"):
         return "steps or epoch"
+    if "dict[" in text:
+        return "mapping"
     if "tuple[str" in text:
         return "string or list"
     if "tuple[" in text:

@@ -152,8 +152,18 @@ class DataSection(Section):
         description="What happens to a longer row. `split` cuts texts (format `text`) into several rows; each repeats "
         "an eighth of `data.max_length` from the one before as context. A cut answer is always reported.",
     )
-    train_on: Literal["response", "all"] = resumable(
-        "response", description="Supervised tokens: those of the answers, or all."
+    template_args: dict[str, bool | int | float | str] = resumable(
+        {},
+        description="Variables of the chat template, such as `{enable_thinking: false}`. They belong to the run: "
+        "generate, chat, serve and exports use them too.",
+    )
+    parse_special: bool = resumable(
+        False,
+        description="In `text` and `completion` rows, read the texts of control tokens (`<s>`) as these tokens.",
+    )
+    train_on: Literal["response", "last", "all"] = resumable(
+        "response",
+        description="Supervised tokens: those of the answers, of the last answer of each row, or all.",
     )
     eos: bool = resumable(
         True, description="End each answer with the stop token where the template has none, and supervise it."

@@ -21,7 +21,8 @@ class Rows(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A step: the counts of all its rows, and the `packs` of this rank.
+    """A step: the counts of all its rows, and the `packs` of this rank. `weight` is the sum of the weights of all
+    supervised tokens, by which the sum of their losses is divided.
 
     `imbalance` is the cost of the busiest rank over the mean, minus 1: 0.05 is 5 % more.
     """
@@ -31,6 +32,7 @@ class Batch:
     tokens: int
     supervised: int
     imbalance: float
+    weight: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class RankShare:
         if self.world_size == 1:
             packs = packer.packs([rows.row(index) for index in indices])
             counts = (sum(pack.num_tokens for pack in packs), sum(len(pack.targets) for pack in packs))
-            return Batch(indices, packs, *counts, imbalance=0.0)
+            return Batch(indices, packs, *counts, 0.0, sum(pack.weight for pack in packs))
         step_rows = [rows.row(index) for index in indices]
         lengths = [len(ids) for ids, _ in step_rows]
         costs = [self.cost(length) for length in lengths]
@@ -67,6 +69,7 @@ class RankShare:
             tokens=sum(lengths),
             supervised=sum(int(np.count_nonzero(trained[1:])) for _, trained in step_rows),
             imbalance=max(loads) * self.world_size / sum(loads) - 1,
+            weight=sum(float(trained[1:].sum(dtype=np.float64)) for _, trained in step_rows),
         )
 
     def cost(self, length: int) -> float:

@@ -20,7 +20,7 @@ from lorafit.data.row_index import RowIndex
 from lorafit.data.row_order import Indices, RowOrder, split_holdout
 from lorafit.data.sources import FileSummary, Reading, Sources, describe, find_sources
 from lorafit.data.token_cache import encode_files
-from lorafit.data.token_dataset import TokenDataset
+from lorafit.data.token_dataset import RowFacts, TokenDataset
 from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import DataError, ModelError
 from lorafit.hub.client import ModelFolder
@@ -106,7 +106,7 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
     longest = limits.max_position_embeddings if limits else None
     with progress("tokenising", quiet=quiet) as advance:
         entry = encode_files(sources, renderer, advance, longest)
-    encoded = entry.encoded
+    encoded, said = entry.encoded, RowFacts(**entry.facts["said"])
     summaries = [FileSummary(**summary) for summary in entry.facts["files"]]
     index = RowIndex(sources, summaries, encoded)
     if not len(encoded):
@@ -122,6 +122,15 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
         )
     if limits is not None:
         _check_embedded(encoded, tokenizer, limits.vocab_size)
+    notes = list(entry.notes)
+    if not said.templated:
+        notes += _without_template(config)
+        renderer = Renderer(renderer.contract.as_raw(tokenizer), tokenizer)
+    elif said.templated < said.num_rows:
+        count = said.num_rows - said.templated
+        notes.append(
+            f"{count:,} rows have no template, but prompts will be asked with one, as the other rows are"
+        )
     training, heldout = map(encoded.take, _split(config, index, encoded))
     if not len(training):
         hint = "give other rows in data.path"
@@ -140,9 +149,9 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
         encoded=encoded,
         training=training,
         heldout=heldout,
-        ledger=Ledger.of(index.num_rows, training, heldout, encoded.dropped),
+        ledger=Ledger.of(index.num_rows, training, heldout, encoded.dropped, said),
         samples=index.read(index.asking(heldout.numbers)[: config.run.samples].tolist()),
-        warnings=entry.notes,
+        warnings=notes,
         entry_digest=entry.digest,
         cache_key=entry.key,
     )
@@ -157,6 +166,21 @@ def _split(config: Config, index: RowIndex, encoded: TokenDataset) -> tuple[Indi
         _, heldout = split_holdout(len(rows), config.data.holdout, config.train.seed)
         is_heldout = np.isin(row_of, heldout)
     return np.flatnonzero(~is_heldout), np.flatnonzero(is_heldout)
+
+
+def _without_template(config: Config) -> list[str]:
+    """The settings of the template that rows without one leave unused."""
+    data = config.data
+    unused = {
+        f"data.template={data.template}": data.template != "auto",
+        "data.system": bool(data.system),
+        "data.template_args": bool(data.template_args),
+    }
+    return [
+        f"{key} is not used: the rows are texts without a template"
+        for key, is_set in unused.items()
+        if is_set
+    ]
 
 
 def _check_embedded(encoded: TokenDataset, tokenizer: Tokenizer, num_embeddings: int) -> None:
@@ -184,6 +208,8 @@ def make_renderer(config: Config, tokenizer: Tokenizer) -> Renderer:
         max_length=data.max_length,
         too_long=data.too_long,
         add_eos=data.eos,
+        template_args=data.template_args,
+        parse_special=data.parse_special,
     )
     return Renderer(contract, tokenizer)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from lorafit.data.token_dataset import TokenDataset
+from lorafit.data.token_dataset import RowFacts, TokenDataset
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,9 @@ class DroppedRows:
 class Ledger:
     """Every input row in one bucket (trained, held out, dropped) and every token of the kept rows in one.
 
-    `dropped` maps the reason to the rows. Trained tokens are targets of next-token prediction.
+    `dropped` maps the reason to the rows. Trained tokens are targets of next-token prediction. `weights` counts the
+    answers by the weight of their loss, `aliases` the rows with a key that is read as another one, `unused` the rows
+    with a key that is not used.
     """
 
     num_rows: int
@@ -71,6 +73,9 @@ class Ledger:
     held_out: Tokens
     dropped: Mapping[str, DroppedRows]
     lengths: Lengths
+    weights: Mapping[str, int] = field(default_factory=dict)
+    aliases: Mapping[str, int] = field(default_factory=dict)
+    unused: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -79,8 +84,10 @@ class Ledger:
         trained: TokenDataset,
         held_out: TokenDataset | None = None,
         dropped: Mapping[str, NDArray[np.int64]] | None = None,
+        said: RowFacts | None = None,
     ) -> Ledger:
-        """The account of `num_rows` input rows; `dropped` defaults to the dropped rows of `trained`.
+        """The account of `num_rows` input rows; `dropped` defaults to the dropped rows of `trained`, `said` is what
+        the rows say beside their texts.
 
         An AssertionError means that a row is in no bucket or in two: a bug of ours.
         """
@@ -98,6 +105,7 @@ class Ledger:
             Tokens.of(held_out),
             {reason: DroppedRows.of(numbers) for reason, numbers in dropped.items()},
             _lengths(lengths) if len(lengths) else Lengths(0.0, 0, 0, 0),
+            *((said.weights, said.aliases, said.unused) if said is not None else ()),
         )
         ledger.check()
         return ledger
@@ -135,7 +143,26 @@ class Ledger:
             f"length  mean {stats.mean:.0f}, half up to {stats.p50:,}, "
             f"90% up to {stats.p90:,}, max {stats.max:,}"
         )
-        return lines
+        return [*lines, *(f"loss    {line}" for line in self.loss_lines()), *self.key_lines()]
+
+    def loss_lines(self) -> list[str]:
+        """The answers by the weight of their loss, if it is not always 1."""
+        if set(self.weights) <= {"1"}:
+            return []
+        counts = sorted(self.weights.items(), key=lambda item: float(item[0]))
+        parts = " + ".join(f"{count:,} of weight {weight}" for weight, count in counts)
+        return [f"{sum(self.weights.values()):,} answers = {parts}"]
+
+    def key_lines(self) -> list[str]:
+        """The keys of rows that are read as others, and those that are not used."""
+
+        def listed(keys: Mapping[str, int]) -> str:
+            return ", ".join(
+                f"{key} ({count:,} row{'' if count == 1 else 's'})" for key, count in keys.items()
+            )
+
+        parts = (("keys read", self.aliases), ("keys not used", self.unused))
+        return [f"{name}: {listed(keys)}" for name, keys in parts if keys]
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""

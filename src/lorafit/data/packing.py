@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ids = NDArray[np.uint16] | NDArray[np.uint32]
-TokenRow = tuple[Ids, NDArray[np.bool_]]  # the ids of one row, and which of them are supervised
+# The ids of one row, and which of them are supervised, or the weights of their losses, 0 for not supervised.
+TokenRow = tuple[Ids, NDArray[np.bool_] | NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +19,9 @@ class Pack:
 
     `ids` (tokens,) are the inputs; a shared prefix is in them once. `lengths` are the documents' token counts in
     order, `index` (sum of lengths,) the positions of their tokens in `ids`. `predict` (targets,) are the positions
-    whose next token is supervised, `targets` (targets,) those next tokens. A row's last supervised token is a target
-    only, so it and what follows it are no inputs: `num_tokens` counts the rows' tokens in full.
+    whose next token is supervised, `targets` (targets,) those next tokens, `weights` (targets,) the factors of their
+    losses, None where all are 1. A row's last supervised token is a target only, so it and what follows it are no
+    inputs: `num_tokens` counts the rows' tokens in full.
     """
 
     ids: NDArray[np.int64]
@@ -28,6 +30,12 @@ class Pack:
     predict: NDArray[np.int64]
     targets: NDArray[np.int64]
     num_tokens: int
+    weights: NDArray[np.float32] | None = None
+
+    @property
+    def weight(self) -> float:
+        """The sum of the weights: what a mean loss is divided by."""
+        return len(self.targets) if self.weights is None else float(self.weights.sum(dtype=np.float64))
 
 
 _ZERO = np.zeros(1, np.int64)
@@ -82,17 +90,21 @@ def build_pack(rows: Sequence[TokenRow]) -> Pack:
         # no token comes before the first one to predict it from
         target_at = trained[1:].nonzero()[0] + 1
         length = int(target_at[-1]) if len(target_at) else len(ids)
-        documents.append((ids[:length], target_at - 1, ids[target_at]))
+        documents.append((ids[:length], target_at - 1, ids[target_at], trained[target_at]))
         num_tokens += len(ids)
     documents.sort(key=lambda document: document[0].tobytes())
-    inputs, paths = share_prefixes([ids for ids, _, _ in documents])
+    inputs, paths = share_prefixes([ids for ids, _, _, _ in documents])
+    is_weighted = any(trained.dtype != np.bool_ for _, _, _, trained in documents)
     return Pack(
         inputs,
         tuple(map(len, paths)),
         np.concatenate(paths),
-        np.concatenate([path[before] for path, (_, before, _) in zip(paths, documents, strict=True)]),
-        np.concatenate([targets for _, _, targets in documents], dtype=np.int64),
+        np.concatenate([path[before] for path, (_, before, _, _) in zip(paths, documents, strict=True)]),
+        np.concatenate([targets for _, _, targets, _ in documents], dtype=np.int64),
         num_tokens,
+        np.concatenate([weights for _, _, _, weights in documents], dtype=np.float32)
+        if is_weighted
+        else None,
     )
 
 

@@ -17,7 +17,8 @@ def split(row: Rendered, longest: int, bos_id: int | None) -> list[Rendered]:
     while start + repeated < len(row.ids):
         stop = start + longest - len(bos)
         trained = [False] * (len(bos) + repeated) + row.trained[start + repeated : stop]
-        pieces.append(Rendered(bos + row.ids[start:stop], trained))
+        weights = row.weights and [0.0] * (len(bos) + repeated) + row.weights[start + repeated : stop]
+        pieces.append(Rendered(bos + row.ids[start:stop], trained, weights))
         repeated = longest // 8
         start = stop - repeated
     return pieces

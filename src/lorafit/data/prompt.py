@@ -7,30 +7,28 @@ prompt (`prompt_ids`) are exactly the ids before the answer in training.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
-from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
-
-from lorafit.data.chat_template import ChatTemplate, Part
-from lorafit.data.formats import Chat, Content, Instruction, Message, Row, undecodable
-from lorafit.data.tokenizer import BORDER, Control, Tokenizer, reserved
+from lorafit.data.chat_template import Part
+from lorafit.data.contract import NAME_A_TEMPLATE, RAW, PromptContract, contract
+from lorafit.data.formats import (
+    Chat,
+    Completion,
+    Content,
+    Instruction,
+    Message,
+    Row,
+    as_messages,
+    undecodable,
+)
+from lorafit.data.tokenizer import BORDER, GUARD, Control, Tokenizer, reserved
 from lorafit.errors import DataError, ModelError, Problem
-from lorafit.storage.safe_read import MB, read_text
 
-TrainOn = Literal["all", "response"]
-TooLong = Literal["error", "truncate", "drop", "split"]
-TEMPLATES = ("auto", "chat", "alpaca", "classic")  # or the path of a .jinja file
+__all__ = ["Dropped", "Piece", "PromptContract", "Rendered", "Renderer", "Span", "contract"]
 
-_SCHEMA = 1
-# The value of `strftime_now` in a template (Llama 3's own fallback): runs on different days must render alike.
-_DATE = "2024-07-26"
+Source = Row | Content | Sequence[Message] | Sequence[Mapping[str, object]]
 _ALPACA = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request."
@@ -40,153 +38,23 @@ _ALPACA_WITH_INPUT = (
     "Write a response that appropriately completes the request."
 )
 _NO_CONVERSATIONS = "the {} template knows single instructions, no conversations"
-_NAME_A_TEMPLATE = "name a chat template: data.template=PATH.jinja"
-
-
-@dataclass(frozen=True, slots=True)
-class PromptContract:
-    """All that decides how a conversation becomes ids.
-
-    `template` is classic, alpaca or chat; `chat_template` the Jinja source for chat, else None. `bos_id`,
-    `eos_id` and their texts are None where the model has none. `system` is the system prompt of rows without
-    one. `add_eos` ends every row in EOS unless the template ends it in a stop token. `stop_ids` end an answer
-    in generation. `date` is the date of today for the template.
-    """
-
-    template: str
-    chat_template: str | None
-    system: str
-    bos: str | None
-    bos_id: int | None
-    eos: str | None
-    eos_id: int | None
-    add_bos: bool
-    add_eos: bool
-    train_on: TrainOn
-    max_length: int
-    too_long: TooLong
-    stop_ids: tuple[int, ...]
-    date: str
-    tokenizer_sha256: str
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON values, with the version of the schema."""
-        return {"schema": _SCHEMA, **dataclasses.asdict(self), "stop_ids": list(self.stop_ids)}
-
-    @classmethod
-    def from_json(cls, value: Any) -> PromptContract:
-        """The inverse of `to_json`; ModelError for another schema, other fields or values of another type."""
-        value = value if isinstance(value, dict) else {}
-        fields = {name: item for name, item in value.items() if name != "schema"}
-        known = {field.name for field in dataclasses.fields(cls)}
-        if value.get("schema") == _SCHEMA and set(fields) == known:
-            with suppress(ValidationError):
-                contract = TypeAdapter(cls).validate_python(fields)
-                ids = (contract.bos_id or 0, contract.eos_id or 0, *contract.stop_ids)
-                has_source = contract.template != "chat" or contract.chat_template
-                if contract.template in TEMPLATES and has_source and min(ids) >= 0:
-                    return contract
-        hint = "it was written by another version of lorafit, or changed by hand"
-        raise ModelError("is not a prompt contract of this version", place="prompt.json", hint=hint)
-
-    def with_system(self, messages: Sequence[Message]) -> Sequence[Message]:
-        """`messages` after the contract's system prompt, unless they have one."""
-        if self.system and messages[0].role != "system":
-            return [Message("system", self.system), *messages]
-        return messages
-
-    @property
-    def hash(self) -> str:
-        """SHA-256 of the canonical JSON."""
-        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()
-
-
-def contract(
-    tokenizer: Tokenizer,
-    *,
-    template: str,
-    system: str = "",
-    train_on: TrainOn,
-    max_length: int,
-    too_long: TooLong,
-    add_eos: bool,
-) -> PromptContract:
-    """The contract for a model: `template` is one of TEMPLATES or the path of a .jinja file.
-
-    `auto` is the model's chat template if it has one, else alpaca. Raises ModelError when a chat template is
-    needed and missing, does not render a question and an answer, or when `add_eos` and the model has no EOS.
-    """
-    source = tokenizer.chat_template
-    if template.endswith((".jinja", ".jinja2", ".j2")):
-        template, source = "chat", _read_template(Path(template).expanduser())
-    elif template == "auto":
-        template = "chat" if source else "alpaca"
-    elif template not in TEMPLATES:
-        hint = f"use one of {', '.join(TEMPLATES)}, or the path of a .jinja file"
-        raise ModelError(f"unknown template {template!r}", place="data.template", hint=hint)
-    if template == "chat" and not source:
-        raise ModelError("the model has no chat template", place="data.template", hint=_NAME_A_TEMPLATE)
-    if add_eos and tokenizer.eos is None:
-        raise ModelError(
-            "the tokenizer names no EOS token", hint="add `eos_token` to its tokenizer_config.json"
-        )
-    result = PromptContract(
-        template=template,
-        chat_template=source if template == "chat" else None,
-        system=system,
-        bos=tokenizer.bos.text if tokenizer.bos else None,
-        bos_id=tokenizer.bos.id if tokenizer.bos else None,
-        eos=tokenizer.eos.text if tokenizer.eos else None,
-        eos_id=tokenizer.eos.id if tokenizer.eos else None,
-        add_bos=tokenizer.adds_bos,
-        add_eos=add_eos,
-        train_on=train_on,
-        max_length=max_length,
-        too_long=too_long,
-        stop_ids=tokenizer.stop_ids,
-        date=_DATE,
-        tokenizer_sha256=tokenizer.sha256,
-    )
-    if template != "chat" or (stop := _template_stop(result, tokenizer)) is None:
-        return result
-    return dataclasses.replace(result, stop_ids=tuple(dict.fromkeys([*result.stop_ids, stop.id])))
-
-
-def _read_template(path: Path) -> str:
-    try:
-        return read_text(path, MB)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ModelError(f"the chat template cannot be read: {reason}", place=str(path)) from error
-
-
-def _chat_template(contract: PromptContract) -> ChatTemplate | None:
-    if contract.chat_template is None:
-        return None
-    return ChatTemplate(contract.chat_template, bos=contract.bos, eos=contract.eos, date=contract.date)
-
-
-def _template_stop(contract: PromptContract, tokenizer: Tokenizer) -> Control | None:
-    """The control token that the chat template puts after an answer, often not the tokenizer's EOS."""
-    template = _chat_template(contract)
-    assert template is not None
-    try:
-        parts = template.parts([Message("user", "question"), Message("assistant", "answer")])
-    except DataError as error:
-        problem = error.problems[0]
-        message = f"a question and an answer cannot be rendered: {problem.message}"
-        raise ModelError(message, place=problem.place or "chat template", hint=_NAME_A_TEMPLATE) from error
-    leading = tokenizer.leading_control(tokenizer.protect(parts[-1].text))
-    return leading if parts[-1].role is None else None
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A row as ids, and for each id whether it is a training target; the first id never is."""
+    """A row as ids, and for each id whether it is a training target; the first id never is.
+
+    `weights` has the factor of the loss of each id where one of them is neither 0 nor 1, else None.
+    """
 
     ids: list[int]
     trained: list[bool]
+    weights: list[float] | None = None
+
+    def first(self, length: int) -> Rendered:
+        """The first `length` ids."""
+        weights = self.weights and self.weights[:length]
+        return Rendered(self.ids[:length], self.trained[:length], weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,12 +85,15 @@ class Piece:
 class _Segment:
     """A stretch of protected text that is encoded as the continuation of what precedes it.
 
-    `answer`: it starts with an answer. The answer ends with the control token `stop`, else with the segment.
+    `answer`: it starts with an answer. The answer ends with the control token `stop`, else with the segment. `weight`
+    is the factor of its loss. `ended`: its text holds the stop token.
     """
 
     text: str
     answer: bool = False
     stop: Control | None = None
+    weight: float = 1.0
+    ended: bool = False
 
 
 class Renderer:
@@ -236,14 +107,18 @@ class Renderer:
             )
         self.contract = contract
         self.tokenizer = tokenizer
-        self._template = _chat_template(contract)
+        self._template = contract.jinja()
+        self._stops = [text for text, number in tokenizer.control.items() if number in contract.stop_ids]
 
     def render_batch(self, rows: Sequence[Row]) -> list[Rendered | Dropped | Problem]:
         """Each row in full (no limit on its length), or the reason why it cannot be rendered."""
         outcomes = [self._segments_or_fault(row) for row in rows]
         texts = [self._joined(segments) for segments in outcomes if isinstance(segments, list)]
         encoded = self.tokenizer.encode_batch(texts)
-        return [self._assemble(o, *next(encoded)) if isinstance(o, list) else o for o in outcomes]
+        return [
+            self._assemble(segments, *next(encoded), row.weight) if isinstance(segments, list) else segments
+            for row, segments in zip(rows, outcomes, strict=True)
+        ]
 
     def text(self, row: Row) -> list[Span]:
         """The row as the model reads it, cut where training begins and ends; DataError if that fails."""
@@ -263,29 +138,31 @@ class Renderer:
             for text, control in self.tokenizer.cut(span.text)
         ]
 
-    def prompt_ids(self, source: Row | Content | Sequence[Message]) -> list[int]:
-        """The ids after which the answer begins: of a row without its last answer, or of a conversation that
-        ends in a user turn. Raises DataError if it cannot be rendered.
+    def prompt_ids(self, source: Source) -> list[int]:
+        """The ids after which the answer begins: of a row without its last answer, or of a conversation of Messages, or
+        of objects with `role` and `content`, that ends in a user turn. Raises DataError if it cannot be rendered.
         """
         text = self._prompt(source)
         ids = next(self.tokenizer.encode_batch([text]))[0] if text else []
         return [*self._bos(text), *ids]
 
-    def prompt_text(self, source: Row | Content | Sequence[Message]) -> tuple[str, str]:
+    def prompt_text(self, source: Source) -> tuple[str, str]:
         """The text of `prompt_ids` with public names: (BOS where it is put before the text, the text)."""
         text = self._prompt(source)
         return (self.contract.bos or "") if self._bos(text) else "", self.tokenizer.public(text)
 
-    def _prompt(self, source: Row | Content | Sequence[Message]) -> str:
+    def _prompt(self, source: Source) -> str:
         """The protected text after which the answer begins."""
         content = self._question(source.content if isinstance(source, Row) else source)
         if fault := _unusable_in(content):
             raise DataError(fault, hint="remove that character")
         return self._joined(self._segments(content)[:-1])
 
-    def _question(self, source: Content | Sequence[Message]) -> Content:
+    def _question(self, source: Content | Sequence[Message] | Sequence[Mapping[str, object]]) -> Content:
         """The question in `source` with a placeholder for its answer."""
-        content = (source if isinstance(source, Content) else Chat(tuple(source))).with_answer("answer")
+        content = (source if isinstance(source, Content) else Chat(as_messages(source))).with_answer("answer")
+        if self.contract.template == RAW:
+            return self._raw(content)
         if not isinstance(content, Chat):
             return content
         *messages, _ = content.messages
@@ -300,31 +177,62 @@ class Renderer:
         system = messages[0].content if len(messages) > 1 else ""
         return Instruction(messages[-1].content, "", "answer", system)
 
+    def _raw(self, content: Content) -> Content:
+        """The one text of a question that no template surrounds. Raises DataError where it is more than one text."""
+        turns = content.turns()
+        if turns is None:
+            return content
+        if [turn.role for turn in turns] != ["user", "assistant"] or (
+            isinstance(content, Chat) and content.tools
+        ):
+            hint = "give one text: no system prompt, no tools, and no earlier turns"
+            raise DataError("the rows of the training had no template: a prompt is one text", hint=hint)
+        return Completion(turns[0].content, "answer")
+
     def _segments_or_fault(self, row: Row) -> list[_Segment] | Dropped | Problem:
         content = row.content
         # Whole-text training trains the question too. In a chat template no empty answer could be located.
-        needs_answer = self.contract.train_on == "response" or self.contract.template == "chat"
+        needs_answer = self.contract.train_on != "all" or self.contract.template == "chat"
         if needs_answer and isinstance(content, Instruction) and not content.output.strip():
             return Dropped("the answer is empty")
+        if row.weight == 0:
+            return Dropped("its loss has weight 0")
         if fault := _unusable_in(content):
             return Problem(fault, row.place, "remove that character")
         try:
-            return self._segments(content)
+            segments = self._segments(content)
         except DataError as error:
             problem = error.problems[0]
             place = f"{row.place}; {problem.place}" if problem.place else row.place
             return Problem(problem.message, place, problem.hint)
+        if not any(segment.weight for segment in segments if segment.answer):
+            return Dropped("the loss of every turn has weight 0")
+        return segments
 
     def _segments(self, content: Content) -> list[_Segment]:
         """The protected text of a row, without BOS and EOS; the last segment holds the last answer."""
+        if isinstance(content, Instruction) and self.contract.template == RAW:
+            return self._plain_segments(content.question(), content.output)
         if isinstance(content, Instruction) and self.contract.template != "chat":
             prompt = self._instruction_prompt(content)
         elif (messages := content.turns()) is not None:
-            return self._chat_segments(messages)
+            return self._chat_segments(messages, content.tools if isinstance(content, Chat) else "")
         else:
-            prompt = content.question()
+            return self._plain_segments(content.question(), content.answers()[-1])
         segments = [_Segment(prompt)]
         _continue(segments, content.answers()[-1])
+        return segments
+
+    def _plain_segments(self, prompt: str, answer: str) -> list[_Segment]:
+        """A text and its continuation without a template; they may hold control tokens if the contract says so."""
+        if not self.contract.parse_special:
+            segments = [_Segment(prompt)]
+            _continue(segments, answer)
+            return segments
+        segments = [_Segment(self.tokenizer.protect(prompt))]
+        _continue(segments, text := self.tokenizer.protect(answer))
+        ends = text.rstrip()
+        segments[-1].ended = any(ends.endswith(self.tokenizer.protect(stop)) for stop in self._stops)
         return segments
 
     def _instruction_prompt(self, row: Instruction) -> str:
@@ -335,25 +243,73 @@ class Renderer:
         extra = f"### Input:\n{row.input}\n\n" if row.input else ""
         return f"{head}### Instruction:\n{row.instruction}\n\n{extra}### Response:\n"
 
-    def _chat_segments(self, messages: Sequence[Message]) -> list[_Segment]:
+    def _chat_segments(self, messages: Sequence[Message], tools: str = "") -> list[_Segment]:
         if self._template is None:
-            hint = f"use data.template=auto, or if the model has no chat template, {_NAME_A_TEMPLATE}"
+            hint = f"use data.template=auto, or if the model has no chat template, {NAME_A_TEMPLATE}"
             raise DataError(_NO_CONVERSATIONS.format(self.contract.template), hint=hint)
-        parts = self._template.parts(self.contract.with_system(messages))
-        last_answer = max(index for index, part in enumerate(parts) if part.role == "assistant")
+        messages = self.contract.with_system(messages)
+        parts = self._parts(messages, tools)
+        answers = [index for index, part in enumerate(parts) if part.role == "assistant"]
+        last_answer, last_turn = answers[-1], parts[answers[-1]].turn
         segments = [_Segment("")]
+        turn: int | None = None  # the answer that the last segment holds
         for index, part in enumerate(parts):
             if part.role is None:
-                segments[-1].text += self.tokenizer.protect(part.text)
+                segments[-1].text += self.tokenizer.protect(part.text).replace(GUARD, "")
             elif part.role != "assistant":
                 segments[-1].text += part.text
+            elif part.turn == turn:
+                segments[-1].text += self._own(part)
+            elif part.own:
+                _continue(segments, self._own(part))
             else:
                 _continue(segments, part.text)
-                stop = self._stop(parts[index + 1]) if index + 1 < len(parts) else None
-                segments[-1].stop = stop
-                if stop is None and index < last_answer:  # the last answer continues up to EOS
-                    segments.append(_Segment(""))
+            if part.role != "assistant":
+                turn = None
+                continue
+            turn = part.turn
+            assert turn is not None
+            only_last = self.contract.train_on == "last" and turn != last_turn
+            segments[-1].weight = 0.0 if only_last else messages[turn].weight
+            follows = parts[index + 1] if index + 1 < len(parts) else None
+            if follows is not None and follows.turn == turn:
+                continue
+            segments[-1].stop = stop = self._stop(follows) if follows else None
+            if stop is None and index < last_answer:  # the last answer continues up to EOS
+                segments.append(_Segment(""))
         return segments
+
+    def _parts(self, messages: Sequence[Message], tools: str) -> list[Part]:
+        """The conversation by the chat template. No text of tools and calls becomes a control token."""
+        assert self._template is not None
+        if not tools and all(message.role != "tool" and not message.calls for message in messages):
+            return self._template.parts(messages, stops=self._stops)
+        guard = self.tokenizer.guard
+        guarded = [
+            dataclasses.replace(
+                message,
+                name=guard(message.name),
+                call_id=guard(message.call_id),
+                calls=tuple(
+                    dataclasses.replace(
+                        call, name=guard(call.name), arguments=guard(call.arguments), id=guard(call.id)
+                    )
+                    for call in message.calls
+                ),
+            )
+            for message in messages
+        ]
+        parts = self._template.parts(guarded, guard(tools), self._stops)
+        if guarded != list(messages) or guard(tools) != tools:
+            text = "".join(part.text for part in parts).replace(GUARD, "")
+            if text != self._template.render(messages, tools=tools):
+                hint = "remove the row, or the text of the control token from it"
+                raise DataError("a call or a tool holds the text of a control token", hint=hint)
+        return parts
+
+    def _own(self, part: Part) -> str:
+        """The protected text of a part of an answer."""
+        return self.tokenizer.protect(part.text).replace(GUARD, "") if part.own else part.text
 
     def _stop(self, after_answer: Part) -> Control | None:
         """The stop token with which the part after an answer begins."""
@@ -364,40 +320,59 @@ class Renderer:
 
     def _joined(self, segments: Sequence[_Segment]) -> str:
         """The text to encode, with a BORDER where answers begin, unless all of it is trained."""
-        return ("" if self.contract.train_on == "all" else BORDER).join(segment.text for segment in segments)
+        return ("" if self._is_whole(segments) else BORDER).join(segment.text for segment in segments)
 
-    def _assemble(self, segments: Sequence[_Segment], ids: list[int], borders: list[int]) -> Rendered:
-        if self.contract.train_on == "all":
+    def _is_whole(self, segments: Sequence[_Segment]) -> bool:
+        """Whether all of the row is trained alike."""
+        return self.contract.train_on == "all" and all(segment.weight == 1 for segment in segments)
+
+    def _assemble(
+        self, segments: Sequence[_Segment], ids: list[int], borders: list[int], weight: float = 1.0
+    ) -> Rendered:
+        weights: list[float] = []
+        if self._is_whole(segments):
             trained = [True] * len(ids)
+            weights = [weight] * len(ids) if weight != 1 else []
         else:
             trained = []
+            everything = self.contract.train_on == "all"
+            is_weighted = weight != 1 or any(segment.weight not in (0, 1) for segment in segments)
             for segment, start, end in zip(segments, [0, *borders], [*borders, len(ids)], strict=True):
                 stop = start
                 if segment.answer:
                     stop = ids.index(segment.stop.id, start) + 1 if segment.stop else end
-                trained += [True] * (stop - start) + [False] * (end - stop)
+                if is_weighted:
+                    weights += [weight * segment.weight] * (stop - start) + [weight * everything] * (
+                        end - stop
+                    )
+                trained += [segment.weight > 0] * (stop - start) + [everything] * (end - stop)
         if self._ends_in_eos(segments):
             assert self.contract.eos_id is not None
             ids.append(self.contract.eos_id)
-            trained.append(True)
+            trained.append(segments[-1].weight > 0)
+            weights += [weight * segments[-1].weight] * bool(weights)
         bos = self._bos(segments[0].text)
         ids[:0] = bos
         trained[:0] = [False] * len(bos)
         trained[:1] = [False]
-        return Rendered(ids, trained)
+        if not weights:
+            return Rendered(ids, trained)
+        weights[:0] = [0.0] * len(bos)
+        return Rendered(ids, trained, [on * factor for on, factor in zip(trained, weights, strict=True)])
 
     def _spans(self, segments: Sequence[_Segment]) -> Iterator[Span]:
         """The protected text with BOS and EOS, cut where training begins and ends."""
         bos, everything = self.contract.bos, self.contract.train_on == "all"
         yield Span(self.tokenizer.protect(bos or "") if self._bos(segments[0].text) else "", False)
         for segment in segments:
-            cut = len(segment.text)
+            cut = len(segment.text) if segment.answer else 0
             if segment.stop:
                 cut = segment.text.index(name := self.tokenizer.protect(segment.stop.text)) + len(name)
-            yield Span(segment.text[:cut], segment.answer or everything)
+            yield Span(segment.text[:cut], segment.weight > 0)
             yield Span(segment.text[cut:], everything)
+        is_trained = segments[-1].weight > 0
         yield Span(
-            self.tokenizer.protect(self.contract.eos or "") if self._ends_in_eos(segments) else "", True
+            self.tokenizer.protect(self.contract.eos or "") if self._ends_in_eos(segments) else "", is_trained
         )
 
     def _bos(self, text: str) -> list[int]:
@@ -407,7 +382,7 @@ class Renderer:
         return [] if text.startswith(self.tokenizer.protect(self.contract.bos)) else [self.contract.bos_id]
 
     def _ends_in_eos(self, segments: Sequence[_Segment]) -> bool:
-        return self.contract.add_eos and segments[-1].stop is None
+        return self.contract.add_eos and segments[-1].stop is None and not segments[-1].ended
 
 
 def _continue(segments: list[_Segment], answer: str) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from lorafit.config.schema import Config
 from lorafit.data.build import make_renderer, sources_of
 from lorafit.data.chat_template import ChatTemplate
-from lorafit.data.formats import Row
+from lorafit.data.formats import Chat, Row
 from lorafit.data.prompt import Piece, Rendered, Renderer
 from lorafit.data.token_dataset import TokenDataset
 from lorafit.data.tokenizer import StreamDecoder, Tokenizer
@@ -135,8 +135,11 @@ def shipped(renderer: Renderer, row: Row) -> str:
     if messages is None:
         raise DataError("a row of this format is no conversation: no chat template applies", place=row.place)
     contract = renderer.contract
-    template = ChatTemplate(source, bos=contract.bos, eos=contract.eos, date=contract.date)
-    return template.render(contract.with_system(messages))
+    template = ChatTemplate(
+        source, bos=contract.bos, eos=contract.eos, date=contract.date, arguments=contract.template_args
+    )
+    tools = row.content.tools if isinstance(row.content, Chat) else ""
+    return template.render(contract.with_system(messages), tools=tools)
 
 
 def difference(view: RowView, other: str) -> list[tuple[str, str]]:
@@ -233,4 +236,4 @@ def _row(rows: TokenDataset, index: int, tokenizer: Tokenizer, place: str) -> di
         if room > 0:
             spans.append([text if len(text) <= room else text[:room] + " [...]", bool(is_trained)])
         room -= len(text)
-    return {"place": place, "tokens": len(ids), "trained": int(trained.sum()), "spans": spans}
+    return {"place": place, "tokens": len(ids), "trained": int(np.count_nonzero(trained)), "spans": spans}

@@ -31,9 +31,9 @@ from lorafit.storage.atomic import MANIFEST, read_facts, sha256_file, staging_fo
 from lorafit.storage.cache_dir import cache_folder
 from lorafit.storage.locks import exclusive_lock
 
-ENCODING = 3  # to be raised whenever the same rows would be written as other bytes
+ENCODING = 4  # to be raised whenever the same rows would be written as other bytes
 MAX_BYTES = 20 * 10**9
-_DECIDING_FILES = ("tokens.bin", "offsets.bin", "numbers.bin")
+_DECIDING_FILES = ("tokens.bin", "offsets.bin", "numbers.bin", "weighted.bin", "weights.bin")
 _BUILDING = ".building-"
 _ABANDONED_SECONDS = 24 * 3600
 

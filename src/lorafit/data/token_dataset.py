@@ -8,7 +8,7 @@ import weakref
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -69,7 +69,11 @@ class TokenFile:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Flat:
-    """The arrays of the rows as stored on disk: row i has the tokens `offsets[i]` to `offsets[i + 1]`."""
+    """The arrays of the rows as stored on disk: row i has the tokens `offsets[i]` to `offsets[i + 1]`.
+
+    `weighted` are the rows with other weights of the loss than 0 and 1, ascending, each with the place in `weights` of
+    the weight of its first token.
+    """
 
     tokens: TokenFile
     offsets: Numbers  # (rows + 1,)
@@ -78,6 +82,18 @@ class Flat:
     targets: Counts  # (rows,)
     lines: Counts  # (rows,)
     dropped: Numbers  # (dropped rows,)
+    weighted: Numbers  # (weighted rows, 2)
+    weights: NDArray[np.float32]  # (tokens of the weighted rows,)
+
+    def row(self, row: int) -> TokenRow:
+        """The ids of a row, and which are trained, or the weight of each."""
+        start, stop = int(self.offsets[row]), int(self.offsets[row + 1])
+        ids, trained = self.tokens.read(start, stop)
+        at = int(np.searchsorted(self.weighted[:, 0], row))
+        if at < len(self.weighted) and self.weighted[at, 0] == row:
+            first = int(self.weighted[at, 1])
+            return ids, self.weights[first : first + stop - start]
+        return ids, trained
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,9 +112,8 @@ class TokenDataset:
         return len(self.flat.numbers) if self.index is None else len(self.index)
 
     def row(self, index: int) -> TokenRow:
-        """The ids of the row at `index` and which of them are training targets."""
-        row = index if self.index is None else self.index[index]
-        return self.flat.tokens.read(int(self.flat.offsets[row]), int(self.flat.offsets[row + 1]))
+        """The ids of the row at `index` and which of them are training targets (bool), or the weights (float32)."""
+        return self.flat.row(int(index if self.index is None else self.index[index]))
 
     @property
     def lengths(self) -> Counts:
@@ -147,6 +162,7 @@ def open_encoded(folder: Path, facts: Mapping[str, Any]) -> TokenDataset:
         name: (TokenFile if name == "tokens" else _mapped)(folder / f"{name}.bin", kind)
         for name, kind in _kinds(facts).items()
     }
+    arrays["weighted"] = arrays["weighted"].reshape(-1, 2)
     flat = Flat(**arrays)
     reasons = [str(reason) for reason, _ in facts["dropped"]]
     ends = np.cumsum([count for _, count in facts["dropped"]], dtype=np.int64)
@@ -157,8 +173,8 @@ def open_encoded(folder: Path, facts: Mapping[str, Any]) -> TokenDataset:
 
 def _kinds(facts: Mapping[str, Any]) -> dict[str, str]:
     """The numpy type of each array."""
-    counts, numbers = ("truncated", "targets", "lines"), ("offsets", "numbers", "dropped")
-    kinds = {"tokens": str(facts["ids"]), **dict.fromkeys(counts, "int32")}
+    counts, numbers = ("truncated", "targets", "lines"), ("offsets", "numbers", "dropped", "weighted")
+    kinds = {"tokens": str(facts["ids"]), **dict.fromkeys(counts, "int32"), "weights": "float32"}
     return {**kinds, **dict.fromkeys(numbers, "int64")}
 
 
@@ -193,6 +209,39 @@ def encode_chunks(
         return writer.finish()
 
 
+@dataclass(slots=True)
+class RowFacts:
+    """What the rows say beside their texts. `weights` counts the answers by the weight of their loss, `aliases` and
+    `unused` the rows by key; `templated` of the `num_rows` rows are surrounded by a template.
+    """
+
+    weights: dict[str, int] = field(default_factory=dict)
+    aliases: dict[str, int] = field(default_factory=dict)
+    unused: dict[str, int] = field(default_factory=dict)
+    templated: int = 0
+    num_rows: int = 0
+
+    def add(self, row: Row) -> None:
+        """Count `row`."""
+        answers = [turn.weight for turn in row.content.turns() or () if turn.role == "assistant"] or [1.0]
+        for weight in answers:
+            _count(self.weights, f"{weight * row.weight:g}")
+        for key in row.aliases:
+            _count(self.aliases, key)
+        for key in row.unused:
+            _count(self.unused, key)
+        self.templated += row.content.has_template
+        self.num_rows += 1
+
+
+_MAX_KEYS = 1000  # that are counted one by one: rows may have any number of different keys
+
+
+def _count(counts: dict[str, int], key: str) -> None:
+    key = key if key in counts or len(counts) < _MAX_KEYS else "others"
+    counts[key] = counts.get(key, 0) + 1
+
+
 class _Writer:
     """Fits rendered rows to the contract and writes them, chunk after chunk."""
 
@@ -210,6 +259,8 @@ class _Writer:
         self._dropped: dict[str, array[int]] = {}
         self._faults = RowFaults()
         self._drops = drops
+        self._num_rows = self._num_weights = 0
+        self._facts = RowFacts()
         self._write("offsets", [0])
 
     def add(self, chunk: Chunk) -> None:
@@ -228,6 +279,7 @@ class _Writer:
             elif isinstance(outcome, Problem):
                 self._faults.add(chunk.name, row.number - chunk.start + 1, row.place, outcome)
             else:
+                self._facts.add(row)
                 for piece in self._pieces(row, outcome):
                     if (fitted := self._fit(row, piece)) is not None:
                         fitting.append(fitted[0])
@@ -235,6 +287,12 @@ class _Writer:
                         numbers.append(row.number)
                         lines.append(line)
         # Through `array` and `bytes`: several times faster than numpy on lists of millions of tokens.
+        for at, fit in enumerate(fitting, self._num_rows):
+            if fit.weights is not None:
+                self._write("weighted", [at, self._num_weights])
+                self._write("weights", np.array(fit.weights, dtype=np.float32))
+                self._num_weights += len(fit.weights)
+        self._num_rows += len(fitting)
         trained = [bytes(row.trained) for row in fitting]
         try:
             ids = [array(self._code, row.ids).tobytes() for row in fitting]
@@ -259,7 +317,7 @@ class _Writer:
         for numbers in self._dropped.values():
             self._write("dropped", sorted(numbers))
         dropped = [[reason, len(numbers)] for reason, numbers in self._dropped.items()]
-        return {"ids": self._kinds["tokens"], "dropped": dropped}
+        return {"ids": self._kinds["tokens"], "dropped": dropped, "said": asdict(self._facts)}
 
     @property
     def _max_length(self) -> int:
@@ -288,7 +346,7 @@ class _Writer:
             if self._renderer.contract.too_long == "drop":
                 self._drop(row.number, f"longer than {longest} tokens")
                 return None
-            outcome = Rendered(outcome.ids[:longest], outcome.trained[:longest])
+            outcome = outcome.first(longest)
         if True not in outcome.trained:
             self._drop(row.number, f"nothing to train on in the first {longest} tokens")
             return None

@@ -25,8 +25,8 @@ from lorafit.errors import ModelError
 from lorafit.storage.safe_read import MB, read_json, read_text
 
 # Noncharacters that Unicode reserves for use inside a program; rows with one of them are refused.
-_OPEN, _CLOSE, BORDER, HOLE = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3"
-_RESERVED = re.compile("[\ufdd0-\ufdd3]")
+_OPEN, _CLOSE, BORDER, HOLE, GUARD = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4"
+_RESERVED = re.compile("[\ufdd0-\ufdd4]")
 _DECIDING_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _MAX_PROTECTED = 4096
 MAX_JSON = 64 * MB
@@ -150,6 +150,10 @@ class Tokenizer:
             if len(self._protected) < _MAX_PROTECTED:  # templates repeat the same few texts in every row
                 self._protected[template_text] = known
         return known
+
+    def guard(self, content: str) -> str:
+        """`content` with a GUARD in each text of a control token, so that `protect` does not take it for one."""
+        return self._control_pattern.sub(lambda match: f"{match[0][0]}{GUARD}{match[0][1:]}", content)
 
     def public(self, text: str) -> str:
         """A protected text with the public names of its control tokens."""

@@ -22,7 +22,7 @@ def heldout_loss(
     ranks: Ranks | None = None,
     engine: Engine | None = None,
 ) -> float:
-    """Mean loss over all supervised tokens of `packs`, without dropout. The network does not change.
+    """Mean (weighted) loss over all supervised tokens of `packs`, without dropout. The network does not change.
 
     With `ranks`, each computes some of the packs, and the result has the same bits: every rank adds the losses in the
     order of the packs. With an `engine` in lockstep, all ranks make the same number of passes.
@@ -41,4 +41,4 @@ def heldout_loss(
             pack_loss(network, EMPTY_PACK)
     if ranks is not None:
         losses = ranks.all_reduce_sum(losses)
-    return sum(losses) / max(1, sum(len(pack.targets) for pack in packs))
+    return sum(losses) / (sum(pack.weight for pack in packs) or 1)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from datetime import date as Date
 
 from lorafit.data.chat_template import ChatTemplate
+from lorafit.data.contract import RAW
 from lorafit.data.formats import Message
 from lorafit.data.prompt import Renderer
 from lorafit.errors import ModelError
@@ -36,6 +37,8 @@ def chat_template(renderer: Renderer) -> str:
     head = "{{- bos_token }}" if bos else ""
     if bos and _blank(renderer):
         head = "{{- bos_token + ' ' }}"
+    if renderer.contract.template == RAW:
+        return _raw(renderer, head)
     if renderer.contract.template != "chat":
         return _single_turn(renderer, head)
     source = renderer.contract.chat_template or ""
@@ -47,7 +50,12 @@ def chat_template(renderer: Renderer) -> str:
             "{%- if messages[0]['role'] != 'system' %}{%- set messages = [{'role': 'system', 'content': "
             f"{_literal(renderer.contract.system)}}}] + messages %}}{{%- endif %}}{begin}"
         )
-    return _ended_as_trained(renderer, head + source)
+    given = "".join(
+        f"{{%- set {name} = {_literal(value)} %}}" for name, value in renderer.contract.template_args.items()
+    )
+    if given and not head:
+        head = "{{- '' }}"  # else the end of a block would remove a newline of the model's own text
+    return _ended_as_trained(renderer, given + head + source)
 
 
 def render(renderer: Renderer, source: str, messages: Sequence[Message]) -> str:
@@ -81,6 +89,18 @@ def _single_turn(renderer: Renderer, head: str) -> str:
     )
 
 
+def _raw(renderer: Renderer, head: str) -> str:
+    """No template: a prompt is one text. Further turns are refused, because no row had any."""
+    eos = " + eos_token" if renderer.contract.eos else ""
+    return (
+        f"{head}{{%- for message in messages %}}"
+        "{%- if message['role'] == 'user' and loop.first %}{{- message['content'] }}"
+        f"{{%- elif message['role'] == 'assistant' and loop.index == 2 %}}{{{{- message['content']{eos} }}}}"
+        "{%- else %}{{- raise_exception('this model was trained without a template: give one user message') }}"
+        "{%- endif %}{%- endfor %}"
+    )
+
+
 def _ended_as_trained(renderer: Renderer, source: str) -> str:
     """`source` with the text that training had between question and answer, if the template's prompt lacks it."""
     messages = [Message("user", QUESTION)]
@@ -102,6 +122,6 @@ def _ended_as_trained(renderer: Renderer, source: str) -> str:
     )
 
 
-def _literal(text: str) -> str:
-    """A text as a Jinja string."""
-    return json.dumps(text, ensure_ascii=False)
+def _literal(value: str | bool | int | float) -> str:
+    """A value as a Jinja literal."""
+    return json.dumps(value, ensure_ascii=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lorafit.data.contract import RAW
 from lorafit.data.formats import Message
 from lorafit.errors import ModelError
 from lorafit.infer.model import Model
@@ -50,6 +51,17 @@ class Conversation:
             )
         self.turns = turns[:-1]
         return ChatPrompt(self._with_system(turns), num_dropped)
+
+    @property
+    def note(self) -> str:
+        """Why each question is a prompt of its own, "" where it is not."""
+        if self.remembers:
+            return ""
+        template = self._model.renderer.contract.template
+        why = f"the {template} template knows no conversations"
+        if template == RAW:
+            why = "the rows of the training had no template"
+        return f"{why}: each question is a prompt of its own"
 
     def answered(self, prompt: ChatPrompt, answer: str) -> None:
         """Add a question and its answer to the turns; with an empty answer, nothing is added."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorafit.data.formats import Content, Instruction, Message
+from lorafit.data.contract import RAW
+from lorafit.data.formats import Content, Instruction, Message, as_messages
 from lorafit.data.prompt import PromptContract, Renderer, contract
 from lorafit.data.tokenizer import Tokenizer
-from lorafit.errors import ConfigError, ModelError
+from lorafit.errors import ConfigError, DataError, ModelError
 from lorafit.hub.client import adapter_folder, model_folder
 from lorafit.infer.continuous_batch import AT_ONCE, GeneratedToken, Request, generate_tokens
 from lorafit.infer.sampling import Sampling
@@ -28,7 +29,8 @@ from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import check_manifest
 from lorafit.storage.safe_read import read_json
 
-Question = str | Content | Sequence[Message]
+Conversation = Sequence[Message] | Sequence[Mapping[str, object]]
+Question = str | Content | Conversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +52,19 @@ class Model:
 
     def generate(
         self,
-        questions: Sequence[Question],
+        questions: Question | Sequence[Question],
         *,
         max_tokens: int = 256,
         sampling: Sampling | None = None,
         base: bool = False,
     ) -> list[Answer]:
-        """Answer all questions, in order.
+        """Answer all questions, in order. One question, such as one text or one conversation, gives one answer.
 
         `base` disables the adapter. Without `sampling` the answers are greedy. Raises ModelError where a prompt does
         not fit the model, DataError where it cannot be rendered.
         """
         sampling = sampling or Sampling()
-        prompts = [self.prompt_ids(question) for question in questions]
+        prompts = [self.prompt_ids(question) for question in as_questions(questions)]
         requests = []
         for index, prompt in enumerate(prompts):
             row = index % AT_ONCE
@@ -102,7 +104,10 @@ class Model:
 
     def prompt_ids(self, question: Question) -> list[int]:
         """The ids of a prompt. Raises ModelError where the model cannot read it, DataError where it is no text."""
-        content = Instruction(question, "", "") if isinstance(question, str) else question
+        if isinstance(question, str):
+            content: Content | Sequence[Message] = Instruction(question, "", "")
+        else:
+            content = question if isinstance(question, Content) else as_messages(question)
         ids = self.renderer.prompt_ids(content)
         arch = self.network.arch
         if not ids:
@@ -142,6 +147,26 @@ class Model:
                 yield index, Answer(text, len(ids[index]), token.end == "stop")
 
 
+def as_questions(given: Question | Sequence[Question]) -> Sequence[Question]:
+    """The questions in `given`, which may be a single one. Raises DataError for another type."""
+    if isinstance(given, str | Content):
+        return [given]
+    if not isinstance(given, Sequence) or isinstance(given, bytes):
+        raise DataError(f"prompts are a list, not a {type(given).__name__}", hint=_PROMPTS)
+    turns = [isinstance(item, Message | Mapping) for item in given]
+    if given and all(turns):
+        return [as_messages(given)]
+    if any(turns):
+        raise DataError("prompts are either turns of one conversation, or a list of prompts", hint=_PROMPTS)
+    for item in given:
+        if not isinstance(item, str | Content | Sequence) or isinstance(item, bytes):
+            raise DataError(f"a prompt is a {type(item).__name__}", hint=_PROMPTS)
+    return [item for item in given if not isinstance(item, Message | Mapping)]
+
+
+_PROMPTS = 'a prompt is a text, or a conversation: [{"role": "user", "content": "..."}]'
+
+
 def load(
     source: str | Path,
     *,
@@ -174,6 +199,9 @@ def load(
     tokenizer = Tokenizer.from_folder(base)
     prompt = found.prompt or default_contract(tokenizer)
     if system is not None:
+        if prompt.template == RAW and system:
+            hint = "the rows of its training had no template: write what the model needs into the prompt"
+            raise ConfigError("this model has no system prompt", hint=hint)
         prompt = dataclasses.replace(prompt, system=system)
     with progress("loading the model") as advance:
         network, _ = build_saved(base, found.adapter, device, found.dtype, advance, found.quantize)

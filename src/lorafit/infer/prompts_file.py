@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lorafit.data.folders import data_files
-from lorafit.data.formats import ROLES, Instruction, Message, undecodable
+from lorafit.data.formats import Chat, Fields, Instruction, question, undecodable
 from lorafit.data.readers import place_of, read_file
 from lorafit.errors import DataError, LorafitError, Problem, Problems
 from lorafit.infer.model import Model, Question
@@ -93,7 +93,7 @@ def question_of(raw: object) -> Question:
         )
     match kinds[0]:
         case "messages":
-            return _conversation(raw["messages"])
+            return _conversation(raw)
         case "prompt":
             return _text(raw["prompt"], "`prompt`")
         case _:
@@ -101,18 +101,16 @@ def question_of(raw: object) -> Question:
             return Instruction(_text(raw["instruction"], "`instruction`"), extra, "", system)
 
 
-def _conversation(turns: object) -> list[Message]:
-    if not isinstance(turns, list) or not turns:
+def _conversation(raw: dict[str, object]) -> Chat:
+    if not isinstance(raw["messages"], list) or not raw["messages"]:
         raise DataError("`messages` is not a list of turns", hint=_HINT)
-    messages = []
-    for number, turn in enumerate(turns):
-        role = turn.get("role") if isinstance(turn, dict) else None
-        if role not in ROLES:
-            raise DataError(f"`messages[{number}]` has no role system, user or assistant")
-        messages.append(Message(ROLES[role], _text(turn.get("content"), f"`messages[{number}].content`")))
-    if messages[-1].role != "user":
+    problems: list[Problem] = []
+    chat = question(Fields(raw, "the row", problems))
+    if problems:
+        raise DataError.of(problems)
+    if chat.messages[-1].role not in ("user", "tool"):
         raise DataError("`messages` does not end in a user turn", hint="remove the answer from the row")
-    return messages
+    return chat
 
 
 def _text(value: object, name: str) -> str:

@@ -185,12 +185,13 @@ def _batch(job: TrainContext, state: TrainState, step: int) -> Batch:
 def _gradients(job: TrainContext, state: TrainState, batch: Batch) -> tuple[float, float] | None:
     """Accumulate the step's gradient, clipped; returns (mean loss, norm before clipping), both finite.
 
-    The sum of losses over all packs of all ranks is divided once by the step's supervised tokens, so the gradient
+    The sum of losses over all packs of all ranks is divided once by the weight of the step's supervised tokens (their
+    number, where the rows have no weights), so the gradient
     does not depend on the packing. A float16 overflow is repeated with the same rows and random numbers. None means
     that memory ran out, on any rank; then everything is as before the step.
     """
     step = state.step + 1
-    if batch.supervised == 0:
+    if batch.weight == 0:
         raise TrainingError(f"step {step} has no supervised tokens", place=job.places(batch))
     random = torch.get_rng_state()
     while True:
@@ -200,7 +201,7 @@ def _gradients(job: TrainContext, state: TrainState, batch: Batch) -> tuple[floa
             job.optimizer.zero_grad()
             torch.set_rng_state(random)
             return None
-        mean = total / batch.supervised
+        mean = total / batch.weight
         if state.scale.active:
             gradients = [m.grad for m in job.optimizer.parameters if m.grad is not None]
             torch._foreach_mul_(gradients, 1 / state.scale.factor)
@@ -237,7 +238,7 @@ def _passes(job: TrainContext, state: TrainState, batch: Batch) -> tuple[float, 
                 release_free_memory(MUCH_FREE)
                 if sharing := index == last:
                     job.heartbeat.at(state.step + 1, SHARING)
-                (loss * (state.scale.factor / batch.supervised)).backward()
+                (loss * (state.scale.factor / batch.weight)).backward()
                 losses.append(loss.detach())
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
