@@ -12,7 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from lorafit.errors import ConfigError, RunError
-from lorafit.hub.client import TOKENS_PAGE, token
+from lorafit.hub.client import token
+from lorafit.hub.errors import TOKENS_PAGE
 from lorafit.observe.progress import progress
 
 

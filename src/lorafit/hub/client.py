@@ -5,38 +5,28 @@ Only the files that the program reads are fetched, by name: never pickled weight
 
 from __future__ import annotations
 
-import difflib
-import errno
 import glob
 import logging
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
 
 import httpx
 import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
     LocalEntryNotFoundError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-    XetDownloadError,
 )
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from lorafit.errors import ConfigError, DataError, LorafitError, ModelError
+from lorafit.errors import ConfigError, LorafitError, ModelError
 from lorafit.hub.dataset_splits import (
     HUB_ID,
     KNOWN_FILES,
@@ -46,6 +36,7 @@ from lorafit.hub.dataset_splits import (
     split_to_measure,
     splits_of,
 )
+from lorafit.hub.errors import MORE_SPACE, TOKENS_PAGE, Repository, explained, similar_folder
 from lorafit.observe.progress import progress
 from lorafit.redact import dotenv
 
@@ -61,9 +52,6 @@ MODEL_FILES = (
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
-TOKENS_PAGE = "https://huggingface.co/settings/tokens"
-_MORE_SPACE = "free some space (`hf cache prune`), or set HF_HOME to a larger disk"
-_CANNOT_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
 _WHAT_TO_GIVE = "give a folder with safetensors weights, or a hub id (owner/name)"
 
 logger = logging.getLogger(__name__)
@@ -126,7 +114,7 @@ def dataset_files(
     of the `datasets` library. Without a `split`, it is the one to measure on: `validation`, else `test`. A dataset's
     script is never fetched. Raises DataError.
     """
-    repository = _Repository("dataset", name, revision)
+    repository = Repository("dataset", name, revision)
     listing = _list(repository, offline)
     card = ""
     if "README.md" in listing.files:
@@ -159,39 +147,13 @@ def token() -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Repository:
-    """A repository of the hub as the user named it."""
-
-    kind: Literal["model", "dataset"]
-    name: str
-    revision: str | None
-
-    @property
-    def page(self) -> str:
-        return f"{constants.ENDPOINT}/{'datasets/' if self.kind == 'dataset' else ''}{self.name}"
-
-    @property
-    def place(self) -> str:
-        return self.page + (f" at revision {self.revision}" if self.revision else "")
-
-    @property
-    def download_command(self) -> str:
-        options = " --repo-type dataset" if self.kind == "dataset" else ""
-        return f"hf download {self.name}{options}" + (f" --revision {self.revision}" if self.revision else "")
-
-    def error(self, message: str, hint: str = "") -> LorafitError:
-        kind = ModelError if self.kind == "model" else DataError
-        return kind(message, place=self.place, hint=hint)
-
-
-@dataclass(frozen=True, slots=True)
 class _Listing:
     """The files of a repository at a commit; `cached` is their folder where nothing may be downloaded.
 
     `sizes` are the bytes of the files, where the hub says them.
     """
 
-    repository: _Repository
+    repository: Repository
     files: list[str]
     commit: str
     cached: Path | None
@@ -231,8 +193,8 @@ def _folder(
         hint = f"write its id on the hub: {found[1]}" if found else _WHAT_TO_GIVE
         raise ModelError(f"`{name}` is an address, and not a model", hint=hint)
     if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1:
-        raise ModelError(f"there is no folder `{name}`", hint=_similar_folder(name) or _WHAT_TO_GIVE)
-    listing = _list(_Repository("model", name, revision), offline)
+        raise ModelError(f"there is no folder `{name}`", hint=similar_folder(name) or _WHAT_TO_GIVE)
+    listing = _list(Repository("model", name, revision), offline)
     files = choose(listing.files, listing.repository.place)
     weights = [file for file in files if file.endswith(".safetensors")]
     if listing.cached is None and any(map(listing.lacks, weights)):
@@ -294,12 +256,12 @@ def _no_safetensors(files: list[str], place: str, missing: str) -> ModelError:
     )
 
 
-def _list(repository: _Repository, offline: bool) -> _Listing:
+def _list(repository: Repository, offline: bool) -> _Listing:
     """The repository's files, from the hub; from the cache if `offline` or if there is no connection."""
     if not HUB_ID.fullmatch(repository.name):
         raise repository.error(
             f"`{repository.name}` is neither a folder here nor an id of the hub (owner/name)",
-            _similar_folder(repository.name),
+            similar_folder(repository.name),
         )
     if offline or constants.HF_HUB_OFFLINE:
         return _list_cached(repository)
@@ -307,7 +269,7 @@ def _list(repository: _Repository, offline: bool) -> _Listing:
     ask = api.model_info if repository.kind == "model" else api.dataset_info
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     try:
-        with _explained(repository):
+        with explained(repository):
             info = ask(repository.name, revision=repository.revision, timeout=timeout, files_metadata=True)
     except LorafitError as error:
         if not isinstance(error.__cause__, httpx.TransportError):
@@ -324,10 +286,10 @@ def _list(repository: _Repository, offline: bool) -> _Listing:
     return _Listing(repository, [file.rfilename for file in siblings], info.sha, cached=None, sizes=sizes)
 
 
-def _list_cached(repository: _Repository) -> _Listing:
+def _list_cached(repository: Repository) -> _Listing:
     """The repository's files in the cache."""
     try:
-        with _explained(repository):
+        with explained(repository):
             path = huggingface_hub.snapshot_download(
                 repository.name,
                 repo_type=repository.kind,
@@ -365,7 +327,7 @@ def _fetch(listing: _Listing, files: list[str]) -> Path:
     has_bars = is_new and sys.stderr.isatty()
     access = token() or False
     with (
-        _explained(repository),
+        explained(repository),
         nullcontext() if has_bars else disable_progress_bars(),
         nullcontext() if has_bars else progress(f"downloading {repository.name}"),
     ):
@@ -380,7 +342,7 @@ def _fetch(listing: _Listing, files: list[str]) -> Path:
         )
 
 
-def _check_room(repository: _Repository, num_bytes: int) -> None:
+def _check_room(repository: Repository, num_bytes: int) -> None:
     """Raise a LorafitError if the disk of the cache has no room for a download of `num_bytes`."""
     cache = Path(constants.HF_HUB_CACHE)
     kind = repository.kind + "s"
@@ -394,96 +356,12 @@ def _check_room(repository: _Repository, num_bytes: int) -> None:
     if num_bytes - begun > free:
         raise repository.error(
             f"`{repository.name}` needs {num_bytes - begun:,} bytes, and the disk of the cache has {free:,} free",
-            f"{_MORE_SPACE} (now {cache})",
+            f"{MORE_SPACE} (now {cache})",
         )
 
 
-def _not_cached(repository: _Repository, what: str) -> LorafitError:
+def _not_cached(repository: Repository, what: str) -> LorafitError:
     return repository.error(
         f"{what} is not in the local cache, and this run is offline",
         f"fetch it while online: {repository.download_command}",
     )
-
-
-@contextmanager
-def _explained(repository: _Repository) -> Iterator[None]:
-    """Replace an error of the library by one of lorafit, with the library's error as its cause."""
-    try:
-        yield
-    except (
-        *(httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, RuntimeError, XetDownloadError),
-        ImportError,  # of a proxy without its package
-    ) as raised:
-        error: BaseException = raised
-        while isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
-            error = error.__cause__  # the library raises this after the error of the connection
-        raise repository.error(*_explanation(repository, error)) from error
-
-
-def _explanation(repository: _Repository, error: BaseException) -> tuple[str, str]:
-    """(message, hint) for `error`."""
-    name, log_in = repository.name, "set HF_TOKEN or run `hf auth login`"
-    match error:
-        case GatedRepoError():
-            return (
-                f"`{name}` is gated: only accounts that accepted its licence may download it",
-                f"accept the licence on {repository.page}, then {log_in} with that account",
-            )
-        case RevisionNotFoundError():
-            return (
-                f"`{name}` has no revision `{repository.revision}`",
-                "give a branch, a tag or a full commit",
-            )
-        case RepositoryNotFoundError():
-            hint = f"check the spelling; if the {repository.kind} is private, {log_in}"
-            similar = _similar_folder(name)
-            return f"the hub has no {repository.kind} `{name}`", f"{hint}; {similar}" if similar else hint
-        case RemoteEntryNotFoundError():
-            return (
-                f"a file of `{name}` is missing: {error.response.url.path}",
-                "try again, or another revision",
-            )
-        case HfHubHTTPError() if error.response.status_code == 401:
-            return "the hub does not accept your token", f"create a new one ({TOKENS_PAGE}) and {log_in}"
-        case HfHubHTTPError() if error.response.status_code == 403:
-            return f"your token may not read `{name}`", f"give it that right on {TOKENS_PAGE}"
-        case HfHubHTTPError():
-            return f"the hub answered with an error ({error.response.status_code})", "try again later"
-        case HFValidationError():
-            return f"`{name}` is not an id of the hub: {error}", ""
-        case httpx.TransportError():
-            hint = "check the network, the proxy and HF_ENDPOINT; files in the cache can be used offline"
-            return (
-                f"there is no folder `{name}`, and no connection to the hub: "
-                f"{str(error) or type(error).__name__}",
-                "; ".join(filter(None, (_similar_folder(name), hint))),
-            )
-        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            return (
-                f"the disk is full: no room to download to {constants.HF_HUB_CACHE}",
-                _MORE_SPACE,
-            )
-        case OSError() if error.errno in _CANNOT_WRITE and not isinstance(error, httpx.HTTPError):
-            return (
-                f"cannot write to the cache of the hub, {constants.HF_HUB_CACHE}: {error.strerror}",
-                "set HF_HOME to a folder that you can write",
-            )
-        case ImportError() | httpx.InvalidURL() | ValueError():
-            return (
-                f"the address of the hub or of a proxy cannot be used: {_first_line(error)}",
-                "correct or unset HF_ENDPOINT, HTTPS_PROXY, HTTP_PROXY or ALL_PROXY (`lorafit doctor` lists them)",
-            )
-        case _:
-            return f"the download failed: {_first_line(error)}", "try again"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def _similar_folder(name: str) -> str:
-    """A hint at the local folder with a name similar to `name`, if there is one."""
-    path = Path(name).expanduser()
-    parent = path.parent if path.parent.is_dir() else Path()
-    near = difflib.get_close_matches(path.name, [f.name for f in parent.iterdir() if f.is_dir()], n=1)
-    return f"did you mean the folder {os.path.join('.', parent, near[0])}?" if near else ""  # noqa: PTH118  keeps ./
