@@ -26,6 +26,7 @@ from lorafit.version import __version__
 
 FILE = "README.md"
 MOST_ROWS = 10
+_UNKNOWN = "Not known: the adapter is not from a run of lorafit."
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -91,12 +92,16 @@ def _prompt(source: RunSource) -> str:
 
 
 def _data(source: RunSource) -> str:
+    if source.config is None:
+        return _UNKNOWN
     paths = ", ".join(f"`{nameless(path)}`" for path in source.config.data.path)
     ledger = Ledger.from_json(source.run.read_json(source.run.ledger_file))
     return f"{paths}\n\n```text\n" + "\n".join(ledger.lines()) + "\n```"
 
 
 def _recipe(source: RunSource) -> str:
+    if source.config is None:
+        return _UNKNOWN
     config = source.config.model_dump(mode="json")
     kept = {
         section: {key: _nameless(value) for key, value in config[section].items() if value is not None}

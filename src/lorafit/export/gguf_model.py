@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorafit.errors import ModelError
+from lorafit.errors import ModelError, several
 from lorafit.export.chat_template import chat_template
 from lorafit.export.gguf_types import byte_shape, file_type, stored, tensor_type
 from lorafit.export.gguf_vocabulary import Vocabulary, vocabulary
@@ -55,7 +55,7 @@ def write_gguf(
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_shape(writer, arch)
         _add_tokenizer(
-            writer, source, vocabulary(source.base.path, source.renderer.tokenizer, arch.vocab_size)
+            writer, source, vocabulary(source.tokenizer_folder, source.renderer.tokenizer, arch.vocab_size)
         )
         extra = {"rope_freqs.weight": _rope_factors(arch)} if arch.rope.kind == "llama3" else {}
         for name, factors in extra.items():
@@ -79,22 +79,27 @@ def write_gguf(
 
 def write_lora(source: RunSource, path: Path) -> None:
     """Write the adapter alone, float32, for `llama-cli --lora` and the like. Raises OSError."""
-    if not VARIANTS[source.spec.variant].is_plain:
-        raise ModelError(
-            f"llama.cpp has no adapters of the variant `{source.spec.variant}`", hint="export `gguf`"
-        )
+    spec = source.saved.spec
+    if not VARIANTS[spec.variant].is_plain:
+        raise ModelError(f"llama.cpp has no adapters of the variant `{spec.variant}`", hint="export `gguf`")
+    if tables := source.saved.tables:
+        raise ModelError(f"llama.cpp has no adapters that change {several(tables)}", hint="export `gguf`")
     arch = source.arch
     writer = gguf.GGUFWriter(path, _architecture(source))
     try:
         writer.add_type("adapter")
         writer.add_name(source.name)
         writer.add_string("adapter.type", "lora")
-        # llama.cpp divides by the rank
-        writer.add_float32("adapter.lora.alpha", source.spec.scale * source.spec.rank)
+        writer.add_float32("adapter.lora.alpha", spec.scale * spec.rank)
         for name in source.weights:
-            if name in source.adapted:
-                factors = source.factors(name)
+            if name in source.saved.changes:
+                module = name.removesuffix(".weight")
+                factors = source.saved.tensors(module)
                 b = permuted(factors["lora_B"], name, arch)
+                if (
+                    own := spec.of(module)
+                ) != spec:  # llama.cpp divides the one alpha by the rank of the module
+                    b = b * (own.scale * own.rank / (spec.scale * spec.rank))
                 writer.add_tensor(f"{gguf_name(name)}.lora_a", factors["lora_A"].contiguous().numpy())
                 writer.add_tensor(f"{gguf_name(name)}.lora_b", b.contiguous().numpy())
         writer.write_header_to_file()

@@ -7,10 +7,11 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import ConfigError, LorafitError, Problem, RunError
 from lorafit.export import parity
 from lorafit.export.card import FILE as CARD
@@ -22,6 +23,7 @@ from lorafit.export.readback import READERS
 from lorafit.export.reference import Reference, make_reference
 from lorafit.export.run_source import RunSource, open_source
 from lorafit.observe.progress import progress
+from lorafit.run_dir import PROMPT
 from lorafit.storage.atomic import commit_folder, read_facts, verify_folder
 from lorafit.version import __version__
 
@@ -77,6 +79,10 @@ def export_run(
     if type_name == "auto":
         type_name = base_type(source)
     name = kind if len(export.types) == 1 else f"{kind}-{type_name}"
+    if output is None and source.config is None:
+        raise ConfigError(
+            "an adapter outside of a run needs an --output", hint=f"--output {source.name}-{name}"
+        )
     folder = source.run.exports / name if output is None else _checked_folder(output)
     reference = None
     if verify:
@@ -91,8 +97,11 @@ def export_run(
         try:
             with progress(f"writing {kind}") as advance:
                 sums = export.write(source, staging, type_name, advance)
-            contract = json.dumps(source.contract.to_json(), indent=1, ensure_ascii=False) + "\n"
-            (staging / "prompt.json").write_text(contract, encoding="utf-8")
+            prompt = source.contract
+            if not export.is_adapter and (staging / "tokenizer.json").is_file():  # it is its own model now
+                prompt = replace(prompt, tokenizer_sha256=Tokenizer.from_folder(staging).sha256)
+            contract = json.dumps(prompt.to_json(), indent=1, ensure_ascii=False) + "\n"
+            (staging / PROMPT).write_text(contract, encoding="utf-8")
             if reference is not None:
                 outcome = _verify(source, reference, export, staging)
             (staging / parity.FILE).write_text(json.dumps(outcome, indent=1) + "\n", encoding="utf-8")

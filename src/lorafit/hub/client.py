@@ -57,6 +57,7 @@ MODEL_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "adapter_config.json",
+    "prompt.json",
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -209,6 +210,14 @@ def _folder(
 def _model_files(files: list[str], place: str) -> list[str]:
     """The files of a model to read. Second copies of the weights (consolidated, original/) are left out."""
     files = [file for file in files if "/" not in file]
+    whole = {"model.safetensors", "model.safetensors.index.json"} & {*files}
+    if whole and {"adapter_config.json", "adapter_model.safetensors"} <= {*files}:
+        raise ModelError(
+            "the folder holds a whole model and an adapter, and only one of them can be meant",
+            place=place,
+            hint="lorafit generate BASE --adapter FOLDER asks the adapter; take adapter_config.json out of the folder "
+            "to use the whole model",
+        )
     if "model.safetensors" in files:
         weights = ["model.safetensors"]
     elif "model.safetensors.index.json" in files:
@@ -218,7 +227,7 @@ def _model_files(files: list[str], place: str) -> list[str]:
         raise ModelError(
             "this is an adapter, not a model",
             place=place,
-            hint="give its base model as model.name, and the adapter as lora.init_from",
+            hint="give its base model, and the adapter with --adapter (to train: model.name and lora.init_from)",
         )
     else:
         raise _no_safetensors(files, place, "model.safetensors")
@@ -238,7 +247,7 @@ def _adapter_files(files: list[str], place: str) -> list[str]:
         raise _no_safetensors(files, place, "adapter_model.safetensors")
     if "adapter_config.json" not in files:
         raise ModelError("the adapter has no adapter_config.json", place=place)
-    return ["adapter_config.json", "adapter_model.safetensors"]
+    return [*_tokenizer_files(files, place), "adapter_model.safetensors"]
 
 
 def _no_safetensors(files: list[str], place: str, missing: str) -> ModelError:

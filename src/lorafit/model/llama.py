@@ -140,6 +140,9 @@ class Llama(nn.Module):
         self.model = Decoder(arch)
         self.lm_head = _Head(arch.hidden_size, arch.vocab_size, bias=False)
         self.recompute = False
+        self.changed: dict[
+            str, tuple[nn.Parameter, nn.Parameter]
+        ] = {}  # by an adapter: the base's weight, its own
         if arch.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
