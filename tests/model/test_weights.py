@@ -136,7 +136,7 @@ def test_missing_and_damaged_files_say_what_to_do(tmp_path: Path) -> None:
 
 
 def test_an_index_cannot_point_outside_its_folder(tmp_path: Path) -> None:
-    write_model(tmp_path)
+    (write_model(tmp_path) / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "../../secret.safetensors"}}'
     )
@@ -161,7 +161,7 @@ def test_fingerprint_tells_models_apart(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "only `silu` is supported"),
         ({"num_key_value_heads": 3}, "must divide num_attention_heads"),
         ({"hidden_size": "big"}, "`hidden_size` is 'big'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope types default, linear and llama3"),
+        ({"rope_scaling": {"rope_type": "su", "factor": 4.0}}, "rope types default, linear, dynamic, llama3"),
         ({"quantization_config": {"bits": 4}}, "give the 16-bit original"),
     ],
 )

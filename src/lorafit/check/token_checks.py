@@ -91,10 +91,8 @@ class Tokens(TokenFindings):
             return
         if self._renderer.contract.add_bos and ids[0] != self._bos:
             self.no_bos.add(row.number)
-        twice = len(ids) > 1 and ids[0] == ids[1] == self._bos
-        # a template such as Llama 2's begins every exchange with one
-        exchanges = sum(turn.role == "user" for turn in row.content.turns() or ())
-        if twice or int(np.count_nonzero(ids == self._bos)) > max(1, exchanges):
+        # only the beginning: a template may begin each turn with one, and so may a text with several turns
+        if len(ids) > 1 and ids[0] == ids[1] == self._bos:
             self.more_bos.add(row.number)
 
     def _all(self, ids: Ids) -> _Span:

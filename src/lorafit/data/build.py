@@ -27,10 +27,13 @@ from lorafit.observe.progress import progress
 
 
 class ModelLimits(Protocol):
-    """The limits of a model: its context length in tokens, and the number of its token embeddings."""
+    """The limits of a model: the longest text and row in tokens, and the number of its token embeddings."""
 
     @property
     def max_position_embeddings(self) -> int: ...
+
+    @property
+    def longest_row(self) -> int: ...
 
     @property
     def vocab_size(self) -> int: ...
@@ -106,7 +109,7 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
         raise DataError(
             f"no row is left to train on: {reasons}", hint="correct the rows, or see data.max_length"
         )
-    longest = limits.max_position_embeddings if limits else None
+    longest = limits.longest_row if limits else None
     if longest is not None and (most := int(encoded.lengths.max())) > longest:
         raise DataError(
             f"the longest row has {most:,} tokens, but the model reads at most {longest:,}",

@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 import re
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date as Date
-from typing import Literal
+from typing import Any, Literal
 
 from lorafit.data.formats import Message
 from lorafit.data.jinja_sandbox import OverdrawnError, Sandbox
@@ -42,15 +42,22 @@ class Part:
 class ChatTemplate:
     """One chat template with its variables: the texts of BOS and EOS, and the date (YYYY-MM-DD)."""
 
-    def __init__(self, source: str, *, bos: str | None, eos: str | None, date: str) -> None:
+    def __init__(
+        self,
+        source: str,
+        *,
+        bos: str | None,
+        eos: str | None,
+        date: str,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
         """Raises ModelError with the line of a syntax error."""
         try:
             self._environment = Sandbox(Date.fromisoformat(date))
         except ValueError:
             raise ModelError("the date for the chat template is not a date", place="prompt.json") from None
-        self._variables = {
-            name: text for name, text in (("bos_token", bos), ("eos_token", eos)) if text is not None
-        }
+        special = {name: text for name, text in (("bos_token", bos), ("eos_token", eos)) if text is not None}
+        self._variables: dict[str, Any] = {**(arguments or {}), **special}
         self._shapes: dict[Shape, list[tuple[str, int | None, bool]]] = {}
         try:
             self._template = self._environment.from_string(source)

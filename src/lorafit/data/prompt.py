@@ -161,15 +161,21 @@ def _read_template(path: Path) -> str:
         raise ModelError(f"the chat template cannot be read: {reason}", place=str(path)) from error
 
 
-def _chat_template(contract: PromptContract) -> ChatTemplate | None:
+def _chat_template(contract: PromptContract, tokenizer: Tokenizer) -> ChatTemplate | None:
     if contract.chat_template is None:
         return None
-    return ChatTemplate(contract.chat_template, bos=contract.bos, eos=contract.eos, date=contract.date)
+    return ChatTemplate(
+        contract.chat_template,
+        bos=contract.bos,
+        eos=contract.eos,
+        date=contract.date,
+        arguments=tokenizer.named,
+    )
 
 
 def _template_stop(contract: PromptContract, tokenizer: Tokenizer) -> Control | None:
     """The control token that the chat template puts after an answer, often not the tokenizer's EOS."""
-    template = _chat_template(contract)
+    template = _chat_template(contract, tokenizer)
     assert template is not None
     try:
         parts = template.parts([Message("user", "question"), Message("assistant", "answer")])
@@ -236,7 +242,7 @@ class Renderer:
             )
         self.contract = contract
         self.tokenizer = tokenizer
-        self._template = _chat_template(contract)
+        self._template = _chat_template(contract, tokenizer)
 
     def render_batch(self, rows: Sequence[Row]) -> list[Rendered | Dropped | Problem]:
         """Each row in full (no limit on its length), or the reason why it cannot be rendered."""

@@ -133,7 +133,13 @@ def shipped(renderer: Renderer, row: Row) -> str:
     if messages is None:
         raise DataError("a row of this format is no conversation: no chat template applies", place=row.place)
     contract = renderer.contract
-    template = ChatTemplate(source, bos=contract.bos, eos=contract.eos, date=contract.date)
+    template = ChatTemplate(
+        source,
+        bos=contract.bos,
+        eos=contract.eos,
+        date=contract.date,
+        arguments=renderer.tokenizer.named,
+    )
     return template.render(contract.with_system(messages))
 
 

@@ -34,7 +34,6 @@ _MAX_PROTECTED = 4096
 MAX_JSON = 64 * MB
 MAX_SPECIALS = 20_000
 MAX_GROWTH = 64  # times that normalizers or decoders may lengthen a text
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +56,10 @@ class Tokenizer:
     """Text to ids and back for one Hugging Face model folder.
 
     Attributes: `bos` and `eos` (None where the model has none), `adds_bos` (whether texts start with BOS),
-    `stop_ids` (the ids that end an answer according to the model), `control` (text to id of every special
-    token but the unknown one), `unknown_id` (the token for characters outside of the vocabulary, if there is
-    one), `vocab_size`, `chat_template` (Jinja source or None), `sha256` (of the files that decide tokenisation).
+    `stop_ids` (the ids that end an answer according to the model), `named` (the texts of all tokens that the config
+    names, by key), `control` (text to id of every special token but the unknown one), `unknown_id` (the token for
+    characters outside of the vocabulary, if there is one), `vocab_size`, `chat_template` (Jinja source or None),
+    `sha256` (of the files that decide tokenisation).
     """
 
     def __init__(
@@ -73,8 +73,9 @@ class Tokenizer:
     ) -> None:
         """`spec`, `config` and `generation` are the contents of tokenizer.json, tokenizer_config.json and
         generation_config.json; `spec` is changed in place."""
-        names = {key: _token_text(config.get(key)) for key in _NAMED_TOKENS}
-        specials = _specials(spec, config, [name for name in names.values() if name])
+        names = {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token")}
+        self.named = _named_tokens(config)
+        specials = _specials(spec, config, [text for value in self.named.values() for text in _listed(value)])
         self._private = {text: f"{_OPEN}{index}{_CLOSE}" for index, text in enumerate(specials)}
         self._public = {private: text for text, private in self._private.items()}
         if len(specials) > MAX_SPECIALS:
@@ -339,6 +340,26 @@ def _adds(post_processor: dict[str, Any] | None, bos: str | None) -> bool:
         if step["type"] == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
             return bool(step["single"][0]["SpecialToken"]["id"] == bos)
     return False
+
+
+def _listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _named_tokens(config: Mapping[str, Any]) -> dict[str, str | list[str]]:
+    """The texts of the tokens that the config names, as transformers gives them to a chat template."""
+    named = {key: value for key, value in config.items() if key.endswith("_token")}
+    for key in ("extra_special_tokens", "model_specific_special_tokens"):
+        if isinstance(config.get(key), dict):
+            named |= config[key]
+    found: dict[str, str | list[str]] = {}
+    for key, value in named.items():
+        if text := _token_text(value):
+            found[key] = text
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        if isinstance(config.get(key), list):
+            found[key] = [text for text in map(_token_text, config[key]) if text]
+    return found
 
 
 def _specials(spec: dict[str, Any], config: Mapping[str, Any], named: Sequence[str]) -> list[str]:

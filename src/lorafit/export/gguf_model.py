@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -143,7 +144,11 @@ def permuted(weight: Tensor, name: str, arch: Architecture) -> Tensor:
 
 
 def _add_shape(writer: gguf.GGUFWriter, arch: Architecture) -> None:
-    writer.add_context_length(arch.shortest_window)  # llama.cpp has no windows for these networks
+    rope = arch.rope
+    if rope.kind == "longrope" or not rope.truncate:
+        raise ModelError(f"llama.cpp does not compute this rope of type {rope.kind}", hint="export `merged`")
+    # llama.cpp has no windows for these networks, and no rope that changes with the length
+    writer.add_context_length(min(arch.shortest_window, rope.fixed_up_to or arch.shortest_window))
     writer.add_embedding_length(arch.hidden_size)
     writer.add_block_count(arch.num_hidden_layers)
     writer.add_feed_forward_length(arch.intermediate_size)
@@ -155,9 +160,17 @@ def _add_shape(writer: gguf.GGUFWriter, arch: Architecture) -> None:
     writer.add_rope_dimension_count(arch.head_dim)
     writer.add_rope_freq_base(arch.rope.theta)
     writer.add_vocab_size(arch.vocab_size)
-    if arch.rope.kind == "linear":
+    if rope.kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(arch.rope.factor)
+        writer.add_rope_scaling_factor(rope.factor)
+    elif rope.kind == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope.factor)
+        writer.add_rope_scaling_orig_ctx_len(rope.original_max_position_embeddings)
+        writer.add_rope_scaling_yarn_beta_fast(rope.beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(rope.beta_slow)
+        # llama.cpp multiplies by the factor of the paper itself
+        writer.add_rope_scaling_attn_factors(rope.attention_factor / (1 + 0.1 * math.log(rope.factor)))
 
 
 def _rope_factors(arch: Architecture) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:

@@ -35,7 +35,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from lorafit.errors import ConfigError, DataError, LorafitError, ModelError
+from lorafit.errors import ConfigError, DataError, LorafitError, ModelError, several
 from lorafit.hub.dataset_splits import (
     FILE_KINDS,
     HUB_ID,
@@ -252,6 +252,9 @@ def _adapter_files(files: list[str], place: str) -> list[str]:
 
 def _no_safetensors(files: list[str], place: str, missing: str) -> ModelError:
     pickles = [file for file in files if file.endswith(PICKLES)]
+    if others := [file for file in files if file.endswith(".safetensors")]:
+        hint = f"if it holds the whole model, rename it to {missing}" if len(others) == 1 else _WHAT_TO_GIVE
+        return ModelError(f"{missing} is missing: there is {several(others)}", place=place, hint=hint)
     if not pickles:
         return ModelError(f"there are no weights here: {missing} is missing", place=place, hint=_WHAT_TO_GIVE)
     return ModelError(

@@ -16,7 +16,7 @@ from lorafit.errors import Problem
 Rule = Literal["used", "harmless"] | tuple[object, ...]
 USED: Literal["used"] = "used"
 HARMLESS: Literal["harmless"] = "harmless"
-_UNSET: tuple[object, ...] = (None, False, [], {}, "")
+UNSET: tuple[object, ...] = (None, False, [], {}, "")
 _INIT_OF_RESIDUALS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ ADAPTER: dict[str, Rule] = {
         "eva_config corda_config lora_ga_config runtime_config ensure_weight_tying velora_config qalora_group_size",
     ),
     **_all(
-        _UNSET,
+        UNSET,
         "lora_bias target_parameters alora_invocation_tokens layer_replication use_qalora monteclora_config "
         "use_bdlora arrow_config kasa_config",
     ),
@@ -53,6 +53,7 @@ NOT_TRAINED = (
     "modules_to_save",
     "use_dora",
     "trainable_token_indices",
+    "bias",
 )
 
 # config.json of the supported model types
@@ -80,7 +81,7 @@ CONFIG: dict[str, Rule] = {
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
     "cross_attention_hidden_size": (None,),
-    "pruned_heads": _UNSET,
+    "pruned_heads": UNSET,
 }
 # `rope_scaling` or `rope_parameters` in config.json
 ROPE: dict[str, Rule] = {
@@ -111,7 +112,7 @@ GENERATION: dict[str, Rule] = {
         "prefill_chunk_size _from_model_config transformers_version guidance_scale chat_format",
     ),
     **_all(
-        _UNSET,
+        UNSET,
         "stop_strings bad_words_ids forced_bos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens "
         "sequence_bias token_healing watermarking_config constraints force_words_ids",
     ),
@@ -145,11 +146,11 @@ def refused(raw: Mapping[str, Any], rules: Mapping[str, Rule], place: str, hint:
     """A problem for each key of `raw` with a value that lorafit does not support. Keys without a rule are named once
     on standard error, if they have a value.
     """
-    is_new = {key for key, value in raw.items() if key not in rules and value not in _UNSET}
+    is_new = {key for key, value in raw.items() if key not in rules and value not in UNSET}
     if names := sorted(key for key in is_new if not key.endswith("_token")):
         _name(place, ", ".join(names))
     return [
-        Problem(f"`{key}` is {str(raw[key])[:60]!s}, which lorafit does not support", place, hint)
+        Problem(f"`{key}` is {repr(raw[key])[:60]}, which lorafit does not support", place, hint)
         for key, rule in rules.items()
         if isinstance(rule, tuple) and key in raw and raw[key] not in rule
     ]

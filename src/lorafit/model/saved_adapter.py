@@ -16,23 +16,17 @@ import torch
 from torch import Tensor
 
 from lorafit.errors import ModelError, Problem, several
-from lorafit.hub.folder_keys import ADAPTER, NOT_TRAINED, refused, residual_init
+from lorafit.hub.folder_keys import ADAPTER, NOT_TRAINED, UNSET, refused, residual_init
 from lorafit.model.adapter_file import CONFIG, PREFIX, WEIGHTS, fill_adapter, open_weights, refuse_faults
 from lorafit.model.architecture import Architecture
 from lorafit.model.llama import Llama
 from lorafit.model.lora import VARIANTS, LoraSpec, attach, change_weights, ends_soon, match_targets, weight_of
+from lorafit.model.weights import plain_name
 from lorafit.storage.safe_read import MB, read_json
 
 MAX_CONFIG = 16 * MB
 HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
-_WRAPPERS = {
-    "module",
-    "_orig_mod",
-    "_fsdp_wrapped_module",
-    "_checkpoint_wrapped_module",
-    "default",
-    "base_layer",
-}
+_OF_PEFT = {"default", "base_layer"}  # the name of an adapter in memory, and a module below an adapted one
 _TOKENS = "token_adapter.trainable_tokens_delta"
 _PART = re.compile(rf"(.+)\.(lora_\w+|{re.escape(_TOKENS)})(\.weight)?")
 _MERGE = "merge it with PEFT (merge_and_unload), and give the merged model"
@@ -71,8 +65,12 @@ class SavedAdapter:
 
     def tensors(self, module: str) -> dict[str, Tensor]:
         """The tensors of an adapted module by part (`lora_A`), float32."""
+        return {part: tensor.float() for part, tensor in self.stored(module).items()}
+
+    def stored(self, module: str) -> dict[str, Tensor]:
+        """The same as the file has them."""
         with open_weights(self.path) as file:
-            return {part: file.get_tensor(name).float() for part, name in self.parts.get(module, {}).items()}
+            return {part: file.get_tensor(name) for part, name in self.parts.get(module, {}).items()}
 
     def merged(self, name: str, weight: Tensor) -> Tensor:
         """The weight `name` of the base with the adapter in it, float32."""
@@ -187,9 +185,9 @@ def read_spec(folder: Path) -> LoraSpec:
     is_trained = VARIANTS[saved.spec.variant].peft_keys.keys() - {"use_dora"}
     hint = "lorafit answers with such an adapter and exports it; to go on from it, train on its merged export"
     problems = [
-        Problem(f"`{key}` is {str(raw[key])[:60]}, which lorafit does not train", str(folder / CONFIG), hint)
+        Problem(f"`{key}` is {repr(raw[key])[:60]}, which lorafit does not train", str(folder / CONFIG), hint)
         for key in NOT_TRAINED
-        if raw.get(key) and key not in is_trained
+        if raw.get(key) not in (*UNSET, "none") and key not in is_trained
     ]
     if not problems and saved.tables:
         message = f"the adapter changes {several(saved.tables)}, which lorafit does not train"
@@ -230,7 +228,7 @@ def attach_linears(network: Llama, saved: SavedAdapter) -> None:
         m for m in saved.parts if m not in linears and (m not in (HEAD, EMBEDDING) or m not in modules)
     ]
     if names := sorted([*strange, *(saved.whole.keys() - parameters)]):
-        message = f"the adapter changes {several(names)}, which this model does not have"
+        message = f"adapter tensor {several(names)} fits nothing in this model"
         raise ModelError(message, place=str(saved.path / WEIGHTS), hint="is it the adapter of another model?")
     if missing := _missing(network, saved):
         message = (
@@ -243,7 +241,7 @@ def attach_linears(network: Llama, saved: SavedAdapter) -> None:
     stored = {
         f"{PREFIX}{module}.{part}.weight": tensor
         for module in saved.spec.targets
-        for part, tensor in saved.tensors(module).items()
+        for part, tensor in saved.stored(module).items()
     }
     fill_adapter(network, stored, saved.path / WEIGHTS)
 
@@ -255,7 +253,7 @@ def _tensors_of(folder: Path) -> tuple[dict[str, dict[str, str]], dict[str, str]
     with open_weights(folder) as file:
         names: Sequence[str] = list(file.keys())
     for name in names:
-        plain = ".".join(word for word in name.split(".") if word not in _WRAPPERS)
+        plain = ".".join(word for word in plain_name(name).split(".") if word not in _OF_PEFT)
         while plain.startswith(PREFIX):
             plain = plain.removeprefix(PREFIX)
         match = _PART.fullmatch(plain)
