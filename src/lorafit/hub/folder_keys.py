@@ -135,7 +135,7 @@ TOKENIZER: dict[str, Rule] = {
         "post_processor backend is_local local_files_only files_loaded processor_class verbose auto_map "
         "use_fast from_slow device_map response_schema response_template chat_control_tokens gguf_file "
         "fix_mistral_regex tokenizer tokenizer_object tokenizer_padding tokenizer_truncation _json_padding "
-        "_json_truncation _spm_precompiled_charsmap init_inputs trust_remote_code _commit_hash unsloth_version",
+        "_json_truncation _spm_precompiled_charsmap init_inputs _commit_hash unsloth_version",
     ),
     "split_special_tokens": (None, False),
     "do_lower_case": (None, False),

@@ -176,6 +176,9 @@ def load(
     base = found.base_folder()
     renderer = found.renderer(base)
     if system is not None:
+        if renderer.contract.system not in ("", system):
+            trained = renderer.contract.system[:60]
+            logger.warning("note: the system prompt of the training is replaced: %r", trained)
         renderer = Renderer(dataclasses.replace(renderer.contract, system=system), renderer.tokenizer)
     with progress("loading the model") as advance:
         network, _ = build_saved(base, found.adapter, device, found.dtype, advance, found.quantize)

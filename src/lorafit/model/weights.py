@@ -47,7 +47,7 @@ def stored_tensors(folder: Path, arch: Architecture) -> dict[str, StoredTensor]:
 
     Raises ModelError if a file cannot be read, or if a tied head and the embedding differ.
     """
-    tensors = {}
+    tensors: dict[str, StoredTensor] = {}
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
