@@ -52,6 +52,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         },
     },
     "llama-linear": {"model_type": "llama", "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama-yarn": {
+        "model_type": "llama",
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    },
     "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 16},
     "mistral-window": {"model_type": "mistral", "sliding_window": 5},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},

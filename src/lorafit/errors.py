@@ -137,6 +137,12 @@ class Problems:
         self.num_more += num_more
 
 
+def several(names: Sequence[str], most: int = 3) -> str:
+    """The first of `names` in a sentence, and how many more there are."""
+    listed = ", ".join(f"`{name}`" for name in names[:most])
+    return listed if len(names) <= most else f"{listed} and {len(names) - most:,} more"
+
+
 def report(problems: Sequence[Problem], limit: int = 50, num_more: int = 0) -> str:
     """All problems as text, one block each; those beyond `limit` and `num_more` are only counted."""
     blocks = [str(problem) for problem in problems[:limit]]

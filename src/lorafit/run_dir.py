@@ -32,6 +32,7 @@ from lorafit.storage.locks import CLAIM, lock
 from lorafit.storage.safe_read import MB, read_json
 
 MAX_JSON = 64 * MB
+PROMPT = "prompt.json"  # in each adapter folder and export too
 _CHECKPOINT = re.compile(r"step-(\d{6,})")
 
 
@@ -47,7 +48,7 @@ class RunDirectory:
         self.path = path
         self.config_file = path / "config.yaml"
         self.env_file = path / "env.json"
-        self.prompt_file = path / "prompt.json"
+        self.prompt_file = path / PROMPT
         self.ledger_file = path / "ledger.json"
         self.metrics_file = path / "metrics.jsonl"
         self.check_file = path / "check.json"

@@ -208,7 +208,7 @@ def tied_tables_are_one_tensor(lab: Lab) -> None:
 
 @probe(
     23,
-    Plant("model.adapter_file:read_spec", "if key in raw and raw[key] not in accepted", "if False"),
+    Plant("model.saved_adapter:read_spec", "if raw.get(key) not in", "if raw is key and raw.get(key) not in"),
     Plant("data.build:_check_embedded", "if tokenizer.vocab_size <= num_embeddings:", "if tokenizer:"),
 )
 def tokens_without_an_embedding_are_refused(lab: Lab) -> None:
@@ -265,19 +265,20 @@ def requested_targets_are_adapted_or_refused(lab: Lab) -> None:
     25,
     Plant("model.llama:inverse_frequencies", 'rope.kind == "llama3"', "False"),
     Plant("model.llama:inverse_frequencies", 'rope.kind == "linear"', "False"),
-    Plant("model.architecture:_rope", 'rope.kind not in ("default", "linear", "llama3")', "False"),
+    Plant("model.llama:inverse_frequencies", 'rope.kind == "yarn"', "False"),
+    Plant("model.architecture:_rope", "kind not in ROPE_KINDS", "False"),
 )
 def far_positions_are_scaled_as_in_the_config(lab: Lab) -> None:
     """Logits at positions beyond the original context equal transformers'; an unknown scaling is refused."""
     ids = torch.arange(200) * 7 % 256
-    for family in ("llama3", "llama-linear"):
+    for family in ("llama3", "llama-linear", "llama-yarn"):
         model = write_model(lab.folder / family, family)
         network = load_network(model, read_architecture(model), torch.float32, torch.device("cpu"))
         assert close(logits_of(network, ids), peft_logits(model, None, ids)), family
-    model = write_model(lab.folder / "yarn")
+    model = write_model(lab.folder / "su")
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(
-        json.dumps({**config, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
+        json.dumps({**config, "rope_scaling": {"rope_type": "su", "factor": 4.0}})
     )
     _refused(lab, "rope types", f"model.name={model}")
 

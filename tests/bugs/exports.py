@@ -193,10 +193,10 @@ def a_tokenizer_is_exported_unchanged_or_refused(lab: Lab) -> None:
 
 @probe(
     28,
-    Plant("export.gguf_model:write_lora", "source.spec.scale * source.spec.rank", "source.spec.alpha"),
+    Plant("export.gguf_model:write_lora", 'alpha", spec.scale * spec.rank', 'alpha", spec.alpha'),
     Plant(
-        "export.run_source:RunSource.tensor",
-        "self.spec.scale",
+        "model.saved_adapter:SavedAdapter.merged",
+        "self.spec.of(module).scale",
         "self.spec.alpha / self.spec.rank",
     ),
 )

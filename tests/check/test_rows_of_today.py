@@ -14,7 +14,7 @@ from tests.tiny_models import write_model
 from lorafit.check.run import check_data
 from lorafit.config.load import load_config
 from lorafit.data.formats import Message
-from lorafit.errors import CheckResult
+from lorafit.errors import CheckResult, DataError, ModelError
 from lorafit.export.chat_template import chat_template, render
 from lorafit.infer.model import load
 
@@ -71,9 +71,10 @@ def test_thoughts_of_earlier_turns_and_broken_arguments(model: Path, tmp_path: P
 def test_arguments_of_the_template_reach_training_answers_and_exports(model: Path, tmp_path: Path) -> None:
     asks = "data.template_args={enable_thinking: false}"
     rows = [{"messages": [ASK, {**END, "reasoning": "One."}]}, {"messages": [ASK, END]}]
-    assert "asks without a thought" in results(model, tmp_path, rows, asks)["rows"].message
-    [wrong] = results(model, tmp_path, rows, "data.template_args={thinking: true}").values()
-    assert "reads no `thinking`" in wrong.message
+    with pytest.raises(DataError, match="asks without a thought"):
+        results(model, tmp_path, rows, asks)
+    with pytest.raises(ModelError, match="reads no `thinking`"):
+        results(model, tmp_path, rows, "data.template_args={thinking: true}")
     (tmp_path / "rows.json").write_text(json.dumps(rows[1:] * 9))
     words = [
         f"model.name={model}",

@@ -239,7 +239,7 @@ def test_arguments_of_the_template(renderer: Callable[..., Renderer]) -> None:
     assert json.loads(json.dumps(by.contract.to_json()))["template_args"] == {"enable_thinking": False}
     assert type(by.contract).from_json(by.contract.to_json()) == by.contract
     assert by.contract.hash != renderer(HERMES).contract.hash
-    assert by.contract.jinja().render([Message("user", "x")], ask=True).endswith("</think>\n\n")  # type: ignore[union-attr]
+    assert by.contract.jinja(by.tokenizer).render([Message("user", "x")], ask=True).endswith("</think>\n\n")  # type: ignore[union-attr]
     with pytest.raises(DataError, match="turn 2 thinks, but the chat template asks without a thought"):
         rendered(by, {"messages": [ASK, {**END, "reasoning": "x"}]})
     with pytest.raises(ModelError, match="reads no `enable_thinkin`") as caught:

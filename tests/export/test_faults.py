@@ -19,7 +19,6 @@ from lorafit.export import gguf_model, kinds, merge, ollama
 from lorafit.export.chat_template import chat_template
 from lorafit.export.run import export_run
 from lorafit.export.run_source import RunSource
-from lorafit.model.lora import LoraLinear
 
 pytestmark = pytest.mark.slow
 
@@ -73,17 +72,23 @@ def no_stop_token(patch: pytest.MonkeyPatch) -> None:
 
 def eight_bit_base(patch: pytest.MonkeyPatch) -> None:
     """W rounded to 127 steps a row before the adapter is added, as a merge into a quantised copy does."""
-    right = RunSource.factors
 
     def wrong(source: RunSource, name: str, *, merged: bool = True) -> Tensor:
         weight = tensor(source, name, merged=False)
-        if name not in source.adapted:
+        if name not in source.saved.changes:
             return weight
         step = weight.abs().amax(1, keepdim=True) / 127
-        return LoraLinear.merge((weight / step).round() * step, right(source, name), source.spec.scale)
+        return source.saved.merged(name, (weight / step).round() * step)
 
     tensor = RunSource.tensor
     patch.setattr(RunSource, "tensor", wrong)
+
+
+def times_rank(source: RunSource) -> RunSource:
+    """The source with alpha in the place of alpha / r."""
+    spec = source.saved.spec
+    saved = dataclasses.replace(source.saved, spec=dataclasses.replace(spec, alpha=spec.alpha * spec.rank))
+    return dataclasses.replace(source, saved=saved)
 
 
 def alpha_alone(patch: pytest.MonkeyPatch) -> None:
@@ -91,8 +96,7 @@ def alpha_alone(patch: pytest.MonkeyPatch) -> None:
     right = RunSource.tensor
 
     def wrong(source: RunSource, name: str, *, merged: bool = True) -> Tensor:
-        spec = dataclasses.replace(source.spec, alpha=source.spec.alpha * source.spec.rank)
-        return right(dataclasses.replace(source, spec=spec), name, merged=merged)
+        return right(times_rank(source), name, merged=merged)
 
     patch.setattr(RunSource, "tensor", wrong)
 
@@ -112,8 +116,7 @@ def alpha_alone_in_peft(patch: pytest.MonkeyPatch) -> None:
 
 def alpha_alone_in_gguf(patch: pytest.MonkeyPatch) -> None:
     def wrong(source: RunSource, path: Path) -> None:
-        spec = dataclasses.replace(source.spec, alpha=source.spec.alpha * source.spec.rank)
-        right(dataclasses.replace(source, spec=spec), path)
+        right(times_rank(source), path)
 
     right = gguf_model.write_lora
     patch.setattr(gguf_model, "write_lora", wrong)

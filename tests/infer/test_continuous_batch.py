@@ -16,11 +16,12 @@ from tests.tiny_models import FAMILIES, random_network, write_adapter
 from lorafit.infer.continuous_batch import ContinuousBatch, GeneratedToken, Request, generate_tokens
 from lorafit.infer.sampling import Sampling
 from lorafit.model import native
-from lorafit.model.adapter_file import load_adapter, read_spec
+from lorafit.model.adapter_file import load_adapter
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, attach
 from lorafit.model.multi_lora import Adapters
+from lorafit.model.saved_adapter import read_spec
 
 NONE = frozenset[int]()
 SPECS = {

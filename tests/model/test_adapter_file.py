@@ -19,11 +19,11 @@ from lorafit.model.adapter_file import (
     adapter_files,
     adapter_tensors,
     load_adapter,
-    read_spec,
 )
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, adapted, attach
+from lorafit.model.saved_adapter import read_spec
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

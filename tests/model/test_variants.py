@@ -15,13 +15,14 @@ from tests.tiny_models import random_network
 from torch import Tensor, nn
 
 from lorafit.errors import ModelError
-from lorafit.model.adapter_file import adapter_files, adapter_tensors, load_adapter, module_tensors, read_spec
+from lorafit.model.adapter_file import adapter_files, adapter_tensors, load_adapter
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.linear import Frozen
 from lorafit.model.llama import Llama
 from lorafit.model.lora import VARIANTS, LoraLinear, LoraSpec, adapted, adapter_parameters, attach
 from lorafit.model.loss import loss_sum
 from lorafit.model.multi_lora import Adapters
+from lorafit.model.saved_adapter import read_adapter, read_spec
 
 IDS = torch.arange(40) * 7 % 256
 SPEC = LoraSpec(4, 8.0, 0.0, ("all-linear",), rslora=True, variant="magnitude")
@@ -108,7 +109,7 @@ def test_it_trains_and_is_the_same_when_saved_loaded_and_merged(tmp_path: Path) 
         merged = random_network(head_dim=16)
         for name, module in adapted(network).items():
             weight = merged.get_submodule(name).weight.detach()
-            parts = module_tensors(folder, name)
+            parts = read_adapter(folder).tensors(name)
             whole = MagnitudeLora.merge(weight, parts, spec.scale) if from_file else weight + module.delta()
             merged.get_submodule(name).weight.data = whole
         torch.testing.assert_close(logits(merged), trained, rtol=1e-5, atol=1e-5)
@@ -167,6 +168,6 @@ def one_token_each(network: Llama) -> Tensor:
 def test_llama_cpp_has_no_adapter_of_it(tmp_path: Path) -> None:
     from lorafit.export.gguf_model import write_lora
 
-    source: Any = SimpleNamespace(spec=SPEC)
+    source: Any = SimpleNamespace(saved=SimpleNamespace(spec=SPEC))
     with pytest.raises(ModelError, match="no adapters of the variant `magnitude`"):
         write_lora(source, tmp_path / "lora.gguf")

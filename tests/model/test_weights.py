@@ -136,7 +136,7 @@ def test_missing_and_damaged_files_say_what_to_do(tmp_path: Path) -> None:
 
 
 def test_an_index_cannot_point_outside_its_folder(tmp_path: Path) -> None:
-    write_model(tmp_path)
+    (write_model(tmp_path) / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text(
         '{"weight_map": {"a": "../../secret.safetensors"}}'
     )
@@ -161,7 +161,7 @@ def test_fingerprint_tells_models_apart(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "only `silu` is supported"),
         ({"num_key_value_heads": 3}, "must divide num_attention_heads"),
         ({"hidden_size": "big"}, "`hidden_size` is 'big'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope types default, linear and llama3"),
+        ({"rope_scaling": {"rope_type": "su", "factor": 4.0}}, "rope types default, linear, dynamic, llama3"),
         ({"quantization_config": {"bits": 4}}, "give the 16-bit original"),
     ],
 )
@@ -187,3 +187,48 @@ def test_both_spellings_of_rope_are_read(tmp_path: Path) -> None:
     assert ropes[0] == ropes[1]
     assert ropes[0].theta == 5e5
     assert ropes[0].kind == "llama3"
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
+def test_weights_of_a_wrapped_model_are_read(prefix: str, tmp_path: Path) -> None:
+    network = random_network()
+    folder = write_model(tmp_path)
+    save_file({prefix + n: t for n, t in weights_of(network).items()}, folder / "model.safetensors")
+    assert_same_weights(load(folder), network)
+
+
+def test_a_tied_decoder_without_its_head_is_read_and_another_names_the_head(tmp_path: Path) -> None:
+    for family in ("llama-tied", "llama"):
+        network = random_network(family)
+        folder = write_model(tmp_path / family, family)
+        stored = {
+            n.removeprefix("model."): t for n, t in weights_of(network).items() if n != "lm_head.weight"
+        }
+        save_file(stored, folder / "model.safetensors")
+        if family == "llama-tied":
+            assert_same_weights(load(folder), network)
+        else:
+            with pytest.raises(ModelError, match="weight `lm_head.weight` is missing"):
+                load(folder)
+
+
+def test_one_fault_of_many_weights_is_one_line(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    stored = {f"transformer.{n}": t for n, t in weights_of(random_network()).items()}
+    save_file(stored, folder / "model.safetensors")
+    with pytest.raises(ModelError) as caught:
+        load(folder)
+    assert len(caught.value.problems) == 2
+    assert "`transformer.lm_head.weight`" in str(caught.value)
+    assert "more is missing" in str(caught.value)
+
+
+def test_one_file_counts_over_shards_as_in_transformers(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    assert [path.name for path in weight_files(folder)] == ["model.safetensors"]
+
+
+def assert_same_weights(one: torch.nn.Module, two: torch.nn.Module) -> None:
+    others = dict(two.named_parameters())
+    assert all(torch.equal(value, others[name]) for name, value in one.named_parameters())

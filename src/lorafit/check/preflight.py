@@ -203,7 +203,7 @@ def _account(training_data: TrainingData) -> list[CheckResult]:
         verdicts.append(_result("lengths", "warn", message, _of(cut), index, hint))
     else:
         if training_data.limits is not None:
-            message += f"; the model reads {training_data.limits.max_position_embeddings:,}"
+            message += f"; the model reads {training_data.limits.longest_row:,}"
         verdicts.append(CheckResult("lengths", "pass", message))
     share = ledger.trained_share
     message = f"{share:.1%} of the tokens are trained, {trained.trained:,} per epoch"

@@ -28,10 +28,10 @@ from lorafit.observe.progress import progress
 
 
 class ModelLimits(Protocol):
-    """The limits of a model: its context length in tokens, and the number of its token embeddings."""
+    """The limits of a model: the longest row in tokens, and the number of its token embeddings."""
 
     @property
-    def max_position_embeddings(self) -> int: ...
+    def longest_row(self) -> int: ...
 
     @property
     def vocab_size(self) -> int: ...
@@ -103,7 +103,7 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
     tokenizer = Tokenizer.from_folder(base.path)
     renderer = make_renderer(config, tokenizer)
     sources = sources_of(config)
-    longest = limits.max_position_embeddings if limits else None
+    longest = limits.longest_row if limits else None
     with progress("tokenising", quiet=quiet) as advance:
         entry = encode_files(sources, renderer, advance, longest)
     encoded, said = entry.encoded, RowFacts(**entry.facts["said"])

@@ -93,12 +93,13 @@ class PromptContract:
             return [Message("system", self.system), *messages]
         return messages
 
-    def jinja(self) -> ChatTemplate | None:
+    def jinja(self, tokenizer: Tokenizer) -> ChatTemplate | None:
         """The chat template with its variables; None for another kind of template."""
         if self.chat_template is None:
             return None
+        arguments = {**tokenizer.named, **self.template_args}
         return ChatTemplate(
-            self.chat_template, bos=self.bos, eos=self.eos, date=self.date, arguments=self.template_args
+            self.chat_template, bos=self.bos, eos=self.eos, date=self.date, arguments=arguments
         )
 
     @property
@@ -164,7 +165,7 @@ def contract(
         template_args=dict(template_args or {}),
         parse_special=parse_special,
     )
-    _check_arguments(result)
+    _check_arguments(result, tokenizer)
     if template != "chat" or (stop := _template_stop(result, tokenizer)) is None:
         return result
     return dataclasses.replace(result, stop_ids=tuple(dict.fromkeys([*result.stop_ids, stop.id])))
@@ -178,9 +179,9 @@ def _read_template(path: Path) -> str:
         raise ModelError(f"the chat template cannot be read: {reason}", place=str(path)) from error
 
 
-def _check_arguments(contract: PromptContract) -> None:
+def _check_arguments(contract: PromptContract, tokenizer: Tokenizer) -> None:
     """Raise ModelError for an argument that the chat template does not read."""
-    template = contract.jinja()
+    template = contract.jinja(tokenizer)
     if not contract.template_args:
         return
     if template is None:
@@ -196,7 +197,7 @@ def _check_arguments(contract: PromptContract) -> None:
 
 def _template_stop(contract: PromptContract, tokenizer: Tokenizer) -> Control | None:
     """The control token that the chat template puts after an answer, often not the tokenizer's EOS."""
-    template = contract.jinja()
+    template = contract.jinja(tokenizer)
     assert template is not None
     try:
         parts = template.parts([Message("user", "question"), Message("assistant", "answer")])

@@ -35,15 +35,18 @@ class _TooLongError(Exception):
 
 
 def has_row_lines(text: TextIO) -> bool:
-    """Whether each line of `text` is a row: of its first lines one is a whole object, and it is not the only line."""
+    """Whether each line of `text` is a row: of its first lines one is a whole object, and it is not the only line.
+
+    Lines that are texts in quotes are rows too: prompts.
+    """
     lines = (line for line in iter(lambda: text.readline(MAX_OBJECT), "") if not line.isspace())
     first = next(lines, "")
     if first.lstrip().startswith("["):
         return False
     second = next(lines, "")
-    if not second or _is_object(first):
+    if not second or _is_whole(first, ("{", '"')):
         return bool(second)
-    return any(_is_object(line) for line in (second, *(next(lines, "") for _ in range(_SNIFFED - 2))))
+    return any(_is_whole(line, ("{",)) for line in (second, *(next(lines, "") for _ in range(_SNIFFED - 2))))
 
 
 def line_value(line: str) -> object:
@@ -57,12 +60,15 @@ def line_value(line: str) -> object:
         raise
 
 
-def _is_object(line: str) -> bool:
-    """Whether a line is a whole object. A line of an indented object begins with a blank."""
+def _is_whole(line: str, beginnings: tuple[str, ...]) -> bool:
+    """Whether a line is a whole value with one of `beginnings`. A line of an indented object begins with a blank."""
+    if not line.startswith(beginnings):
+        return False
     try:
-        return line.startswith("{") and isinstance(line_value(line), dict)
+        line_value(line)
     except (ValueError, RecursionError):
         return False
+    return True
 
 
 def json_rows(text: TextIO, name: str) -> Iterator[tuple[int, object]]:

@@ -108,9 +108,11 @@ def build_pack(rows: Sequence[TokenRow]) -> Pack:
     )
 
 
-def share_prefixes(documents: Sequence[Ids]) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:
+def share_prefixes(
+    documents: Sequence[Ids], *, may_share: bool = True
+) -> tuple[NDArray[np.int64], list[NDArray[np.int64]]]:
     """Merge common prefixes. Each shared token is kept once; this is exact, because a causal model's output for a token
-    depends only on that token and the tokens before it.
+    depends only on that token and the tokens before it. `may_share` is False where it depends on more.
 
     Returns the inputs, and for each document the positions of its tokens in them. All documents have one type and are
     sorted by their bytes, so that those with a common prefix are neighbours.
@@ -119,7 +121,7 @@ def share_prefixes(documents: Sequence[Ids]) -> tuple[NDArray[np.int64], list[ND
     before, path, num_inputs = b"", np.empty(0, np.int64), 0
     for ids in documents:
         text = ids.tobytes()
-        common = _common(before, text) // ids.itemsize
+        common = _common(before, text) // ids.itemsize if may_share else 0
         own = len(ids) - common
         path = np.concatenate([path[:common], np.arange(num_inputs, num_inputs + own)])
         inputs.append(ids[common:])

@@ -107,7 +107,7 @@ class Renderer:
             )
         self.contract = contract
         self.tokenizer = tokenizer
-        self._template = contract.jinja()
+        self._template = contract.jinja(tokenizer)
         self._stops = [text for text, number in tokenizer.control.items() if number in contract.stop_ids]
 
     def render_batch(self, rows: Sequence[Row]) -> list[Rendered | Dropped | Problem]:

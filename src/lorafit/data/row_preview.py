@@ -136,7 +136,11 @@ def shipped(renderer: Renderer, row: Row) -> str:
         raise DataError("a row of this format is no conversation: no chat template applies", place=row.place)
     contract = renderer.contract
     template = ChatTemplate(
-        source, bos=contract.bos, eos=contract.eos, date=contract.date, arguments=contract.template_args
+        source,
+        bos=contract.bos,
+        eos=contract.eos,
+        date=contract.date,
+        arguments={**renderer.tokenizer.named, **contract.template_args},
     )
     tools = row.content.tools if isinstance(row.content, Chat) else ""
     return template.render(contract.with_system(messages), tools=tools)

@@ -22,17 +22,18 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from lorafit.data.word_cache import Words, can_go_by_words
 from lorafit.errors import ModelError
+from lorafit.hub.folder_keys import GENERATION, TOKENIZER, refused
 from lorafit.storage.safe_read import MB, read_json, read_text
 
 # Noncharacters that Unicode reserves for use inside a program; rows with one of them are refused.
 _OPEN, _CLOSE, BORDER, HOLE, GUARD = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4"
 _RESERVED = re.compile("[\ufdd0-\ufdd4]")
 _DECIDING_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_ADDED = "added_tokens.json"
 _MAX_PROTECTED = 4096
 MAX_JSON = 64 * MB
 MAX_SPECIALS = 20_000
 MAX_GROWTH = 64  # times that normalizers or decoders may lengthen a text
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +56,10 @@ class Tokenizer:
     """Text to ids and back for one Hugging Face model folder.
 
     Attributes: `bos` and `eos` (None where the model has none), `adds_bos` (whether texts start with BOS),
-    `stop_ids` (the ids that end an answer according to the model), `control` (text to id of every special
-    token but the unknown one), `unknown_id` (the token for characters outside of the vocabulary, if there is
-    one), `vocab_size`, `chat_template` (Jinja source or None), `sha256` (of the files that decide tokenisation).
+    `stop_ids` (the ids that end an answer according to the model), `named` (the texts of all tokens that the config
+    names, by key), `control` (text to id of every special token but the unknown one), `unknown_id` (the token for
+    characters outside of the vocabulary, if there is one), `vocab_size`, `chat_template` (Jinja source or None),
+    `sha256` (of the files that decide tokenisation).
     """
 
     def __init__(
@@ -71,8 +73,9 @@ class Tokenizer:
     ) -> None:
         """`spec`, `config` and `generation` are the contents of tokenizer.json, tokenizer_config.json and
         generation_config.json; `spec` is changed in place."""
-        names = {key: _token_text(config.get(key)) for key in _NAMED_TOKENS}
-        specials = _specials(spec, config, [name for name in names.values() if name])
+        names = {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token")}
+        self.named = _named_tokens(config)
+        specials = _specials(spec, config, [text for value in self.named.values() for text in _listed(value)])
         self._private = {text: f"{_OPEN}{index}{_CLOSE}" for index, text in enumerate(specials)}
         self._public = {private: text for text, private in self._private.items()}
         if len(specials) > MAX_SPECIALS:
@@ -106,20 +109,25 @@ class Tokenizer:
         declared = generation.get("eos_token_id")
         also = declared if isinstance(declared, list) else [] if declared is None else [declared]
         if not all(isinstance(number, int) and number >= 0 for number in also):
-            raise ModelError("`eos_token_id` is no token id", place="generation_config.json")
+            raise ModelError("`eos_token_id` is no token id", place="generation_config.json or config.json")
         self.stop_ids = tuple(dict.fromkeys([*([self.eos.id] if self.eos else []), *also]))
         self.chat_template = chat_template
         self.sha256 = sha256
 
     @classmethod
-    def from_folder(cls, path: Path) -> Tokenizer:
-        """The tokenizer of the model in folder `path`; ModelError says which file is missing or unusable."""
+    def from_folder(cls, path: Path, beside: Path | None = None) -> Tokenizer:
+        """The tokenizer of the model in folder `path`; ModelError says which file is missing or unusable.
+
+        `beside` is the folder of an adapter, whose own tokenizer and chat template go before those of the model.
+        """
+        model = path
+        path = beside if beside is not None and (beside / "tokenizer.json").is_file() else model
         if not (path / "tokenizer.json").is_file():
             raise ModelError("tokenizer.json is missing", place=str(path), hint=_missing_hint(path))
         spec = _json(path / "tokenizer.json")
-        config = {**_json(path / "special_tokens_map.json"), **_json(path / "tokenizer_config.json")}
+        config, deciding = _tokenizer_config(path)
         digest = hashlib.sha256()
-        for name in _DECIDING_FILES:
+        for name in deciding:
             if (path / name).is_file():
                 content = (path / name).read_bytes()
                 digest.update(f"{name} {len(content)}\n".encode() + content)
@@ -127,8 +135,8 @@ class Tokenizer:
             return cls(
                 spec,
                 config=config,
-                generation=_json(path / "generation_config.json"),
-                chat_template=_chat_template(path, config),
+                generation=_generation(model),
+                chat_template=next(filter(None, map(_chat_template, filter(None, (beside, model)))), None),
                 sha256=digest.hexdigest(),
             )
         except ModelError:
@@ -338,6 +346,26 @@ def _adds(post_processor: dict[str, Any] | None, bos: str | None) -> bool:
     return False
 
 
+def _listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _named_tokens(config: Mapping[str, Any]) -> dict[str, str | list[str]]:
+    """The texts of the tokens that the config names, as transformers gives them to a chat template."""
+    named = {key: value for key, value in config.items() if key.endswith("_token")}
+    for key in ("extra_special_tokens", "model_specific_special_tokens"):
+        if isinstance(config.get(key), dict):
+            named |= config[key]
+    found: dict[str, str | list[str]] = {}
+    for key, value in named.items():
+        if text := _token_text(value):
+            found[key] = text
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        if isinstance(config.get(key), list):
+            found[key] = [text for text in map(_token_text, config[key]) if text]
+    return found
+
+
 def _specials(spec: dict[str, Any], config: Mapping[str, Any], named: Sequence[str]) -> list[str]:
     """The texts of all special tokens; those that only the config declares are added to `spec`."""
     vocab = spec["model"]["vocab"]
@@ -415,8 +443,44 @@ def _json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
-    """The model's chat template: its own file, else the one in the config; of several, the default."""
+def _tokenizer_config(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The keys of tokenizer_config.json with those of older files, as transformers joins them, and the names of the
+    files that decide tokenisation.
+    """
+    config, named = _json(path / "tokenizer_config.json"), _json(path / "special_tokens_map.json")
+    if "added_tokens_decoder" in config:
+        config, deciding = {**named, **config}, [*_DECIDING_FILES]
+    else:
+        config, deciding = {**config, **named}, [*_DECIDING_FILES]
+        if added := _json(path / _ADDED):
+            specials = {_token_text(value) for key, value in config.items() if key.endswith("_token")}
+            config["added_tokens_decoder"] = {
+                str(number): {
+                    "content": text,
+                    "special": text in specials,
+                    "normalized": text not in specials,
+                }
+                for text, number in added.items()
+            }
+            deciding.append(_ADDED)
+    if problems := refused(config, TOKENIZER, str(path / "tokenizer_config.json")):
+        raise ModelError.of(problems)
+    return config, deciding
+
+
+def _generation(path: Path) -> dict[str, Any]:
+    """generation_config.json with the stop tokens of config.json where it names none, as transformers reads them."""
+    generation = _json(path / "generation_config.json")
+    if problems := refused(generation, GENERATION, str(path / "generation_config.json")):
+        raise ModelError.of(problems)
+    if generation.get("eos_token_id") is None:
+        generation["eos_token_id"] = _json(path / "config.json").get("eos_token_id")
+    return generation
+
+
+def _chat_template(path: Path) -> str | None:
+    """The chat template in a folder: its own file, else the one in the config; of several, the default."""
+    config = _json(path / "tokenizer_config.json")
     if (path / "chat_template.jinja").is_file():
         return read_text(path / "chat_template.jinja", MB)
     template = _json(path / "chat_template.json").get("chat_template") or config.get("chat_template")
@@ -428,9 +492,10 @@ def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
 def _missing_hint(path: Path) -> str:
     if not path.is_dir():
         return "no such folder: check the path of the model"
-    if (path / "tokenizer.model").is_file():
+    slow = [name for name in ("tokenizer.model", "vocab.json", "tekken.json") if (path / name).is_file()]
+    if slow:
         return (
-            "the folder has only a SentencePiece model; convert it once with transformers: "
+            f"the folder has only {slow[0]}; convert it once with transformers: "
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     return "download the model again with all its tokenizer files"

@@ -48,11 +48,9 @@ def card(source: RunSource, export: Export, type_name: str, folder: Path, parity
         usage=export.usage.format(base=source.base_name, name=source.name.lower(), file=file),
         contract=contract,
         stops=[f"`{decode([token])}` ({token})" for token in contract.stop_ids],
-        paths=map(nameless, source.config.data.path),
-        ledger=Ledger.from_json(source.run.read_json(source.run.ledger_file)),
         command=_command(source),
-        recipe=_yaml(_recipe(source), width=100),
         parity=parity,
+        **_origin(source),
         **_results(source),
     )
     return redacted(text)
@@ -77,6 +75,8 @@ def nameless(word: str) -> str:
 
 
 def _command(source: RunSource) -> str:
+    if source.config is None:
+        return ""
     command = str(source.run.read_json(source.run.env_file).get("command", ""))
     try:
         return shlex.join(map(nameless, shlex.split(command)))
@@ -84,10 +84,20 @@ def _command(source: RunSource) -> str:
         return ""
 
 
-def _recipe(source: RunSource) -> dict[str, Any]:
-    """The config's sections that decide the result, without paths and without keys that have no value."""
+def _origin(source: RunSource) -> dict[str, Any]:
+    """The run's files of rows, its ledger, and the sections of its config that decide the result, without paths.
+
+    All are empty for an adapter that is not from a run.
+    """
+    if source.config is None:
+        return {"paths": (), "ledger": None, "recipe": ""}
     config = source.config.model_dump(mode="json", exclude_none=True)
-    return {section: _nameless(config[section]) for section in ("model", "lora", "data", "train")}
+    sections = {section: _nameless(config[section]) for section in ("model", "lora", "data", "train")}
+    return {
+        "paths": [*map(nameless, source.config.data.path)],
+        "ledger": Ledger.from_json(source.run.read_json(source.run.ledger_file)),
+        "recipe": _yaml(sections, width=100),
+    }
 
 
 def _nameless(value: Any) -> Any:

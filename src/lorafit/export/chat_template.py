@@ -61,7 +61,13 @@ def chat_template(renderer: Renderer) -> str:
 def render(renderer: Renderer, source: str, messages: Sequence[Message]) -> str:
     """The prompt that a program renders with the template `source`, up to the answer."""
     contract = renderer.contract
-    template = ChatTemplate(source, bos=contract.bos, eos=contract.eos, date=contract.date)
+    template = ChatTemplate(
+        source,
+        bos=contract.bos,
+        eos=contract.eos,
+        date=contract.date,
+        arguments=renderer.tokenizer.named,
+    )
     return template.render(messages, ask=True)
 
 

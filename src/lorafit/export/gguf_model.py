@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lorafit.errors import ModelError
+from lorafit.errors import ModelError, several
 from lorafit.export.chat_template import chat_template
 from lorafit.export.gguf_types import tensor_type
 from lorafit.export.gguf_vocabulary import write_vocabulary
@@ -60,22 +60,27 @@ def write_gguf(
 
 def write_lora(source: RunSource, path: Path) -> None:
     """Write the adapter alone, float32, for `llama-cli --lora` and the like. Raises OSError."""
-    if not VARIANTS[source.spec.variant].is_plain:
-        raise ModelError(
-            f"llama.cpp has no adapters of the variant `{source.spec.variant}`", hint="export `gguf`"
-        )
+    spec = source.saved.spec
+    if not VARIANTS[spec.variant].is_plain:
+        raise ModelError(f"llama.cpp has no adapters of the variant `{spec.variant}`", hint="export `gguf`")
+    if tables := source.saved.tables:
+        raise ModelError(f"llama.cpp has no adapters that change {several(tables)}", hint="export `gguf`")
     arch = source.arch
     writer = gguf.GGUFWriter(path, _architecture(source))
     try:
         writer.add_type("adapter")
         writer.add_name(source.name)
         writer.add_string("adapter.type", "lora")
-        # llama.cpp divides by the rank
-        writer.add_float32("adapter.lora.alpha", source.spec.scale * source.spec.rank)
+        writer.add_float32("adapter.lora.alpha", spec.scale * spec.rank)
         for name, gguf_name in gguf_names(source).items():
-            if name in source.adapted:
-                factors = source.factors(name)
+            if name in source.saved.changes:
+                module = name.removesuffix(".weight")
+                factors = source.saved.tensors(module)
                 b = permuted(factors["lora_B"], name, arch)
+                if (
+                    own := spec.of(module)
+                ) != spec:  # llama.cpp divides the one alpha by the rank of the module
+                    b = b * (own.scale * own.rank / (spec.scale * spec.rank))
                 writer.add_tensor(f"{gguf_name}.lora_a", factors["lora_A"].contiguous().numpy())
                 writer.add_tensor(f"{gguf_name}.lora_b", b.contiguous().numpy())
         writer.write_header_to_file()
@@ -119,7 +124,11 @@ def permuted(weight: Tensor, name: str, arch: Architecture) -> Tensor:
 
 
 def _add_shape(writer: gguf.GGUFWriter, arch: Architecture) -> None:
-    writer.add_context_length(arch.shortest_window)  # llama.cpp has no windows for these networks
+    rope = arch.rope
+    if rope.kind == "longrope" or not rope.truncate:
+        raise ModelError(f"llama.cpp does not compute this rope of type {rope.kind}", hint="export `merged`")
+    # llama.cpp has no windows for these networks, and no rope that changes with the length
+    writer.add_context_length(min(arch.shortest_window, rope.fixed_up_to or arch.shortest_window))
     writer.add_embedding_length(arch.hidden_size)
     writer.add_block_count(arch.num_hidden_layers)
     writer.add_feed_forward_length(arch.intermediate_size)
@@ -131,9 +140,17 @@ def _add_shape(writer: gguf.GGUFWriter, arch: Architecture) -> None:
     writer.add_rope_dimension_count(arch.head_dim)
     writer.add_rope_freq_base(arch.rope.theta)
     writer.add_vocab_size(arch.vocab_size)
-    if arch.rope.kind == "linear":
+    if rope.kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(arch.rope.factor)
+        writer.add_rope_scaling_factor(rope.factor)
+    elif rope.kind == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope.factor)
+        writer.add_rope_scaling_orig_ctx_len(rope.original_max_position_embeddings)
+        writer.add_rope_scaling_yarn_beta_fast(rope.beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(rope.beta_slow)
+        # llama.cpp multiplies by the factor of the paper itself
+        writer.add_rope_scaling_attn_factors(rope.attention_factor / (1 + 0.1 * math.log(rope.factor)))
 
 
 def _rope_factors(arch: Architecture) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
@@ -145,7 +162,7 @@ def _rope_factors(arch: Architecture) -> np.ndarray[tuple[int, ...], np.dtype[np
 
 def _add_tokenizer(writer: gguf.GGUFWriter, source: RunSource) -> None:
     contract = source.contract
-    write_vocabulary(writer, source.base.path, source.renderer.tokenizer, source.arch.vocab_size)
+    write_vocabulary(writer, source.tokenizer_folder, source.renderer.tokenizer, source.arch.vocab_size)
     writer.add_add_bos_token(contract.add_bos)
     writer.add_add_eos_token(False)
     if contract.bos_id is not None:

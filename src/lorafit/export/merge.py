@@ -52,6 +52,8 @@ def write_merged(
     config = _read_json(source.base.path / "config.json")
     config.pop("dtype", None)
     config["torch_dtype"] = dtype_name(dtype)
+    if config.get("tie_word_embeddings") and not source.arch.tie_word_embeddings:
+        config["tie_word_embeddings"] = False  # the adapter has made two tables of one
     write_json(staging / "config.json", config)
     write_prompting(source, staging)
     return sums
@@ -83,9 +85,9 @@ def generation_config(source: RunSource) -> dict[str, Any]:
 def write_prompting(source: RunSource, staging: Path) -> None:
     """The base's tokenizer, with the chat template and the stop tokens of the training. Raises OSError."""
     for name in _TOKENIZER_FILES:
-        if (source.base.path / name).is_file():
-            (staging / name).write_bytes((source.base.path / name).read_bytes())
-    config = _read_json(source.base.path / "tokenizer_config.json")
+        if (source.tokenizer_folder / name).is_file():
+            (staging / name).write_bytes((source.tokenizer_folder / name).read_bytes())
+    config = _read_json(source.tokenizer_folder / "tokenizer_config.json")
     config["chat_template"] = chat_template(source.renderer)
     write_json(staging / "tokenizer_config.json", config)
     write_json(staging / "generation_config.json", generation_config(source))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import ConfigError, LorafitError, Problem, RunError
 from lorafit.export import parity
 from lorafit.export.card import FILE as CARD
@@ -20,6 +21,7 @@ from lorafit.export.readback import READERS
 from lorafit.export.reference import Reference, make_reference
 from lorafit.export.run_source import RunSource, open_source
 from lorafit.observe.progress import progress
+from lorafit.run_dir import PROMPT
 from lorafit.storage.atomic import read_facts, staging_folder, verify_folder
 from lorafit.version import __version__
 
@@ -69,6 +71,10 @@ def export_run(
     if type_name == "auto":
         type_name = base_type(source)
     name = kind if len(export.types) == 1 else f"{kind}-{type_name}"
+    if output is None and source.config is None:
+        raise ConfigError(
+            "an adapter outside of a run needs an --output", hint=f"--output {source.name}-{name}"
+        )
     folder = source.run.exports / name if output is None else _checked_folder(output)
     reference = None
     if verify:
@@ -89,7 +95,10 @@ def export_run(
     with staging_folder(folder, facts, sums, size, _HINT) as staging:
         with progress(f"writing {kind}") as advance:
             sums.update(export.write(source, staging, type_name, advance))
-        write_json(staging / "prompt.json", source.contract.to_json())
+        prompt = source.contract
+        if not export.is_adapter and (staging / "tokenizer.json").is_file():  # it is its own model now
+            prompt = replace(prompt, tokenizer_sha256=Tokenizer.from_folder(staging).sha256)
+        write_json(staging / PROMPT, prompt.to_json())
         if reference is not None:
             outcome = _verify(source, reference, export, staging)
         write_json(staging / parity.FILE, outcome)

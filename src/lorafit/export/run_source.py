@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,32 +11,32 @@ from torch import Tensor
 from lorafit.config.schema import Config
 from lorafit.data.prompt import PromptContract, Renderer
 from lorafit.data.tokenizer import Tokenizer
-from lorafit.errors import ModelError, Problem, RunError
-from lorafit.hub.client import ModelFolder
-from lorafit.model.adapter_file import WEIGHTS, adapted_modules, module_tensors, read_spec
+from lorafit.errors import ModelError, RunError, several
+from lorafit.hub.client import ModelFolder, model_folder
+from lorafit.infer.model import find_source
+from lorafit.model.adapter_file import CONFIG, WEIGHTS
 from lorafit.model.architecture import Architecture, read_architecture
-from lorafit.model.build import base_folder
 from lorafit.model.dtypes import BY_SAFETENSORS_NAME
-from lorafit.model.lora import VARIANTS, LoraSpec
+from lorafit.model.saved_adapter import EMBEDDING, HEAD, SavedAdapter, read_adapter
 from lorafit.model.weights import StoredTensor, fingerprint, stored_tensors
 from lorafit.run_dir import RunDirectory
-from lorafit.storage.atomic import read_facts
+from lorafit.storage.atomic import MANIFEST, read_facts
 
 
 @dataclass(frozen=True, slots=True)
 class RunSource:
-    """A run and the parts of its exports. `weights` are by Hugging Face names, in the files' order."""
+    """A run or an adapter, and the parts of its exports. `weights` are by Hugging Face names, in the files' order."""
 
-    run: RunDirectory
-    config: Config
+    run: RunDirectory  # or the adapter's folder, where no run of lorafit made it
+    config: Config | None
     base: ModelFolder
     arch: Architecture
     adapter: Path
     step: int
-    spec: LoraSpec
+    saved: SavedAdapter
     renderer: Renderer
+    tokenizer_folder: Path
     weights: dict[str, StoredTensor]
-    adapted: frozenset[str]
 
     @property
     def contract(self) -> PromptContract:
@@ -53,7 +53,7 @@ class RunSource:
     @property
     def base_name(self) -> str:
         """The base model's hub id, or the name of its folder alone: exports contain no paths of this machine."""
-        return self.config.model.name if self.base.revision is not None else self.base.path.resolve().name
+        return self.base.name if self.base.revision is not None else self.base.path.resolve().name
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,25 +66,23 @@ class RunSource:
     def tensor(self, name: str, *, merged: bool = True) -> Tensor:
         """A weight: with the adapter merged in float32 if it is adapted and `merged`, else as it is stored."""
         weight = self.weights[name].read()
-        if not merged or name not in self.adapted:
-            return weight
-        return VARIANTS[self.spec.variant].merge(weight, self.factors(name), self.spec.scale)
-
-    def factors(self, name: str) -> dict[str, Tensor]:
-        """The adapter's tensors of a weight by part: `lora_A` (rank, in_features), `lora_B` (out_features, rank)."""
-        return module_tensors(self.adapter, name.removesuffix(".weight"))
+        return self.saved.merged(name, weight) if merged and name in self.saved.changes else weight
 
 
 def open_source(path: str | Path, *, offline: bool = False) -> RunSource:
-    """The run at `path` with its newest adapter. Raises a LorafitError if a part is missing, damaged or changed.
+    """The adapter at `path`, or the newest of the run there. Raises a LorafitError if a part is missing or damaged.
 
     The base must be the one that the adapter was trained on, and not quantised.
     """
-    run = RunDirectory.open(path)
-    config = run.config()
-    adapter = run.newest_adapter()
-    base = base_folder(config, offline=offline)
-    facts = read_facts(adapter)
+    folder = Path(path).expanduser()
+    is_run = (folder / "config.yaml").is_file() or not (folder / CONFIG).is_file()
+    run = RunDirectory.open(path) if is_run else RunDirectory(folder)
+    found = find_source(folder, offline=offline)
+    if (adapter := found.adapter) is None:
+        raise ModelError("there is no adapter to export", place=str(path))
+    config = run.config() if is_run else None
+    base = model_folder(found.base, revision=found.revision, offline=found.offline)
+    facts = read_facts(adapter) if (adapter / MANIFEST).is_file() else {}
     if facts.get("base_model", fingerprint(base.path)) != fingerprint(base.path):
         raise RunError(
             "the base model is not the one that the adapter was trained on: its files have changed",
@@ -92,7 +90,8 @@ def open_source(path: str | Path, *, offline: bool = False) -> RunSource:
             hint="restore the model of the run; the adapter is of no use on another base",
         )
     arch = read_architecture(base.path)
-    prompt = PromptContract.from_json(run.read_json(run.prompt_file))
+    renderer = found.renderer(base.path)
+    prompt = renderer.contract
     if (largest := max(prompt.bos_id or 0, prompt.eos_id or 0, *prompt.stop_ids, 0)) >= arch.vocab_size:
         raise RunError(
             f"token {largest} has no embedding: the model has {arch.vocab_size}",
@@ -107,14 +106,13 @@ def open_source(path: str | Path, *, offline: bool = False) -> RunSource:
                 place=str(stored.file),
                 hint="give the original checkpoint; a merge into a quantised copy rounds the adapter away",
             )
-    adapted = frozenset(f"{module}.weight" for module in adapted_modules(adapter))
-    if unknown := sorted(adapted - weights.keys()):
-        raise ModelError.of(
-            Problem(
-                f"the adapter changes `{name}`, which the base model does not have", str(adapter / WEIGHTS)
-            )
-            for name in unknown
-        )
+    saved = read_adapter(adapter)
+    if saved.unties(arch):
+        arch = replace(arch, tie_word_embeddings=False)
+        weights[f"{HEAD}.weight"] = weights[f"{EMBEDDING}.weight"]
+    if unknown := sorted(saved.changes - weights.keys()):
+        message = f"the adapter changes {several(unknown)}, which the base model does not have"
+        raise ModelError(message, place=str(adapter / WEIGHTS))
     return RunSource(
         run=run,
         config=config,
@@ -122,8 +120,10 @@ def open_source(path: str | Path, *, offline: bool = False) -> RunSource:
         arch=arch,
         adapter=adapter,
         step=int(facts.get("step", 0)),
-        spec=read_spec(adapter),
-        renderer=Renderer(prompt, Tokenizer.from_folder(base.path)),
+        saved=saved,
+        renderer=renderer,
+        tokenizer_folder=adapter
+        if renderer.tokenizer.sha256 != Tokenizer.from_folder(base.path).sha256
+        else base.path,
         weights=weights,
-        adapted=adapted,
     )

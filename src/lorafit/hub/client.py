@@ -26,7 +26,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
-from lorafit.errors import ConfigError, LorafitError, ModelError
+from lorafit.errors import ConfigError, LorafitError, ModelError, several
 from lorafit.hub.dataset_splits import (
     HUB_ID,
     KNOWN_FILES,
@@ -49,6 +49,7 @@ MODEL_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "adapter_config.json",
+    "prompt.json",
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -206,6 +207,14 @@ def _folder(
 def _model_files(files: list[str], place: str) -> list[str]:
     """The files of a model to read. Second copies of the weights (consolidated, original/) are left out."""
     files = [file for file in files if "/" not in file]
+    whole = {"model.safetensors", "model.safetensors.index.json"} & {*files}
+    if whole and {"adapter_config.json", "adapter_model.safetensors"} <= {*files}:
+        raise ModelError(
+            "the folder holds a whole model and an adapter, and only one of them can be meant",
+            place=place,
+            hint="lorafit generate BASE --adapter FOLDER asks the adapter; take adapter_config.json out of the folder "
+            "to use the whole model",
+        )
     if "model.safetensors" in files:
         weights = ["model.safetensors"]
     elif "model.safetensors.index.json" in files:
@@ -215,7 +224,7 @@ def _model_files(files: list[str], place: str) -> list[str]:
         raise ModelError(
             "this is an adapter, not a model",
             place=place,
-            hint="give its base model as model.name, and the adapter as lora.init_from",
+            hint="give its base model, and the adapter with --adapter (to train: model.name and lora.init_from)",
         )
     else:
         raise _no_safetensors(files, place, "model.safetensors")
@@ -235,7 +244,7 @@ def _adapter_files(files: list[str], place: str) -> list[str]:
         raise _no_safetensors(files, place, "adapter_model.safetensors")
     if "adapter_config.json" not in files:
         raise ModelError("the adapter has no adapter_config.json", place=place)
-    return ["adapter_config.json", "adapter_model.safetensors"]
+    return [*_tokenizer_files(files, place), "adapter_model.safetensors"]
 
 
 def _no_safetensors(files: list[str], place: str, missing: str) -> ModelError:
@@ -246,6 +255,9 @@ def _no_safetensors(files: list[str], place: str, missing: str) -> ModelError:
             place=place,
             hint="give the model from which they were made: their card names it as the base model",
         )
+    if others := [file for file in files if file.endswith(".safetensors")]:
+        hint = f"if it holds the whole model, rename it to {missing}" if len(others) == 1 else _WHAT_TO_GIVE
+        return ModelError(f"{missing} is missing: there is {several(others)}", place=place, hint=hint)
     if not pickles:
         return ModelError(f"there are no weights here: {missing} is missing", place=place, hint=_WHAT_TO_GIVE)
     return ModelError(

@@ -99,7 +99,11 @@ class ContinuousBatch(Generic[K]):
         assert len({request.adapter for _, request in requests}) == 1
         self._make_room(max(lengths), [request for _, request in requests])
         self._use_adapters([requests[0][1].adapter])
-        ids, paths = share_prefixes([np.array(request.prompt, np.uint32) for _, request in requests])
+        fixed = self.network.arch.rope.fixed_up_to
+        ids, paths = share_prefixes(
+            [np.array(request.prompt, np.uint32) for _, request in requests],
+            may_share=fixed is None or max(lengths) <= fixed,
+        )
         device = self._cache.lengths.device
         last = torch.tensor([path[-1] for path in paths], device=device)
         try:

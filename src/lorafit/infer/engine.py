@@ -90,6 +90,9 @@ class Decode:
         cache.lengths = cache.lengths + 1
         self.longest = int(cache.lengths.max())
 
+    def lengths_seen(self) -> Tensor:
+        return self.positions + 1
+
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, window: int | None
     ) -> Tensor:

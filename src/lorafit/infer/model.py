@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +19,20 @@ from lorafit.infer.continuous_batch import AT_ONCE, GeneratedToken, Request, gen
 from lorafit.infer.sampling import Sampling
 from lorafit.infer.stream_text import AnswerText
 from lorafit.model.adapter_file import CONFIG as ADAPTER_CONFIG
-from lorafit.model.adapter_file import MAX_CONFIG
 from lorafit.model.architecture import read_architecture
 from lorafit.model.build import build_saved
 from lorafit.model.device import pick_device
 from lorafit.model.llama import Llama
 from lorafit.model.lora import adapted, disable_adapter, evaluating
 from lorafit.model.quant import Quantize
+from lorafit.model.saved_adapter import MAX_CONFIG
+from lorafit.model.weights import INDEX, SINGLE
 from lorafit.observe.progress import progress
-from lorafit.run_dir import RunDirectory
+from lorafit.run_dir import MAX_JSON, PROMPT, RunDirectory
 from lorafit.storage.atomic import check_manifest
 from lorafit.storage.safe_read import read_json
+
+logger = logging.getLogger(__name__)
 
 Conversation = Sequence[Message] | Sequence[Mapping[str, object]]
 Question = str | Content | Conversation
@@ -48,7 +53,7 @@ class Model:
     def __init__(self, network: Llama, renderer: Renderer) -> None:
         self.network = network
         self.renderer = renderer
-        self.has_adapter = bool(adapted(network))
+        self.has_adapter = bool(adapted(network) or network.changed)
 
     def generate(
         self,
@@ -179,8 +184,9 @@ def load(
 ) -> Model:
     """Load a model from a run directory, a PEFT adapter folder, a model folder or a hub id.
 
-    A run, or an adapter within a run, has its own prompt contract. Other models use their chat template, or the Alpaca
-    template where they have none.
+    A run, its adapter and its exports have their own prompt contract. An adapter of another program is asked with the
+    tokenizer and template in its folder. Other models use their chat template, or the Alpaca template where they have
+    none.
 
     Args:
         source: what to load.
@@ -196,16 +202,18 @@ def load(
     pick_device(device)  # before anything is downloaded
     found = find_source(source, adapter=adapter, dtype=dtype, offline=offline, quantize=quantize)
     base = found.base_folder()
-    tokenizer = Tokenizer.from_folder(base)
-    prompt = found.prompt or default_contract(tokenizer)
+    renderer = found.renderer(base)
     if system is not None:
-        if prompt.template == RAW and system:
+        if renderer.contract.template == RAW and system:
             hint = "the rows of its training had no template: write what the model needs into the prompt"
             raise ConfigError("this model has no system prompt", hint=hint)
-        prompt = dataclasses.replace(prompt, system=system)
+        if renderer.contract.system not in ("", system):
+            trained = renderer.contract.system[:60]
+            logger.warning("note: the system prompt of the training is replaced: %r", trained)
+        renderer = Renderer(dataclasses.replace(renderer.contract, system=system), renderer.tokenizer)
     with progress("loading the model") as advance:
         network, _ = build_saved(base, found.adapter, device, found.dtype, advance, found.quantize)
-    return Model(network, Renderer(prompt, tokenizer))
+    return Model(network, renderer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +221,8 @@ class ModelSource:
     """What a run directory, an adapter folder, a model folder or a hub id contains.
 
     `base` and `revision` name the base model. `adapter` is the adapter's folder and `prompt` the contract of its
-    training, None where there is none. `offline` is True when connections are forbidden here, or were in the training.
+    training, None where there is none. `is_named` is True when the user named the base (or the run) and the adapter
+    apart. `offline` is True when connections are forbidden here, or were in the training.
     """
 
     base: str
@@ -223,11 +232,39 @@ class ModelSource:
     dtype: str
     quantize: Quantize
     offline: bool
+    is_named: bool = False
 
     def base_folder(self) -> Path:
         """The folder of the base model, downloaded where needed. Raises ModelError."""
         revision, offline = self.revision, self.offline
         return model_folder(self.base, revision=revision, offline=offline, judge=check_readable).path
+
+    def renderer(self, base: Path) -> Renderer:
+        """How the model with the base in `base` is asked: by the contract of its training, else as its files say.
+
+        One line on standard error says so where that differs from the base's own template. Raises ModelError.
+        """
+        tokenizer = Tokenizer.from_folder(base)
+        prompt = self.prompt
+        if self.adapter is None:
+            prompt = prompt or contract_in(base)
+            return Renderer(prompt or default_contract(tokenizer), tokenizer)
+        if prompt is not None:
+            if self.is_named and (different := _differences(prompt, tokenizer)):
+                logger.warning("note: asked as %s was trained: %s", self.adapter, different)
+            return Renderer(prompt, tokenizer)
+        own = Tokenizer.from_folder(base, beside=self.adapter)
+        asked = default_contract(own)
+        if (own.sha256, own.chat_template) != (tokenizer.sha256, tokenizer.chat_template):
+            logger.warning("note: asked with the tokenizer and the chat template in %s", self.adapter)
+        else:
+            which = (
+                "the base's chat template" if asked.template == "chat" else f"the {asked.template} template"
+            )
+            logger.warning(
+                "note: %s has no prompt contract and no template: asked by %s", self.adapter, which
+            )
+        return Renderer(asked, own)
 
 
 def check_readable(folder: Path) -> None:
@@ -252,19 +289,27 @@ def find_source(
         run = RunDirectory.open(folder)
         config = run.config()
         name, revision, offline = config.model.name, config.model.revision, offline or config.run.offline
-        adapter_path = adapter_path or run.newest_adapter()
-        prompt = PromptContract.from_json(run.read_json(run.prompt_file))
+        if adapter_path is None:
+            adapter_path = run.newest_adapter()
+            prompt = PromptContract.from_json(run.read_json(run.prompt_file))
+        else:
+            prompt = contract_in(adapter_path) or PromptContract.from_json(run.read_json(run.prompt_file))
         dtype = config.model.dtype if dtype == "auto" else dtype
         quantize = quantize or config.model.quantize
-    elif (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+    elif (folder / ADAPTER_CONFIG).is_file() and not any(
+        (folder / file).is_file() for file in (SINGLE, INDEX)
+    ):
         if adapter is not None:
             raise ModelError("an adapter cannot be put on an adapter", place=str(source))
         adapter_path = folder
         name, revision = _base_of(folder)
-        prompt = _contract_beside(folder)
+        prompt = contract_in(folder)
+    elif adapter_path is not None:
+        prompt = contract_in(adapter_path)
     if adapter_path is not None:
         check_manifest(adapter_path, "the adapter", ModelError)
-    return ModelSource(name, revision, adapter_path, prompt, dtype, quantize or "none", offline)
+    is_named = adapter is not None
+    return ModelSource(name, revision, adapter_path, prompt, dtype, quantize or "none", offline, is_named)
 
 
 def default_contract(tokenizer: Tokenizer) -> PromptContract:
@@ -274,13 +319,34 @@ def default_contract(tokenizer: Tokenizer) -> PromptContract:
     )
 
 
-def _contract_beside(adapter: Path) -> PromptContract | None:
-    """The prompt contract of the run that contains an adapter or checkpoint folder; None outside of a run."""
-    for parent in adapter.resolve().parents[:2]:
+def contract_in(folder: Path) -> PromptContract | None:
+    """The prompt contract in an adapter, checkpoint or model folder, or of the run that contains it; None without."""
+    folder = folder.resolve()
+    if (folder / PROMPT).is_file():
+        try:
+            return PromptContract.from_json(read_json(folder / PROMPT, MAX_JSON))
+        except (OSError, ValueError) as error:
+            if isinstance(error, ModelError):
+                raise
+            raise ModelError(f"`{PROMPT}` cannot be read", place=str(folder / PROMPT)) from None
+    for parent in folder.parents[:2]:
         run = RunDirectory(parent)
         if run.config_file.is_file() and run.prompt_file.is_file():
             return PromptContract.from_json(run.read_json(run.prompt_file))
     return None
+
+
+def _differences(prompt: PromptContract, tokenizer: Tokenizer) -> str:
+    """What of a contract differs from how the base alone would be asked, in words; "" for nothing."""
+    own_template = "chat" if tokenizer.chat_template else "alpaca"
+    words = []
+    if prompt.template != own_template:
+        words.append(f"template {prompt.template}")
+    elif prompt.template == "chat" and prompt.chat_template != tokenizer.chat_template:
+        words.append("another chat template than the base's")
+    if prompt.system:
+        words.append(f"system prompt {prompt.system[:60]!r}")
+    return ", ".join(words)
 
 
 def _base_of(folder: Path) -> tuple[str, str | None]:
@@ -295,5 +361,12 @@ def _base_of(folder: Path) -> tuple[str, str | None]:
             f"{ADAPTER_CONFIG} does not name its base model",
             place=str(folder),
             hint="give the base model, and this folder as its adapter",
+        )
+    whole = re.sub(r"(-unsloth)?-bnb-4bit$", "", name, flags=re.IGNORECASE)
+    if whole != name and not Path(name).expanduser().exists():
+        raise ModelError(
+            f"the adapter names a 4-bit copy as its base: `{name}`",
+            place=str(folder / ADAPTER_CONFIG),
+            hint=f"give the 16-bit original: lorafit generate {whole} --adapter {folder}",
         )
     return name, revision if isinstance(revision, str) else None

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lorafit.data.prompt import Renderer
-from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import ConfigError, Problem
 from lorafit.hub.client import adapter_folder
-from lorafit.infer.model import ModelSource, default_contract, find_source
+from lorafit.infer.model import ModelSource, find_source
 from lorafit.model.build import build_saved
 from lorafit.model.device import pick_device
 from lorafit.model.llama import Llama
 from lorafit.model.multi_lora import Adapters
 from lorafit.model.quant import Quantize
+from lorafit.model.saved_adapter import read_adapter
 from lorafit.observe.progress import progress
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
@@ -50,7 +51,8 @@ def load_many(
     """Load runs, PEFT adapter folders or a model, each given as `SOURCE` or `NAME=SOURCE`.
 
     All must have the base model of the first, which also decides type and quantization. The base is served too, by its
-    own name and chat template. Raises ConfigError with all words that cannot be served together with the first.
+    own name and chat template, unless an adapter changes more than linears of layers. Raises ConfigError with all
+    words that cannot be served together with the first.
     """
     pick_device(device)  # before anything is downloaded
     sources: dict[str, ModelSource] = {}
@@ -77,19 +79,18 @@ def load_many(
             problems.append(Problem(message, f"{other}, not {base}", "serve it in a process of its own"))
     if problems:
         raise ConfigError.of(problems)
-    tokenizer = Tokenizer.from_folder(base)
-    own = default_contract(tokenizer)
     named = {
-        name: ServedModel(name, name if source.adapter else None, Renderer(source.prompt or own, tokenizer))
+        name: ServedModel(name, name if source.adapter else None, source.renderer(base))
         for name, source in sources.items()
     }
-    if first.adapter is not None:
+    folders = {name: source.adapter for name, source in sources.items() if source.adapter}
+    if first.adapter is not None and not any(read_adapter(folder).tables for folder in folders.values()):
         folder = Path(first.base).expanduser()
         name = folder.resolve().name if folder.exists() else first.base
-        named.setdefault(name, ServedModel(name, None, Renderer(own, tokenizer)))
+        alone = dataclasses.replace(first, adapter=None, prompt=None)
+        named.setdefault(name, ServedModel(name, None, alone.renderer(base)))
     with progress("loading the model") as advance:
         network, _ = build_saved(base, None, device, first.dtype, advance, first.quantize)
-        folders = {name: source.adapter for name, source in sources.items() if source.adapter}
         adapters = Adapters(network, folders)
     return Models(network, adapters, named)
 

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lorafit.errors import ModelError, Problem
+from lorafit.hub.folder_keys import CONFIG, ROPE, refused
 from lorafit.storage.safe_read import MB, read_json
 
 MAX_CONFIG = 16 * MB
 MAX_PARAMETERS = 10**13
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 Windows = tuple[int | None, ...]  # the sliding window of each layer, None for full attention
 
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Rotary embedding: the base frequency and how frequencies are scaled (`default`, `linear`, `llama3`)."""
+    """Rotary embedding: the base frequency and how frequencies are scaled, by one of ROPE_KINDS.
+
+    `attention_factor` multiplies cosine and sine. `short_factor` and `long_factor` divide the frequencies of each pair
+    in texts up to the original length and beyond it (`longrope`).
+    """
 
     theta: float = 10000.0
     kind: str = "default"
@@ -25,6 +32,17 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+    @property
+    def fixed_up_to(self) -> int | None:
+        """Tokens of the longest text whose angles do not depend on its length; None if they never do."""
+        return self.original_max_position_embeddings if self.kind in ("dynamic", "longrope") else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +87,11 @@ class Architecture:
         return min([self.max_position_embeddings, *(window for window in self.windows if window is not None)])
 
     @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row that is trained: angles that depend on the row's length cannot be shared."""
+        return self.rope.fixed_up_to or self.max_position_embeddings
+
+    @property
     def num_linear_weights(self) -> int:
         """Weights of all linears of all layers; no bias, embedding or head."""
         return self.num_hidden_layers * sum(out * width for out, width in self.linears.values())
@@ -91,10 +114,10 @@ class Fields:
         self.raw, self.place = raw, place
         self.problems: list[Problem] = []
 
-    def wrong(self, name: str, why: str) -> None:
+    def wrong(self, name: str, why: str, hint: str = "") -> None:
         """Add a problem of the field `name`."""
         value = repr(self.raw.get(name))
-        self.problems.append(Problem(f"`{name}` is {value[:60]}: {why}", self.place))
+        self.problems.append(Problem(f"`{name}` is {value[:60]}: {why}", self.place, hint))
 
     def count(self, name: str, default: int | None = None, limit: int = 10_000_000) -> int:
         """A whole number from 1 to `limit`."""
@@ -252,6 +275,9 @@ def parse_architecture(raw: Mapping[str, Any], place: str) -> Architecture:
     num_layers = fields.count("num_hidden_layers", limit=1000)
     num_heads = fields.count("num_attention_heads")
     hidden_size = fields.count("hidden_size")
+    head_dim = fields.count("head_dim", default=max(1, hidden_size // num_heads))
+    context = fields.count("max_position_embeddings", default=2048)
+    rope = _rope(fields, head_dim, context)
     architecture = Architecture(
         model_type=str(model_type),
         vocab_size=fields.count("vocab_size"),
@@ -260,10 +286,10 @@ def parse_architecture(raw: Mapping[str, Any], place: str) -> Architecture:
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=fields.count("num_key_value_heads", default=num_heads),
-        head_dim=fields.count("head_dim", default=max(1, hidden_size // num_heads)),
+        head_dim=head_dim,
         rms_norm_eps=fields.number("rms_norm_eps", default=1e-6),
-        max_position_embeddings=fields.count("max_position_embeddings", default=2048),
-        rope=_rope(fields),
+        max_position_embeddings=_context(context, rope),
+        rope=rope,
         tie_word_embeddings=fields.flag(family.tie_word_embeddings),
         qkv_bias=fields.flag(family.qkv_bias),
         o_bias=fields.flag(family.o_bias),
@@ -278,7 +304,9 @@ def parse_architecture(raw: Mapping[str, Any], place: str) -> Architecture:
     if architecture.head_dim % 2:
         fields.wrong("head_dim", "it must be even")
     if raw.get("quantization_config"):
-        fields.wrong("quantization_config", "the checkpoint is quantised; give the 16-bit original")
+        hint = "give the 16-bit original, and an adapter on it: lorafit generate 16-BIT-BASE --adapter FOLDER"
+        fields.wrong("quantization_config", "the checkpoint is quantised", hint)
+    fields.problems += refused(raw, CONFIG, place)
     if architecture.num_parameters > MAX_PARAMETERS:
         message = f"config.json describes a network of {architecture.num_parameters:,} parameters"
         fields.problems.append(Problem(message, place))
@@ -286,27 +314,79 @@ def parse_architecture(raw: Mapping[str, Any], place: str) -> Architecture:
     return architecture
 
 
-def _rope(fields: Fields) -> Rope:
-    """Rope from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before)."""
-    name = "rope_parameters" if fields.raw.get("rope_parameters") else "rope_scaling"
+def _context(context: int, rope: Rope) -> int:
+    """Tokens that the network reads; config.json often has the length before scaling for `dynamic` and `yarn`."""
+    if rope.kind not in ("dynamic", "yarn"):
+        return context
+    return max(context, int(rope.original_max_position_embeddings * rope.factor))
+
+
+def _rope(fields: Fields, head_dim: int, context: int) -> Rope:
+    """Rope from `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (before), as transformers reads it.
+
+    `context` is `max_position_embeddings`.
+    """
+    name = "rope_scaling" if fields.raw.get("rope_scaling") else "rope_parameters"
     scaling = fields.raw.get(name) or {}
     if not isinstance(scaling, dict):
         fields.wrong(name, "expected an object")
         return Rope()
-    inner = Fields({"rope_theta": fields.raw.get("rope_theta", 10000.0), **scaling}, fields.place)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    given = {key: value for key, value in scaling.items() if value is not None}
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in ROPE_KINDS:
+        fields.wrong(name, f"rope types {', '.join(ROPE_KINDS)} are supported")
+        return Rope()
+    original = fields.raw.get("original_max_position_embeddings")
+    if original is not None and kind in ("llama3", "yarn", "longrope"):
+        given["original_max_position_embeddings"] = original
+    if kind == "dynamic":
+        given["original_max_position_embeddings"] = context
+    inner = Fields({"rope_theta": fields.raw.get("rope_theta", 10000.0), **given}, fields.place)
+    before = inner.count("original_max_position_embeddings", context)
+    if kind in ("linear", "dynamic", "llama3") and "factor" not in given:
+        inner.wrong("factor", f"rope type {kind} needs a number")
     rope = Rope(
         theta=inner.number("rope_theta", 10000.0),
-        kind=kind if isinstance(kind, str) else "",
-        factor=inner.number("factor", 1.0),
+        kind=kind,
+        factor=inner.number("factor", context / before if kind in ("yarn", "longrope") else 1.0),
         low_freq_factor=inner.number("low_freq_factor", 1.0),
         high_freq_factor=inner.number("high_freq_factor", 4.0),
-        original_max_position_embeddings=inner.count("original_max_position_embeddings", 8192),
+        original_max_position_embeddings=before,
+        beta_fast=inner.number("beta_fast", 32.0),
+        beta_slow=inner.number("beta_slow", 1.0),
+        truncate=inner.flag("truncate") if "truncate" in given else True,
+        short_factor=_factors(inner, "short_factor", head_dim) if kind == "longrope" else (),
+        long_factor=_factors(inner, "long_factor", head_dim) if kind == "longrope" else (),
     )
-    if rope.kind not in ("default", "linear", "llama3"):
-        fields.wrong(name, "rope types default, linear and llama3 are supported")
+    if kind == "dynamic" and head_dim < 4:
+        inner.wrong("rope_type", "rope type dynamic needs heads of at least 4 numbers")
+    inner.problems += refused(scaling, ROPE, f"{fields.place} {name}")
     fields.problems += inner.problems
-    return rope
+    return replace(rope, attention_factor=inner.number("attention_factor", _attention_factor(rope, inner)))
+
+
+def _factors(fields: Fields, name: str, head_dim: int) -> tuple[float, ...]:
+    """A positive number for each pair of a head."""
+    value = fields.raw.get(name)
+    numbers = value if isinstance(value, list) else []
+    if len(numbers) != head_dim // 2 or not all(type(n) in (int, float) and 0 < n < 1e12 for n in numbers):
+        fields.wrong(name, f"expected {head_dim // 2} positive numbers")
+    return tuple(map(float, numbers)) if not fields.problems else ()
+
+
+def _attention_factor(rope: Rope, fields: Fields) -> float:
+    """The factor of cosine and sine where config.json does not name it (Peng et al., 2023; Ding et al., 2024)."""
+    if rope.factor <= 1:
+        return 1.0
+    if rope.kind == "longrope":
+        return math.sqrt(1 + math.log(rope.factor) / math.log(max(2, rope.original_max_position_embeddings)))
+    if rope.kind != "yarn":
+        return 1.0
+    above, below = (fields.raw.get(key) for key in ("mscale", "mscale_all_dim"))
+    if above and below:
+        above, below = fields.number("mscale", 1.0), fields.number("mscale_all_dim", 1.0)
+        return (0.1 * above * math.log(rope.factor) + 1) / (0.1 * below * math.log(rope.factor) + 1)
+    return 0.1 * math.log(rope.factor) + 1
 
 
 def attention_cost(arch: Architecture) -> float:

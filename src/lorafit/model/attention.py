@@ -20,6 +20,10 @@ class Attend(Protocol):
     positions: Tensor
     """Position of each token in its own document, int64 (tokens,)."""
 
+    def lengths_seen(self) -> Tensor:
+        """The tokens of each token's document up to the end of this pass, int64 (tokens,)."""
+        ...
+
     def __call__(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, window: int | None
     ) -> Tensor:
@@ -50,6 +54,7 @@ class PackedDocuments:
         positions = torch.cat([torch.arange(length) for length in self.lengths])
         self.index = torch.arange(len(positions)) if index is None else index
         first = self.index.cummax(0).values.diff(prepend=torch.tensor([-1])).nonzero()[:, 0]
+        self._first = first
         self.positions = positions[first].to(device)
         self._shared = (self.index.to(device), first.to(device)) if len(first) < len(positions) else None
         self.starts = torch.tensor([0, *self.lengths]).cumsum(0)  # int64 (documents + 1,)
@@ -66,6 +71,10 @@ class PackedDocuments:
         q, k = rotate(q, rotary), rotate(k, rotary)
         out = self._attend(self.apart(q), self.apart(k), self.apart(v), window)
         return out if self._shared is None else out.index_select(0, self._shared[1])
+
+    def lengths_seen(self) -> Tensor:
+        lengths = torch.tensor(self.lengths)
+        return lengths.repeat_interleave(lengths)[self._first].to(self.positions.device)
 
     def apart(self, x: Tensor) -> Tensor:
         """x (tokens of the pass, ...) for every token of every document: shared tokens are repeated."""

@@ -11,13 +11,14 @@ import torch
 from lorafit.config.schema import Config
 from lorafit.errors import ConfigError, ModelError, Problem
 from lorafit.hub.client import ModelFolder, adapter_folder, model_folder
-from lorafit.model.adapter_file import load_adapter, read_spec
+from lorafit.model.adapter_file import load_adapter
 from lorafit.model.architecture import read_architecture
 from lorafit.model.device import pick_device, pick_dtype
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, attach, detach
 from lorafit.model.memory import limit_onednn_cache, use_caching_allocator
 from lorafit.model.quant import Quantize, check_quantize
+from lorafit.model.saved_adapter import put_on, read_adapter, read_spec
 from lorafit.model.weights import fingerprint, load_network
 from lorafit.storage.atomic import check_manifest
 
@@ -100,14 +101,13 @@ def build_saved(
     """The base model in `folder` with a saved adapter (or none), for inference, and its device."""
     arch = read_architecture(folder)
     there = pick_device(device)
-    spec = read_spec(adapter) if adapter is not None else None
+    saved = read_adapter(adapter) if adapter is not None else None
     number = pick_dtype(dtype, there)
     check_quantize(quantize, there, number)
     limit_onednn_cache()
     network = load_network(folder, arch, number, there, progress, quantize)
-    if adapter is not None and spec is not None:
-        attach(network, spec, seed=0)
-        load_adapter(network, adapter)
+    if saved is not None:
+        put_on(network, saved)
     return network.eval(), there
 
 

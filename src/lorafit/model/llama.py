@@ -140,6 +140,9 @@ class Llama(nn.Module):
         self.model = Decoder(arch)
         self.lm_head = _Head(arch.hidden_size, arch.vocab_size, bias=False)
         self.recompute = False
+        self.changed: dict[
+            str, tuple[nn.Parameter, nn.Parameter]
+        ] = {}  # by an adapter: the base's weight, its own
         if arch.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -151,7 +154,8 @@ class Llama(nn.Module):
         `keys` int64 (tokens,) identify the tokens for dropout, whatever their position in the pass.
         """
         x: Tensor = self.model.embed_tokens(ids)
-        rotary = rotary_table(attend.positions, self.arch.rope, self.arch.head_dim)
+        lengths = None if self.arch.rope.fixed_up_to is None else attend.lengths_seen()
+        rotary = rotary_table(attend.positions, self.arch.rope, self.arch.head_dim, lengths)
         last = len(self.model.layers) - 1
         for number, layer in enumerate(self.model.layers):
             inputs = (x, rotary, attend, rows if number == last else None, keys)
@@ -165,25 +169,48 @@ class Llama(nn.Module):
         return head(self.model.norm(hidden), self.lm_head.weight)
 
 
-def rotary_table(positions: Tensor, rope: Rope, head_dim: int) -> Rotary:
-    """Cosine and sine of each position's angles, (tokens, head_dim / 2), in float32 as in transformers."""
+def rotary_table(positions: Tensor, rope: Rope, head_dim: int, lengths: Tensor | None = None) -> Rotary:
+    """Cosine and sine of each token's angles, (tokens, head_dim / 2), in float32 as in transformers.
+
+    `lengths` int64 (tokens,) are the lengths of the tokens' texts, for angles that depend on them.
+    """
     frequencies = inverse_frequencies(rope, head_dim).to(positions.device)
+    if lengths is not None:
+        frequencies = _of_long_texts(frequencies, lengths, rope)
     angles = positions.to(torch.float32)[:, None] * frequencies
-    return angles.cos(), angles.sin()
+    if rope.attention_factor == 1:
+        return angles.cos(), angles.sin()
+    return angles.cos() * rope.attention_factor, angles.sin() * rope.attention_factor
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
-    """Radians per position for each pair of a head, float32 (head_dim / 2,).
+    """Radians per position for each pair of a head, float32 (head_dim / 2,); of texts up to the original length.
 
     `llama3` keeps the frequencies of short wavelengths, divides those of long ones by `factor` and blends between
-    them, as in Meta's release of Llama 3.1; `linear` divides all.
+    them, as in Meta's release of Llama 3.1; `yarn` blends by the turns within the original length; `linear` divides
+    all.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).to(torch.float32) / head_dim
-    frequencies = 1.0 / rope.theta**exponents
+    powers = rope.theta**exponents
+    frequencies = 1.0 / powers
     if rope.kind == "linear":
         return frequencies / rope.factor
+    if rope.kind == "longrope":
+        return 1.0 / (torch.tensor(rope.short_factor) * powers)
+    context = rope.original_max_position_embeddings
+    if rope.kind == "yarn":
+        low, high = (
+            head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+            for turns in (rope.beta_fast, rope.beta_slow)
+        )
+        if rope.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        width = high - low or 0.001
+        ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+        keep = 1 - ramp
+        return 1.0 / (rope.factor * powers) * (1 - keep) + frequencies * keep
     if rope.kind == "llama3":
-        context = rope.original_max_position_embeddings
         wavelengths = 2 * math.pi / frequencies
         blend = (context / wavelengths - rope.low_freq_factor) / (
             rope.high_freq_factor - rope.low_freq_factor
@@ -193,3 +220,21 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Tensor:
         short = wavelengths < context / rope.high_freq_factor
         return torch.where(long, frequencies / rope.factor, torch.where(short, frequencies, blended))
     return frequencies
+
+
+def _of_long_texts(frequencies: Tensor, lengths: Tensor, rope: Rope) -> Tensor:
+    """`frequencies` (head_dim / 2,) for tokens in texts of `lengths` int64 (tokens,): (tokens, head_dim / 2).
+
+    Beyond the original length `longrope` has other factors, and the base of `dynamic` grows with the length.
+    """
+    context = rope.original_max_position_embeddings
+    is_long = (lengths > context)[:, None]
+    head_dim = 2 * len(frequencies)
+    exponents = torch.arange(0, head_dim, 2, device=lengths.device).to(torch.float32) / head_dim
+    if rope.kind == "longrope":
+        long = 1.0 / (torch.tensor(rope.long_factor, device=lengths.device) * rope.theta**exponents)
+    else:
+        growth = rope.factor * lengths / context - (rope.factor - 1)
+        base = rope.theta * growth ** (head_dim / (head_dim - 2))
+        long = 1.0 / base[:, None] ** exponents
+    return torch.where(is_long, long, frequencies)

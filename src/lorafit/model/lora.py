@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -29,6 +29,16 @@ class LoraSpec:
     targets: tuple[str, ...]  # as in the config: names, full names, `all-linear` or `re:...`
     rslora: bool
     variant: str = "lora"  # a name of VARIANTS
+    exceptions: Mapping[str, tuple[int, float]] = field(
+        default_factory=dict
+    )  # full name: its own rank and alpha
+
+    def of(self, module: str) -> LoraSpec:
+        """The spec of one module, by its full name."""
+        if module not in self.exceptions:
+            return self
+        rank, alpha = self.exceptions[module]
+        return replace(self, rank=rank, alpha=alpha, exceptions={})
 
     @property
     def scale(self) -> float:
@@ -85,7 +95,41 @@ class LoraLinear(nn.Module):
         return torch.addmm(weight.float(), tensors["lora_B"], tensors["lora_A"], alpha=scale)
 
 
-VARIANTS: dict[str, type[LoraLinear]] = {"lora": LoraLinear}
+class DoraLinear(LoraLinear):
+    """DoRA (Liu et al., 2024): each row of the adapted weight has a learned length. For answers and exports only."""
+
+    is_plain: ClassVar = False
+    parts: ClassVar = (*LoraLinear.parts, "lora_magnitude_vector")
+    peft_keys: ClassVar = {"use_dora": True}
+
+    def __init__(self, base: Frozen, spec: LoraSpec, generator: torch.Generator, like: Tensor) -> None:
+        super().__init__(base, spec, generator, like)
+        self.lora_magnitude_vector = nn.Parameter(base.dequantize().to(self.lora_A.dtype).norm(dim=1))
+        self._factor: Tensor | None = None  # of each output; computed once, after the weights are there
+
+    def added(self, x: Tensor, out: Tensor) -> Tensor:
+        if self._factor is None:
+            length = (self.base.dequantize().float() + super().delta()).norm(dim=1)
+            self._factor = (self.lora_magnitude_vector / length).detach()
+        factor = self._factor.to(x.dtype)
+        product = out if self.base.bias is None else out - self.base.bias
+        return (factor - 1) * product + factor * super().added(x, out)
+
+    def delta(self) -> Tensor:
+        weight = self.base.dequantize()
+        return (
+            self.merge(weight, {part: getattr(self, part).float() for part in self.parts}, self.scale)
+            - weight
+        )
+
+    @staticmethod
+    def merge(weight: Tensor, tensors: Mapping[str, Tensor], scale: float) -> Tensor:
+        whole = LoraLinear.merge(weight, tensors, scale)
+        factor: Tensor = tensors["lora_magnitude_vector"] / whole.norm(dim=1)
+        return whole * factor[:, None]
+
+
+VARIANTS: dict[str, type[LoraLinear]] = {"lora": LoraLinear, "dora": DoraLinear}
 
 
 def attach(network: Llama, spec: LoraSpec, seed: int) -> LoraSpec:
@@ -101,9 +145,38 @@ def attach(network: Llama, spec: LoraSpec, seed: int) -> LoraSpec:
     for name in names:
         base = network.get_submodule(name)
         assert isinstance(base, Frozen)
-        linear = VARIANTS[spec.variant](base, spec, generator, like=network.lm_head.weight)
+        linear = VARIANTS[spec.variant](base, spec.of(name), generator, like=network.lm_head.weight)
         replace_module(network, name, linear)
     return replace(spec, targets=targets)
+
+
+def weight_of(network: nn.Module, name: str) -> nn.Parameter:
+    """The parameter of the base by its full name, whether its module is adapted or not."""
+    module, part = _owner(network, name)
+    parameter: nn.Parameter = getattr(module, part)
+    return parameter
+
+
+def change_weights(network: Llama, weights: Mapping[str, Tensor]) -> None:
+    """Put `weights` in the place of parameters, as a part of the adapter; `disable_adapter` undoes it for a while."""
+    for name, weight in weights.items():
+        old = weight_of(network, name)
+        new = nn.Parameter(weight.to(old.device, old.dtype), requires_grad=False)
+        network.changed[name] = (old, new)
+    _put(network, adapter=True)
+
+
+def _put(network: nn.Module, *, adapter: bool) -> None:
+    """Set the weights that an adapter changes to its own ones or to those of the base."""
+    for name, (old, new) in getattr(network, "changed", {}).items():
+        module, part = _owner(network, name)
+        setattr(module, part, new if adapter else old)
+
+
+def _owner(network: nn.Module, name: str) -> tuple[nn.Module, str]:
+    name, _, part = name.rpartition(".")
+    module = network.get_submodule(name)
+    return getattr(module, "base", module), part
 
 
 def detach(network: nn.Module) -> None:
@@ -124,7 +197,7 @@ def match_targets(network: nn.Module, targets: Sequence[str]) -> list[str]:
         elif target.startswith("re:"):
             try:
                 pattern = re.compile(target[3:])
-                if not _ends_soon(target[3:]):
+                if not ends_soon(target[3:]):
                     raise re.error("it may never end; repeat single characters only, three times at most")
             except (re.error, RecursionError, OverflowError) as error:
                 problems.append(Problem(f"`{target}` is not a regular expression: {error}", "lora.targets"))
@@ -163,11 +236,15 @@ def disable_adapter(network: nn.Module, *, when: bool = True) -> Iterator[None]:
     layers = adapted(network).values() if when else ()
     for layer in layers:
         layer.enabled = False
+    if when:
+        _put(network, adapter=False)
     try:
         yield
     finally:
         for layer in layers:
             layer.enabled = True
+        if when:
+            _put(network, adapter=True)
 
 
 @contextmanager
@@ -181,7 +258,7 @@ def evaluating(network: nn.Module) -> Iterator[None]:
         network.train(was_training)
 
 
-def _ends_soon(pattern: str) -> bool:
+def ends_soon(pattern: str) -> bool:
     """Whether a regular expression has few ways through a name: backtracking comes from repetitions, of groups above
     all, and from alternatives.
     """

@@ -172,7 +172,7 @@ class _Project(torch.autograd.Function):
         low = None
         if adapted := group.adapted():
             a = torch.cat(adapter_parameters[::2]).to(y.dtype)  # (all ranks, in_features)
-            low = F.linear(y if drop is None else drop.make(y), a).mul_(adapted[0].scale)
+            low = F.linear(y if drop is None else drop.make(y), a).mul_(_scale(adapted, y))
         lows = iter(zip(_split(low, adapted), adapter_parameters[1::2], strict=True))
         outs = []
         for base, linear in zip(group.bases, group.low_ranks, strict=True):
@@ -224,6 +224,14 @@ class _Project(torch.autograd.Function):
             d_inputs = group.source.backward(dy, *inputs)
         residual = grad_outputs[0] if ctx.needs_input_grad[1] else None
         return (None, residual, None, None, *d_inputs, *d_parameters)
+
+
+def _scale(adapted: Sequence[LowRank], like: Tensor) -> Tensor | float:
+    """The factor of each column of the low-rank products of `adapted`; one number if it is the same for all."""
+    scales = [linear.scale for linear in adapted]
+    if len(set(scales)) == 1:
+        return scales[0]
+    return torch.cat([like.new_full((len(linear.lora_A),), linear.scale) for linear in adapted])
 
 
 def _split(low: Tensor | None, adapted: Sequence[LowRank]) -> Sequence[Tensor]:

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lorafit.model.adapter_file import load_adapter, read_spec
+from lorafit.errors import ModelError, Problem, several
 from lorafit.model.decode_linear import Pairs
 from lorafit.model.linear import Frozen, replace_module
 from lorafit.model.llama import Llama
-from lorafit.model.lora import LoraLinear, adapted, attach, detach
+from lorafit.model.lora import LoraLinear, adapted, detach
 from lorafit.model.lora_linear import Identity, project
+from lorafit.model.saved_adapter import SavedAdapter, attach_linears, put_tables, read_adapter
 
 
 class MultiLoraLinear(nn.Module):
@@ -75,6 +76,7 @@ class MultiLoraLinear(nn.Module):
 class Adapters:
     """The adapters of `folders` (name to PEFT folder) on a network without one; they may differ in everything.
 
+    An adapter that changes other weights than linears of layers is the only one, and all rows have these weights.
     Raises ModelError if a folder cannot be read or does not fit the network, ConfigError if its targets match
     nothing. No row has an adapter before the first `take`.
     """
@@ -82,9 +84,19 @@ class Adapters:
     def __init__(self, network: Llama, folders: Mapping[str, Path]) -> None:
         self.names = tuple(folders)
         by_linear: dict[str, dict[str, LoraLinear]] = {}
-        for name, folder in folders.items():
-            for linear, adapter in _read(network, folder).items():
+        saved = {name: read_adapter(folder) for name, folder in folders.items()}
+        if len(saved) > 1 and (alone := {name: one.tables for name, one in saved.items() if one.tables}):
+            hint = "serve it in a process of its own"
+            raise ModelError.of(
+                Problem(
+                    f"`{name}` changes {several(tables)}, which all adapters of a process share", hint=hint
+                )
+                for name, tables in alone.items()
+            )
+        for name, one in saved.items():
+            for linear, adapter in _read(network, one).items():
                 by_linear.setdefault(linear, {})[name] = adapter
+            put_tables(network, one)
         self._linears = []
         for linear, adapters in by_linear.items():
             base = network.get_submodule(linear)
@@ -117,12 +129,11 @@ class Adapters:
             linear.take_each(indices[has], [(rows[name], name) for name in has if name in rows])
 
 
-def _read(network: Llama, folder: Path) -> dict[str, LoraLinear]:
-    """The adapted linears of the adapter in `folder`, each on its base; `network` itself stays as it was."""
-    attach(network, read_spec(folder), seed=0)
-    modules = adapted(network)
+def _read(network: Llama, saved: SavedAdapter) -> dict[str, LoraLinear]:
+    """The adapted linears of an adapter, each on its base; `network` itself stays as it was."""
     try:
-        load_adapter(network, folder)
+        attach_linears(network, saved)
+        modules = adapted(network)
     finally:
         detach(network)
     return {name: module.requires_grad_(False).eval() for name, module in modules.items()}

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from lorafit.errors import ModelError, Problem
+from lorafit.errors import ModelError, Problem, several
 from lorafit.model.architecture import Architecture
 from lorafit.model.dtypes import dtype_names
 from lorafit.model.linear import Frozen, replace_module
@@ -23,6 +23,7 @@ from lorafit.storage.safe_read import MB, read_json
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_INDEX = 64 * MB
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +47,23 @@ def stored_tensors(folder: Path, arch: Architecture) -> dict[str, StoredTensor]:
 
     Raises ModelError if a file cannot be read, or if a tied head and the embedding differ.
     """
-    tensors = {}
+    tensors: dict[str, StoredTensor] = {}
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 for name in file.keys():  # noqa: SIM118, not a mapping
                     part = file.get_slice(name)
-                    tensors[name] = StoredTensor(path, name, tuple(part.get_shape()), part.get_dtype())
+                    plain = plain_name(name)
+                    if plain in tensors:
+                        raise ModelError(
+                            f"`{tensors[plain].name}` and `{name}` are one weight", place=str(path)
+                        )
+                    tensors[plain] = StoredTensor(path, name, tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as error:
             raise ModelError(
                 f"weights cannot be read: {error}", place=str(path), hint="download the file again"
             ) from None
+    tensors = _of_the_whole(tensors)
     if arch.tie_word_embeddings and _HEAD in tensors:
         head = tensors.pop(_HEAD)  # it is stored under either name or both
         if not _are_equal(head, tensors.setdefault(_EMBEDDING, head)):
@@ -66,6 +73,21 @@ def stored_tensors(folder: Path, arch: Architecture) -> dict[str, StoredTensor]:
                 hint='set "tie_word_embeddings": false in config.json if the head is its own',
             )
     return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def plain_name(name: str) -> str:
+    """The name of a tensor without the words that programs of several processes and torch.compile put into it."""
+    return ".".join(word for word in name.split(".") if word not in _WRAPPERS)
+
+
+def _of_the_whole(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The weights by parameter of the whole network, where a part or a wrapper of it was saved."""
+    short = _EMBEDDING.removeprefix("model.")
+    if short in tensors:  # the decoder without the head
+        return {name if name == _HEAD else f"model.{name}": tensor for name, tensor in tensors.items()}
+    if f"model.{_EMBEDDING}" in tensors:
+        return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def load_network(
@@ -86,15 +108,19 @@ def load_network(
         network = Llama(arch)
     parameters = dict(network.named_parameters())  # a tied head is listed once, as embed_tokens
     stored = stored_tensors(folder, arch)
-    faults = [f"`{name}` is missing" for name in parameters.keys() - stored.keys()]
-    unknown = stored.keys() - parameters.keys()
-    faults += [f"`{name}` has no place in a {arch.model_type} network" for name in unknown]
-    for name in parameters.keys() & stored.keys():
-        shape, right = list(stored[name].shape), list(parameters[name].shape)
-        if shape != right:
-            faults.append(f"`{name}` has shape {shape}, config.json says {right}")
+    faults: dict[str, list[str]] = {}  # a fault of many weights is one line
+    for name in sorted(parameters.keys() | stored.keys()):
+        if name not in stored:
+            faults.setdefault("{} is missing", []).append(name)
+        elif name not in parameters:
+            fault = f"{{}} has no place in a {arch.model_type} network"
+            faults.setdefault(fault, []).append(stored[name].name)
+        elif (shape := list(stored[name].shape)) != (right := list(parameters[name].shape)):
+            faults.setdefault(f"{{}} has shape {shape}, config.json says {right}", []).append(name)
     if faults:
-        raise ModelError.of(Problem(f"weight {fault}", str(folder)) for fault in sorted(faults))
+        raise ModelError.of(
+            Problem("weight " + fault.format(several(names)), str(folder)) for fault, names in faults.items()
+        )
     kept = dtype_names(dtype).safetensors if device.type == "cpu" and quantize == "none" else None
     mapped = {tensor.file for tensor in stored.values() if tensor.dtype == kept}
     with ExitStack() as stack:
@@ -116,7 +142,12 @@ def load_network(
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, single or sharded. Raises ModelError if one is missing."""
+    """The safetensors files of a model folder: the single one if there is, as in transformers, else the shards.
+
+    Raises ModelError if one is missing.
+    """
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
     if (folder / INDEX).is_file():
         try:
             weight_map = read_json(folder / INDEX, MAX_INDEX)["weight_map"]
@@ -130,8 +161,6 @@ def weight_files(folder: Path) -> list[Path]:
         ]:
             raise ModelError.of(missing)
         return [folder / name for name in names]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
     hint = "download the model again"
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         hint = (

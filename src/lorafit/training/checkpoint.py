@@ -154,16 +154,16 @@ def refuse_changes(folder: Path, different: Sequence[str]) -> None:
         raise RunError.of([*map(Problem, different[:-1]), Problem(different[-1], str(folder), hint)])
 
 
-def export_adapter(folder: Path, checkpoint: Path, facts: Mapping[str, Any]) -> None:
+def export_adapter(folder: Path, checkpoint: Path, prompt: Path, facts: Mapping[str, Any]) -> None:
     """Commit the PEFT folder of a checkpoint as the run's final adapter: verified, copied, compared byte for byte.
 
-    Raises RunError.
+    `prompt` is the file of the prompt contract, which it carries. Raises RunError.
     """
     if faults := verify_folder(checkpoint):
         hint = "`lorafit train --resume` skips it and resumes from one that is whole"
         raise RunError(f"the checkpoint is damaged: {faults[0]}", place=str(checkpoint), hint=hint)
     with run_error("cannot be read", checkpoint):
-        files = {name: (checkpoint / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+        files = {path.name: path.read_bytes() for path in (checkpoint / CONFIG, checkpoint / WEIGHTS, prompt)}
     commit_files(folder, files, facts)
 
 

@@ -63,7 +63,7 @@ def _export_best(job: TrainContext, state: TrainState) -> int:
     if best != state.step and (faults := verify_folder(run.checkpoint(best))):
         observe(Message(f"the best step, {best}, is lost ({faults[0]}): the last one counts", "warning"))
         best = state.step
-    export_adapter(run.adapter, run.checkpoint(best), {"step": best, **job.facts})
+    export_adapter(run.adapter, run.checkpoint(best), run.prompt_file, {"step": best, **job.facts})
     if best != state.step:
         observe(Message(f"the adapter is the one of step {best}, the lowest held-out loss"))
         load_adapter(job.network, run.adapter)
