@@ -15,7 +15,9 @@ from datetime import date as Date
 from typing import Literal
 
 from lorafit.data.formats import Message
-from lorafit.data.jinja_sandbox import OverdrawnError, Sandbox
+from lorafit.data.jinja_costs import OverdrawnError
+from lorafit.data.jinja_filters import MAX_MESSAGE
+from lorafit.data.jinja_sandbox import Sandbox
 from lorafit.data.tokenizer import HOLE
 from lorafit.errors import DataError, ModelError
 
@@ -86,7 +88,9 @@ class ChatTemplate:
             if isinstance(error, OverdrawnError):  # a fault of the template, not of the row
                 raise ModelError(f"the chat template is refused: {error}", place=place) from error
             hint = "change the conversation to what the template accepts, or give another with data.template"
-            raise DataError(f"the chat template refuses the row: {error}", place=place, hint=hint) from error
+            raise DataError(
+                f"the chat template refuses the row: {str(error)[:MAX_MESSAGE]}", place=place, hint=hint
+            ) from error
         return "".join(pieces)
 
     def parts(self, messages: Sequence[Message]) -> list[Part]:
