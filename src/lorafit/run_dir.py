@@ -26,7 +26,8 @@ from lorafit.storage.atomic import (
     verify_folder,
     write_file,
 )
-from lorafit.storage.locks import CLAIM, lock
+from lorafit.storage.locks import CLAIM, lock, refuse_others
+from lorafit.storage.ownership import nobody_else_writes
 from lorafit.storage.safe_read import MB, read_json
 
 MAX_JSON = 64 * MB
@@ -107,7 +108,9 @@ class RunDirectory:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Lock the run for this process. Raises RunError when another living process holds the lock."""
-        with lock(self.lock_file) as held:
+        with nobody_else_writes(), lock(self.lock_file) as held:
+            if self.checkpoints.is_dir():
+                refuse_others(self.checkpoints)
             self._lock = held
             try:
                 yield

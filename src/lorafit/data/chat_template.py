@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import re
-import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import date as Date
@@ -79,12 +78,8 @@ class ChatTemplate:
                 if size > MAX_CHARACTERS:
                     raise OverdrawnError(f"it renders more than {MAX_CHARACTERS:,} characters")
         except Exception as error:  # a template is a program: it may raise anything
-            lines = [
-                frame.lineno
-                for frame in traceback.extract_tb(error.__traceback__)
-                if "<template>" in frame.filename
-            ]
-            place = f"chat template line {lines[-1]}" if lines else "chat template"
+            line = self._line(error)
+            place = f"chat template line {line}" if line else "chat template"
             if isinstance(error, OverdrawnError):  # a fault of the template, not of the row
                 raise ModelError(f"the chat template is refused: {error}", place=place) from error
             hint = "change the conversation to what the template accepts, or give another with data.template"
@@ -92,6 +87,15 @@ class ChatTemplate:
                 f"the chat template refuses the row: {str(error)[:MAX_MESSAGE]}", place=place, hint=hint
             ) from error
         return "".join(pieces)
+
+    def _line(self, error: Exception) -> int | None:
+        """The line of the template that raised `error`."""
+        line, trace = None, error.__traceback__
+        while trace:
+            if trace.tb_frame.f_code.co_filename == "<template>":
+                line = self._template.get_corresponding_lineno(trace.tb_lineno)
+            trace = trace.tb_next
+        return line
 
     def parts(self, messages: Sequence[Message]) -> list[Part]:
         """The rendered conversation cut into contents and template text; joined they are `render(messages)`.

@@ -12,7 +12,7 @@ import operator
 from collections.abc import Iterable, Iterator
 from datetime import date as Date
 from types import BuiltinMethodType, MethodType
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from jinja2 import TemplateError, TemplateSyntaxError, Undefined, nodes, pass_context
 from jinja2.compiler import CodeGenerator, Frame
@@ -117,6 +117,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 raise TemplateSyntaxError(f"a chat template has no `{kind}`", node.lineno)
         _put_steps(tree)
         return cast(nodes.Template, _Billing().visit(tree))
+
+    def handle_exception(self, source: str | None = None) -> NoReturn:
+        """Raise the error as it is: jinja2 compiles a piece of code for each frame of its traceback."""
+        raise
 
     def step(self, cost: int) -> bool:
         """Charge a body for its nodes."""
