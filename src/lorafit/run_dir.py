@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from lorafit.config.load import dump_config, load_config
 from lorafit.config.schema import Config
 from lorafit.errors import RunError
-from lorafit.redact import redact
+from lorafit.redact import without_secrets
 from lorafit.storage.atomic import (
     clean_orphans,
     is_orphan,
@@ -163,8 +163,8 @@ class RunDirectory:
 
     def write_json(self, file: Path, value: Mapping[str, Any] | list[Any]) -> None:
         """Replace one of the run's JSON files, durably."""
-        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-        write_file(file, redact(text) if file == self.env_file else text)  # a command line may hold some
+        value = without_secrets(value) if file == self.env_file else value  # a command line may hold some
+        write_file(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
     def read_json(self, file: Path) -> Any:
         """One of the run's JSON files. Raises RunError naming it when it is missing or damaged."""

@@ -21,7 +21,7 @@ from lorafit.export.kinds import Export
 from lorafit.export.run_source import RunSource
 from lorafit.hub.client import token
 from lorafit.observe.metrics_file import read_metrics, series
-from lorafit.redact import redact
+from lorafit.redact import redact, without_secrets
 from lorafit.version import __version__
 
 FILE = "README.md"
@@ -35,7 +35,7 @@ def card(source: RunSource, export: Export, type_name: str, folder: Path, parity
     if source.base.revision is not None:
         header["base_model"] = source.base_name
         header["base_model_relation"] = "adapter" if export.is_adapter else "finetune"
-    front = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
+    front = yaml.safe_dump(without_secrets(header), sort_keys=False, allow_unicode=True)
     revision = f" at `{source.base.revision}`" if source.base.revision else ""
     file = next((path.name for path in folder.glob("*.gguf")), "")
     usage = export.usage.format(base=source.base_name, name=source.name.lower(), file=file)
@@ -80,7 +80,10 @@ def _prompt(source: RunSource) -> str:
     stops = ", ".join(f"`{tokenizer.decode([token])}` ({token})" for token in contract.stop_ids) or "none"
     rows = [
         ["template", contract.template],
-        ["system prompt", json.dumps(contract.system, ensure_ascii=False) if contract.system else "none"],
+        [
+            "system prompt",
+            json.dumps(redact(contract.system), ensure_ascii=False) if contract.system else "none",
+        ],
         ["begins with", f"`{contract.bos}`" if contract.add_bos else "no BOS"],
         ["ends an answer", stops],
         ["trained on", "the answers" if contract.train_on == "response" else "the whole text"],
@@ -102,10 +105,10 @@ def _recipe(source: RunSource) -> str:
         section: {key: _nameless(value) for key, value in config[section].items() if value is not None}
         for section in ("model", "lora", "data", "train")
     }
-    text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=100)
+    text = yaml.safe_dump(without_secrets(kept), sort_keys=False, allow_unicode=True, width=100)
     command = str(source.run.read_json(source.run.env_file).get("command", ""))
     try:
-        command = shlex.join(map(nameless, shlex.split(command)))
+        command = shlex.join(map(nameless, without_secrets(shlex.split(command))))
     except ValueError:  # no line of a shell: it is left out
         command = ""
     block = f"```bash\n{command}\n```\n\n" if command else ""

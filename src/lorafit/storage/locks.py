@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lorafit.errors import RunError
-from lorafit.redact import redact
+from lorafit.redact import redact, without_secrets
 from lorafit.storage.atomic import BLOCK
 from lorafit.storage.ownership import not_own
 from lorafit.storage.safe_read import open_no_follow, read_text
@@ -93,7 +93,7 @@ def exclusive_lock(
             time.sleep(0.05)
         with contextlib.suppress(OSError):  # the text is only informative
             file.truncate(0)
-            command = redact(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))[:MAX_CLAIM]
+            command = redact(shlex.join([Path(sys.argv[0]).name, *without_secrets(sys.argv[1:])]))[:MAX_CLAIM]
             file.write(f"process {os.getpid()} since {datetime.now():%H:%M:%S}: {command}".encode())
         yield lambda: os.utime(file.fileno())
 
