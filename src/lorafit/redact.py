@@ -124,12 +124,14 @@ def dotenv() -> dict[str, str]:
         return {}
     found: dict[str, str] = {}
     for name, value in _assignments(text):
-        known = found | os.environ
-        expanded = _EXPANSION.sub(lambda part, known=known: known.get(part[1], part[2] or ""), value or "")
-        found |= {name: expanded}
+        found[name] = _expanded(value or "", found | os.environ)
         if value is None:  # a name alone
             del found[name]
     return found
+
+
+def _expanded(value: str, known: Mapping[str, str]) -> str:
+    return _EXPANSION.sub(lambda part: known.get(part[1], part[2] or ""), value)
 
 
 def _assignments(text: str) -> Iterator[tuple[str, str | None]]:

@@ -282,7 +282,18 @@ def any_template(scene: Scene, drawn: tuple[str, tuple[list[tuple[str, str]], st
 
 
 def bounded_template(scene: Scene, source: str) -> None:
-    """Any program in the sandbox takes the time and the memory that it is billed for, and no more than is allowed."""
+    """Any program in the sandbox takes the time and the memory that it is billed for, and no more than is allowed.
+
+    A busy machine halts now and then: what is too slow is measured three times.
+    """
+    for _ in range(3):
+        if not (excess := _excess(source)):
+            return
+    raise AssertionError(excess)
+
+
+def _excess(source: str) -> str:
+    """What a template takes too much of; "" for nothing."""
     sandbox = Sandbox(Date(2024, 7, 26))
     clock = [time.process_time()]
     with peak_memory() as peak, contextlib.suppress(Exception):  # a program may raise anything
@@ -297,9 +308,11 @@ def bounded_template(scene: Scene, source: str) -> None:
     clock.append(time.process_time())
     compiling, rendering = clock[1] - clock[0], clock[-1] - clock[1]
     bill = min(BUDGET - sandbox.budget.left, BUDGET)
-    assert compiling < SECONDS, f"{compiling:.2f} s to compile"
-    assert rendering < SECONDS_UNBILLED + bill * SECONDS_PER_UNIT, f"{rendering:.2f} s for {bill:,} units"
-    assert peak.megabytes < MEGABYTES, f"{peak.megabytes} MB for {bill:,} units"
+    if compiling >= SECONDS:
+        return f"{compiling:.2f} s to compile"
+    if rendering >= SECONDS_UNBILLED + bill * SECONDS_PER_UNIT:
+        return f"{rendering:.2f} s for {bill:,} units"
+    return f"{peak.megabytes} MB for {bill:,} units" if peak.megabytes >= MEGABYTES else ""
 
 
 def any_run(scene: Scene, drawn: tuple[str, str, list[int], Any, bytes]) -> None:

@@ -10,10 +10,11 @@ from functools import wraps
 from typing import Any
 
 from jinja2 import Environment, TemplateError
-from jinja2.filters import FILTERS, do_indent, do_int, do_round, ignore_case, make_attrgetter, soft_str
+from jinja2.filters import FILTERS, do_indent, do_int, do_round, ignore_case, make_attrgetter
 from jinja2.sandbox import safe_range
 from jinja2.tests import TESTS
 from jinja2.utils import Namespace
+from markupsafe import soft_str
 
 from lorafit.data.jinja_costs import (
     CALL,
@@ -226,7 +227,7 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _billed(function: Callable[..., Any], budget: Budget, pay: Callable[[Any], Any]) -> Callable[..., Any]:
+def _billed(function: Any, budget: Budget, pay: Callable[[Any], Any]) -> Callable[..., Any]:
     """`function`, with `pay` for each argument."""
     first = int(hasattr(function, "jinja_pass_arg"))  # jinja2 passes an argument of its own first
 
