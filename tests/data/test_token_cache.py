@@ -347,7 +347,7 @@ def test_a_holder_that_stands_still_is_named_and_not_waited_for(
         holder.kill()
         holder.communicate()
     assert content(again) == content(first)
-    who = re.compile(rf"process {holder.pid} since \d\d:\d\d:\d\d: .* train \*\*\*")
+    who = re.compile(rf"process {holder.pid} since \d\d:\d\d:\d\d: .* train '\*\*\*'")
     assert who.search(again.notes[0])
     assert who.search(caplog.text)
     assert len(entries(place)) == 1

@@ -132,3 +132,13 @@ def test_a_run_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(ownership.os, "geteuid", lambda: os.getuid() + 12345)
     with pytest.raises(RunError, match="belongs to user"), lock(tmp_path / "run.lock"):
         pass
+
+
+def test_a_lock_of_ones_own_is_not_refused_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        for _ in range(2):
+            with lock(tmp_path / "run.lock"):
+                pass
+    finally:
+        os.umask(before)
