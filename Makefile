@@ -9,7 +9,7 @@ T ?=
 SUITE = PYTHONHASHSEED=0 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(T)
 SEEDS ?= 20
 
-.PHONY: demo test quick slow seeds lint format docs config-docs types bench bugs masks crash fuzz fuzz-serve hostile hosts scale release dist clean
+.PHONY: demo test quick slow seeds lint format docs config-docs types bench bugs masks crash fuzz fuzz-templates fuzz-serve hostile hosts scale release dist clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -52,6 +52,9 @@ seeds: $(VENV)/installed-dev  ## the property tests with SEEDS fresh seeds; each
 
 fuzz: $(VENV)/installed-dev  ## 200,000 hostile rows, files, texts, configs, commands, templates and runs (most of an hour)
 	$(BIN)/python -m tests.hostile.fuzz --examples 200000 --into docs/security.md
+
+fuzz-templates: $(VENV)/installed-dev  ## 200,000 templates of Jinja's whole grammar: time and memory beside the bill (hours)
+	$(BIN)/python -m tests.hostile.fuzz --examples 200000 sandbox
 
 fuzz-serve: $(VENV)/installed-dev  ## the server against many generated requests (minutes)
 	LORAFIT_FUZZ_EXAMPLES=1000 $(BIN)/python -m pytest tests/serve/test_fuzz.py

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 MAX_CHARACTERS = 1000
 _HIDDEN = "***"
@@ -23,14 +27,25 @@ _LOGIN_IN_URL = re.compile(r"(?<=://)[^\s/]+(?=@)")
 _TOKEN = re.compile(
     r"(?:(?<![A-Za-z0-9])|(?<=\\[nrt]))(?:"
     r"(?:github_pat_|gh[pousr]_|glpat-|xox[abeprs]-)[A-Za-z0-9_-]{12,}|(?:AKIA|ASIA)[A-Z0-9]{12,}|"
-    r"(?:hf[_-]|api_org_|sk[_-])(?=[A-Za-z0-9_-]*?(?:[A-Za-z0-9]{16}|(?=[A-Za-z0-9]{12})[a-z]*[A-Z0-9]))"
+    r"(?:hf[_-]|api_org_|sk[_-])(?=[A-Za-z0-9_-]{0,200}?(?:[A-Za-z0-9]{16}|(?=[A-Za-z0-9]{12})[a-z]*[A-Z0-9]))"
     r"[A-Za-z0-9_-]{12,})"
 )
-_ASSIGNMENT = re.compile(
-    r"""^[ \t]*(?:export[ \t]+)?(\w+)[ \t]*=[ \t]*(?:"([^"\n]*)"|'([^'\n]*)'|([^\s#]*))""", re.M
+# The parts of a line of `.env`, in the grammar of python-dotenv: https://github.com/theskumar/python-dotenv
+_KEY = re.compile(r"\s*(?:export[^\S\r\n]+)?(?:'([^']+)'|((?!')[^=#\s]+))?[^\S\r\n]*")
+_VALUE = re.compile(
+    r"""=(?:[^\S\r\n]+(?=\#) | [^\S\r\n]*
+    (?:'((?:\\.|[^'\\])*)' | "((?:\\.|[^"\\])*)" | ((?![\s'"])[^\r\n]* | (?=[\r\n]|\Z))))""",
+    re.VERBOSE | re.DOTALL,
 )
-_LINE_ENDS = re.compile(r"[ \t]*[\r\n]+[ \t]*")
-_ESCAPE_SEQUENCES = re.compile(r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b\].*?(?:\x07|\x1b\\)|\x1b.", re.DOTALL)
+_END = re.compile(r"(?:[^\S\r\n]*#[^\r\n]*)?[^\S\r\n]*(?:[\r\n]|\Z)")
+_REST = re.compile(r"[^\r\n]*[\r\n]?")
+_ESCAPES = {"a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v"}
+_EXPANSION = re.compile(r"\$\{([^}:]*)(?::-([^}]*))?\}")
+_MAX_DOTENV = 1 << 20  # characters
+_LINE_ENDS = re.compile(r"(?<![ \t])[ \t]*[\r\n]+[ \t]*")
+_ESCAPE_SEQUENCES = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b.", re.DOTALL
+)
 # Control characters but tab and line feed, zero-width characters but the joiners of scripts and emoji, marks that
 # change the direction of text, Unicode's own line ends, lone surrogates, and code points that are no characters.
 _UNSEEN = re.compile(
@@ -45,10 +60,28 @@ def redact(text: str) -> str:
     A secret is the login in a URL, a token of well-known form, and the value of a variable of the environment or of
     `.env` in the current folder whose name says so (TOKEN, KEY, SECRET, PASSWORD, PASS, CREDENTIALS, ...).
     """
-    for secret in sorted(set(_secrets()), key=len, reverse=True):
+    return _hidden(text, _known())
+
+
+def without_secrets(value: Any) -> Any:
+    """A JSON value with `redact` applied to each text in it, keys too: before it is encoded, which changes texts."""
+    known = _known()
+
+    def cleaned(value: Any) -> Any:
+        if isinstance(value, str):
+            return _hidden(value, known)
+        if isinstance(value, Mapping):
+            return {cleaned(key): cleaned(item) for key, item in value.items()}
+        return [cleaned(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return cleaned(value)
+
+
+def _hidden(text: str, secrets: Sequence[str]) -> str:
+    for secret in secrets:
         if len(secret) >= _SHORTEST_SECRET:
             text = text.replace(secret, _HIDDEN)
-        else:
+        elif secret in text:
             text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", _HIDDEN, text)
     return _TOKEN.sub(_HIDDEN, _LOGIN_IN_URL.sub(_HIDDEN, text))
 
@@ -76,18 +109,76 @@ def json_line(value: Any) -> str:
     return _UNSEEN.sub(_escape, json.dumps(value, ensure_ascii=False))
 
 
+def safe_json_line(value: Any) -> str:
+    """`json_line` of a value without its secrets: what a command prints for a script."""
+    return json_line(without_secrets(value))
+
+
 def dotenv() -> dict[str, str]:
-    """The assignments of `.env` in the current folder, {} if it cannot be read. Nothing is executed or expanded."""
+    """The assignments of `.env` in the current folder as python-dotenv reads them, {} if it cannot be read."""
     path = Path(".env")
     try:
-        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        with path.open(encoding="utf-8", errors="replace") if path.is_file() else nullcontext() as file:
+            text = file.read(_MAX_DOTENV) if file else ""
     except OSError:
         return {}
-    return {name: next(filter(None, values), "") for name, *values in _ASSIGNMENT.findall(text)}
+    found: dict[str, str] = {}
+    for name, value in _assignments(text):
+        found[name] = _expanded(value or "", found | os.environ)
+        if value is None:  # a name alone
+            del found[name]
+    return found
+
+
+def _expanded(value: str, known: Mapping[str, str]) -> str:
+    return _EXPANSION.sub(lambda part: known.get(part[1], part[2] or ""), value)
+
+
+def _assignments(text: str) -> Iterator[tuple[str, str | None]]:
+    at = 0
+    while at < len(text):
+        key, value, at = _match(_KEY, text, at), None, _match(_KEY, text, at).end()
+        if name := key[1] or key[2]:
+            if is_assigned := text.startswith("=", at):
+                value = _VALUE.match(text, at)
+                at = value.end() if value else at
+            if (end := _END.match(text, at)) and (value or not is_assigned):
+                yield name, _unquoted(value) if value else None
+            at = (end or _match(_REST, text, at)).end()
+        else:
+            at = _match(_REST, text, at).end()
+
+
+def _match(pattern: re.Pattern[str], text: str, at: int) -> re.Match[str]:
+    """The match of a pattern that matches everywhere."""
+    found = pattern.match(text, at)
+    assert found is not None
+    return found
+
+
+def _unquoted(value: re.Match[str]) -> str:
+    single, double, plain = value.groups()
+    if single is not None:
+        return re.sub(r"\\([\\'])", r"\1", single)
+    if double is not None:
+        return re.sub(r"""\\([\\'"abfnrtv])""", lambda part: _ESCAPES.get(part[1], part[1]), double)
+    return re.sub(r"\s+#.*", "", plain or "").rstrip()
 
 
 def _escape(match: re.Match[str]) -> str:
     return f"\\u{ord(match[0]):04x}"
+
+
+def _known() -> list[str]:
+    """The secrets, as they are and as other text encodes them, longest first."""
+    return sorted({form for secret in _secrets() for form in _forms(secret)}, key=len, reverse=True)
+
+
+def _forms(secret: str) -> Iterator[str]:
+    """`secret` as it is, and in JSON, Python, HTML, a URL and a shell's command."""
+    yield from (secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1])
+    yield from (repr(secret)[1:-1], html.escape(secret), quote(secret, safe=""), quote(secret))
+    yield shlex.quote(secret).removeprefix("'").removesuffix("'")
 
 
 def _secrets() -> Iterator[str]:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from lorafit.config.load import dump_config, load_config, with_absolute_paths
 from lorafit.config.schema import Config
 from lorafit.errors import RunError
-from lorafit.redact import redact
+from lorafit.redact import without_secrets
 from lorafit.storage.atomic import (
     clean_orphans,
     is_orphan,
@@ -28,7 +28,8 @@ from lorafit.storage.atomic import (
     verify_folder,
     write_file,
 )
-from lorafit.storage.locks import CLAIM, lock
+from lorafit.storage.locks import CLAIM, lock, refuse_others
+from lorafit.storage.ownership import nobody_else_writes
 from lorafit.storage.safe_read import MB, read_json
 
 MAX_JSON = 64 * MB
@@ -133,7 +134,9 @@ class RunDirectory:
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Lock the run for this process. Raises RunError when another living process holds the lock."""
-        with lock(self.lock_file) as held:
+        with nobody_else_writes(), lock(self.lock_file) as held:
+            if self.checkpoints.is_dir():
+                refuse_others(self.checkpoints)
             self._lock = held
             try:
                 yield
@@ -186,8 +189,8 @@ class RunDirectory:
 
     def write_json(self, file: Path, value: Mapping[str, Any] | list[Any]) -> None:
         """Replace one of the run's JSON files, durably."""
-        text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-        write_file(file, redact(text) if file == self.env_file else text)  # a command line may hold some
+        value = without_secrets(value) if file == self.env_file else value  # a command line may hold some
+        write_file(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
     def read_json(self, file: Path) -> Any:
         """One of the run's JSON files. Raises RunError naming it when it is missing or damaged."""

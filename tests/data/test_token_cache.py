@@ -5,10 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
+import signal
 import stat
+import subprocess
+import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
@@ -24,8 +29,10 @@ from lorafit.data.ledger import Ledger
 from lorafit.data.prompt import Renderer, contract
 from lorafit.data.sources import Reading, find_sources
 from lorafit.data.token_cache import Entry, encode_files
+from lorafit.data.token_dataset import open_encoded
 from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import DataError, RunError
+from lorafit.storage import locks
 from lorafit.storage.atomic import verify_folder
 
 
@@ -163,7 +170,9 @@ def test_two_that_build_the_same_entry_at_once(
         return encode_chunks(*args, **options)
 
     monkeypatch.setattr(token_cache, "encode_chunks", meanwhile)
-    monkeypatch.setattr(token_cache, "exclusive_lock", nullcontext)  # on a file system without locks
+    monkeypatch.setattr(
+        token_cache, "exclusive_lock", lambda *_: nullcontext(print)
+    )  # on a file system without locks
     outer = run(rows, tokenizer)
     assert content(outer) == content(inner[0])
     assert len(entries(place)) == 1
@@ -180,10 +189,10 @@ def test_of_several_that_want_the_same_entry_one_builds_it_however_long_that_tak
     encode_chunks, exclusive_lock, calls = token_cache.encode_chunks, token_cache.exclusive_lock, []
     arrived, numbers = threading.Event(), itertools.count(1)
 
-    def counted(path: Path) -> AbstractContextManager[None]:
+    def counted(*given: Any) -> AbstractContextManager[Callable[[], None]]:
         if next(numbers) == 4:
             arrived.set()
-        return exclusive_lock(path)
+        return exclusive_lock(*given)
 
     def slow(*args: Any, **options: Any) -> dict[str, Any]:
         calls.append(1)
@@ -287,3 +296,115 @@ def test_rows_outlive_their_entry(tokenizer: Tokenizer, rows: Path, place: Path)
     before = content(entry)
     shutil.rmtree(place)
     assert content(entry) == before
+
+
+@pytest.mark.parametrize("turn", ["fifo", "link", "folder"])
+def test_a_turn_that_is_no_plain_file_is_not_opened(
+    turn: str, tokenizer: Tokenizer, rows: Path, place: Path, tmp_path: Path
+) -> None:
+    first = run(rows, tokenizer)
+    [file] = (place.parent / "turns").iterdir()
+    file.unlink()
+    if turn == "fifo":
+        os.mkfifo(file)
+    elif turn == "link":
+        file.symlink_to(tmp_path / "elsewhere")
+    else:
+        file.mkdir()
+    again = run(rows, tokenizer)
+    assert content(again) == content(first)
+    assert again.notes[0].startswith("the tokens are not cached: ")
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_holder_that_stands_still_is_named_and_not_waited_for(
+    tokenizer: Tokenizer,
+    rows: Path,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    first = run(rows, tokenizer)
+    [turn] = (place.parent / "turns").iterdir()
+    holder = subprocess.Popen(
+        [
+            *(sys.executable, "-c"),
+            "import sys; from pathlib import Path; from lorafit.storage.locks import exclusive_lock\n"
+            "with exclusive_lock(Path(sys.argv[1]), print): print('held', flush=True); sys.stdin.read()",
+            *(str(turn), "train", "hf_" + "Ab12" * 8),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    holder.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(locks, "WAITING_SECONDS", 0.0)
+    patient = token_cache.exclusive_lock
+    monkeypatch.setattr(token_cache, "exclusive_lock", lambda *given: patient(*given, patience=0.2))
+    try:
+        again = run(rows, tokenizer)
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert content(again) == content(first)
+    who = re.compile(rf"process {holder.pid} since \d\d:\d\d:\d\d: .* train '\*\*\*'")
+    assert who.search(again.notes[0])
+    assert who.search(caplog.text)
+    assert len(entries(place)) == 1
+
+
+def test_one_that_goes_on_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its signs of life come later than the patience in all, and earlier than the patience each."""
+    turn, now, holding = tmp_path / "turn", [0.0], []
+    with locks.exclusive_lock(turn, print) as alive:
+
+        def tick(_: float) -> None:
+            now[0] += 100
+            alive()
+            if now[0] > 1000:
+                holding.append(True)
+                raise InterruptedError
+
+        monkeypatch.setattr(locks.time, "monotonic", lambda: now[0])
+        monkeypatch.setattr(locks.time, "sleep", tick)
+        with pytest.raises(InterruptedError), locks.exclusive_lock(turn, lambda _: None):
+            pass
+    assert holding
+
+
+@pytest.mark.parametrize("level", ["cache", "cache/rows", "cache/turns", "above"])
+def test_a_cache_that_others_can_write_is_not_used(
+    level: str, tokenizer: Tokenizer, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path / "above" / "cache"))
+    first = run(rows, tokenizer)
+    open_to_all = tmp_path / ("above" if level == "above" else f"above/{level}")
+    open_to_all.chmod(0o777)
+    monkeypatch.setattr(
+        token_cache, "open_encoded", lambda folder, facts: open_encoded(_outside(folder, tmp_path), facts)
+    )
+    again = run(rows, tokenizer)
+    assert content(again) == content(first)
+    [note] = again.notes
+    assert "can be written by other users" in note
+    assert str(open_to_all) in note
+    if level == "above":
+        open_to_all.chmod(0o1777)  # as /tmp is
+        monkeypatch.undo()
+        monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path / "above" / "cache"))
+        assert run(rows, tokenizer).notes == ()
+
+
+def _outside(folder: Path, cache: Path) -> Path:
+    assert not folder.is_relative_to(cache)
+    return folder
+
+
+def test_a_cache_of_another_user_is_not_used(
+    tokenizer: Tokenizer, rows: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(rows, tokenizer)
+    monkeypatch.setattr("lorafit.storage.ownership.os.geteuid", lambda: os.getuid() + 12345)
+    [note] = run(rows, tokenizer).notes
+    assert "belongs to user" in note

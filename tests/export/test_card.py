@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,6 +98,29 @@ def test_nothing_of_machine_user_or_rows_is_told(
     assert str(Path.home()) not in text
     assert "/tmp" not in text
     assert "Say the number" not in text  # a row
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_a_secret_that_yaml_or_a_shell_writes_otherwise_is_not_told(
+    run: Path, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quotes are doubled, other letters become numbers, and long values are wrapped."""
+    copy = Path(shutil.copytree(run, tmp_path / "run"))
+    secrets = ["pa\"ss\\wo'rd12", "\u00e9t\u00e9-\u4e2d\u4e2d-la", " ".join(["several", "words"] * 20)]
+    env = json.loads((copy / "env.json").read_text())
+    env["command"] = shlex.join(["lorafit", "train", *(f"data.system={secret}" for secret in secrets)])
+    (copy / "env.json").write_text(json.dumps(env))
+    source = source_of(copy)
+    data = source.config.data.model_copy(update={"path": tuple(secrets)})
+    source = replace(source, config=source.config.model_copy(update={"data": data}))
+    before = card(source, EXPORTS[kind], "f16", copy, {"verified": False, "why": "x"})
+    for number, secret in enumerate(secrets):
+        monkeypatch.setenv(f"PASSWORD_{number}", secret)
+    text = card(source, EXPORTS[kind], "f16", copy, {"verified": False, "why": "x"})
+    for part in ("ss\\", "t\u00e9-", "several words"):
+        assert part in before
+        assert part not in text
+    assert "Every key" in text
 
 
 def test_no_file_of_an_export_names_a_path(

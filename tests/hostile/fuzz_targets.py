@@ -8,9 +8,12 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import date as Date
 from pathlib import Path
+from random import Random
 from typing import Any
 from unittest import mock
 
@@ -19,14 +22,18 @@ from tests.data.masks import trained_stretches
 from tests.data.toy_tokenizers import load, toys
 from tests.hostile import fuzz_programs as programs
 from tests.hostile import fuzz_values as values
+from tests.hostile.measure import peak_memory
+from tests.hostile.template_grammar import Maker
 from tests.report.runs import write_run
 from tokenizers.normalizers import NFC
 
 from lorafit.cli.main import main
 from lorafit.config.load import dump_config, load_config, validate
-from lorafit.data.chat_template import ChatTemplate
+from lorafit.data.chat_template import MAX_CHARACTERS, ChatTemplate
 from lorafit.data.folders import SourceFile
 from lorafit.data.formats import Chat, Completion, Content, Instruction, Message, Row
+from lorafit.data.jinja_costs import BUDGET
+from lorafit.data.jinja_sandbox import Sandbox
 from lorafit.data.prompt import Dropped, PromptContract, Rendered, Renderer, contract
 from lorafit.data.row_index import RowIndex
 from lorafit.data.sources import Reading, Sources
@@ -40,6 +47,15 @@ from lorafit.report.run_data import read_facts
 from lorafit.run_dir import RunDirectory, find_runs
 
 STEERS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+SECONDS, SECONDS_UNBILLED, SECONDS_PER_UNIT = (
+    0.5,
+    0.1,
+    40e-9,
+)  # of a template; for the whole budget half a second
+MEGABYTES = 200
+# By a seed each: drawing every choice with hypothesis takes longer than the template.
+COSTLY = st.integers(0, 2**60).map(lambda seed: Maker(Random(seed)).template())
+TURNS = [{"role": role, "content": f"a {role} says hello\n"} for role in ("system", "user", "assistant")]
 TOY_TEMPLATES = {
     "qwen": ("alpaca", "chat"),
     "qwen3": ("chat",),
@@ -268,6 +284,40 @@ def any_template(scene: Scene, drawn: tuple[str, tuple[list[tuple[str, str]], st
         refused(error)
 
 
+def bounded_template(scene: Scene, source: str) -> None:
+    """Any program in the sandbox takes the time and the memory that it is billed for, and no more than is allowed.
+
+    A busy machine halts now and then: what is too slow is measured three times.
+    """
+    for _ in range(3):
+        if not (excess := _excess(source)):
+            return
+    raise AssertionError(excess)
+
+
+def _excess(source: str) -> str:
+    """What a template takes too much of; "" for nothing."""
+    sandbox = Sandbox(Date(2024, 7, 26))
+    clock = [time.process_time()]
+    with peak_memory() as peak, contextlib.suppress(Exception):  # a program may raise anything
+        template = sandbox.from_string(source)
+        clock.append(time.process_time())
+        sandbox.begin(0)
+        written = 0
+        for piece in template.generate(messages=TURNS, bos_token="<s>", eos_token="</s>", tools=None):
+            written += len(piece)
+            if written > MAX_CHARACTERS:
+                break
+    clock.append(time.process_time())
+    compiling, rendering = clock[1] - clock[0], clock[-1] - clock[1]
+    bill = min(BUDGET - sandbox.budget.left, BUDGET)
+    if compiling >= SECONDS:
+        return f"{compiling:.2f} s to compile"
+    if rendering >= SECONDS_UNBILLED + bill * SECONDS_PER_UNIT:
+        return f"{rendering:.2f} s for {bill:,} units"
+    return f"{peak.megabytes} MB for {bill:,} units" if peak.megabytes >= MEGABYTES else ""
+
+
 def any_run(scene: Scene, drawn: tuple[str, str, list[int], Any, bytes]) -> None:
     """Anything in a file of a run: it is listed, and reported on but for what is missing."""
     name, how, path, new, some = drawn
@@ -333,7 +383,8 @@ TARGETS = {
     "configs": Target("any values as a configuration", values.configs, any_config, 0.1),
     "recipes": Target("any text as a recipe", values.recipes, any_recipe, 0.1),
     "overrides": Target("any words as settings", values.overrides, any_overrides, 0.1),
-    "templates": Target("any Jinja as a chat template", programs.templates, any_template, 0.1),
+    "templates": Target("any Jinja as a chat template", programs.templates, any_template, 0.05),
+    "sandbox": Target("templates of the whole grammar, by their bill", COSTLY, bounded_template, 0.05),
     "arguments": Target("any words after `lorafit`", programs.arguments, any_arguments, 0.05),
     "runs": Target("anything in the files of a run", programs.changes, any_run, 0.05),
 }

@@ -128,6 +128,33 @@ LARGE = {
     "output": "{% for i in range(9999) %}{{ 'abcdefgh' * 9999 }}{% endfor %}",
     "message": "{{ raise_exception('a' * 4000000) }}",
 }
+# Names of ours, and operations whose worst case in CPython is far above the size of what they read.
+BIG = "{% set x = 'a' * 600000 %}{% set y = 'a' * 150000 ~ 'b' ~ 'a' * 150000 %}"
+DEAR = {
+    "refill by a filter": "{{ (-10 ** 15)|_step }}"
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "refill by map": "{{ [-10 ** 15]|map('_step')|list }}{{ 'a' * 4 * 10 ** 9 }}",
+    "search from the end": BIG + "{{ x.rfind(y) }}",
+    "index from the end": BIG + "{{ x.rindex(y) }}",
+    "parts from the end": BIG + "{{ x.rpartition(y) }}",
+    "splits from the end": BIG + "{{ x.rsplit(y) }}",
+    "strip": BIG + "{{ x.strip(y) }}",
+    "trim": BIG + "{{ x|trim(y) }}",
+    "round below zero": "{{ 5|round(-10 ** 9) }}",
+    "round up": "{{ 5|round(10 ** 9, 'ceil') }}",
+    "round a text": "{{ 'a'|round(10, 'ceil') }}",
+    "odd format": "{{ '%10000000000d' is odd }}",
+    "even format": "{{ ['%10000000000d']|select('even')|list }}",
+    "divided format": "{{ '%10000000000d' is divisibleby(3) }}",
+    "equal hashes": "{{ range(0, (2 ** 61 - 1) * 50000, 2 ** 61 - 1)|unique|list|length }}",
+    "long path": "{{ ([['a']] * 20000)|map(attribute='0.' * 30000 ~ '0')|list|length }}",
+    "list of characters": "{{ ('\\u4e2d' * 9000000)|list|length }}",
+    "titles": "{{ ('a b ' * 2000000)|title|length }}",
+    "unpacked": "{{ dict(*('\\u4e2d' * 9000000)) }}",
+    "deep tuple hashed": "{% set ns = namespace(x=1) %}{% for i in range(99999) %}{% set ns.x = (ns.x,) %}{% endfor %}"
+    "{{ messages[0][ns.x] }}",
+    "date with a width": "{{ strftime_now('%0999999999d') }}",
+}
 SOURCE: dict[str, str | bytes] = {
     "parentheses": "{{ " + "(" * 40_000 + "1" + ")" * 40_000 + " }}",
     "brackets": "{{ " + "[" * 90_000,
@@ -148,5 +175,5 @@ def file(source: str | bytes) -> Callable[[Place], Path]:
 
 
 CASES = cases(
-    {name: Case(file(source)) for name, source in {**ESCAPES, **ENDLESS, **LARGE, **SOURCE}.items()}
+    {name: Case(file(source)) for name, source in {**ESCAPES, **ENDLESS, **LARGE, **DEAR, **SOURCE}.items()}
 )

@@ -18,7 +18,7 @@ from lorafit.data.readers import read_file
 from lorafit.errors import DataError
 
 SHORT = {"rows": 300, "bytes": 300, "texts": 250, "configs": 150, "recipes": 150, "overrides": 150}
-SHORT |= {"templates": 200, "arguments": 50, "runs": 50}
+SHORT |= {"templates": 200, "arguments": 50, "runs": 50, "sandbox": 150}
 HANGS = 120.0  # processor seconds of one example: here only what never ends fails, `make fuzz` is stricter
 
 
@@ -28,7 +28,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
 
 
 def test_every_target_is_in_the_short_form() -> None:
-    assert SHORT.keys() == TARGETS.keys()
+    assert SHORT.keys() == TARGETS.keys() == {*PLANTS, "sandbox"}
     assert sum(target.share for target in TARGETS.values()) == pytest.approx(1)
 
 
@@ -53,7 +53,7 @@ PLANTS = {
 }
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", PLANTS)
 def test_a_bug_is_found(name: str, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """A KeyError where there should be an error of ours."""
 
@@ -64,6 +64,23 @@ def test_a_bug_is_found(name: str, scene: Scene, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(place, broken)
     with pytest.raises((KeyError, AssertionError), match="planted"):
         fuzz(scene, TARGETS[name], count, Tally(), number=1, seconds=HANGS)
+
+
+@pytest.mark.parametrize(
+    ("place", "source"),
+    [
+        ("charge", "{{ ('a' * 100000).rfind('a' * 25000 ~ 'b' ~ 'a' * 25000) }}"),
+        ("charge", "{{ ('a' * 300000000)|length }}"),
+        ("weighed", "{{ ('\\u4e2d' * 3000000)|list }}"),
+    ],
+)
+def test_a_template_that_is_not_billed_is_found(
+    place: str, source: str, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"lorafit.data.jinja_costs.Budget.{place}", lambda _, given: given)
+    monkeypatch.setattr("lorafit.data.jinja_costs.Budget.charge", lambda *_: None)
+    with pytest.raises(AssertionError, match="units"):
+        fuzz_targets.bounded_template(scene, source)
 
 
 def test_what_never_ends_is_ended(scene: Scene) -> None:

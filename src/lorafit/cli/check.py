@@ -31,7 +31,7 @@ def check(
     from lorafit.check.verdict import of_error, summary
     from lorafit.config.load import config_from_args, flag_overrides
     from lorafit.errors import ConfigError, LorafitError
-    from lorafit.redact import json_line
+    from lorafit.redact import safe_json_line
 
     flags = flag_overrides(model=model, data=data, output=output)
     words = settings or []
@@ -48,7 +48,7 @@ def check(
     except LorafitError as error:
         checked = run.Checked(of_error(error))
     if as_json:
-        typer.echo(json_line(checked.as_dict()))
+        typer.echo(safe_json_line(checked.as_dict()))
     else:
         from lorafit.observe.console import print_verdicts
 

@@ -28,10 +28,10 @@ def evaluate(
 
     lorafit eval runs/demo --tasks questions.jsonl --export runs/demo/exports/merged-bf16
     """
-    import json
 
     from lorafit.evaluate.run import evaluate_run, table_of
     from lorafit.observe.console import table
+    from lorafit.redact import safe_json_line
 
     results = evaluate_run(
         run,
@@ -43,6 +43,6 @@ def evaluate(
     )
     if as_json:
         for result in results:
-            typer.echo(json.dumps(result.as_dict()))
+            typer.echo(safe_json_line(result.as_dict()))
     else:
         table(*table_of(results))

@@ -47,7 +47,6 @@ def export(
 
     lorafit export runs/demo gguf --type q4_0 --output demo-gguf
     """
-    import json
 
     from lorafit.errors import ConfigError
 
@@ -57,6 +56,7 @@ def export(
         raise ConfigError("--push needs a connection", hint="remove --offline")
 
     from lorafit.export.run import export_run
+    from lorafit.redact import safe_json_line
 
     done = export_run(run, kind, output=output, type_name=type_name, verify=not no_verify, offline=offline)
     parity = done.parity
@@ -74,4 +74,4 @@ def export(
 
         summary["pushed"] = push_folder(done.path, push, private=not public)
         typer.echo(f"pushed to {summary['pushed']}", err=True)
-    typer.echo(json.dumps(summary) if as_json else str(done.path))
+    typer.echo(safe_json_line(summary) if as_json else str(done.path))

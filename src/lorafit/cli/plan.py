@@ -20,7 +20,6 @@ def plan(
 
     lorafit plan --model TinyLlama/TinyLlama-1.1B-Chat-v1.0 --data alpaca_data.json
     """
-    import json
 
     from lorafit.config.load import config_from_args, flag_overrides
 
@@ -30,10 +29,11 @@ def plan(
     from lorafit.observe.console import table
     from lorafit.plan.planner import plan_run
     from lorafit.plan.table import table_rows
+    from lorafit.redact import safe_json_line
 
     prediction = plan_run(config)
     if as_json:
-        typer.echo(json.dumps(prediction.as_dict()))
+        typer.echo(safe_json_line(prediction.as_dict()))
         return
     if prediction.picked:
         typer.echo(prediction.picked, err=True)

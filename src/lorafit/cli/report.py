@@ -20,7 +20,7 @@ def report(
 ) -> None:
     """Write a run's report: one HTML page for offline use, with curves, answers, ledger and proof."""
     from lorafit.observe.run_summary import summarize
-    from lorafit.redact import json_line
+    from lorafit.redact import safe_json_line
     from lorafit.report.page import write_report
     from lorafit.run_dir import RunDirectory
 
@@ -31,4 +31,4 @@ def report(
         return
     proof = directory.read_json(directory.proof_file) if directory.proof_file.is_file() else None
     page = {"report": str(path), "bytes": path.stat().st_size}
-    typer.echo(json_line({**page, **summarize(directory).as_dict(), "proof": proof}))
+    typer.echo(safe_json_line({**page, **summarize(directory).as_dict(), "proof": proof}))

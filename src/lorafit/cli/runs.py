@@ -15,11 +15,11 @@ def runs(
     as_json: options.JsonOption = False,
 ) -> None:
     """List runs: state, steps, loss, held-out loss."""
-    import json
 
     from lorafit.errors import RunError
     from lorafit.observe.console import table
     from lorafit.observe.run_summary import summarize
+    from lorafit.redact import safe_json_line
     from lorafit.run_dir import find_runs
 
     if not folder.is_dir():
@@ -30,7 +30,7 @@ def runs(
     summaries = [(str(run.path), summarize(run)) for run in find_runs(folder)]
     if as_json:
         for path, summary in summaries:
-            typer.echo(json.dumps({"run": path, **summary.as_dict()}))
+            typer.echo(safe_json_line({"run": path, **summary.as_dict()}))
     elif summaries:
         rows = [[path, *summary.cells()] for path, summary in summaries]
         table(["run", "model", "state", "step", "loss", "held-out", "base", "started"], rows)

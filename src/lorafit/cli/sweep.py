@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -56,6 +55,7 @@ def sweep(
     """
     from lorafit.config.load import flag_overrides
     from lorafit.errors import ConfigError
+    from lorafit.redact import safe_json_line
     from lorafit.sweep.run import draw_curves, plan_points, run_sweep
 
     if resume is None:
@@ -70,7 +70,7 @@ def sweep(
     picture = draw_curves(folder, results)
     if as_json:
         for result in results:
-            typer.echo(json.dumps(result.as_dict()))
+            typer.echo(safe_json_line(result.as_dict()))
     else:
         from lorafit.observe.console import table
 

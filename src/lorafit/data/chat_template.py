@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date as Date
@@ -18,7 +17,9 @@ from typing import Any, Literal
 from jinja2 import meta
 
 from lorafit.data.content import Message
-from lorafit.data.jinja_sandbox import OverdrawnError, Sandbox
+from lorafit.data.jinja_costs import OverdrawnError
+from lorafit.data.jinja_filters import MAX_MESSAGE
+from lorafit.data.jinja_sandbox import Sandbox
 from lorafit.data.row_fields import REASONING
 from lorafit.data.tokenizer import HOLE
 from lorafit.errors import DataError, ModelError
@@ -122,17 +123,24 @@ class ChatTemplate:
                 if size > MAX_CHARACTERS:
                     raise OverdrawnError(f"it renders more than {MAX_CHARACTERS:,} characters")
         except Exception as error:  # a template is a program: it may raise anything
-            lines = [
-                frame.lineno
-                for frame in traceback.extract_tb(error.__traceback__)
-                if "<template>" in frame.filename
-            ]
-            place = f"chat template line {lines[-1]}" if lines else "chat template"
+            line = self._line(error)
+            place = f"chat template line {line}" if line else "chat template"
             if isinstance(error, OverdrawnError):  # a fault of the template, not of the row
                 raise ModelError(f"the chat template is refused: {error}", place=place) from error
             hint = "change the conversation to what the template accepts, or give another with data.template"
-            raise DataError(f"the chat template refuses the row: {error}", place=place, hint=hint) from error
+            raise DataError(
+                f"the chat template refuses the row: {str(error)[:MAX_MESSAGE]}", place=place, hint=hint
+            ) from error
         return "".join(pieces)
+
+    def _line(self, error: Exception) -> int | None:
+        """The line of the template that raised `error`."""
+        line, trace = None, error.__traceback__
+        while trace:
+            if trace.tb_frame.f_code.co_filename == "<template>":
+                line = self._template.get_corresponding_lineno(trace.tb_lineno)
+            trace = trace.tb_next
+        return line
 
     def _turn(self, message: Message) -> dict[str, Any]:
         """A turn as OpenAI writes it, with the reasoning under the names that the template reads."""

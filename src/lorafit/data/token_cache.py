@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -27,9 +28,13 @@ from lorafit.data.sources import Reading, Sources
 from lorafit.data.token_dataset import TokenDataset, encode_chunks, open_encoded
 from lorafit.errors import DataError, RunError
 from lorafit.hub.dataset_splits import suffix_of
+from lorafit.redact import one_line
 from lorafit.storage.atomic import MANIFEST, read_facts, sha256_file, staging_folder, verify_folder
 from lorafit.storage.cache_dir import cache_folder
 from lorafit.storage.locks import exclusive_lock
+from lorafit.storage.ownership import not_own
+
+logger = logging.getLogger(__name__)
 
 ENCODING = 4  # to be raised whenever the same rows would be written as other bytes
 MAX_BYTES = 20 * 10**9
@@ -70,10 +75,10 @@ def encode_files(
     key = key_of(contents, sources.reading, renderer.contract.hash)
     notes: list[str] = []
     try:
-        with exclusive_lock(_cache("turns") / key[:2]):
+        with exclusive_lock(_cache("turns") / key[:2], _say_whom) as alive:
             if not _is_whole(folder := _cache() / key, notes):
                 with writing(_cache(), key) as (staging, facts):
-                    facts |= _encode(sources, digests, renderer, advance, most_readable, staging)
+                    facts |= _encode(sources, digests, renderer, advance, most_readable, staging, alive)
             entry = _entry(folder, notes)
     except (OSError, RunError) as error:
         notes = [f"the tokens are not cached: {_reason(error)}"]
@@ -164,6 +169,10 @@ def _cache(name: str = "rows") -> Path:
         raise OSError(str(error)) from error
 
 
+def _say_whom(holder: str) -> None:
+    logger.warning("the same rows are being tokenised, and this run waits for it: %s", one_line(holder))
+
+
 def _sha256(file: SourceFile) -> str:
     try:
         return sha256_file(file.path)
@@ -178,10 +187,19 @@ def _encode(
     advance: Callable[[int, int], None] | None,
     most_readable: int | None,
     folder: Path,
+    alive: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Write the tokens to `folder` and return the facts. Raises DataError, also for a file that changed meanwhile."""
+    """Write the tokens to `folder` and return the facts; `alive` is called after each chunk.
+
+    Raises DataError, also for a file that changed meanwhile.
+    """
     reader = sources.reader()
-    show = (lambda: advance(*reader.progress())) if advance else None
+
+    def show() -> None:
+        alive()
+        if advance:
+            advance(*reader.progress())
+
     facts = encode_chunks(
         reader.chunks(),
         renderer,
@@ -201,7 +219,7 @@ def _is_whole(folder: Path, notes: list[str]) -> bool:
     """Whether the entry in `folder` exists without a fault; `notes` receives a fault."""
     if not folder.exists():
         return False
-    if faults := verify_folder(folder):
+    if faults := [reason for reason in [not_own(folder)] if reason] or verify_folder(folder):
         notes.append(f"the cached tokens were damaged and are made again: {faults[0]}")
     return not faults
 

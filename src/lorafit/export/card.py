@@ -22,7 +22,7 @@ from lorafit.export.kinds import Export
 from lorafit.export.run_source import RunSource
 from lorafit.hub.client import token
 from lorafit.observe.metrics_file import read_metrics, series
-from lorafit.redact import redact
+from lorafit.redact import redact, without_secrets
 from lorafit.report.plot import thinned
 from lorafit.version import __version__
 
@@ -44,7 +44,7 @@ def card(source: RunSource, export: Export, type_name: str, folder: Path, parity
         export=export,
         type_name=type_name,
         version=__version__,
-        front=_yaml(header),
+        front=_yaml(without_secrets(header)),
         usage=export.usage.format(base=source.base_name, name=source.name.lower(), file=file),
         contract=contract,
         stops=[f"`{decode([token])}` ({token})" for token in contract.stop_ids],
@@ -79,7 +79,7 @@ def _command(source: RunSource) -> str:
         return ""
     command = str(source.run.read_json(source.run.env_file).get("command", ""))
     try:
-        return shlex.join(map(nameless, shlex.split(command)))
+        return shlex.join(map(nameless, without_secrets(shlex.split(command))))
     except ValueError:  # no line of a shell: it is left out
         return ""
 
@@ -96,7 +96,7 @@ def _origin(source: RunSource) -> dict[str, Any]:
     return {
         "paths": [*map(nameless, source.config.data.path)],
         "ledger": Ledger.from_json(source.run.read_json(source.run.ledger_file)),
-        "recipe": _yaml(sections, width=100),
+        "recipe": _yaml(without_secrets(sections), width=100),
     }
 
 
@@ -148,5 +148,5 @@ _ENVIRONMENT = Environment(  # noqa: S701 (Markdown, not HTML)
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-_ENVIRONMENT.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)
+_ENVIRONMENT.filters["quoted"] = lambda text: json.dumps(redact(text), ensure_ascii=False)
 _TEMPLATE = _ENVIRONMENT.get_template("card.md")

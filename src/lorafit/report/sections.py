@@ -11,6 +11,7 @@ from typing import Any
 from lorafit.data.ledger import Tokens
 from lorafit.observe.metrics_file import number
 from lorafit.observe.units import memory_size
+from lorafit.redact import without_secrets
 from lorafit.report import plot
 from lorafit.report.escape import cut
 from lorafit.report.run_data import Facts
@@ -172,7 +173,7 @@ def reproduce(facts: Facts) -> dict[str, Any] | None:
         for title, values, is_code in tables
     ]
     shown = [table for table in known if table[1]]
-    content = {"command": env.get("command"), "tables": shown, "config": facts.config}
+    content = {"command": without_secrets(env.get("command")), "tables": shown, "config": facts.config}
     return content if any(content.values()) else None
 
 

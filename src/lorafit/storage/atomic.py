@@ -71,7 +71,7 @@ def staging_folder(
     try:
         make_folder(folder.parent)
         clean_orphans(folder.parent, folder.name)
-        staging.mkdir()
+        staging.mkdir(0o755)
         yield staging
         files = {}
         for path in _files(staging):
@@ -118,7 +118,7 @@ def make_folder(folder: Path) -> None:
     if folder.is_dir():
         return
     make_folder(folder.parent)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(0o755, exist_ok=True)  # never for others to write
     sync(folder.parent)
 
 

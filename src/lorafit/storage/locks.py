@@ -5,16 +5,24 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-from collections.abc import Iterator
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
 from lorafit.errors import RunError
+from lorafit.redact import redact, without_secrets
 from lorafit.storage.atomic import BLOCK, run_error
+from lorafit.storage.ownership import not_own
 from lorafit.storage.safe_read import open_no_follow, read_text
 
 CLAIM = ".holder"  # the suffix of the file beside a lock where the file system has no locks
 MAX_CLAIM = 1000
+WAITING_SECONDS = 2.0  # until it is said whom a process waits for
+PATIENCE = 120.0  # seconds without a sign of life
 
 
 @contextlib.contextmanager
@@ -28,6 +36,8 @@ def lock(path: Path) -> Iterator[BinaryIO | None]:
     with run_error("cannot write here", path.parent, BLOCK):
         file = open_no_follow(path, "ab+")
     with file:
+        refuse_others(path.parent)
+        refuse_others(path)
         try:
             import fcntl
 
@@ -46,14 +56,58 @@ def lock(path: Path) -> Iterator[BinaryIO | None]:
 
 
 @contextlib.contextmanager
-def exclusive_lock(path: Path) -> Iterator[None]:
-    """Wait until no other process is in a block of the file `path`. Where files cannot be locked, do not wait."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(ImportError, OSError):
-            import fcntl
+def exclusive_lock(
+    path: Path, waiting: Callable[[str], None], patience: float = PATIENCE
+) -> Iterator[Callable[[], None]]:
+    """Wait until no other process is in a block of the file `path`. Where files cannot be locked, do not wait.
 
-            fcntl.flock(stack.enter_context(path.open("ab")), fcntl.LOCK_EX)
-        yield
+    Yields a function to be called as a sign of life. `waiting` is called with the process that is waited for, after
+    WAITING_SECONDS. Raises OSError where `path` is no plain file, and TimeoutError when that process gives no sign for
+    `patience` seconds.
+    """
+    with open_no_follow(path, "ab+") as file:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            yield lambda: None
+            return
+        started = changed = time.monotonic()
+        sign, is_said = os.fstat(file.fileno()).st_mtime_ns, False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                now = time.monotonic()
+            except OSError:  # a network file system
+                break
+            if (newest := os.fstat(file.fileno()).st_mtime_ns) != sign:
+                sign, changed = newest, now
+            if now - changed >= patience:
+                raise TimeoutError(f"{_holder(file)} gives no sign of life")
+            if not is_said and now - started >= WAITING_SECONDS:
+                waiting(_holder(file))
+                is_said = True
+            time.sleep(0.05)
+        with contextlib.suppress(OSError):  # the text is only informative
+            file.truncate(0)
+            command = redact(shlex.join([Path(sys.argv[0]).name, *without_secrets(sys.argv[1:])]))[:MAX_CLAIM]
+            file.write(f"process {os.getpid()} since {datetime.now():%H:%M:%S}: {command}".encode())
+        yield lambda: os.utime(file.fileno())
+
+
+def _holder(file: BinaryIO) -> str:
+    file.seek(0)
+    return file.read(MAX_CLAIM).decode(errors="replace") or "another process"
+
+
+def refuse_others(place: Path) -> None:
+    """Raise RunError where another user has made a file or folder, or can write there."""
+    if reason := not_own(place):
+        own = (
+            f"`chmod go-w {place}`, if you trust what is in it" if "written" in reason else "run as its owner"
+        )
+        raise RunError(f"`{place.name}` {reason}", place=str(place), hint=f"{own}, or give another --output")
 
 
 def is_locked(path: Path) -> bool:

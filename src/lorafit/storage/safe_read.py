@@ -70,7 +70,7 @@ def open_no_follow(path: Path, mode: Literal["rb", "ab", "ab+"]) -> BinaryIO:
 
 
 def _open_plain(path: str, flags: int) -> int:
-    descriptor = os.open(path, flags | _NO_WAITING, 0o666)
+    descriptor = os.open(path, flags | _NO_WAITING, 0o644)  # never for others to write
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a plain file", path)

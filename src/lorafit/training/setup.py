@@ -28,6 +28,7 @@ from lorafit.observe.events import Message, Observer
 from lorafit.observe.progress import progress
 from lorafit.plan.machine import Machine
 from lorafit.plan.planner import Fit, RunInputs, fit
+from lorafit.redact import redact, without_secrets
 from lorafit.run_dir import RunDirectory
 from lorafit.version import __version__
 
@@ -139,7 +140,7 @@ def environment(env: ProcessEnv) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: version(name) for name in packages},
-        "command": shlex.join(["lorafit", *sys.argv[1:]]),
+        "command": redact(shlex.join(["lorafit", *without_secrets(sys.argv[1:])])),
         "threads": torch.get_num_threads(),
         "ranks": env.world_size,
         "launch": env.launch,

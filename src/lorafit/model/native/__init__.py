@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -23,13 +24,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lorafit.redact import one_line
+from lorafit.storage.atomic import sha256_file
 from lorafit.storage.cache_dir import cache_folder, cache_home
 from lorafit.storage.locks import exclusive_lock
+from lorafit.storage.ownership import not_own
+from lorafit.storage.safe_read import read_text
+
+logger = logging.getLogger(__name__)
 
 _SOURCES = ("rows.cpp", "attention.cpp", "decode_linear.cpp", "decode.cpp", "products.cpp")
 _HEADERS = ("common.h", "vectors.h", "dots.h", "documents.h", "attention_dots.h")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 _X86_FLAGS = ("-mprefer-vector-width=512",)  # if the processor has them; the default is 256
+_DIGEST = ".sha256"  # the suffix of the file with the digest of a library
+COMPILE_SECONDS = 600
 _SUFFIX = {torch.float32: "_f32", torch.bfloat16: "_bf16"}
 
 
@@ -91,7 +100,7 @@ def _build() -> tuple[Kernels | None, str]:
 def is_cached() -> bool:
     """Whether the kernels are compiled. Nothing is compiled or created."""
     command = _command(_flags())
-    return bool(command) and (cache_home() / "native" / _name(command, (*_SOURCES, *_HEADERS))).is_file()
+    return bool(command) and _is_ours(cache_home() / "native" / _name(command, (*_SOURCES, *_HEADERS)))
 
 
 def trial() -> str:
@@ -145,9 +154,10 @@ def _compiled(
     sources = [Path(__file__).parent / name for name in files if name.endswith(".cpp")]
     try:
         library = cache_folder("native") / _name(command, files, links)
-        if not library.is_file():
-            with exclusive_lock(library.with_suffix(".turn")):  # one of the ranks of a host compiles
-                if not library.is_file():
+        if not _is_ours(library):
+            # one of the ranks of a host compiles
+            with exclusive_lock(library.with_suffix(".turn"), _say_whom, COMPILE_SECONDS):
+                if not _is_ours(library):
                     _compile(command, sources, links, library)
         return ctypes.CDLL(str(library)), ""
     except (OSError, subprocess.SubprocessError) as error:
@@ -161,12 +171,29 @@ def _reason(command: Sequence[str], error: Exception) -> str:
     return str(error)
 
 
+def _is_ours(library: Path) -> bool:
+    """Whether the library is there, the user's own, and as it was compiled."""
+    try:
+        known = read_text(library.with_suffix(_DIGEST), 100)
+        return not not_own(library) and sha256_file(library) == known
+    except (OSError, ValueError):
+        return False
+
+
+def _say_whom(holder: str) -> None:
+    logger.warning("the kernels are being compiled, and this process waits for it: %s", one_line(holder))
+
+
 def _compile(command: Sequence[str], sources: Sequence[Path], links: Sequence[str], library: Path) -> None:
     """Compile all sources in parallel and link the library. Raises CalledProcessError."""
 
     def run(*words: object) -> None:
         subprocess.run(  # noqa: S603 (the user's own compiler on our own sources)
-            [*command, *map(str, words)], capture_output=True, text=True, timeout=300, check=True
+            [*command, *map(str, words)],
+            capture_output=True,
+            text=True,
+            timeout=COMPILE_SECONDS / 2,
+            check=True,
         )
 
     with (
@@ -177,7 +204,11 @@ def _compile(command: Sequence[str], sources: Sequence[Path], links: Sequence[st
         list(pool.map(lambda pair: run("-fPIC", "-c", "-o", *pair), zip(objects, sources, strict=True)))
         linked = Path(scratch) / "kernels.so"
         run("-shared", "-o", linked, *objects, *links)
+        linked.chmod(0o600)
+        digest = Path(scratch) / "digest"
+        digest.write_text(sha256_file(linked), encoding="utf-8")
         linked.replace(library)
+        digest.replace(library.with_suffix(_DIGEST))
 
 
 def _machine() -> str:

@@ -1,0 +1,89 @@
+"""Compiled kernels are loaded from a folder of one's own, and only as they were compiled."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lorafit.model import native
+
+pytestmark = [
+    pytest.mark.skipif(os.name == "nt", reason="needs POSIX permissions"),
+    pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler"),
+]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("LORAFIT_NATIVE", raising=False)
+    (tmp_path / "one.cpp").write_text('extern "C" int one() { return 1; }')
+    return tmp_path / "cache" / "native"
+
+
+def load(cache: Path) -> tuple[int | None, str]:
+    library, why = native._compiled((str(cache.parent.parent / "one.cpp"),), ("-O0",))
+    return library and library.one(), why
+
+
+def foreign(library: Path) -> None:
+    """Put another library in the place of `library`; to load it leaves a trace."""
+    source = library.with_suffix(".cpp")
+    trace = library.with_suffix(".trace")
+    source.write_text(
+        f'#include <cstdio>\nextern "C" int one() {{ return 2; }}\n'
+        f'__attribute__((constructor)) static void loaded() {{ fopen("{trace}", "w"); }}'
+    )
+    assert os.system(f"c++ -shared -fPIC -o {library} {source}") == 0
+    source.unlink()
+
+
+def test_a_library_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(cache) == (1, "")
+    [library] = cache.glob("*.so")
+    assert library.stat().st_mode & 0o077 == 0
+    monkeypatch.setattr(native, "_compile", None)
+    assert load(cache) == (1, "")
+
+
+@pytest.mark.parametrize("change", ["another", "cut", "no digest", "another digest", "for others to write"])
+def test_a_library_that_is_not_as_it_was_compiled_is_not_loaded(change: str, cache: Path) -> None:
+    cache.mkdir(parents=True, mode=0o700)
+    cache.parent.chmod(0o700)
+    assert native._compiled((str(cache.parent.parent / "one.cpp"),), ("-O0",))[1] == ""
+    [library] = cache.glob("*.so")
+    digest = library.with_suffix(".sha256")
+    before = library.stat().st_ino
+    if change == "another":
+        foreign(library)
+    elif change == "cut":
+        library.rename(cache / "old")  # the loaded one stays as it is
+        library.write_bytes((cache / "old").read_bytes()[:-100])
+    elif change == "no digest":
+        digest.unlink()
+    elif change == "another digest":
+        digest.write_text("0" * 64)
+    else:
+        library.chmod(0o722)
+    assert load(cache) == (1, "")
+    assert library.stat().st_ino != before
+    assert not list(cache.glob("*.trace"))
+
+
+@pytest.mark.parametrize("level", ["native", ""])
+def test_kernels_of_a_folder_that_others_can_write_are_done_without(
+    level: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load(cache)[0] == 1
+    foreign(next(cache.glob("*.so")))
+    (cache.parent / level).chmod(0o777)
+    loaded = []
+    monkeypatch.setattr(ctypes, "CDLL", loaded.append)
+    library, why = load(cache)
+    assert library is None
+    assert "can be written by other users" in why
+    assert not loaded
