@@ -41,4 +41,6 @@ def refuse_failed(verdicts: Iterable[CheckResult]) -> None:
 def summary(verdicts: Sequence[CheckResult]) -> str:
     """`17 checks: 15 pass, 2 warn`."""
     counts = {outcome: sum(v.verdict == outcome for v in verdicts) for outcome in get_args(Outcome)}
-    return f"{len(verdicts)} checks: " + ", ".join(f"{n} {outcome}" for outcome, n in counts.items() if n)
+    return f"{len(verdicts)} check{'s' if len(verdicts) != 1 else ''}: " + ", ".join(
+        f"{n} {outcome}" for outcome, n in counts.items() if n
+    )

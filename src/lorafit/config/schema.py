@@ -14,6 +14,16 @@ def _as_tuple(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
+def _as_mapping(value: object) -> object:
+    """`{key:value}` without a blank, which YAML reads as a key without a value, as a mapping too."""
+    if not isinstance(value, dict):
+        return value
+    pairs = (
+        key.split(":", 1) if value[key] is None and ":" in str(key) else (key, value[key]) for key in value
+    )
+    return dict(pairs)
+
+
 def _interval(value: object) -> object:
     """A whole number of steps, or the word `epoch` (which is stored as 0)."""
     return 0 if value == "epoch" else value
@@ -116,7 +126,7 @@ class DataSection(Section):
     revision: str | None = resumable(None, description="Revision of a hub data set; a commit pins it.")
     split: str = resumable("train", description="Split of a hub data set or of a folder with splits.")
     config: str | None = resumable(None, description="Configuration of a data set that has several.")
-    columns: dict[str, str] = resumable(
+    columns: Annotated[dict[str, str], BeforeValidator(_as_mapping)] = resumable(
         {},
         description="Columns of a table by field: `{instruction: question, output: answer}`. The fields are "
         "`instruction`, `input`, `output`, `system`, `prompt`, `completion`, `text`, `messages`, `conversations`, "

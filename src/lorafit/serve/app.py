@@ -183,7 +183,7 @@ def _messages(turns: Sequence[ChatMessage]) -> list[Message]:
 
 def _check_template_args(served: ServedModel, given: Mapping[str, Any]) -> None:
     """Raise ApiError for a variable of the template that differs from the model's training."""
-    fixed = getattr(served.renderer.contract, "template_args", {})
+    fixed = served.renderer.contract.template_args
     for name, value in given.items():
         if name not in fixed or fixed[name] != value:
             field = f"chat_template_kwargs.{name}"
