@@ -49,7 +49,7 @@ def test_events_are_there_at_once_and_appended_to(path: Path) -> None:
         record(Message("두 줄\n\ud800", "warning"))
         record(RunEnded(1, "finished", 1.0, "adapter", 2.0))
     assert written(path) == ["run_started", "step 1", "heldout 1", "saved 1", "note", "run_ended 1"]
-    assert read_metrics(path)[4]["text"] == "두 줄\n\ud800"
+    assert list(read_metrics(path))[4]["text"] == "두 줄\n\ud800"
     assert path.read_bytes().count(b"\n") == 6
 
 
@@ -79,7 +79,7 @@ def test_a_broken_line_before_the_last_is_an_error(path: Path) -> None:
         record(step(1))
     path.write_bytes(b"[]\n" + path.read_bytes())
     with pytest.raises(RunError) as caught:
-        read_metrics(path)
+        list(read_metrics(path))
     assert caught.value.problems[0].place == f"{path}:1"
 
 
@@ -133,6 +133,6 @@ def test_a_full_disk_is_an_error_with_a_way_out(path: Path) -> None:
 
 def test_no_file_no_metrics(path: Path) -> None:
     with pytest.raises(RunError, match="cannot read the run's metrics"):
-        read_metrics(path)
+        list(read_metrics(path))
     with pytest.raises(RunError, match="cannot write the run's metrics"):
         Record(path / "nowhere")
