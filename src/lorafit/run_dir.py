@@ -233,6 +233,7 @@ class RunDirectory:
 
     def rotate(self, keep: int) -> None:
         """Remove all checkpoints but the newest `keep` and the best steps that these name. Raises OSError, RunError."""
+        self.check_held()
         steps = self.saved_steps()
         kept: set[int | None] = set(steps[-keep:])
         for step in steps[-keep:]:
