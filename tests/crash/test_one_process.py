@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.runs import tiny_settings
+from tests.waiting import HANGS
 
 from lorafit.config.load import load_config
 from lorafit.errors import LorafitError
@@ -107,6 +108,7 @@ class Place:
     def _listen(self, slot: int) -> None:
         """Take the reports of a process until it is between two steps or has ended."""
         while True:
+            assert self.pipes[slot].poll(HANGS), "a process hangs"
             kind, value = self.pipes[slot].recv()
             if kind == "saved":
                 self.saved[self.path.stat().st_ino] = value, RunDirectory(self.path).config().train.seed
@@ -114,7 +116,8 @@ class Place:
                 return
             else:
                 self.ends.append(value)
-                self.processes.pop(slot).join()
+                self.processes[slot].join(HANGS)
+                assert self.processes.pop(slot).exitcode is not None, "a process does not end"
                 self.pipes.pop(slot).close()
                 return
 
@@ -122,7 +125,7 @@ class Place:
         if slot in self.processes:
             process = self.processes.pop(slot)
             process.kill()
-            process.join()
+            process.join(HANGS)
             self.pipes.pop(slot).close()
 
     def _change(self, action: str) -> None:
