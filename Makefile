@@ -85,6 +85,7 @@ masks: $(VENV)/installed-dev  ## 500 conversations of each chat format with each
 
 crash: $(VENV)/installed-dev  ## kill, starve and damage runs, resume them, compare bytes (about an hour)
 	$(BIN)/python -m tests.crash --long --write docs/reliability.md
+	LORAFIT_LONG=1 $(BIN)/python -m pytest tests/crash/test_one_process.py
 
 hostile: $(VENV)/installed-dev  ## every hostile file with everything that reads it (minutes)
 	LORAFIT_LONG=1 $(BIN)/python -m pytest tests/hostile

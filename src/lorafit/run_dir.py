@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from lorafit.config.load import dump_config, load_config, with_absolute_paths
+from lorafit.config.load import MAX_RECIPE, dump_config, load_config, with_absolute_paths
 from lorafit.config.schema import Config
 from lorafit.errors import RunError
 from lorafit.redact import without_secrets
@@ -28,12 +27,14 @@ from lorafit.storage.atomic import (
     verify_folder,
     write_file,
 )
-from lorafit.storage.locks import CLAIM, lock, refuse_others
+from lorafit.storage.locks import CLAIM, Held, lock, refuse_others
 from lorafit.storage.ownership import nobody_else_writes
-from lorafit.storage.safe_read import MB, read_json
+from lorafit.storage.safe_read import MB, read_json, read_text
 
 MAX_JSON = 64 * MB
 PROMPT = "prompt.json"  # in each adapter folder and export too
+# a name that YAML reads as it stands
+_MODEL_NAME = re.compile(r"^model:\n  name: ([A-Za-z/][A-Za-z0-9_./-]*)\n", re.MULTILINE)
 _CHECKPOINT = re.compile(r"step-(\d{6,})")
 
 
@@ -66,7 +67,7 @@ class RunDirectory:
             *(self.prompt_file, self.ledger_file, self.rows_file, self.check_file, self.env_file),
             *(self.lock_file, path / f"{self.lock_file.name}{CLAIM}"),
         )
-        self._lock: BinaryIO | None = None
+        self._held: Held | None = None
 
     @classmethod
     def new(cls, output: str | None, model_name: str) -> RunDirectory:
@@ -133,22 +134,32 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Lock the run for this process. Raises RunError when another living process holds the lock."""
+        """Lock the run for this process. Raises RunError when another living process holds the lock.
+
+        From then on nothing is written where the folder or the lock at the path is another one: see `check_held`.
+        """
         with nobody_else_writes(), lock(self.lock_file) as held:
             if self.checkpoints.is_dir():
                 refuse_others(self.checkpoints)
-            self._lock = held
+            self._held = held
             try:
                 yield
             finally:
-                self._lock = None
+                self._held = None
 
-    def keep_locked(self) -> contextlib.AbstractContextManager[object]:
-        """A context that holds the lock until it ends, also after `locked`: for a thread that still writes.
+    def check_held(self) -> None:
+        """Raise RunError where this process has locked the run and the run was moved, removed or replaced since."""
+        if self._held is not None:
+            self._held.check()
+
+    def keep_locked(self) -> tuple[contextlib.AbstractContextManager[object], Callable[[], None]]:
+        """A context that holds the lock until it ends, and `check_held`, both also after `locked`: for a thread.
 
         Call this while the lock is held; the context may be entered later.
         """
-        return os.fdopen(os.dup(self._lock.fileno()), "rb") if self._lock else contextlib.nullcontext()
+        if self._held is None:
+            return contextlib.nullcontext(), self.check_held
+        return self._held.keep(), self._held.check
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
@@ -176,6 +187,13 @@ class RunDirectory:
         """The resolved config that the run was started with."""
         return load_config(self.config_file)
 
+    def model_name(self) -> str:
+        """`model.name` of the config, read without the rest where lorafit wrote it. Raises a LorafitError."""
+        with contextlib.suppress(OSError, ValueError):
+            if match := _MODEL_NAME.search(read_text(self.config_file, MAX_RECIPE)):
+                return match[1]
+        return self.config().model.name
+
     def started(self) -> float:
         """The start of the run, in seconds since 1970; 0 where its config cannot be read."""
         try:
@@ -185,10 +203,12 @@ class RunDirectory:
 
     def write_config(self, config: Config) -> None:
         """Write the resolved config, with absolute paths."""
+        self.check_held()
         write_file(self.config_file, dump_config(with_absolute_paths(config)))
 
     def write_json(self, file: Path, value: Mapping[str, Any] | list[Any]) -> None:
         """Replace one of the run's JSON files, durably."""
+        self.check_held()
         value = without_secrets(value) if file == self.env_file else value  # a command line may hold some
         write_file(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
@@ -242,7 +262,8 @@ class RunDirectory:
         return self.checkpoint(step)
 
     def rotate(self, keep: int) -> None:
-        """Remove all checkpoints but the newest `keep` and the best steps that these name. Raises OSError."""
+        """Remove all checkpoints but the newest `keep` and the best steps that these name. Raises OSError, RunError."""
+        self.check_held()
         steps = self.saved_steps()
         kept: set[int | None] = set(steps[-keep:])
         for step in steps[-keep:]:
@@ -250,10 +271,12 @@ class RunDirectory:
                 kept.add(read_facts(self.checkpoint(step)).get("best_step"))
         for step in steps:
             if step not in kept:
+                self.check_held()
                 remove_folder(self.checkpoint(step))
 
     def set_aside(self, step: int) -> None:
         """Rename a damaged checkpoint, so that it is no longer used; its files stay. Raises RunError."""
+        self.check_held()
         folder = self.checkpoint(step)
         aside = folder.with_name(f"damaged-{folder.name}")
         with run_error("cannot write here", folder):
@@ -262,6 +285,7 @@ class RunDirectory:
 
     def clean(self) -> None:
         """Remove the unfinished files of an earlier crash, and sync the finished ones. Raises RunError."""
+        self.check_held()
         self.refuse_links()
         with run_error("cannot write here", self.path):
             for folder in (self.path.parent, self.path, self.checkpoints):  # names survive a power loss then

@@ -43,14 +43,16 @@ def _the_parent_is_not_synced() -> None:
 
 def _the_parents_of_new_folders_are_not_synced() -> None:
     atomic.make_folder = lambda folder: folder.mkdir(parents=True, exist_ok=True)
+    checkpoint_writer.make_subfolder = lambda folder: folder.mkdir(exist_ok=True)
     metrics_file.sync = lambda path: None
 
 
 def _small_files_are_written_in_place() -> None:
     def write_file(path: Path, text: str) -> None:
-        atomic._write_synced(path, text)
+        atomic._write_synced(path, [text.encode()])
 
-    atomic.write_file = run_dir.write_file = metrics_file.write_file = write_file
+    atomic.write_file = run_dir.write_file = write_file
+    metrics_file.write_lines = lambda path, lines: write_file(path, b"".join(lines).decode())
 
 
 def _older_checkpoints_are_removed_before_the_new_one_is_complete() -> None:

@@ -340,7 +340,7 @@ def any_run(scene: Scene, drawn: tuple[str, str, list[int], Any, bytes]) -> None
 def read_run(scene: Scene, run: RunDirectory) -> None:
     """Each file by its own reader: a value or an error."""
     for parse in (
-        lambda: read_metrics(run.metrics_file),
+        lambda: list(read_metrics(run.metrics_file)),
         lambda: run.read_json(run.ledger_file),
         lambda: PromptContract.from_json(run.read_json(run.prompt_file)),
         run.config,

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import tracemalloc
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from lorafit.errors import RunError
+from lorafit.observe.curve_monitor import CurveMonitor
 from lorafit.observe.events import Heldout, Message, RunEnded, RunStarted, Saved, Step
 from lorafit.observe.metrics_file import Record, read_metrics, truncate_after
+from lorafit.storage.safe_read import MB
 
 STARTED = RunStarted("tiny", 10, 4, 1000, 10, "cpu", "float32", "runs/a")
 
@@ -49,7 +52,7 @@ def test_events_are_there_at_once_and_appended_to(path: Path) -> None:
         record(Message("두 줄\n\ud800", "warning"))
         record(RunEnded(1, "finished", 1.0, "adapter", 2.0))
     assert written(path) == ["run_started", "step 1", "heldout 1", "saved 1", "note", "run_ended 1"]
-    assert read_metrics(path)[4]["text"] == "두 줄\n\ud800"
+    assert list(read_metrics(path))[4]["text"] == "두 줄\n\ud800"
     assert path.read_bytes().count(b"\n") == 6
 
 
@@ -79,7 +82,7 @@ def test_a_broken_line_before_the_last_is_an_error(path: Path) -> None:
         record(step(1))
     path.write_bytes(b"[]\n" + path.read_bytes())
     with pytest.raises(RunError) as caught:
-        read_metrics(path)
+        list(read_metrics(path))
     assert caught.value.problems[0].place == f"{path}:1"
 
 
@@ -133,6 +136,45 @@ def test_a_full_disk_is_an_error_with_a_way_out(path: Path) -> None:
 
 def test_no_file_no_metrics(path: Path) -> None:
     with pytest.raises(RunError, match="cannot read the run's metrics"):
-        read_metrics(path)
+        list(read_metrics(path))
     with pytest.raises(RunError, match="cannot write the run's metrics"):
         Record(path / "nowhere")
+
+
+def test_a_line_that_is_too_long_is_named_and_dropped_on_resuming(path: Path) -> None:
+    with closing(Record(path)) as record:
+        record(step(1))
+    whole = path.read_bytes()
+    long = b'{"text": "' + b"x" * (2 * MB) + b'"}\n'
+    path.write_bytes(long + whole + long)
+    with pytest.raises(RunError, match="too long") as caught:
+        list(read_metrics(path))
+    assert caught.value.problems[0].place == f"{path}:1"
+    assert truncate_after(path, 1) == 2
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("torn", [0, 1, MB - 1, MB, 2 * MB + 1])
+def test_a_torn_line_of_any_length_is_cut_off(path: Path, torn: int) -> None:
+    path.write_bytes(b"{}\n" + b"\0" * torn)
+    assert list(read_metrics(path)) == [{}]
+    Record(path).close()
+    assert path.read_bytes() == b"{}\n"
+    path.write_bytes(b"\0" * torn)
+    Record(path).close()
+    assert path.read_bytes() == b""
+
+
+def test_memory_does_not_grow_with_the_file(path: Path) -> None:
+    line = json.dumps({"event": "step", "step": 1, "loss": 0.5, "text": "x" * 10_000}) + "\n"
+    with path.open("w") as file:
+        for _ in range(20):
+            file.write(line * 100)
+    tracemalloc.start()
+    try:
+        CurveMonitor.over(read_metrics(path))
+        truncate_after(path, 1)
+        Record(path).close()
+        assert tracemalloc.get_traced_memory()[1] < 4 * MB < path.stat().st_size / 4
+    finally:
+        tracemalloc.stop()

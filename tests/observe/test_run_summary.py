@@ -138,3 +138,12 @@ def test_any_metrics_give_a_summary(scribbled: RunDirectory, events: list[dict[s
     summary = summarize(scribbled)
     assert summary.state in {"finished", "interrupted", "stopped", "unreadable"}
     assert len(summary.cells()) == 7
+
+
+@pytest.mark.parametrize(
+    "name", ["/work/models/a-b_1.0", "owner/name", "null", "1e5", "C:\\models", "a: b", "모델", "~", "yes"]
+)
+def test_the_name_of_a_model_is_read_as_the_whole_config_says(tmp_path: Path, name: str) -> None:
+    run = RunDirectory(tmp_path)
+    run.write_config(load_config(None, [f"model.name='{name}'", "data.path=x.json"]))
+    assert run.model_name() == run.config().model.name == name

@@ -151,7 +151,7 @@ def test_damaged_lines_of_the_metrics_are_left_out(tmp_path: Path) -> None:
     lines[10] = "\x00\x00\x00"
     metrics.write_text("\n".join(lines) + "\n")
     facts = facts_of(folder)
-    assert len(facts.events["step"]) == 59
+    assert len(facts.steps.curves["loss"].points()) == 59
     assert "1 damaged lines of metrics.jsonl" in page(facts)
 
 

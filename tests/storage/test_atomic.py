@@ -24,6 +24,7 @@ from lorafit.storage import atomic
 from lorafit.storage.atomic import (
     MANIFEST,
     clean_orphans,
+    make_folder,
     read_facts,
     staging_folder,
     verify_folder,
@@ -42,6 +43,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def commit(folder: Path, files: dict[str, bytes], **facts: Any) -> Path:
+    make_folder(folder.parent)
     with staging_folder(folder, facts, {}) as staging:
         for name, content in files.items():
             path = staging / name
@@ -307,7 +309,7 @@ def test_without_locks_of_the_file_system_a_claim_excludes_others_and_a_dead_one
     monkeypatch.setattr(fcntl, "flock", unsupported)
     path, claim = tmp_path / "run.lock", tmp_path / "run.lock.holder"
     with lock(path) as held:
-        assert held is None
+        held.check()
         assert is_locked(path)
         held_by_us = f"another process is writing this run .process {os.getpid()} on"
         with pytest.raises(RunError, match=held_by_us), lock(path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,3 +142,39 @@ def test_names_in_a_picture_are_text(words: list[str], tmp_path: Path) -> None:
     [line] = [path for path in root.iter() if path.get("stroke-width") == "3"]
     assert line.get("d") == "M0.0 0.0L1000.0 833.3"
     draw_curves(folder, [])  # nothing was measured
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_sweep_that_is_moved_ends_and_makes_no_folder(
+    run: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
+    begun = []
+
+    def moved(config: Any, **more: Any) -> Result:
+        begun.append(config.run.output)
+        (tmp_path / "s").rename(tmp_path / "moved")
+        if replaced:
+            shutil.copytree(tmp_path / "moved", tmp_path / "s")
+        raise RunError("the run directory was moved or replaced")
+
+    monkeypatch.setattr(trials, "start_run", moved)
+    with pytest.raises(RunError, match="the sweep directory was moved or replaced"):
+        run("--vary", "lora.rank=2,4")
+    assert len(begun) == 1
+    assert (tmp_path / "s").exists() == replaced
+    assert not list(tmp_path.glob("*/*.error.txt"))
+
+
+def test_two_sweeps_that_start_in_one_folder(run: Sweep, tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / ".staging-sweep.json").touch()  # of a start that was killed
+    with (
+        lock(tmp_path / "s" / "sweep.lock", "sweep"),
+        pytest.raises(RunError, match="another process is writing this sweep"),
+    ):
+        run("--vary", "lora.rank=2,4")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lorafit.sweep.run.work", lambda *_, **__: True)
+        run("--vary", "lora.rank=2,4")
+        with pytest.raises(RunError, match="holds a sweep of other trials"):
+            run("--vary", "lora.rank=2,8")

@@ -9,6 +9,7 @@ import random
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -428,6 +429,7 @@ def test_two_that_start_in_one_folder_do_not_overwrite_each_other(
         create(directory, *rest, **more)
 
     monkeypatch.setattr(RunDirectory, "create", late)
+    monkeypatch.setattr(training_run, "_only_run", nullcontext)  # as in two processes
     with pytest.raises(RunError, match="already holds a run"):
         tiny_run(material, tmp_path / "run", "train.seed=1")
     assert sha256_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors") == finished[0]

@@ -368,3 +368,25 @@ def test_resuming_a_finished_run_changes_nothing(material: list[str], tmp_path: 
     again = resume_run(first.path, quiet=True)
     assert again == first
     assert {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()} == before
+
+
+def test_a_second_run_in_one_process_is_refused_and_the_first_keeps_its_bytes(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*material, "train.max_steps=2", "lora.dropout=0.1"]
+    alone = tiny_run(words, tmp_path / "alone")
+    gradients, refused = loop._gradients, []
+
+    def second(*rest: Any) -> Any:
+        for begin in (lambda: tiny_run(words, tmp_path / "b"), lambda: resume_run(alone.path, quiet=True)):
+            with pytest.raises(RunError, match="this process is training another run") as caught:
+                begin()
+            refused.append(caught.value)
+        return gradients(*rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_gradients", second)
+        assert digest(tiny_run(words, tmp_path / "a")) == digest(alone)
+    assert len(refused) == 4
+    assert not (tmp_path / "b").exists()
+    tiny_run(words, tmp_path / "b")  # the refused one left nothing behind

@@ -18,6 +18,7 @@ def runs(
 
     from lorafit.errors import RunError
     from lorafit.observe.console import table
+    from lorafit.observe.progress import progress
     from lorafit.observe.run_summary import summarize
     from lorafit.redact import safe_json_line
     from lorafit.run_dir import find_runs
@@ -27,7 +28,12 @@ def runs(
             f"there is no folder `{folder}`",
             hint="`lorafit runs FOLDER` lists the runs in FOLDER; `lorafit train` creates one",
         )
-    summaries = [(str(run.path), summarize(run)) for run in find_runs(folder)]
+    summaries = []
+    with progress("reading runs", quiet=as_json) as advance:
+        found = find_runs(folder)
+        for done, run in enumerate(found, 1):
+            summaries.append((str(run.path), summarize(run)))
+            advance(done, len(found))
     if as_json:
         for path, summary in summaries:
             typer.echo(safe_json_line({"run": path, **summary.as_dict()}))

@@ -110,13 +110,15 @@ def _nameless(value: Any) -> Any:
 
 def _results(source: RunSource) -> dict[str, Any]:
     """Losses by step, a line of bars, and some steps as rows of a table."""
-    events = read_metrics(source.run.metrics_file) if source.run.metrics_file.is_file() else []
-    steps, heldout_events = (
-        [event for event in events if event.get("event") == kind] for kind in ("step", "heldout")
-    )
-    losses, heldout = (
-        {int(step): loss for step, loss in series(group, "loss")} for group in (steps, heldout_events)
-    )
+    events = read_metrics(source.run.metrics_file) if source.run.metrics_file.is_file() else iter(())
+    losses: dict[int, float] = {}
+    heldout_events = []
+    for event in events:
+        if event.get("event") == "heldout":
+            heldout_events.append(event)
+        elif event.get("event") == "step":
+            losses |= {int(step): loss for step, loss in series([event], "loss")}
+    heldout = {int(step): loss for step, loss in series(heldout_events, "loss")}
     every, values = max(1, -(-len(losses) // 60)), [*losses.values()]
     means = [fmean(values[start : start + every]) for start in range(0, len(values), every)]
     some_steps = sorted({*thinned([*losses], MOST_ROWS), *thinned([*heldout], MOST_ROWS)})

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.data.tokenizer import Tokenizer
-from lorafit.errors import ConfigError, LorafitError, Problem, RunError
+from lorafit.errors import ConfigError, LorafitError, Problem
 from lorafit.export import parity
 from lorafit.export.card import FILE as CARD
 from lorafit.export.card import card
@@ -20,9 +20,10 @@ from lorafit.export.ollama import FILE as MODELFILE
 from lorafit.export.readback import READERS
 from lorafit.export.reference import Reference, make_reference
 from lorafit.export.run_source import RunSource, open_source
+from lorafit.export.target import refuse_foreign, target_folder
 from lorafit.observe.progress import progress
 from lorafit.run_dir import PROMPT
-from lorafit.storage.atomic import read_facts, staging_folder, verify_folder
+from lorafit.storage.atomic import staging_folder
 from lorafit.version import __version__
 
 _HINT = "free space, or give another --output; the run itself is unchanged"
@@ -54,8 +55,9 @@ def export_run(
 ) -> Exported:
     """Write an export of `run`; without `output` into the run's `exports/`. An earlier export there is replaced.
 
-    Raises a LorafitError, and leaves nothing, if a file cannot be written or if the export does not answer as the
-    live adapter does. If `verify` is False there is no comparison, and the export records that.
+    Raises a LorafitError, and leaves nothing, if a file cannot be written, if the folder holds files that lorafit did
+    not write, or if the export does not answer as the live adapter does. If `verify` is False there is no comparison,
+    and the export records that.
     """
     if kind not in EXPORTS:
         raise ConfigError(f"there is no export `{kind}`", hint=f"one of {', '.join(EXPORTS)}")
@@ -75,7 +77,7 @@ def export_run(
         raise ConfigError(
             "an adapter outside of a run needs an --output", hint=f"--output {source.name}-{name}"
         )
-    folder = source.run.exports / name if output is None else _checked_folder(output)
+    folder = target_folder(source.run, name, output)
     reference = None
     if verify:
         with progress("computing the adapter's answers") as advance:
@@ -103,20 +105,9 @@ def export_run(
             outcome = _verify(source, reference, export, staging)
         write_json(staging / parity.FILE, outcome)
         (staging / CARD).write_text(card(source, export, type_name, staging, outcome), encoding="utf-8")
+        refuse_foreign(folder)  # once more: comparing takes minutes
     files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return Exported(folder, kind, type_name, files, outcome)
-
-
-def _checked_folder(output: str | Path) -> Path:
-    """The folder to write: absent, empty or an earlier export, else RunError."""
-    folder = Path(output).expanduser()
-    is_export = (
-        folder.is_dir() and not verify_folder(folder, may_have_more=True) and "export" in read_facts(folder)
-    )
-    if folder.exists() and not is_export and not (folder.is_dir() and not any(folder.iterdir())):
-        hint = "give an --output that does not exist yet"
-        raise RunError(f"`{output}` is not empty, and no export", hint=hint)
-    return folder
 
 
 def _verify(source: RunSource, reference: Reference, export: Export, staging: Path) -> dict[str, Any]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 from lorafit.errors import RunError
 from lorafit.observe.events import Event, Progress, Step
-from lorafit.storage.atomic import BLOCK, run_error, sync, write_file
-from lorafit.storage.safe_read import MB, open_no_follow, parse_json, read_bytes
+from lorafit.storage.atomic import BLOCK, run_error, sync, write_lines
+from lorafit.storage.safe_read import MB, num_whole, open_no_follow, parse_json, read_lines
 
 MAX_BYTES = 4096 * MB  # of the file: ten million steps take half of it
+STEP = b'{"event": "step", '  # the begin of the line of a step
 
 
 class Record:
@@ -28,7 +29,7 @@ class Record:
         self.path = path
         with self._writing(BLOCK):
             self._file = open_no_follow(path, "ab")
-            self._file.truncate(_whole(path.read_bytes()))
+            self._file.truncate(num_whole(path))
             sync(path.parent)  # a later sync of the file needs its name on disk
 
     def __call__(self, event: Event) -> None:
@@ -48,28 +49,35 @@ class Record:
         return run_error("cannot write the run's metrics", self.path, num_bytes, hint)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Every event in `path`, oldest first, without a torn last line.
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """Every event in `path`, oldest first, without a torn last line. The file is not held in memory.
 
     Raises RunError when the file cannot be read or a line before the last is not a JSON object.
     """
-    events = []
     for number, (_, event) in enumerate(_lines(path), start=1):
         if event is None:
             hint = "another program has changed the file; delete that line to read the rest"
-            message = "a line of the run's metrics is not a JSON object"
+            message = "a line of the run's metrics is not a JSON object, or is too long"
             raise RunError(message, place=f"{path}:{number}", hint=hint)
-        events.append(event)
-    return events
+        yield event
 
 
-def read_whole_events(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """(every event in `path` that can be read, oldest first; the number of damaged lines). ([], 0) without a file.
+def read_raw_lines(path: Path) -> Iterator[bytes]:
+    """The lines of `path` with their ends, for `event_of`; none without a file. A line that is too long comes as b"".
 
     Raises RunError when the file exists and cannot be read.
     """
-    lines = [event for _, event in _lines(path)] if path.exists() else []
-    return [event for event in lines if event is not None], lines.count(None)
+    with run_error("cannot read the run's metrics", path), suppress(FileNotFoundError):
+        yield from read_lines(path, MAX_BYTES)
+
+
+def event_of(line: bytes) -> dict[str, Any] | None:
+    """The event in a line, None for a damaged one."""
+    try:
+        event = parse_json(line.decode())
+    except ValueError:  # not UTF-8 or not JSON
+        return None
+    return event if isinstance(event, dict) else None
 
 
 def truncate_after(path: Path, step: int) -> int:
@@ -77,10 +85,18 @@ def truncate_after(path: Path, step: int) -> int:
 
     The file is replaced atomically, and the lines that stay keep their bytes. Raises RunError.
     """
-    events = list(_lines(path))
-    kept = [line for line, event in events if event is not None and (number(event.get("step")) or 0) <= step]
-    write_file(path, b"".join(kept).decode())
-    return sum(event is None for _, event in events)
+    num_damaged = 0
+
+    def kept() -> Iterator[bytes]:
+        nonlocal num_damaged
+        for line, event in _lines(path):
+            if event is None:
+                num_damaged += 1
+            elif (number(event.get("step")) or 0) <= step:
+                yield line
+
+    write_lines(path, kept())
+    return num_damaged
 
 
 def number(value: object) -> float | None:
@@ -112,18 +128,8 @@ def _line(event: Event) -> bytes:
     return text.encode(errors="backslashreplace")  # a lone surrogate becomes its JSON escape
 
 
-def _whole(content: bytes) -> int:
-    """The number of bytes of `content` that are whole lines."""
-    return content.rfind(b"\n") + 1
-
-
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     """The whole lines of `path`, each with its event, None for a damaged one."""
     with run_error("cannot read the run's metrics", path):
-        content = read_bytes(path, MAX_BYTES)
-    for line in content[: _whole(content)].splitlines(keepends=True):
-        try:
-            event = parse_json(line.decode())
-        except ValueError:  # not UTF-8 or not JSON
-            event = None
-        yield line, event if isinstance(event, dict) else None
+        for line in read_lines(path, MAX_BYTES):
+            yield line, event_of(line)

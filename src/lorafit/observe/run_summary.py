@@ -2,20 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from lorafit.errors import LorafitError, RunError
-from lorafit.observe.metrics_file import number, read_whole_events, series
+from lorafit.observe.metrics_file import STEP, event_of, number, read_raw_lines
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import MANIFEST
 from lorafit.storage.locks import is_locked
 
-Metrics = tuple[Sequence[Mapping[str, Any]], int]  # events, oldest first, and the number of damaged lines
+_DECIDING = ("run_started", "step", "run_ended")
+
+
+@dataclass(slots=True)
+class Overview:
+    """What the state and the summary of a run need of its metrics: a few events, however long the file is."""
+
+    newest: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # the last event of each kind below
+    last: str = ""  # the kind of the last event that decides the state
+    lowest: float | None = None  # held-out loss
+    num_damaged: int = 0
+    has_events: bool = False
+
+    @classmethod
+    def read(cls, path: Path) -> Overview:
+        """Read a metrics file; of the lines of steps only the last is parsed. Raises RunError as `read_raw_lines`."""
+        overview, newest = cls(), b""
+        for line in read_raw_lines(path):
+            if line.startswith(STEP):
+                newest, overview.last = line, "step"
+            else:
+                overview.add(event_of(line))
+        if newest and (event := event_of(newest)) is None:  # the last one that is whole counts
+            return cls._of_all(path)
+        if newest:
+            last = overview.last
+            overview.add(event)
+            overview.last = last
+        return overview
+
+    @classmethod
+    def _of_all(cls, path: Path) -> Overview:
+        overview = cls()
+        for line in read_raw_lines(path):
+            overview.add(event_of(line))
+        return overview
+
+    def add(self, event: Mapping[str, Any] | None) -> None:
+        """Take the next event, None for a damaged line."""
+        if event is None:
+            self.num_damaged += 1
+            return
+        self.has_events = True
+        if (kind := event.get("event")) in _DECIDING:
+            self.last = str(kind)
+        if kind in (*_DECIDING, "heldout"):
+            self.newest[str(kind)] = event
+        if kind == "heldout" and number(event.get("step")) is not None:
+            losses = (self.lowest, number(event.get("loss")))
+            self.lowest = min((loss for loss in losses if loss is not None), default=None)
+
+    def number(self, kind: str, name: str) -> float | None:
+        """A number of the last event of a kind."""
+        return number(self.newest.get(kind, {}).get(name))
 
 
 class RunState(StrEnum):
@@ -34,21 +88,20 @@ class RunState(StrEnum):
         return self in (RunState.FINISHED, RunState.ENDED_EARLY)
 
     @classmethod
-    def of(cls, run: RunDirectory, metrics: Metrics | None = None) -> RunState:
-        """The state of `run`; `metrics` is what `read_whole_events` returned, where the caller has it.
+    def of(cls, run: RunDirectory, metrics: Overview | None = None) -> RunState:
+        """The state of `run`; `metrics` is the overview of its metrics, where the caller has it.
 
         An end in the metrics counts also while the run is locked: its own process still writes the report then. A
         complete run has an adapter, whose bytes are not verified here.
         """
         try:
-            events, num_damaged = metrics or read_whole_events(run.metrics_file)
+            metrics = metrics or Overview.read(run.metrics_file)
         except RunError:
             return cls.UNREADABLE
-        if num_damaged and not events:
+        if metrics.num_damaged and not metrics.has_events:
             return cls.UNREADABLE
-        kinds = ("run_started", "step", "run_ended")
-        last = next((event for event in reversed(events) if event.get("event") in kinds), {})
-        if last.get("event") == "run_ended":
+        if metrics.last == "run_ended":
+            last = metrics.newest["run_ended"]
             has_adapter = (run.adapter / MANIFEST).is_file()
             for state in (cls.FINISHED, cls.ENDED_EARLY, cls.INTERRUPTED):
                 if last.get("reason") == state and (has_adapter or not state.is_complete):
@@ -83,27 +136,21 @@ class Summary:
         return [self.model, self.state, steps, *losses, self.started]
 
 
-def summarize(run: RunDirectory, metrics: Metrics | None = None) -> Summary:
-    """The summary of a run directory, `unreadable` where its config or its metrics cannot be read."""
+def summarize(run: RunDirectory, metrics: Overview | None = None) -> Summary:
+    """The summary of a run directory, `unreadable` where its model's name or its metrics cannot be read."""
     model, state = "?", RunState.UNREADABLE
     with suppress(LorafitError):
-        metrics = metrics or read_whole_events(run.metrics_file)
-        model = run.config().model.name
+        metrics = metrics or Overview.read(run.metrics_file)
+        model = run.model_name()
         state = RunState.of(run, metrics)
-    events = metrics[0] if metrics else ()
-
-    def last(kind: str, field: str) -> float | None:
-        values = [event.get(field) for event in events if event.get("event") == kind]
-        return number(values[-1]) if values else None
-
-    heldout = series((event for event in events if event.get("event") == "heldout"), "loss")
+    found = metrics or Overview()
     return Summary(
         model=model,
         state=state,
-        step=int(last("step", "step") or 0),
-        num_steps=int(last("run_started", "num_steps") or 0) or None,
-        loss=last("step", "loss"),
-        heldout_loss=min((loss for _, loss in heldout), default=None),
-        base_loss=last("heldout", "base_loss"),
+        step=int(found.number("step", "step") or 0),
+        num_steps=int(found.number("run_started", "num_steps") or 0) or None,
+        loss=found.number("step", "loss"),
+        heldout_loss=found.lowest,
+        base_loss=found.number("heldout", "base_loss"),
         started=datetime.fromtimestamp(run.started()).isoformat(" ", "minutes"),
     )

@@ -80,7 +80,7 @@ def _tiles(facts: Facts) -> list[dict[str, str]]:
     if summary.heldout_loss is not None:
         before = f"{summary.base_loss:.3f} →" if summary.base_loss is not None else ""
         tiles.append(_tile("held-out loss", f"{summary.heldout_loss:.3f}", before=before))
-    elif losses := facts.series("step", "loss"):
+    elif losses := facts.steps.curves["loss"].points():
         tiles.append(_tile("loss of the last step", f"{losses[-1][1]:.3f}"))
     for check in facts.proof.get("checks", ()) if isinstance(facts.proof.get("checks"), list) else ():
         values = check.get("values") if isinstance(check, dict) and check.get("name") == "stop" else None
@@ -90,13 +90,12 @@ def _tiles(facts: Facts) -> list[dict[str, str]]:
     after = f"of {summary.num_steps:,}" if summary.num_steps else ""
     tiles.append(_tile("steps", f"{summary.step:,}", after=after))
     seconds, tokens, supervised = (
-        sum(number(event.get(key)) or 0.0 for event in facts.events.get("step", ()))
-        for key in ("seconds", "tokens", "supervised_tokens")
+        facts.steps.sums[key] for key in ("seconds", "tokens", "supervised_tokens")
     )
     if seconds:
         after = f"of {short_count(tokens)}"
         tiles.append(_tile("trained of all tokens", short_count(supervised), after=after))
         tiles.append(_tile(f"at {tokens / seconds:,.0f} tokens/s", duration(seconds)))
-    if memory := max((value for _, value in facts.series("step", "memory_bytes")), default=0.0):
+    if memory := max((value for _, value in facts.steps.curves["memory_bytes"].points()), default=0.0):
         tiles.append(_tile("peak memory", memory_size(memory)))
     return tiles

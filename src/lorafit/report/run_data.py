@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.data.ledger import Ledger
-from lorafit.observe.metrics_file import read_whole_events, series
+from lorafit.observe.metrics_file import STEP, event_of, read_raw_lines, series
 from lorafit.observe.run_summary import Summary, summarize
+from lorafit.report.curves import StepCurves
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import MANIFEST
 from lorafit.storage.safe_read import read_bytes, read_json
 
 MOST_JSON_BYTES = 20_000_000  # of a small file; a larger one is not of lorafit
+MOST_EVENT_BYTES = 20_000_000  # of the lines of all events but steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,8 @@ class Facts:
     name: str
     path: str
     summary: Summary
-    events: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    steps: StepCurves = field(default_factory=StepCurves)
+    events: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # all others, by kind
     config: str = ""
     env: Mapping[str, Any] = field(default_factory=dict)
     ledger: Ledger | None = None
@@ -62,13 +65,8 @@ class Facts:
 
 def read_facts(run: RunDirectory) -> Facts:
     """The facts of `run`. Raises RunError when its metrics exist and cannot be read."""
-    events, num_damaged = metrics = read_whole_events(run.metrics_file)
-    by_kind: dict[str, list[Mapping[str, Any]]] = {}
-    for event in events:
-        by_kind.setdefault(str(event.get("event")), []).append(event)
-    facts = Facts(run.path.resolve().name, str(run.path), summarize(run, metrics), events=by_kind)
-    if num_damaged:
-        facts.missing.append(f"{num_damaged:,} damaged lines of {run.metrics_file.name}")
+    facts = Facts(run.path.resolve().name, str(run.path), summarize(run))
+    _read_events(run, facts)
     try:
         facts.config = read_bytes(run.config_file, MOST_JSON_BYTES).decode(errors="replace")
     except OSError:
@@ -85,6 +83,32 @@ def read_facts(run: RunDirectory) -> Facts:
     facts.ledger = _ledger(run.ledger_file, facts)
     facts.hashes = _hashes(run)
     return facts
+
+
+def _read_events(run: RunDirectory, facts: Facts) -> None:
+    """Read the metrics line by line; only what the page shows is kept."""
+    num_damaged, num_left_out, num_bytes = 0, 0, 0
+    events: dict[str, list[Mapping[str, Any]]] = {}
+    for line in read_raw_lines(run.metrics_file):
+        if line.startswith(STEP):
+            facts.steps.add(line)
+        elif (event := event_of(line)) is None:
+            num_damaged += 1
+        elif event.get("event") == "step":
+            facts.steps.add(line)
+        else:
+            num_bytes += len(line)
+            kept = events.setdefault(str(event.get("event")), [])
+            if num_bytes > MOST_EVENT_BYTES and kept:
+                num_left_out += 1
+                kept.pop()  # the newest one stays
+            kept.append(event)
+    facts.steps.flush()
+    facts.events = events
+    if num_damaged := num_damaged + facts.steps.num_damaged:
+        facts.missing.append(f"{num_damaged:,} damaged lines of {run.metrics_file.name}")
+    if num_left_out:
+        facts.missing.append(f"{num_left_out:,} later events of {run.metrics_file.name}, which are too many")
 
 
 def _json(path: Path, facts: Facts, *, expected: bool = True) -> Any:

@@ -13,6 +13,7 @@ from lorafit.observe.metrics_file import number
 from lorafit.observe.units import memory_size
 from lorafit.redact import without_secrets
 from lorafit.report import plot
+from lorafit.report.curves import Curve
 from lorafit.report.escape import cut
 from lorafit.report.run_data import Facts
 
@@ -41,11 +42,12 @@ def proof(facts: Facts) -> dict[str, Any] | None:
 
 def loss(facts: Facts) -> plot.Chart | None:
     """Training loss, held-out loss and the base's, over the steps."""
-    raw, held, base = facts.series("step", "loss"), facts.series("heldout", "loss"), facts.summary.base_loss
+    losses, held, base = facts.steps.curves["loss"], facts.series("heldout", "loss"), facts.summary.base_loss
+    raw = losses.points()
     if len(raw) >= plot.SMOOTHED_FROM:
         lines = [
             plot.Line("each step", "raw", raw),
-            plot.Line("training, smoothed", "train", plot.smoothed(raw)),
+            plot.Line("training, smoothed", "train", plot.smoothed(losses.means())),
         ]
     else:
         lines = [plot.Line("training", "train", raw, dots=True)]
@@ -60,14 +62,11 @@ def loss(facts: Facts) -> plot.Chart | None:
 
 def progress(facts: Facts) -> list[plot.Chart]:
     """Learning rate, gradient norm, throughput and memory."""
-    tokens, seconds = facts.series("step", "tokens"), facts.series("step", "seconds")
-    speed = [
-        (step, count / time) for (step, count), (_, time) in zip(tokens, seconds, strict=False) if time > 1e-9
-    ]
-    rates, norms = facts.series("step", "learning_rate"), facts.series("step", "grad_norm")
-    memory = plot.Line("value", "one", facts.series("step", "memory_bytes"))
+    curves = facts.steps.curves
+    rates, norms, speed = (curves[name] for name in ("learning_rate", "grad_norm", "tokens_per_second"))
+    memory = plot.Line("value", "one", curves["memory_bytes"].points())
     charts = [
-        plot.line_chart("Learning rate", [plot.Line("value", "one", rates)], _short),
+        plot.line_chart("Learning rate", [plot.Line("value", "one", rates.points())], _short),
         plot.line_chart("Gradient norm", _smooth(norms), _short, log=True),
         plot.line_chart("Tokens per second", _smooth(speed), lambda value: f"{value:,.0f}"),
         plot.line_chart("Peak memory", [memory], memory_size),
@@ -219,10 +218,14 @@ def _row_numbers(first: Sequence[int], count: int) -> str:
     return f"rows {named}" + (" ..." if count > 8 else "")
 
 
-def _smooth(points: plot.Points) -> list[plot.Line]:
+def _smooth(curve: Curve) -> list[plot.Line]:
+    points = curve.points()
     if len(points) < plot.SMOOTHED_FROM:
         return [plot.Line("value", "one", points)]
-    return [plot.Line("each step", "raw", points), plot.Line("smoothed", "train", plot.smoothed(points))]
+    return [
+        plot.Line("each step", "raw", points),
+        plot.Line("smoothed", "train", plot.smoothed(curve.means())),
+    ]
 
 
 def _short(value: float) -> str:

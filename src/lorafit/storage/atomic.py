@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,17 @@ _STAGING, _OLD = ".staging-", ".old-"
 _RESUME = "free space or fix the disk, then `lorafit train --resume` continues from the last checkpoint"
 
 
-def commit_files(folder: Path, files: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
+def _no_check() -> None:
+    """The check of a place that only this process knows."""
+
+
+def commit_files(
+    folder: Path, files: Mapping[str, bytes], facts: Mapping[str, Any], check: Callable[[], None] = _no_check
+) -> None:
     """Make `folder` hold exactly `files`, by name, as `staging_folder` does. They must read back as they are here."""
     known: dict[str, str] = {}
-    with staging_folder(folder, facts, known, sum(map(len, files.values()))) as staging:
+    num_bytes = sum(map(len, files.values()))
+    with staging_folder(folder, facts, known, num_bytes, check=check) as staging:
         for name, content in files.items():
             (staging / name).write_bytes(content)
             known[name] = hashlib.sha256(content).hexdigest()
@@ -58,56 +65,146 @@ def staging_folder(
     known: Mapping[str, str],
     num_bytes: int | None = None,
     hint: str = _RESUME,
+    check: Callable[[], None] = _no_check,
 ) -> Iterator[Path]:
     """A folder to write to, also in folders of its own; when the block ends without an error it becomes `folder`.
 
-    An existing `folder` is replaced. The manifest stores `facts`. Files read back with the SHA-256 that `known` has
-    under their name, that of their content in memory. Both are read when the block ends, so the block may fill them.
-    Raises RunError when anything cannot be written, with the old folder untouched; the error names `num_bytes` as
-    what is needed.
+    An existing `folder` is replaced; its parent must exist. The manifest stores `facts`. Files read back with the
+    SHA-256 that `known` has under their name, that of their content in memory. Both are read when the block ends, so
+    the block may fill them. `check` raises RunError where the place is not this process's any more. It is called
+    before anything is made, before `folder` is replaced and at the end; after it has raised, nothing at the path is
+    touched. Raises RunError when anything cannot be written, with the old folder untouched; the error names
+    `num_bytes` as what is needed. Also where another process writes `folder`.
     """
     staging, old = folder.with_name(_STAGING + folder.name), folder.with_name(_OLD + folder.name)
+    check()
     placed = False
+    with _own_staging(folder, staging, num_bytes, hint, check) as made:
+
+        def must_be_own() -> None:
+            check()
+            with contextlib.suppress(OSError):
+                if identity((folder if placed else staging).lstat()) == made:
+                    return
+            raise RunError(f"`{folder.name}` was moved or replaced while it was written", place=str(folder))
+
+        try:
+            yield staging
+            files = {}
+            for path in _files(staging):
+                sync(path)
+                _drop_page_cache(path)
+                name = path.relative_to(staging).as_posix()
+                files[name] = {"size": path.stat().st_size, "sha256": known.get(name) or sha256_file(path)}
+            manifest = {"schema": SCHEMA, "files": files, "facts": dict(facts)}
+            _write_synced(staging / MANIFEST, [_manifest_text(manifest).encode()])
+            for directory in sorted({staging, *(path.parent for path in _files(staging))}, reverse=True):
+                sync(directory)
+            must_be_own()
+            if folder.exists():
+                folder.rename(old)
+            staging.rename(folder)
+            placed = True
+            sync(folder.parent)
+            if faults := verify_folder(folder):
+                raise RunError(
+                    f"what was written to `{folder.name}` does not read back: {faults[0]}",
+                    place=str(folder),
+                    hint="the disk or its driver does not keep what is written; older checkpoints are untouched",
+                )
+            must_be_own()
+        except (Exception, KeyboardInterrupt) as error:
+            failed: Exception | None = None
+            try:
+                must_be_own()
+            except RunError as moved:
+                failed = moved
+            else:
+                _roll_back(folder, staging, old, placed)
+            if isinstance(
+                error, OSError | SafetensorError
+            ):  # safetensors reports a full disk as an error of its own
+                raise failed or _not_saved(folder, error, num_bytes, hint) from error
+            raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _own_staging(
+    folder: Path, staging: Path, num_bytes: int | None, hint: str, check: Callable[[], None]
+) -> Iterator[tuple[int, int]]:
+    """Make the staging folder of `folder` and hold its lock in the block; yields its identity. Raises RunError."""
     try:
-        make_folder(folder.parent)
         clean_orphans(folder.parent, folder.name)
         staging.mkdir(0o755)
-        yield staging
-        files = {}
-        for path in _files(staging):
-            sync(path)
-            _drop_page_cache(path)
-            name = path.relative_to(staging).as_posix()
-            files[name] = {"size": path.stat().st_size, "sha256": known.get(name) or sha256_file(path)}
-        manifest = {"schema": SCHEMA, "files": files, "facts": dict(facts)}
-        _write_synced(staging / MANIFEST, _manifest_text(manifest))
-        for directory in sorted({staging, *(path.parent for path in _files(staging))}, reverse=True):
-            sync(directory)
-        if folder.exists():
-            folder.rename(old)
-        staging.rename(folder)
-        placed = True
-        sync(folder.parent)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
-        _roll_back(folder, staging, old, placed)
-        reason = error.strerror if isinstance(error, OSError) else None
-        needed = f" ({num_bytes:,} bytes are needed)" if num_bytes is not None else ""
-        raise RunError(
-            f"cannot save `{folder.name}`: {reason or error}{needed}",
-            place=str(getattr(error, "filename", None) or folder),
-            hint=hint,
-        ) from error
-    except (Exception, KeyboardInterrupt):
-        _roll_back(folder, staging, old, placed)
+        descriptor = _hold(staging)
+    except (FileExistsError, BlockingIOError):
+        raise _being_written(folder) from None
+    except OSError as error:
+        check()
+        raise _not_saved(folder, error, num_bytes, hint) from error
+    try:
+        yield identity(staging.lstat() if descriptor is None else os.fstat(descriptor))
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _hold(folder: Path) -> int | None:
+    """A descriptor of `folder` that holds its lock until it is closed; None where the system opens no folders.
+
+    Raises BlockingIOError where another process holds the lock. A network file system may have none.
+    """
+    if os.name == "nt":
+        return None
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
         raise
-    if faults := verify_folder(folder):
-        _roll_back(folder, staging, old, placed)
-        raise RunError(
-            f"what was written to `{folder.name}` does not read back: {faults[0]}",
-            place=str(folder),
-            hint="the disk or its driver does not keep what is written; older checkpoints are untouched",
-        )
-    shutil.rmtree(old, ignore_errors=True)
+    except OSError:
+        pass
+    return descriptor
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether a living process writes to a staging folder."""
+    try:
+        descriptor = _hold(folder)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    if descriptor is not None:
+        os.close(descriptor)
+    return False
+
+
+def refuse_while_written(folder: Path) -> None:
+    """Raise RunError where another process is about to replace `folder`."""
+    staging = folder.with_name(_STAGING + folder.name)
+    if staging.is_dir() and _is_held(staging):
+        raise _being_written(folder)
+
+
+def _being_written(folder: Path) -> RunError:
+    hint = "wait for it, stop it, or write to another folder"
+    return RunError(f"another process is writing `{folder.name}`", place=str(folder), hint=hint)
+
+
+def _not_saved(folder: Path, error: Exception, num_bytes: int | None, hint: str) -> RunError:
+    reason = error.strerror if isinstance(error, OSError) else None
+    needed = f" ({num_bytes:,} bytes are needed)" if num_bytes is not None else ""
+    place = str(getattr(error, "filename", None) or folder)
+    return RunError(f"cannot save `{folder.name}`: {reason or error}{needed}", place=place, hint=hint)
+
+
+def identity(status: os.stat_result) -> tuple[int, int]:
+    """What makes a file or folder the same one under any path, as long as it exists or is open."""
+    return status.st_dev, status.st_ino
 
 
 def make_folder(folder: Path) -> None:
@@ -118,8 +215,14 @@ def make_folder(folder: Path) -> None:
     if folder.is_dir():
         return
     make_folder(folder.parent)
-    folder.mkdir(0o755, exist_ok=True)  # never for others to write
-    sync(folder.parent)
+    make_subfolder(folder)
+
+
+def make_subfolder(folder: Path) -> None:
+    """Make `folder`, synced into its parent, which must exist. Raises OSError."""
+    if not folder.is_dir():
+        folder.mkdir(0o755, exist_ok=True)  # never for others to write
+        sync(folder.parent)
 
 
 def verify_folder(folder: Path, *, may_have_more: bool = False) -> list[str]:
@@ -180,7 +283,7 @@ def is_orphan(name: str) -> bool:
 def clean_orphans(parent: Path, only: str | None = None) -> None:
     """Remove what a crash left of unfinished commits (of the folder `only`) in `parent`.
 
-    A folder that was about to be replaced gets its name back. Raises OSError.
+    A folder that was about to be replaced gets its name back. One that a living process writes stays. Raises OSError.
     """
     for path in sorted(parent.iterdir()) if parent.is_dir() else ():
         prefix = next((prefix for prefix in (_OLD, _STAGING) if path.name.startswith(prefix)), "")
@@ -190,7 +293,8 @@ def clean_orphans(parent: Path, only: str | None = None) -> None:
         if prefix == _OLD and not whole.exists():
             path.rename(whole)
         elif path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+            if prefix == _OLD or not _is_held(path):
+                shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
 
@@ -205,11 +309,17 @@ def remove_folder(folder: Path) -> None:
 
 def write_file(path: Path, text: str) -> None:
     """Replace one small text file atomically and durably. Raises RunError."""
+    content = text.encode()
+    write_lines(path, [content], len(content))
+
+
+def write_lines(path: Path, lines: Iterable[bytes], num_bytes: int | None = None) -> None:
+    """Replace a file by `lines` atomically and durably. Raises RunError, naming the `num_bytes` that are needed."""
     temporary = path.with_name(_STAGING + path.name)
-    with run_error(f"cannot write `{path.name}`", path, len(text.encode())):
+    with run_error(f"cannot write `{path.name}`", path, num_bytes):
         temporary.unlink(missing_ok=True)  # it might be a link
         try:
-            _write_synced(temporary, text)
+            _write_synced(temporary, lines)
             temporary.replace(path)
             sync(path.parent)
         except OSError:
@@ -245,9 +355,9 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("x", encoding="utf-8", newline="\n") as file:
-        file.write(text)
+def _write_synced(path: Path, lines: Iterable[bytes]) -> None:
+    with path.open("xb") as file:
+        file.writelines(lines)
         file.flush()
         _fsync(file.fileno())
 

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from lorafit.errors import RunError
 from lorafit.redact import redact, without_secrets
-from lorafit.storage.atomic import BLOCK, run_error
+from lorafit.storage.atomic import BLOCK, identity, run_error
 from lorafit.storage.ownership import not_own
 from lorafit.storage.safe_read import open_no_follow, read_text
 
@@ -25,13 +25,47 @@ WAITING_SECONDS = 2.0  # until it is said whom a process waits for
 PATIENCE = 120.0  # seconds without a sign of life
 
 
+class Held:
+    """A file that this process holds, and the folder of it: both must stay at their path as long as it is held."""
+
+    def __init__(self, path: Path, what: str, file: BinaryIO | None = None) -> None:
+        """`what` is what the folder holds; `file` the open lock. Raises RunError where `path` is another file."""
+        self._path, self._what, self._file = path, what, file
+        self._identities = self._now()
+        if file is not None and self._identities[1:] != (identity(os.fstat(file.fileno())),):
+            raise self._moved()
+
+    def check(self) -> None:
+        """Raise RunError where the file or its folder was moved, removed or replaced. Two calls of stat."""
+        if not self._identities or self._now() != self._identities:
+            raise self._moved()
+
+    def keep(self) -> contextlib.AbstractContextManager[object]:
+        """A context that holds the lock until it ends, for a thread that outlives the block of `lock`."""
+        return (
+            contextlib.nullcontext() if self._file is None else os.fdopen(os.dup(self._file.fileno()), "rb")
+        )
+
+    def _now(self) -> tuple[tuple[int, int], ...]:
+        try:
+            return identity(self._path.parent.stat()), identity(self._path.lstat())
+        except OSError:
+            return ()
+
+    def _moved(self) -> RunError:
+        return RunError(
+            f"the {self._what} directory was moved or replaced",
+            place=str(self._path.parent),
+            hint="what was saved is in the folder that was moved, and nothing in the one that is here now was changed",
+        )
+
+
 @contextlib.contextmanager
-def lock(path: Path) -> Iterator[BinaryIO | None]:
+def lock(path: Path, what: str = "run") -> Iterator[Held]:
     """Lock the file `path` for this process. The operating system releases it when the process ends.
 
-    Yields the open file: a duplicate of its descriptor holds the lock as well, until it is closed. Yields None where
-    the system or the file system has no locks: a file beside `path` names the process then. Raises RunError when
-    another living process holds the lock.
+    Where the system or the file system has no locks, a file beside `path` names the process. Raises RunError when
+    another living process holds the lock; `what` is what the folder holds.
     """
     with run_error("cannot write here", path.parent, BLOCK):
         file = open_no_follow(path, "ab+")
@@ -44,15 +78,16 @@ def lock(path: Path) -> Iterator[BinaryIO | None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise _is_held(path, file.read(32).decode(errors="replace").strip()) from None
+            raise _is_held(path, what, file.read(32).decode(errors="replace").strip()) from None
         except (ImportError, OSError):  # Windows, or a network file system
-            with _claimed(path):
-                yield None
+            with _claimed(path, what):
+                yield Held(_claim_of(path), what)
             return
+        held = Held(path, what, file)
         with contextlib.suppress(OSError):  # the pid is only informative, so a full disk is no error here
             file.truncate(0)
             file.write(str(os.getpid()).encode())
-        yield file
+        yield held
 
 
 @contextlib.contextmanager
@@ -125,7 +160,7 @@ def is_locked(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _claimed(path: Path) -> Iterator[None]:
+def _claimed(path: Path, what: str) -> Iterator[None]:
     """Lock `path` by a file beside it that names this process and its machine.
 
     The claim of a dead process of this machine is replaced. Whether a process of another machine lives is unknown:
@@ -142,7 +177,7 @@ def _claimed(path: Path) -> Iterator[None]:
             holder = ""
             with contextlib.suppress(OSError, ValueError):  # it is gone, or is no text
                 holder = f"{read_text(claim, MAX_CLAIM)}; "
-            raise _is_held(path, f"{holder}if there is none any more, remove {claim}") from None
+            raise _is_held(path, what, f"{holder}if there is none any more, remove {claim}") from None
     try:
         yield
     finally:
@@ -167,9 +202,9 @@ def _is_claimed(claim: Path) -> bool:
         return True
 
 
-def _is_held(path: Path, holder: str) -> RunError:
+def _is_held(path: Path, what: str, holder: str) -> RunError:
     return RunError(
-        "another process is writing this run" + (f" (process {holder})" if holder else ""),
+        f"another process is writing this {what}" + (f" (process {holder})" if holder else ""),
         place=str(path.parent),
         hint="wait for it, stop it, or give another --output",
     )

@@ -28,10 +28,38 @@ def read_bytes(path: Path, limit: int) -> bytes:
     Raises OSError, also for a pipe or a device, which might never end, and for a larger file.
     """
     with open(path, "rb", opener=_open_plain) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > limit:
-            raise OSError(errno.EFBIG, f"it is larger than {limit // MB or 1} MB", str(path))
-        return file.read(size)
+        return file.read(_check_size(file, path, limit))
+
+
+def read_lines(path: Path, limit: int, longest: int = MB) -> Iterator[bytes]:
+    """The whole lines of a file of at most `limit` bytes, with their ends, one after the other.
+
+    A line of more than `longest` bytes is skipped and comes as b"". A last line without an end is left out. Raises
+    OSError as `read_bytes`.
+    """
+    with open(path, "rb", opener=_open_plain) as file:
+        _check_size(file, path, limit)
+        while line := file.readline(longest):
+            if line.endswith(b"\n"):
+                yield line
+                continue
+            while (rest := file.readline(longest)) and not rest.endswith(b"\n"):
+                pass
+            if rest:
+                yield b""
+
+
+def num_whole(path: Path) -> int:
+    """The number of bytes of a file up to the end of its last whole line. Raises OSError."""
+    with open(path, "rb", opener=_open_plain) as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - MB)
+            file.seek(start)
+            if (found := file.read(end - start).rfind(b"\n")) >= 0:
+                return start + found + 1
+            end = start
+    return 0
 
 
 def read_text(path: Path, limit: int) -> str:
@@ -67,6 +95,14 @@ def open_no_follow(path: Path, mode: Literal["rb", "ab", "ab+"]) -> BinaryIO:
     """A file of a run, opened without a buffer. Raises OSError where `path` is a link, a pipe or a device."""
     flags = _FLAGS[mode] | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     return os.fdopen(_open_plain(str(path), flags), mode, buffering=0)
+
+
+def _check_size(file: BinaryIO, path: Path, limit: int) -> int:
+    """The size of an open file. Raises OSError where it is above `limit`."""
+    size = os.fstat(file.fileno()).st_size
+    if size > limit:
+        raise OSError(errno.EFBIG, f"it is larger than {limit // MB or 1} MB", str(path))
+    return size
 
 
 def _open_plain(path: str, flags: int) -> int:

@@ -23,12 +23,12 @@ from lorafit.errors import LorafitError, RunError
 from lorafit.model.build import BaseModelCache
 from lorafit.observe.run_summary import RunState
 from lorafit.run_dir import RunDirectory
-from lorafit.storage.atomic import make_folder, write_file
-from lorafit.storage.locks import lock
+from lorafit.storage.atomic import is_orphan, make_folder, write_file
+from lorafit.storage.locks import CLAIM, Held, lock
 from lorafit.sweep.space import Point
 from lorafit.training.run import resume_run, start_run
 
-_PLAN = "sweep.json"
+_PLAN, _LOCK = "sweep.json", "sweep.lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,21 +67,31 @@ def plan_sweep(folder: Path, trials: Sequence[tuple[Point, Config]]) -> list[Tri
         for point, config in trials
     ]
     file = folder / _PLAN
-    if file.exists():
-        if _read(file) != plan:
+    _refuse_foreign(folder)
+    try:
+        make_folder(folder)
+    except OSError as error:
+        raise RunError(f"cannot make the folder: {error.strerror or error}", place=str(folder)) from None
+    with lock(folder / _LOCK, "sweep"):
+        _refuse_foreign(folder)
+        if not file.exists():
+            write_file(file, json.dumps(plan, indent=1) + "\n")
+        elif _read(file) != plan:
             raise RunError(
                 f"`{folder}` holds a sweep of other trials",
                 hint=f"continue it: `lorafit sweep --resume {folder}`, or give another --output",
             )
-    else:
-        if folder.exists() and any(folder.iterdir()):
+        return open_sweep(folder)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Raise RunError where `folder` is not empty and holds no sweep; what a killed start left does not count."""
+    if folder.exists() and not (folder / _PLAN).exists():
+        own = (_LOCK, _LOCK + CLAIM)
+        if not folder.is_dir() or any(
+            path.name not in own and not is_orphan(path.name) for path in folder.iterdir()
+        ):
             raise RunError(f"`{folder}` is not empty", hint="give an --output that does not exist yet")
-        try:
-            make_folder(folder)
-        except OSError as error:
-            raise RunError(f"cannot make the folder: {error.strerror or error}", place=str(folder)) from None
-        write_file(file, json.dumps(plan, indent=1) + "\n")
-    return open_sweep(folder)
 
 
 def open_sweep(folder: Path) -> list[Trial]:
@@ -104,14 +114,19 @@ def work(trials: Sequence[Trial], announce: Callable[[Trial, str], None], *, qui
     """Train the trials that are not finished and that no other process trains; False where one was interrupted.
 
     `announce` gets the trial and what happens to it. A trial that fails leaves its error beside its directory and does
-    not stop the others. Runs of the same base load it once.
+    not stop the others. Runs of the same base load it once. Raises RunError where the sweep is moved or replaced.
     """
     base = BaseModelCache()
+    if not trials:
+        return True
+    sweep = Held(trials[0].run.path.with_name(_PLAN), "sweep")
     for trial in trials:
         with ExitStack() as stack:
+            sweep.check()
             try:
                 stack.enter_context(lock(trial.lock_file))
             except RunError:  # another process trains it
+                sweep.check()
                 continue
             if trial.finished:
                 continue
@@ -123,9 +138,11 @@ def work(trials: Sequence[Trial], announce: Callable[[Trial, str], None], *, qui
                 else:
                     result = start_run(trial.config, quiet=quiet, base=base)
             except LorafitError as error:
+                sweep.check()
                 write_file(trial.error_file, f"{error}\n")
                 announce(trial, f"failed: {error.problems[0].message}")
                 continue
+            sweep.check()
             trial.error_file.unlink(missing_ok=True)
             if not result.finished:
                 return False

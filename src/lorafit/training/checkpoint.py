@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,17 +154,21 @@ def refuse_changes(folder: Path, different: Sequence[str]) -> None:
         raise RunError.of([*map(Problem, different[:-1]), Problem(different[-1], str(folder), hint)])
 
 
-def export_adapter(folder: Path, checkpoint: Path, prompt: Path, facts: Mapping[str, Any]) -> None:
+def export_adapter(
+    folder: Path, checkpoint: Path, prompt: Path, facts: Mapping[str, Any], check: Callable[[], None]
+) -> None:
     """Commit the PEFT folder of a checkpoint as the run's final adapter: verified, copied, compared byte for byte.
 
-    `prompt` is the file of the prompt contract, which it carries. Raises RunError.
+    `prompt` is the file of the prompt contract, which it carries. Raises RunError, also where `check` does: see
+    `staging_folder`.
     """
+    check()
     if faults := verify_folder(checkpoint):
         hint = "`lorafit train --resume` skips it and resumes from one that is whole"
         raise RunError(f"the checkpoint is damaged: {faults[0]}", place=str(checkpoint), hint=hint)
     with run_error("cannot be read", checkpoint):
         files = {path.name: path.read_bytes() for path in (checkpoint / CONFIG, checkpoint / WEIGHTS, prompt)}
-    commit_files(folder, files, facts)
+    commit_files(folder, files, facts, check)
 
 
 def _optimizer_tensors(network: Llama, optimizer: AdamW) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorafit.observe.events import Message, Observer, Saved
 from lorafit.run_dir import RunDirectory
-from lorafit.storage.atomic import commit_files, run_error, sync
+from lorafit.storage.atomic import commit_files, make_subfolder, run_error, sync
 from lorafit.training.checkpoint import TrainState
 
 _left: list[threading.Thread] = []  # commits that a run did not wait for
@@ -34,16 +34,19 @@ class AsyncCheckpointWriter:
         folder = self._run.checkpoint(state.step)
         self._saved = Saved(state.step, str(folder), reason)
         facts = {"step": state.step, "best_step": state.best_step, **self._facts}
-        lock, metrics = self._run.keep_locked(), self._run.metrics_file
+        (lock, check), metrics = self._run.keep_locked(), self._run.metrics_file
         hint = "free space or repair the disk, then `lorafit train --resume` resumes from the last checkpoint"
 
         def commit() -> None:
             try:
                 with lock:  # the thread may outlive its run, where Python continues after a Ctrl-C
+                    check()
+                    with run_error("cannot save", folder, hint=hint):
+                        make_subfolder(folder.parent)
                     if metrics.exists():  # those of the saved steps must be on disk too
                         with run_error("cannot save", metrics, metrics.stat().st_size, hint):
                             sync(metrics)
-                    commit_files(folder, files, facts)
+                    commit_files(folder, files, facts, check)
             except BaseException as error:
                 self._error = error
 
@@ -58,6 +61,7 @@ class AsyncCheckpointWriter:
         self._thread, saved = None, self._saved
         if self._error is not None:
             error, self._error = self._error, None
+            self._run.check_held()  # where the run was moved, that is the reason
             raise error
         assert saved is not None
         self._observe(saved)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from lorafit.data.formats import Row
 from lorafit.errors import LorafitError, RunError
 from lorafit.infer.model import Model
 from lorafit.model.adapter_file import load_adapter
 from lorafit.observe.events import Message, Observer, RunEnded
-from lorafit.observe.metrics_file import read_whole_events
+from lorafit.observe.metrics_file import event_of, read_raw_lines
 from lorafit.report.page import write_report
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import verify_folder
@@ -49,6 +50,7 @@ def finish(
                 run.write_json(run.proof_file, proof.to_json())
                 observe(proof.event())
                 proven = proof.verdict != "fail"
+    run.check_held()
     with suppress(RunError):  # if an older checkpoint still cannot be removed, the next start tries again
         run.clean()
     observe(RunEnded(state.step, outcome, seconds, str(adapter), state.last_loss or 0.0))
@@ -63,7 +65,8 @@ def _export_best(job: TrainContext, state: TrainState) -> int:
     if best != state.step and (faults := verify_folder(run.checkpoint(best))):
         observe(Message(f"the best step, {best}, is lost ({faults[0]}): the last one counts", "warning"))
         best = state.step
-    export_adapter(run.adapter, run.checkpoint(best), run.prompt_file, {"step": best, **job.facts})
+    facts = {"step": best, **job.facts}
+    export_adapter(run.adapter, run.checkpoint(best), run.prompt_file, facts, run.check_held)
     if best != state.step:
         observe(Message(f"the adapter is the one of step {best}, the lowest held-out loss"))
         load_adapter(job.network, run.adapter)
@@ -91,13 +94,17 @@ def _prove(job: TrainContext, initial: Mapping[str, str], step: int) -> Proof:
 
 def _losses(run: RunDirectory, step: int) -> tuple[float | None, float | None]:
     """The measured held-out losses of the base and of the adapter of `step`."""
-    events = read_whole_events(run.metrics_file)[0]
-    last = {event.get("step"): event for event in events if event.get("event") == "heldout"}.get(step, {})
+    events = map(event_of, read_raw_lines(run.metrics_file))
+    last: Mapping[str, Any] = {}
+    for event in events:
+        if event is not None and event.get("event") == "heldout" and event.get("step") == step:
+            last = event
     return last.get("base_loss"), last.get("loss")
 
 
 def leave_report(run: RunDirectory, observe: Observer) -> None:
     """Write report.html. A report that cannot be written is a warning."""
+    run.check_held()
     observe(Message(f"report {run.report_file}"))  # before: the report holds the messages
     try:
         write_report(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
@@ -79,6 +80,24 @@ class Result:
     proven: bool | None = None  # None without a proof
 
 
+_only_one = threading.Lock()
+
+
+@contextmanager
+def _only_run() -> Iterator[None]:
+    """Let no other thread of this process train in the block: random generators belong to the process.
+
+    Raises RunError where one does.
+    """
+    if not _only_one.acquire(blocking=False):
+        hint = "train one run after the other, or each in a process of its own"
+        raise RunError("this process is training another run", hint=hint)
+    try:
+        yield
+    finally:
+        _only_one.release()
+
+
 def start_run(config: Config, *, quiet: bool = False, base: BaseModelCache | None = None) -> Result:
     """Train a new run. Raises a LorafitError before the first step where config, model or data are wrong.
 
@@ -86,7 +105,7 @@ def start_run(config: Config, *, quiet: bool = False, base: BaseModelCache | Non
     """
     env = ProcessEnv.read()
     check_strategy(config.distributed.strategy, config.model.quantize, env)
-    with init_process_group(env) as ranks, outside_steps(terminal_or_silent(env, quiet)):
+    with _only_run(), init_process_group(env) as ranks, outside_steps(terminal_or_silent(env, quiet)):
         if ranks.broadcast_from_rank0("begun", str, lambda: find_run_of_launch(env, config.run.output)):
             assert config.run.output is not None
             return _resume(ranks, config.run.output, (), False, quiet, base)
@@ -126,7 +145,7 @@ def resume_run(
     changes results differs from the checkpoint, unless `accept_changes`.
     """
     env = ProcessEnv.read()
-    with init_process_group(env) as ranks, outside_steps(terminal_or_silent(env, quiet)):
+    with _only_run(), init_process_group(env) as ranks, outside_steps(terminal_or_silent(env, quiet)):
         return _resume(ranks, path, overrides, accept_changes, quiet, base)
 
 
@@ -229,9 +248,11 @@ def make_observers(
     if not ranks.is_main:
         yield fan_out([])
         return
+    run.check_held()
     lost = truncate_after(run.metrics_file, step or 0) if run.metrics_file.exists() else 0
     with ExitStack() as stack:
-        observers: list[Observer] = [stack.enter_context(closing(Record(run.metrics_file)))]
+        record = stack.enter_context(closing(Record(run.metrics_file)))
+        observers: list[Observer] = [lambda event: run.check_held(), record]
         if not quiet:
             observers.append(stack.enter_context(closing(Terminal(log_every=config.train.log_every))))
         for name in config.run.trackers:
