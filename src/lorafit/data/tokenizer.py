@@ -20,18 +20,21 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer as RustTokenizer
 
+from lorafit.data.tokenizer_files import (
+    chat_template,
+    generation_config,
+    missing_hint,
+    read_object,
+    token_text,
+    tokenizer_config,
+)
 from lorafit.data.word_cache import Words, can_go_by_words
 from lorafit.errors import ModelError
-from lorafit.hub.folder_keys import GENERATION, TOKENIZER, refused
-from lorafit.storage.safe_read import MB, read_json, read_text
 
 # Noncharacters that Unicode reserves for use inside a program; rows with one of them are refused.
 _OPEN, _CLOSE, BORDER, HOLE, GUARD = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4"
 _RESERVED = re.compile("[\ufdd0-\ufdd4]")
-_DECIDING_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-_ADDED = "added_tokens.json"
 _MAX_PROTECTED = 4096
-MAX_JSON = 64 * MB
 MAX_SPECIALS = 20_000
 MAX_GROWTH = 64  # times that normalizers or decoders may lengthen a text
 
@@ -73,7 +76,7 @@ class Tokenizer:
     ) -> None:
         """`spec`, `config` and `generation` are the contents of tokenizer.json, tokenizer_config.json and
         generation_config.json; `spec` is changed in place."""
-        names = {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token")}
+        names = {key: token_text(config.get(key)) for key in ("bos_token", "eos_token")}
         self.named = _named_tokens(config)
         specials = _specials(spec, config, [text for value in self.named.values() for text in _listed(value)])
         self._private = {text: f"{_OPEN}{index}{_CLOSE}" for index, text in enumerate(specials)}
@@ -123,9 +126,9 @@ class Tokenizer:
         model = path
         path = beside if beside is not None and (beside / "tokenizer.json").is_file() else model
         if not (path / "tokenizer.json").is_file():
-            raise ModelError("tokenizer.json is missing", place=str(path), hint=_missing_hint(path))
-        spec = _json(path / "tokenizer.json")
-        config, deciding = _tokenizer_config(path)
+            raise ModelError("tokenizer.json is missing", place=str(path), hint=missing_hint(path))
+        spec = read_object(path / "tokenizer.json")
+        config, deciding = tokenizer_config(path)
         digest = hashlib.sha256()
         for name in deciding:
             if (path / name).is_file():
@@ -135,8 +138,8 @@ class Tokenizer:
             return cls(
                 spec,
                 config=config,
-                generation=_generation(model),
-                chat_template=next(filter(None, map(_chat_template, filter(None, (beside, model)))), None),
+                generation=generation_config(model),
+                chat_template=next(filter(None, map(chat_template, filter(None, (beside, model)))), None),
                 sha256=digest.hexdigest(),
             )
         except ModelError:
@@ -358,11 +361,11 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, str | list[str]]:
             named |= config[key]
     found: dict[str, str | list[str]] = {}
     for key, value in named.items():
-        if text := _token_text(value):
+        if text := token_text(value):
             found[key] = text
     for key in ("additional_special_tokens", "extra_special_tokens"):
         if isinstance(config.get(key), list):
-            found[key] = [text for text in map(_token_text, config[key]) if text]
+            found[key] = [text for text in map(token_text, config[key]) if text]
     return found
 
 
@@ -420,82 +423,3 @@ def _is_panic(error: BaseException) -> bool:
 def _either(texts: Iterable[str]) -> re.Pattern[str]:
     """Matches any of `texts`, the longest first; nothing if there are none."""
     return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or r"(?!)")
-
-
-def _token_text(value: object) -> str | None:
-    """The text of a token in a config: text, or an object with `content`."""
-    text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) and text else None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} where the file does not exist."""
-    if not path.is_file():
-        return {}
-    try:
-        value = read_json(path, MAX_JSON)
-    except OSError as error:
-        raise ModelError(f"cannot be read: {error.strerror}", place=str(path)) from error
-    except ValueError as error:
-        raise ModelError(f"is not JSON: {error}", place=str(path), hint="download the model again") from error
-    if not isinstance(value, dict):
-        raise ModelError("is not a JSON object", place=str(path), hint="download the model again")
-    return value
-
-
-def _tokenizer_config(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The keys of tokenizer_config.json with those of older files, as transformers joins them, and the names of the
-    files that decide tokenisation.
-    """
-    config, named = _json(path / "tokenizer_config.json"), _json(path / "special_tokens_map.json")
-    if "added_tokens_decoder" in config:
-        config, deciding = {**named, **config}, [*_DECIDING_FILES]
-    else:
-        config, deciding = {**config, **named}, [*_DECIDING_FILES]
-        if added := _json(path / _ADDED):
-            specials = {_token_text(value) for key, value in config.items() if key.endswith("_token")}
-            config["added_tokens_decoder"] = {
-                str(number): {
-                    "content": text,
-                    "special": text in specials,
-                    "normalized": text not in specials,
-                }
-                for text, number in added.items()
-            }
-            deciding.append(_ADDED)
-    if problems := refused(config, TOKENIZER, str(path / "tokenizer_config.json")):
-        raise ModelError.of(problems)
-    return config, deciding
-
-
-def _generation(path: Path) -> dict[str, Any]:
-    """generation_config.json with the stop tokens of config.json where it names none, as transformers reads them."""
-    generation = _json(path / "generation_config.json")
-    if problems := refused(generation, GENERATION, str(path / "generation_config.json")):
-        raise ModelError.of(problems)
-    if generation.get("eos_token_id") is None:
-        generation["eos_token_id"] = _json(path / "config.json").get("eos_token_id")
-    return generation
-
-
-def _chat_template(path: Path) -> str | None:
-    """The chat template in a folder: its own file, else the one in the config; of several, the default."""
-    config = _json(path / "tokenizer_config.json")
-    if (path / "chat_template.jinja").is_file():
-        return read_text(path / "chat_template.jinja", MB)
-    template = _json(path / "chat_template.json").get("chat_template") or config.get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template if isinstance(template, str) and template else None
-
-
-def _missing_hint(path: Path) -> str:
-    if not path.is_dir():
-        return "no such folder: check the path of the model"
-    slow = [name for name in ("tokenizer.model", "vocab.json", "tekken.json") if (path / name).is_file()]
-    if slow:
-        return (
-            f"the folder has only {slow[0]}; convert it once with transformers: "
-            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-        )
-    return "download the model again with all its tokenizer files"
