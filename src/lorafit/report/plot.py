@@ -79,7 +79,7 @@ def line_chart(
         return None
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points]
-    x_axis, y_axis = linear_axis(0, max(xs), 6, whole=True, tight=True), value_axis(ys, log=log)
+    x_axis, y_axis = linear_axis(min(0, *xs), max(0, *xs), 6, whole=True, tight=True), value_axis(ys, log=log)
 
     def place(point: tuple[float, float]) -> str:
         return f"{BOX * x_axis.at(point[0]):.1f} {BOX * (1 - y_axis.at(point[1])):.1f}"

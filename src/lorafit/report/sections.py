@@ -52,8 +52,9 @@ def loss(facts: Facts) -> plot.Chart | None:
     else:
         lines = [plot.Line("training", "train", raw, dots=True)]
     if base is not None and raw:
-        last = max(step for step, _ in [*raw, *held])
-        lines.append(plot.Line("held out, base", "base", [(0, base), (last, base)]))
+        steps = [0, *(step for step, _ in [*raw, *held])]
+        ends = (min(steps), max(steps))
+        lines.append(plot.Line("held out, base", "base", [(step, base) for step in ends]))
     lines.append(plot.Line("held out", "held", held, dots=True))
     return plot.line_chart(
         "Loss, mean over supervised tokens", lines, lambda value: f"{value:.3g}", tall=True
