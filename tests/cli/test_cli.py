@@ -100,7 +100,7 @@ def rows_file(folder: Path, text: str) -> Path:
 
 WRONG_ROWS = [
     {"instruction": "Fine.", "input": "", "output": "Yes."},
-    {"instruction": 7, "input": "", "output": "Yes."},
+    {"instruction": ["Hm."], "input": "", "output": "Yes."},
     {"instruction": "Hm.", "input": "", "output": None},
     {"instruction": "Fine.", "output": "Yes."},
     {"instruction": "No output."},

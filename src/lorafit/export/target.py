@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ _HINT = "move what is yours to another place, or give another --output"
 
 def target_folder(run: RunDirectory, name: str, output: str | Path | None) -> Path:
     """The folder for the export `name` of `run`; its parent exists. Raises RunError as `refuse_foreign` does."""
-    folder = run.exports / name if output is None else Path(output).expanduser().resolve()
+    folder = run.exports / name if output is None else Path(os.path.realpath(Path(output).expanduser()))
     refuse_while_written(folder)
     refuse_foreign(folder)
     _refuse_changed(folder)

@@ -32,7 +32,7 @@ def not_safe_above(path: Path) -> str:
     if os.name == "nt":
         return ""
     trusted = {0, os.geteuid()} | ({_NOBODY} if _in_container() else set())
-    for parent in dict.fromkeys((*path.absolute().parents, *path.resolve().parents)):
+    for parent in dict.fromkeys((*path.absolute().parents, *Path(os.path.realpath(path)).parents)):
         status = parent.stat()
         if parent == Path(parent.anchor):
             continue
