@@ -152,6 +152,7 @@ def test_control_c_between_the_question_and_the_first_token_stops_that_answer(
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")  # what the line editor writes is no answer
 _WRITE = ("1", "64")  # write() on x86-64 and on ARM, whose first argument may be 1 too
+RETYPE_SECONDS = 15  # without anything new on the screen
 ENDLESS = """
 from lorafit.cli.main import main
 from lorafit.infer.model import Model
@@ -193,6 +194,15 @@ class Terminal:
         before, self.screen = self.screen[: match.end()], self.screen[match.end() :]
         return before
 
+    def press(self, text: str, pattern: str) -> str:
+        """Type `text` until `pattern` is on the screen: a key between two states of the terminal may be lost."""
+        while True:
+            self.type(text)
+            while select.select([self.master], [], [], RETYPE_SECONDS)[0]:
+                self.screen += CONTROL.sub("", os.read(self.master, 65536).decode("utf-8", "replace"))
+                if re.search(pattern, self.screen):
+                    return self.wait(pattern)
+
     def wait_for_prompt(self) -> None:
         """Return when the prompt is on the screen and the chat sleeps until a key comes.
 
@@ -224,15 +234,11 @@ def test_control_c_stops_an_answer_and_not_the_chat(adapter: Path) -> None:
     try:
         terminal.wait(r"context; /help lists the commands")
         terminal.wait_for_prompt()
-        terminal.type("Hi\n")
-        terminal.wait("so it is")  # the answer has begun
-        terminal.type("\x03")
-        assert "stopped by Ctrl-C" in terminal.wait(r"\d+ tokens .*Ctrl-C")
+        terminal.press("Hi\n", "so it is")  # the answer has begun
+        assert "stopped by Ctrl-C" in terminal.press("\x03", r"\d+ tokens .*Ctrl-C")
         terminal.wait_for_prompt()
-        terminal.type("\x03")
-        terminal.wait("/quit or Ctrl-D leaves")
-        terminal.type("/help\n")
-        terminal.wait("/reset +remove all turns")
+        terminal.press("\x03", "/quit or Ctrl-D leaves")
+        terminal.press("/help\n", "/reset +remove all turns")
         terminal.wait_for_prompt()
         terminal.type("\x04")
         assert terminal.process.wait(HANGS) == 0
