@@ -196,12 +196,13 @@ class Terminal:
 
     def press(self, text: str, pattern: str) -> str:
         """Type `text` until `pattern` is on the screen: a key between two states of the terminal may be lost."""
-        while True:
+        for _ in range(20):
             self.type(text)
             while select.select([self.master], [], [], RETYPE_SECONDS)[0]:
                 self.screen += CONTROL.sub("", os.read(self.master, 65536).decode("utf-8", "replace"))
                 if re.search(pattern, self.screen):
                     return self.wait(pattern)
+        raise AssertionError(self.screen)
 
     def wait_for_prompt(self) -> None:
         """Return when the prompt is on the screen and the chat sleeps until a key comes.
