@@ -161,7 +161,9 @@ sys.exit(3)
     ended = watch([sys.executable, "-c", script, "2"], tmp_path, said, said, None)
     assert ended.exit_code == 3
     assert 0 < ended.seen["run_started"] <= ended.seen["step"] <= ended.wall_seconds
-    assert 2_000_000 < ended.peak_bytes < 2_000_000_000
+    assert (
+        2_000_000 < ended.peak_bytes < 100_000_000_000
+    )  # it starts with the memory of the process of the tests
     ended = watch([sys.executable, "-c", script, "5"], tmp_path, said, said, 4)
     assert ended.exit_code == -9
 
