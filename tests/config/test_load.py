@@ -220,7 +220,9 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "data.system": TEXT,
     "data.max_length": st.integers(8, 1_048_576),
     "data.too_long": st.sampled_from(["error", "truncate", "drop", "split"]),
-    "data.train_on": st.sampled_from(["response", "all"]),
+    "data.train_on": st.sampled_from(["response", "last", "all"]),
+    "data.template_args": st.dictionaries(TEXT, TEXT | st.booleans() | st.integers(-9, 9), max_size=3),
+    "data.parse_special": st.booleans(),
     "data.eos": st.booleans(),
     "data.packing": st.booleans(),
     "data.shuffle": st.booleans(),
@@ -392,7 +394,7 @@ def test_files_after_data_are_data(tmp_path: Path) -> None:
     assert (config.lora.rank, config.train.seed) == (3, 1)
     with pytest.raises(ConfigError):
         config_from_args(names[:1], None, {"model.name": "m"})
-    with pytest.raises(ConfigError, match="there is no recipe"):
+    with pytest.raises(ConfigError, match="stands where a recipe stands"):
         config_from_args(["none.jsonl"], None, {"model.name": "m", "data.path": names})
 
 
