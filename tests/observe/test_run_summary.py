@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafit.config.load import load_config
+from lorafit.config.load import load_config, with_absolute_paths
 from lorafit.observe.events import Event, Heldout, RunEnded, RunStarted, Step
 from lorafit.observe.metrics_file import Record
 from lorafit.observe.run_summary import summarize
@@ -146,4 +146,4 @@ def test_any_metrics_give_a_summary(scribbled: RunDirectory, events: list[dict[s
 def test_the_name_of_a_model_is_read_as_the_whole_config_says(tmp_path: Path, name: str) -> None:
     run = RunDirectory(tmp_path)
     run.write_config(load_config(None, [f"model.name='{name}'", "data.path=x.json"]))
-    assert run.model_name() == run.config().model.name == name
+    assert run.model_name() == run.config().model.name == with_absolute_paths(run.config()).model.name
