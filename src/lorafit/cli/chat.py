@@ -84,16 +84,23 @@ class Interrupt:
 
     def __enter__(self) -> None:
         self._raises = True
-        if self._waits:
-            self._handle()
+        self.check()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._raises = False
+        if kind is KeyboardInterrupt:
+            self._waits = False
+
+    def check(self) -> None:
+        """Raise the KeyboardInterrupt of a Ctrl-C that waits, or that was raised where exceptions are ignored."""
+        if self._waits:
+            self._waits = self._raises = False
+            raise KeyboardInterrupt
 
     def _handle(self, *_: object) -> None:
-        self._waits = not self._raises
-        self._raises = False  # what follows a KeyboardInterrupt is not interrupted
-        if not self._waits:
+        self._waits = True
+        if self._raises:
+            self._raises = False  # what follows a KeyboardInterrupt is not interrupted
             raise KeyboardInterrupt
 
 
@@ -269,6 +276,7 @@ class Reply:
                 for piece in pieces:
                     self._texts[base] += piece
                     show(piece)
+                    session.interrupt.check()
             if self._end == "length":
                 is_long = self._num_tokens - before >= session.max_tokens
                 fault = "cut: --max-tokens" if is_long else "cut: the context is full"
