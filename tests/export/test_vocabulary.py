@@ -148,7 +148,7 @@ def test_ids_of_whole_prompts_are_llama_cpps(opened: tuple[RunSource, Server]) -
 def of(folder: Path, size: int = 600) -> dict[str, Any]:
     """The values that a GGUF file has of the tokenizer in `folder`, without `tokenizer.ggml.`."""
     writer = gguf.GGUFWriter(None, "llama")
-    write_vocabulary(writer, folder, Tokenizer.from_folder(folder), size)
+    write_vocabulary(writer, Tokenizer.from_folder(folder), size)
     return {key.removeprefix("tokenizer.ggml."): value.value for key, value in writer.kv_data[0].items()}
 
 

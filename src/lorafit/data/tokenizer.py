@@ -62,7 +62,7 @@ class Tokenizer:
     `stop_ids` (the ids that end an answer according to the model), `named` (the texts of all tokens that the config
     names, by key), `control` (text to id of every special token but the unknown one), `unknown_id` (the token for
     characters outside of the vocabulary, if there is one), `vocab_size`, `chat_template` (Jinja source or None),
-    `sha256` (of the files that decide tokenisation).
+    `folder` (from which it was read), `sha256` (of the files that decide tokenisation).
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class Tokenizer:
         config: Mapping[str, Any],
         generation: Mapping[str, Any],
         chat_template: str | None,
+        folder: Path,
         sha256: str,
     ) -> None:
         """`spec`, `config` and `generation` are the contents of tokenizer.json, tokenizer_config.json and
@@ -115,6 +116,7 @@ class Tokenizer:
             raise ModelError("`eos_token_id` is no token id", place="generation_config.json or config.json")
         self.stop_ids = tuple(dict.fromkeys([*([self.eos.id] if self.eos else []), *also]))
         self.chat_template = chat_template
+        self.folder = folder
         self.sha256 = sha256
 
     @classmethod
@@ -140,6 +142,7 @@ class Tokenizer:
                 config=config,
                 generation=generation_config(model),
                 chat_template=next(filter(None, map(chat_template, filter(None, (beside, model)))), None),
+                folder=path,
                 sha256=digest.hexdigest(),
             )
         except ModelError:

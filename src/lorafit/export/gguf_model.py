@@ -162,7 +162,7 @@ def _rope_factors(arch: Architecture) -> np.ndarray[tuple[int, ...], np.dtype[np
 
 def _add_tokenizer(writer: gguf.GGUFWriter, source: RunSource) -> None:
     contract = source.contract
-    write_vocabulary(writer, source.tokenizer_folder, source.renderer.tokenizer, source.arch.vocab_size)
+    write_vocabulary(writer, source.renderer.tokenizer, source.arch.vocab_size)
     writer.add_add_bos_token(contract.add_bos)
     writer.add_add_eos_token(False)
     if contract.bos_id is not None:

@@ -24,9 +24,9 @@ _NEVER_MERGED = -1e6
 _UNREACHABLE = "\u00fe \u00ff"  # bytes that UTF-8 never has, because a list of merges must not be empty
 
 
-def write_vocabulary(writer: gguf.GGUFWriter, folder: Path, tokenizer: Tokenizer, size: int) -> None:
-    """Write the vocabulary of the model in `folder`, padded to the network's `size`. Raises ModelError."""
-    path = folder / "tokenizer.json"
+def write_vocabulary(writer: gguf.GGUFWriter, tokenizer: Tokenizer, size: int) -> None:
+    """Write the vocabulary in the tokenizer's folder, padded to the network's `size`. Raises ModelError."""
+    path = tokenizer.folder / "tokenizer.json"
     spec = json.loads(path.read_text(encoding="utf-8"))
     model = spec["model"]
     if model["type"] != "BPE" or not isinstance(model["vocab"], dict):

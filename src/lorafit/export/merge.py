@@ -84,10 +84,11 @@ def generation_config(source: RunSource) -> dict[str, Any]:
 
 def write_prompting(source: RunSource, staging: Path) -> None:
     """The base's tokenizer, with the chat template and the stop tokens of the training. Raises OSError."""
+    folder = source.renderer.tokenizer.folder
     for name in _TOKENIZER_FILES:
-        if (source.tokenizer_folder / name).is_file():
-            (staging / name).write_bytes((source.tokenizer_folder / name).read_bytes())
-    config = _read_json(source.tokenizer_folder / "tokenizer_config.json")
+        if (folder / name).is_file():
+            (staging / name).write_bytes((folder / name).read_bytes())
+    config = _read_json(folder / "tokenizer_config.json")
     config["chat_template"] = chat_template(source.renderer)
     write_json(staging / "tokenizer_config.json", config)
     write_json(staging / "generation_config.json", generation_config(source))

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lorafit.config.schema import Config
 from lorafit.data.prompt import PromptContract, Renderer
-from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import ModelError, RunError, several
 from lorafit.hub.client import ModelFolder, model_folder
 from lorafit.infer.model import find_source
@@ -35,7 +34,6 @@ class RunSource:
     step: int
     saved: SavedAdapter
     renderer: Renderer
-    tokenizer_folder: Path
     weights: dict[str, StoredTensor]
 
     @property
@@ -122,8 +120,5 @@ def open_source(path: str | Path, *, offline: bool = False) -> RunSource:
         step=int(facts.get("step", 0)),
         saved=saved,
         renderer=renderer,
-        tokenizer_folder=adapter
-        if renderer.tokenizer.sha256 != Tokenizer.from_folder(base.path).sha256
-        else base.path,
         weights=weights,
     )

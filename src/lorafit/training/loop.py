@@ -186,9 +186,9 @@ def _gradients(job: TrainContext, state: TrainState, batch: Batch) -> tuple[floa
     """Accumulate the step's gradient, clipped; returns (mean loss, norm before clipping), both finite.
 
     The sum of losses over all packs of all ranks is divided once by the weight of the step's supervised tokens (their
-    number, where the rows have no weights), so the gradient
-    does not depend on the packing. A float16 overflow is repeated with the same rows and random numbers. None means
-    that memory ran out, on any rank; then everything is as before the step.
+    number, where the rows have no weights), so the gradient does not depend on the packing. A float16 overflow is
+    repeated with the same rows and random numbers. None means that memory ran out, on any rank; then everything is as
+    before the step.
     """
     step = state.step + 1
     if batch.weight == 0:
