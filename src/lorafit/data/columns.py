@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorafit.data.formats import detect
+from lorafit.data.row_fields import CONVERSATIONS, SYSTEM
 from lorafit.errors import DataError
 
 Columns = Mapping[str, str]  # field -> column; `answers.text.0` is a value within a value
 TEXT_FIELDS = ("instruction", "input", "output", "system", "prompt", "completion", "text")
 FIELDS = (*TEXT_FIELDS, "messages", "conversations", "tools", "history", "weight", "train")
 LISTS = {"messages", "conversations", "conversation", "tools"}  # may be the JSON text of a list
-CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
 
 # The names of columns for each field, the usual ones first. A context is the question where there is no other.
 _QUESTIONS = ("instruction", "question", "query", "problem", "prompt", "inputs")
@@ -28,7 +28,6 @@ _ANSWERS = (
     "targets",
 )  # fmt: skip
 _SPEAKERS = (("human", "user"), ("assistant", "bot", "gpt"))  # question and answer where no other names are
-_SYSTEMS = ("system", "system_prompt", "system_message")
 _CHOICES = ("choices", "options")  # the answer may be the number of one
 _NAMES = {  # the data sets that brought a layout into use, by its columns
     ("instruction", "context", "response"): "Dolly",
@@ -230,7 +229,7 @@ def _pair(rows: Sequence[Mapping[str, object]], *, is_given: bool = False) -> La
         return None
     questions, contexts, answers, systems, choices = (
         [names[name] for name in known if name in names]
-        for known in (_QUESTIONS, _CONTEXTS, _ANSWERS, _SYSTEMS, _CHOICES)
+        for known in (_QUESTIONS, _CONTEXTS, _ANSWERS, SYSTEM, _CHOICES)
     )
     if {"instruction", "output"} <= names.keys():
         questions, answers, choices = [names["instruction"]], [names["output"]], []
@@ -370,7 +369,7 @@ def _no_format(rows: Sequence[Mapping[str, object]], error: DataError) -> DataEr
         f"name the columns: data.columns='{{instruction: {question}, output: {answer}}}', or text, messages, "
         "prompt and completion; `lorafit config data.columns` lists the fields"
     )
-    return DataError(error.problems[0].message.partition(": rename")[0], hint=hint)
+    return DataError(error.problems[0].message, hint=hint)
 
 
 def _listed(rows: Sequence[Mapping[str, object]]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lorafit.data.content import Call, Chat, Completion, Content, Instruction, Message, Role, Text
-from lorafit.data.row_fields import SYSTEM, Fields, is_empty, kind, undecodable
+from lorafit.data.row_fields import CONVERSATIONS, SYSTEM, TURN_LISTS, Fields, is_empty, kind, undecodable
 from lorafit.data.turns import as_messages, conversation, finished, prompt_and_completion, question
 from lorafit.errors import DataError, Problem
 
@@ -48,7 +48,7 @@ def detect(first_rows: Sequence[object]) -> Detected:
     `parse` reports the rows that do not fit. Raises DataError when no format fits half of them.
     """
     keys_of_rows = [
-        {str(key) for key, value in row.items() if key not in _LISTS or isinstance(value, list)}
+        {str(key) for key, value in row.items() if key not in TURN_LISTS or isinstance(value, list)}
         for row in first_rows
         if isinstance(row, Mapping)
     ]
@@ -150,19 +150,17 @@ class Format:
         return all(any(key in keys for key in choice) for choice in self.needs)
 
 
-_LISTS = ("dialogue", "dialog", "chat", "turns")  # a conversation only where it is a list
-_CONVERSATIONS = ("conversations", "conversation", "messages", *_LISTS)
-
+_SHAREGPT = ("conversations", "conversation")
 # By the name in `data.format`; an entry here is all that detection, training and checks need of a new format.
 FORMATS: dict[str, Format] = {
     "alpaca": Format((("instruction",), ("output",)), Instruction, _alpaca),
     "messages": Format(
-        (("messages", *_LISTS),),
+        (("messages", *TURN_LISTS),),
         Chat,
-        lambda row: conversation(row, row.first(("messages", *_CONVERSATIONS))),
+        lambda row: conversation(row, row.first(CONVERSATIONS)),
     ),
     "sharegpt": Format(
-        (("conversations", "conversation"),), Chat, lambda row: conversation(row, row.first(_CONVERSATIONS))
+        (_SHAREGPT,), Chat, lambda row: conversation(row, row.first((*_SHAREGPT, *CONVERSATIONS)))
     ),
     "completion": Format((("prompt",), ("completion",)), Completion, _completion),
     "text": Format((("text",),), Text, lambda row: Text(row.filled("text"))),

@@ -17,6 +17,8 @@ TRAIN = ("train", "training", "trainable", "loss")
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts", "think")
 TOOLS = ("tools", "functions")
 SYSTEM = ("system", "system_prompt", "system_message")
+TURN_LISTS = ("dialogue", "dialog", "chat", "turns")  # a conversation only where it is a list
+CONVERSATIONS = ("messages", "conversations", "conversation", *TURN_LISTS)
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios", "image_url", "input_audio")
 _MASKS = ("mask", "masks", "loss_mask", "weights", "train_detail", "training_detail")
 
