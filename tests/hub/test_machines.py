@@ -226,12 +226,12 @@ def test_no_weight_is_fetched_of_a_model_that_is_refused(
 def test_weights_come_after_all_other_files(hub: Hub, tmp_path: Path) -> None:
     hub.add("owner/tiny", files_of(write_model(tmp_path / "model")))
     seen: list[set[str]] = []
-    found = model_folder("owner/tiny", judge=lambda folder: seen.append(hub.fetched()))
+    found = model_folder("owner/tiny", validate=lambda folder: seen.append(hub.fetched()))
     (before,) = seen
     assert {"config.json", "tokenizer.json"} <= before
     assert "model.safetensors" not in before
     assert (found.path / "model.safetensors").is_file()
-    model_folder("owner/tiny", judge=lambda folder: pytest.fail("nothing is to be fetched"))
+    model_folder("owner/tiny", validate=lambda folder: pytest.fail("nothing is to be fetched"))
 
 
 def test_gguf_files_alone_are_called_so(hub: Hub, tmp_path: Path) -> None:

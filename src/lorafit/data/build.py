@@ -106,7 +106,7 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
     longest = limits.longest_row if limits else None
     with progress("tokenising", quiet=quiet) as advance:
         entry = encode_files(sources, renderer, advance, longest)
-    encoded, said = entry.encoded, RowFacts(**entry.facts["said"])
+    encoded, row_facts = entry.encoded, RowFacts(**entry.facts["row_facts"])
     summaries = [FileSummary(**summary) for summary in entry.facts["files"]]
     index = RowIndex(sources, summaries, encoded)
     if not len(encoded):
@@ -123,11 +123,11 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
     if limits is not None:
         _check_embedded(encoded, tokenizer, limits.vocab_size)
     notes = list(entry.notes)
-    if not said.templated:
+    if not row_facts.templated:
         notes += _without_template(config)
         renderer = Renderer(renderer.contract.as_raw(tokenizer), tokenizer)
-    elif said.templated < said.num_rows:
-        count = said.num_rows - said.templated
+    elif row_facts.templated < row_facts.num_rows:
+        count = row_facts.num_rows - row_facts.templated
         notes.append(
             f"{count:,} rows have no template, but prompts will be asked with one, as the other rows are"
         )
@@ -149,7 +149,7 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
         encoded=encoded,
         training=training,
         heldout=heldout,
-        ledger=Ledger.of(index.num_rows, training, heldout, encoded.dropped, said),
+        ledger=Ledger.of(index.num_rows, training, heldout, encoded.dropped, row_facts),
         samples=index.read(index.asking(heldout.numbers)[: config.run.samples].tolist()),
         warnings=notes,
         entry_digest=entry.digest,

@@ -54,7 +54,7 @@ class Message:
     weight: float = 1.0
 
     @property
-    def said(self) -> str:
+    def text(self) -> str:
         """The content, and a line of JSON for each call."""
         calls = [
             json.dumps({"name": call.name, "arguments": call.value}, ensure_ascii=False)
@@ -147,8 +147,8 @@ class Chat(Content):
 
     def answers(self) -> list[str]:
         answers = [message for message in self.messages if message.role == "assistant"]
-        return [message.said for message in answers if message.weight > 0] or [
-            message.said for message in answers
+        return [message.text for message in answers if message.weight > 0] or [
+            message.text for message in answers
         ]
 
     def with_answer(self, answer: str) -> Chat:

@@ -84,10 +84,11 @@ class Ledger:
         trained: TokenDataset,
         held_out: TokenDataset | None = None,
         dropped: Mapping[str, NDArray[np.int64]] | None = None,
-        said: RowFacts | None = None,
+        row_facts: RowFacts | None = None,
     ) -> Ledger:
-        """The account of `num_rows` input rows; `dropped` defaults to the dropped rows of `trained`, `said` is what
-        the rows say beside their texts.
+        """The account of `num_rows` input rows; `dropped` defaults to the dropped rows of `trained`.
+
+        `row_facts` are the weights and keys of the rows.
 
         An AssertionError means that a row is in no bucket or in two: a bug of ours.
         """
@@ -105,7 +106,7 @@ class Ledger:
             Tokens.of(held_out),
             {reason: DroppedRows.of(numbers) for reason, numbers in dropped.items()},
             _lengths(lengths) if len(lengths) else Lengths(0.0, 0, 0, 0),
-            *((said.weights, said.aliases, said.unused) if said is not None else ()),
+            *((row_facts.weights, row_facts.aliases, row_facts.unused) if row_facts is not None else ()),
         )
         ledger.check()
         return ledger

@@ -36,7 +36,7 @@ from lorafit.storage.ownership import not_own
 
 logger = logging.getLogger(__name__)
 
-ENCODING = 4  # to be raised whenever the same rows would be written as other bytes
+ENCODING = 5  # to be raised whenever the same rows would be written as other bytes
 MAX_BYTES = 20 * 10**9
 _DECIDING_FILES = ("tokens.bin", "offsets.bin", "numbers.bin", "weighted.bin", "weights.bin")
 _BUILDING = ".building-"
@@ -75,7 +75,7 @@ def encode_files(
     key = key_of(contents, sources.reading, renderer.contract.hash)
     notes: list[str] = []
     try:
-        with exclusive_lock(_cache("turns") / key[:2], _say_whom) as alive:
+        with exclusive_lock(_cache("turns") / key[:2], _report_holder) as alive:
             if not _is_whole(folder := _cache() / key, notes):
                 with writing(_cache(), key) as (staging, facts):
                     facts |= _encode(sources, digests, renderer, advance, most_readable, staging, alive)
@@ -169,7 +169,7 @@ def _cache(name: str = "rows") -> Path:
         raise OSError(str(error)) from error
 
 
-def _say_whom(holder: str) -> None:
+def _report_holder(holder: str) -> None:
     logger.warning("the same rows are being tokenised, and this run waits for it: %s", one_line(holder))
 
 

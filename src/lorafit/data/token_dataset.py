@@ -211,7 +211,7 @@ def encode_chunks(
 
 @dataclass(slots=True)
 class RowFacts:
-    """What the rows say beside their texts. `weights` counts the answers by the weight of their loss, `aliases` and
+    """Weights and keys of the rows. `weights` counts the answers by the weight of their loss, `aliases` and
     `unused` the rows by key; `templated` of the `num_rows` rows are surrounded by a template.
     """
 
@@ -317,7 +317,7 @@ class _Writer:
         for numbers in self._dropped.values():
             self._write("dropped", sorted(numbers))
         dropped = [[reason, len(numbers)] for reason, numbers in self._dropped.items()]
-        return {"ids": self._kinds["tokens"], "dropped": dropped, "said": asdict(self._facts)}
+        return {"ids": self._kinds["tokens"], "dropped": dropped, "row_facts": asdict(self._facts)}
 
     @property
     def _max_length(self) -> int:

@@ -80,15 +80,15 @@ def model_folder(
     *,
     revision: str | None = None,
     offline: bool = False,
-    judge: Callable[[Path], object] = lambda folder: None,
+    validate: Callable[[Path], object] = lambda folder: None,
 ) -> ModelFolder:
     """The folder of the model `name`: a local folder, or a hub id `owner/name`, downloaded if needed.
 
     `revision` is a branch, tag or commit of the hub's repository. With `offline` (or HF_HUB_OFFLINE=1) only files of
-    the cache are used and no connection is opened. Before weights are downloaded, `judge` gets the folder with all
+    the cache are used and no connection is opened. Before weights are downloaded, `validate` gets the folder with all
     other files, and raises where the model cannot be used. Raises ModelError.
     """
-    return _folder(name, revision, offline, _model_files, judge)
+    return _folder(name, revision, offline, _model_files, validate)
 
 
 def tokenizer_folder(name: str, *, revision: str | None = None, offline: bool = False) -> ModelFolder:
@@ -174,7 +174,7 @@ def _folder(
     revision: str | None,
     offline: bool,
     choose: Callable[[list[str], str], list[str]],
-    judge: Callable[[Path], object] = lambda folder: None,
+    validate: Callable[[Path], object] = lambda folder: None,
 ) -> ModelFolder:
     """The local folder or hub download `name`; `choose` returns the files to read, or raises ModelError."""
     path = Path(name).expanduser()
@@ -199,7 +199,7 @@ def _folder(
     files = choose(listing.files, listing.repository.place)
     weights = [file for file in files if file.endswith(".safetensors")]
     if listing.cached is None and any(map(listing.lacks, weights)):
-        judge(_fetch(listing, [file for file in files if file not in weights]))
+        validate(_fetch(listing, [file for file in files if file not in weights]))
     folder = _fetch(listing, files)
     return ModelFolder(folder, name, folder.name)
 

@@ -237,7 +237,7 @@ class ModelSource:
     def base_folder(self) -> Path:
         """The folder of the base model, downloaded where needed. Raises ModelError."""
         revision, offline = self.revision, self.offline
-        return model_folder(self.base, revision=revision, offline=offline, judge=check_readable).path
+        return model_folder(self.base, revision=revision, offline=offline, validate=check_readable).path
 
     def renderer(self, base: Path) -> Renderer:
         """How the model with the base in `base` is asked: by the contract of its training, else as its files say.

@@ -24,11 +24,11 @@ from lorafit.storage.atomic import check_manifest
 
 
 def base_folder(
-    config: Config, *, offline: bool = False, judge: Callable[[Path], object] = read_architecture
+    config: Config, *, offline: bool = False, validate: Callable[[Path], object] = read_architecture
 ) -> ModelFolder:
     """The folder of the base model of `config`, as `model_folder`; `offline` in addition to the config's own."""
     name, revision = config.model.name, config.model.revision
-    return model_folder(name, revision=revision, offline=offline or config.run.offline, judge=judge)
+    return model_folder(name, revision=revision, offline=offline or config.run.offline, validate=validate)
 
 
 @dataclass(frozen=True, slots=True)

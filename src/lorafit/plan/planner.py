@@ -68,7 +68,7 @@ class RunInputs:
     def read(cls, config: Config, quiet: bool) -> RunInputs:
         """Read and tokenise the rows. Raises a LorafitError with all that is wrong with them."""
         started = time.perf_counter()
-        base = base_folder(config, judge=check_readable)
+        base = base_folder(config, validate=check_readable)
         arch = read_architecture(base.path)
         training_data = build_data(config, base, arch, quiet)
         kernels()

@@ -156,7 +156,7 @@ def _compiled(
         library = cache_folder("native") / _name(command, files, links)
         if not _is_ours(library):
             # one of the ranks of a host compiles
-            with exclusive_lock(library.with_suffix(".turn"), _say_whom, COMPILE_SECONDS):
+            with exclusive_lock(library.with_suffix(".turn"), _report_holder, COMPILE_SECONDS):
                 if not _is_ours(library):
                     _compile(command, sources, links, library)
         return ctypes.CDLL(str(library)), ""
@@ -180,7 +180,7 @@ def _is_ours(library: Path) -> bool:
         return False
 
 
-def _say_whom(holder: str) -> None:
+def _report_holder(holder: str) -> None:
     logger.warning("the kernels are being compiled, and this process waits for it: %s", one_line(holder))
 
 
