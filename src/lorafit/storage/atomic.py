@@ -27,6 +27,7 @@ MAX_MANIFEST = 64 * MB
 SCHEMA = 1
 BLOCK = 4096  # the least number of bytes that a file takes
 _STAGING, _OLD = ".staging-", ".old-"
+_DISK_ERRORS = (OSError, SafetensorError)  # safetensors reports a full disk as an error of its own
 
 
 _RESUME = "free space or fix the disk, then `lorafit train --resume` continues from the last checkpoint"
@@ -114,17 +115,15 @@ def staging_folder(
                 )
             must_be_own()
         except (Exception, KeyboardInterrupt) as error:
-            failed: Exception | None = None
+            reported = _not_saved(folder, error, num_bytes, hint)
             try:
                 must_be_own()
             except RunError as moved:
-                failed = moved
+                reported = moved
             else:
                 _roll_back(folder, staging, old, placed)
-            if isinstance(
-                error, OSError | SafetensorError
-            ):  # safetensors reports a full disk as an error of its own
-                raise failed or _not_saved(folder, error, num_bytes, hint) from error
+            if isinstance(error, _DISK_ERRORS):
+                raise reported from error
             raise
     shutil.rmtree(old, ignore_errors=True)
 
@@ -195,7 +194,7 @@ def _being_written(folder: Path) -> RunError:
     return RunError(f"another process is writing `{folder.name}`", place=str(folder), hint=hint)
 
 
-def _not_saved(folder: Path, error: Exception, num_bytes: int | None, hint: str) -> RunError:
+def _not_saved(folder: Path, error: BaseException, num_bytes: int | None, hint: str) -> RunError:
     reason = error.strerror if isinstance(error, OSError) else None
     needed = f" ({num_bytes:,} bytes are needed)" if num_bytes is not None else ""
     place = str(getattr(error, "filename", None) or folder)
