@@ -1,7 +1,7 @@
 """What this machine has and lacks for lorafit: one result per line, for the user and for bug reports.
 
-No connection is opened, nothing is changed, and no secret is shown. Torch is asked in a process of its own, at the same
-time as the rest.
+No connection is opened, nothing is changed, and no secret is shown. Torch is examined in a process of its own, at the
+same time as the rest.
 """
 
 from __future__ import annotations

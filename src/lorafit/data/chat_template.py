@@ -250,14 +250,14 @@ class ChatTemplate:
             own = [at for at, hole in enumerate(holes) if hole.turn == turn]
             if message.reasoning and self._asks_without_thought and any(holes[at].is_reasoning for at in own):
                 raise self._thinks(turn)
-            asked = self._holes([*messages[:turn], _ANSWER], tools)
-            answer = next((at for at, hole in enumerate(asked) if hole.turn == turn), 0)
+            plain = self._holes([*messages[:turn], _ANSWER], tools)
+            answer = next((at for at, hole in enumerate(plain) if hole.turn == turn), 0)
             first = 0  # the hole after the last one of the prompt
             if answer:
-                last = asked[answer - 1]
+                last = plain[answer - 1]
                 places = (at for at, hole in enumerate(holes, 1) if hole.turn == last.turn)
                 first = max(places, default=len(holes) - 1)
-            prompt = self._beginning(asked[answer].before, holes[first].before)
+            prompt = self._beginning(plain[answer].before, holes[first].before)
             if prompt is None:
                 raise self._unclear(turn, "begins with other text than other answers")
             after = own[-1] + 1 if own else first
@@ -281,7 +281,7 @@ class ChatTemplate:
     def _end_of_calls(
         self, messages: Sequence[Message], tools: str, text: str, start: int, stops: Sequence[str]
     ) -> int:
-        """Where the calls of the last of `messages` end in the template's `text`, which goes on after them."""
+        """Where the calls of the last of `messages` end in the template's `text`, which continues after them."""
         if found := [at for at in (text.find(stop, start) for stop in stops) if at >= 0]:
             return min(found)
         alone = self._holes(messages, tools)[-1].before

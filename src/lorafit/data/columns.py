@@ -344,7 +344,7 @@ def _ambiguous(
     names = ", ".join(f"`{name}`" for name in [*questions, *contexts, *choices, *answers])
     question = questions[0] if questions else _ANY
     context = f", input: {contexts[0]}" if contexts else ""
-    hint = f"say which to read: data.columns='{{instruction: {question}{context}, output: {answers[0]}}}'"
+    hint = f"choose the columns: data.columns='{{instruction: {question}{context}, output: {answers[0]}}}'"
     if questions == ["text"]:
         hint += ", or data.format=text for `text` alone"
     return DataError(f"the columns can be read in several ways: {names}", hint=hint)

@@ -22,7 +22,7 @@ from lorafit.storage.safe_read import MB, read_text
 TrainOn = Literal["all", "response", "last"]
 TooLong = Literal["error", "truncate", "drop", "split"]
 TEMPLATES = ("auto", "chat", "alpaca", "classic")  # or the path of a .jinja file
-RAW = "raw"  # of a run whose rows have no template: a prompt is asked as it is
+RAW = "raw"  # of a run whose rows have no template: a prompt is used as it is
 TemplateArgs = Mapping[str, bool | int | float | str]
 
 _SCHEMA = 1
@@ -35,7 +35,7 @@ NAME_A_TEMPLATE = "name a chat template: data.template=PATH.jinja"
 class PromptContract:
     """All that decides how a conversation becomes ids.
 
-    `template` is classic, alpaca, chat or raw (none: a prompt is asked as it is); `chat_template` the Jinja source
+    `template` is classic, alpaca, chat or raw (none: a prompt is used as it is); `chat_template` the Jinja source
     for chat, else None. `bos_id`, `eos_id` and their texts are None where the model has none. `system` is the system
     prompt of rows without one. `add_eos` ends every row in EOS unless the template ends it in a stop token. `stop_ids`
     end an answer in generation. `date` is the date of today for the template, `template_args` are its other variables.

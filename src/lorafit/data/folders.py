@@ -162,7 +162,7 @@ def _pattern(spec: str, wanted: Wanted) -> Found:
 
 
 def _folder(spec: str, root: Path, wanted: Wanted) -> Found:
-    """The files of a folder: those directly in it, else, or where its card says so, those in the folders in it."""
+    """The files of a folder: those directly in it, else, or where its card lists them, those in the folders in it."""
     files, below = _listed(root)
     if not row_files(files) or configurations(_card(root)):
         files, below = files + below, []

@@ -23,7 +23,8 @@ __all__ = [
 class Row:
     """One row: its number over all files (from 0), its place for messages, and its texts.
 
-    `weight` is the factor of its loss. `aliases` says which keys were read as others, `unused` names those not read.
+    `weight` is the factor of its loss. `aliases` are the keys that were read as others, `unused` those
+    that were not read.
     """
 
     number: int
@@ -119,8 +120,8 @@ def _alpaca(row: Fields) -> Content:
         row.wrong("history", "is not a list of pairs", 'write it as [["question", "answer"], ...]')
         return content
     earlier: list[Message | None] = []
-    for asked, answered in pairs:
-        earlier += [Message("user", asked), Message("assistant", answered)]
+    for prompt, answer in pairs:
+        earlier += [Message("user", prompt), Message("assistant", answer)]
     return finished(row, "history", [*earlier, *content.turns()[bool(content.system) :]])
 
 

@@ -224,7 +224,7 @@ class Renderer:
         return segments
 
     def _plain_segments(self, prompt: str, answer: str) -> list[_Segment]:
-        """A text and its continuation without a template; they may hold control tokens if the contract says so."""
+        """A text and its continuation without a template; they may hold control tokens with `parse_special`."""
         if not self.contract.parse_special:
             segments = [_Segment(prompt)]
             _continue(segments, answer)

@@ -1,7 +1,7 @@
 """The fields of a row or a turn: their texts, and what becomes of each key: read, refused by name, or counted.
 
 `KEYS` has every key to which other tools give a meaning. A format reads some of them. Where it does not, a row with one
-of them is refused, because what is trained would not be what the row says.
+of them is refused, because what is trained would differ from what the row means.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ class Fields:
 
 
 def is_empty(value: object) -> bool:
-    """Whether `value` says nothing: null, or a text, list or object without content."""
+    """Whether `value` is empty: null, or a text, list or object without content."""
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 

@@ -324,7 +324,7 @@ class _Writer:
         return self._renderer.contract.max_length
 
     def _pieces(self, row: Row, outcome: Rendered | Dropped) -> Iterable[Rendered | Dropped]:
-        """A text that is too long as several rows, if the contract says so; everything else as it is."""
+        """A text that is too long as several rows with `too_long=split`; everything else as it is."""
         longest = self._max_length
         if self._renderer.contract.too_long != "split" or row.content.asks or isinstance(outcome, Dropped):
             return [outcome]

@@ -151,7 +151,7 @@ def token() -> str | None:
 class _Listing:
     """The files of a repository at a commit; `cached` is their folder where nothing may be downloaded.
 
-    `sizes` are the bytes of the files, where the hub says them.
+    `sizes` are the bytes of the files, where the hub gives them.
     """
 
     repository: Repository

@@ -184,9 +184,9 @@ def load(
 ) -> Model:
     """Load a model from a run directory, a PEFT adapter folder, a model folder or a hub id.
 
-    A run, its adapter and its exports have their own prompt contract. An adapter of another program is asked with the
-    tokenizer and template in its folder. Other models use their chat template, or the Alpaca template where they have
-    none.
+    A run, its adapter and its exports have their own prompt contract. Prompts of an adapter of another program are
+    rendered with the tokenizer and template in its folder. Other models use their chat template, or the Alpaca template
+    where they have none.
 
     Args:
         source: what to load.
@@ -240,9 +240,9 @@ class ModelSource:
         return model_folder(self.base, revision=revision, offline=offline, validate=check_readable).path
 
     def renderer(self, base: Path) -> Renderer:
-        """How the model with the base in `base` is asked: by the contract of its training, else as its files say.
+        """How prompts are rendered with the base in `base`: by the contract of the training, else by its files.
 
-        One line on standard error says so where that differs from the base's own template. Raises ModelError.
+        A warning is logged where that differs from the base's own template. Raises ModelError.
         """
         tokenizer = Tokenizer.from_folder(base)
         prompt = self.prompt
@@ -254,17 +254,21 @@ class ModelSource:
                 logger.warning("note: asked as %s was trained: %s", self.adapter, different)
             return Renderer(prompt, tokenizer)
         own = Tokenizer.from_folder(base, beside=self.adapter)
-        asked = default_contract(own)
+        default = default_contract(own)
         if (own.sha256, own.chat_template) != (tokenizer.sha256, tokenizer.chat_template):
             logger.warning("note: asked with the tokenizer and the chat template in %s", self.adapter)
         else:
             which = (
-                "the base's chat template" if asked.template == "chat" else f"the {asked.template} template"
+                "the base's chat template"
+                if default.template == "chat"
+                else f"the {default.template} template"
             )
             logger.warning(
-                "note: %s has no prompt contract and no template: asked by %s", self.adapter, which
+                "note: %s has no prompt contract and no template: asked by %s",
+                self.adapter,
+                which,
             )
-        return Renderer(asked, own)
+        return Renderer(default, own)
 
 
 def check_readable(folder: Path) -> None:
@@ -337,7 +341,7 @@ def contract_in(folder: Path) -> PromptContract | None:
 
 
 def _differences(prompt: PromptContract, tokenizer: Tokenizer) -> str:
-    """What of a contract differs from how the base alone would be asked, in words; "" for nothing."""
+    """What of a contract differs from the default contract of the base, in words; "" for nothing."""
     own_template = "chat" if tokenizer.chat_template else "alpaca"
     words = []
     if prompt.template != own_template:

@@ -83,7 +83,7 @@ def _kind(value: object) -> str | None:
 
 
 def _kind_of_prompt(value: object) -> str | None:
-    """As `_kind`, where the first element says what a list holds."""
+    """As `_kind`, where the first element decides what a list holds."""
     match value:
         case [int() | float(), *_]:
             return "ids"
@@ -93,7 +93,7 @@ def _kind_of_prompt(value: object) -> str | None:
 
 
 def _choice(kind: Callable[[object], str | None], expected: str) -> Discriminator:
-    """The discriminator of a field with alternatives of different type; `expected` is said where none fits."""
+    """The discriminator of a field with alternatives of different type; the error names `expected` where none fits."""
     return Discriminator(kind, custom_error_type="kind", custom_error_message=f"it is {expected}")
 
 

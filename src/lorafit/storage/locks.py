@@ -21,7 +21,7 @@ from lorafit.storage.safe_read import open_no_follow, read_text
 
 CLAIM = ".holder"  # the suffix of the file beside a lock where the file system has no locks
 MAX_CLAIM = 1000
-WAITING_SECONDS = 2.0  # until it is said whom a process waits for
+WAITING_SECONDS = 2.0  # until a process reports which one it waits for
 PATIENCE = 120.0  # seconds without a sign of life
 
 

@@ -45,7 +45,7 @@ def not_safe_above(path: Path) -> str:
 
 @contextlib.contextmanager
 def nobody_else_writes() -> Iterator[None]:
-    """In the block, what this process makes can be written by its user only, and read as the umask says."""
+    """In the block, what this process makes can be written by its user only, and read as the umask allows."""
     before = os.umask(0o022)
     os.umask(before | 0o022)
     try:
