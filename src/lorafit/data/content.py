@@ -94,6 +94,10 @@ class Content(ABC):
         """The row as the turns of a conversation, None if it is not one."""
         return None
 
+    def weights(self) -> list[float]:
+        """The factor of the loss of each answer, in order."""
+        return [1.0]
+
 
 @dataclass(frozen=True, slots=True)
 class Instruction(Content):
@@ -161,6 +165,9 @@ class Chat(Content):
 
     def turns(self) -> list[Message]:
         return list(self.messages)
+
+    def weights(self) -> list[float]:
+        return [message.weight for message in self.messages if message.role == "assistant"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -223,8 +223,7 @@ class RowFacts:
 
     def add(self, row: Row) -> None:
         """Count `row`."""
-        answers = [turn.weight for turn in row.content.turns() or () if turn.role == "assistant"] or [1.0]
-        for weight in answers:
+        for weight in row.content.weights():
             _count(self.weights, f"{weight * row.weight:g}")
         for key in row.aliases:
             _count(self.aliases, key)
