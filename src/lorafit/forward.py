@@ -18,8 +18,31 @@ from lorafit.model.loss import loss_sum
 FILL = 16
 
 
+AT_ONCE = 128  # positions whose logits are alive at a time
+
+
 def pack_loss(network: Llama, pack: Pack) -> Tensor:
-    """Sum of the weighted cross-entropy over a pack's supervised tokens, a scalar on the network's device.
+    """Sum of the weighted cross-entropy over a pack's supervised tokens, a scalar on the network's device."""
+    supervised = _supervised(network, pack)
+    targets = torch.from_numpy(pack.targets).to(supervised.device)
+    weights = None if pack.weights is None else torch.from_numpy(pack.weights).to(supervised.device)
+    return loss_sum(network.model.norm(supervised), network.lm_head.weight, targets, weights)
+
+
+def pack_predictions(network: Llama, pack: Pack) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """(cross-entropy of each target, whether it is the most probable token), both (targets,), without weights."""
+    losses, is_first = [], []
+    for hidden, targets in zip(
+        _supervised(network, pack).split(AT_ONCE), torch.from_numpy(pack.targets).split(AT_ONCE), strict=True
+    ):
+        logits = network.logits(hidden).to("cpu", torch.float64)
+        losses.append(F.cross_entropy(logits, targets, reduction="none"))
+        is_first.append(logits.argmax(-1) == targets)
+    return torch.cat(losses).numpy(), torch.cat(is_first).numpy()
+
+
+def _supervised(network: Llama, pack: Pack) -> Tensor:
+    """The stream (targets, hidden_size) at the positions of a pack whose next tokens are supervised.
 
     A last document without targets pads the pass to a multiple of FILL tokens: passes of the same size reuse freed
     memory, and products that are compiled for a size are compiled less often.
@@ -35,10 +58,7 @@ def pack_loss(network: Llama, pack: Pack) -> Tensor:
         keys[index] = torch.from_numpy(prefix_keys(ids[index].numpy(), lengths))
     attend = PackedDocuments(lengths, device, index)
     predict = torch.from_numpy(pack.predict).to(device)
-    supervised = network.hidden(ids.to(device), attend, predict, keys)
-    targets = torch.from_numpy(pack.targets).to(device)
-    weights = None if pack.weights is None else torch.from_numpy(pack.weights).to(device)
-    return loss_sum(network.model.norm(supervised), network.lm_head.weight, targets, weights)
+    return network.hidden(ids.to(device), attend, predict, keys)
 
 
 _ODD, _MIX = 0xD1342543DE82EF95, 0x9E3779B97F4A7C15  # multipliers with bits all over

@@ -142,7 +142,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {
     "no run to resume": (["train", "--resume", "{tmp}"], ["is not a run directory", "lorafit runs"]),
     "resume and settings": (
         ["train", "--resume", "{run}", "lora.rank=2"],
-        ["is finished: no setting changes it any more", "lora.init_from="],
+        ["is complete: no setting changes it any more", "lora.init_from="],
     ),
     "resume and a flag": (
         ["train", "--resume", "{run}", "--model", "{model}"],
@@ -321,7 +321,17 @@ def test_runs_are_listed(cli: Cli, trained: tuple[Path, object], tmp_path: Path)
     done = cli("runs", output.parent)
     assert (done.code, done.err) == (0, "")
     header, *_, row = [line for line in done.out.splitlines() if line.strip()]
-    assert header.split() == ["run", "model", "state", "step", "loss", "held-out", "base", "started"]
+    assert header.split() == [
+        "run",
+        "model",
+        "state",
+        "step",
+        "loss",
+        "held-out",
+        "base",
+        "learned",
+        "started",
+    ]
     assert {str(output), "finished", "6/6"} <= set(row.split())
     (line,) = cli("runs", output.parent, "--json").out.splitlines()
     record = json.loads(line)

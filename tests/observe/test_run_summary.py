@@ -137,7 +137,7 @@ def test_any_metrics_give_a_summary(scribbled: RunDirectory, events: list[dict[s
     scribbled.metrics_file.write_text("".join(json.dumps(event) + "\n" for event in events))
     summary = summarize(scribbled)
     assert summary.state in {"finished", "interrupted", "stopped", "unreadable"}
-    assert len(summary.cells()) == 7
+    assert len(summary.cells()) == 8
 
 
 @pytest.mark.parametrize(

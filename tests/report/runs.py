@@ -176,7 +176,8 @@ def _events(steps: int, say: Say, ended: str) -> list[dict[str, Any]]:
         "adapter": say("runs/demo/adapter"),
         "loss": 0.3,
     }
-    return [*events, {"event": "run_ended", **last}]
+    learned = {"step": steps, "level": "partly", "text": say("It learned most of your rows")}
+    return [*events, {"event": "learned", **learned}, {"event": "run_ended", **last}]
 
 
 def _sample(index: int, say: Say) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def test_every_section_is_there_and_says_what_the_files_hold(tmp_path: Path) -> 
         assert f'<section id="{name}"><h2>{title}</h2>' in text
     words = " ".join("".join(Structure.of(text).text).split())
     for said in (
-        "my run finished proven, with warnings",
+        "my run finished learned in part adapter verified, with warnings It learned most",
         "902K parameters, 127K trained",
         "1.900 → 0.402",
         "3 of 20",
@@ -86,6 +86,25 @@ def test_every_section_is_there_and_says_what_the_files_hold(tmp_path: Path) -> 
     ):
         assert said in words, said
     assert "<mark>A horse.&lt;/s&gt;</mark>" in text
+
+
+@pytest.mark.parametrize("proof", ["pass", "warn", "fail", None])
+@pytest.mark.parametrize("before", ["pass", "warn", "fail"])
+def test_no_badge_of_success_stands_above_a_failed_check(
+    tmp_path: Path, proof: str | None, before: str
+) -> None:
+    run = write_run(tmp_path / "run", ended="ended early")
+    checks = json.loads((run / "check.json").read_text())
+    (run / "check.json").write_text(json.dumps([{**check, "verdict": before} for check in checks]))
+    stored = json.loads((run / "proof.json").read_text())
+    (run / "proof.json").write_text(json.dumps({**stored, "verdict": proof}))
+    text = page(facts_of(run))
+    badges = re.findall('<span class="badge ([a-z-]+)">([^<]+)</span>', text.partition("</header>")[0])
+    assert badges[0] == ("ended-early", "ended early")
+    assert ("finished", "finished") not in badges
+    failed = "fail" in (proof, before)
+    assert any(style == "fail" for style, _ in badges) == failed
+    assert any("adapter verified" in said for _, said in badges) == (proof in ("pass", "warn") and not failed)
 
 
 def test_hostile_text_is_only_ever_text(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_a_run_that_ended_early_is_finished_and_goes_on_only_with_more_patience(
     before = {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()}
     assert resume_run(first.path, quiet=True) == first
     assert {path: path.read_bytes() for path in first.path.rglob("*") if path.is_file()} == before
-    with pytest.raises(RunError, match="is finished"):
+    with pytest.raises(RunError, match="is complete"):
         resume_run(first.path, ["train.log_every=3"], quiet=True)
     longer = resume_run(first.path, ["train.patience=4"], quiet=True)
     whole = tiny_run(material, tmp_path / "whole", "train.patience=0")

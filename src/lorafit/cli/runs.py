@@ -39,6 +39,6 @@ def runs(
             typer.echo(safe_json_line({"run": path, **summary.as_dict()}))
     elif summaries:
         rows = [[path, *summary.cells()] for path, summary in summaries]
-        table(["run", "model", "state", "step", "loss", "held-out", "base", "started"], rows)
+        table(["run", "model", "state", "step", "loss", "held-out", "base", "learned", "started"], rows)
     else:
         typer.echo(f"no runs in {folder}", err=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar, Literal
 
@@ -125,6 +125,23 @@ class Proved(Event):
     lines: Sequence[str]
     faults: Sequence[str]
     seconds: float
+
+
+LearnedLevel = Literal["learned", "partly", "nothing", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Learned(Event):
+    """What the adapter of `step` has learned, in one word and in one sentence.
+
+    `asked` are the numbers behind it: evaluate/learned.py's `Asked` of the trained and of the held-out rows.
+    """
+
+    kind = "learned"
+    step: int
+    level: LearnedLevel
+    text: str
+    asked: Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lorafit.errors import LorafitError, RunError
+from lorafit.observe.events import LearnedLevel
 from lorafit.observe.metrics_file import STEP, event_of, number, read_raw_lines
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import MANIFEST
@@ -61,7 +62,7 @@ class Overview:
         self.has_events = True
         if (kind := event.get("event")) in _DECIDING:
             self.last = str(kind)
-        if kind in (*_DECIDING, "heldout"):
+        if kind in (*_DECIDING, "heldout", "learned"):
             self.newest[str(kind)] = event
         if kind == "heldout" and number(event.get("step")) is not None:
             losses = (self.lowest, number(event.get("loss")))
@@ -120,6 +121,7 @@ class Summary:
     loss: float | None
     heldout_loss: float | None  # the lowest
     base_loss: float | None
+    learned: str  # learned, partly, nothing or unknown; "" before the end
     started: str  # local time, ISO 8601 to the minute
 
     def as_dict(self) -> dict[str, object]:
@@ -133,7 +135,7 @@ class Summary:
             f"{value:.3f}" if value is not None else "-"
             for value in (self.loss, self.heldout_loss, self.base_loss)
         ]
-        return [self.model, self.state, steps, *losses, self.started]
+        return [self.model, self.state, steps, *losses, self.learned or "-", self.started]
 
 
 def summarize(run: RunDirectory, metrics: Overview | None = None) -> Summary:
@@ -144,6 +146,7 @@ def summarize(run: RunDirectory, metrics: Overview | None = None) -> Summary:
         model = run.model_name()
         state = RunState.of(run, metrics)
     found = metrics or Overview()
+    told = found.newest.get("learned", {}).get("level")
     return Summary(
         model=model,
         state=state,
@@ -152,5 +155,6 @@ def summarize(run: RunDirectory, metrics: Overview | None = None) -> Summary:
         loss=found.number("step", "loss"),
         heldout_loss=found.lowest,
         base_loss=found.number("heldout", "base_loss"),
+        learned=next((level for level in get_args(LearnedLevel) if level == told), ""),
         started=datetime.fromtimestamp(run.started()).isoformat(" ", "minutes"),
     )

@@ -22,6 +22,7 @@ from lorafit.observe.events import (
     Diagnosis,
     Event,
     Heldout,
+    Learned,
     Message,
     Progress,
     Proved,
@@ -38,6 +39,7 @@ MIN_BAR_WIDTH = 8
 # left out of a short line
 LEAST_IMPORTANT_FIRST = ("elapsed", "memory", "learning_rate", "speed", "eta", "loss")
 SAMPLE_CHARACTERS = 240
+LEVEL_STYLES = {"learned": "bold green", "partly": "bold yellow", "nothing": "bold red", "unknown": ""}
 
 
 class Terminal:
@@ -91,6 +93,9 @@ class Terminal:
                 self._answers(event)
             case Proved():
                 self._proved(event)
+            case Learned():
+                self.close()
+                self._print(event.text, style=LEVEL_STYLES[event.level])
             case Message(level="warning"):
                 self._print(f"warning: {event.text}", style="yellow")
             case Message():

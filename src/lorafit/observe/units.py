@@ -15,6 +15,11 @@ def duration(seconds: float) -> str:
     return f"{minutes}m {second:02d}s" if minutes else f"{second}s"
 
 
+def count(number: int, name: str) -> str:
+    """`1 step`, `2 steps`, `1,200 steps`."""
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
+
+
 def short_count(number: float) -> str:
     """`950`, `4.5K`, `1.1B`."""
     for unit in ("", "K", "M"):

@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 
 from lorafit.observe.metrics_file import number
-from lorafit.observe.units import duration, memory_size, short_count
+from lorafit.observe.units import count, duration, memory_size, short_count
 from lorafit.report import sections
 from lorafit.report.escape import own_text, render
 from lorafit.report.run_data import Facts, read_facts
@@ -26,7 +26,16 @@ SECTIONS = [
     ("Notes", "notes", sections.notes),
     ("Reproduce", "reproduce", sections.reproduce),
 ]
-PROOF_BADGES = {"pass": "proven", "warn": "proven, with warnings", "fail": "proof failed"}
+LEARNED_BADGES = {
+    "learned": ("pass", "learned"),
+    "partly": ("warn", "learned in part"),
+    "nothing": ("fail", "learned almost nothing"),
+}
+PROOF_BADGES = {
+    "pass": ("pass", "adapter verified"),
+    "warn": ("warn", "adapter verified, with warnings"),
+    "fail": ("fail", "verification failed"),
+}
 
 
 def write_report(run: RunDirectory, output: Path | None = None) -> Path:
@@ -39,15 +48,12 @@ def write_report(run: RunDirectory, output: Path | None = None) -> Path:
 def page(facts: Facts) -> str:
     """The whole page. Its policy allows one script by its hash, so that nothing else in the page can run."""
     script = own_text("page.js")
-    verdict, state = str(facts.proof.get("verdict")), facts.summary.state
-    badges = [(state.replace(" ", "-"), str(state))]
-    if verdict in PROOF_BADGES:
-        badges.append((verdict, PROOF_BADGES[verdict]))
     contents = ((title, name, content(facts)) for title, name, content in SECTIONS)
     return render(
         "page.html",
         facts=facts,
-        badges=badges,
+        badges=_badges(facts),
+        learned=str(facts.last("learned").get("text", "")),
         details=_details(facts),
         tiles=_tiles(facts),
         sections=[section for section in contents if section[2]],
@@ -56,6 +62,19 @@ def page(facts: Facts) -> str:
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         version=__version__,
     )
+
+
+def _badges(facts: Facts) -> list[tuple[str, str]]:
+    """(CSS class, text): the state, what was learned, the verification, which is no success above a failed check."""
+    state, verdict = facts.summary.state, str(facts.proof.get("verdict"))
+    badges = [(state.replace(" ", "-"), str(state))]
+    badges += [LEARNED_BADGES[level] for level in (facts.summary.learned,) if level in LEARNED_BADGES]
+    num_failed = sum(check.verdict == "fail" for check in facts.checks)
+    if num_failed and verdict != "fail":
+        badges.append(("fail", f"{count(num_failed, 'check')} failed"))
+    elif verdict in PROOF_BADGES:
+        badges.append(PROOF_BADGES[verdict])
+    return badges
 
 
 def _details(facts: Facts) -> list[str]:

@@ -9,9 +9,11 @@ from typing import Any
 
 from lorafit.data.formats import Row
 from lorafit.errors import LorafitError, RunError
+from lorafit.evaluate.learned import what_was_learned
 from lorafit.infer.model import Model
 from lorafit.model.adapter_file import load_adapter
-from lorafit.observe.events import Message, Observer, RunEnded
+from lorafit.model.memory import is_out_of_memory
+from lorafit.observe.events import Learned, Message, Observer, RunEnded
 from lorafit.observe.metrics_file import event_of, read_raw_lines
 from lorafit.report.page import write_report
 from lorafit.run_dir import RunDirectory
@@ -45,11 +47,14 @@ def finish(
         else:
             if samples := job.samples.generate_samples():
                 run.write_json(run.samples_file, samples)
+            learned = _learned(job, step)  # before the proof, which releases the network
             if job.config.run.verify:
                 proof = _prove(job, initial, step)
                 run.write_json(run.proof_file, proof.to_json())
                 observe(proof.event())
                 proven = proof.verdict != "fail"
+            if learned is not None:
+                observe(learned)
     run.check_held()
     with suppress(RunError):  # if an older checkpoint still cannot be removed, the next start tries again
         run.clean()
@@ -71,6 +76,20 @@ def _export_best(job: TrainContext, state: TrainState) -> int:
         observe(Message(f"the adapter is the one of step {best}, the lowest held-out loss"))
         load_adapter(job.network, run.adapter)
     return best
+
+
+def _learned(job: TrainContext, step: int) -> Learned | None:
+    """What the final adapter, of `step`, has learned; None where memory is short."""
+    losses = _losses(job.run, step)
+    try:
+        return what_was_learned(
+            job.network, job.data, job.packer, step=step, losses=losses, observe=job.observe
+        )
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        job.observe(Message("no memory to ask trained rows: what was learned is not known", "warning"))
+        return None
 
 
 def _prove(job: TrainContext, initial: Mapping[str, str], step: int) -> Proof:

@@ -32,8 +32,10 @@ from lorafit.model.native import missing
 from lorafit.observe.curve_monitor import CurveMonitor, diagnosing
 from lorafit.observe.events import Message, Observer, RunStarted, fan_out
 from lorafit.observe.metrics_file import Record, read_metrics, truncate_after
+from lorafit.observe.run_summary import RunState
 from lorafit.observe.terminal import Terminal
 from lorafit.observe.trackers import tracker
+from lorafit.observe.units import count
 from lorafit.plan.cadence import Cadence
 from lorafit.plan.planner import make_plan
 from lorafit.plan.table import short_lines
@@ -169,14 +171,15 @@ def _resume(
         if resumption.finished is not None:
             if overrides:
                 raise RunError(
-                    f"`{path}` is finished: no setting changes it any more",
+                    f"`{path}` is complete: no setting changes it any more",
                     hint=f"start a new run from it with lora.init_from={run.adapter}",
                 )
-            observe = terminal_or_silent(ranks.env, quiet)
-            observe(Message(f"`{path}` is finished after {step} steps; nothing was changed"))
+            observe, state = terminal_or_silent(ranks.env, quiet), resumption.finished
+            observe(
+                Message(f"`{path}` {RunState.of(run)} after {count(state.step, 'step')}; nothing was changed")
+            )
             if ranks.is_main and not run.report_file.exists():  # killed between the end and the report
                 leave_report(run, observe)
-            state = resumption.finished
             losses = (state.last_loss, state.best_loss, state.base_loss)
             return Result(run.path, run.adapter, True, state.step, *losses)
         prepared = prepare(config, ranks, quiet, base, resumed=True)
