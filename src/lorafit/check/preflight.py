@@ -18,12 +18,13 @@ from pydantic import TypeAdapter, ValidationError
 from lorafit.check.text_checks import Finding, TextFindings, Texts
 from lorafit.check.token_checks import TokenFindings, Tokens
 from lorafit.data.build import TrainingData
-from lorafit.data.prompt import PromptContract
+from lorafit.data.contract import PromptContract, begins_with
 from lorafit.data.row_index import RowIndex
 from lorafit.data.row_preview import histogram as bins_of
 from lorafit.data.sources import RowReader
 from lorafit.data.token_cache import load_facts, store_facts
 from lorafit.errors import MAX_LISTED, CheckResult, Outcome
+from lorafit.observe import units
 from lorafit.observe.progress import progress
 from lorafit.version import __version__
 
@@ -157,8 +158,8 @@ def _result(
     return CheckResult(name, outcome, message, index.places(finding.rows, finding.count), hint, rows)
 
 
-def _count(count: int, what: str = "row") -> str:
-    return f"{count:,} {what}{'' if count == 1 else 's'}"
+def _count(number: int, what: str = "row") -> str:
+    return units.count(number, what)
 
 
 def _do(count: int, verb: str) -> str:
@@ -178,23 +179,12 @@ def _account(training_data: TrainingData) -> list[CheckResult]:
     ledger, encoded, index = training_data.ledger, training_data.encoded, training_data.index
     ledger.check()
     trained, held = ledger.trained, ledger.held_out
-    sums = (
-        f"{_count(ledger.num_rows)} = {trained.rows:,} trained + {held.rows:,} held out + "
-        f"{ledger.num_dropped:,} dropped; {trained.total + held.total:,} tokens = "
-        f"{trained.trained + held.trained:,} trained + {trained.masked + held.masked:,} masked + "
-        f"{trained.truncated + held.truncated:,} truncated"
-    )
-    if pieces := trained.pieces + held.pieces:
-        sums += f"; longer texts are split into {pieces:,} pieces"
-    verdicts = [CheckResult("ledger", "pass", sums)]
+    verdicts = [CheckResult("ledger", "pass", ledger.sums)]
     verdicts += [CheckResult("loss weights", "pass", line) for line in ledger.loss_lines()]
     if lines := ledger.key_lines():
         verdicts.append(CheckResult("keys", "pass", "; ".join(lines)))
     verdicts += dropped_rows(encoded.dropped, index) or [CheckResult("dropped rows", "pass", "none")]
-    lengths = ledger.lengths
-    message = (
-        f"mean {lengths.mean:.0f}, half up to {lengths.p50:,}, 90% up to {lengths.p90:,}, max {lengths.max:,}"
-    )
+    message = str(ledger.lengths)
     cut = encoded.numbers[np.flatnonzero(encoded.truncated)]
     if len(cut):
         longest, lost = training_data.renderer.contract.max_length, trained.truncated + held.truncated
@@ -329,7 +319,7 @@ def _stops(tokens: TokenFindings, contract: PromptContract, index: RowIndex) -> 
 
 def _bos(tokens: TokenFindings, contract: PromptContract, index: RowIndex) -> CheckResult:
     if contract.bos_id is None:
-        return CheckResult("BOS", "pass", "the model has none")
+        return CheckResult("BOS", "pass", begins_with(None, False))
     if tokens.more_bos.count:
         message = f"{_do(tokens.more_bos.count, 'begin')} with it twice ({contract.bos})"
         return _result(
@@ -338,8 +328,7 @@ def _bos(tokens: TokenFindings, contract: PromptContract, index: RowIndex) -> Ch
     if tokens.no_bos.count:
         message = f"{_do(tokens.no_bos.count, 'do')} not begin with it ({contract.bos})"
         return _result("BOS", "fail", message, tokens.no_bos, index, _SHOW)
-    how = "once, at the start" if contract.add_bos else "as the template writes it: the tokenizer adds none"
-    return CheckResult("BOS", "pass", f"{contract.bos} {how}")
+    return CheckResult("BOS", "pass", f"rows begin with {begins_with(contract.bos, contract.add_bos)}")
 
 
 def _round_trip(tokens: TokenFindings, index: RowIndex) -> CheckResult:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lorafit.config.schema import Config, TrainSection
 from lorafit.data.row_order import RowOrder
 from lorafit.errors import CheckResult
+from lorafit.observe.units import count
 
 # The highest rate known to work for LoRA on a model of a billion parameters; smaller models tolerate higher rates.
 _USUAL_RATE, _USUAL_PARAMETERS, _POWER = 1e-3, 1e9, 0.25
@@ -52,10 +53,11 @@ def _held_out(config: Config, num_held_out: int) -> CheckResult:
 
 
 def _steps(num_steps: int, order: RowOrder) -> CheckResult:
-    num_trained = num_steps * order.batch_size
-    epochs = num_trained / order.rows_per_epoch
-    message = f"{num_steps:,} steps of {order.batch_size} rows, {epochs:.3g} epochs"
-    if (left := order.rows_per_epoch - num_trained) > 0:
+    epochs = order.epoch_at(num_steps)
+    shown = count(float(f"{epochs:.3g}"), "epoch")
+    message = f"{count(num_steps, 'step')} of {count(order.batch_size, 'row')}, {shown}"
+    left = order.rows_per_epoch - num_steps * order.batch_size
+    if left > 0:
         message += f": {left:,} of {order.rows_per_epoch:,} rows are never trained"
         key, hint = "train.max_steps or train.epochs", "give more, or fewer rows"
     elif epochs > _MANY_EPOCHS:

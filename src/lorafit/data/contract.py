@@ -109,6 +109,13 @@ class PromptContract:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def begins_with(bos: str | None, add_bos: bool) -> str:
+    """How a text begins, by the BOS of a contract: for check, card and report."""
+    if bos is None:
+        return "no BOS: the model has none"
+    return f"{bos}, once" if add_bos else f"what the template writes: the tokenizer adds no {bos}"
+
+
 _LATER: dict[str, Any] = {
     "template_args": {},
     "parse_special": False,

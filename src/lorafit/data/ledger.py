@@ -43,6 +43,9 @@ class Lengths:
     p90: int
     max: int
 
+    def __str__(self) -> str:
+        return f"mean {self.mean:.0f}, half up to {self.p50:,}, 90% up to {self.p90:,}, max {self.max:,}"
+
 
 @dataclass(frozen=True, slots=True)
 class DroppedRows:
@@ -129,22 +132,36 @@ class Ledger:
 
     def lines(self) -> list[str]:
         """The account for the user."""
-        trained, held_out, dropped = self.trained.rows, self.held_out.rows, self.num_dropped
-        lines = [
-            f"rows    {self.num_rows:,} = {trained:,} trained + {held_out:,} held out + {dropped:,} dropped"
-        ]
+        lines = [f"rows    {self.row_sum}"]
         lines += [f"        {rows.rows:,} dropped: {reason}" for reason, rows in self.dropped.items()]
-        if pieces := self.trained.pieces + self.held_out.pieces:
-            lines.append(f"        longer texts are split into {pieces:,} pieces")
+        lines += [f"        {line}" for line in self.piece_lines()]
         lines.append(f"tokens  {_account(self.trained)}")
-        if self.held_out.rows:
-            lines.append(f"        held out: {_account(self.held_out)}")
-        stats = self.lengths
-        lines.append(
-            f"length  mean {stats.mean:.0f}, half up to {stats.p50:,}, "
-            f"90% up to {stats.p90:,}, max {stats.max:,}"
-        )
+        lines += [f"        {line}" for line in self.heldout_lines()]
+        lines.append(f"length  {self.lengths}")
         return [*lines, *(f"loss    {line}" for line in self.loss_lines()), *self.key_lines()]
+
+    @property
+    def row_sum(self) -> str:
+        """`60 = 54 trained + 6 held out + 0 dropped`."""
+        trained, held_out = self.trained.rows, self.held_out.rows
+        return (
+            f"{self.num_rows:,} = {trained:,} trained + {held_out:,} held out + {self.num_dropped:,} dropped"
+        )
+
+    @property
+    def sums(self) -> str:
+        """The account in one line, for `lorafit check`."""
+        parts = [f"rows {self.row_sum}", f"tokens {_account(self.trained)}"]
+        return "; ".join([*parts, *self.heldout_lines(), *self.piece_lines()])
+
+    def heldout_lines(self) -> list[str]:
+        """The tokens of the held-out rows, if there are any."""
+        return [f"held out: {_account(self.held_out)}"] if self.held_out.rows else []
+
+    def piece_lines(self) -> list[str]:
+        """How many pieces the texts that were split have, if any was."""
+        pieces = self.trained.pieces + self.held_out.pieces
+        return [f"longer texts are split into {pieces:,} pieces"] if pieces else []
 
     def loss_lines(self) -> list[str]:
         """The answers by the weight of their loss, if it is not always 1."""

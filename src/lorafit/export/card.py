@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from lorafit.data.contract import begins_with
 from lorafit.data.ledger import Ledger
 from lorafit.export.kinds import Export
 from lorafit.export.run_source import RunSource
@@ -47,6 +48,7 @@ def card(source: RunSource, export: Export, type_name: str, folder: Path, parity
         front=_yaml(without_secrets(header)),
         usage=export.usage.format(base=source.base_name, name=source.name.lower(), file=file),
         contract=contract,
+        begins=begins_with(contract.bos, contract.add_bos),
         stops=[f"`{decode([token])}` ({token})" for token in contract.stop_ids],
         command=_command(source),
         parity=parity,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TextIO
@@ -45,7 +44,7 @@ LEVEL_STYLES = {"learned": "bold green", "partly": "bold yellow", "nothing": "bo
 class Terminal:
     """Shows a run: a live line on a terminal, plain lines every `log_every` steps elsewhere.
 
-    The loss is the mean of the last `log_every` steps. `close` removes the live line.
+    The loss is that of the step, as in metrics.jsonl. `close` removes the live line.
     """
 
     def __init__(self, stream: TextIO | None = None, *, log_every: int = 10) -> None:
@@ -54,7 +53,6 @@ class Terminal:
         self._live: Live | None = None
         self._is_closed = False
         self._log_every = log_every
-        self._losses: deque[float] = deque(maxlen=log_every)
         self._meter = Meter()
         self._started = time.monotonic()
         self._answer: str | None = None  # the last that was printed
@@ -115,14 +113,12 @@ class Terminal:
                 live.stop()
 
     def _step(self, event: Step) -> None:
-        self._losses.append(event.loss)
         self._meter.update(event.tokens, event.seconds)
-        loss = sum(self._losses) / len(self._losses)
         eta = self._meter.eta(event.num_steps - event.step)
         if can_redraw(self._console):
-            self._draw(_Line(event.step, event.num_steps, lambda: _parts(event, loss, eta, self._started)))
+            self._draw(_Line(event.step, event.num_steps, lambda: _parts(event, eta, self._started)))
         elif event.step % self._log_every == 0 or event.step == event.num_steps:
-            self._print("  ".join(_parts(event, loss, eta).values()))
+            self._print("  ".join(_parts(event, eta).values()))
 
     def _draw(self, line: _Line) -> None:
         """Draw `line` in place of the live line."""
@@ -161,11 +157,11 @@ class Terminal:
         print_line(self._console, line, style)
 
 
-def _parts(event: Step, loss: float, eta: float, started: float | None = None) -> dict[str, str]:
+def _parts(event: Step, eta: float, started: float | None = None) -> dict[str, str]:
     """The pieces of a progress line by name, in their order on the line."""
     parts = {
         "step": f"step {event.step}/{event.num_steps}",
-        "loss": f"loss {loss:.3f}",
+        "loss": f"loss {event.loss:.3f}",
         "learning_rate": f"lr {event.learning_rate:.1e}",
         "speed": f"{event.tokens_per_second:,.0f} tokens/s",
     }

@@ -15,9 +15,10 @@ def duration(seconds: float) -> str:
     return f"{minutes}m {second:02d}s" if minutes else f"{second}s"
 
 
-def count(number: int, name: str) -> str:
-    """`1 step`, `2 steps`, `1,200 steps`."""
-    return f"{number:,} {name}{'' if number == 1 else 's'}"
+def count(number: float, name: str) -> str:
+    """`1 step`, `2 steps`, `1,200 steps`, `1.5 epochs`."""
+    digits = f"{number:,.0f}" if number % 1 == 0 else f"{number:,g}"
+    return f"{digits} {name}{'' if number == 1 else 's'}"
 
 
 def short_count(number: float) -> str:

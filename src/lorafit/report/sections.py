@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lorafit.data.contract import begins_with
 from lorafit.data.ledger import Tokens
 from lorafit.observe.metrics_file import number
 from lorafit.observe.units import memory_size
@@ -20,7 +21,6 @@ from lorafit.report.run_data import Facts
 PROMPT_KEYS = {
     "template": "template",
     "system": "system prompt",
-    "bos": "begins with",
     "eos": "ends with",
     "stop_ids": "stop tokens",
     "train_on": "trained on",
@@ -163,6 +163,11 @@ def reproduce(facts: Facts) -> dict[str, Any] | None:
     versions |= {"platform": env.get("platform"), "threads": env.get("threads")}
     prompt = {label: facts.prompt.get(key) for key, label in PROMPT_KEYS.items()}
     contract = {label: value for label, value in prompt.items() if value != ""}
+    if "add_bos" in facts.prompt:
+        bos = facts.prompt.get("bos")
+        contract["begins with"] = begins_with(
+            None if bos is None else str(bos), bool(facts.prompt["add_bos"])
+        )
     tables = [
         ("Versions", versions, False),
         ("SHA-256", facts.hashes, True),
