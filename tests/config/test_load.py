@@ -205,6 +205,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "lora.targets": st.lists(TEXT, min_size=1, max_size=3) | TEXT,
     "lora.rslora": st.booleans(),
     "lora.init_from": st.none() | TEXT,
+    "lora.other_base": st.booleans(),
     "data.path": st.lists(TEXT, min_size=1, max_size=3, unique=True) | TEXT,
     "data.weights": st.none(),
     "data.revision": st.none() | TEXT,

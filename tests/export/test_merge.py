@@ -14,7 +14,7 @@ from tests.export.made import source_of
 from tests.runs import run_to_export
 from tests.tiny_models import write_model
 
-from lorafit.errors import ModelError, RunError
+from lorafit.errors import ModelError
 from lorafit.export.merge import base_type, generation_config, plan_shards, write_merged
 from lorafit.infer.model import load
 from lorafit.model.dtypes import BY_GGUF_NAME
@@ -163,7 +163,7 @@ def test_stop_tokens_of_the_contract_are_the_generation_config_s(run: Path) -> N
 def test_another_base_than_the_trained_one_is_refused(run: Path, tmp_path: Path) -> None:
     other = run_to_export(tmp_path)
     write_model(tmp_path / "model", seed=1)
-    with pytest.raises(RunError, match="not the one that the adapter was trained on"):
+    with pytest.raises(ModelError, match="the adapter was made on another base model"):
         source_of(other)
 
 
@@ -175,7 +175,7 @@ def test_a_quantised_base_is_refused(run: Path, tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     manifest = json.loads((other / "adapter" / "manifest.json").read_text())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lorafit.export.run_source.fingerprint", lambda folder: manifest["facts"]["base_model"])
+        patch.setattr("lorafit.model.base_check.fingerprint", lambda folder: manifest["facts"]["base_model"])
         with pytest.raises(ModelError, match="merged into 16 or 32 bits only"):
             source_of(other)
 

@@ -86,6 +86,8 @@ def check_run(config: Config, *, quiet: bool = False) -> Checked:
     machine = Machine.read(device, ProcessEnv())
     training_data = data.training_data
     verdicts = data_verdicts(config, training_data, data.arch.num_parameters, quiet)
+    if data.base_note:
+        verdicts.append(CheckResult("adapter to continue", "warn", data.base_note, "lora.init_from"))
     verdicts += model_verdicts(config, data, machine, quiet)
     return Checked(verdicts, training_data.ledger, training_data.encoded.lengths)
 

@@ -46,6 +46,7 @@ def chat(
     device: options.DeviceOption = "auto",
     quantize: options.QuantizeOption = None,
     offline: options.OfflineOption = False,
+    other_base: options.OtherBaseOption = False,
 ) -> None:
     """Chat with a model, with the prompt template and the stop tokens of its training.
 
@@ -57,7 +58,9 @@ def chat(
     from lorafit.infer.model import load
     from lorafit.infer.sampling import Sampling
 
-    model = load(source, adapter=adapter, device=device, offline=offline, quantize=quantize)
+    model = load(
+        source, adapter=adapter, device=device, offline=offline, quantize=quantize, other_base=other_base
+    )
     if base or compare:
         model.require_adapter(source)
     sampling = Sampling(temperature, top_k, top_p, seed)

@@ -22,6 +22,7 @@ def evaluate(
     max_tokens: options.MaxTokensOption = 256,
     quantize: options.QuantizeOption = None,
     offline: options.OfflineOption = False,
+    other_base: options.OtherBaseOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Measure a run: loss and perplexity on held-out rows, and tasks answered correctly.
@@ -40,6 +41,7 @@ def evaluate(
         max_tokens=max_tokens,
         quantize=quantize,
         offline=offline,
+        other_base=other_base,
     )
     if as_json:
         for result in results:

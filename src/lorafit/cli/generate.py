@@ -28,6 +28,7 @@ def generate(
     device: options.DeviceOption = "auto",
     quantize: options.QuantizeOption = None,
     offline: options.OfflineOption = False,
+    other_base: options.OtherBaseOption = False,
     as_json: options.JsonOption = False,
     file: Annotated[
         Path | None,
@@ -65,7 +66,15 @@ def generate(
     from lorafit.observe.console import side_by_side
     from lorafit.redact import printable
 
-    model = load(source, adapter=adapter, device=device, system=system, offline=offline, quantize=quantize)
+    model = load(
+        source,
+        adapter=adapter,
+        device=device,
+        system=system,
+        offline=offline,
+        quantize=quantize,
+        other_base=other_base,
+    )
     if base or compare:
         model.require_adapter(source)
     sampling = Sampling(temperature, top_k, top_p, seed)

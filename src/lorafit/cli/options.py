@@ -70,6 +70,9 @@ AdapterOption = Annotated[
     str | None,
     typer.Option("--adapter", help="PEFT adapter to attach to a base model.", show_default=False),
 ]
+OtherBaseOption = Annotated[
+    bool, typer.Option("--other-base", help="Accept an adapter that was made on another base model.")
+]
 BaseOption = Annotated[bool, typer.Option("--base", help="Disable the adapter.")]
 CompareOption = Annotated[bool, typer.Option("--compare", help="Show base and tuned answers side by side.")]
 SystemOption = Annotated[

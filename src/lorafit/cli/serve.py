@@ -42,6 +42,7 @@ def serve(
     device: options.DeviceOption = "auto",
     quantize: options.QuantizeOption = None,
     offline: options.OfflineOption = False,
+    other_base: options.OtherBaseOption = False,
 ) -> None:
     """Serve models with OpenAI's API, on this machine and protected by a token.
 
@@ -62,7 +63,7 @@ def serve(
         from lorafit.infer.multi_adapter import check_context, load_many
         from lorafit.infer.scheduler import Ticket
 
-        models = load_many(sources, device=device, offline=offline, quantize=quantize)
+        models = load_many(sources, device=device, offline=offline, quantize=quantize, other_base=other_base)
         context = check_context(context, models.network)
         batch = ContinuousBatch[Ticket](models.network, slots, context, models.adapters)
         serve(models, batch, address, listening, token, max_waiting=queue, timeout=timeout)

@@ -111,6 +111,9 @@ class LoraSection(Section):
         None,
         description="PEFT adapter (folder or hub id) to continue; it sets rank, alpha, targets and rslora.",
     )
+    other_base: bool = resumable(
+        False, description="Continue `lora.init_from` also where it was made on another base model."
+    )
 
 
 class DataSection(Section):

@@ -54,17 +54,19 @@ def evaluate_run(
     max_tokens: int = 256,
     quantize: Quantize | None = None,
     offline: bool = False,
+    other_base: bool = False,
 ) -> list[ModelResult]:
     """Measure the base, the adapter and merged exports of a run. Raises a LorafitError.
 
     The held-out rows are those of the training: RunError where the data files have changed. Without `quantize`, the
-    base has the quantization of the training. An export is computed in the type of its weights.
+    base has the quantization of the training. `other_base` accepts a base that has changed. An export is computed in
+    the type of its weights.
     """
     task_files = {str(file): read_tasks(Path(file)) for file in tasks}
     run = RunDirectory.open(path)
     folders = [_merged(Path(folder)) for folder in exports]
     packs = _heldout(run, offline)
-    model = load(run.path, quantize=quantize, offline=offline)
+    model = load(run.path, quantize=quantize, offline=offline, other_base=other_base)
     measured = [
         _measure(model, "base", packs, task_files, max_tokens, base=True),
         _measure(model, "adapter", packs, task_files, max_tokens),

@@ -21,6 +21,7 @@ from lorafit.export.readback import READERS
 from lorafit.export.reference import Reference, make_reference
 from lorafit.export.run_source import RunSource, open_source
 from lorafit.export.target import refuse_foreign, target_folder
+from lorafit.model.weights import fingerprint
 from lorafit.observe.progress import progress
 from lorafit.run_dir import PROMPT
 from lorafit.storage.atomic import staging_folder
@@ -92,6 +93,7 @@ def export_run(
         "type": type_name,
         "lorafit": __version__,
         "prompt_contract": source.contract.hash,
+        "base_model": fingerprint(source.base.path),
     }
     sums: dict[str, str] = {}
     with staging_folder(folder, facts, sums, size, _HINT) as staging:

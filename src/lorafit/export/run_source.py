@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,11 +16,14 @@ from lorafit.hub.client import ModelFolder, model_folder
 from lorafit.infer.model import find_source
 from lorafit.model.adapter_file import CONFIG, WEIGHTS
 from lorafit.model.architecture import Architecture, read_architecture
+from lorafit.model.base_check import check_base
 from lorafit.model.dtypes import BY_SAFETENSORS_NAME
 from lorafit.model.saved_adapter import EMBEDDING, HEAD, SavedAdapter, read_adapter
-from lorafit.model.weights import StoredTensor, fingerprint, stored_tensors
+from lorafit.model.weights import StoredTensor, stored_tensors
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import MANIFEST, read_facts
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +85,8 @@ def open_source(path: str | Path, *, offline: bool = False) -> RunSource:
     config = run.config() if is_run else None
     base = model_folder(found.base, revision=found.revision, offline=found.offline)
     facts = read_facts(adapter) if (adapter / MANIFEST).is_file() else {}
-    if facts.get("base_model", fingerprint(base.path)) != fingerprint(base.path):
-        raise RunError(
-            "the base model is not the one that the adapter was trained on: its files have changed",
-            place=str(base.path),
-            hint="restore the model of the run; the adapter is of no use on another base",
-        )
+    if note := check_base(adapter, base.path, found.base):
+        logger.warning("note: %s", note)
     arch = read_architecture(base.path)
     renderer = found.renderer(base.path)
     prompt = renderer.contract

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,12 @@ from lorafit.infer.sampling import Sampling
 from lorafit.infer.stream_text import AnswerText
 from lorafit.model.adapter_file import CONFIG as ADAPTER_CONFIG
 from lorafit.model.architecture import read_architecture
+from lorafit.model.base_check import check_base, named_base, original_name
 from lorafit.model.build import build_saved
 from lorafit.model.device import pick_device
 from lorafit.model.llama import Llama
 from lorafit.model.lora import adapted, disable_adapter, evaluating
 from lorafit.model.quant import Quantize
-from lorafit.model.saved_adapter import MAX_CONFIG
 from lorafit.model.weights import INDEX, SINGLE
 from lorafit.observe.progress import progress
 from lorafit.run_dir import MAX_JSON, PROMPT, RunDirectory
@@ -181,6 +180,7 @@ def load(
     system: str | None = None,
     offline: bool = False,
     quantize: Quantize | None = None,
+    other_base: bool = False,
 ) -> Model:
     """Load a model from a run directory, a PEFT adapter folder, a model folder or a hub id.
 
@@ -196,12 +196,14 @@ def load(
         system: replaces the system prompt of the contract.
         offline: opens no connection.
         quantize: quantization of the base's linears. None is that of the training for a run, else `none`.
+        other_base: accepts an adapter that was made on another base model.
 
     Returns the Model. Raises ModelError, RunError or ConfigError.
     """
     pick_device(device)  # before anything is downloaded
     found = find_source(source, adapter=adapter, dtype=dtype, offline=offline, quantize=quantize)
     base = found.base_folder()
+    found.check_base(base, found.base, other_base)
     renderer = found.renderer(base)
     if system is not None:
         if renderer.contract.template == RAW and system:
@@ -238,6 +240,17 @@ class ModelSource:
         """The folder of the base model, downloaded where needed. Raises ModelError."""
         revision, offline = self.revision, self.offline
         return model_folder(self.base, revision=revision, offline=offline, validate=check_readable).path
+
+    def check_base(self, base: Path, name: str, other_base: bool) -> None:
+        """Raise ModelError where the adapter was made on another base than that in `base`, named `name`.
+
+        A warning is logged where it cannot be known, or where the user accepted `other_base`.
+        """
+        flag = "--other-base (in Python: other_base=True)"
+        if self.adapter is not None and (
+            note := check_base(self.adapter, base, name, accepted=other_base, flag=flag)
+        ):
+            logger.warning("note: %s", note)
 
     def renderer(self, base: Path) -> Renderer:
         """How prompts are rendered with the base in `base`: by the contract of the training, else by its files.
@@ -354,23 +367,19 @@ def _differences(prompt: PromptContract, tokenizer: Tokenizer) -> str:
 
 
 def _base_of(folder: Path) -> tuple[str, str | None]:
-    """(name, revision) of the base model that a PEFT adapter names."""
-    try:
-        raw = read_json(folder / ADAPTER_CONFIG, MAX_CONFIG)
-        name, revision = raw["base_model_name_or_path"], raw.get("revision")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        name = revision = None
-    if not isinstance(name, str) or not name:
+    """(name, revision) of the base model that a PEFT adapter names. Raises ModelError where it cannot be used."""
+    name, revision = named_base(folder)
+    if not name:
         raise ModelError(
             f"{ADAPTER_CONFIG} does not name its base model",
             place=str(folder),
             hint="give the base model, and this folder as its adapter",
         )
-    whole = re.sub(r"(-unsloth)?-bnb-4bit$", "", name, flags=re.IGNORECASE)
+    whole = original_name(name)
     if whole != name and not Path(name).expanduser().exists():
         raise ModelError(
             f"the adapter names a 4-bit copy as its base: `{name}`",
             place=str(folder / ADAPTER_CONFIG),
             hint=f"give the 16-bit original: lorafit generate {whole} --adapter {folder}",
         )
-    return name, revision if isinstance(revision, str) else None
+    return name, revision

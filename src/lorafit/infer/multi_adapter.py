@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorafit.data.prompt import Renderer
-from lorafit.errors import ConfigError, Problem
+from lorafit.errors import ConfigError, ModelError, Problem
 from lorafit.hub.client import adapter_folder
 from lorafit.infer.model import ModelSource, find_source
 from lorafit.model.build import build_saved
@@ -47,12 +47,13 @@ def load_many(
     device: str = "auto",
     offline: bool = False,
     quantize: Quantize | None = None,
+    other_base: bool = False,
 ) -> Models:
     """Load runs, PEFT adapter folders or a model, each given as `SOURCE` or `NAME=SOURCE`.
 
-    All must have the base model of the first, which also decides type and quantization. The base is served too, by its
-    own name and chat template, unless an adapter changes more than linears of layers. Raises ConfigError with all
-    words that cannot be served together with the first.
+    All must have the base model of the first (unless `other_base`), which also decides type and quantization. The base
+    is served too, by its own name and chat template, unless an adapter changes more than linears of layers. Raises
+    ConfigError with all words that cannot be served together with the first.
     """
     pick_device(device)  # before anything is downloaded
     sources: dict[str, ModelSource] = {}
@@ -70,13 +71,14 @@ def load_many(
     if problems:
         raise ConfigError.of(problems)
     first = next(iter(sources.values()))
-    base = first.base_folder().resolve()
-    for name, source in list(sources.items())[1:]:
-        if source.adapter is None:
+    base = first.base_folder()
+    for name, source in sources.items():
+        if source.adapter is None and source is not first:
             problems.append(Problem(f"`{name}` is a base model", hint="serve one base, and adapters on it"))
-        elif (other := source.base_folder().resolve()) != base:
-            message = f"`{name}` has another base model than the first"
-            problems.append(Problem(message, f"{other}, not {base}", "serve it in a process of its own"))
+        try:
+            source.check_base(base, first.base, other_base)
+        except ModelError as error:
+            problems += error.problems
     if problems:
         raise ConfigError.of(problems)
     named = {

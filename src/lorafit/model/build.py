@@ -13,6 +13,7 @@ from lorafit.errors import ConfigError, ModelError, Problem
 from lorafit.hub.client import ModelFolder, adapter_folder, model_folder
 from lorafit.model.adapter_file import load_adapter
 from lorafit.model.architecture import read_architecture
+from lorafit.model.base_check import check_base
 from lorafit.model.device import pick_device, pick_dtype
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, attach, detach
@@ -111,6 +112,15 @@ def build_saved(
     return network.eval(), there
 
 
+def check_initial(config: Config, base: ModelFolder) -> str:
+    """Compare the base model with that of the adapter to continue, as `check_base`; returns its line for the user."""
+    if config.lora.init_from is None:
+        return ""
+    initial = _initial(config.lora.init_from, config.run.offline)
+    flag, accepted = "lora.other_base=true", config.lora.other_base
+    return check_base(initial, base.path, base.name, accepted=accepted, flag=flag)
+
+
 def wanted_adapter(config: Config) -> tuple[LoraSpec, Path | None]:
     """The spec of the adapter to train, and the folder of the one that it continues.
 
@@ -120,8 +130,7 @@ def wanted_adapter(config: Config) -> tuple[LoraSpec, Path | None]:
     spec = LoraSpec(lora.rank, lora.alpha, lora.dropout, lora.targets, lora.rslora)
     if lora.init_from is None:
         return spec, None
-    initial = adapter_folder(lora.init_from, offline=config.run.offline).path
-    check_manifest(initial, "the adapter to continue", ModelError)
+    initial = _initial(lora.init_from, config.run.offline)
     stored = read_spec(initial)
     values = {
         key: (getattr(spec, key), getattr(stored, key))
@@ -141,3 +150,10 @@ def wanted_adapter(config: Config) -> tuple[LoraSpec, Path | None]:
     if problems:
         raise ConfigError.of(problems)
     return replace(stored, dropout=lora.dropout), initial
+
+
+def _initial(name: str, offline: bool) -> Path:
+    """The folder of the adapter to continue. Raises ModelError where it is damaged."""
+    folder = adapter_folder(name, offline=offline).path
+    check_manifest(folder, "the adapter to continue", ModelError)
+    return folder

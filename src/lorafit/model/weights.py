@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from lorafit.model.dtypes import dtype_names
 from lorafit.model.linear import Frozen, replace_module
 from lorafit.model.llama import Llama
 from lorafit.model.quant import QUANTIZERS, Quantize
+from lorafit.storage.digest_cache import cached_sha256
 from lorafit.storage.safe_read import MB, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -170,20 +173,16 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """A digest of the base model: config.json, every weight file's size and header, and a sample of its bytes.
+    """A digest of the base model: config.json, and the names and bytes of its weight files, wherever the folder is.
 
-    It reads a few megabytes whatever the model's size; two different checkpoints have different digests.
+    The bytes are read once for each state of a file, see storage/digest_cache.py. Raises ModelError and OSError.
     """
+    files = weight_files(folder)
+    with ThreadPoolExecutor(max(1, min(len(files), os.cpu_count() or 1))) as pool:
+        digests = list(pool.map(cached_sha256, files))
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in weight_files(folder):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-            digest.update(file.read(min(header, 2**24)))
-            for part in range(64):
-                file.seek(part * max(1, size // 64))
-                digest.update(file.read(16384))
+    for path, of_file in zip(files, digests, strict=True):
+        digest.update(f"{path.name} {of_file} ".encode())
     return digest.hexdigest()
 
 

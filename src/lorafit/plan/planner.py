@@ -22,7 +22,7 @@ from lorafit.hub.client import ModelFolder
 from lorafit.infer.continuous_batch import AT_ONCE
 from lorafit.infer.model import check_readable
 from lorafit.model.architecture import Architecture, read_architecture
-from lorafit.model.build import base_folder, build, wanted_adapter
+from lorafit.model.build import base_folder, build, check_initial, wanted_adapter
 from lorafit.model.device import describe, pick_device, pick_dtype
 from lorafit.model.dtypes import dtype_name
 from lorafit.model.llama import Llama
@@ -52,11 +52,12 @@ MOST_IMPORT_SECONDS = 20.0  # an older process did something else before
 class RunInputs:
     """What a run reads: the folder and architecture of its base model, its rows as tokens, and their order.
 
-    `started` is when reading began (time.perf_counter), `read_seconds` what it took. The next run finds rows and
-    compiled kernels in the cache.
+    `base_note` is what `check_initial` returns. `started` is when reading began (time.perf_counter), `read_seconds`
+    what it took. The next run finds rows and compiled kernels in the cache.
     """
 
     base: ModelFolder
+    base_note: str
     arch: Architecture
     training_data: TrainingData
     order: RowOrder
@@ -70,10 +71,11 @@ class RunInputs:
         started = time.perf_counter()
         base = base_folder(config, validate=check_readable)
         arch = read_architecture(base.path)
+        base_note = check_initial(config, base)
         training_data = build_data(config, base, arch, quiet)
         kernels()
         order = row_order(config, training_data)
-        return cls(base, arch, training_data, order, started, time.perf_counter() - started)
+        return cls(base, base_note, arch, training_data, order, started, time.perf_counter() - started)
 
     def num_steps(self, config: Config) -> int:
         """Optimizer steps of the run."""

@@ -110,7 +110,7 @@ def announce(prepared: Prepared, observe: Observer) -> None:
     observe(Message(f"format {training_data.format}: {training_data.reason}; template {contract.template}"))
     for line in training_data.ledger.lines():
         observe(Message(line))
-    for warning in training_data.warnings:
+    for warning in filter(None, (*training_data.warnings, prepared.data.base_note)):
         observe(Message(warning, "warning"))
     for check in prepared.checks:
         if check.verdict != "pass":
