@@ -5,7 +5,6 @@ A column that is no field stays in the row under its own name, so that what is n
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 
 from lorafit.data.formats import detect
 from lorafit.data.row_fields import CONVERSATIONS, SYSTEM
+from lorafit.data.strict_json import RepeatedKeyError, parse_strict
 from lorafit.errors import DataError
 
 Columns = Mapping[str, str]  # field -> column; `answers.text.0` is a value within a value
@@ -150,10 +150,15 @@ def _usual(key: str, value: object) -> object:
 
 
 def _list_in_text(text: str) -> object:
-    """The list of which `text` is the JSON, as a CSV file holds it; any other text as it is."""
+    """The list of which `text` is the JSON, as a CSV file holds it; any other text as it is.
+
+    RepeatedKeyError, which no field takes, where an object in the list has a key twice.
+    """
     try:
-        value = json.loads(text) if text.lstrip()[:1] == "[" else text
-    except (ValueError, RecursionError):
+        value = parse_strict(text) if text.lstrip()[:1] == "[" else text
+    except RepeatedKeyError as error:
+        return error
+    except ValueError:
         return text
     return value if isinstance(value, list) else text
 

@@ -11,6 +11,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from lorafit.data.strict_json import parse_strict
+
 Role = Literal["system", "user", "assistant", "tool"]
 
 
@@ -24,9 +26,9 @@ class Call:
 
     @property
     def value(self) -> Any:
-        """The arguments as an object; as the text that they are where that is no JSON object."""
+        """The arguments as an object; as the text that they are where that is no JSON object, or has a key twice."""
         try:
-            value = json.loads(self.arguments)
+            value = parse_strict(self.arguments)
         except ValueError:
             return self.arguments
         return value if isinstance(value, dict) else self.arguments

@@ -1,7 +1,7 @@
 """The rows of a JSON file of any size and layout, decoded one by one from a window that moves over the text.
 
-The decoder is that of `json`, with NaN as null. A value that it cannot read is decoded again with more text, until the
-value is whole or the fault is too far from the end of the window to come from the cut.
+A value that the decoder cannot read is decoded again with more text, until the value is whole or the fault is too far
+from the end of the window to come from the cut. A row with a key twice in an object comes as RepeatedKeyError.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from collections.abc import Iterator, Mapping
 from typing import TextIO
 
 from lorafit.data.columns import are_turns, is_row
+from lorafit.data.strict_json import DECODER, MARKING_DECODER, RepeatedKeyError, mark_in
 from lorafit.errors import DataError
 
 BLOCK = 1 << 20  # characters read at a time
 MAX_OBJECT = 1 << 24  # characters up to which an object at the top is decoded whole
 MAX_ROW = 1 << 25  # characters of a row: far more than any model reads
 _SNIFFED = 5  # lines that show whether each line is a row
+KEEP_ONE = "keep one of the two"
 _CUT = 64  # a fault from the cut is at most that far from the end, except for strings without an end
 _BLANKS = re.compile(r"[ \t\n\r]*")
-_INFINITIES = {"Infinity": float("inf"), "-Infinity": -float("inf")}
-DECODER = json.JSONDecoder(parse_constant=_INFINITIES.get)  # NaN is what pandas writes for a missing value
 
 
 def too_long(place: str) -> DataError:
@@ -54,6 +54,8 @@ def line_value(line: str) -> object:
     bare = line.strip(" \t\n\r")
     try:
         return DECODER.decode(bare)
+    except RepeatedKeyError:
+        raise
     except ValueError:
         if bare.endswith(","):
             return DECODER.decode(bare[:-1])
@@ -66,6 +68,8 @@ def _is_whole(line: str, beginnings: tuple[str, ...]) -> bool:
         return False
     try:
         line_value(line)
+    except RepeatedKeyError:
+        return True
     except (ValueError, RecursionError):
         return False
     return True
@@ -89,15 +93,20 @@ def json_rows(text: TextIO, name: str) -> Iterator[tuple[int, object]]:
         yield from ((0, value) for value in _long_object(window))
         window.end()
         return
+    error = window.repeated
     if not window.follows():
         window.end()
         items = rows_of_object(value, name) if isinstance(value, dict) else [value]
-        yield from ((line if item is value else 0, item) for item in items)
+        errors = [mark_in(item) if error else None for item in items]
+        if error and not any(errors):
+            raise DataError(str(error), place=name, hint=KEEP_ONE)
+        for item, fault in zip(items, errors, strict=True):
+            yield line if item is value else 0, fault or item
         return
-    yield line, value
+    yield line, error or value
     while window.follows():
         line = window.line()
-        yield line, window.value()
+        yield line, window.row()
     window.end()
 
 
@@ -147,9 +156,13 @@ def _table(value: Mapping[str, object]) -> list[object] | None:
 def _long_object(window: _Window) -> Iterator[object]:
     """The elements of the only list among the values of the object at the window."""
     has_list = False
+    keys = set[object]()
     window.position += 1
     while window.peek() == '"':
-        window.value()
+        key = window.value()
+        if key in keys:
+            raise DataError(str(RepeatedKeyError(str(key))), place=window.name, hint=KEEP_ONE)
+        keys.add(key)
         if window.peek() != ":":
             raise window.fault("Expecting ':' delimiter")
         window.position += 1
@@ -185,6 +198,7 @@ class _Window:
         self._text, self.position = "", 0
         self._column = 1  # of the first character of the window
         self._line, self._counted = 1, 0  # the line ends before `_counted` are counted in `_line`
+        self.repeated: RepeatedKeyError | None = None  # in the last value
 
     def peek(self) -> str:
         """The character after blanks, "" at the end of the text."""
@@ -207,7 +221,7 @@ class _Window:
         self.peek()
         while True:
             try:
-                value, end = DECODER.raw_decode(self._text, self.position)
+                value, end = self._decode()
             except json.JSONDecodeError as error:
                 near_end = error.pos + _CUT >= len(self._text) or error.msg.startswith("Unterminated string")
                 long = longest is not None and len(self._text) - self.position > longest
@@ -226,6 +240,19 @@ class _Window:
             self.position = end
             return value
 
+    def row(self) -> object:
+        """The value after blanks, or the error where it has a key twice."""
+        value = self.value()
+        return self.repeated or value
+
+    def _decode(self) -> tuple[object, int]:
+        self.repeated = None
+        try:
+            return DECODER.raw_decode(self._text, self.position)
+        except RepeatedKeyError as error:
+            self.repeated = error
+            return MARKING_DECODER.raw_decode(self._text, self.position)
+
     def elements(self) -> Iterator[object]:
         """The elements of the array that begins at `position`."""
         self.position += 1
@@ -233,7 +260,7 @@ class _Window:
             self.position += 1
             return
         while True:
-            yield self.value()
+            yield self.row()
             sign = self.peek()
             if sign not in (",", "]"):
                 raise self.fault("Expecting ',' delimiter")

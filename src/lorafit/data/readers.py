@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from lorafit.data.json_rows import MAX_ROW, has_row_lines, json_rows, line_value, too_long
+from lorafit.data.json_rows import KEEP_ONE, MAX_ROW, has_row_lines, json_rows, line_value, too_long
 from lorafit.data.open_text import Position, most_unpacked, open_text, too_much
+from lorafit.data.strict_json import RepeatedKeyError
 from lorafit.errors import DataError, Problem
 from lorafit.hub.dataset_splits import FILE_KINDS, suffix_of
 from lorafit.storage.safe_read import MB
@@ -19,6 +20,7 @@ from lorafit.storage.safe_read import MB
 _LEAST_ROW = 8  # bytes of a row of text
 _BATCH = 64  # rows of a Parquet or Arrow file that are Python objects at a time
 _THRIFT = 16 * MB  # bytes of a text, or items of a list, in the metadata of a Parquet file
+_ONCE = "name every column, each name once"
 _SEPARATORS = ",;\t|"  # of a CSV file; the first where two fit
 
 
@@ -73,6 +75,8 @@ def read_file(
                     yield from _json_lines(text, name)
                 else:
                     for number, (line, value) in enumerate(json_rows(text, name), 1):
+                        if isinstance(value, RepeatedKeyError):
+                            value = Problem(str(value), place_of(name, number, line), KEEP_ONE)
                         yield RawRow(number, line, value)
 
 
@@ -90,6 +94,8 @@ def _json_lines(text: TextIO, name: str) -> Iterator[RawRow]:
         value: object
         try:
             value = line_value(line)
+        except RepeatedKeyError as error:
+            value = Problem(str(error), place_of(name, number, line_number), KEEP_ONE)
         except (ValueError, RecursionError) as error:
             fault = str(error)
             if isinstance(error, json.JSONDecodeError):
@@ -124,8 +130,7 @@ def _csv(lines: Iterator[str], name: str, has_tabs: bool) -> Iterator[RawRow]:
             if not header:
                 header = [field or f"Unnamed: {index}" for index, field in enumerate(fields)]
                 if len(set(header)) < len(header):
-                    hint = "name every column, each name once"
-                    raise DataError("the header has repeated names", place=f"{name} line 1", hint=hint)
+                    raise DataError("the header has repeated names", place=f"{name} line 1", hint=_ONCE)
             elif fields:
                 number += 1
                 if len(fields) == len(header):
@@ -201,11 +206,16 @@ def _rows_of(
     position.fraction = lambda: done / num_rows if num_rows else 0.0
     for batch in batches:
         batch.validate(full=True)  # a wrong offset would read other memory
+        if len(set(batch.schema.names)) < batch.num_columns:
+            raise DataError("columns have the same name", place=name, hint=_ONCE)
         for start in range(0, batch.num_rows, _BATCH):
             part = batch.slice(start, _BATCH)  # one batch of an Arrow file may be all of it
             left -= sum(_unpacked_bytes(column) for column in part.columns)
             if left < 0:
                 raise too_much(name)
-            rows = part.to_pylist()
+            try:
+                rows = part.to_pylist()
+            except ValueError as error:  # a field of an object is there twice
+                raise DataError(f"cannot be read: {error}", place=name, hint="write the file again") from None
             yield from rows
             done += len(rows)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from lorafit.data.strict_json import RepeatedKeyError
 from lorafit.errors import Problem
 
 WEIGHT = ("weight", "loss_weight", "sample_weight", "loss_scale")  # the first is the name of lorafit
@@ -214,7 +215,7 @@ def undecodable(text: str) -> str:
 
 _KINDS: dict[type, str] = {
     type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list",
-    dict: "an object",
+    dict: "an object", RepeatedKeyError: "JSON text with a key twice",
 }  # fmt: skip
 
 

@@ -36,7 +36,7 @@ from lorafit.storage.ownership import not_own
 
 logger = logging.getLogger(__name__)
 
-ENCODING = 5  # to be raised whenever the same rows would be written as other bytes
+ENCODING = 6  # to be raised whenever the same rows would be written as other bytes
 MAX_BYTES = 20 * 10**9
 _DECIDING_FILES = ("tokens.bin", "offsets.bin", "numbers.bin", "weighted.bin", "weights.bin")
 _BUILDING = ".building-"

@@ -12,6 +12,7 @@ from typing import Any
 
 from lorafit.data.content import Call, Chat, Message, Role
 from lorafit.data.row_fields import REASONING, SYSTEM, TOOLS, TRAIN, Fields, is_empty, kind
+from lorafit.data.strict_json import RepeatedKeyError, parse_strict
 from lorafit.errors import DataError, Problem
 
 ROLES: dict[str, Role] = {
@@ -185,9 +186,9 @@ def _calls_in_text(turn: Fields, field: str, value: object) -> tuple[Call, ...]:
     """The calls that are the content of a turn, as JSON text or as an object."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except ValueError:
-            turn.wrong(field, "is no call of a tool as JSON", _CALL_HINT)
+            value = parse_strict(value)
+        except ValueError as error:
+            turn.wrong(field, f"is no call of a tool as JSON{_why(error)}", _CALL_HINT)
             return ()
     calls = [_call(turn, field, one) for one in (value if isinstance(value, list) else [value])]
     return tuple(call for call in calls if call is not None)
@@ -236,11 +237,16 @@ def _list(fields: Fields, field: str) -> list[object]:
     value = fields.get(field)
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except ValueError:
-            fields.wrong(field, "is neither a list nor the JSON text of one", f"write `{field}` as a list")
+            value = parse_strict(value)
+        except ValueError as error:
+            message = f"is neither a list nor the JSON text of one{_why(error)}"
+            fields.wrong(field, message, f"write `{field}` as a list")
             return []
     if isinstance(value, list):
         return value
     fields.wrong(field, f"is {kind(value)}, not a list", f"write `{field}` as a list")
     return []
+
+
+def _why(error: ValueError) -> str:
+    return f": {error}" if isinstance(error, RepeatedKeyError) else ""
