@@ -37,7 +37,7 @@ def check_base(adapter: Path, base: Path, name: str, *, accepted: bool = False, 
         ours = fingerprint(base)
         if ours == made_on:
             return ""
-        bases = f"`{named}` with the fingerprint {made_on[:12]}, and `{name}` has {ours[:12]}"
+        bases = f"`{named}` ({made_on[:12]}), and not `{name}` ({ours[:12]})"
     elif _differ(named, name):
         bases = f"`{named}`, and not `{name}`"
     else:
