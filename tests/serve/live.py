@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,8 +16,9 @@ from tests.waiting import HANGS, until
 
 from lorafit.infer.continuous_batch import ContinuousBatch
 from lorafit.infer.multi_adapter import Models, load_many
-from lorafit.infer.scheduler import Scheduler
 from lorafit.model.lora import LoraSpec
+from lorafit.serve.jobs import AnswerService
+from lorafit.serve.limits import Limits
 from lorafit.serve.server import AccessToken, Address, Server, listen, serve
 
 TOKEN = "a-token-of-the-tests"
@@ -32,11 +35,26 @@ class Live:
     batch: ContinuousBatch
 
     @property
-    def scheduler(self) -> Scheduler:
+    def service(self) -> AnswerService:
         app = self.server.config.app.app  # type: ignore[union-attr]  the guard's
-        scheduler = app.state.service.scheduler
-        assert isinstance(scheduler, Scheduler)
-        return scheduler
+        service = app.state.service
+        assert isinstance(service, AnswerService)
+        return service
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        return self.service._loop
+
+    def connect(self, content: bytes = b"", receive_buffer: int = 0) -> socket.socket:
+        """A connection with `content` sent. `receive_buffer` is its size in bytes, 0 for the usual one."""
+        host, port = self.url.removeprefix("http://").split(":")
+        connection = socket.socket()
+        connection.settimeout(HANGS)
+        if receive_buffer:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        connection.connect((host, int(port)))
+        connection.sendall(content)
+        return connection
 
     def load(self) -> tuple[int, int]:
         """(active, waiting)"""
@@ -76,11 +94,15 @@ def live(
     timeout: float = HANGS,
     hosts: tuple[str, ...] = (),
     context: int = CONTEXT,
+    limits: Limits | None = None,
+    send_buffer: int = 0,
 ) -> Iterator[Live]:
-    """A server for `models` while the block runs."""
+    """A server for `models` while the block runs. `send_buffer` is that of its connections, 0 for the usual one."""
     batch = ContinuousBatch(models.network, slots, context, models.adapters)
     place = Address("127.0.0.1", 0, hosts)
     listening = listen(place)
+    if send_buffer:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     port = listening.getsockname()[1]
     started: list[Server] = []
 
@@ -94,6 +116,7 @@ def live(
             token,
             max_waiting=queue,
             timeout=timeout,
+            limits=limits,
             ready=started.append,
         )
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import socket
+import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +18,11 @@ from hypothesis import strategies as st
 from hypothesis.internal.conjecture import engine
 from hypothesis.strategies._internal import collections
 from tests.serve.live import TOKEN, Live, live, write_and_load
+from tests.serve.shapes import REQUESTS, ask, bodies, pause_of, wires
 from tests.waiting import HANGS
+
+from lorafit.serve.body import parse
+from lorafit.serve.errors import ApiError
 
 with (
     pytest.MonkeyPatch.context() as patch
@@ -175,3 +182,36 @@ def test_any_bytes_are_refused_with_a_reason(there: Live, content: bytes, kind: 
     )
     assert reply.status_code == 400
     assert reply.json()["error"]["message"]
+
+
+@bounded
+@given(bodies())
+def test_no_body_holds_the_loop(there: Live, body: tuple[str, bytes]) -> None:
+    assert ask(there, *body) in (b"200", b"400")
+    assert min(pause_of(there, *body) for _ in range(2)) < 0.05
+
+
+@bounded
+@given(bodies())
+def test_no_body_takes_much_memory_or_has_a_long_answer(body: tuple[str, bytes]) -> None:
+    path, content = body
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(ApiError):
+            parse(content, REQUESTS[path])
+        assert tracemalloc.get_traced_memory()[1] < 40e6  # beside the bytes that arrive
+    finally:
+        tracemalloc.stop()
+
+
+@bounded
+@given(wires)
+def test_any_bytes_on_a_connection_are_answered_or_closed(there: Live, pieces: list[bytes]) -> None:
+    with there.connect() as connection, contextlib.suppress(OSError):
+        for piece in pieces:
+            connection.sendall(piece)
+        connection.shutdown(socket.SHUT_WR)
+        answers = b"".join(iter(lambda: connection.recv(65536), b""))
+        statuses = re.findall(rb"^HTTP/1\.1 (\d+)", answers, re.MULTILINE)
+        assert set(statuses) <= {b"100", b"200", b"400", b"401", b"403", b"404", b"405"}, answers
+    assert there.client.get("/health").status_code == 200

@@ -411,7 +411,7 @@ def test_turns_of_real_histories_are_taken(there: Live) -> None:
 
     said, nothing = {"role": "assistant", "content": "b"}, {"role": "assistant", "content": ""}
     plain = answer(said)
-    for extra in ({"reasoning_content": "c"}, {"id": "m1", "refusal": None}, {"tool_calls": [], "name": "n"}):
+    for extra in ({"reasoning_content": None}, {"id": "m1", "refusal": None}, {"tool_calls": [], "name": ""}):
         assert answer({**said, **extra}) == plain
     assert answer({**said, "content": [{"type": "text", "text": "b"}]}) == plain
     assert answer({**nothing, "content": None}) == answer({"role": "assistant"}) == answer(nothing)

@@ -24,9 +24,9 @@ from tests.waiting import HANGS, Clock
 
 from lorafit.errors import ConfigError
 from lorafit.infer.multi_adapter import Models, check_context, load_many
-from lorafit.serve import auth
 from lorafit.serve.auth import Guard
-from lorafit.serve.server import MAX_BYTES, Address, Server, find_token, listen
+from lorafit.serve.limits import Limits
+from lorafit.serve.server import Address, Server, find_token, listen
 
 ENDLESS: dict[str, Any] = {
     "model": "base",
@@ -124,7 +124,7 @@ def test_pages_of_other_sites_are_not_answered(origin: str, status: int, there: 
 
 def test_a_server_on_all_addresses_takes_any_address_but_no_foreign_name() -> None:
     def is_ours(host: str, any_address: bool) -> bool:
-        checked = Guard(None, token="x", hosts=["localhost"], any_address=any_address, max_bytes=1)  # type: ignore[arg-type]
+        checked = Guard(None, token="x", hosts=["localhost"], any_address=any_address, limits=Limits())  # type: ignore[arg-type]
         return checked._is_allowed(host)
 
     assert is_ours("10.0.0.7:8000", any_address=True)
@@ -151,18 +151,11 @@ def head(length: object, more: str = "") -> bytes:
 
 
 def test_too_much_is_refused_before_it_is_read(there: Live) -> None:
-    assert b" 413 " in raw(there, head(MAX_BYTES + 1))
+    assert b" 413 " in raw(there, head(Limits().body_bytes + 1))
     chunked = head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
     block = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
-    assert b" 413 " in raw(there, chunked + block * (MAX_BYTES // 0x10000 + 1))
+    assert b" 413 " in raw(there, chunked + block * (Limits().body_bytes // 0x10000 + 1))
     assert there.client.post("/v1/completions", json=SHORT).status_code == 200
-
-
-def test_a_request_that_trickles_is_given_up(there: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auth, "BODY_SECONDS", 0.2)
-    received = raw(there, head(100) + b"{")
-    assert b" 408 " in received
-    assert b"request_timeout" in received
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,13 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer as RustTokenizer
 
+from lorafit.data.token_length import TokenLength
 from lorafit.data.tokenizer_files import (
     chat_template,
     generation_config,
     missing_hint,
     read_object,
+    steps_of,
     token_text,
     tokenizer_config,
 )
@@ -93,6 +95,7 @@ class Tokenizer:
         self.adds_bos = (
             _adds(spec.get("post_processor"), names["bos_token"]) if adds_bos is None else bool(adds_bos)
         )
+        self._length = TokenLength(spec)
         _rename(spec, self._private)
         self._prefix = _take_prefix(spec, legacy=config.get("legacy") is not False)
         self._rust = RustTokenizer.from_str(json.dumps(spec))
@@ -191,6 +194,10 @@ class Tokenizer:
     def encode(self, content: str) -> list[int]:
         """The ids of plain content, without BOS and without any control token."""
         return next(self.encode_batch([content]))[0]
+
+    def fewest_tokens(self, content: str) -> int:
+        """A number of tokens that plain content has at least, without encoding it."""
+        return self._length.fewest(content)
 
     def encode_batch(self, texts: Sequence[str]) -> Iterator[tuple[list[int], list[int]]]:
         """For each text (protected template text and plain content): its ids, and the positions in the ids of
@@ -316,18 +323,6 @@ def _take_prefix(spec: dict[str, Any], legacy: bool) -> _Prefix | None:
             step.update(type="Replace", pattern={"String": step["prepend"]}, content=step["prepend"])
             return _Prefix(step.pop("prepend"), not legacy, "")
     return None
-
-
-def steps_of(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """A normalizer, pre-tokenizer or post-processor as its plain steps."""
-    if part is None:
-        return
-    lists = ("normalizers", "pretokenizers", "processors", "decoders")
-    nested = next((part[name] for name in lists if part.get(name)), None)
-    if nested is None:
-        yield part
-    for step in nested or []:
-        yield from steps_of(step)
 
 
 def _growth(part: dict[str, Any] | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +93,15 @@ def missing_hint(path: Path) -> str:
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     return "download the model again with all its tokenizer files"
+
+
+def steps_of(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """A normalizer, pre-tokenizer or post-processor as its plain steps."""
+    if part is None:
+        return
+    lists = ("normalizers", "pretokenizers", "processors", "decoders")
+    nested = next((part[name] for name in lists if part.get(name)), None)
+    if nested is None:
+        yield part
+    for step in nested or []:
+        yield from steps_of(step)

@@ -77,18 +77,21 @@ def as_messages(turns: object) -> tuple[Message, ...]:
             return tuple(turns)
         problems: list[Problem] = []
         row = Fields({"messages": [_as_object(turn) for turn in turns]}, "the conversation", problems)
-        read = [_turn(turn) for turn in row.objects("messages", "turns with `role` and `content`")]
+        chat = question(row)
         if problems:
             raise DataError.of(problems)
-        return tuple(turn for turn in read if turn is not None)
+        return chat.messages
     hint = 'write [{"role": "user", "content": "..."}]'
     raise DataError(f"a conversation is a list of turns, not {kind(turns)}", hint=hint)
 
 
 def question(row: Fields) -> Chat:
-    """The conversation in `messages`, with the tools of the row. The answer to its last turn is asked for."""
-    messages = as_messages(row.get("messages"))
-    return Chat(messages, _tools(row))
+    """The conversation in `messages`, with the tools of the row. The answer to its last turn is asked for.
+
+    Earlier answers may be empty: nothing of them is trained.
+    """
+    read = [_turn(turn, is_asked=True) for turn in row.objects("messages", "turns with `role` and `content`")]
+    return Chat(tuple(turn for turn in read if turn is not None), _tools(row))
 
 
 def _as_object(turn: object) -> object:
@@ -97,8 +100,8 @@ def _as_object(turn: object) -> object:
     return dict(turn) if isinstance(turn, Mapping) else turn
 
 
-def _turn(turn: Fields) -> Message | None:
-    """One turn of a conversation, or None after a problem."""
+def _turn(turn: Fields, is_asked: bool = False) -> Message | None:
+    """One turn of a conversation, or None after a problem. `is_asked`: it is part of a question."""
     before = len(turn.problems)
     role_key = turn.first(_ROLE_KEYS if "value" not in turn.raw else _ROLE_KEYS[::-1])
     text_key = turn.first(_TEXT_KEYS if role_key != "from" else ("value", "content", "text"))
@@ -110,7 +113,7 @@ def _turn(turn: Fields) -> Message | None:
             calls = _calls_in_text(turn, text_key, turn.get(text_key))
             message = Message("assistant", "", turn.one_of(REASONING), calls)
         elif spelled in ROLES:
-            message = _read(turn, ROLES[spelled], text_key)
+            message = _read(turn, ROLES[spelled], text_key, is_asked)
         else:
             known = ", ".join(f"`{role}`" for role in (*ROLES, *_CALL_ROLES))
             turn.wrong(role_key, f"is {name!r}, which is no known role", f"use one of {known}")
@@ -121,13 +124,14 @@ def _turn(turn: Fields) -> Message | None:
     return message if len(turn.problems) == before else None
 
 
-def _read(turn: Fields, role: Role, text_key: str) -> Message:
+def _read(turn: Fields, role: Role, text_key: str, is_asked: bool) -> Message:
     before = len(turn.problems)
     match role:
         case "assistant":
             calls = _calls(turn)
-            text = _text(turn, text_key, may_be_missing=bool(calls))
-            if not text.strip() and not calls and len(turn.problems) == before:
+            may_be_empty = is_asked or bool(calls)
+            text = _text(turn, text_key, may_be_missing=may_be_empty)
+            if not text.strip() and not may_be_empty and len(turn.problems) == before:
                 turn.wrong(text_key, "is empty: nothing to train on", "write the answer, or remove the row")
             return Message(role, text, turn.one_of(REASONING), calls)
         case "tool":

@@ -15,7 +15,8 @@ from typing import Any
 import gguf
 from gguf import TokenType
 
-from lorafit.data.tokenizer import Tokenizer, steps_of
+from lorafit.data.tokenizer import Tokenizer
+from lorafit.data.tokenizer_files import steps_of
 from lorafit.errors import ModelError
 from lorafit.model.architecture import FAMILIES
 

@@ -9,15 +9,18 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from lorafit.data.formats import Completion, Message, Role
+from lorafit.data.formats import Chat, Completion, Fields, question
+from lorafit.errors import DataError, Problem
 from lorafit.infer.multi_adapter import ServedModel
+from lorafit.serve.body import read_body, short
 from lorafit.serve.errors import ApiError
-from lorafit.serve.jobs import AnswerService, Options
+from lorafit.serve.jobs import AnswerService, Options, Prompt
 from lorafit.serve.protocol import (
     ChatMessage,
     ChatReply,
@@ -45,12 +48,17 @@ _ERRORS: dict[int, str] = {
     503: "The server is stopping.",
     504: "The answer was not ready in time.",
 }
+_SCHEMAS = "#/components/schemas/"
 _STREAM = {"text/event-stream": {"schema": {"type": "string", "description": "With `stream: true`: SSE."}}}
-_MAX_FAULTS = 8  # that a message names
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorReply, "description": _ERRORS[status]} for status in statuses}
+
+
+def _body_of(model: type[BaseModel]) -> dict[str, Any]:
+    schema = {"$ref": f"{_SCHEMAS}{model.__name__}"}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
 router = APIRouter()
@@ -83,14 +91,16 @@ async def get_model(model: str, request: Request) -> ModelEntry:
     response_model=ChatReply,
     responses={**_errors(*_ERRORS), 200: {"content": _STREAM}},
     operation_id="chat",
+    openapi_extra=_body_of(ChatRequest),
 )
-async def chat(body: ChatRequest, request: Request) -> Response:
+async def chat(request: Request) -> Response:
     """Answer a conversation that ends in a user turn, rendered as in the model's training."""
     service = _service(request.app)
+    body = await read_body(request, ChatRequest, service.reader)
     served = service.named(body.model)
-    messages = _messages(body.messages)
+    _check_roles(body.messages)
     _check_template_args(served, body.chat_template_kwargs or {})
-    prompts = await service.render(lambda: [served.renderer.prompt_ids(messages)])
+    prompts = await service.render(served, len(await request.body()), lambda: [_chat(body)])
     options = Options(
         max_tokens=_limit(body.max_completion_tokens or body.max_tokens),
         sampling=body.sampling(),
@@ -109,13 +119,16 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     response_model=CompletionReply,
     responses={**_errors(*_ERRORS), 200: {"content": _STREAM}},
     operation_id="complete",
+    openapi_extra=_body_of(CompletionRequest),
 )
-async def complete(body: CompletionRequest, request: Request) -> Response:
+async def complete(request: Request) -> Response:
     """Continue a text, or token ids. No template is applied."""
     service = _service(request.app)
+    body = await read_body(request, CompletionRequest, service.reader)
     served = service.named(body.model)
     vocab_size = service.models.network.arch.vocab_size
-    prompts = await service.render(lambda: _completion_prompts(served, body.prompt, vocab_size))
+    num_bytes = len(await request.body())
+    prompts = await service.render(served, num_bytes, lambda: _completion_prompts(body.prompt, vocab_size))
     options = Options(
         max_tokens=_limit(body.max_tokens or _COMPLETION_TOKENS),
         sampling=body.sampling(),
@@ -144,7 +157,6 @@ def make_app(make_service: Callable[[], AnswerService], log: Callable[[str], Non
         lifespan=lifespan,
         exception_handlers={
             ApiError: _api_error,
-            RequestValidationError: _invalid,
             HTTPException: _http_error,
             Exception: _internal_error,
         },
@@ -169,16 +181,30 @@ def _limit(max_tokens: int | None) -> int | None:
     return None if max_tokens == -1 else max_tokens
 
 
-def _messages(turns: Sequence[ChatMessage]) -> list[Message]:
-    roles: list[Role] = ["system" if turn.role == "developer" else turn.role for turn in turns]
+def _check_roles(turns: Sequence[ChatMessage]) -> None:
+    """Raise ApiError where nothing is asked, or a system message is not at the start."""
+    roles = [turn.role for turn in turns]
     message = ""
-    if roles[-1] != "user":
-        message = "the last message must be the user's"
-    elif "system" in roles[1:]:
+    if roles[-1] not in ("user", "tool"):
+        message = "the last message must be the user's, or a tool's result"
+    elif "system" in roles[1:] or "developer" in roles[1:]:
         message = "only the first message can be a system message"
     if message:
         raise ApiError(400, message, code="invalid_messages", param="messages")
-    return [Message(role, turn.text) for role, turn in zip(roles, turns, strict=True)]
+
+
+def _chat(body: ChatRequest) -> Chat:
+    """The conversation, read as a row of data. Raises DataError."""
+    problems: list[Problem] = []
+    tools = None if body.tool_choice == "none" else body.tools
+    row = Fields(
+        {"messages": [turn.row() for turn in body.messages], "tools": tools}, "the request", problems
+    )
+    chat = question(row)
+    problems += [Problem(f"the prompt has no place for {key}", hint="remove it") for key in row.unused]
+    if problems:
+        raise DataError.of(problems)
+    return chat
 
 
 def _check_template_args(served: ServedModel, given: Mapping[str, Any]) -> None:
@@ -186,7 +212,7 @@ def _check_template_args(served: ServedModel, given: Mapping[str, Any]) -> None:
     fixed = served.renderer.contract.template_args
     for name, value in given.items():
         if name not in fixed or fixed[name] != value:
-            field = f"chat_template_kwargs.{name}"
+            field = f"chat_template_kwargs.{short(name)}"
             message = (
                 f"{field}: the prompt is that of the training, where data.template_args has no such value"
             )
@@ -194,12 +220,12 @@ def _check_template_args(served: ServedModel, given: Mapping[str, Any]) -> None:
 
 
 def _completion_prompts(
-    served: ServedModel, prompt: str | list[str] | list[int] | list[list[int]], vocab_size: int
-) -> list[list[int]]:
-    prompts: list[list[int]] = []
+    prompt: str | list[str] | list[int] | list[list[int]], vocab_size: int
+) -> list[Prompt]:
+    prompts: list[Prompt] = []
     for one in [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt:
         if isinstance(one, str):
-            prompts.append(served.renderer.prompt_ids(Completion(one, "")))
+            prompts.append(Completion(one, ""))
         elif isinstance(one, list):
             ids = [int(token) for token in one]
             if max(ids) >= vocab_size:
@@ -214,15 +240,6 @@ async def _api_error(_: Request, error: Exception) -> Response:
     return error.response()
 
 
-async def _invalid(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    faults = list(dict.fromkeys((_field(fault, error.body), _words(fault)) for fault in error.errors()))
-    message = "; ".join(f"{field}: {text}" for field, text in faults[:_MAX_FAULTS])
-    if len(faults) > _MAX_FAULTS:
-        message += f"; and {len(faults) - _MAX_FAULTS} more"
-    return ApiError(400, message, code="invalid_request", param=faults[0][0] if faults else None).response()
-
-
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     is_missing = error.status_code == 404
@@ -233,34 +250,6 @@ async def _http_error(request: Request, error: Exception) -> Response:
 async def _internal_error(request: Request, error: Exception) -> Response:
     request.app.state.log("".join(traceback.format_exception(error)).rstrip())
     return ApiError(500, "an internal error; see the server's log", code="internal_error").response()
-
-
-def _field(fault: Mapping[str, Any], body: object) -> str:
-    """The place of a fault in `body`. Parts that name an alternative of a type, and no place, are left out."""
-    parts: list[str] = []
-    for part in fault["loc"][1:]:
-        if isinstance(body, dict) and (part in body or fault["type"] == "missing"):
-            body = body.get(part)
-        elif isinstance(body, list) and isinstance(part, int) and part < len(body):
-            body = body[part]
-        else:
-            continue
-        parts.append(str(part))
-    return ".".join(parts) or "body"
-
-
-def _words(fault: Mapping[str, Any]) -> str:
-    """What is wrong, without the names that pydantic has for it."""
-    match fault["type"]:
-        case "extra_forbidden":
-            return "this server has no such field"
-        case "missing":
-            return "it is missing"
-        case "json_invalid":
-            return f"it is not JSON: {fault['ctx']['error']}"
-        case "model_attributes_type" | "model_type":
-            return "it is a JSON object"
-    return str(fault["msg"]).removeprefix("Value error, ")
 
 
 def _document(app: FastAPI) -> dict[str, Any]:
@@ -278,6 +267,11 @@ def _document(app: FastAPI) -> dict[str, Any]:
         schemas = document["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)
+        _, bodies = models_json_schema(
+            [(ChatRequest, "validation"), (CompletionRequest, "validation")],
+            ref_template=_SCHEMAS + "{model}",
+        )
+        schemas.update(bodies["$defs"])
         for name in ("ChatRequest", "CompletionRequest"):
             schemas[name]["properties"]["model"] = {"type": "string", "title": "Model", "enum": names}
         document["paths"]["/v1/models/{model}"]["get"]["parameters"][0]["schema"]["enum"] = names

@@ -11,10 +11,11 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lorafit.serve.connection import HAS_TOKEN
 from lorafit.serve.errors import ApiError
+from lorafit.serve.limits import Limits
 
 OPEN_PATHS = ("/health",)
-BODY_SECONDS = 20.0
 _HOST = re.compile(
     r"(?:\[([0-9a-fA-F:.]+)\]|([\w.-]+))(?::\d{1,5})?", re.ASCII
 )  # [address] or name, and a port
@@ -29,13 +30,13 @@ class Guard:
     """
 
     def __init__(
-        self, app: ASGIApp, *, token: str, hosts: Iterable[str], any_address: bool, max_bytes: int
+        self, app: ASGIApp, *, token: str, hosts: Iterable[str], any_address: bool, limits: Limits
     ) -> None:
         self.app = app
         self._token = token.encode()
         self._hosts = {host.lower() for host in hosts}
         self._any_address = any_address
-        self._max_bytes = max_bytes
+        self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -68,6 +69,11 @@ class Guard:
                 message = "requests from pages of other sites are not allowed"
                 raise ApiError(403, message, code="origin_not_allowed", param="Origin")
         if scope["path"] in OPEN_PATHS:
+            if any(
+                name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0"))
+                for name, value in headers
+            ):
+                raise ApiError(400, f"{scope['path']} takes no body", code="invalid_request", param="body")
             return
         values = [value for name, value in headers if name == b"authorization"]
         kind, _, token = (values[0] if len(values) == 1 else b"").partition(b" ")
@@ -78,6 +84,7 @@ class Guard:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        scope.setdefault("state", {})[HAS_TOKEN] = True
 
     def _is_allowed(self, host: str) -> bool:
         match = _HOST.fullmatch(host)
@@ -87,20 +94,21 @@ class Guard:
         return name in self._hosts or (self._any_address and _is_address(name))
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
-        message = f"the request is larger than {self._max_bytes:,} bytes"
+        most = self._limits.body_bytes
+        message = f"the request is larger than {most:,} bytes"
         too_large = ApiError(413, message, code="request_too_large")
         for name, value in scope["headers"]:
-            if name == b"content-length" and value.isdigit() and int(value) > self._max_bytes:
+            if name == b"content-length" and value.isdigit() and int(value) > most:
                 raise too_large
         body = bytearray()
         try:
-            async with asyncio.timeout(BODY_SECONDS):
+            async with asyncio.timeout(self._limits.body_seconds):
                 while True:
                     event = await receive()
                     if event["type"] == "http.disconnect":
                         return None
                     body += event.get("body", b"")
-                    if len(body) > self._max_bytes:
+                    if len(body) > most:
                         raise too_large
                     if not event.get("more_body", False):
                         return bytes(body)

@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from lorafit.errors import LorafitError
+from lorafit.data.content import Chat, Completion, Message
+from lorafit.data.prompt import Renderer
+from lorafit.errors import LorafitError, Problem
 from lorafit.infer.continuous_batch import ContinuousBatch, GeneratedToken, Request
 from lorafit.infer.multi_adapter import Models, ServedModel
 from lorafit.infer.sampling import Sampling
@@ -22,6 +24,12 @@ from lorafit.infer.scheduler import (
 )
 from lorafit.infer.stream_text import AnswerText, TokenTexts
 from lorafit.serve.errors import ApiError
+
+Prompt = Chat | Completion | list[int]
+
+_SHORT = 64 * 2**10  # bytes of a request that does not wait for longer ones
+_MAX_LONG = 4  # longer requests that are rendered or wait for it
+_MAX_PROBLEMS = 8  # that a message names
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +113,17 @@ class AnswerService:
         self.token_texts = TokenTexts(next(iter(models.named.values())).renderer.tokenizer)
         self._loop = asyncio.get_running_loop()
         self._jobs: dict[Ticket, AnswerJob] = {}
-        self._num_rendering = 0
-        self._renderer = ThreadPoolExecutor(1, "lorafit-render")  # threads cannot share a tokenizer
+        self._num_rendering = {True: 0, False: 0}  # of short prompts, of long ones
+        self.reader = ThreadPoolExecutor(1, "lorafit-read")
+        # Long prompts have a thread of their own, and renderers, because a template has one budget at a time.
+        self._threads = {
+            True: ThreadPoolExecutor(1, "lorafit-short"),
+            False: ThreadPoolExecutor(1, "lorafit-long"),
+        }
+        self._long_renderers = {
+            name: Renderer(served.renderer.contract, served.renderer.tokenizer)
+            for name, served in models.named.items()
+        }
         self.scheduler.start()
 
     def named(self, name: str) -> ServedModel:
@@ -117,26 +134,51 @@ class AnswerService:
         message = f"there is no model `{name}`; there are {names}"
         raise ApiError(404, message, code="model_not_found", param="model")
 
-    async def render(self, make: Callable[[], list[list[int]]]) -> list[list[int]]:
-        """Prompts as ids: calls `make` on a thread of its own, and checks its result. Raises ApiError."""
-        if self._num_rendering + sum(self.scheduler.load()) >= self.scheduler.capacity:
+    async def render(
+        self, served: ServedModel, num_bytes: int, read: Callable[[], Sequence[Prompt]]
+    ) -> list[list[int]]:
+        """The prompts that `read` returns, as ids; `num_bytes` is the size of the request. Raises ApiError.
+
+        All work is done on another thread. A prompt whose texts cannot fit the context is not rendered.
+        """
+        is_short = num_bytes <= _SHORT
+        is_full = sum(self._num_rendering.values()) + sum(self.scheduler.load()) >= self.scheduler.capacity
+        if is_full or (not is_short and self._num_rendering[is_short] >= _MAX_LONG):
             raise _queue_full(1)
-        self._num_rendering += 1
+        renderer = served.renderer if is_short else self._long_renderers[served.name]
+
+        def work() -> list[list[int]]:
+            return [self._ids(renderer, prompt) for prompt in read()]
+
+        self._num_rendering[is_short] += 1
         try:
-            prompts = await self._loop.run_in_executor(self._renderer, make)
+            prompts = await self._loop.run_in_executor(self._threads[is_short], work)
         except LorafitError as error:
-            problem = error.problems[0]
-            message = ": ".join(part for part in (problem.message, problem.hint) if part)
+            message = "; ".join(_sentence(problem) for problem in error.problems[:_MAX_PROBLEMS])
             raise ApiError(400, message, code="invalid_prompt") from None
         finally:
-            self._num_rendering -= 1
+            self._num_rendering[is_short] -= 1
         for length in map(len, prompts):
             if not length:
                 raise ApiError(400, "the prompt has no tokens", code="invalid_prompt")
             if length >= self.context:
-                message = f"the prompt has {length:,} tokens; the context with its answer is {self.context:,}"
-                raise ApiError(400, message, code="context_length_exceeded")
+                raise self._too_long(f"{length:,}")
         return prompts
+
+    def _ids(self, renderer: Renderer, prompt: Prompt) -> list[int]:
+        """The ids of a prompt. Raises ApiError before anything is rendered where its texts cannot fit the context."""
+        if isinstance(prompt, list):
+            return prompt
+        texts = [prompt.prompt] if isinstance(prompt, Completion) else map(_shown, prompt.messages)
+        if (fewest := sum(map(renderer.tokenizer.fewest_tokens, texts))) >= self.context:
+            raise self._too_long(f"{fewest:,} or more")
+        return renderer.prompt_ids(
+            prompt.messages if isinstance(prompt, Chat) and not prompt.tools else prompt
+        )
+
+    def _too_long(self, count: str) -> ApiError:
+        message = f"the prompt has {count} tokens; the context with its answer is {self.context:,}"
+        return ApiError(400, message, code="context_length_exceeded")
 
     def start(self, served: ServedModel, prompts: Sequence[Sequence[int]], options: Options) -> AnswerJob:
         """Queue the answers to `prompts`, in order. Raises ApiError where the queue is full."""
@@ -176,7 +218,8 @@ class AnswerService:
     async def stop(self) -> None:
         """End the threads. Answers that have not ended fail."""
         await self._loop.run_in_executor(None, self.scheduler.stop)
-        self._renderer.shutdown(wait=False, cancel_futures=True)
+        for executor in (self.reader, *self._threads.values()):
+            executor.shutdown(wait=False, cancel_futures=True)
 
     def _deliver(self, events: list[TicketEvent]) -> None:
         self._loop.call_soon_threadsafe(self._distribute, events)
@@ -185,6 +228,16 @@ class AnswerService:
         for event in events:
             if (job := self._jobs.get(event[0])) is not None:
                 job.events.put_nowait(event)
+
+
+def _sentence(problem: Problem) -> str:
+    place = f" ({problem.place})" if problem.place else ""
+    return ": ".join(filter(None, (problem.message + place, problem.hint)))
+
+
+def _shown(message: Message) -> str:
+    """What every template shows of a turn: it may strip the content, and leave out the thought of an answer."""
+    return message.content.rpartition("</think>")[2].strip()
 
 
 def _queue_full(retry_after: int) -> ApiError:

@@ -1,7 +1,7 @@
 """Requests and replies of the API, with OpenAI's names. Unknown and unsupported fields are refused, never ignored.
 
-Types are strict: a number in quotes is not a number. Fields of OpenAI and of other servers that would change the
-answer, and are not supported, accept only the value that changes nothing.
+Types are strict: a number in quotes is not a number. A list is checked up to its first fault. Fields of OpenAI and of
+other servers that would change the answer, and are not supported, accept only the value that changes nothing.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from lorafit.infer.sampling import Sampling
 
 MAX_CHOICES = 16
 _INT64 = 2**63
+_MAX_KEYS = 128
 
 
 class Only:
@@ -57,18 +58,21 @@ class Only:
         return value
 
 
-def _decodable(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"a lone surrogate at position {error.start} is not a character") from None
-    return text
-
-
 def _not_zero(count: int) -> int:
     if count == 0:
         raise ValueError("it is 1 or more; -1 is no limit")
     return count
+
+
+def _at_most(length: int) -> BeforeValidator:
+    """Refuses a longer list or object before its elements are checked; `max_length` alone counts them afterwards."""
+
+    def check(value: object) -> object:
+        if isinstance(value, list | dict) and len(value) > length:
+            raise PydanticCustomError("too_long", f"it has {len(value):,} elements, more than {length:,}")
+        return value
+
+    return BeforeValidator(check)
 
 
 def _is_text_part(part: object) -> object:
@@ -97,43 +101,55 @@ def _choice(kind: Callable[[object], str | None], expected: str) -> Discriminato
     return Discriminator(kind, custom_error_type="kind", custom_error_message=f"it is {expected}")
 
 
-Str = Annotated[str, AfterValidator(_decodable)]
-StopText = Annotated[str, Field(max_length=1000), AfterValidator(_decodable)]
+StopText = Annotated[str, Field(max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Ids = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Count = Annotated[int, Field(ge=-1, lt=2**31, description="-1 is no limit."), AfterValidator(_not_zero)]
-Unused = Annotated[Str | None, Field(description="Accepted and not used.")]
+Unused = Annotated[str | None, Field(description="Accepted and not used.")]
 
 
 class _Strict(BaseModel):
+    """An object whose keys are all known. Beyond _MAX_KEYS, they are not named."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, value: object) -> object:
+        if isinstance(value, dict) and len(value) > _MAX_KEYS:
+            raise PydanticCustomError("too_long", f"it has more than {_MAX_KEYS} keys")
+        return value
 
 
 class TextPart(_Strict):
     type: Literal["text"]
-    text: Str
+    text: str
 
 
-Parts = Annotated[list[Annotated[TextPart, BeforeValidator(_is_text_part)]], Field(min_length=1)]
+Parts = Annotated[
+    list[Annotated[TextPart, BeforeValidator(_is_text_part)]], Field(min_length=1, fail_fast=True)
+]
 
 
 class ChatMessage(_Strict):
-    """One turn. `developer` is another name of `system`. Fields beside role and content are accepted and unused."""
+    """One turn. `developer` is another name of `system`. `name`, calls and reasoning are read as in rows of data."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: (
         Annotated[
-            Annotated[Str, Tag("text")] | Annotated[Parts, Tag("list")], _choice(_kind, "a text or a list")
+            Annotated[str, Tag("text")] | Annotated[Parts, Tag("list")], _choice(_kind, "a text or a list")
         ]
         | None
     ) = None
-    name: Unused = None
+    name: str | None = None
     id: Unused = None
-    reasoning_content: Unused = None
-    reasoning: Unused = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    function_call: dict[str, Any] | None = None
     refusal: Annotated[Any, Only()] = None
     audio: Annotated[Any, Only()] = None
-    function_call: Annotated[Any, Only()] = None
-    tool_calls: Annotated[Any, Only([])] = None
     annotations: Annotated[Any, Only([])] = None
 
     @model_validator(mode="after")
@@ -142,12 +158,10 @@ class ChatMessage(_Strict):
             raise ValueError(f"a message of the role `{self.role}` needs `content`")
         return self
 
-    @property
-    def text(self) -> str:
-        """The content as one text."""
-        if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
-        return self.content or ""
+    def row(self) -> dict[str, Any]:
+        """The turn as a row of data has it."""
+        values = self.model_dump(exclude_none=True, exclude={"id", "annotations"})
+        return {"content": "", **values}
 
 
 class StreamOptions(_Strict):
@@ -188,7 +202,7 @@ class _Neutral(_Strict):
 
 
 class _Generation(_Neutral):
-    model: Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_decodable)]
+    model: Annotated[str, Field(min_length=1, max_length=256)]
     max_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2, description="0 is greedy. The default is 1.")] | None = (
         None
@@ -237,15 +251,22 @@ class _Generation(_Neutral):
 class ChatRequest(_Generation):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[
+        list[ChatMessage], Field(min_length=1, max_length=10_000, fail_fast=True), _at_most(10_000)
+    ]
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
     modalities: Annotated[Any, Only(["text"])] = None
-    tools: Annotated[Any, Only([])] = None
+    tools: Annotated[
+        list[dict[str, Any]] | None,
+        Field(
+            fail_fast=True, description="Part of the prompt. An answer is text, also where it calls a tool."
+        ),
+    ] = None
     tool_choice: Annotated[Any, Only("none", "auto")] = None
-    parallel_tool_calls: Annotated[bool | None, Field(description="Accepted and not used.")] = None
+    parallel_tool_calls: Annotated[bool | None, Field(description="Not used; not false with `tools`.")] = None
     functions: Annotated[Any, Only([])] = None
     function_call: Annotated[Any, Only("none", "auto")] = None
     chat_template_kwargs: Annotated[
@@ -253,12 +274,16 @@ class ChatRequest(_Generation):
     ] = None
     add_generation_prompt: Annotated[Any, Only(True)] = None
     continue_final_message: Annotated[Any, Only(False)] = None
-    metadata: Annotated[dict[str, str] | None, Field(description="Accepted and not used.")] = None
+    metadata: Annotated[
+        dict[str, str] | None, Field(max_length=16, description="Accepted and not used."), _at_most(16)
+    ] = None
 
     @model_validator(mode="after")
-    def _check_logprobs(self) -> ChatRequest:
+    def _check_together(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise ValueError("`top_logprobs` needs `logprobs: true`")
+        if self.tools and self.parallel_tool_calls is False:
+            raise ValueError("this server does not limit calls: leave out `parallel_tool_calls`")
         return self
 
 
@@ -266,12 +291,18 @@ class CompletionRequest(_Generation):
     """The body of /v1/completions: texts, or token ids, to continue."""
 
     prompt: Annotated[
-        Annotated[Str, Tag("text")]
-        | Annotated[list[Str], Field(min_length=1, max_length=MAX_CHOICES), Tag("list")]
-        | Annotated[list[TokenId], Field(min_length=1), Tag("ids")]
+        Annotated[str, Tag("text")]
         | Annotated[
-            list[Annotated[list[TokenId], Field(min_length=1)]],
-            Field(min_length=1, max_length=MAX_CHOICES),
+            list[str],
+            Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True),
+            _at_most(MAX_CHOICES),
+            Tag("list"),
+        ]
+        | Annotated[Ids, Tag("ids")]
+        | Annotated[
+            list[Ids],
+            Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True),
+            _at_most(MAX_CHOICES),
             Tag("lists"),
         ],
         _choice(_kind_of_prompt, "a text, a list of texts, or token ids"),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import gc
+import math
 import os
 import re
 import secrets
@@ -13,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import uvicorn
 
@@ -23,10 +27,11 @@ from lorafit.infer.scheduler import Ticket
 from lorafit.redact import printable
 from lorafit.serve.app import make_app
 from lorafit.serve.auth import Guard
+from lorafit.serve.connection import protocol
 from lorafit.serve.jobs import AnswerService
+from lorafit.serve.limits import BACKLOG, Limits, connections_within
 
 TOKEN_VARIABLE = "LORAFIT_SERVE_TOKEN"  # noqa: S105 (a name, not a token)
-MAX_BYTES = 4 * 2**20
 _STOP_SECONDS = 30
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _ANY = ("0.0.0.0", "::")  # noqa: S104 (compared with, not bound to)
@@ -68,7 +73,7 @@ def listen(address: Address) -> socket.socket:
         family, _, _, _, resolved = socket.getaddrinfo(
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        return socket.create_server(resolved, family=family, backlog=256)
+        return socket.create_server(resolved, family=family, backlog=BACKLOG)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         message = f"cannot listen on {address.host}:{address.port}: {reason}"
@@ -84,38 +89,50 @@ def serve(
     *,
     max_waiting: int,
     timeout: float,
+    limits: Limits | None = None,
     ready: Callable[[Server], None] | None = None,
 ) -> None:
     """Serve until SIGINT or SIGTERM. Answers that are in progress then have 30 seconds to end.
 
-    `ready` gets the server before it starts.
+    `limits` are the usual ones if None. `ready` gets the server before it starts.
     """
     warm_up = Request([0, 0], frozenset(), 1)  # compiles the kernels before the first client
     batch.add([(Ticket(warm_up, deadline=0.0), warm_up)])
     port = listening.getsockname()[1]
     app = make_app(lambda: AnswerService(models, batch, max_waiting=max_waiting, timeout=timeout), _log)
+    if limits is None:
+        limits = Limits()
+    limits = dataclasses.replace(limits, connections=connections_within(limits.connections))
     guarded = Guard(
         app,
         token=token.value,
         hosts=(*_LOOPBACK, *address.hosts, *([] if address.host in _ANY else [address.host])),
         any_address=address.host in _ANY,
-        max_bytes=MAX_BYTES,
+        limits=limits,
     )
     settings = uvicorn.Config(
         guarded,
+        http=cast(type[asyncio.Protocol], protocol(limits)),
+        backlog=BACKLOG,
         log_config=None,
+        log_level="error",  # a warning for each request that is not HTTP would fill the log
         access_log=False,
         server_header=False,
         lifespan="on",
         ws="none",
-        timeout_keep_alive=30,
+        timeout_keep_alive=math.ceil(limits.head_seconds),  # after that of the connection itself
         timeout_graceful_shutdown=_STOP_SECONDS,
     )
     server = Server(settings, lambda: _announce(models, batch, address, port, token))
     if ready is not None:
         ready(server)
-    with contextlib.closing(listening):
-        asyncio.run(server.serve(sockets=[listening]))
+    gc.collect()
+    gc.freeze()  # else each full collection, which stops all threads, looks at all that was loaded
+    try:
+        with contextlib.closing(listening):
+            asyncio.run(server.serve(sockets=[listening]))
+    finally:
+        gc.unfreeze()
 
 
 class Server(uvicorn.Server):
