@@ -13,7 +13,9 @@ from tests.tiny_models import FAMILIES, config_of, random_network, weights_of, w
 from lorafit.errors import ModelError
 from lorafit.model.architecture import read_architecture
 from lorafit.model.quant import Quantize
-from lorafit.model.weights import fingerprint, load_network, weight_files
+from lorafit.model.weights import fingerprint, is_fingerprint_of, load_network, weight_files
+from lorafit.storage.atomic import MANIFEST
+from lorafit.training.checkpoint import changes
 
 CPU = torch.device("cpu")
 
@@ -152,6 +154,22 @@ def test_fingerprint_tells_models_apart(tmp_path: Path) -> None:
     other = write_model(tmp_path / "c", seed=1)
     assert fingerprint(first) == fingerprint(same)
     assert fingerprint(first) != fingerprint(other)
+    assert is_fingerprint_of(fingerprint(same), first)
+    assert not is_fingerprint_of(fingerprint(other), first)
+
+
+def test_fingerprint_of_version_0_1_is_known(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    weights = (8).to_bytes(8, "little") + b"{}      " + bytes(range(256)) * 64
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    stored = "355ac8ca09818af92ccbc925538470e9a7f3e27d66e18da6cb0823b5c33965d8"  # by version 0.1
+    assert is_fingerprint_of(stored, tmp_path)
+    facts = {"facts": {"base_model": stored}, "files": {}}
+    (tmp_path / MANIFEST).write_text(json.dumps(facts))
+    assert not changes(tmp_path, {"base_model": fingerprint(tmp_path)}, tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(weights[:-1] + b"\0")
+    assert not is_fingerprint_of(stored, tmp_path)
+    assert changes(tmp_path, {"base_model": fingerprint(tmp_path)}, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from lorafit.hub.client import model_folder
 from lorafit.hub.dataset_splits import HUB_ID
 from lorafit.model.adapter_file import CONFIG
 from lorafit.model.saved_adapter import MAX_CONFIG
-from lorafit.model.weights import fingerprint
+from lorafit.model.weights import fingerprint, is_fingerprint_of
 from lorafit.storage.atomic import MANIFEST, read_facts
 from lorafit.storage.safe_read import read_json
 
@@ -34,10 +34,9 @@ def check_base(adapter: Path, base: Path, name: str, *, accepted: bool = False, 
             return ""
         made_on = _fingerprint_of(named, revision)
     if made_on is not None:
-        ours = fingerprint(base)
-        if ours == made_on:
+        if is_fingerprint_of(made_on, base):
             return ""
-        bases = f"`{named}` ({made_on[:12]}), and not `{name}` ({ours[:12]})"
+        bases = f"`{named}` ({made_on[:12]}), and not `{name}` ({fingerprint(base)[:12]})"
     elif _differ(named, name):
         bases = f"`{named}`, and not `{name}`"
     else:

@@ -186,6 +186,26 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def is_fingerprint_of(stored: object, folder: Path) -> bool:
+    """Whether `stored` is the fingerprint of the base model in `folder`, by this version or by version 0.1."""
+    return stored in (fingerprint(folder), _sampled_fingerprint(folder))
+
+
+def _sampled_fingerprint(folder: Path) -> str:
+    """The fingerprint of version 0.1: of each weight file the size, the header and 64 pieces of its bytes."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in weight_files(folder):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(min(header, 2**24)))
+            for part in range(64):
+                file.seek(part * max(1, size // 64))
+                digest.update(file.read(16384))
+    return digest.hexdigest()
+
+
 def _are_equal(one: StoredTensor, two: StoredTensor) -> bool:
     """Whether two tensors hold the same numbers; the files are mapped, not copied."""
     with (

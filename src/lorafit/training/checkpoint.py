@@ -23,6 +23,7 @@ from lorafit.model.adamw import AdamW
 from lorafit.model.adapter_file import CONFIG, WEIGHTS, adapter_files, adapter_tensors, fill_adapter
 from lorafit.model.llama import Llama
 from lorafit.model.lora import adapter_parameters
+from lorafit.model.weights import is_fingerprint_of
 from lorafit.storage.atomic import commit_files, read_facts, run_error, verify_folder
 from lorafit.storage.safe_read import MB, parse_json, read_json
 from lorafit.training.loss_scale import LossScale
@@ -122,15 +123,18 @@ def _other_values(folder: Path) -> RunError:
     return RunError("the checkpoint does not hold what lorafit writes", place=str(folder), hint=hint)
 
 
-def changes(folder: Path, facts: Mapping[str, Any]) -> list[str]:
-    """What of a run (base model, data, prompt contract, config ...) differs from its checkpoint, one line each."""
+def changes(folder: Path, facts: Mapping[str, Any], base: Path) -> list[str]:
+    """What of a run (base model, data, prompt contract, config ...) differs from its checkpoint, one line each.
+
+    `base` is the folder of the base model: checkpoints of version 0.1 have another fingerprint of it.
+    """
     stored = read_facts(folder)
     lines = []
     for name, value in facts.items():
         was = stored.get(name)
         if isinstance(value, Mapping):
             lines += differences(was if isinstance(was, Mapping) else {}, value)
-        elif was != value:
+        elif was != value and not (name == "base_model" and is_fingerprint_of(was, base)):
             lines.append(f"the {name.replace('_', ' ')} changed: was {_short(was)}, is {_short(value)}")
     return lines
 

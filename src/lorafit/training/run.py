@@ -197,7 +197,7 @@ def _reconcile(
     notes.append(Message(f"continuing from step {step}" if step is not None else f"{none}: starting over"))
     if step is not None:
         checkpoint, contract = run.checkpoint(step), prepared.data.training_data.renderer.contract
-        different = changes(checkpoint, prepared.facts)
+        different = changes(checkpoint, prepared.facts, prepared.data.base.path)
         if read_facts(checkpoint).get("prompt_contract") != contract.hash:
             with suppress(RunError):  # prompt.json shows more than the hash
                 different += differences(run.read_json(run.prompt_file), contract.to_json(), "prompt.")
