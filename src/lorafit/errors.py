@@ -10,6 +10,7 @@ LorafitError                     the user can fix it; the command line exits wit
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -17,6 +18,9 @@ from typing import Any, Literal
 from lorafit.redact import one_line
 
 Outcome = Literal["pass", "warn", "fail"]
+SLIP = (
+    0.7  # likeness from which one name may be a slip in another: `rnak` and `rank`, but not `loss` and `eos`
+)
 MAX_LISTED = 1000  # row numbers that the result of a check lists, and results that an error becomes
 
 
@@ -135,6 +139,20 @@ class Problems:
             else:
                 self.num_more += 1
         self.num_more += num_more
+
+
+def similar(name: str, known: Iterable[str], most: int = 1) -> list[str]:
+    """Up to `most` of `known` that look like a slip in `name`, the nearest first. Case and file endings are ignored."""
+
+    def stem(text: str) -> str:
+        return text.lower().rpartition(".")[0] or text.lower()
+
+    def likeness(one: str) -> float:
+        compared = difflib.SequenceMatcher(None, stem(one), stem(name))
+        return compared.ratio() if compared.quick_ratio() >= SLIP else 0.0
+
+    likely = sorted(((likeness(one), one) for one in known), reverse=True)
+    return [one for how, one in likely[:most] if how >= SLIP]
 
 
 def several(names: Sequence[str], most: int = 3) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -18,10 +19,11 @@ def config(
     import json
 
     from lorafit.config import reference
+    from lorafit.config.guide import GUIDE
     from lorafit.config.load import nearest_key
     from lorafit.config.schema import Config
     from lorafit.errors import ConfigError
-    from lorafit.observe.console import table
+    from lorafit.observe.console import note, table
 
     if schema:
         typer.echo(json.dumps(Config.model_json_schema(), indent=2))
@@ -38,3 +40,6 @@ def config(
     if not rows:
         raise ConfigError(f"there is no key `{key}`", hint=nearest_key(key or ""))
     table(["key", "type", "default", "what it does"], rows)
+    if key in GUIDE:
+        note(f"usual   {GUIDE[key].usual}", stream=sys.stdout)
+        note(f"change  {GUIDE[key].change}", stream=sys.stdout)

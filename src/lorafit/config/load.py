@@ -17,7 +17,7 @@ from yaml.composer import ComposerError
 
 from lorafit.config.other_tools import answer
 from lorafit.config.schema import Config, keys
-from lorafit.errors import ConfigError, Problem
+from lorafit.errors import ConfigError, Problem, similar
 from lorafit.redact import redact
 from lorafit.storage.safe_read import read_text
 
@@ -259,6 +259,8 @@ def _apply(
     place = f"`{override}` on the command line"
     if not equals or len(key) != 2 or not all(key):
         hint = answer(key[-1]) or "for example `lora.rank=8`"
+        if key[-1] in Config.model_fields and not hint.startswith("in lorafit"):
+            hint = f"`{key[-1]}` is a section: `lorafit config {key[-1]}` lists its keys"
         problems.append(Problem("an override is `section.key=value`", place, hint))
         return
     try:
@@ -334,7 +336,8 @@ def _problem(detail: Mapping[str, Any], places: Mapping[KeyPath, str], near: boo
 
 def _place(key: KeyPath, places: Mapping[KeyPath, str]) -> str:
     """Where `key`, or what it is a part of, was set."""
-    return next((places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in places), "")
+    whole = next((places[key[:n]] for n in range(len(key), 0, -1) if key[:n] in places), "")
+    return whole or next((place for other, place in places.items() if other[: len(key)] == key), "")
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
@@ -345,15 +348,13 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     is_ours = any(key.rpartition(".")[2] == last for key in known)
     if not is_ours and (hint := answer(last)):
         return hint
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-    if not close:
-        by_last = {key.rpartition(".")[2]: key for key in known}
-        likely = difflib.get_close_matches(last, list(by_last), n=1, cutoff=0.6)
-        close = [by_last[likely[0]]] if likely else difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    by_last = {key: key.rpartition(".")[2] for key in known}
+    likely = set(similar(last, set(by_last.values()), 3))
+    close = difflib.get_close_matches(name, [key for key in known if by_last[key] in likely], n=1, cutoff=0.0)
     return f"did you mean `{close[0]}`?" if close else "`lorafit config` lists the keys"
 
 
 def _shipped_hint(name: str) -> str:
     shipped = sorted(path.stem for path in recipes_folder().glob("*.yaml"))
-    close = difflib.get_close_matches(Path(name).stem, shipped, n=1)
+    close = similar(Path(name).name, shipped)
     return f"did you mean `{close[0]}`?" if close else f"recipes that ship with lorafit: {', '.join(shipped)}"

@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from lorafit.config import schema
+from lorafit.config.guide import GUIDE
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,20 @@ def markdown() -> str:
         for key in keys:
             kind = key.kind.replace("|", "\\|")
             lines.append(f"| `{key.name}` | {kind} | `{key.default}` | {key.help} |")
+    return "\n".join(lines) + "\n"
+
+
+def settings_table() -> str:
+    """The table of docs/settings.md: the keys that matter most."""
+    known = {key.name: key for _, _, listed in sections() for key in listed}
+    lines = [
+        "| key | default | what it does | usual | when to change it |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, advice in GUIDE.items():
+        key = known[name]
+        cells = (f"`{name}`", f"`{key.default}`", key.help, advice.usual, advice.change)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -5,7 +5,6 @@ Nothing is left out in silence: every data file that is not read is named with i
 
 from __future__ import annotations
 
-import difflib
 import glob
 import os
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from lorafit.data.columns import is_row
 from lorafit.data.json_rows import rows_of_object
-from lorafit.errors import DataError
+from lorafit.errors import DataError, similar
 from lorafit.hub.dataset_splits import (
     HUB_ID,
     KNOWN_FILES,
@@ -261,7 +260,7 @@ def _nearest(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f"the folder {folder} does not exist either"
-    near = difflib.get_close_matches(path.name, [file.name for file in folder.iterdir()])
+    near = similar(path.name, [file.name for file in folder.iterdir()], 3)
     if near:
         return f"did you mean {' or '.join(str(folder / name) for name in near)}?"
     return "check the path; a hub dataset is written owner/name"

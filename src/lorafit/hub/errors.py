@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from huggingface_hub.errors import (
     XetDownloadError,
 )
 
-from lorafit.errors import DataError, LorafitError, ModelError
+from lorafit.errors import DataError, LorafitError, ModelError, similar
 
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 MORE_SPACE = "free some space (`hf cache prune`), or set HF_HOME to a larger disk"
@@ -137,5 +136,5 @@ def similar_folder(name: str) -> str:
     """A hint at the local folder with a name similar to `name`, if there is one."""
     path = Path(name).expanduser()
     parent = path.parent if path.parent.is_dir() else Path()
-    near = difflib.get_close_matches(path.name, [f.name for f in parent.iterdir() if f.is_dir()], n=1)
+    near = similar(path.name, [f.name for f in parent.iterdir() if f.is_dir()])
     return f"did you mean the folder {os.path.join('.', parent, near[0])}?" if near else ""  # noqa: PTH118  keeps ./

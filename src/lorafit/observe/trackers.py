@@ -5,7 +5,6 @@ The libraries are optional. A library is imported only when its tracker is reque
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import logging
 import os
@@ -13,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorafit.errors import ConfigError
+from lorafit.errors import ConfigError, similar
 from lorafit.observe.events import Event, Heldout, Step
 from lorafit.redact import one_line
 
@@ -70,7 +69,7 @@ def tracker(name: str, run_name: str, folder: Path, config: Mapping[str, object]
     """
     start = _START.get(name)
     if start is None:
-        near = difflib.get_close_matches(name, _START, n=1)
+        near = similar(name, _START)
         raise ConfigError(
             f"there is no tracker `{name}`",
             hint=f"did you mean `{near[0]}`?" if near else f"one of: {', '.join(_START)}",

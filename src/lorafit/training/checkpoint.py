@@ -126,15 +126,18 @@ def _other_values(folder: Path) -> RunError:
 def changes(folder: Path, facts: Mapping[str, Any], base: Path) -> list[str]:
     """What of a run (base model, data, prompt contract, config ...) differs from its checkpoint, one line each.
 
-    `base` is the folder of the base model: checkpoints of version 0.1 have another fingerprint of it.
+    `base` is the folder of the base model: checkpoints of version 0.1 have another fingerprint of it. Other steps
+    follow from another config or other rows: they are named where nothing else differs.
     """
     stored = read_facts(folder)
-    lines = []
-    for name, value in facts.items():
+    lines: list[str] = []
+    for name, value in sorted(facts.items(), key=lambda fact: fact[0] == "steps"):
         was = stored.get(name)
         if isinstance(value, Mapping):
             lines += differences(was if isinstance(was, Mapping) else {}, value)
-        elif was != value and not (name == "base_model" and is_fingerprint_of(was, base)):
+        elif was == value or (name == "steps" and lines):
+            continue
+        elif not (name == "base_model" and is_fingerprint_of(was, base)):
             lines.append(f"the {name.replace('_', ' ')} changed: was {_short(was)}, is {_short(value)}")
     return lines
 
