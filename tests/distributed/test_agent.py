@@ -95,6 +95,14 @@ def worker(agent: int, rank: int) -> int | None:
     return None
 
 
+def is_alive(process: int) -> bool:
+    """Whether a process runs; one that has ended may stay in the table."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def test_stopped_killed_and_frozen_a_run_of_two_comes_to_the_end_of_a_run_of_one(
     settings: list[str], tmp_path: Path
 ) -> None:
@@ -167,3 +175,16 @@ def test_a_mistake_is_said_once_and_not_tried_again(settings: list[str], tmp_pat
     assert said.count("error:") == 1, said
     assert "Traceback" not in said
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_whose_agent_is_killed_save_and_end(settings: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with lorafit("train", "--nproc", "2", *settings, "train.max_steps=100000", "--output", str(run)) as agent:
+        wait_for(lambda: last_step(run) >= 5, agent)
+        ranks = [worker(agent.pid, rank) for rank in (0, 1)]
+        agent.kill()
+        until(lambda: not any(rank and is_alive(rank) for rank in ranks))
+    assert all(ranks)
+    (saved,) = [event["step"] for event in events(run, "saved") if event["reason"] == "stopped"]
+    assert RunDirectory.open(run).newest_checkpoint() == (saved, {})
+    assert last_step(run) == saved

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -443,6 +444,55 @@ def test_a_config_edited_by_hand_is_another_mathematics_too(
     config.write_text(config.read_text().replace("seed: 42", "seed: 43"))
     with pytest.raises(RunError, match=r"train\.seed changed: was 42, is 43"):
         resume_run(path, quiet=True)
+
+
+def test_a_config_edited_after_the_run_had_ended_is_named(
+    finished_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(finished_run, path)
+    config = path / "config.yaml"
+    text = config.read_text()
+    assert resume_run(path).finished
+    assert "changed" not in capsys.readouterr().err.replace("nothing was changed", "")
+    config.write_text(text.replace("seed: 42", "seed: 43").replace("rank: 4", "rank: 8"))
+    with pytest.raises(RunError) as caught:
+        resume_run(path)
+    assert [problem.message for problem in caught.value.problems] == [
+        "lora.rank changed: was 4, is 8",
+        "train.seed changed: was 42, is 43",
+    ]
+    assert caught.value.exit_code == 2
+    assert resume_run(path, accept_changes=True).finished
+    assert "train.seed changed: was 42, is 43" in capsys.readouterr().err
+    config.write_text(
+        text.replace("train_on: response", "train_on: all")
+    )  # no result of this model depends on it
+    assert resume_run(path).finished
+    assert "config.yaml was changed after the run had ended" in capsys.readouterr().err
+
+
+def test_ranks_whose_agent_has_ended_save_and_end(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tiny_run(material, tmp_path / "whole")
+    gradients = loop._gradients
+    with monkeypatch.context() as patch:
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x"}.items():
+            patch.setenv(name, value)
+
+        def killed(job: loop.TrainContext, state: Any, *rest: Any) -> Any:
+            if state.step + 1 == 4:
+                patch.setattr(os, "getppid", lambda: 1)
+            return gradients(job, state, *rest)
+
+        patch.setattr(loop, "_gradients", killed)
+        result = tiny_run(material, tmp_path / "run")
+    assert (result.finished, result.step) == (False, 4)
+    assert RunDirectory.open(result.path).newest_checkpoint() == (4, {})
+    said = [event["text"] for event in events(result, "note")]
+    assert "the agent of this process has ended: saving after this step" in said
+    assert digest(resume_run(tmp_path / "run", quiet=True)) == digest(whole)
 
 
 def test_what_is_no_mathematics_may_change(

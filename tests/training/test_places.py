@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from tests.command import Cli
-from tests.runs import interrupt_after, tiny_settings
+from tests.runs import interrupt_after, tiny_run, tiny_settings
 from tests.tiny_models import write_rows
 
 from lorafit.config.load import load_config, with_absolute_paths
@@ -120,3 +121,17 @@ def test_a_run_of_relative_paths_is_used_from_another_folder_and_after_it_was_mo
                 *(str(w).replace("RUN", run).replace("OUT", f"{tmp_path}/of-{run[-3:]}") for w in command)
             )
             assert done.code == 0, (command, done.err)
+
+
+@pytest.mark.parametrize(("umask", "modes"), [(0o077, {0o700, 0o600}), (0o022, {0o755, 0o644})])
+def test_the_files_of_a_run_are_as_open_as_the_umask_says(
+    umask: int, modes: set[int], tiny: list[str], tmp_path: Path
+) -> None:
+    before = os.umask(umask)
+    try:
+        run = tiny_run(tiny, tmp_path / "run", "train.max_steps=1", "run.samples=1").path
+    finally:
+        os.umask(before)
+    found = {path: stat.S_IMODE(path.stat().st_mode) for path in (run, *run.rglob("*"))}
+    assert (run / "samples.json") in found
+    assert {path: oct(mode) for path, mode in found.items() if mode not in modes} == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 from collections.abc import Mapping
@@ -57,6 +58,8 @@ class ProcessEnv:
             wrong.append(Problem(f"RANK={env.rank} of WORLD_SIZE={env.world_size}", "the environment"))
         if wrong:
             raise RunError.of(wrong)
+        if env.has_agent:
+            _first_parent(os.getpid())
         return env
 
     @property
@@ -73,6 +76,17 @@ class ProcessEnv:
     def has_agent(self) -> bool:
         """Whether torchrun's agent restarts this process when it fails."""
         return bool(self.launch)
+
+    @property
+    def has_lost_agent(self) -> bool:
+        """Whether torchrun's agent has ended before this process: then nobody restarts it or forwards signals."""
+        return self.has_agent and os.getppid() != _first_parent(os.getpid())
+
+
+@functools.cache
+def _first_parent(process: int) -> int:
+    """The parent of this process when it was first asked for; another one takes the place of one that ends."""
+    return os.getppid()
 
 
 def mark_no_restart(env: ProcessEnv, exit_code: int) -> None:

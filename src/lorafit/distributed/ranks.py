@@ -62,10 +62,15 @@ class Ranks:
         return json_type.validate_json(store.get(name))
 
     def barrier(self, name: str) -> None:
-        """Return when every rank has called this."""
-        if (store := self.store) is not None:
+        """Return when every rank has called this, or when torchrun's agent, which has the store, has ended."""
+        if (store := self.store) is None:
+            return
+        try:
             store.add(name, 1)
             _wait(lambda: store.add(name, 0) >= self.world_size)
+        except dist.DistError:
+            if not self.env.has_lost_agent:
+                raise
 
     def connect(self, device: torch.device, timeout: float) -> None:
         """Make the process group when every rank is ready: NCCL between GPUs, gloo between CPUs.

@@ -17,7 +17,7 @@ from lorafit.observe.events import Learned, Message, Observer, RunEnded
 from lorafit.observe.metrics_file import event_of, read_raw_lines
 from lorafit.report.page import write_report
 from lorafit.run_dir import RunDirectory
-from lorafit.storage.atomic import verify_folder
+from lorafit.storage.atomic import sha256_file, verify_folder
 from lorafit.training.checkpoint import TrainState, export_adapter
 from lorafit.training.loop import Outcome, TrainContext
 from lorafit.verify.proof import STOP_PROMPTS, Proof, prove
@@ -70,7 +70,7 @@ def _export_best(job: TrainContext, state: TrainState) -> int:
     if best != state.step and (faults := verify_folder(run.checkpoint(best))):
         observe(Message(f"the best step, {best}, is lost ({faults[0]}): the last one counts", "warning"))
         best = state.step
-    facts = {"step": best, **job.facts}
+    facts = {"step": best, **job.facts, "config_file": sha256_file(run.config_file)}
     export_adapter(run.adapter, run.checkpoint(best), run.prompt_file, facts, run.check_held)
     if best != state.step:
         observe(Message(f"the adapter is the one of step {best}, the lowest held-out loss"))

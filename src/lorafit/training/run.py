@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorafit.config.load import with_absolute_paths
-from lorafit.config.schema import Config
+from lorafit.config.schema import Config, keys_that_change_results
 from lorafit.data.batch import RankShare
 from lorafit.data.packing import Packer
 from lorafit.distributed.env import ProcessEnv
@@ -40,7 +40,7 @@ from lorafit.plan.cadence import Cadence
 from lorafit.plan.planner import make_plan
 from lorafit.plan.table import short_lines
 from lorafit.run_dir import RunDirectory
-from lorafit.storage.atomic import read_facts, verify_folder
+from lorafit.storage.atomic import read_facts, sha256_file, verify_folder
 from lorafit.training import loop
 from lorafit.training.checkpoint import (
     FILES,
@@ -174,7 +174,10 @@ def _resume(
                     f"`{path}` is complete: no setting changes it any more",
                     hint=f"start a new run from it with lora.init_from={run.adapter}",
                 )
+            edits = _edits(run, config, accept_changes) if ranks.is_main else []
             observe, state = terminal_or_silent(ranks.env, quiet), resumption.finished
+            for edit in edits:
+                observe(Message(edit, "warning"))
             observe(
                 Message(f"`{path}` {RunState.of(run)} after {count(state.step, 'step')}; nothing was changed")
             )
@@ -185,6 +188,20 @@ def _resume(
         prepared = prepare(config, ranks, quiet, base, resumed=True)
         notes = _reconcile(run, prepared, resumption, accept_changes) if ranks.is_main else []
         return run_training(prepared, run, ranks, step=step, notes=notes, quiet=quiet)
+
+
+def _edits(run: RunDirectory, config: Config, accept_changes: bool) -> list[str]:
+    """What of config.yaml is not what a finished run was trained with, one line each.
+
+    Raises RunError where that changes results, unless `accept_changes`.
+    """
+    facts = read_facts(run.adapter)
+    different = differences(facts.get("config", {}), keys_that_change_results(config))
+    if not accept_changes:
+        refuse_changes(run.config_file, different)
+    if not different and facts.get("config_file", (now := sha256_file(run.config_file))) != now:
+        return [f"{run.config_file.name} was changed after the run had ended"]
+    return different
 
 
 def _reconcile(
@@ -344,7 +361,8 @@ def announce_start(job: loop.TrainContext, *, show_plan: bool) -> None:
 def train(job: loop.TrainContext, state: TrainState) -> tuple[loop.Outcome, float]:
     """The steps, and the seconds that they took. Signals end them or save. Raises RunError where memory runs out."""
     started = time.perf_counter()
-    with Requests(job.observe, patient=job.ranks.env.has_agent) as requests:
+    env = job.ranks.env
+    with Requests(job.observe, patient=env.has_agent, abandoned=lambda: env.has_lost_agent) as requests:
         try:
             outcome = loop.train(job, state, requests)
         except (RuntimeError, MemoryError) as error:

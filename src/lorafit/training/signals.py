@@ -39,15 +39,24 @@ def outside_steps(observe: Observer) -> Iterator[None]:
 class Requests:
     """A context manager that records signals as flags, which the loop reads after every step."""
 
-    def __init__(self, observe: Observer, *, patient: bool = False) -> None:
-        """`patient`: a second signal is ignored, because schedulers and torchrun's agent send the first twice."""
+    def __init__(
+        self, observe: Observer, *, patient: bool = False, abandoned: Callable[[], bool] = lambda: False
+    ) -> None:
+        """`patient`: a second signal is ignored, because schedulers and torchrun's agent send the first twice.
+
+        `abandoned` is called after every step: whether the agent has ended, which requests a stop too.
+        """
         self._observe = observe
         self._patient = patient
+        self._abandoned = abandoned
         self._stop = self._save = False
         self._before: dict[int, Any] = {}
 
     def stop(self) -> bool:
         """Whether a stop was requested."""
+        if not self._stop and self._abandoned():
+            self._stop = True
+            self._observe(Message("the agent of this process has ended: saving after this step", "warning"))
         return self._stop
 
     def save(self) -> bool:
