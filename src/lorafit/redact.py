@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import json
+import logging
+import math
 import os
 import re
 import shlex
@@ -104,14 +106,52 @@ def one_line(text: str) -> str:
     return _UNSEEN.sub(_escape, line.replace("\t", "\\t"))
 
 
+def line(text: object) -> str:
+    """`text` without secrets as one whole line: line ends, unseen and steering characters are escaped."""
+    whole = redact(str(text)).replace("\n", "\\n").replace("\t", "\\t")
+    return _UNSEEN.sub(_escape, whole)
+
+
+def shell(*words: object) -> str:
+    """`words` as a command for a shell, in one line. A word with unseen characters has the form `$'...'` of bash."""
+    return " ".join(map(_shell_word, map(str, words)))
+
+
+def _shell_word(word: str) -> str:
+    if not (_UNSEEN.search(word) or "\n" in word or "\t" in word):
+        return shlex.quote(word)
+    escaped = word.replace("\\", r"\\").replace("'", r"\'").replace("\n", r"\n").replace("\t", r"\t")
+    return f"$'{_UNSEEN.sub(_escape_byte, escaped)}'"
+
+
 def json_line(value: Any) -> str:
-    """`value` in one line of JSON; unseen and steering characters are escaped, all others stay readable."""
-    return _UNSEEN.sub(_escape, json.dumps(value, ensure_ascii=False))
+    """`value` in one line of JSON, without secrets, for a script. Numbers that JSON does not have become null.
+
+    Unseen and steering characters are escaped, all others stay readable.
+    """
+    text = json.dumps(_finite(without_secrets(value)), ensure_ascii=False, allow_nan=False)
+    return _UNSEEN.sub(_escape, text)
 
 
-def safe_json_line(value: Any) -> str:
-    """`json_line` of a value without its secrets: what a command prints for a script."""
-    return json_line(without_secrets(value))
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list) else value
+
+
+class _Lines(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = line(record.getMessage()), ()
+        return True
+
+
+def logger_of(module: str) -> logging.Logger:
+    """The logger of a module. Its messages are made lines: without a set-up, logging prints them as they are."""
+    logger = logging.getLogger(module)
+    logger.addFilter(_Lines())
+    return logger
 
 
 def dotenv() -> dict[str, str]:
@@ -167,6 +207,12 @@ def _unquoted(value: re.Match[str]) -> str:
 
 def _escape(match: re.Match[str]) -> str:
     return f"\\u{ord(match[0]):04x}"
+
+
+def _escape_byte(match: re.Match[str]) -> str:
+    """For `$'...'`; a byte of a file name that is no text is a lone surrogate here."""
+    number = ord(match[0])
+    return f"\\x{number - 0xDC00:02x}" if 0xDC80 <= number <= 0xDCFF else f"\\u{number:04x}"
 
 
 def _known() -> list[str]:

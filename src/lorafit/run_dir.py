@@ -15,7 +15,7 @@ from typing import Any
 from lorafit.config.load import MAX_RECIPE, dump_config, load_config, with_absolute_paths
 from lorafit.config.schema import Config
 from lorafit.errors import RunError
-from lorafit.redact import without_secrets
+from lorafit.redact import shell, without_secrets
 from lorafit.storage.atomic import (
     clean_orphans,
     is_orphan,
@@ -109,7 +109,7 @@ class RunDirectory:
         if self.config_file.exists():
             raise RunError(
                 f"`{self.path}` already holds a run",
-                hint=f"resume it: `lorafit train --resume {self.path}`, or give another --output",
+                hint=f"resume it: `{shell('lorafit', 'train', '--resume', self.path)}`, or give another --output",
             )
         # files of a run that was killed before it had a config do not count
         is_vacant = self.path.is_dir() and all(

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from tests.export.made import source_of
+from tests.hostile.foreign import NAMES, blocks_of, code_of, header_of, steering, words_of
 from tests.runs import run_to_export
 
 from lorafit.errors import RunError
 from lorafit.export.card import card, nameless, redacted
 from lorafit.export.kinds import EXPORTS
 from lorafit.export.run import export_run
+from lorafit.export.run_source import RunSource
 from lorafit.observe.metrics_file import read_metrics
+from lorafit.run_dir import RunDirectory
 
 SECRETS = {
     "HF_TOKEN": "hf_canaryCANARYcanary1234",
@@ -159,3 +164,57 @@ def test_redacting_leaves_plain_text_alone(monkeypatch: pytest.MonkeyPatch) -> N
     plain = "A token is a piece of text; sk is short; see https://huggingface.co/a/b and half / half; "
     plain += "runs/skateboarding-tutorials"
     assert redacted(plain) == plain
+
+
+def foreign(source: RunSource, text: str, folder: Path) -> Iterator[tuple[RunSource, Path]]:
+    """The run with a foreign text as its base's name, row file, system prompt, BOS, and command; once with a hub's."""
+    run = Path(shutil.copytree(source.run.path, folder / "run"))
+    text = text.encode(errors="replace").decode()
+    for revision in (None, "a" * 40):
+        base = replace(source.base, name=text, revision=revision, path=Path("/models") / text)
+        contract = replace(source.contract, system=text, bos=text, add_bos=True)
+        data = source.config.data.model_copy(update={"path": (text,), "system": text})
+        config = source.config.model_copy(update={"data": data})
+        renderer = type(source.renderer)(contract, source.renderer.tokenizer)
+        yield replace(source, base=base, config=config, renderer=renderer), run
+
+
+@pytest.mark.parametrize("kind", ["adapter", "gguf-lora"])
+def test_a_card_quotes_every_name(kind: str, run: Path, tmp_path: Path) -> None:
+    """Of all texts at once, and of each that could end a block: the card has the blocks of a plain one."""
+
+    def written(text: str) -> Iterator[tuple[str, str]]:
+        for number, (one, copy) in enumerate(foreign(source_of(run), text, tmp_path / f"{abs(hash(text))}")):
+            made = card(one, EXPORTS[kind], "f32", copy, {"verified": False, "why": "a reason"})
+            yield made, f"{number}"
+
+    plain = {number: text for text, number in written("plain")}
+    for text in ("".join(NAMES), *(text for text in NAMES if re.search(r"[`\n|<\[{]", text))):
+        for made, number in written(text):
+            assert steering(made) == []
+            assert blocks_of(made) == blocks_of(plain[number]), text
+            header = header_of(made)
+            assert header.keys() == header_of(plain[number]).keys()
+            assert header["tags"] == ["lora", "lorafit"]
+            if number == "1":
+                assert header["base_model"] == text.encode(errors="replace").decode()
+
+
+def test_code_in_a_card_is_the_code_that_is_meant(run: Path, tmp_path: Path) -> None:
+    for number, text in enumerate(NAMES):
+        (one, copy), _ = foreign(source_of(run), text, tmp_path / str(number))
+        made = card(one, EXPORTS["adapter"], "f32", copy, {"verified": False, "why": "a reason"})
+        (program,) = [block for block in code_of(made) if "AutoModelForCausalLM" in block]
+        calls = [node for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Call)]
+        assert len(calls) == 4
+        first = next(call for call in calls if "AutoModelForCausalLM.from" in ast.unparse(call))
+        assert ast.literal_eval(first.args[0]) == one.base_name
+
+
+def test_names_of_exports_are_no_options_and_leave_no_folder(run: Path, tmp_path: Path) -> None:
+    source = source_of(run)
+    for text in NAMES:
+        folder = tmp_path / text.replace("\ud800", "x")
+        name = replace(source, run=RunDirectory(folder)).name
+        assert re.fullmatch(r"[^\W_][\w.-]*|_[\w.-]*", name), name
+        assert words_of(f"ollama create {name.lower()}") == [b"ollama", b"create", name.lower().encode()]

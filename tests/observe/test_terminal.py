@@ -40,7 +40,7 @@ step 20/30  loss 1.800  lr 1.9e-04  312 tokens/s  eta 20s  1.2 GB
 step 20  held-out loss 1.412 (base 1.905)  best so far
 step 20  Where is it? -> In the long long long long long long long long long long ...
 step 20  saved runs/a/checkpoints/step-000020 (best)
-warning: [red]nearly full[/red]
+warning: [red]nearly full[/red]\\u001b[2J
 interrupted after 20 steps in 1m 12s
 adapter runs/a/adapter
 """
@@ -165,7 +165,7 @@ def test_slow_work_shows_a_line_at_the_start_and_one_at_the_end(monkeypatch: pyt
     with progress("reading [red]\x1b[2J", stream=stream) as report:
         wait_for(stream, "...")
         report(1, 2)
-    assert stream.getvalue() == "reading [red] ...\nreading [red]: done in 0s\n"
+    assert stream.getvalue() == "reading [red]\\u001b[2J ...\nreading [red]\\u001b[2J: done in 0s\n"
 
     def failing() -> None:
         with progress("reading", stream=stream):
@@ -199,7 +199,7 @@ def test_table_in_a_pipe_has_whole_rows() -> None:
     stream = io.StringIO()
     table(["run", "loss"], [["a" * 300, "1.8"], ["[red]b\x1b[31m", ""]], stream=stream)
     lines = stream.getvalue().splitlines()
-    assert [line.split() for line in lines[2:]] == [["a" * 300, "1.8"], ["[red]b"]]
+    assert [line.split() for line in lines[2:]] == [["a" * 300, "1.8"], ["[red]b\\u001b[31m"]]
 
 
 def test_table_on_a_terminal_folds_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,5 +265,5 @@ def test_a_proof_is_told_in_plain_lines(verdict: str, said: str) -> None:
     Terminal(stream)(Proved(verdict, ["28 of 28 changed", "loss 2 -> 1"], faults, 3.2))  # type: ignore[arg-type]
     lines = stream.getvalue().splitlines()
     assert lines[:2] == ["proof  28 of 28 changed", "proof  loss 2 -> 1  (3s)"]
-    assert lines[2:3] == ([f"{said}only 1 of 20 ended"] if said else [])
+    assert lines[2:3] == ([f"{said}only 1 of 20 ended\\u001b[2J"] if said else [])
     assert ("the adapter is kept" in stream.getvalue()) == (verdict == "fail")

@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import typer
-
 from lorafit.cli import options
+from lorafit.cli.output import put_line, put_text
 from lorafit.storage.safe_read import read_stdin_lines
 
 if TYPE_CHECKING:
@@ -150,12 +149,12 @@ class Session:
                     line = self._read("" if lines is None else "... ")
             except EOFError:
                 if self.is_terminal:
-                    typer.echo()
+                    put_line()
                 if lines:
                     yield "\n".join(lines)
                 return
             except KeyboardInterrupt:
-                typer.echo()
+                put_line()
                 self._note("/quit or Ctrl-D leaves")
                 lines = None
                 continue
@@ -186,7 +185,7 @@ class Session:
             case "/quit" | "/exit":
                 return False
             case "/help":
-                self._note(_HELP)
+                self._note(*_HELP.splitlines())
             case "/reset":
                 self.conversation.reset()
                 self._note("all turns are removed")
@@ -209,29 +208,29 @@ class Session:
 
     def _answer(self, question: str) -> None:
         from lorafit.errors import LorafitError
-        from lorafit.redact import printable
 
         try:
             prompt = self.conversation.ask(question)
         except LorafitError as error:
-            self._note(str(error))
+            self._note(*str(error).splitlines())
             return
         if prompt.num_dropped:
             turns = "the oldest turn is" if prompt.num_dropped == 1 else f"{prompt.num_dropped} turns are"
             self._note(f"{turns} dropped from the conversation: the context is full")
         if not self.is_terminal:
-            typer.echo(f"> {printable(question)}")
+            put_text(f"> {question}")
         reply = Reply(self, prompt)
         self.conversation.answered(prompt, reply.show().strip())
         self.sampling = replace(self.sampling, seed=self.sampling.seed + 1)  # a repeated question differs
         if self.is_terminal or reply.fault:
             self._note(reply.summary())
-        typer.echo()
+        put_line()
 
-    def _note(self, text: str) -> None:
+    def _note(self, *lines: str) -> None:
         from lorafit.observe.console import note
 
-        note(text)
+        for text in lines:
+            note(text)
 
 
 class Reply:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from lorafit.cli import options
+from lorafit.cli.output import put_json, put_line
 
 
 def check(
@@ -31,7 +32,6 @@ def check(
     from lorafit.check.verdict import of_error, summary
     from lorafit.config.load import config_from_args, flag_overrides
     from lorafit.errors import ConfigError, LorafitError
-    from lorafit.redact import safe_json_line
 
     flags = flag_overrides(model=model, data=data, output=output)
     words = settings or []
@@ -48,13 +48,13 @@ def check(
     except LorafitError as error:
         checked = run.Checked(of_error(error))
     if as_json:
-        typer.echo(safe_json_line(checked.as_dict()))
+        put_json(checked.as_dict())
     else:
         from lorafit.observe.console import print_verdicts
 
         print_verdicts([(verdict.verdict, verdict.name, verdict.text) for verdict in checked.verdicts])
         for line in histogram(checked.lengths) if checked.lengths is not None else ():
-            typer.echo(line, err=True)
-        typer.echo(summary(checked.verdicts), err=True)
+            put_line(line, err=True)
+        put_line(summary(checked.verdicts), err=True)
     if any(verdict.verdict == "fail" for verdict in checked.verdicts):
         raise typer.Exit(2)

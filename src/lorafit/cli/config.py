@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lorafit.cli.output import put_text
+
 
 def config(
     key: Annotated[
@@ -26,10 +28,10 @@ def config(
     from lorafit.observe.console import note, table
 
     if schema:
-        typer.echo(json.dumps(Config.model_json_schema(), indent=2))
+        put_text(json.dumps(Config.model_json_schema(), indent=2))
         return
     if markdown:
-        typer.echo(reference.markdown(), nl=False)
+        put_text(reference.markdown(), end="")
         return
     rows = [
         [entry.name, entry.kind, entry.default, entry.help.replace("`", "")]

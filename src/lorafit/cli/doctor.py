@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from lorafit.cli import options
+from lorafit.cli.output import put_json
 
 
 def doctor(as_json: options.JsonOption = False) -> None:
@@ -14,7 +15,6 @@ def doctor(as_json: options.JsonOption = False) -> None:
     """
     from lorafit.check.doctor import examine
     from lorafit.observe.console import print_verdicts
-    from lorafit.redact import json_line
 
     results = examine()
     if as_json:
@@ -22,7 +22,7 @@ def doctor(as_json: options.JsonOption = False) -> None:
             word = "ok" if result.verdict == "pass" else result.verdict
             texts = result.as_dict()
             line = {"name": result.name, "verdict": word, "message": texts["message"], "hint": texts["hint"]}
-            typer.echo(json_line(line))
+            put_json(line)
     else:
         print_verdicts([(result.verdict, result.name, result.text) for result in results], passed="ok")
     if any(result.verdict == "fail" for result in results):

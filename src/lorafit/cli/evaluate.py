@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from lorafit.cli import options
+from lorafit.cli.output import put_json
 
 
 def evaluate(
@@ -32,7 +33,6 @@ def evaluate(
 
     from lorafit.evaluate.run import evaluate_run, table_of
     from lorafit.observe.console import table
-    from lorafit.redact import safe_json_line
 
     results = evaluate_run(
         run,
@@ -45,6 +45,6 @@ def evaluate(
     )
     if as_json:
         for result in results:
-            typer.echo(safe_json_line(result.as_dict()))
+            put_json(result.as_dict())
     else:
         table(*table_of(results))

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from lorafit.cli import options
+from lorafit.cli.output import put_json, put_line
 
 
 def export(
@@ -56,22 +57,24 @@ def export(
         raise ConfigError("--push needs a connection", hint="remove --offline")
 
     from lorafit.export.run import export_run
-    from lorafit.redact import safe_json_line
 
     done = export_run(run, kind, output=output, type_name=type_name, verify=not no_verify, offline=offline)
     parity = done.parity
     if parity["verified"]:
-        typer.echo(
+        put_line(
             f"verified by {parity['program']}: {parity['prompts']} prompts, same text, tokens and ends; logits within "
             f"{parity['largest_logit_difference']:.2g} (bound {parity['bound']:.2g})",
             err=True,
         )
     else:
-        typer.echo(f"warning: not verified: {parity['why']}", err=True)
+        put_line(f"warning: not verified: {parity['why']}", err=True)
     summary = done.as_dict()
     if push is not None:
         from lorafit.export.push import push as push_folder
 
         summary["pushed"] = push_folder(done.path, push, private=not public)
-        typer.echo(f"pushed to {summary['pushed']}", err=True)
-    typer.echo(safe_json_line(summary) if as_json else str(done.path))
+        put_line(f"pushed to {summary['pushed']}", err=True)
+    if as_json:
+        put_json(summary)
+    else:
+        put_line(done.path)

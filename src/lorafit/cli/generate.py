@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lorafit.cli import options
+from lorafit.cli.output import put_json, put_line, put_text
 
 
 def generate(
@@ -48,7 +49,6 @@ def generate(
     import sys
 
     from lorafit.errors import ConfigError
-    from lorafit.redact import json_line
     from lorafit.storage.safe_read import read_stdin_lines
 
     if file is not None and (prompts or compare or as_json):
@@ -64,7 +64,6 @@ def generate(
     from lorafit.infer.model import load
     from lorafit.infer.sampling import Sampling
     from lorafit.observe.console import side_by_side
-    from lorafit.redact import printable
 
     model = load(
         source,
@@ -81,13 +80,13 @@ def generate(
     if file is not None:
         from lorafit.infer.bulk import answer_file
 
-        answer_file(model, file, output, max_tokens=max_tokens, sampling=sampling, base=base, show=typer.echo)
+        answer_file(model, file, output, max_tokens=max_tokens, sampling=sampling, base=base, show=put_line)
         return
     assert prompts
     if len(prompts) == 1 and not (compare or as_json):
         for piece in model.stream(prompts[0], max_tokens=max_tokens, sampling=sampling, base=base):
-            typer.echo(printable(piece), nl=False)
-        typer.echo()
+            put_text(piece, end="")
+        put_line()
         return
     answers = model.generate(prompts, max_tokens=max_tokens, sampling=sampling, base=base)
     if compare:
@@ -98,6 +97,6 @@ def generate(
     for prompt, answer in zip(prompts, answers, strict=True):
         if as_json:
             record = {"prompt": prompt, "answer": answer.text, "stopped": answer.stopped}
-            typer.echo(json_line(record))
+            put_json(record)
         else:
-            typer.echo(f"> {printable(prompt)}\n{printable(answer.text)}\n")
+            put_text(f"> {prompt}\n{answer.text}\n")

@@ -29,9 +29,10 @@ from lorafit.cli import (
     sweep,
     train,
 )
+from lorafit.cli.output import put_line
 from lorafit.distributed.env import ProcessEnv, exit_code_of_previous_attempt, mark_no_restart
 from lorafit.errors import LorafitError, Problem
-from lorafit.redact import redact
+from lorafit.redact import redact, visible
 from lorafit.version import __version__
 
 OTHERS_WAIT_SECONDS = 10.0
@@ -65,7 +66,7 @@ app.command("doctor")(doctor.doctor)
 
 def _version(is_set: bool) -> None:
     if is_set:
-        typer.echo(f"lorafit {__version__}")
+        put_line(f"lorafit {__version__}")
         raise typer.Exit
 
 
@@ -141,4 +142,4 @@ def _explained(error: Exception) -> tuple[int, str]:
 def _print_error(text: str) -> None:
     """Print to stderr, which may be a closed terminal."""
     with contextlib.suppress(OSError):
-        print(text, file=sys.stderr)
+        print(visible(text), file=sys.stderr)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import typer
-
 from lorafit.cli import options
+from lorafit.cli.output import put_json, put_line
 
 
 def plan(
@@ -29,12 +28,11 @@ def plan(
     from lorafit.observe.console import table
     from lorafit.plan.planner import plan_run
     from lorafit.plan.table import table_rows
-    from lorafit.redact import safe_json_line
 
     prediction = plan_run(config)
     if as_json:
-        typer.echo(safe_json_line(prediction.as_dict()))
+        put_json(prediction.as_dict())
         return
     if prediction.picked:
-        typer.echo(prediction.picked, err=True)
+        put_line(prediction.picked, err=True)
     table(["plan", "", ""], table_rows(prediction))

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lorafit.cli import options
+from lorafit.cli.output import put_json, put_line
 
 
 def report(
@@ -20,15 +21,14 @@ def report(
 ) -> None:
     """Write a run's report: one HTML page for offline use, with curves, answers, ledger and proof."""
     from lorafit.observe.run_summary import summarize
-    from lorafit.redact import safe_json_line
     from lorafit.report.page import write_report
     from lorafit.run_dir import RunDirectory
 
     directory = RunDirectory.open(run)
     path = write_report(directory, output)
     if not as_json:
-        typer.echo(path)
+        put_line(path)
         return
     proof = directory.read_json(directory.proof_file) if directory.proof_file.is_file() else None
     page = {"report": str(path), "bytes": path.stat().st_size}
-    typer.echo(safe_json_line({**page, **summarize(directory).as_dict(), "proof": proof}))
+    put_json({**page, **summarize(directory).as_dict(), "proof": proof})

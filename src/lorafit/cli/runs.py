@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lorafit.cli import options
+from lorafit.cli.output import put_json, put_line
 
 
 def runs(
@@ -20,7 +21,6 @@ def runs(
     from lorafit.observe.console import table
     from lorafit.observe.progress import progress
     from lorafit.observe.run_summary import summarize
-    from lorafit.redact import safe_json_line
     from lorafit.run_dir import find_runs
 
     if not folder.is_dir():
@@ -36,9 +36,9 @@ def runs(
             advance(done, len(found))
     if as_json:
         for path, summary in summaries:
-            typer.echo(safe_json_line({"run": path, **summary.as_dict()}))
+            put_json({"run": path, **summary.as_dict()})
     elif summaries:
         rows = [[path, *summary.cells()] for path, summary in summaries]
         table(["run", "model", "state", "step", "loss", "held-out", "base", "learned", "started"], rows)
     else:
-        typer.echo(f"no runs in {folder}", err=True)
+        put_line(f"no runs in {folder}", err=True)

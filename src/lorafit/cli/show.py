@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lorafit.cli import options
+from lorafit.cli.output import put_line
 
 
 def show(
@@ -35,6 +36,8 @@ def show(
 
     lorafit show --model TinyLlama/TinyLlama-1.1B-Chat-v1.0 --data alpaca_data.json --row 17
     """
+    import sys
+
     from lorafit.config.load import config_from_args, flag_overrides
     from lorafit.data.row_preview import (
         difference,
@@ -46,7 +49,7 @@ def show(
         view_row,
         wanted_rows,
     )
-    from lorafit.observe.console import has_colours, print_styled, table
+    from lorafit.observe.console import console_of, has_colours, print_line, print_styled, table
     from lorafit.report.escape import rows_page
     from lorafit.storage.atomic import write_file
 
@@ -58,10 +61,10 @@ def show(
     if html is not None:
         title = f"Rows as {config.model.name} reads them"
         write_file(html, rows_page(title, with_diff, ids=ids))
-        typer.echo(html)
+        put_line(html)
         return
     for view, lines in with_diff:
-        print_styled([(view.heading, "bold")])
+        print_line(console_of(sys.stdout), view.heading, "bold")
         if ids:
             table(["", "id", "", "text"], token_lines(view))
         elif has_colours():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorafit.cli import options
+from lorafit.cli.output import put_json, put_line
 
 if TYPE_CHECKING:
     from lorafit.sweep.trials import Trial
@@ -55,7 +56,6 @@ def sweep(
     """
     from lorafit.config.load import flag_overrides
     from lorafit.errors import ConfigError
-    from lorafit.redact import safe_json_line
     from lorafit.sweep.run import draw_curves, plan_points, run_sweep
 
     if resume is None:
@@ -70,18 +70,18 @@ def sweep(
     picture = draw_curves(folder, results)
     if as_json:
         for result in results:
-            typer.echo(safe_json_line(result.as_dict()))
+            put_json(result.as_dict())
     else:
         from lorafit.observe.console import table
 
         headings = ["trial", *results[0].trial.point, "state", "step", "loss", "held-out", "base"]
         table(headings, [result.cells() for result in results])
         sys.stdout.flush()
-        typer.echo(f"picture {picture}", err=True)
+        put_line(f"picture {picture}", err=True)
     if code:
         raise typer.Exit(code)
 
 
 def _announce(trial: Trial, what: str) -> None:
     varies = ", ".join(f"{key}={value}" for key, value in trial.point.items())
-    typer.echo(f"{trial.name}  {varies}  {what}", err=True)
+    put_line(f"{trial.name}  {varies}  {what}", err=True)

@@ -10,6 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from lorafit.cli import options
+from lorafit.cli.output import put_line
 
 
 def train(
@@ -78,7 +79,7 @@ def train(
     env = ProcessEnv.read()
     try:
         if env.is_main:
-            typer.echo(result.adapter if result.finished else result.path)
+            put_line(result.adapter if result.finished else result.path)
             sys.stdout.flush()
     except OSError:  # the terminal was closed; the run is on disk
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115

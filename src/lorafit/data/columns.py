@@ -10,10 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import yaml
+
 from lorafit.data.formats import detect
 from lorafit.data.row_fields import CONVERSATIONS, SYSTEM
 from lorafit.data.strict_json import RepeatedKeyError, parse_strict
 from lorafit.errors import DataError
+from lorafit.redact import json_line, shell
 
 Columns = Mapping[str, str]  # field -> column; `answers.text.0` is a value within a value
 TEXT_FIELDS = ("instruction", "input", "output", "system", "prompt", "completion", "text")
@@ -329,12 +332,12 @@ def _refuse_preferences(rows: Sequence[Mapping[str, object]]) -> None:
     if all("chosen" in row and "rejected" in row for row in rows):
         is_chat = isinstance(rows[0]["chosen"], list)
         question = next((name for name in _QUESTIONS if name in rows[0]), _ANY)
-        columns = "{messages: chosen}" if is_chat else f"{{instruction: {question}, output: chosen}}"
+        columns = {"messages": "chosen"} if is_chat else {"instruction": question, "output": "chosen"}
         if not is_chat and question == _ANY:
-            columns = "{text: chosen}"
+            columns = {"text": "chosen"}
         raise DataError(
             "the rows have `chosen` and `rejected`: supervised training uses one answer",
-            hint=f"data.columns='{columns}' trains the chosen one",
+            hint=f"{_setting(columns)} trains the chosen one",
         )
     if all("completion" in row and isinstance(row.get("label"), bool) for row in rows):
         raise DataError(
@@ -348,8 +351,9 @@ def _ambiguous(
 ) -> DataError:
     names = ", ".join(f"`{name}`" for name in [*questions, *contexts, *choices, *answers])
     question = questions[0] if questions else _ANY
-    context = f", input: {contexts[0]}" if contexts else ""
-    hint = f"choose the columns: data.columns='{{instruction: {question}{context}, output: {answers[0]}}}'"
+    context = {"input": contexts[0]} if contexts else {}
+    columns = {"instruction": question, **context, "output": answers[0]}
+    hint = f"choose the columns: {_setting(columns)}"
     if questions == ["text"]:
         hint += ", or data.format=text for `text` alone"
     return DataError(f"the columns can be read in several ways: {names}", hint=hint)
@@ -371,10 +375,19 @@ def _no_format(rows: Sequence[Mapping[str, object]], error: DataError) -> DataEr
         message = "fewer than half of the first rows have both `instruction` and `output`"
         return DataError(message, hint="add what is missing, or name other columns with data.columns")
     hint = (
-        f"name the columns: data.columns='{{instruction: {question}, output: {answer}}}', or text, messages, "
+        f"name the columns: {_setting({'instruction': question, 'output': answer})}, or text, messages, "
         "prompt and completion; `lorafit config data.columns` lists the fields"
     )
     return DataError(error.problems[0].message, hint=hint)
+
+
+def _setting(columns: Mapping[str, str]) -> str:
+    """`data.columns` as one writes it in a shell."""
+    values = (
+        f"{field}: {name if name.isidentifier() and yaml.safe_load(name) == name else json_line(name)}"
+        for field, name in columns.items()
+    )
+    return f"data.columns={shell('{' + ', '.join(values) + '}')}"
 
 
 def _listed(rows: Sequence[Mapping[str, object]]) -> str:

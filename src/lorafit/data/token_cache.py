@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import shutil
 import sys
@@ -28,13 +27,13 @@ from lorafit.data.sources import Reading, Sources
 from lorafit.data.token_dataset import TokenDataset, encode_chunks, open_encoded
 from lorafit.errors import DataError, RunError
 from lorafit.hub.dataset_splits import suffix_of
-from lorafit.redact import one_line
+from lorafit.redact import logger_of, one_line
 from lorafit.storage.atomic import MANIFEST, read_facts, sha256_file, staging_folder, verify_folder
 from lorafit.storage.cache_dir import cache_folder
 from lorafit.storage.locks import exclusive_lock
 from lorafit.storage.ownership import not_own
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 ENCODING = 6  # to be raised whenever the same rows would be written as other bytes
 MAX_BYTES = 20 * 10**9

@@ -5,7 +5,6 @@ It is written from the run's files, and contains no row of the data, no secret a
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -14,16 +13,16 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from statistics import fmean
 from typing import Any
 
-import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lorafit.data.contract import begins_with
 from lorafit.data.ledger import Ledger
 from lorafit.export.kinds import Export
+from lorafit.export.quoting import code, fenced, yaml_text
 from lorafit.export.run_source import RunSource
 from lorafit.hub.client import token
 from lorafit.observe.metrics_file import read_metrics, series
-from lorafit.redact import redact, without_secrets
+from lorafit.redact import json_line, redact, shell, without_secrets
 from lorafit.report.plot import thinned
 from lorafit.version import __version__
 
@@ -45,11 +44,16 @@ def card(source: RunSource, export: Export, type_name: str, folder: Path, parity
         export=export,
         type_name=type_name,
         version=__version__,
-        front=_yaml(without_secrets(header)),
-        usage=export.usage.format(base=source.base_name, name=source.name.lower(), file=file),
+        front=yaml_text(header),
+        usage=export.usage.format(
+            base=code(source.base_name),
+            base_literal=json_line(source.base_name),  # in JSON and in Python
+            name=shell(source.name.lower()),
+            file=shell(file),
+        ),
         contract=contract,
-        begins=begins_with(contract.bos, contract.add_bos),
-        stops=[f"`{decode([token])}` ({token})" for token in contract.stop_ids],
+        begins=begins_with(None if contract.bos is None else code(contract.bos), contract.add_bos),
+        stops=[f"{code(decode([token]))} ({token})" for token in contract.stop_ids],
         command=_command(source),
         parity=parity,
         **_origin(source),
@@ -81,7 +85,7 @@ def _command(source: RunSource) -> str:
         return ""
     command = str(source.run.read_json(source.run.env_file).get("command", ""))
     try:
-        return shlex.join(map(nameless, without_secrets(shlex.split(command))))
+        return shell(*map(nameless, without_secrets(shlex.split(command))))
     except ValueError:  # no line of a shell: it is left out
         return ""
 
@@ -98,7 +102,7 @@ def _origin(source: RunSource) -> dict[str, Any]:
     return {
         "paths": [*map(nameless, source.config.data.path)],
         "ledger": Ledger.from_json(source.run.read_json(source.run.ledger_file)),
-        "recipe": _yaml(without_secrets(sections), width=100),
+        "recipe": yaml_text(sections, width=100),
     }
 
 
@@ -141,10 +145,6 @@ def _curve(values: Sequence[float]) -> str:
     return "".join(_BARS[round((value - low) * scale)] for value in values)
 
 
-def _yaml(value: Mapping[str, Any], **settings: Any) -> str:
-    return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, **settings))
-
-
 _ENVIRONMENT = Environment(  # noqa: S701 (Markdown, not HTML)
     loader=FileSystemLoader(Path(__file__).parent / "templates"),
     undefined=StrictUndefined,
@@ -152,5 +152,5 @@ _ENVIRONMENT = Environment(  # noqa: S701 (Markdown, not HTML)
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-_ENVIRONMENT.filters["quoted"] = lambda text: json.dumps(redact(text), ensure_ascii=False)
+_ENVIRONMENT.filters |= {"code": code, "fenced": fenced, "quoted": lambda text: code(json_line(text))}
 _TEMPLATE = _ENVIRONMENT.get_template("card.md")

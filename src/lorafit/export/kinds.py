@@ -131,7 +131,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 folder = "."
-model = AutoModelForCausalLM.from_pretrained("{base}")
+model = AutoModelForCausalLM.from_pretrained({base_literal})
 model = PeftModel.from_pretrained(model, folder)
 model.generation_config = GenerationConfig.from_pretrained(folder)  # its stop tokens
 tokenizer = AutoTokenizer.from_pretrained(folder)  # its chat template
@@ -146,7 +146,7 @@ _GGUF_LORA_USAGE = """```bash
 llama-cli -m BASE.gguf --lora {file} --jinja -cnv
 ```
 
-`BASE.gguf` is `{base}` in GGUF."""
+`BASE.gguf` is {base} in GGUF."""
 
 EXPORTS: dict[str, Export] = {
     "adapter": Export(

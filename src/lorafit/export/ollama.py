@@ -22,6 +22,9 @@ from lorafit.export.run_source import RunSource
 FILE, MODEL = "Modelfile", "model.gguf"
 _SYSTEM, _QUESTION, _ANSWER = "the-system-prompt", "the-question", "the-answer"
 _QUOTES = '"""'
+_BRACES_OR_QUOTES = re.compile(
+    r'\{{2,}|\{(?="""|\Z)|"""'
+)  # what begins an action, alone or with one that follows
 _ACTION = re.compile(r"\{\{ (.*?) \}\}", re.DOTALL)
 _CONDITION = re.compile(r"\{\{ if \.System \}\}(.*?)\{\{ else \}\}(.*?)\{\{ end \}\}", re.DOTALL)
 
@@ -31,9 +34,9 @@ def write_modelfile(source: RunSource, staging: Path) -> None:
     renderer, contract = source.renderer, source.contract
     lines = [f"FROM ./{MODEL}", f"TEMPLATE {_QUOTES}{go_template(renderer)}{_QUOTES}"]
     if contract.system and _QUOTES not in contract.system and not contract.system.endswith('"'):
-        lines.append(f"SYSTEM {_QUOTES}{contract.system}{_QUOTES}")
+        lines.append(f"SYSTEM {quoted(contract.system)}")
     for token in contract.stop_ids:
-        lines.append(f"PARAMETER stop {json.dumps(renderer.tokenizer.decode([token]), ensure_ascii=False)}")
+        lines.append(f"PARAMETER stop {quoted(renderer.tokenizer.decode([token]))}")
     (staging / FILE).write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
 
@@ -58,18 +61,20 @@ def check_modelfile(source: RunSource, prompts: Sequence[Prompt], folder: Path) 
     """Each difference of the written Modelfile from the contract: rendered prompts and stop tokens."""
     text = (folder / FILE).read_text(encoding="utf-8")
     template = re.search(r'^TEMPLATE """(.*?)"""$', text, re.MULTILINE | re.DOTALL)
-    system = re.search(r'^SYSTEM """(.*?)"""$', text, re.MULTILINE | re.DOTALL)
+    system = re.search(r'^SYSTEM ("""|")(.*?)\1$', text, re.MULTILINE | re.DOTALL)
     if template is None:
         return ["the Modelfile has no template"]
     faults = []
-    stops = [json.loads(stop) for stop in re.findall(r"^PARAMETER stop (.*)$", text, re.MULTILINE)]
+    stops = [
+        stop for _, stop in re.findall(r'^PARAMETER stop ("""|")(.*?)\1$', text, re.MULTILINE | re.DOTALL)
+    ]
     for token in source.contract.stop_ids:
         if (name := source.renderer.tokenizer.decode([token])) not in stops:
             faults.append(f"the stop token {name!r} is not among the Modelfile's")
     bos = (source.contract.bos or "") if source.contract.add_bos else ""
     for number, prompt in enumerate(prompts, 1):
         question = prompt.messages[-1].content
-        text = bos + render_go(template[1], system[1] if system else "", question)
+        text = bos + render_go(template[1], system[2] if system else "", question)
         if text != prompt.text:
             faults.append(f"prompt {number} is rendered otherwise by the Modelfile: {text!r}")
     return faults
@@ -109,6 +114,15 @@ def _cut(text: str, hole: str) -> tuple[str, str]:
     return before, after
 
 
+def quoted(text: str) -> str:
+    """A value of the Modelfile, which has no escapes. Raises ModelError for a text that cannot be written."""
+    if '"' not in text and "\n" not in text:
+        return f'"{text}"'
+    if _QUOTES in text or text.endswith('"'):
+        raise ModelError(f"a Modelfile cannot hold the text {text!r}", hint="export `gguf`")
+    return f"{_QUOTES}{text}{_QUOTES}"
+
+
 def to_go_template(text: str) -> str:
-    """Text escaped for Go's template language and for the Modelfile."""
-    return text.replace("{{", '{{ "{{" }}').replace(_QUOTES, r'{{ "\"\"\"" }}')
+    """Text escaped for Go's template language and for the Modelfile; another action may follow it."""
+    return _BRACES_OR_QUOTES.sub(lambda match: f"{{{{ {json.dumps(match[0])} }}}}", text)

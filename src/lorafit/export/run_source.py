@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,10 +19,11 @@ from lorafit.model.base_check import check_base
 from lorafit.model.dtypes import BY_SAFETENSORS_NAME
 from lorafit.model.saved_adapter import EMBEDDING, HEAD, SavedAdapter, read_adapter
 from lorafit.model.weights import StoredTensor, stored_tensors
+from lorafit.redact import logger_of
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import MANIFEST, read_facts
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,8 @@ class RunSource:
     @property
     def name(self) -> str:
         """A name for files, from the run's folder."""
-        return (
-            "".join(c if c.isalnum() or c in "._-" else "-" for c in self.run.path.resolve().name) or "model"
-        )
+        name = "".join(c if c.isalnum() or c in "._-" else "-" for c in self.run.path.resolve().name)
+        return name.lstrip("-.") or "model"  # `-` would begin an option
 
     @property
     def base_name(self) -> str:

@@ -6,7 +6,6 @@ Only the files that the program reads are fetched, by name: never pickled weight
 from __future__ import annotations
 
 import glob
-import logging
 import os
 import re
 import shutil
@@ -27,6 +26,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from lorafit.errors import ConfigError, LorafitError, ModelError, several
+from lorafit.hub.answers import AnswerError, check_commit, check_files, is_revision, watch_answers
 from lorafit.hub.dataset_splits import (
     HUB_ID,
     KNOWN_FILES,
@@ -38,7 +38,7 @@ from lorafit.hub.dataset_splits import (
 )
 from lorafit.hub.errors import MORE_SPACE, TOKENS_PAGE, Repository, explained, similar_folder
 from lorafit.observe.progress import progress
-from lorafit.redact import dotenv
+from lorafit.redact import dotenv, logger_of, one_line
 
 MODEL_FILES = (
     "config.json",
@@ -55,7 +55,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 _WHAT_TO_GIVE = "give a folder with safetensors weights, or a hub id (owner/name)"
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +159,11 @@ class _Listing:
     commit: str
     cached: Path | None
     sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        with explained(self.repository):
+            check_commit(self.commit)
+            check_files(self.files)
 
     def lacks(self, file: str) -> bool:
         """Whether `file` is not in the cache yet."""
@@ -275,6 +280,9 @@ def _list(repository: Repository, offline: bool) -> _Listing:
             f"`{repository.name}` is neither a folder here nor an id of the hub (owner/name)",
             similar_folder(repository.name),
         )
+    if repository.revision is not None and not is_revision(repository.revision):
+        message = f"`{repository.revision}` is no revision: a branch, a tag or a full commit"
+        raise repository.error(message)
     if offline or constants.HF_HUB_OFFLINE:
         return _list_cached(repository)
     api = huggingface_hub.HfApi(token=token() or False)
@@ -282,6 +290,7 @@ def _list(repository: Repository, offline: bool) -> _Listing:
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     try:
         with explained(repository):
+            watch_answers()
             info = ask(repository.name, revision=repository.revision, timeout=timeout, files_metadata=True)
     except LorafitError as error:
         if not isinstance(error.__cause__, httpx.TransportError):
@@ -292,10 +301,11 @@ def _list(repository: Repository, offline: bool) -> _Listing:
             raise error from error.__cause__
         logger.warning("no connection to %s: using the cached copy %s", repository.page, listing.commit)
         return listing
-    assert info.sha is not None  # the hub names the commit of every revision
     siblings = info.siblings or []
     sizes = {file.rfilename: file.size for file in siblings if file.size is not None}
-    return _Listing(repository, [file.rfilename for file in siblings], info.sha, cached=None, sizes=sizes)
+    return _Listing(
+        repository, [file.rfilename for file in siblings], info.sha or "", cached=None, sizes=sizes
+    )
 
 
 def _list_cached(repository: Repository) -> _Listing:
@@ -315,9 +325,15 @@ def _list_cached(repository: Repository) -> _Listing:
         raise
     folder = Path(path)
     try:
-        tree = huggingface_hub.get_cached_repo_tree(
-            repository.name, repo_type=repository.kind, revision=folder.name
-        )
+        with explained(repository):
+            if (
+                folder.parent != _storage(repository).resolve() / "snapshots"
+            ):  # where a file of the cache leads
+                raise AnswerError("the commit in the cache is no hash")
+            check_commit(folder.name)
+            tree = huggingface_hub.get_cached_repo_tree(
+                repository.name, repo_type=repository.kind, revision=folder.name
+            )
         files = [file.path for file in tree]
     except CachedRepoTreeNotFoundError:  # downloaded by a program that stores no listing
         files = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
@@ -336,13 +352,14 @@ def _fetch(listing: _Listing, files: list[str]) -> Path:
     _check_room(repository, sum(listing.sizes.get(file, 0) for file in new))
     is_new = bool(new)
     # On a terminal the library draws its own bars, also where there is nothing to download.
-    has_bars = is_new and sys.stderr.isatty()
+    has_bars = is_new and sys.stderr.isatty() and all(one_line(file) == file for file in new)
     access = token() or False
     with (
         explained(repository),
         nullcontext() if has_bars else disable_progress_bars(),
         nullcontext() if has_bars else progress(f"downloading {repository.name}"),
     ):
+        watch_answers()
         return Path(
             huggingface_hub.snapshot_download(
                 repository.name,
@@ -354,11 +371,15 @@ def _fetch(listing: _Listing, files: list[str]) -> Path:
         )
 
 
+def _storage(repository: Repository) -> Path:
+    """The folder of a repository in the library's cache."""
+    name = repository.name.replace("/", "--")
+    return Path(constants.HF_HUB_CACHE).expanduser() / f"{repository.kind}s--{name}"
+
+
 def _check_room(repository: Repository, num_bytes: int) -> None:
     """Raise a LorafitError if the disk of the cache has no room for a download of `num_bytes`."""
-    cache = Path(constants.HF_HUB_CACHE)
-    kind = repository.kind + "s"
-    blobs = cache / f"{kind}--{repository.name.replace('/', '--')}" / "blobs"
+    cache, blobs = Path(constants.HF_HUB_CACHE), _storage(repository) / "blobs"
     try:
         begun = sum(file.stat().st_size for file in blobs.glob("*.incomplete"))  # they are continued
         disk = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())

@@ -7,6 +7,8 @@ from pathlib import PurePosixPath
 
 import yaml
 
+from lorafit.redact import shell
+
 PACKED = (".gz", ".zst")  # a text file may also be packed in one of these
 _TEXT_KINDS = {
     **dict.fromkeys((".json", ".jsonl", ".ndjson"), "json"),
@@ -47,7 +49,7 @@ class ConfigurationError(ValueError):
         """(message, hint) for the data set `what` when `config` was wanted."""
         if not self.names:
             return f"{what} names no configurations", "leave data.config out"
-        hint = f"data.config={self.names[0]}" + (" or another one" if len(self.names) > 1 else "")
+        hint = shell(f"data.config={self.names[0]}") + (" or another one" if len(self.names) > 1 else "")
         if config is None:
             return f"{what} has several configurations and no default one: {self}", hint
         return f"{what} has no configuration `{config}`; it has {self}", hint
@@ -131,7 +133,7 @@ def split_to_measure(splits: Splits) -> str:
 def _splits_of_card(card: str, files: list[str], config: str | None) -> Splits:
     """The splits of a configuration in the YAML header of the card, {} where it names none."""
     configs = configurations(card)
-    names = [str(entry.get("config_name", "default")) for entry in configs]
+    names = [_text(entry.get("config_name", "default")) for entry in configs]
     if config is not None:
         chosen = [entry for entry, name in zip(configs, names, strict=True) if name == config]
     else:
@@ -142,7 +144,7 @@ def _splits_of_card(card: str, files: list[str], config: str | None) -> Splits:
         raise ConfigurationError(names)
     if not chosen:
         return {}
-    folder = str(chosen[0].get("data_dir") or "").strip("./")
+    folder = _text(chosen[0].get("data_dir") or "").strip("./")
     files = [file for file in files if file.startswith(folder + "/")] if folder else files
     patterns = _split_patterns(chosen[0].get("data_files"))
     if not patterns:
@@ -175,16 +177,21 @@ def _split_patterns(data_files: object) -> dict[str, list[str]]:
         case str():
             return {"train": [data_files]}
         case dict():
-            return {str(split): _texts(paths) for split, paths in data_files.items()}
+            return {_text(split): _texts(paths) for split, paths in data_files.items()}
         case [dict(), *_]:
             entries = [entry for entry in data_files if isinstance(entry, dict)]
-            return {str(entry.get("split", "train")): _texts(entry.get("path")) for entry in entries}
+            return {_text(entry.get("split", "train")): _texts(entry.get("path")) for entry in entries}
         case _:
             return {"train": _texts(data_files)} if data_files else {}
 
 
 def _texts(value: object) -> list[str]:
-    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    return [_text(item) for item in value] if isinstance(value, list) else [_text(value)]
+
+
+def _text(value: object) -> str:
+    """A name or pattern of a card, "" for what is none: a list of aliases of lists would become a text without end."""
+    return str(value) if isinstance(value, str | int | float) else ""
 
 
 def _glob(pattern: str, path: str) -> bool:

@@ -24,6 +24,8 @@ from huggingface_hub.errors import (
 )
 
 from lorafit.errors import DataError, LorafitError, ModelError, similar
+from lorafit.hub.answers import AnswerError
+from lorafit.redact import shell
 
 TOKENS_PAGE = "https://huggingface.co/settings/tokens"
 MORE_SPACE = "free some space (`hf cache prune`), or set HF_HOME to a larger disk"
@@ -48,8 +50,10 @@ class Repository:
 
     @property
     def download_command(self) -> str:
-        options = " --repo-type dataset" if self.kind == "dataset" else ""
-        return f"hf download {self.name}{options}" + (f" --revision {self.revision}" if self.revision else "")
+        words = ["--repo-type", "dataset"] if self.kind == "dataset" else []
+        return shell(
+            "hf", "download", self.name, *words, *(["--revision", self.revision] if self.revision else [])
+        )
 
     def error(self, message: str, hint: str = "") -> LorafitError:
         kind = ModelError if self.kind == "model" else DataError
@@ -64,6 +68,12 @@ def explained(repository: Repository) -> Iterator[None]:
     except (
         *(httpx.HTTPError, httpx.InvalidURL, OSError, ValueError, RuntimeError, XetDownloadError),
         ImportError,  # of a proxy without its package
+        *(
+            TypeError,
+            KeyError,
+            AttributeError,
+            AssertionError,
+        ),  # of an answer that the library did not expect
     ) as raised:
         error: BaseException = raised
         while isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
@@ -75,6 +85,11 @@ def _explanation(repository: Repository, error: BaseException) -> tuple[str, str
     """(message, hint) for `error`."""
     name, log_in = repository.name, "set HF_TOKEN or run `hf auth login`"
     match error:
+        case AnswerError() | TypeError() | KeyError() | AttributeError() | AssertionError():
+            hint = (
+                "HF_ENDPOINT, a proxy or a cache that others can write may have changed it (`lorafit doctor`)"
+            )
+            return f"the hub's answer about `{name}` cannot be used: {_first_line(error)}", hint
         case GatedRepoError():
             return (
                 f"`{name}` is gated: only accounts that accepted its licence may download it",

@@ -6,11 +6,11 @@ A test compares the tables with the keys that the installed transformers and pef
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from lorafit.errors import Problem
+from lorafit.redact import logger_of
 
 # A tuple: the key changes results in a way that lorafit does not compute, except with these values.
 Rule = Literal["used", "harmless"] | tuple[object, ...]
@@ -19,7 +19,7 @@ HARMLESS: Literal["harmless"] = "harmless"
 UNSET: tuple[object, ...] = (None, False, [], {}, "")
 _INIT_OF_RESIDUALS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 def _all(rule: Rule, names: str) -> dict[str, Rule]:

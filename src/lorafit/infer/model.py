@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,11 +26,12 @@ from lorafit.model.lora import adapted, disable_adapter, evaluating
 from lorafit.model.quant import Quantize
 from lorafit.model.weights import INDEX, SINGLE
 from lorafit.observe.progress import progress
+from lorafit.redact import logger_of, shell
 from lorafit.run_dir import MAX_JSON, PROMPT, RunDirectory
 from lorafit.storage.atomic import check_manifest
 from lorafit.storage.safe_read import read_json
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 Conversation = Sequence[Message] | Sequence[Mapping[str, object]]
 Question = str | Content | Conversation
@@ -380,6 +380,6 @@ def _base_of(folder: Path) -> tuple[str, str | None]:
         raise ModelError(
             f"the adapter names a 4-bit copy as its base: `{name}`",
             place=str(folder / ADAPTER_CONFIG),
-            hint=f"give the 16-bit original: lorafit generate {whole} --adapter {folder}",
+            hint=f"give the 16-bit original: {shell('lorafit', 'generate', whole, '--adapter', folder)}",
         )
     return name, revision

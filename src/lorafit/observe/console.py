@@ -1,6 +1,7 @@
 """Tables, colours, answers side by side and printable text on a terminal or in a pipe.
 
-Text may come from anywhere (model answers, file names): it is never read as markup, and `printable` cleans it.
+Text may come from anywhere (model answers, file names): it is never read as markup. `clean` is for texts of several
+lines, `clean_line` for all others.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lorafit.redact import printable
+from lorafit.redact import line, printable
 
 SIDE_BY_SIDE_WIDTH = 80
 
@@ -32,9 +33,9 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, stream: Text
         console.width = 10_000
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for header in headers:
-        grid.add_column(Text(header), overflow="fold")
+        grid.add_column(Text(clean_line(header, console)), overflow="fold")
     for row in rows:
-        grid.add_row(*(Text(clean(cell, console)) for cell in row))
+        grid.add_row(*(Text(clean_line(cell, console)) for cell in row))
     console.print(grid)
 
 
@@ -50,7 +51,7 @@ def print_verdicts(
     width = max((len(name) for _, name, _ in lines), default=0)
     for outcome, name, text in lines:
         word = f"{passed:<4}" if outcome == "pass" else outcome
-        print_styled([(word, STYLES[outcome]), (f"  {name:<{width}}  {text}", "")], stream=stream)
+        print_styled([(word, STYLES[outcome]), (line(f"  {name:<{width}}  {text}"), "")], stream=stream)
 
 
 def has_colours(stream: TextIO | None = None) -> bool:
@@ -98,14 +99,23 @@ def can_redraw(console: Console) -> bool:
     return console.is_terminal and not console.is_dumb_terminal
 
 
-def print_line(console: Console, line: str, style: str = "") -> None:
-    """Print `line` without line breaks, so that paths in it can be copied."""
-    console.print(Text(clean(line, console), style=style), soft_wrap=True)
+def print_line(console: Console, text: str, style: str = "") -> None:
+    """Print `text` in one line that is not wrapped, so that paths in it can be copied."""
+    console.print(Text(clean_line(text, console), style=style), soft_wrap=True)
 
 
 def clean(text: str, console: Console) -> str:
     """Printable `text`, with a question mark for each character that the console's encoding lacks."""
-    return printable(text).encode(console.encoding, "replace").decode(console.encoding)
+    return _encodable(printable(text), console)
+
+
+def clean_line(text: str, console: Console) -> str:
+    """As `clean`, in one line without secrets."""
+    return _encodable(line(text), console)
+
+
+def _encodable(text: str, console: Console) -> str:
+    return text.encode(console.encoding, "replace").decode(console.encoding)
 
 
 @contextmanager

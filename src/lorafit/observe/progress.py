@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lorafit.observe.console import can_redraw, clean, console_of, print_line
+from lorafit.observe.console import can_redraw, clean_line, console_of, print_line
 from lorafit.observe.units import duration
 
 QUIET_SECONDS = 0.5  # faster work shows no progress
@@ -37,7 +37,7 @@ def progress(
         yield lambda done, total: None
         return
     console = console_of(stream or sys.stderr)
-    title = clean(title, console)
+    title = clean_line(title, console)
     bar = Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),

@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lorafit.observe.console import can_redraw, console_of, print_line, side_by_side
+from lorafit.observe.console import can_redraw, clean_line, console_of, print_line, side_by_side
 from lorafit.observe.events import (
     Answers,
     Diagnosis,
@@ -83,7 +83,7 @@ class Terminal:
                 self._print(f"step {event.step}  saved {event.path} ({event.reason})")
             case Progress():
                 if can_redraw(self._console):  # elsewhere its result is a line
-                    text = f"{event.what} {event.done}/{event.total}"
+                    text = clean_line(f"{event.what} {event.done}/{event.total}", self._console)
                     self._draw(_Line(event.done, event.total, lambda: {"step": text}))
             case Sample():
                 self._sample(event)

@@ -6,7 +6,6 @@ The libraries are optional. A library is imported only when its tracker is reque
 from __future__ import annotations
 
 import importlib
-import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,13 +13,13 @@ from typing import Any
 
 from lorafit.errors import ConfigError, similar
 from lorafit.observe.events import Event, Heldout, Step
-from lorafit.redact import one_line
+from lorafit.redact import logger_of, one_line
 
 PROJECT = "lorafit"
 Log = Callable[[dict[str, float], int], object]  # (values by name, step)
 Close = Callable[[], object]
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 
 class Tracker:

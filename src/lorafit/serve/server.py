@@ -24,7 +24,7 @@ from lorafit.errors import ConfigError
 from lorafit.infer.continuous_batch import ContinuousBatch, Request
 from lorafit.infer.multi_adapter import Models
 from lorafit.infer.scheduler import Ticket
-from lorafit.redact import printable
+from lorafit.redact import line
 from lorafit.serve.app import make_app
 from lorafit.serve.auth import Guard
 from lorafit.serve.connection import protocol
@@ -180,9 +180,9 @@ def _announce(
     else:
         _log(f"token    the one in {TOKEN_VARIABLE}")
     _log("stop     Ctrl-C")
-    print(url, flush=True)
+    print(line(url), flush=True)
 
 
-def _log(line: str) -> None:
+def _log(text: str) -> None:
     with contextlib.suppress(OSError):
-        print(printable(line), file=sys.stderr, flush=True)
+        print(line(text), file=sys.stderr, flush=True)

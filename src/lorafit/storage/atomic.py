@@ -307,8 +307,11 @@ def remove_folder(folder: Path) -> None:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Replace one small text file atomically and durably. Raises RunError."""
-    content = text.encode()
+    """Replace one small text file atomically and durably. Raises RunError.
+
+    A lone surrogate, which UTF-8 does not have, becomes its escape in JSON; names of files can hold some.
+    """
+    content = text.encode(errors="backslashreplace")
     write_lines(path, [content], len(content))
 
 

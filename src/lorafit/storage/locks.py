@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lorafit.errors import RunError
-from lorafit.redact import redact, without_secrets
+from lorafit.redact import redact, shell, without_secrets
 from lorafit.storage.atomic import BLOCK, identity, run_error
 from lorafit.storage.ownership import not_own
 from lorafit.storage.safe_read import open_no_follow, read_text
@@ -139,9 +139,8 @@ def _holder(file: BinaryIO) -> str:
 def refuse_others(place: Path) -> None:
     """Raise RunError where another user has made a file or folder, or can write there."""
     if reason := not_own(place):
-        own = (
-            f"`chmod go-w {place}`, if you trust what is in it" if "written" in reason else "run as its owner"
-        )
+        command = shell("chmod", "go-w", place)
+        own = f"`{command}`, if you trust what is in it" if "written" in reason else "run as its owner"
         raise RunError(f"`{place.name}` {reason}", place=str(place), hint=f"{own}, or give another --output")
 
 

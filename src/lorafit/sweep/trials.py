@@ -22,6 +22,7 @@ from lorafit.distributed.ranks import num_cores
 from lorafit.errors import LorafitError, RunError
 from lorafit.model.build import BaseModelCache
 from lorafit.observe.run_summary import RunState
+from lorafit.redact import shell
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import is_orphan, make_folder, write_file
 from lorafit.storage.locks import CLAIM, Held, lock
@@ -79,7 +80,7 @@ def plan_sweep(folder: Path, trials: Sequence[tuple[Point, Config]]) -> list[Tri
         elif _read(file) != plan:
             raise RunError(
                 f"`{folder}` holds a sweep of other trials",
-                hint=f"continue it: `lorafit sweep --resume {folder}`, or give another --output",
+                hint=f"continue it: `{shell('lorafit', 'sweep', '--resume', folder)}`, or give another --output",
             )
         return open_sweep(folder)
 

@@ -15,6 +15,7 @@ from lorafit.model.adapter_file import load_adapter
 from lorafit.model.memory import is_out_of_memory
 from lorafit.observe.events import Learned, Message, Observer, RunEnded
 from lorafit.observe.metrics_file import event_of, read_raw_lines
+from lorafit.redact import shell
 from lorafit.report.page import write_report
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import sha256_file, verify_folder
@@ -35,7 +36,7 @@ def finish(
     adapter, proven = run.adapter, None
     if outcome == "interrupted":
         adapter = run.checkpoint(state.step)
-        observe(Message(f"continue with: lorafit train --resume {run.path}"))
+        observe(Message(f"continue with: {shell('lorafit', 'train', '--resume', run.path)}"))
     else:
         if outcome == "ended early":
             count = state.num_worse

@@ -34,6 +34,7 @@ from lorafit.model.memory import MUCH_FREE, is_out_of_memory, release_free_memor
 from lorafit.observe.events import Heldout, Message, Observer, Progress, Step
 from lorafit.observe.meters import Meter
 from lorafit.plan.cadence import Cadence
+from lorafit.redact import shell
 from lorafit.run_dir import RunDirectory
 from lorafit.training.checkpoint import TrainState, adapter_digest, snapshot
 from lorafit.training.checkpoint_writer import AsyncCheckpointWriter
@@ -317,7 +318,8 @@ def _out_of_memory(
     hint = "one row fills the pass: train.recompute=layers needs a fraction of the memory"
     if any(len(pack.lengths) > 1 for pack in packs):
         smaller = f"train.micro_batch_tokens={max(8, max(pack.num_tokens for pack in packs) // 2)}"
-        hint = f"continue with `lorafit train --resume {job.run.path} {smaller}`: {SAME_RESULT}"
+        command = shell("lorafit", "train", "--resume", job.run.path, smaller)
+        hint = f"continue with `{command}`: {SAME_RESULT}"
     raise RunError(f"out of memory {where}{saved}", place=str(job.run.path), hint=hint)
 
 

@@ -39,6 +39,7 @@ from lorafit.observe.units import count
 from lorafit.plan.cadence import Cadence
 from lorafit.plan.planner import make_plan
 from lorafit.plan.table import short_lines
+from lorafit.redact import shell
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import read_facts, sha256_file, verify_folder
 from lorafit.training import loop
@@ -172,7 +173,7 @@ def _resume(
             if overrides:
                 raise RunError(
                     f"`{path}` is complete: no setting changes it any more",
-                    hint=f"start a new run from it with lora.init_from={run.adapter}",
+                    hint=f"start a new run from it with {shell(f'lora.init_from={run.adapter}')}",
                 )
             edits = _edits(run, config, accept_changes) if ranks.is_main else []
             observe, state = terminal_or_silent(ranks.env, quiet), resumption.finished

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import logging
 import os
 import platform
 import shlex
@@ -24,14 +23,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorafit.redact import one_line
+from lorafit.redact import logger_of, one_line
 from lorafit.storage.atomic import sha256_file
 from lorafit.storage.cache_dir import cache_folder, cache_home
 from lorafit.storage.locks import exclusive_lock
 from lorafit.storage.ownership import not_own
 from lorafit.storage.safe_read import read_text
 
-logger = logging.getLogger(__name__)
+logger = logger_of(__name__)
 
 _SOURCES = ("rows.cpp", "attention.cpp", "decode_linear.cpp", "decode.cpp", "products.cpp")
 _HEADERS = ("common.h", "vectors.h", "dots.h", "documents.h", "attention_dots.h")
