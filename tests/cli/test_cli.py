@@ -274,7 +274,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on_and_resume_finishes(
         out, err = child.communicate()
         assert child.returncode == 130, err
     assert out == f"{output}\n"
-    assert "SIGINT: saving after this step" in err
+    assert "Ctrl-C: saving after this step" in err
     assert f"continue with: lorafit train --resume {output}" in err
     assert "Traceback" not in err
     (saved,) = (output / "checkpoints").iterdir()

@@ -12,7 +12,7 @@ from rich.console import Console
 from tests.waiting import Clock, until
 
 from lorafit.observe import terminal
-from lorafit.observe.console import side_by_side, table
+from lorafit.observe.console import print_verdicts, side_by_side, table
 from lorafit.observe.events import Answers, Event, Heldout, Message, Proved, RunEnded, RunStarted, Saved, Step
 from lorafit.observe.progress import progress
 from lorafit.observe.terminal import Terminal
@@ -267,3 +267,37 @@ def test_a_proof_is_told_in_plain_lines(verdict: str, said: str) -> None:
     assert lines[:2] == ["proof  28 of 28 changed", "proof  loss 2 -> 1  (3s)"]
     assert lines[2:3] == ([f"{said}only 1 of 20 ended\\u001b[2J"] if said else [])
     assert ("the adapter is kept" in stream.getvalue()) == (verdict == "fail")
+
+
+# Words are never cut
+
+
+SENTENCE = (
+    "warning: so many teaching rows say the same that a run of 1m 28s learns one answer by heart (rows.json)"
+)
+
+
+@pytest.mark.parametrize("width", [60, 100, 200])
+def test_lines_are_wrapped_between_words_on_a_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    path = "/a/path/that/is/longer/than/the/terminal/" + "folder/" * width
+    screen = Screen()
+    with closing(Terminal(screen)) as observe:
+        observe(Message(SENTENCE))
+        observe(Message(f"report {path}"))
+    print_verdicts([("warn", "rows", SENTENCE)], stream=screen)
+    shown = printable(screen.getvalue())
+    assert shown.split() == [*SENTENCE.split(), "report", path, "warn", "rows", *SENTENCE.split()]
+    for line in shown.splitlines():
+        assert cell_len(line) <= width or line.strip() == path
+
+
+def test_a_pipe_gets_whole_lines_and_tables_of_a_hundred_columns() -> None:
+    stream = io.StringIO()
+    with closing(Terminal(stream)) as observe:
+        observe(Message(SENTENCE * 3))
+    assert stream.getvalue() == SENTENCE * 3 + "\n"
+    stream = io.StringIO()
+    table(["key", "what it does"], [["lora.rank", SENTENCE * 3], ["a", "b"]], stream=stream)
+    assert max(map(len, stream.getvalue().splitlines())) <= 100
+    assert " ".join(stream.getvalue().split()).count("the same that a run of 1m 28s") == 3

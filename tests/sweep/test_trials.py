@@ -140,7 +140,7 @@ def test_names_in_a_picture_are_text(words: list[str], tmp_path: Path) -> None:
     root = ElementTree.fromstring(draw_curves(folder, [TrialResult(trial, None)]).read_text())
     assert "x=<script>" in [element.text for element in root.iter()]
     [line] = [path for path in root.iter() if path.get("stroke-width") == "3"]
-    assert line.get("d") == "M333.3 0.0L1000.0 833.3"  # step 1 of 0 to 3
+    assert line.get("d") == "M333.3 0.0L1000.0 250.0"  # step 1 of 0 to 3, loss from 0
     draw_curves(folder, [])  # nothing was measured
 
 

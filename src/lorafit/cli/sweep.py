@@ -43,7 +43,7 @@ def sweep(
     resume: Annotated[
         Path | None, typer.Option(metavar="SWEEP", help="Go on with a sweep.", show_default=False)
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Show which run begins, and no steps.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show which run begins, and no progress.")] = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Train with every combination of some values, or random ones. The same command again resumes the sweep.
@@ -83,5 +83,4 @@ def sweep(
 
 
 def _announce(trial: Trial, what: str) -> None:
-    varies = ", ".join(f"{key}={value}" for key, value in trial.point.items())
-    put_line(f"{trial.name}  {varies}  {what}", err=True)
+    put_line(f"{trial.title}  {what}", err=True)

@@ -7,6 +7,7 @@ import torch
 from lorafit.config.schema import device_name
 from lorafit.errors import ConfigError
 from lorafit.model.dtypes import DTYPES
+from lorafit.observe.units import count
 
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
@@ -58,7 +59,7 @@ def describe(device: torch.device) -> str:
         return f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
     if device.type == "cpu":
         name = torch.cpu.get_capabilities().get("cpu_name")
-        return f"CPU, {torch.get_num_threads()} threads" + (f", {name}" if name else "")
+        return f"CPU, {count(torch.get_num_threads(), 'thread')}" + (f", {name}" if name else "")
     return device.type.upper()
 
 

@@ -24,18 +24,28 @@ from rich.text import Text
 from lorafit.redact import line, printable
 
 SIDE_BY_SIDE_WIDTH = 80
+PIPE_WIDTH = 100
+INDENT = "  "  # of the lines after the first of a wrapped text
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, stream: TextIO | None = None) -> None:
-    """Print rows of text in columns. A terminal folds long cells; a pipe gets whole rows."""
+    """Print rows of text in columns. Long cells are wrapped between words: at the width of the terminal, which cuts a
+    word that is longer, or at PIPE_WIDTH in a pipe, which gets whole words.
+    """
     console = console_of(stream or sys.stdout)
-    if not console.is_terminal:
-        console.width = 10_000
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for header in headers:
-        grid.add_column(Text(clean_line(header, console)), overflow="fold")
+    headers, *rows = [[clean_line(cell, console) for cell in row] for row in (headers, *rows)]
+    longest = [0] * len(headers)
+    if not console.is_terminal:
+        columns = zip(headers, *rows, strict=True)
+        longest = [
+            max((cell_len(word) for cell in column for word in cell.split()), default=0) for column in columns
+        ]
+        console.width = max(PIPE_WIDTH, sum(longest) + 3 * len(longest))
+    for header, width in zip(headers, longest, strict=True):
+        grid.add_column(Text(header), overflow="fold", min_width=width)
     for row in rows:
-        grid.add_row(*(Text(clean_line(cell, console)) for cell in row))
+        grid.add_row(*map(Text, row))
     console.print(grid)
 
 
@@ -45,13 +55,15 @@ STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
 def print_verdicts(
     lines: Sequence[tuple[str, str, str]], *, passed: str = "pass", stream: TextIO | None = None
 ) -> None:
-    """Print (pass, warn or fail; name of the check; text), one per line, without line breaks; `passed` is the word
-    for a pass.
+    """Print (pass, warn or fail; name of the check; text), one per line, on a terminal wrapped between words; `passed`
+    is the word for a pass.
     """
+    console = console_of(stream or sys.stdout)
     width = max((len(name) for _, name, _ in lines), default=0)
     for outcome, name, text in lines:
         word = f"{passed:<4}" if outcome == "pass" else outcome
-        print_styled([(word, STYLES[outcome]), (line(f"  {name:<{width}}  {text}"), "")], stream=stream)
+        parts = [(word, STYLES[outcome]), (line(f"  {name:<{width}}  {text}"), "")]
+        _print_wrapped(console, Text.assemble(*((clean(part, console), style) for part, style in parts)))
 
 
 def has_colours(stream: TextIO | None = None) -> bool:
@@ -100,8 +112,21 @@ def can_redraw(console: Console) -> bool:
 
 
 def print_line(console: Console, text: str, style: str = "") -> None:
-    """Print `text` in one line that is not wrapped, so that paths in it can be copied."""
-    console.print(Text(clean_line(text, console), style=style), soft_wrap=True)
+    """Print `text` in one line, which a terminal gets wrapped between words."""
+    _print_wrapped(console, Text(clean_line(text, console), style=style))
+
+
+def _print_wrapped(console: Console, text: Text) -> None:
+    """Print `text`. A terminal gets it wrapped between words; words are never cut, so that paths can be copied."""
+    plain, breaks, column = text.plain, [], 0
+    for word in re.finditer(r"\S+\s*|\s+", plain if can_redraw(console) else ""):
+        if column and column + cell_len(word[0].rstrip()) > console.width:
+            breaks.append(word.start())
+            column = len(INDENT)
+        column += cell_len(word[0])
+    for number, part in enumerate(text.divide(breaks)):
+        part.rstrip()
+        console.print(Text(INDENT * bool(number)) + part, soft_wrap=True)
 
 
 def clean(text: str, console: Console) -> str:

@@ -32,7 +32,7 @@ from lorafit.observe.events import (
     Step,
 )
 from lorafit.observe.meters import Meter
-from lorafit.observe.units import duration, memory_size, short_count
+from lorafit.observe.units import count, duration, memory_size, short_count
 
 MIN_BAR_WIDTH = 8
 # left out of a short line
@@ -71,7 +71,8 @@ class Terminal:
                 part = 100 * event.num_trainable / max(event.num_parameters, 1)
                 counts = f"{short_count(event.num_parameters)} parameters, {short_count(event.num_trainable)} trained"
                 self._print(f"{event.model}  {counts} ({part:.2g} %)  {event.device} {event.dtype}")
-                self._print(f"{event.num_rows:,} rows  {event.num_steps:,} steps  output {event.output}")
+                sizes = f"{count(event.num_rows, 'row')}  {count(event.num_steps, 'step')}"
+                self._print(f"{sizes}  output {event.output}")
                 self._started = time.monotonic()
             case Step():
                 self._step(event)
@@ -102,7 +103,7 @@ class Terminal:
                 self._print(f"step {event.step}  {event.text}: {event.hint}", style="yellow")
             case RunEnded():
                 self.close()
-                self._print(f"{event.reason} after {event.step:,} steps in {duration(event.seconds)}")
+                self._print(f"{event.reason} after {count(event.step, 'step')} in {duration(event.seconds)}")
                 self._print(f"adapter {event.adapter}")
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from lorafit.observe.units import duration, memory_size, short_count
+from lorafit.observe.units import count, duration, memory_size, short_count
 from lorafit.plan.predict import Plan, Times
 
 _NAMES = {"adapter": "adapter and optimizer", "spare": "spare blocks", "rest": "the rest"}
@@ -16,7 +16,8 @@ def table_rows(plan: Plan) -> list[list[str]]:
     """The plan value by value: [what, how much, details]."""
     percent = 100 * plan.trainable / max(plan.parameters, 1)
     per_epoch = f"{plan.supervised_tokens_per_epoch:,} of {plan.tokens_per_epoch:,} per epoch"
-    passes = f"{plan.passes:,} passes, the longest of {plan.longest_pack_tokens:,} tokens"
+    passes = "1 pass" if plan.passes == 1 else f"{plan.passes:,} passes"
+    passes += f", the longest of {plan.longest_pack_tokens:,} tokens"
     trained = f"{short_count(plan.trainable)} trained ({percent:.2g} %), {plan.dtype}, {plan.device}"
     rows = [
         ["parameters", short_count(plan.parameters), trained],
@@ -36,7 +37,7 @@ def short_lines(plan: Plan) -> list[str]:
     """The head of a run: its size, then its memory and time."""
     about = "" if _is_measured(plan) else "about "
     parts = [
-        f"plan: {plan.steps:,} steps",
+        f"plan: {count(plan.steps, 'step')}",
         f"{plan.supervised_tokens:,} supervised of {plan.tokens:,} tokens",
         f"{about}{memory_size(plan.peak_bytes)} of memory ({_available(plan)})",
     ]

@@ -71,14 +71,22 @@ class Chart:
 
 
 def line_chart(
-    title: str, lines: Sequence[Line], show: Format, *, log: bool = False, tall: bool = False
+    title: str,
+    lines: Sequence[Line],
+    show: Format,
+    *,
+    log: bool = False,
+    tall: bool = False,
+    zero: bool = False,
 ) -> Chart | None:
-    """A figure with `lines` over steps from 0 on, None without points; `show` writes a value."""
+    """A figure with `lines` over steps from 0 on, None without points; `show` writes a value, `zero` begins the values
+    at 0.
+    """
     lines = [line for line in lines if line.points]
     if not lines:
         return None
     xs = [x for line in lines for x, _ in line.points]
-    ys = [y for line in lines for _, y in line.points]
+    ys = [y for line in lines for _, y in line.points] + [0.0] * zero
     x_axis, y_axis = linear_axis(min(0, *xs), max(0, *xs), 6, whole=True, tight=True), value_axis(ys, log=log)
 
     def place(point: tuple[float, float]) -> str:
@@ -108,7 +116,7 @@ def line_chart(
         title,
         f"{title}: {'; '.join(ends)}",
         keys=[(line.name, line.style) for line in lines] if len(lines) > 1 else [],
-        y_labels=[(1 - y_axis.at(tick), show(tick)) for tick in y_axis.ticks],
+        y_labels=_distinct([(1 - y_axis.at(tick), show(tick)) for tick in y_axis.ticks]),
         x_labels=_whole_labels(x_axis),
         paths=paths,
         hover=json.dumps(hover),
@@ -210,6 +218,13 @@ def linear_axis(low: float, high: float, about: int, *, whole: bool = False, tig
     if tight:
         return Axis(low, high, [tick for tick in ticks if low <= tick <= high])
     return Axis(ticks[0], ticks[-1], ticks)
+
+
+def _distinct(labels: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
+    """`labels` without those of the same text as one before: values that are too close for their format."""
+    return [
+        label for index, label in enumerate(labels) if label[1] not in {text for _, text in labels[:index]}
+    ]
 
 
 def _whole_labels(axis: Axis) -> list[tuple[float, str]]:

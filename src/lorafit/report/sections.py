@@ -69,8 +69,8 @@ def progress(facts: Facts) -> list[plot.Chart]:
     charts = [
         plot.line_chart("Learning rate", [plot.Line("value", "one", rates.points())], _short),
         plot.line_chart("Gradient norm", _smooth(norms), _short, log=True),
-        plot.line_chart("Tokens per second", _smooth(speed), lambda value: f"{value:,.0f}"),
-        plot.line_chart("Peak memory", [memory], memory_size),
+        plot.line_chart("Tokens per second", _smooth(speed), lambda value: f"{value:,.0f}", zero=True),
+        plot.line_chart("Peak memory", [memory], memory_size, zero=True),
     ]
     return [chart for chart in charts if chart]
 

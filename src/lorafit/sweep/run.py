@@ -115,7 +115,11 @@ def draw_curves(folder: Path, results: Sequence[TrialResult]) -> Path:
                 points = [(0, result.summary.base_loss), *points]
             lines.append(Line(name, str(len(lines)), points, dots=True))
     title, picture = f"Held-out loss, {folder.name}", folder / "sweep.svg"
-    chart = line_chart(title, lines, "{:.3f}".format)
     names = [line.name for line in lines]
+    bases = [result.summary.base_loss for result in results if result.summary and result.summary.base_loss]
+    steps = [step for line in lines for step, _ in line.points]
+    if bases and steps:  # all trials have one base
+        lines.append(Line("base", "base", [(0, bases[0]), (max(steps), bases[0])]))
+    chart = line_chart(title, lines, "{:.3g}".format, zero=True)
     write_file(picture, render("sweep.svg", title=title, chart=chart, names=names))
     return picture

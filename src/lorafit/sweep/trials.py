@@ -21,6 +21,7 @@ from lorafit.config.schema import Config
 from lorafit.distributed.ranks import num_cores
 from lorafit.errors import LorafitError, RunError
 from lorafit.model.build import BaseModelCache
+from lorafit.observe.progress import progress
 from lorafit.observe.run_summary import RunState
 from lorafit.redact import shell
 from lorafit.run_dir import RunDirectory
@@ -43,6 +44,11 @@ class Trial:
     @property
     def name(self) -> str:
         return self.run.path.name
+
+    @property
+    def title(self) -> str:
+        """Its name and what varies: `trial-001  lora.rank=4`."""
+        return f"{self.name}  {', '.join(f'{key}={value}' for key, value in self.point.items())}"
 
     @property
     def finished(self) -> bool:
@@ -114,8 +120,9 @@ def open_sweep(folder: Path) -> list[Trial]:
 def work(trials: Sequence[Trial], announce: Callable[[Trial, str], None], *, quiet: bool = False) -> bool:
     """Train the trials that are not finished and that no other process trains; False where one was interrupted.
 
-    `announce` gets the trial and what happens to it. A trial that fails leaves its error beside its directory and does
-    not stop the others. Runs of the same base load it once. Raises RunError where the sweep is moved or replaced.
+    A trial is one line with its progress. `announce` gets the trial and what happens to it; where `quiet`, also that it
+    begins. A trial that fails leaves its error beside its directory and does not stop the others. Runs of the same
+    base load it once. Raises RunError where the sweep is moved or replaced.
     """
     base = BaseModelCache()
     if not trials:
@@ -132,12 +139,14 @@ def work(trials: Sequence[Trial], announce: Callable[[Trial, str], None], *, qui
             if trial.finished:
                 continue
             begun = trial.run.config_file.exists()
-            announce(trial, "continues" if begun else "begins")
+            if quiet:
+                announce(trial, "continues" if begun else "begins")
             try:
-                if begun:
-                    result = resume_run(trial.run.path, quiet=quiet, base=base)
-                else:
-                    result = start_run(trial.config, quiet=quiet, base=base)
+                with progress(trial.title, quiet=quiet):
+                    if begun:
+                        result = resume_run(trial.run.path, quiet=True, base=base)
+                    else:
+                        result = start_run(trial.config, quiet=True, base=base)
             except LorafitError as error:
                 sweep.check()
                 write_file(trial.error_file, f"{error}\n")
@@ -146,6 +155,7 @@ def work(trials: Sequence[Trial], announce: Callable[[Trial, str], None], *, qui
             sweep.check()
             trial.error_file.unlink(missing_ok=True)
             if not result.finished:
+                announce(trial, "interrupted; the same command goes on")
                 return False
     return True
 

@@ -23,7 +23,7 @@ def outside_steps(observe: Observer) -> Iterator[None]:
     """
 
     def on_stop(number: int, frame: FrameType | None) -> None:
-        observe(Message(f"{signal.Signals(number).name}: stopping; what was trained is saved", "warning"))
+        observe(Message(f"{_name(number)}: stopping; what was trained is saved", "warning"))
         raise KeyboardInterrupt
 
     def on_save(number: int, frame: FrameType | None) -> None:
@@ -82,9 +82,13 @@ class Requests:
         if self._stop:
             raise KeyboardInterrupt
         self._stop = True
-        name = signal.Signals(number).name
         once_more = "" if self._patient else "; once more stops at once"
-        self._observe(Message(f"{name}: saving after this step{once_more}", "warning"))
+        self._observe(Message(f"{_name(number)}: saving after this step{once_more}", "warning"))
+
+
+def _name(number: int) -> str:
+    """A signal as the user knows it."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 def _install(on_stop: _Handler, on_save: _Handler) -> dict[int, Any]:
