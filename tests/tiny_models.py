@@ -67,10 +67,94 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
 }
+# Types whose checkpoints tests/model/test_published.py makes with transformers, in its format: a new one is a line.
+_LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.5, 2.0, 2.5, 3.0, 3.5, 4.0],
+}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "smollm3": {"model_type": "smollm3", "tie_word_embeddings": True, "no_rope_layers": [1, 0]},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "tie_word_embeddings": True,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 5,
+    },
+    "gemma2": {
+        "model_type": "gemma2",
+        "tie_word_embeddings": True,
+        "sliding_window": 5,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 3.0,
+    },
+    "phi3": {"model_type": "phi3", "sliding_window": 20, "hidden_size": 64},
+    "phi3-longrope": {
+        "model_type": "phi3",
+        "hidden_size": 64,
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": _LONGROPE,
+        "original_max_position_embeddings": 20,
+        "tie_word_embeddings": True,
+    },
+    "olmo2": {"model_type": "olmo2"},
+    "olmo3": {
+        "model_type": "olmo3",
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 5,
+        "rope_theta": 500000.0,
+        "rope_scaling": {**_YARN, "attention_factor": 1.2},
+    },
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 8.0,
+        "tie_word_embeddings": True,
+    },
+    "granite4": {
+        "model_type": "granitemoehybrid",
+        "layer_types": ["attention", "attention"],
+        "num_local_experts": 0,
+        "mamba_n_heads": 2,
+        "shared_intermediate_size": 48,
+        "position_embedding_type": "rope",
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.25,
+        "attention_multiplier": 0.1,
+        "logits_scaling": 6.0,
+        "tie_word_embeddings": True,
+    },
+    "ministral3": {
+        "model_type": "ministral3",
+        "rope_parameters": {
+            **_YARN,
+            "rope_theta": 1000000.0,
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "exaone4": {"model_type": "exaone4", "sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "exaone4-window": {
+        "model_type": "exaone4",
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 5,
+    },
+    "ernie4_5": {"model_type": "ernie4_5", "tie_word_embeddings": True, "use_bias": True},
+    "helium": {"model_type": "helium", "num_attention_heads": 2, "num_key_value_heads": 2},
+    "hunyuan": {
+        "model_type": "hunyuan_v1_dense",
+        "rope_scaling": {"type": "dynamic", "alpha": 50.0, "factor": 1.0},
+    },
+}
 
 
 def config_of(family: str, **changes: Any) -> dict[str, Any]:
     """The config.json of a tiny network of `family`."""
+    if family in PUBLISHED:
+        return {**_BASE, "head_dim": 16, "pad_token_id": 0, **PUBLISHED[family], **changes}
     return {**_BASE, **FAMILIES[family], **changes}
 
 
@@ -114,6 +198,11 @@ def write_model(
     save_file(
         weights_of(random_network(family, seed, **changes)), folder / "model.safetensors", {"format": "pt"}
     )
+    return write_prompting(folder, chat)
+
+
+def write_prompting(folder: Path, chat: bool = True) -> Path:
+    """The byte tokenizer and, with `chat`, a chat template, beside a network."""
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     tokenizer_config = {
         "bos_token": "<s>",

@@ -26,7 +26,8 @@ def pack_loss(network: Llama, pack: Pack) -> Tensor:
     supervised = _supervised(network, pack)
     targets = torch.from_numpy(pack.targets).to(supervised.device)
     weights = None if pack.weights is None else torch.from_numpy(pack.weights).to(supervised.device)
-    return loss_sum(network.model.norm(supervised), network.lm_head.weight, targets, weights)
+    hidden, cap = network.normed(supervised), network.arch.logits_cap
+    return loss_sum(hidden, network.lm_head.weight, targets, weights, cap)
 
 
 def pack_predictions(network: Llama, pack: Pack) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:

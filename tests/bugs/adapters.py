@@ -182,7 +182,7 @@ def a_new_process_computes_the_same_logits(lab: Lab) -> None:
 
 @probe(
     22,
-    Plant("model.weights:stored_tensors", "if not _are_equal(", "if False and not _are_equal("),
+    Plant("model.weights:stored_weights", "if not _are_equal(", "if False and not _are_equal("),
     Plant(
         "model.weights:load_network",
         "network.lm_head.weight = network.model.embed_tokens.weight",

@@ -17,7 +17,8 @@ from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import ModelError
 from lorafit.hub import folder_keys
 from lorafit.hub.folder_keys import ADAPTER, CONFIG, GENERATION, ROPE, TOKENIZER, Rule, refused
-from lorafit.model.architecture import FAMILIES, parse_architecture
+from lorafit.model.architecture import parse_architecture
+from lorafit.model.families import FAMILIES
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

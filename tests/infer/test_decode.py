@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from lorafit.infer.engine import Decode, KeyValueCache, decode_attention
-from lorafit.model.architecture import Architecture, Rope
+from lorafit.model.architecture import Architecture
 from lorafit.model.llama import rotary_table
 from lorafit.model.native import kernels, missing
+from lorafit.model.rope import Rope
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason=missing() or "there are kernels")
 

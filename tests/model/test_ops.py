@@ -17,9 +17,9 @@ from torch import Tensor
 
 from lorafit.model import attention, native, ops
 from lorafit.model import compile as compile_module
-from lorafit.model.architecture import Rope
 from lorafit.model.attention import PackedDocuments, Rotary
 from lorafit.model.llama import rotary_table
+from lorafit.model.rope import Rope
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 needs_compiler = pytest.mark.skipif(native.kernels() is None, reason=native.missing())

@@ -13,9 +13,10 @@ from tests.tiny_models import config_of, random_network, weights_of, write_model
 
 from lorafit.errors import LorafitError, ModelError
 from lorafit.infer.continuous_batch import Request, generate_tokens
-from lorafit.model.architecture import ROPE_KINDS, parse_architecture
+from lorafit.model.architecture import parse_architecture
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.llama import Llama
+from lorafit.model.rope import ROPE_KINDS
 
 transformers = pytest.importorskip("transformers")
 

@@ -24,8 +24,8 @@ from lorafit.model.build import build_saved
 from lorafit.model.llama import Llama
 from lorafit.model.lora import disable_adapter
 from lorafit.model.multi_lora import Adapters
-from lorafit.model.saved_adapter import EMBEDDING, HEAD, read_adapter, read_spec
-from lorafit.model.weights import load_network, stored_tensors
+from lorafit.model.saved_adapter import HEAD, read_adapter, read_spec
+from lorafit.model.weights import load_network, stored_weights
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -114,10 +114,10 @@ def test_logits_equal_peft(kind: str, family: str, bases: dict[str, Path], tmp_p
 
     # merged weight by weight, as exports do
     adapter, arch = read_adapter(folder), read_architecture(base)
-    stored = stored_tensors(base, arch)
+    stored = stored_weights(base, arch).network
     if adapter.unties(arch):
         arch = dataclasses.replace(arch, tie_word_embeddings=False)
-        stored[f"{HEAD}.weight"] = stored[f"{EMBEDDING}.weight"]
+        stored[f"{HEAD}.weight"] = stored["model.embed_tokens.weight"]
     merged = Llama(arch)
     assert adapter.changes <= stored.keys()
     with torch.no_grad():

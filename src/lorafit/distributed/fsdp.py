@@ -30,7 +30,7 @@ def shard_base(network: Llama, device: torch.device) -> None:
                 module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     ignored = set(adapter_parameters)
-    for layer in network.model.layers:
+    for layer in network.decoder.layers:
         fully_shard(layer, mesh=mesh, ignored_params=ignored)
     fully_shard(network, mesh=mesh, ignored_params=ignored)
     for method in ("hidden", "logits"):

@@ -155,7 +155,7 @@ class LorafitLM(LM):  # type: ignore[misc]
         counts = [
             min(len(continuation), len(ids)) for (_, continuation), ids in zip(pairs, inputs, strict=True)
         ]
-        fixed = self._network.arch.rope.fixed_up_to
+        fixed = self._network.arch.fixed_up_to
         may_share = fixed is None or max(map(len, inputs)) <= fixed
         tokens, paths = share_prefixes([np.array(ids, np.uint32) for ids in inputs], may_share=may_share)
         index = torch.from_numpy(np.concatenate(paths))

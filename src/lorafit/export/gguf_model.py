@@ -16,9 +16,11 @@ from lorafit.export.chat_template import chat_template
 from lorafit.export.gguf_types import tensor_type
 from lorafit.export.gguf_vocabulary import write_vocabulary
 from lorafit.export.run_source import RunSource
-from lorafit.model.architecture import FAMILIES, Architecture, Rope
+from lorafit.model.architecture import Architecture
+from lorafit.model.families import FAMILIES
 from lorafit.model.llama import inverse_frequencies
 from lorafit.model.lora import VARIANTS
+from lorafit.model.rope import Rope
 
 
 def write_gguf(
@@ -94,7 +96,8 @@ def _architecture(source: RunSource) -> str:
     """llama.cpp's name of the network. Raises ModelError if it has none."""
     arch, family = source.arch, FAMILIES[source.arch.model_type]
     if family.gguf is None:
-        raise ModelError(f"llama.cpp has no `{arch.model_type}` networks", place=str(source.base.path))
+        message = f"GGUF files of `{arch.model_type}` networks are not supported"
+        raise ModelError(message, place=str(source.base.path), hint="export `merged`")
     if arch.qkv_bias and not family.gguf_qkv_bias:
         raise ModelError(f"llama.cpp's {family.gguf} has no attention biases", place=str(source.base.path))
     return family.gguf
@@ -104,7 +107,7 @@ def gguf_names(source: RunSource) -> dict[str, str]:
     """llama.cpp's name of each weight."""
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(kinds[_architecture(source)], source.arch.num_hidden_layers)
-    parts = {name: name.rpartition(".") for name in source.weights}
+    parts = {name: name.replace(source.arch.prefix, "model.", 1).rpartition(".") for name in source.weights}
     return {name: f"{table[module]}.{part}" for name, (module, _, part) in parts.items()}
 
 

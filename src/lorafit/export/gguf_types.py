@@ -9,7 +9,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
 from torch import Tensor
 
-_TABLES = ("lm_head.weight", "model.embed_tokens.weight")
+_TABLES = ("lm_head.weight", "embed_tokens.weight")
 
 
 def has_blocks(kind: Type, width: int) -> bool:
@@ -28,7 +28,7 @@ def tensor_type(type_name: str, name: str, shape: tuple[int, ...]) -> Type:
         return Type.F32
     if not has_blocks(kind, shape[-1]):
         return Type.F16
-    return Type.Q8_0 if kind == Type.Q4_0 and name in _TABLES else kind
+    return Type.Q8_0 if kind == Type.Q4_0 and name.endswith(_TABLES) else kind
 
 
 def rounded(weight: Tensor, kind: Type) -> Tensor:

@@ -18,7 +18,7 @@ from gguf import TokenType
 from lorafit.data.tokenizer import Tokenizer
 from lorafit.data.tokenizer_files import steps_of
 from lorafit.errors import ModelError
-from lorafit.model.architecture import FAMILIES
+from lorafit.model.families import FAMILIES
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _NEVER_MERGED = -1e6

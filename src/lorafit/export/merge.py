@@ -42,7 +42,11 @@ def write_merged(
     done = count(1)
     sums = {
         file: _write_shard(
-            source, staging / file, names, dtype, lambda: progress(next(done), len(source.weights))
+            source,
+            staging / file,
+            names,
+            dtype,
+            lambda: progress(next(done), len(source.weights | source.left_out)),
         )
         for file, names in shards.filename_to_tensors.items()
     }
@@ -62,7 +66,7 @@ def write_merged(
 def plan_shards(source: RunSource, dtype: torch.dtype, max_shard: int) -> StateDictSplit:
     """The weight files to write, each at most `max_shard` bytes unless one tensor alone is more."""
     return split_state_dict_into_shards_factory(
-        source.weights,
+        source.weights | source.left_out,
         get_storage_size=lambda stored: _num_bytes(stored, dtype),
         filename_pattern=SINGLE.replace(".", "{suffix}."),
         max_shard_size=max_shard,
@@ -101,11 +105,12 @@ def _write_shard(
 
     The library's own writers need all tensors of a file in memory.
     """
+    tensors = source.weights | source.left_out
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
-        start, end = end, end + _num_bytes(source.weights[name], dtype)
-        shape = list(source.weights[name].shape)
+        start, end = end, end + _num_bytes(tensors[name], dtype)
+        shape = list(tensors[name].shape)
         header[name] = {"dtype": dtype_names(dtype).safetensors, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

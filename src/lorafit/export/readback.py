@@ -63,7 +63,9 @@ def by_transformers(request: dict[str, Any]) -> Answer:
     folder, program = request["folder"], f"transformers {transformers.__version__}"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     base = request["base"] if request["is_adapter"] else folder
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    is_wrapped = hasattr(transformers.AutoConfig.from_pretrained(base), "text_config")
+    kind = transformers.AutoModelForImageTextToText if is_wrapped else transformers.AutoModelForCausalLM
+    model = kind.from_pretrained(base, dtype=dtype)
     if request["is_adapter"]:
         import peft
 

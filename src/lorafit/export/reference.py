@@ -20,7 +20,7 @@ from lorafit.infer.continuous_batch import Request, generate_tokens
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.build import build_saved
 from lorafit.model.linear import Frozen, LowRank, replace_module, with_low_rank
-from lorafit.model.llama import Llama
+from lorafit.model.llama import Llama, capped
 from lorafit.model.lora import LoraLinear
 from lorafit.model.memory import available_bytes
 from lorafit.verify.logits import largest
@@ -104,7 +104,8 @@ def arithmetic_of(source: RunSource) -> str:
     free = available_bytes(torch.device("cpu"))
     if free is None or 4.5 * source.arch.num_parameters < free:
         return "float32"
-    return "bfloat16" if source.dtype == torch.bfloat16 else "float16"
+    is_narrow = source.dtype != torch.bfloat16 and source.arch.family.fits_float16
+    return "float16" if is_narrow else "bfloat16"
 
 
 def _questions(source: RunSource, longest: int) -> list[tuple[Message, ...]]:
@@ -142,8 +143,9 @@ def _answered(source: RunSource, network: Llama, messages: tuple[Message, ...]) 
 
 def _logits(network: Llama, prompt: Prompt, inputs: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     whole = torch.tensor([*prompt.ids, *prompt.answer])
-    hidden = network.model.norm(network.hidden(whole, PackedDocuments([len(whole)]))[len(prompt.ids) - 1 :])
-    return F.linear(hidden if inputs is None else inputs(hidden), network.lm_head.weight).float()
+    hidden = network.normed(network.hidden(whole, PackedDocuments([len(whole)]))[len(prompt.ids) - 1 :])
+    logits = F.linear(hidden if inputs is None else inputs(hidden), network.lm_head.weight)
+    return capped(logits, network.arch.logits_cap).float()
 
 
 def _round(
@@ -171,7 +173,7 @@ def _round(
             setattr(module, part, nn.Parameter(weight, requires_grad=False))
         progress(done, len(source.weights))
     if source.arch.tie_word_embeddings:
-        network.lm_head.weight = network.model.embed_tokens.weight
+        network.lm_head.weight = network.decoder.embed_tokens.weight
 
 
 class _Rounded(Frozen):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,8 +17,8 @@ from lorafit.model.adapter_file import CONFIG, WEIGHTS
 from lorafit.model.architecture import Architecture, read_architecture
 from lorafit.model.base_check import check_base
 from lorafit.model.dtypes import BY_SAFETENSORS_NAME
-from lorafit.model.saved_adapter import EMBEDDING, HEAD, SavedAdapter, read_adapter
-from lorafit.model.weights import StoredTensor, stored_tensors
+from lorafit.model.saved_adapter import HEAD, SavedAdapter, read_adapter
+from lorafit.model.weights import StoredTensor, stored_weights
 from lorafit.redact import logger_of
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import MANIFEST, read_facts
@@ -28,7 +28,10 @@ logger = logger_of(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RunSource:
-    """A run or an adapter, and the parts of its exports. `weights` are by Hugging Face names, in the files' order."""
+    """A run or an adapter, and the parts of its exports. `weights` are by Hugging Face names, in the files' order.
+
+    `left_out` are the tensors of towers for images or sound, which a merged model has as the base has them.
+    """
 
     run: RunDirectory  # or the adapter's folder, where no run of lorafit made it
     config: Config | None
@@ -39,6 +42,7 @@ class RunSource:
     saved: SavedAdapter
     renderer: Renderer
     weights: dict[str, StoredTensor]
+    left_out: dict[str, StoredTensor] = field(default_factory=dict)
 
     @property
     def contract(self) -> PromptContract:
@@ -66,7 +70,7 @@ class RunSource:
 
     def tensor(self, name: str, *, merged: bool = True) -> Tensor:
         """A weight: with the adapter merged in float32 if it is adapted and `merged`, else as it is stored."""
-        weight = self.weights[name].read()
+        weight = (self.weights | self.left_out)[name].read()
         return self.saved.merged(name, weight) if merged and name in self.saved.changes else weight
 
 
@@ -95,8 +99,9 @@ def open_source(path: str | Path, *, offline: bool = False) -> RunSource:
             place=str(run.prompt_file),
             hint="another program changed the file; train again",
         )
-    weights = stored_tensors(base.path, arch)
-    for name, stored in weights.items():
+    stored_parts = stored_weights(base.path, arch)
+    weights = stored_parts.network
+    for name, stored in (weights | stored_parts.left_out).items():
         if stored.dtype not in BY_SAFETENSORS_NAME:
             raise ModelError(
                 f"weight `{name}` is {stored.dtype}: adapters are merged into 16 or 32 bits only",
@@ -106,7 +111,7 @@ def open_source(path: str | Path, *, offline: bool = False) -> RunSource:
     saved = read_adapter(adapter)
     if saved.unties(arch):
         arch = replace(arch, tie_word_embeddings=False)
-        weights[f"{HEAD}.weight"] = weights[f"{EMBEDDING}.weight"]
+        weights[f"{HEAD}.weight"] = weights[f"{arch.embedding}.weight"]
     if unknown := sorted(saved.changes - weights.keys()):
         message = f"the adapter changes {several(unknown)}, which the base model does not have"
         raise ModelError(message, place=str(adapter / WEIGHTS))
@@ -120,4 +125,5 @@ def open_source(path: str | Path, *, offline: bool = False) -> RunSource:
         saved=saved,
         renderer=renderer,
         weights=weights,
+        left_out=stored_parts.left_out,
     )

@@ -64,7 +64,11 @@ CONFIG: dict[str, Rule] = {
         "num_key_value_heads head_dim hidden_act rms_norm_eps max_position_embeddings "
         "original_max_position_embeddings rope_theta rope_scaling rope_parameters tie_word_embeddings "
         "attention_bias mlp_bias sliding_window use_sliding_window max_window_layers layer_types "
-        "eos_token_id quantization_config",
+        "eos_token_id quantization_config "
+        "hidden_activation layers_block_type no_rope_layers no_rope_layer_interval sliding_window_pattern "
+        "rope_local_base_freq use_bias position_embedding_type num_local_experts shared_intermediate_size "
+        "embedding_multiplier residual_multiplier attention_multiplier logits_scaling query_pre_attn_scalar "
+        "attn_logit_softcapping final_logit_softcapping use_bidirectional_attention",
     ),
     # names, number types, caches, heads of other tasks, and the tokens that the tokenizer names too
     **_all(
@@ -75,6 +79,13 @@ CONFIG: dict[str, Rule] = {
         "_attn_implementation attn_implementation _flash_attn_2_enabled rope_interleaved is_llama_config "
         "transformers.js_config unsloth_version unsloth_fixed use_bfloat16 tokenizer_class prefix "
         "task_specific_params finetuning_task max_length do_sample temperature top_k top_p",
+    ),
+    # of layers and experts that no supported network has, and what transformers derives from other keys
+    **_all(
+        HARMLESS,
+        "mamba_chunk_size mamba_conv_bias mamba_d_conv mamba_d_head mamba_d_state mamba_expand mamba_n_groups "
+        "mamba_n_heads mamba_proj_bias time_step_limit num_experts_per_tok output_router_logits "
+        "router_aux_loss_coef _sliding_window_pattern eod_token_id embd_pdrop resid_pdrop",
     ),
     "attention_dropout": HARMLESS,  # for training from random weights; LoRA has a dropout of its own
     "partial_rotary_factor": (None, 1, 1.0),

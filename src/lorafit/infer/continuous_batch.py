@@ -99,7 +99,7 @@ class ContinuousBatch(Generic[K]):
         assert len({request.adapter for _, request in requests}) == 1
         self._make_room(max(lengths), [request for _, request in requests])
         self._use_adapters([requests[0][1].adapter])
-        fixed = self.network.arch.rope.fixed_up_to
+        fixed = self.network.arch.fixed_up_to
         ids, paths = share_prefixes(
             [np.array(request.prompt, np.uint32) for _, request in requests],
             may_share=fixed is None or max(lengths) <= fixed,
@@ -146,7 +146,9 @@ class ContinuousBatch(Generic[K]):
         return keys
 
     def _new_cache(self) -> KeyValueCache:
-        return KeyValueCache(self.network.arch, self.num_slots, self.context, self.network.model.norm.weight)
+        return KeyValueCache(
+            self.network.arch, self.num_slots, self.context, self.network.decoder.norm.weight
+        )
 
     def _make_room(self, length: int, requests: Sequence[Request]) -> None:
         most = max(len(request.prompt) + request.max_tokens for request in requests)

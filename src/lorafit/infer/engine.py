@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafit.model.architecture import Architecture
-from lorafit.model.attention import PackedDocuments, Rotary, rotate
+from lorafit.model.attention import PackedDocuments, Rotary, capped_attention, rotate
 from lorafit.model.native import fits, kernels
 
 _FIRST_CAPACITY = 256  # tokens per slot before the cache grows
@@ -72,13 +72,20 @@ class Prefill(PackedDocuments):
         cache.lengths = torch.cat([cache.lengths[:first], added])
 
     def __call__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, window: int | None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: Rotary,
+        window: int | None,
+        cap: float = 0.0,
     ) -> Tensor:
         documents = (self.apart(x).split(self.lengths) for x in (rotate(k, rotary), v))
         for row, (k_doc, v_doc) in enumerate(zip(*documents, strict=True), self.first):
             self.cache.k[layer][row, :, : len(k_doc)] = k_doc.transpose(0, 1)
             self.cache.v[layer][row, :, : len(v_doc)] = v_doc.transpose(0, 1)
-        return super().__call__(layer, q, k, v, rotary, window)
+        return super().__call__(layer, q, k, v, rotary, window, cap)
 
 
 class Decode:
@@ -94,14 +101,21 @@ class Decode:
         return self.positions + 1
 
     def __call__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, window: int | None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: Rotary,
+        window: int | None,
+        cap: float = 0.0,
     ) -> Tensor:
         k_cache, v_cache, compiled = self.cache.k[layer], self.cache.v[layer], kernels()
         if compiled is None or not fits(q, k, v):
             seen = (k_cache[: len(q), :, : self.longest], v_cache[: len(q), :, : self.longest])
-            return decode_attention(q, k, v, rotary, window, *seen, self.positions)
+            return decode_attention(q, k, v, rotary, window, *seen, self.positions, cap)
         (rows, heads, size), (_, kv_heads, capacity, _), out = q.shape, k_cache.shape, torch.empty_like(q)
-        shape = (rows, heads, kv_heads, size, capacity, window or 0)
+        shape = (rows, heads, kv_heads, size, capacity, window or 0, cap)
         slots_and_positions = (self.cache.slots, self.positions)
         compiled.call(
             "attend_cache", q.dtype, *shape, *slots_and_positions, q, k, v, *rotary, k_cache, v_cache, out
@@ -118,6 +132,7 @@ def decode_attention(
     k_cache: Tensor,
     v_cache: Tensor,
     positions: Tensor,
+    cap: float = 0.0,
 ) -> Tensor:
     """The torch form of model/native/decode.cpp, for row r in slot r. The caches end with the longest row."""
     q, k = rotate(q, rotary), rotate(k, rotary)
@@ -128,6 +143,8 @@ def decode_attention(
     visible = columns <= positions[:, None]  # (rows, longest)
     if window is not None:
         visible &= columns > positions[:, None] - window
+    if cap:
+        return capped_attention(q[:, :, None], k_cache, v_cache, visible[:, None, None], cap)[:, :, 0]
     out = F.scaled_dot_product_attention(
         q[:, :, None],
         k_cache,

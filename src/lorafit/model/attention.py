@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,11 +26,18 @@ class Attend(Protocol):
         ...
 
     def __call__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, window: int | None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: Rotary,
+        window: int | None,
+        cap: float = 0.0,
     ) -> Tensor:
         """q (tokens, heads, head_dim), k and v (tokens, kv_heads, head_dim) -> (tokens, heads, head_dim).
 
-        q and k are not rotated yet: `rotary` holds the angles.
+        q and k are not rotated yet: `rotary` holds the angles. A score s becomes cap * tanh(s / cap), if `cap` is set.
         """
         ...
 
@@ -62,14 +70,22 @@ class PackedDocuments:
         self._groups: list[Tensor] | None = None
 
     def __call__(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, window: int | None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: Rotary,
+        window: int | None,
+        cap: float = 0.0,
     ) -> Tensor:
         if q.shape[-1] % 16 == 0 and fits(q, k, v):
             documents = self.starts, self.index
-            out: Tensor = _Attention.apply(q, k, v, *rotary, *documents, window or 0)  # type: ignore[no-untyped-call]
+            out: Tensor = _Attention.apply(q, k, v, *rotary, *documents, window or 0, cap)  # type: ignore[no-untyped-call]
             return out
         q, k = rotate(q, rotary), rotate(k, rotary)
-        out = self._attend(self.apart(q), self.apart(k), self.apart(v), window)
+        apart = self.apart(q), self.apart(k), self.apart(v)
+        out = self._capped(*apart, window, cap) if cap else self._attend(*apart, window)
         return out if self._shared is None else out.index_select(0, self._shared[1])
 
     def lengths_seen(self) -> Tensor:
@@ -86,13 +102,22 @@ class PackedDocuments:
             return self._flash(q, k, v, window)
         if q.is_cuda:
             return self._batched(q, k, v, window)
-        parts = [
-            causal_attention(q_doc, k_doc, v_doc, window)
-            for q_doc, k_doc, v_doc in zip(
-                q.split(self.lengths), k.split(self.lengths), v.split(self.lengths), strict=True
-            )
-        ]
-        return torch.cat(parts)
+        documents = self._documents(q, k, v)
+        return torch.cat([causal_attention(q_doc, k_doc, v_doc, window) for q_doc, k_doc, v_doc in documents])
+
+    def _capped(self, q: Tensor, k: Tensor, v: Tensor, window: int | None, cap: float) -> Tensor:
+        """The same with a cap of scores, which torch's attentions do not have."""
+        outs = []
+        for document in self._documents(q, k, v):
+            length = len(document[0])
+            mask = window_mask(length, window or length, q.device)
+            q_doc, k_doc, v_doc = (x.transpose(0, 1) for x in document)  # (heads, length, head_dim)
+            outs.append(capped_attention(q_doc, k_doc, v_doc, mask, cap).transpose(0, 1))
+        return torch.cat(outs)
+
+    def _documents(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The tokens of each document."""
+        return zip(*(x.split(self.lengths) for x in tensors), strict=True)
 
     def _flash(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """All documents in one call of torch's variable-length flash attention (Dao, 2023)."""
@@ -168,11 +193,12 @@ class _Attention(torch.autograd.Function):
         starts: Tensor,
         index: Tensor,
         window: int,
+        cap: float,
     ) -> Tensor:
         out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-        _call("attend", starts, index, window, q, k, v, cosine, sine, out, lse)
+        _call("attend", starts, index, window, cap, q, k, v, cosine, sine, out, lse)
         ctx.save_for_backward(q, k, v, lse, cosine, sine, starts, index)
-        ctx.window = window
+        ctx.window, ctx.cap = window, cap
         return out
 
     @staticmethod
@@ -181,16 +207,17 @@ class _Attention(torch.autograd.Function):
         q, k, v, lse, cosine, sine, starts, index = ctx.saved_tensors
         into = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         grad_output = grad_outputs[0].contiguous()
-        _call("attend_backward", starts, index, ctx.window, q, k, v, grad_output, lse, cosine, sine, *into)
-        return (*into, None, None, None, None, None)
+        tensors = q, k, v, grad_output, lse, cosine, sine, *into
+        _call("attend_backward", starts, index, ctx.window, ctx.cap, *tensors)
+        return (*into, *[None] * 6)
 
 
 def _call(
-    name: str, starts: Tensor, index: Tensor, window: int, q: Tensor, k: Tensor, *tensors: Tensor
+    name: str, starts: Tensor, index: Tensor, window: int, cap: float, q: Tensor, k: Tensor, *tensors: Tensor
 ) -> None:
     compiled = kernels()
     assert compiled is not None
-    shape = len(starts) - 1, starts, index, q.shape[1], k.shape[1], q.shape[2], window
+    shape = len(starts) - 1, starts, index, q.shape[1], k.shape[1], q.shape[2], window, cap
     compiled.call(name, q.dtype, *shape, q, k, *tensors)
 
 
@@ -219,6 +246,19 @@ def _dot_product_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) 
         is_causal=mask is None,
         enable_gqa=q.shape[2] != k.shape[2],
     ).transpose(1, 2)
+
+
+def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, cap: float) -> Tensor:
+    """Attention with scores of cap * tanh(score / cap): q (..., heads, queries, head_dim), k and v with fewer heads if
+    grouped; bool `mask` (..., queries, keys) says which keys a query attends to.
+    """
+    groups = q.shape[-3] // k.shape[-3]
+    k, v = (x.repeat_interleave(groups, dim=-3) for x in (k, v))
+    scores = (q @ k.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32)) / math.sqrt(
+        q.shape[-1]
+    )
+    scores = (cap * torch.tanh(scores / cap)).masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 def window_mask(length: int, window: int, device: torch.device) -> Tensor:

@@ -74,7 +74,7 @@ def build(
     loaded base for the next call.
     """
     arch = read_architecture(folder)
-    dtype = pick_dtype(config.model.dtype, device)
+    dtype = pick_dtype(config.model.dtype, device, arch.family.fits_float16)
     check_quantize(config.model.quantize, device, dtype)
     spec, initial = wanted_adapter(config)
     limit_onednn_cache()
@@ -103,7 +103,7 @@ def build_saved(
     arch = read_architecture(folder)
     there = pick_device(device)
     saved = read_adapter(adapter) if adapter is not None else None
-    number = pick_dtype(dtype, there)
+    number = pick_dtype(dtype, there, arch.family.fits_float16)
     check_quantize(quantize, there, number)
     limit_onednn_cache()
     network = load_network(folder, arch, number, there, progress, quantize)

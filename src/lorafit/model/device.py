@@ -8,6 +8,9 @@ from lorafit.config.schema import device_name
 from lorafit.errors import ConfigError
 from lorafit.model.dtypes import DTYPES
 from lorafit.observe.units import count
+from lorafit.redact import logger_of
+
+logger = logger_of(__name__)
 
 
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
@@ -37,14 +40,25 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     return torch.device(wanted)
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 if the hardware multiplies it, float16 on older CUDA chips, else float32."""
+def pick_dtype(name: str, device: torch.device, fits_float16: bool = True) -> torch.dtype:
+    """`auto` is bfloat16 if the hardware multiplies it, float16 on older CUDA chips, else float32.
+
+    A network whose activations do not fit into float16 has float32 in its place. Raises ConfigError.
+    """
     if name != "auto":
+        if DTYPES[name] == torch.float16 and not fits_float16:
+            message = "activations of this model exceed the largest number of float16"
+            raise ConfigError(message, place="model.dtype", hint="use bfloat16 or float32")
         if device.type == "mps" and name == "float64":
             raise ConfigError("MPS has no float64", place="model.dtype", hint="use float32")
         return DTYPES[name]
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            return torch.bfloat16
+        if not fits_float16:
+            logger.warning("note: activations of this model exceed float16, so it is computed in float32")
+            return torch.float32
+        return torch.float16
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
         native = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16")  # Arm reports "bf16"

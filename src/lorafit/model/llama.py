@@ -7,30 +7,35 @@ or more consecutive documents; `attend` defines which tokens attend to which (mo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lorafit.model.architecture import Architecture, Rope
-from lorafit.model.attention import Attend, Rotary
+from lorafit.model.architecture import Architecture
+from lorafit.model.attention import Attend, Rotary, rotate
 from lorafit.model.decode_linear import head
 from lorafit.model.linear import Linear
-from lorafit.model.lora_linear import Identity, RmsNormInput, SwigluInput, project
+from lorafit.model.lora_linear import GegluInput, Identity, InputOp, RmsNormInput, SwigluInput, project
 from lorafit.model.memory import MUCH_FREE, release_free_memory
-from lorafit.model.ops import norm
+from lorafit.model.ops import norm, wide
+from lorafit.model.rope import Rope
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis with a frozen weight."""
+    """Root-mean-square norm over the last axis with a frozen weight, to which `offset` is added."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, arch: Architecture) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
+        self.eps = arch.rms_norm_eps
+        self.offset = arch.family.norm_offset
 
     def forward(self, x: Tensor) -> Tensor:  # (..., size)
-        return norm(x, self.weight, self.eps)
+        return norm(x, self.weight, self.eps, self.offset)
 
 
 class Attention(nn.Module):
@@ -38,51 +43,95 @@ class Attention(nn.Module):
 
     def __init__(self, arch: Architecture, layer: int) -> None:
         super().__init__()
+        family = arch.family
         self.layer = layer
         self.head_dim = arch.head_dim
         self.window = arch.windows[layer] if arch.windows else None
+        self.inputs, outputs, *_ = arch.groups
+        add_linears(self, arch, self.inputs, bias=arch.qkv_bias)
+        add_linears(self, arch, outputs, bias=arch.o_bias)
         q_width, kv_width = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
-        self.q_proj = Linear(arch.hidden_size, q_width, bias=arch.qkv_bias)
-        self.k_proj = Linear(arch.hidden_size, kv_width, bias=arch.qkv_bias)
-        self.v_proj = Linear(arch.hidden_size, kv_width, bias=arch.qkv_bias)
-        self.o_proj = Linear(q_width, arch.hidden_size, bias=arch.o_bias)
-        self.q_norm = RMSNorm(arch.head_dim, arch.rms_norm_eps) if arch.qk_norm else None
-        self.k_norm = RMSNorm(arch.head_dim, arch.rms_norm_eps) if arch.qk_norm else None
+        self.widths = (q_width, kv_width, kv_width)
+        self.qk_norm = family.qk_norm
+        self.norm_names = [family.names.get(name, name) for name in ("q_norm", "k_norm")]
+        if self.qk_norm != "none":
+            widths = self.widths if self.qk_norm == "width" else (arch.head_dim, arch.head_dim)
+            for name, width in zip(self.norm_names, widths, strict=False):
+                self.add_module(name, RMSNorm(width, arch))
+        self.interleaved, self.rotary_dim = family.interleaved_rotary, arch.rotary_dim
+        self.rope, self.cap = arch.rope, arch.attention_cap
 
     def forward(
-        self, x: Tensor, before: RmsNormInput, rotary: Rotary, attend: Attend, keys: Tensor | None = None
+        self, x: Tensor, before: InputOp, rotary: Rotary, attend: Attend, keys: Tensor | None = None
     ) -> Tensor:
         """The concatenated outputs of the heads, (tokens, heads * head_dim), before `o_proj`."""
-        projected = project((self.q_proj, self.k_proj, self.v_proj), before, x, keys=keys)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in projected)  # (tokens, heads, head_dim)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return attend(self.layer, q, k, v, rotary, self.window).flatten(-2)
+        q, k, v = project(linears_of(self, self.inputs), before, x, keys=keys, widths=self.widths)
+        if self.qk_norm == "width":
+            q, k = self.normed(q, k)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # (tokens, heads, head_dim)
+        if self.qk_norm == "head":
+            q, k = self.normed(q, k)
+        if self.interleaved or self.rotary_dim is not None:
+            q, k = (in_halves(part, self.rotary_dim, self.interleaved) for part in (q, k))
+        if self.qk_norm == "rotated_head":
+            q, k = self.normed(rotate(q, rotary), rotate(k, rotary))
+            rotary = torch.ones_like(rotary[0]), torch.zeros_like(rotary[1])
+        if self.rope.query_beta:
+            q = q * query_factor(attend.positions, self.rope).to(q.dtype)[:, None, None]
+        return attend(self.layer, q, k, v, rotary, self.window, self.cap).flatten(-2)
+
+    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Both after their norms."""
+        q_norm, k_norm = (getattr(self, name) for name in self.norm_names)
+        return q_norm(q), k_norm(k)
 
 
 class MLP(nn.Module):
-    """Gated feed-forward: x + down(silu(gate(norm(x))) * up(norm(x)))."""
+    """Gated feed-forward: down(activation(gate(norm(x))) * up(norm(x)))."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
-        self.gate_proj = Linear(arch.hidden_size, arch.intermediate_size, bias=arch.mlp_bias)
-        self.up_proj = Linear(arch.hidden_size, arch.intermediate_size, bias=arch.mlp_bias)
-        self.down_proj = Linear(arch.intermediate_size, arch.hidden_size, bias=arch.mlp_bias)
+        *_, self.inputs, self.outputs = arch.groups
+        self.widths = (arch.intermediate_size, arch.intermediate_size)
+        self.activation = SwigluInput() if arch.family.activation == "silu" else GegluInput()
+        add_linears(self, arch, self.inputs + self.outputs, bias=arch.mlp_bias)
 
-    def forward(self, x: Tensor, before: RmsNormInput, keys: Tensor | None = None) -> Tensor:
-        gate, up = project((self.gate_proj, self.up_proj), before, x, keys=keys)
-        return project((self.down_proj,), SwigluInput(), gate, up, residual=x, keys=keys)[0]
+    def forward(
+        self, x: Tensor, before: InputOp, residual: Tensor | None = None, keys: Tensor | None = None
+    ) -> Tensor:
+        """x (tokens, hidden_size) -> the same, plus `residual`."""
+        gate, up = project(linears_of(self, self.inputs), before, x, keys=keys, widths=self.widths)
+        down = linears_of(self, self.outputs)
+        return project(down, self.activation, gate, up, residual=residual, keys=keys)[0]
+
+
+def add_linears(module: nn.Module, arch: Architecture, names: Sequence[str], bias: bool) -> None:
+    """Put the linears `names` of a layer into `module`."""
+    for name in names:
+        out_features, in_features = arch.linears[name]
+        module.add_module(name, Linear(in_features, out_features, bias))
+
+
+def linears_of(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """The linears `names`, adapted or not."""
+    return [getattr(module, name) for name in names]
 
 
 class Layer(nn.Module):
-    """One decoder layer: attention and MLP, each after a norm, added to the residual stream."""
+    """One decoder layer: attention and MLP, each with norms before or after it, added to the residual stream."""
 
     def __init__(self, arch: Architecture, layer: int) -> None:
         super().__init__()
         self.self_attn = Attention(arch, layer)
-        self.mlp = MLP(arch)
-        self.input_layernorm = RMSNorm(arch.hidden_size, arch.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(arch.hidden_size, arch.rms_norm_eps)
+        self.outputs = arch.groups[1]
+        self.mlp_name = arch.family.names.get("mlp", "mlp")
+        self.add_module(self.mlp_name, MLP(arch))
+        # the norms of both branches: before the branch, and after it
+        self.before, self.after = NORMS[arch.family.norms]
+        self.multiplier = arch.residual_multiplier
+        self.is_plain = not self.after and self.multiplier == 1  # a branch is added by its last product
+        for name in (*self.before, *self.after):
+            self.add_module(name, RMSNorm(arch.hidden_size, arch))
 
     def forward(
         self,
@@ -93,17 +142,40 @@ class Layer(nn.Module):
         keys: Tensor | None = None,
     ) -> Tensor:
         """x (tokens, hidden_size) -> the same, or only `rows` of it, which attend to all tokens."""
-        mixed = self.self_attn(x, _normed(self.input_layernorm), rotary, attend, keys)
+        mixed = self.self_attn(x, self._before(0), rotary, attend, keys)
         if rows is not None:
             mixed, x = mixed[rows], x[rows]
             keys = None if keys is None else keys[rows]
-        x = project((self.self_attn.o_proj,), Identity(), mixed, residual=x, keys=keys)[0]
-        out: Tensor = self.mlp(x, _normed(self.post_attention_layernorm), keys)
-        return out
+        residual = x if self.is_plain else None
+        (out,) = project(
+            linears_of(self.self_attn, self.outputs), Identity(), mixed, residual=residual, keys=keys
+        )
+        x = out if self.is_plain else self._added(x, out, 0)
+        out = getattr(self, self.mlp_name)(x, self._before(1), x if self.is_plain else None, keys)
+        return out if self.is_plain else self._added(x, out, 1)
+
+    def _before(self, branch: int) -> InputOp:
+        if not self.before:
+            return Identity()
+        before: RMSNorm = getattr(self, self.before[branch])
+        return RmsNormInput(before.weight, before.eps, before.offset)
+
+    def _added(self, x: Tensor, out: Tensor, branch: int) -> Tensor:
+        """The residual stream with the output of a branch."""
+        if self.after:
+            out = getattr(self, self.after[branch])(out)
+        return torch.add(x, out, alpha=self.multiplier)
 
 
-def _normed(before: RMSNorm) -> RmsNormInput:
-    return RmsNormInput(before.weight, before.eps)
+# Names of the norms before attention and MLP, and of those after them.
+NORMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "before": (("input_layernorm", "post_attention_layernorm"), ()),
+    "after": ((), ("post_attention_layernorm", "post_feedforward_layernorm")),
+    "around": (
+        ("input_layernorm", "pre_feedforward_layernorm"),
+        ("post_attention_layernorm", "post_feedforward_layernorm"),
+    ),
+}
 
 
 class _Embedding(nn.Embedding):
@@ -117,13 +189,21 @@ class _Head(nn.Linear):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and the final norm: `model.*` in a Hugging Face checkpoint."""
+    """Embedding, layers and the final norm: `model.*` in a Hugging Face checkpoint of a text model."""
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         self.embed_tokens = _Embedding(arch.vocab_size, arch.hidden_size)
         self.layers = nn.ModuleList(Layer(arch, layer) for layer in range(arch.num_hidden_layers))
-        self.norm = RMSNorm(arch.hidden_size, arch.rms_norm_eps)
+        self.norm = RMSNorm(arch.hidden_size, arch)
+
+
+class _Wrapper(nn.Module):
+    """The place of the decoder in a network with other towers: `model.language_model.*`."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        self.language_model = Decoder(arch)
 
 
 class Llama(nn.Module):
@@ -131,20 +211,26 @@ class Llama(nn.Module):
 
     `hidden` is the residual stream before the final norm; `logits` applies norm and head to selected rows, so there is
     never a table of all tokens times the vocabulary. With `recompute` a layer saves only its input for the backward
-    pass and computes the rest again (gradient checkpointing).
+    pass and computes the rest again (gradient checkpointing). Names of weights are those of transformers' class.
     """
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         self.arch = arch
-        self.model = Decoder(arch)
+        self.model: Any = _Wrapper(arch) if arch.is_wrapped else Decoder(arch)
         self.lm_head = _Head(arch.hidden_size, arch.vocab_size, bias=False)
         self.recompute = False
         self.changed: dict[
             str, tuple[nn.Parameter, nn.Parameter]
         ] = {}  # by an adapter: the base's weight, its own
         if arch.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.weight = self.decoder.embed_tokens.weight
+
+    @property
+    def decoder(self) -> Decoder:
+        """Embedding, layers and final norm, wherever they stand."""
+        decoder: Decoder = self.model.language_model if self.arch.is_wrapped else self.model
+        return decoder
 
     def hidden(
         self, ids: Tensor, attend: Attend, rows: Tensor | None = None, keys: Tensor | None = None
@@ -153,20 +239,89 @@ class Llama(nn.Module):
 
         `keys` int64 (tokens,) identify the tokens for dropout, whatever their position in the pass.
         """
-        x: Tensor = self.model.embed_tokens(ids)
-        lengths = None if self.arch.rope.fixed_up_to is None else attend.lengths_seen()
-        rotary = rotary_table(attend.positions, self.arch.rope, self.arch.head_dim, lengths)
-        last = len(self.model.layers) - 1
-        for number, layer in enumerate(self.model.layers):
-            inputs = (x, rotary, attend, rows if number == last else None, keys)
+        x: Tensor = self.decoder.embed_tokens(ids)
+        if self.arch.embedding_multiplier != 1:
+            x = x * embedding_multiplier(self.arch, x.dtype)
+        rotary = self._rotary(attend, x.dtype)
+        last = len(rotary) - 1
+        for number, layer in enumerate(self.decoder.layers):
+            inputs = (x, rotary[number], attend, rows if number == last else None, keys)
             x = checkpoint(layer, *inputs, use_reentrant=False) if self.recompute else layer(*inputs)
             if torch.is_grad_enabled():  # saved tensors lie between freed ones: the peak would grow
                 release_free_memory(MUCH_FREE)
         return x
 
+    def _rotary(self, attend: Attend, dtype: torch.dtype) -> list[Rotary]:
+        """The angles of each layer; layers with the same Rope share a table."""
+        arch = self.arch
+        lengths = None if arch.fixed_up_to is None else attend.lengths_seen()
+        ropes = arch.ropes or (arch.rope,) * arch.num_hidden_layers
+        tables = {rope: self._table(attend.positions, rope, lengths, dtype) for rope in set(ropes)}
+        return [tables[rope] for rope in ropes]
+
+    def _table(
+        self, positions: Tensor, rope: Rope | None, lengths: Tensor | None, dtype: torch.dtype
+    ) -> Rotary:
+        """Cosine and sine for all pairs of a head: those that are not rotated have the angle zero.
+
+        Another scale of scores than 1 / sqrt(head_dim) is a factor of both queries and keys.
+        """
+        arch = self.arch
+        size = arch.head_dim if arch.rotary_dim is None else arch.rotary_dim
+        if rope is None:
+            cosine = torch.ones(len(positions), arch.head_dim // 2, device=positions.device)
+            sine = torch.zeros_like(cosine)
+        else:
+            cosine, sine = rotary_table(positions, rope, size, lengths if rope.fixed_up_to else None)
+            rest = (arch.head_dim - size) // 2
+            if rest:
+                cosine, sine = F.pad(cosine, (0, rest), value=1.0), F.pad(sine, (0, rest))
+        if arch.attention_scale is None:
+            return cosine, sine
+        factor = math.sqrt(arch.attention_scale * math.sqrt(arch.head_dim))
+        return cosine.to(wide(dtype)) * factor, sine.to(wide(dtype)) * factor
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What the head multiplies, for rows of `hidden`: (rows, hidden_size)."""
+        normed: Tensor = self.decoder.norm(hidden)
+        return normed if self.arch.logits_divisor == 1 else normed / self.arch.logits_divisor
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Rows of `hidden` (rows, hidden_size) -> (rows, vocab_size)."""
-        return head(self.model.norm(hidden), self.lm_head.weight)
+        return capped(head(self.normed(hidden), self.lm_head.weight), self.arch.logits_cap)
+
+
+def capped(logits: Tensor, cap: float) -> Tensor:
+    """cap * tanh(logits / cap); `logits` themselves if `cap` is 0."""
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def embedding_multiplier(arch: Architecture, dtype: torch.dtype) -> Tensor | float:
+    """The factor of embeddings; where transformers keeps it in the type of the weights, it is rounded to that."""
+    if not arch.family.rounds_embedding_multiplier:
+        return arch.embedding_multiplier
+    return torch.tensor(arch.embedding_multiplier, dtype=dtype)
+
+
+def query_factor(positions: Tensor, rope: Rope) -> Tensor:
+    """The factor of the query at each position, float32 (tokens,): 1 within the original length."""
+    turns = torch.floor(positions / rope.original_max_position_embeddings)
+    return 1 + rope.query_beta * torch.log(1 + turns)
+
+
+def in_halves(x: Tensor, rotary_dim: int | None, interleaved: bool) -> Tensor:
+    """x (tokens, heads, head_dim) in an order in which the pairs of a head are its halves.
+
+    Queries and keys have the same order, so scores stay as they are. Pairs are neighbours if `interleaved`, else the
+    halves of the first `rotary_dim` numbers; the others come after the first and the second of the pairs.
+    """
+    if interleaved:
+        pairs: Tensor = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+        return pairs
+    assert rotary_dim is not None
+    rest = (x.shape[-1] - rotary_dim) // 2
+    first, second, third, fourth = x.split((rotary_dim // 2, rotary_dim // 2, rest, rest), dim=-1)
+    return torch.cat((first, third, second, fourth), dim=-1)
 
 
 def rotary_table(positions: Tensor, rope: Rope, head_dim: int, lengths: Tensor | None = None) -> Rotary:

@@ -140,7 +140,8 @@ def attach(network: Llama, spec: LoraSpec, seed: int) -> LoraSpec:
     """
     network.requires_grad_(False)
     names = match_targets(network, spec.targets)
-    targets = _shortest(names, _linears(network))
+    # with a short name PEFT would adapt linears of the other towers too
+    targets = tuple(names) if network.arch.is_wrapped else _shortest(names, _linears(network))
     generator = torch.Generator().manual_seed(seed)
     for name in names:
         base = network.get_submodule(name)
@@ -183,6 +184,11 @@ def detach(network: nn.Module) -> None:
     """Undo `attach`: replace every adapted linear by its base."""
     for name, module in adapted(network).items():
         replace_module(network, name, module.base)
+
+
+def layer_number(name: str) -> int:
+    """The layer of a linear, by its full name."""
+    return int(name.partition("layers.")[2].partition(".")[0])
 
 
 def match_targets(network: nn.Module, targets: Sequence[str]) -> list[str]:

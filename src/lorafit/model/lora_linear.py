@@ -19,7 +19,15 @@ from torch.autograd.function import once_differentiable
 from lorafit.model.decode_linear import are_few, decode_linear
 from lorafit.model.linear import Frozen
 from lorafit.model.memory import MUCH_FREE, release_free_memory
-from lorafit.model.ops import dropout, rms_norm, rms_norm_backward, swiglu, swiglu_backward
+from lorafit.model.ops import (
+    dropout,
+    geglu,
+    geglu_backward,
+    rms_norm,
+    rms_norm_backward,
+    swiglu,
+    swiglu_backward,
+)
 
 
 class LowRank(Protocol):
@@ -59,17 +67,18 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class RmsNormInput:
-    """y = RMSNorm(x)."""
+    """y = RMSNorm(x), by the weight plus `offset`."""
 
     weight: Tensor
     eps: float
+    offset: float = 0.0
 
     def make(self, *inputs: Tensor) -> Tensor:
-        return rms_norm(inputs[0], self.weight, self.eps)[0]
+        return rms_norm(inputs[0], self.weight, self.eps, self.offset)[0]
 
     def backward(self, grad_output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        _, rstd = rms_norm(inputs[0], self.weight, self.eps)
-        return (rms_norm_backward(grad_output, inputs[0], self.weight, rstd),)
+        _, rstd = rms_norm(inputs[0], self.weight, self.eps, self.offset)
+        return (rms_norm_backward(grad_output, inputs[0], self.weight, rstd, self.offset),)
 
 
 class SwigluInput:
@@ -82,18 +91,43 @@ class SwigluInput:
         return swiglu_backward(grad_output, *inputs)
 
 
+class GegluInput:
+    """y = gelu(gate) * up."""
+
+    def make(self, *inputs: Tensor) -> Tensor:
+        return geglu(*inputs)
+
+    def backward(self, grad_output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return geglu_backward(grad_output, *inputs)
+
+
 def project(
     linears: Sequence[nn.Module],
     source: InputOp,
     *inputs: Tensor,
     residual: Tensor | None = None,
     keys: Tensor | None = None,
+    widths: Sequence[int] = (),
 ) -> tuple[Tensor, ...]:
     """The outputs of `linears` (each Frozen or adapted) for the input that `source` makes of `inputs`.
 
     inputs (tokens, width), outputs (tokens, out_features). `residual` is added to the output of the one linear.
-    Adapted linears of one call have the same dropout mask; `keys` int64 (tokens,) identify the tokens for it.
+    Adapted linears of one call have the same dropout mask; `keys` int64 (tokens,) identify the tokens for it. The
+    output of one linear in the place of several is split into `widths`.
     """
+    outs = _project(linears, source, inputs, residual, keys)
+    if len(widths) <= len(outs):
+        return outs
+    return tuple(part.contiguous() for part in outs[0].split(tuple(widths), dim=-1))
+
+
+def _project(
+    linears: Sequence[nn.Module],
+    source: InputOp,
+    inputs: Sequence[Tensor],
+    residual: Tensor | None,
+    keys: Tensor | None,
+) -> tuple[Tensor, ...]:
     if are_few(linears, inputs[0]):
         y = source.make(*inputs)
         return tuple(decode_linear(linear, y, residual) for linear in linears)

@@ -14,13 +14,16 @@ from lorafit.model.ops import cross_entropy, wide
 CHUNK_BYTES = 96 * 2**20  # of logits alive at a time, about as much as a layer's backward pass
 
 
-def loss_sum(hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+def loss_sum(
+    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None = None, cap: float = 0.0
+) -> Tensor:
     """Sum over rows of the cross-entropy of `targets`, times `weights` (rows,) if given, a float32 (or float64) scalar.
 
     hidden (rows, hidden_size) is after the final norm, head (vocab_size, hidden_size) is frozen, targets int64
-    (rows,). The caller divides once, by the weights of all trained tokens of the optimizer step.
+    (rows,). A logit z is cap * tanh(z / cap), if `cap` is set. The caller divides once, by the weights of all trained
+    tokens of the optimizer step.
     """
-    total: Tensor = _ChunkedCrossEntropy.apply(hidden, head, targets, weights)  # type: ignore[no-untyped-call]
+    total: Tensor = _ChunkedCrossEntropy.apply(hidden, head, targets, weights, cap)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -28,7 +31,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Computes the gradient of `hidden` per chunk in the forward pass, which has the logits."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None, cap: float
+    ) -> Tensor:
         total = torch.zeros((), dtype=wide(hidden.dtype), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         most = max(1, CHUNK_BYTES // (head.shape[0] * head.element_size()))
@@ -36,10 +41,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for number in range(chunks):  # of nearly equal length: a short one would be slow
             chunk = slice(number * hidden.shape[0] // chunks, (number + 1) * hidden.shape[0] // chunks)
             logits = matmul(hidden[chunk], head)  # (rows, vocab_size); overwritten by its gradient
+            slope = None
+            if cap:
+                ratio = logits.div_(cap).tanh_()
+                slope = 1 - ratio.to(wide(ratio.dtype)).square() if gradient is not None else None
+                logits.mul_(cap)
             losses = cross_entropy(logits, targets[chunk], grad_output=gradient is not None)
             if weights is not None:
                 losses = losses * weights[chunk]
                 logits.mul_(weights[chunk, None])
+            if slope is not None:
+                logits.mul_(slope)
             total += losses.sum()
             if gradient is not None:
                 gradient[chunk] = matmul(logits, head, transposed=True)
@@ -49,8 +61,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         # a scalar tensor takes the type of the tensor that it multiplies: widen first, or the scale itself is rounded
         scale = gradients[0]
-        return (scale * gradient.to(scale.dtype)).to(gradient.dtype), None, None, None
+        return (scale * gradient.to(scale.dtype)).to(gradient.dtype), None, None, None, None

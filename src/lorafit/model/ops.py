@@ -7,6 +7,7 @@ for float64 tensors.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,62 +18,74 @@ from torch.autograd.function import once_differentiable
 from lorafit.model.compile import compilable
 from lorafit.model.native import fits, kernels
 
+_GELU, _GELU_CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
+
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The type of sums."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(x / rms(x) * weight, 1 / rms(x) of each row) (Zhang and Sennrich, 2019)."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
+    """(x / rms(x) * (weight + offset), 1 / rms(x) of each row) (Zhang and Sennrich, 2019)."""
     if fits(x, weight):
         y, rstd = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
-        _call("rms_norm", x, *x.shape, eps, x, weight, y, rstd)
+        _call("rms_norm", x, *x.shape, eps, offset, x, weight, y, rstd)
         return y, rstd
-    return _rms_norm(x, weight, eps)
+    return _rms_norm(x, weight, eps, offset)
 
 
 @compilable
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     x_wide = x.to(wide(x.dtype))
     rstd = torch.rsqrt(x_wide.square().mean(-1) + eps)
-    return (x_wide * rstd[:, None] * weight).to(x.dtype), rstd
+    return (x_wide * rstd[:, None] * _shifted(weight, offset)).to(x.dtype), rstd
 
 
-def rms_norm_backward(grad_output: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+def rms_norm_backward(
+    grad_output: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float = 0.0
+) -> Tensor:
     """The gradient of x from that of the norm."""
     if fits(grad_output, x, weight):
         into = torch.empty_like(x)
-        _call("rms_norm_backward", x, *x.shape, grad_output, x, weight, rstd, into)
+        _call("rms_norm_backward", x, *x.shape, offset, grad_output, x, weight, rstd, into)
         return into
-    return _rms_norm_backward(grad_output, x, weight, rstd)
+    return _rms_norm_backward(grad_output, x, weight, rstd, offset)
 
 
 @compilable
-def _rms_norm_backward(grad_output: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+def _rms_norm_backward(grad_output: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float) -> Tensor:
     normed = x.to(wide(x.dtype)) * rstd[:, None]
-    weighted = grad_output.to(normed.dtype) * weight
+    weighted = grad_output.to(normed.dtype) * _shifted(weight, offset)
     projection = (weighted * normed).mean(-1, keepdim=True)
     return ((weighted - normed * projection) * rstd[:, None]).to(x.dtype)
 
 
+def _shifted(weight: Tensor, offset: float) -> Tensor:
+    """weight + offset; a sum is made in the wide type, so that it is not rounded."""
+    return weight.to(wide(weight.dtype)) + offset if offset else weight
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, rstd = rms_norm(x, weight, eps)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        y, rstd = rms_norm(x, weight, eps, offset)
         ctx.save_for_backward(x, weight, rstd)
+        ctx.offset = offset
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        return rms_norm_backward(grad_outputs[0].contiguous(), *ctx.saved_tensors), None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        x, weight, rstd = ctx.saved_tensors
+        into = rms_norm_backward(grad_outputs[0].contiguous(), x, weight, rstd, ctx.offset)
+        return into, None, None, None
 
 
-def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
     """RMSNorm over the last axis with a frozen weight, differentiable in x; saves x and one number per row."""
     rows = x.reshape(-1, x.shape[-1])
-    out: Tensor = _Norm.apply(rows.contiguous(), weight, eps)  # type: ignore[no-untyped-call]
+    out: Tensor = _Norm.apply(rows.contiguous(), weight, eps, offset)  # type: ignore[no-untyped-call]
     return out.view(x.shape)
 
 
@@ -104,6 +117,38 @@ def _swiglu_backward(grad_output: Tensor, gate: Tensor, up: Tensor) -> tuple[Ten
     grad_output_wide, gate_wide = grad_output.to(wide(grad_output.dtype)), gate.to(wide(gate.dtype))
     sigmoid = torch.sigmoid(gate_wide)
     d_gate = grad_output_wide * up * sigmoid * (1 + gate_wide * (1 - sigmoid))
+    return d_gate.to(gate.dtype), (grad_output_wide * gate_wide * sigmoid).to(up.dtype)
+
+
+def geglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gelu(gate) * up, with the tanh form of GELU (Hendrycks and Gimpel, 2016)."""
+    if fits(gate, up):
+        out = torch.empty_like(gate)
+        _call("geglu", gate, *gate.shape, gate, up, out)
+        return out
+    return _geglu(gate, up)
+
+
+@compilable
+def _geglu(gate: Tensor, up: Tensor) -> Tensor:
+    return (F.gelu(gate.to(wide(gate.dtype)), approximate="tanh") * up).to(gate.dtype)
+
+
+def geglu_backward(grad_output: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up. `grad_output` may be overwritten."""
+    if fits(grad_output, gate, up):
+        d_up = torch.empty_like(up)
+        _call("geglu_backward", gate, *gate.shape, grad_output, gate, up, grad_output, d_up)
+        return grad_output, d_up
+    return _geglu_backward(grad_output, gate, up)
+
+
+@compilable
+def _geglu_backward(grad_output: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    grad_output_wide, gate_wide = grad_output.to(wide(grad_output.dtype)), gate.to(wide(gate.dtype))
+    sigmoid = torch.sigmoid(_GELU * (gate_wide + _GELU_CUBE * gate_wide**3))
+    slope = _GELU * (1 + 3 * _GELU_CUBE * gate_wide.square())
+    d_gate = grad_output_wide * up * sigmoid * (1 + gate_wide * slope * (1 - sigmoid))
     return d_gate.to(gate.dtype), (grad_output_wide * gate_wide * sigmoid).to(up.dtype)
 
 

@@ -20,12 +20,21 @@ from lorafit.hub.folder_keys import ADAPTER, NOT_TRAINED, UNSET, refused, residu
 from lorafit.model.adapter_file import CONFIG, PREFIX, WEIGHTS, fill_adapter, open_weights, refuse_faults
 from lorafit.model.architecture import Architecture
 from lorafit.model.llama import Llama
-from lorafit.model.lora import VARIANTS, LoraSpec, attach, change_weights, ends_soon, match_targets, weight_of
+from lorafit.model.lora import (
+    VARIANTS,
+    LoraSpec,
+    attach,
+    change_weights,
+    ends_soon,
+    layer_number,
+    match_targets,
+    weight_of,
+)
 from lorafit.model.weights import plain_name
 from lorafit.storage.safe_read import MB, read_json
 
 MAX_CONFIG = 16 * MB
-HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
+HEAD = "lm_head"
 _OF_PEFT = {"default", "base_layer"}  # the name of an adapter in memory, and a module below an adapted one
 _TOKENS = "token_adapter.trainable_tokens_delta"
 _PART = re.compile(rf"(.+)\.(lora_\w+|{re.escape(_TOKENS)})(\.weight)?")
@@ -57,11 +66,12 @@ class SavedAdapter:
 
     def unties(self, arch: Architecture) -> bool:
         """Whether head and embedding, one table in the base, are two with this adapter."""
-        own = {module for module in (HEAD, EMBEDDING) if f"{module}.weight" in self.tables}
-        only_rows = f"{EMBEDDING}.weight" not in self.whole and set(self.parts.get(EMBEDDING, ())) == {
+        embedding = arch.embedding
+        own = {module for module in (HEAD, embedding) if f"{module}.weight" in self.tables}
+        only_rows = f"{embedding}.weight" not in self.whole and set(self.parts.get(embedding, ())) == {
             _TOKENS
         }
-        return arch.tie_word_embeddings and bool(own) and not (own == {EMBEDDING} and only_rows)
+        return arch.tie_word_embeddings and bool(own) and not (own == {embedding} and only_rows)
 
     def tensors(self, module: str) -> dict[str, Tensor]:
         """The tensors of an adapted module by part (`lora_A`), float32."""
@@ -165,7 +175,7 @@ def read_adapter(folder: Path) -> SavedAdapter:
     if problems:
         raise ModelError.of(problems)
     parts, whole = _tensors_of(folder)
-    linears = tuple(sorted(m for m in parts if m not in (HEAD, EMBEDDING) and _TOKENS not in parts[m]))
+    linears = tuple(sorted(m for m in parts if not _is_table(m) and _TOKENS not in parts[m]))
     spec = LoraSpec(
         rank=int(raw["r"]),
         alpha=float(raw["lora_alpha"]),
@@ -214,8 +224,9 @@ def put_tables(network: Llama, saved: SavedAdapter) -> None:
     for name in saved.tables:
         new[name] = saved.merged(name, weight_of(network, name).detach().float().cpu())
     change_weights(network, new)
-    if network.arch.tie_word_embeddings and f"{EMBEDDING}.weight" in new and not saved.unties(network.arch):
-        network.changed[f"{HEAD}.weight"] = network.changed[f"{EMBEDDING}.weight"]
+    embedding = f"{network.arch.embedding}.weight"
+    if network.arch.tie_word_embeddings and embedding in new and not saved.unties(network.arch):
+        network.changed[f"{HEAD}.weight"] = network.changed[embedding]
         change_weights(network, {})
 
 
@@ -224,9 +235,7 @@ def attach_linears(network: Llama, saved: SavedAdapter) -> None:
     modules = dict(network.named_modules())
     parameters = {*(name for name, _ in network.named_parameters()), f"{HEAD}.weight"}
     linears = set(match_targets(network, ["all-linear"]))
-    strange = [
-        m for m in saved.parts if m not in linears and (m not in (HEAD, EMBEDDING) or m not in modules)
-    ]
+    strange = [m for m in saved.parts if m not in linears and (not _is_table(m) or m not in modules)]
     if names := sorted([*strange, *(saved.whole.keys() - parameters)]):
         message = f"adapter tensor {several(names)} fits nothing in this model"
         raise ModelError(message, place=str(saved.path / WEIGHTS), hint="is it the adapter of another model?")
@@ -305,15 +314,19 @@ def _missing(network: Llama, saved: SavedAdapter) -> list[str]:
     targets = [targets] if targets == "all-linear" else targets
     if not isinstance(targets, list) or isinstance(excluded, str) or raw.get("layers_pattern"):
         return lost
-    names = [name for name in targets if name.rpartition(".")[2] not in (HEAD, "embed_tokens")]
+    names = [name for name in targets if not _is_table(name)]
     layers = [layers] if isinstance(layers, int) else layers
     for name in match_targets(network, names):
-        number = int(name.split(".")[2])
+        number = layer_number(name)
         if (layers and number not in layers) or any(_ends_in(name, word) for word in excluded or []):
             continue
         if name not in saved.parts and not any(_ends_in(name, word) for word in saves):
             lost.append(name)
     return lost
+
+
+def _is_table(module: str) -> bool:
+    return module.rpartition(".")[2] in (HEAD, "embed_tokens")
 
 
 def _ends_in(module: str, word: str) -> bool:

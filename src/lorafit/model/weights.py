@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+import re
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -20,12 +23,14 @@ from lorafit.model.dtypes import dtype_names
 from lorafit.model.linear import Frozen, replace_module
 from lorafit.model.llama import Llama
 from lorafit.model.quant import QUANTIZERS, Quantize
+from lorafit.redact import logger_of
 from lorafit.storage.digest_cache import cached_sha256
 from lorafit.storage.safe_read import MB, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_INDEX = 64 * MB
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+logger = logger_of(__name__)
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
@@ -45,8 +50,18 @@ class StoredTensor:
         return tensor
 
 
-def stored_tensors(folder: Path, arch: Architecture) -> dict[str, StoredTensor]:
-    """The weights of a model folder by parameter, in the files' order; a tied head is the embedding.
+@dataclass(frozen=True, slots=True)
+class StoredWeights:
+    """All tensors of a model folder, in the files' order: those of the network by parameter, the others by the names
+    that transformers gives them now.
+    """
+
+    network: dict[str, StoredTensor]
+    left_out: dict[str, StoredTensor]
+
+
+def stored_weights(folder: Path, arch: Architecture) -> StoredWeights:
+    """The tensors of a model folder. A tied head is the embedding. Towers for images or sound are left out.
 
     Raises ModelError if a file cannot be read, or if a tied head and the embedding differ.
     """
@@ -66,16 +81,23 @@ def stored_tensors(folder: Path, arch: Architecture) -> dict[str, StoredTensor]:
             raise ModelError(
                 f"weights cannot be read: {error}", place=str(path), hint="download the file again"
             ) from None
-    tensors = _of_the_whole(tensors)
+    left_out: dict[str, StoredTensor] = {}
+    if arch.is_wrapped:
+        others = {name: tensor for name, tensor in tensors.items() if not _TEXT.match(name)}
+        left_out = {f"model.{name.removeprefix('model.')}": tensor for name, tensor in others.items()}
+        tensors = {_text_name(name): tensor for name, tensor in tensors.items() if _TEXT.match(name)}
+    else:
+        tensors = _of_the_whole(tensors)
     if arch.tie_word_embeddings and _HEAD in tensors:
         head = tensors.pop(_HEAD)  # it is stored under either name or both
-        if not _are_equal(head, tensors.setdefault(_EMBEDDING, head)):
+        if not _are_equal(head, tensors.setdefault(f"{arch.embedding}.weight", head)):
             raise ModelError(
                 f"config.json ties the head to the embedding, but `{_HEAD}` holds other numbers",
                 place=str(folder),
                 hint='set "tie_word_embeddings": false in config.json if the head is its own',
             )
-    return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    return StoredWeights(kept, left_out)
 
 
 def plain_name(name: str) -> str:
@@ -85,12 +107,30 @@ def plain_name(name: str) -> str:
 
 def _of_the_whole(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The weights by parameter of the whole network, where a part or a wrapper of it was saved."""
-    short = _EMBEDDING.removeprefix("model.")
-    if short in tensors:  # the decoder without the head
+    if _EMBEDDING in tensors:  # the decoder without the head
         return {name if name == _HEAD else f"model.{name}": tensor for name, tensor in tensors.items()}
-    if f"model.{_EMBEDDING}" in tensors:
+    if f"model.model.{_EMBEDDING}" in tensors:
         return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     return tensors
+
+
+# The text model in a network with other towers: as transformers names it now, and as it did before.
+_TEXT = re.compile(r"(model\.language_model|language_model\.model)\.|(language_model\.)?lm_head\.")
+
+
+def _text_name(name: str) -> str:
+    """The name of a parameter of the text model."""
+    if name.endswith(_HEAD):
+        return _HEAD
+    return re.sub(r"^language_model\.model\.", "model.language_model.", name)
+
+
+@functools.cache  # a folder is loaded several times
+def _name_left_out(folder: Path, names: frozenset[str]) -> None:
+    """Say once how many tensors of which parts are not used."""
+    parts = Counter(name.split(".")[1].replace("_", " ") for name in names)
+    for part, count in sorted(parts.items()):
+        logger.warning("note: left out: %d tensors of the %s (%s)", count, part, folder)
 
 
 def load_network(
@@ -110,7 +150,9 @@ def load_network(
     with torch.device("meta"):
         network = Llama(arch)
     parameters = dict(network.named_parameters())  # a tied head is listed once, as embed_tokens
-    stored = stored_tensors(folder, arch)
+    weights = stored_weights(folder, arch)
+    stored = weights.network
+    _name_left_out(folder, frozenset(weights.left_out))
     faults: dict[str, list[str]] = {}  # a fault of many weights is one line
     for name in sorted(parameters.keys() | stored.keys()):
         if name not in stored:
@@ -140,7 +182,7 @@ def load_network(
             if progress is not None:
                 progress(done, len(parameters))
     if arch.tie_word_embeddings:
-        network.lm_head.weight = network.model.embed_tokens.weight
+        network.lm_head.weight = network.decoder.embed_tokens.weight
     return network.requires_grad_(False).eval()
 
 

@@ -90,7 +90,7 @@ def calibrate(
             cheap = tokens[shortest] < _SHORT_PACK * tokens[heaviest]
             if cheap:
                 timed(shortest)  # the first products of a process set things up
-            network.model.embed_tokens.weight.count_nonzero()  # mapped from its file; a whole run reads all of it
+            network.decoder.embed_tokens.weight.count_nonzero()  # mapped from its file; a whole run reads all of it
             with watch_peak(device) as peak:
                 seconds = timed(heaviest)
             if not cheap and time.perf_counter() - started < _SEVERAL_SECONDS:

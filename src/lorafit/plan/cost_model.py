@@ -14,9 +14,6 @@ from lorafit.model.architecture import Architecture
 from lorafit.model.loss import CHUNK_BYTES
 from lorafit.model.quant import QUANTIZERS, Quantize
 
-# The linears of a layer in order; those that share an input stand together.
-_NAMES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -58,15 +55,20 @@ def layer_saved_bytes(shape: Shape, work: PassCost, layer: int) -> float:
     """Bytes that a layer keeps for its backward pass, without `recompute`."""
     linears, adapted, total = shape.arch.linears, shape.adapted[layer], 0.0
     has_gradient = any(shape.adapted[:layer])  # reaches the input of these linears
-    for names in _NAMES:
-        rows = work.filled if "q_proj" in names else _rows(shape.arch, work, layer)
+    inputs_of_heads, outputs_of_heads, _, (down,) = shape.arch.groups
+    for names in shape.arch.groups:
+        rows = work.filled if names == inputs_of_heads else _rows(shape.arch, work, layer)
         ranks = shape.rank * len(adapted.intersection(names))
         if has_gradient or ranks:
-            inputs = linears[names[0]][1] * (2 if names == ("down_proj",) else 1)
-            keeps_input = ranks or names != ("o_proj",)
+            inputs = linears[names[0]][1] * (2 if names == (down,) else 1)
+            keeps_input = ranks or names != outputs_of_heads
             total += rows * (ranks + inputs * bool(keeps_input)) * shape.width
-            if "q_proj" in names:
+            if names == inputs_of_heads:
                 total += _attention_bytes(shape, work)
+            elif names in (outputs_of_heads, (down,)) and shape.arch.family.norms != "before":
+                total += rows * (
+                    shape.arch.hidden_size * shape.width + 4
+                )  # a norm after the branch keeps its input
         has_gradient = has_gradient or ranks > 0
     return total
 
@@ -75,8 +77,8 @@ def _attention_bytes(shape: Shape, work: PassCost) -> float:
     arch, width = shape.arch, shape.width
     q, kv = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
     total = work.filled * ((q + 2 * kv) * width + arch.num_attention_heads * 4)
-    if arch.qk_norm:  # each norm keeps its input and one number per head
-        heads = arch.num_attention_heads + arch.num_key_value_heads
+    if arch.family.qk_norm != "none":  # each norm keeps its input and one number per head, or per token
+        heads = 2 if arch.family.qk_norm == "width" else arch.num_attention_heads + arch.num_key_value_heads
         total += work.filled * ((q + kv) * width + heads * 4)
     if not shape.compiled:  # torch's attention keeps its output
         total += work.filled * q * width
@@ -105,8 +107,10 @@ def working_bytes(shape: Shape, work: PassCost) -> float:
     layer = rows * width * (2 * arch.hidden_size + 3 * arch.intermediate_size)
     if shape.dropout:
         layer += rows * width * arch.intermediate_size  # the input with what is left of it
+    if arch.family.fused_mlp:
+        layer += rows * width * arch.intermediate_size  # the gradient of both halves in one
     if shape.quantize != "none":
-        layer += QUANTIZERS[shape.quantize].working_bytes(rows, *arch.linears["down_proj"], width)
+        layer += QUANTIZERS[shape.quantize].working_bytes(rows, *arch.linears[arch.groups[-1][0]], width)
     if shape.recompute:
         layer += layer_saved_bytes(shape, work, middle)
     loss = min(CHUNK_BYTES, work.supervised * arch.vocab_size * width)

@@ -26,7 +26,7 @@ from lorafit.model.build import base_folder, build, check_initial, wanted_adapte
 from lorafit.model.device import describe, pick_device, pick_dtype
 from lorafit.model.dtypes import dtype_name
 from lorafit.model.llama import Llama
-from lorafit.model.lora import match_targets
+from lorafit.model.lora import layer_number, match_targets
 from lorafit.model.native import kernels
 from lorafit.model.quant import check_quantize
 from lorafit.observe.meters import Meter
@@ -214,7 +214,7 @@ def make_plan(
         shared_tokens=round(work.shared),
         longest_pack_tokens=int(work.at(heaviest(shape, work)).tokens),
         device=describe(machine.device),
-        dtype=dtype_name(pick_dtype(config.model.dtype, machine.device)),
+        dtype=dtype_name(pick_dtype(config.model.dtype, machine.device, data.arch.family.fits_float16)),
         choice={
             "micro_batch_tokens": config.train.micro_batch_tokens,
             "recompute": shape.recompute,
@@ -269,15 +269,14 @@ def _memory(config: Config, data: RunInputs, machine: Machine, measured_bytes: i
 
 
 def _shape(config: Config, arch: Architecture, device: torch.device) -> Shape:
-    dtype = pick_dtype(config.model.dtype, device)
+    dtype = pick_dtype(config.model.dtype, device, arch.family.fits_float16)
     check_quantize(config.model.quantize, device, dtype)
     with torch.device("meta"):
         network = Llama(arch)
     spec, _ = wanted_adapter(config)
     adapted: list[set[str]] = [set() for _ in range(arch.num_hidden_layers)]
     for name in match_targets(network, spec.targets):
-        parts = name.split(".")  # model.layers.3.mlp.up_proj
-        adapted[int(parts[2])].add(parts[-1])
+        adapted[layer_number(name)].add(name.rpartition(".")[2])
     return Shape(
         arch=arch,
         width=dtype.itemsize,

@@ -3,7 +3,8 @@
 // q and o are (tokens, heads, size), k and v (tokens, kv_heads, size), cosine and sine (tokens, size / 2) float32,
 // lse (tokens, heads) float32. Document d holds the tokens index[starts[d]] .. index[starts[d + 1] - 1]. Documents with a
 // common prefix share its tokens, and tokens are numbered in the order in which they first occur. A query attends to the
-// keys of its document up to its own position, and with window > 0 only to the last `window` of them. Scores exist for
+// keys of its document up to its own position, and with window > 0 only to the last `window` of them. With cap > 0 a score
+// s becomes cap * tanh(s / cap). Scores exist for
 // one block of queries at a time, in float32 (FlashAttention, Dao 2023). One thread computes one document and one
 // key-value head. Thus results depend neither on the number of threads nor on the other documents of the pack.
 #include "documents.h"
@@ -54,8 +55,19 @@ static void product(int64_t rows, int64_t columns, int64_t depth, const float *a
 
 struct Shape {
   int64_t heads, kv_heads, size, window;
-  float scale;
+  float scale, cap;
 };
+
+// Replaces scores by cap * tanh(score / cap); `slopes`, if given, gets the derivatives.
+static void cap_scores(int64_t count, float cap, float *scores, float *slopes) {
+  const float inverse = 1.0f / cap;
+#pragma omp simd
+  for (int64_t i = 0; i < count; i++) {
+    const float ratio = fast_tanh(scores[i] * inverse);
+    scores[i] = cap * ratio;
+    if (slopes) slopes[i] = 1.0f - ratio * ratio;
+  }
+}
 
 static void transpose(int64_t rows, int64_t columns, const float *from, float *to, int64_t to_row) {
   for (int64_t block = 0; block < rows; block += 16)
@@ -103,6 +115,7 @@ static void attend_one(const Shape &shape, const Document &document, int64_t kv_
         std::fill(row, row + first_key, 0.0f);
         std::fill(row + end_key, row + num_keys, 0.0f);
         float sum = 0;
+        if (shape.cap) cap_scores(end_key - first_key, shape.cap, row + first_key, nullptr);
         const float high = maximum(row + first_key, end_key - first_key);
 #pragma omp simd reduction(+ : sum)
         for (int64_t j = first_key; j < end_key; j++) sum += row[j] = fast_exp(row[j] - high);
@@ -127,7 +140,7 @@ static void attend_one_backward(const Shape &shape, const Document &document, in
   std::vector<float> keys(padded * size), keys_t(padded * size), values(padded * size), values_t(padded * size),
       d_keys(padded * size),
       d_values(padded * size), queries(QUERIES * size), grad_output(QUERIES * size), d_queries(QUERIES * size),
-      scores(QUERIES * padded), d_scores(QUERIES * padded);
+      scores(QUERIES * padded), d_scores(QUERIES * padded), slopes(shape.cap ? padded : 0);
   load(length, size, rows_of, k + kv_head * size, kv_row, cosine, sine, 1.0f, keys.data());
   transpose(length, size, keys.data(), keys_t.data(), padded);
   load(length, size, rows_of, v + kv_head * size, kv_row, nullptr, nullptr, 1.0f, values.data());
@@ -158,6 +171,7 @@ static void attend_one_backward(const Shape &shape, const Document &document, in
         std::fill(row + end_key, row + num_keys, 0.0f);
         std::fill(d_row, d_row + first_key, 0.0f);
         std::fill(d_row + end_key, d_row + num_keys, 0.0f);
+        if (shape.cap) cap_scores(end_key - first_key, shape.cap, row + first_key, slopes.data());
         float delta = 0;  // sum_j p_j dp_j of the row (softmax backward)
         const float log_sum = lse[rows_of[position] * shape.heads + head];
 #pragma omp simd reduction(+ : delta)
@@ -167,6 +181,9 @@ static void attend_one_backward(const Shape &shape, const Document &document, in
         }
 #pragma omp simd
         for (int64_t j = first_key; j < end_key; j++) d_row[j] = row[j] * (d_row[j] - delta);
+        if (shape.cap)
+#pragma omp simd
+          for (int64_t j = first_key; j < end_key; j++) d_row[j] *= slopes[j - first_key];
       }
       product(num_keys, size, count, scores.data(), 1, num_keys, grad_output.data(), size, d_values.data() + range.low * size,
               size, true);
@@ -182,9 +199,9 @@ static void attend_one_backward(const Shape &shape, const Document &document, in
 
 template <class T>
 static void attend(int64_t count, const int64_t *starts, const int64_t *index, int64_t heads, int64_t kv_heads, int64_t size,
-                   int64_t window, const T *q, const T *k, const T *v, const float *cosine, const float *sine, T *o, float *lse,
-                   int threads) {
-  const Shape shape{heads, kv_heads, size, window, 1.0f / std::sqrt(float(size))};
+                   int64_t window, float cap, const T *q, const T *k, const T *v, const float *cosine, const float *sine, T *o,
+                   float *lse, int threads) {
+  const Shape shape{heads, kv_heads, size, window, 1.0f / std::sqrt(float(size)), cap};
   const auto documents = costliest_first(documents_of(count, starts, index));
   [[maybe_unused]] const bool on_tiles = may_use_tiles();
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
@@ -201,15 +218,15 @@ static void attend(int64_t count, const int64_t *starts, const int64_t *index, i
     attend_one(shape, document, item % kv_heads, q, k, v, cosine, sine, o, lse);
   }
 }
-#define PARAMETERS(T) (int64_t count, const int64_t *starts, const int64_t *index, int64_t heads, int64_t kv_heads, int64_t size, int64_t window, const T *q, const T *k, const T *v, const float *cosine, const float *sine, T *o, float *lse, int threads)
-FOR_BOTH_TYPES(attend, (count, starts, index, heads, kv_heads, size, window, q, k, v, cosine, sine, o, lse, threads))
+#define PARAMETERS(T) (int64_t count, const int64_t *starts, const int64_t *index, int64_t heads, int64_t kv_heads, int64_t size, int64_t window, float cap, const T *q, const T *k, const T *v, const float *cosine, const float *sine, T *o, float *lse, int threads)
+FOR_BOTH_TYPES(attend, (count, starts, index, heads, kv_heads, size, window, cap, q, k, v, cosine, sine, o, lse, threads))
 #undef PARAMETERS
 
 template <class T>
 static void attend_backward(int64_t count, const int64_t *starts, const int64_t *index, int64_t heads, int64_t kv_heads,
-                            int64_t size, int64_t window, const T *q, const T *k, const T *v, const T *d_o, const float *lse,
+                            int64_t size, int64_t window, float cap, const T *q, const T *k, const T *v, const T *d_o, const float *lse,
                             const float *cosine, const float *sine, T *dq, T *dk, T *dv, int threads) {
-  const Shape shape{heads, kv_heads, size, window, 1.0f / std::sqrt(float(size))};
+  const Shape shape{heads, kv_heads, size, window, 1.0f / std::sqrt(float(size)), cap};
   const auto in_pack_order = documents_of(count, starts, index), documents = costliest_first(in_pack_order);
   const int64_t slots = (in_pack_order.back().slot + in_pack_order.back().first_unshared) * kv_heads * size;
   std::vector<float> slots_k(slots), slots_v(slots);
@@ -233,6 +250,6 @@ static void attend_backward(int64_t count, const int64_t *starts, const int64_t 
   for (int64_t item = 0; item < 2 * kv_heads; item++)
     add_slots(in_pack_order, kv_heads * size, size, item / 2, (item % 2 ? slots_v : slots_k).data(), item % 2 ? dv : dk);
 }
-#define PARAMETERS(T) (int64_t count, const int64_t *starts, const int64_t *index, int64_t heads, int64_t kv_heads, int64_t size, int64_t window, const T *q, const T *k, const T *v, const T *d_o, const float *lse, const float *cosine, const float *sine, T *dq, T *dk, T *dv, int threads)
-FOR_BOTH_TYPES(attend_backward, (count, starts, index, heads, kv_heads, size, window, q, k, v, d_o, lse, cosine, sine, dq, dk, dv, threads))
+#define PARAMETERS(T) (int64_t count, const int64_t *starts, const int64_t *index, int64_t heads, int64_t kv_heads, int64_t size, int64_t window, float cap, const T *q, const T *k, const T *v, const T *d_o, const float *lse, const float *cosine, const float *sine, T *dq, T *dk, T *dv, int threads)
+FOR_BOTH_TYPES(attend_backward, (count, starts, index, heads, kv_heads, size, window, cap, q, k, v, d_o, lse, cosine, sine, dq, dk, dv, threads))
 #undef PARAMETERS

@@ -136,6 +136,7 @@ static void attend_one_dots(bool on_tiles, const Shape &shape, const Document &d
         bf16 *out = probability + t * num_keys;
         const int64_t position = first + t, last = position + 1 - range.low;
         const int64_t begin = shape.window ? std::max<int64_t>(0, position - shape.window + 1 - range.low) : 0;
+        if (shape.cap) cap_scores(last - begin, shape.cap, row + begin, nullptr);
         const float high = maximum(row + begin, last - begin);
 #pragma omp simd reduction(+ : sum)
         for (int64_t j = begin; j < last; j++) sum += row[j] = fast_exp(row[j] - high);
@@ -161,7 +162,8 @@ static void attend_one_backward_dots(bool on_tiles, const Shape &shape, const Do
          queries = halves(QUERIES * size), grad_outputs = halves(QUERIES * size), second_factor = halves(QUERIES * size), probabilities = halves(QUERIES * padded),
          d_probabilities = halves(QUERIES * padded), d_packed = halves(QUERIES * padded), scores = floats(QUERIES * padded),
          d_scores = floats(QUERIES * padded), d_keys = floats(padded * size), d_values = floats(padded * size),
-         d_queries_t = floats(QUERIES * size), d_queries = floats(QUERIES * size);
+         d_queries_t = floats(QUERIES * size), d_queries = floats(QUERIES * size),
+         slopes = floats(shape.cap ? QUERIES * padded : 0);
   load(length, size, rows_of, k + kv_head * size, kv_row, cosine, sine, 1.0f, (bf16 *)keys);
   load(length, size, rows_of, v + kv_head * size, kv_row, nullptr, nullptr, 1.0f, (bf16 *)values);
   for (int64_t t = 0; t < length; t++)
@@ -186,6 +188,8 @@ static void attend_one_backward_dots(bool on_tiles, const Shape &shape, const Do
       pack_transposed(padded_count, size, grad_output, packed);
       product(on_tiles, num_keys, padded_count, size, (bf16 *)values + range.low * size, size, packed, size, d_score,
               padded_count, false);
+      float *const slope = slopes;
+      if (shape.cap) cap_scores(num_keys * padded_count, shape.cap, score, slope);
       for (int64_t j = 0; j < num_keys; j++) {
         float *row = score + j * padded_count, *d_row = d_score + j * padded_count;
         const int32_t key = int32_t(range.low + j - first);  // the queries begin .. end - 1 attend to this key
@@ -208,6 +212,9 @@ static void attend_one_backward_dots(bool on_tiles, const Shape &shape, const Do
             put(row[t] * (d_row[t] - delta[t]), d_out[t]);
           }
       }
+      if (shape.cap)
+        for (int64_t i = 0; i < num_keys * padded_count; i++)
+          put(score[i] * (d_score[i] - delta[i % padded_count]) * slope[i], d_probability[i]);
       pack(padded_count, size, grad_output, packed);
       product(on_tiles, num_keys, size, padded_count, probability, padded_count, packed, padded_count,
               (float *)d_values + range.low * size, size, true);

@@ -2,7 +2,8 @@
 //
 // q and out are (rows, heads, size), k and v (rows, kv_heads, size), cosine and sine (rows, size / 2) float32. Caches are
 // (slots, kv_heads, capacity, size). Row r uses the slot slots[r], which holds positions[r] tokens. The new rotated key
-// and the new value are appended. With window > 0 the query attends only to the last `window` tokens. One thread computes
+// and the new value are appended. With window > 0 the query attends only to the last `window` tokens. With cap > 0 a score
+// s becomes cap * tanh(s / cap). One thread computes
 // one row and one key-value head: results depend neither on the number of threads nor on the other rows.
 #include "vectors.h"
 
@@ -46,8 +47,8 @@ static inline void add_weighted(int64_t size, const float *weights, const float 
 // `kv_groups` query heads with one key-value head of the cache, each of `width` numbers. `pitch` is the row stride of
 // `scores`. The caller passes zeros in `weighted` and in the padding behind `width` of a query.
 template <class T>
-static void attend_one(int64_t kv_groups, int64_t width, int64_t num_tokens, int64_t pitch, const float *queries, const T *keys,
-                       const T *values, float *scores, float *rows, float *weighted, T *out) {
+static void attend_one(int64_t kv_groups, int64_t width, int64_t num_tokens, int64_t pitch, float cap, const float *queries,
+                       const T *keys, const T *values, float *scores, float *rows, float *weighted, T *out) {
   const int64_t size = round_up(width, LANES);
   for (int64_t first = 0; first < num_tokens; first += TOKEN_BLOCK) {
     load(std::min(TOKEN_BLOCK, num_tokens - first), width, size, keys + first * width, rows);
@@ -63,6 +64,9 @@ static void attend_one(int64_t kv_groups, int64_t width, int64_t num_tokens, int
   }
   for (int64_t head = 0; head < kv_groups; head++) {
     float *row = scores + head * pitch, sum = 0;
+    if (cap)
+#pragma omp simd
+      for (int64_t j = 0; j < num_tokens; j++) row[j] = cap * fast_tanh(row[j] / cap);
     const float high = maximum(row, num_tokens);
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < num_tokens; j++) sum += row[j] = fast_exp(row[j] - high);
@@ -86,7 +90,7 @@ static void attend_one(int64_t kv_groups, int64_t width, int64_t num_tokens, int
 }
 
 template <class T>
-static void attend_cache(int64_t rows, int64_t heads, int64_t kv_heads, int64_t size, int64_t capacity, int64_t window,
+static void attend_cache(int64_t rows, int64_t heads, int64_t kv_heads, int64_t size, int64_t capacity, int64_t window, float cap,
                          const int64_t *slots, const int64_t *positions, const T *q, const T *k, const T *v,
                          const float *cosine, const float *sine, T *k_cache, T *v_cache, T *out, int threads) {
   const int64_t kv_groups = heads / kv_heads, half = size / 2, padded_size = round_up(size, LANES);
@@ -110,10 +114,10 @@ static void attend_cache(int64_t rows, int64_t heads, int64_t kv_heads, int64_t 
     const int64_t from = task * kv_groups * size;
     for (int64_t head = 0; head < kv_groups; head++) rotate(half, q + from + head * size, c, s, scale,
                                                             queries + head * padded_size);
-    attend_one(kv_groups, size, last - first, pitch, queries, keys + first * size, values + first * size, scores, widened,
+    attend_one(kv_groups, size, last - first, pitch, cap, queries, keys + first * size, values + first * size, scores, widened,
                weighted, out + from);
   }
 }
-#define PARAMETERS(T) (int64_t rows, int64_t heads, int64_t kv_heads, int64_t size, int64_t capacity, int64_t window, const int64_t *slots, const int64_t *positions, const T *q, const T *k, const T *v, const float *cosine, const float *sine, T *k_cache, T *v_cache, T *out, int threads)
-FOR_BOTH_TYPES(attend_cache, (rows, heads, kv_heads, size, capacity, window, slots, positions, q, k, v, cosine, sine, k_cache, v_cache, out, threads))
+#define PARAMETERS(T) (int64_t rows, int64_t heads, int64_t kv_heads, int64_t size, int64_t capacity, int64_t window, float cap, const int64_t *slots, const int64_t *positions, const T *q, const T *k, const T *v, const float *cosine, const float *sine, T *k_cache, T *v_cache, T *out, int threads)
+FOR_BOTH_TYPES(attend_cache, (rows, heads, kv_heads, size, capacity, window, cap, slots, positions, q, k, v, cosine, sine, k_cache, v_cache, out, threads))
 #undef PARAMETERS

@@ -4,9 +4,10 @@
 // computes a row, so results do not depend on the number of threads.
 #include "common.h"
 
-// y = x * rstd * w, rstd = 1 / sqrt(mean(x^2) + eps)
+// y = x * rstd * (w + offset), rstd = 1 / sqrt(mean(x^2) + eps)
 template <class T>
-static void rms_norm(int64_t rows, int64_t width, float eps, const T *x, const T *w, T *y, float *rstd, int threads) {
+static void rms_norm(int64_t rows, int64_t width, float eps, float offset, const T *x, const T *w, T *y, float *rstd,
+                     int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; row++) {
     const T *in = x + row * width;
@@ -17,32 +18,32 @@ static void rms_norm(int64_t rows, int64_t width, float eps, const T *x, const T
     float scale = 1.0f / std::sqrt(sum / float(width) + eps);
     rstd[row] = scale;
 #pragma omp simd
-    for (int64_t i = 0; i < width; i++) put(get(in[i]) * scale * get(w[i]), out[i]);
+    for (int64_t i = 0; i < width; i++) put(get(in[i]) * scale * (get(w[i]) + offset), out[i]);
   }
 }
-#define PARAMETERS(T) (int64_t rows, int64_t width, float eps, const T *x, const T *w, T *y, float *rstd, int threads)
-FOR_BOTH_TYPES(rms_norm, (rows, width, eps, x, w, y, rstd, threads))
+#define PARAMETERS(T) (int64_t rows, int64_t width, float eps, float offset, const T *x, const T *w, T *y, float *rstd, int threads)
+FOR_BOTH_TYPES(rms_norm, (rows, width, eps, offset, x, w, y, rstd, threads))
 #undef PARAMETERS
 
-// dx = rstd * (dy w - x rstd^2 mean(dy w x))
+// dx = rstd * (dy w - x rstd^2 mean(dy w x)), with w + offset in place of w
 template <class T>
-static void rms_norm_backward(int64_t rows, int64_t width, const T *dy, const T *x, const T *w, const float *rstd, T *dx,
-                              int threads) {
+static void rms_norm_backward(int64_t rows, int64_t width, float offset, const T *dy, const T *x, const T *w,
+                              const float *rstd, T *dx, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; row++) {
     const T *in = x + row * width, *grad_output = dy + row * width;
     T *out = dx + row * width;
     float dot = 0, scale = rstd[row];
 #pragma omp simd reduction(+ : dot)
-    for (int64_t i = 0; i < width; i++) dot += get(grad_output[i]) * get(w[i]) * get(in[i]);
+    for (int64_t i = 0; i < width; i++) dot += get(grad_output[i]) * (get(w[i]) + offset) * get(in[i]);
     float projection = dot * scale * scale / float(width);
 #pragma omp simd
     for (int64_t i = 0; i < width; i++)
-      put(scale * (get(grad_output[i]) * get(w[i]) - get(in[i]) * projection), out[i]);
+      put(scale * (get(grad_output[i]) * (get(w[i]) + offset) - get(in[i]) * projection), out[i]);
   }
 }
-#define PARAMETERS(T) (int64_t rows, int64_t width, const T *dy, const T *x, const T *w, const float *rstd, T *dx, int threads)
-FOR_BOTH_TYPES(rms_norm_backward, (rows, width, dy, x, w, rstd, dx, threads))
+#define PARAMETERS(T) (int64_t rows, int64_t width, float offset, const T *dy, const T *x, const T *w, const float *rstd, T *dx, int threads)
+FOR_BOTH_TYPES(rms_norm_backward, (rows, width, offset, dy, x, w, rstd, dx, threads))
 #undef PARAMETERS
 
 // out = silu(gate) * up
@@ -78,6 +79,46 @@ static void swiglu_backward(int64_t rows, int64_t width, const T *dout, const T 
 }
 #define PARAMETERS(T) (int64_t rows, int64_t width, const T *dout, const T *gate, const T *up, T *dgate, T *dup, int threads)
 FOR_BOTH_TYPES(swiglu_backward, (rows, width, dout, gate, up, dgate, dup, threads))
+#undef PARAMETERS
+
+// gelu(x) = x * sigmoid(gelu_argument(x)): the form with tanh, because (1 + tanh(u)) / 2 = sigmoid(2 u).
+constexpr float GELU = 1.5957691216057308f, GELU_CUBE = 0.044715f;
+inline float gelu_argument(float x) { return GELU * (x + GELU_CUBE * x * x * x); }
+
+// out = gelu(gate) * up
+template <class T>
+static void geglu(int64_t rows, int64_t width, const T *gate, const T *up, T *out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    const T *g = gate + row * width, *u = up + row * width;
+    T *o = out + row * width;
+#pragma omp simd
+    for (int64_t i = 0; i < width; i++) put(get(g[i]) * sigmoid(gelu_argument(get(g[i]))) * get(u[i]), o[i]);
+  }
+}
+#define PARAMETERS(T) (int64_t rows, int64_t width, const T *gate, const T *up, T *out, int threads)
+FOR_BOTH_TYPES(geglu, (rows, width, gate, up, out, threads))
+#undef PARAMETERS
+
+// The gradients of gate and up, as in swiglu_backward.
+template <class T>
+static void geglu_backward(int64_t rows, int64_t width, const T *dout, const T *gate, const T *up, T *dgate, T *dup,
+                          int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    const T *d = dout + row * width, *g = gate + row * width, *u = up + row * width;
+    T *dg = dgate + row * width, *du = dup + row * width;
+#pragma omp simd
+    for (int64_t i = 0; i < width; i++) {
+      float grad_output = get(d[i]), x = get(g[i]), s = sigmoid(gelu_argument(x));
+      float slope = GELU * (1.0f + 3.0f * GELU_CUBE * x * x);
+      put(grad_output * x * s, du[i]);
+      put(grad_output * get(u[i]) * s * (1.0f + x * slope * (1.0f - s)), dg[i]);
+    }
+  }
+}
+#define PARAMETERS(T) (int64_t rows, int64_t width, const T *dout, const T *gate, const T *up, T *dgate, T *dup, int threads)
+FOR_BOTH_TYPES(geglu_backward, (rows, width, dout, gate, up, dgate, dup, threads))
 #undef PARAMETERS
 
 // Largest |x * factor| of every column, from each `every`-th row. `highest` (threads, width) is a workspace.
