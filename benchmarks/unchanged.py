@@ -25,13 +25,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["--model", "demo/model", "--data", "demo/rows.json", "model.dtype=float32", "run.samples=2"]
+PACE = ["train.batch_size=16", "train.learning_rate=2e-4"]
+FILES = ["--model", "demo/model", "--data", "demo/rows.json", *PACE]
+SMALL = [*FILES, "model.dtype=float32", "run.samples=2"]
 RUNS: dict[str, list[str]] = {
     "demo": ["demo/recipe.yaml", "train.max_steps=60", "train.eval_every=20", "train.save_every=20"],
-    "classic": ["classic", *SMALL, "train.max_steps=30", "train.learning_rate=1e-3"],
-    "int8": ["int8", *SMALL[:4], "run.samples=2", "data.holdout=40", "train.max_steps=20"],
+    "classic": ["classic", *SMALL, "train.batch_size=4", "train.max_steps=30", "train.learning_rate=1e-3"],
+    "int8": ["int8", *FILES, "run.samples=2", "data.holdout=40", "train.max_steps=20"],
     "bfloat16": [
-        *SMALL[:4],
+        *FILES,
         "model.dtype=bfloat16",
         "data.holdout=40",
         "train.max_steps=20",

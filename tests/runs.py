@@ -28,6 +28,7 @@ def tiny_settings(
         "model.dtype=float32",
         "model.device=cpu",
         "lora.rank=4",
+        "train.epochs=1",
         "train.batch_size=6",
         "train.learning_rate=0.01",
         "run.samples=0",

@@ -193,6 +193,7 @@ TEXT = st.text(CHARACTERS, max_size=30)
 NAMES = st.text(CHARACTERS, min_size=1, max_size=30)
 SHARES = st.floats(0, 1, exclude_max=True)
 INTERVALS = st.integers(0, 10**6) | st.just("epoch")
+AUTO = st.just("auto")
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     "model.name": NAMES,
     "model.revision": st.none() | TEXT,
@@ -228,23 +229,24 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "data.packing": st.booleans(),
     "data.shuffle": st.booleans(),
     "data.holdout": st.floats(0, 1e9),
-    "train.epochs": st.floats(0, 1000, exclude_min=True),
+    "train.epochs": st.floats(0, 1000, exclude_min=True) | AUTO,
     "train.max_steps": st.none() | st.integers(1),
-    "train.batch_size": st.integers(1, 65536),
+    "train.batch_size": st.integers(1, 65536) | AUTO,
     "train.micro_batch_tokens": st.integers(8),
     "train.recompute": st.sampled_from(["none", "layers"]),
-    "train.learning_rate": st.floats(0, 1, exclude_min=True, exclude_max=True),
+    "train.learning_rate": st.floats(0, 1, exclude_min=True, exclude_max=True) | AUTO,
     "train.schedule": st.sampled_from(["cosine", "linear", "constant"]),
     "train.warmup": st.floats(0, 1e6),
     "train.weight_decay": SHARES,
     "train.max_grad_norm": st.floats(0, 1e6),
     "train.seed": st.integers(0, 2**32 - 1),
     "train.log_every": st.integers(1),
-    "train.eval_every": INTERVALS,
+    "train.eval_every": INTERVALS | AUTO,
     "train.save_every": INTERVALS,
     "train.keep": st.integers(1),
     "train.keep_best": st.booleans(),
-    "train.patience": st.integers(0),
+    "train.tolerance": st.floats(0, 10) | AUTO,
+    "train.patience": st.integers(0) | AUTO,
     "run.output": st.none() | TEXT,
     "distributed.strategy": st.sampled_from(["auto", "single", "ddp", "fsdp"]),
     "distributed.timeout": st.floats(1, 1e6),

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from lorafit.check.preflight import dropped_rows, find, inspect, row_verdicts
 from lorafit.check.setting_checks import setting_verdicts
 from lorafit.check.verdict import refuse_failed
+from lorafit.config.auto import without_auto
 from lorafit.config.schema import Config
-from lorafit.data.build import TrainingData, build_data, row_order, sources_of
+from lorafit.data.build import TrainingData, build_data, row_order, sizes_of, sources_of
 from lorafit.data.ledger import Ledger
 from lorafit.data.row_index import RowIndex
 from lorafit.errors import CheckResult
@@ -69,7 +70,9 @@ def check_data(config: Config, *, quiet: bool = False) -> Checked:
     base = tokenizer_folder(name, revision=revision, offline=offline)
     arch = read_architecture(base.path) if (base.path / "config.json").is_file() else None
     training_data = build_data(config, base, arch, quiet)
-    verdicts = data_verdicts(config, training_data, arch.num_parameters if arch else None, quiet)
+    num_parameters = arch.num_parameters if arch else None
+    config = without_auto(config, sizes_of(training_data, num_parameters))
+    verdicts = data_verdicts(config, training_data, num_parameters, quiet)
     return Checked(verdicts, training_data.ledger, training_data.encoded.lengths)
 
 
@@ -83,6 +86,7 @@ def check_run(config: Config, *, quiet: bool = False) -> Checked:
 
     device = pick_device(config.model.device)
     data = RunInputs.read(config, quiet)
+    config = data.config
     machine = Machine.read(device, ProcessEnv())
     training_data = data.training_data
     verdicts = data_verdicts(config, training_data, data.arch.num_parameters, quiet)
@@ -101,10 +105,10 @@ def data_verdicts(
 ) -> list[CheckResult]:
     """The checks of the rows of a run and of its settings; at most about `most` rows are read."""
     findings = find(training_data, most, quiet)
-    order, num_held_out = row_order(config, training_data), len(training_data.heldout)
+    order = row_order(config, training_data)
     return [
         *row_verdicts(findings, training_data.index, training_data),
-        *setting_verdicts(config, order, num_held_out, num_parameters),
+        *setting_verdicts(config, order, sizes_of(training_data, num_parameters)),
     ]
 
 

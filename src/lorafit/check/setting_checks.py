@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lorafit.config.auto import LEAST_STEPS, Sizes, auto_epochs
 from lorafit.config.schema import Config, TrainSection
 from lorafit.data.row_order import RowOrder
 from lorafit.errors import CheckResult
@@ -14,16 +15,14 @@ _SCALES = (0.05, 16.0)  # of alpha / rank: the usual values and a margin
 _MANY_EPOCHS = 10
 
 
-def setting_verdicts(
-    config: Config, order: RowOrder, num_held_out: int, num_parameters: int | None
-) -> list[CheckResult]:
-    """A result for each setting, in the order of the config; `num_parameters` is None where no model is known."""
+def setting_verdicts(config: Config, order: RowOrder, sizes: Sizes) -> list[CheckResult]:
+    """A result for each setting, in the order of the config."""
     num_steps = order.num_steps(config.train.epochs, config.train.max_steps)
     return [
         _scale(config.lora.alpha / config.lora.rank),
-        _held_out(config, num_held_out),
-        _steps(num_steps, order),
-        _rate(config.train, num_parameters),
+        _held_out(config, sizes.held_out),
+        _steps(num_steps, order, auto_epochs(sizes)),
+        _rate(config.train, sizes.parameters),
         _warmup(config.train, num_steps),
     ]
 
@@ -52,15 +51,19 @@ def _held_out(config: Config, num_held_out: int) -> CheckResult:
     return CheckResult(name, "pass", "none, as data.holdout=0 says: the loss on unseen rows is not measured")
 
 
-def _steps(num_steps: int, order: RowOrder) -> CheckResult:
+def _steps(num_steps: int, order: RowOrder, usual_epochs: float) -> CheckResult:
+    """`usual_epochs` are those of `train.epochs=auto` for these rows."""
     epochs = order.epoch_at(num_steps)
     shown = count(float(f"{epochs:.3g}"), "epoch")
     message = f"{count(num_steps, 'step')} of {count(order.batch_size, 'row')}, {shown}"
     left = order.rows_per_epoch - num_steps * order.batch_size
-    if left > 0:
+    if num_steps < LEAST_STEPS:
+        message += ": too few steps to learn much"
+        key, hint = "train.epochs", "train.epochs=auto makes as many steps as such rows need"
+    elif left > 0:
         message += f": {left:,} of {order.rows_per_epoch:,} rows are never trained"
         key, hint = "train.max_steps or train.epochs", "give more, or fewer rows"
-    elif epochs > _MANY_EPOCHS:
+    elif epochs > max(_MANY_EPOCHS, 2 * usual_epochs) and num_steps > LEAST_STEPS:
         message += ": this many epochs usually overfit"
         key, hint = "train.epochs", "watch the held-out loss, or train.patience=3"
     else:

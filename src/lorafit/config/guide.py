@@ -18,16 +18,16 @@ class Advice:
 
 GUIDE = {
     "train.epochs": Advice(
-        "1 to 3 for thousands of rows, 10 or more for fewer than a hundred",
+        "auto; 1 to 3 for thousands of rows, 10 or more for fewer than a hundred",
         "more when the last line of a run says that it learned a part or almost nothing; fewer when the held-out "
         "loss rises",
     ),
     "train.learning_rate": Advice(
-        "1e-4 to 5e-4; up to 1e-3 for models below a billion parameters",
+        "auto; 1e-4 to 5e-4, up to 1e-3 for models below a billion parameters",
         "three times higher when the loss hardly falls; three times lower when it jumps or rises",
     ),
     "train.batch_size": Advice(
-        "8 to 32; 4 for fewer than a hundred rows",
+        "auto; 8 to 32, 4 for fewer than a hundred rows",
         "lower when an epoch has few steps; higher when the loss is noisy. It does not change the memory",
     ),
     "lora.rank": Advice(
@@ -48,7 +48,7 @@ GUIDE = {
         "all for texts that the model shall continue; last when only the last answer of a conversation counts",
     ),
     "train.patience": Advice(
-        "0, or 3 for long runs",
+        "auto; 0, or 3 for long runs",
         "3 ends a run that no longer gets better; the adapter is the best one in any case",
     ),
     "model.quantize": Advice(

@@ -67,6 +67,8 @@ def _key(section: str, name: str, info: FieldInfo) -> Key:
     default = info.get_default()
     if default is PydanticUndefined:
         shown = "(required)"
+    elif default == schema.AUTO:
+        shown = "auto"
     elif name.endswith("_every") and default == 0:
         shown = "epoch"
     elif isinstance(default, tuple):
@@ -79,6 +81,12 @@ def _key(section: str, name: str, info: FieldInfo) -> Key:
 
 
 def _kind(name: str, info: FieldInfo) -> str:
+    if schema.OrAuto in info.metadata:
+        return f"{_number(name, info)} or auto"
+    return _number(name, info)
+
+
+def _number(name: str, info: FieldInfo) -> str:
     text = str(info.annotation)
     if choices := re.findall(r"Literal\[([^\]]*)\]", text):
         return " | ".join(part.strip(" '\"") for part in choices[0].split(","))

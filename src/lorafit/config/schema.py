@@ -7,6 +7,8 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic.annotated_handlers import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, core_schema
 
 
 def _as_tuple(value: object) -> object:
@@ -54,6 +56,31 @@ def _encoding(name: str) -> str:
 
 Encoding = Annotated[str, AfterValidator(_encoding)]
 Interval = Annotated[int, BeforeValidator(_interval), Field(ge=0)]
+AUTO = -1  # `auto` in place of a number: config/auto.py computes the number from the sizes of model and data
+
+
+class OrAuto:
+    """Marks a number that can also be the word `auto`, which is stored as AUTO."""
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """The schema of the number, or the word."""
+        return core_schema.no_info_wrap_validator_function(
+            lambda value, number: AUTO if value == "auto" else number(value),
+            handler(source),
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda value: "auto" if value == AUTO else value
+            ),
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """The JSON Schema of the number, or the word."""
+        return {"anyOf": [handler(schema), {"const": "auto"}]}
+
+
 _KEEPS_RESULTS: dict[str, JsonValue] = {"changes_results": False}
 
 
@@ -196,13 +223,19 @@ class DataSection(Section):
 class TrainSection(Section):
     """The loop."""
 
-    epochs: float = Field(1, gt=0, le=1000, description="Passes over the rows.")
+    epochs: Annotated[float, Field(gt=0, le=1000), OrAuto] = Field(
+        AUTO,
+        description="Passes over the rows. `auto` is more for fewer rows and short answers (docs/defaults.md); the "
+        "run ends earlier where the held-out loss rises.",
+    )
     max_steps: int | None = Field(
         None,
         ge=1,
         description="Length of the run and of its schedule in optimizer steps; overrides `epochs`.",
     )
-    batch_size: int = Field(16, ge=1, le=65536, description="Rows per optimizer step.")
+    batch_size: Annotated[int, Field(ge=1, le=65536), OrAuto] = Field(
+        AUTO, description="Rows per optimizer step. `auto` is 16, and fewer where there are few rows."
+    )
     micro_batch_tokens: int = resumable(
         2048,
         ge=8,
@@ -214,7 +247,11 @@ class TrainSection(Section):
         description="Gradient checkpointing: `layers` keeps one tensor per layer for the backward pass and computes "
         "the rest again. It costs a third more work, needs a fraction of the memory and does not change the result.",
     )
-    learning_rate: float = Field(2e-4, gt=0, lt=1, description="Peak learning rate of AdamW.")
+    learning_rate: Annotated[float, Field(gt=0, lt=1), OrAuto] = Field(
+        AUTO,
+        description="Peak learning rate of AdamW. `auto` is 2e-4 for models of a billion parameters or more, and "
+        "higher for smaller ones.",
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="Learning rate after warm-up; cosine and linear end at zero."
     )
@@ -225,20 +262,30 @@ class TrainSection(Section):
     log_every: int = resumable(
         10, ge=1, description="Steps between printed lines; metrics.jsonl has every step."
     )
-    eval_every: Interval = resumable(
-        100, description="Steps between held-out measurements, or `epoch`. The last step is always measured."
+    eval_every: Annotated[Interval, OrAuto] = resumable(
+        AUTO,
+        description="Steps between held-out measurements, or `epoch`. The last step is always measured. `auto` is 100, "
+        "and with `train.epochs=auto` an epoch where that is shorter.",
     )
     save_every: Interval = resumable(
         200, description="Steps between checkpoints, or `epoch`. The last step is always saved."
     )
     keep: int = resumable(2, ge=1, description="Newest checkpoints to keep, beside the best one.")
     keep_best: bool = Field(
-        True, description="The final adapter is the one with the lowest held-out loss (needs `data.holdout`)."
+        True,
+        description="The final adapter is the one with the lowest held-out loss (needs `data.holdout`), or a later one "
+        "within `train.tolerance` of it.",
     )
-    patience: int = resumable(
-        0,
-        ge=0,
-        description="End the run after this many held-out measurements in a row without a better one; 0 for never.",
+    tolerance: Annotated[float, Field(ge=0, le=10), OrAuto] = resumable(
+        AUTO,
+        description="How far the held-out loss may be above the lowest one for a later step to count as better, as a "
+        "fraction of it. `auto` is 1 with `train.epochs=auto` and short answers, because facts are learnt after "
+        "the lowest loss, else 0.",
+    )
+    patience: Annotated[int, Field(ge=0), OrAuto] = resumable(
+        AUTO,
+        description="End the run after this many held-out measurements in a row without a better one; 0 for never. "
+        "`auto` is 3 with `train.epochs=auto`, else 0.",
     )
 
     def warmup_steps(self, num_steps: int) -> int:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from lorafit.config.auto import Sizes
 from lorafit.config.schema import Config
 from lorafit.data.folders import Wanted
 from lorafit.data.formats import Row
@@ -212,6 +213,13 @@ def make_renderer(config: Config, tokenizer: Tokenizer) -> Renderer:
         parse_special=data.parse_special,
     )
     return Renderer(contract, tokenizer)
+
+
+def sizes_of(training_data: TrainingData, num_parameters: int | None) -> Sizes:
+    """The sizes that decide what `auto` is; `num_parameters` is None where no model is known."""
+    training = training_data.training
+    tokens = int(training.targets.sum(dtype=np.int64))
+    return Sizes(num_parameters, len(training), tokens, len(training_data.heldout))
 
 
 def row_order(config: Config, training_data: TrainingData) -> RowOrder:

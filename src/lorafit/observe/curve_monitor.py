@@ -36,8 +36,9 @@ def _recent() -> deque[float]:
 
 @dataclass(slots=True)
 class CurveMonitor:
-    """Reads one event after the other and keeps a bounded state."""
+    """Reads one event after the other and keeps a bounded state. `tolerance` is `train.tolerance`."""
 
+    tolerance: float = 0.0
     losses: deque[float] = field(default_factory=_recent)
     norms: deque[float] = field(default_factory=_recent)
     first: list[float] = field(default_factory=list)  # losses of the first steps
@@ -51,9 +52,9 @@ class CurveMonitor:
     last_seen: dict[str, int] = field(default_factory=dict)  # the last step of each diagnosis
 
     @classmethod
-    def over(cls, events: Iterable[Mapping[str, Any]]) -> CurveMonitor:
+    def over(cls, events: Iterable[Mapping[str, Any]], tolerance: float = 0.0) -> CurveMonitor:
         """A monitor that has read the events of a metrics.jsonl, for a run that is resumed."""
-        monitor = cls()
+        monitor = cls(tolerance)
         for event in events:
             with suppress(KeyError, TypeError):  # not a number of JSON, or a line of another version
                 monitor.look(event)
@@ -141,7 +142,7 @@ class CurveMonitor:
         self.heldout.append((step, loss, training))
         best_step, best, training_then = min(self.heldout, key=lambda measured: measured[1])
         num_later = sum(measured[0] > best_step for measured in self.heldout)
-        is_worse = loss > _WORSE * best and loss > best + _WORSE_LEAST
+        is_worse = loss > max(_WORSE, 1 + self.tolerance) * best and loss > best + _WORSE_LEAST
         recent = [measured[1] for measured in self.heldout[-_STILL_TIMES:]]
         if base is not None and loss > _WORSE * base and loss > base + _WORSE_LEAST:
             text = f"the held-out loss ({loss:.3g}) is above that of the untrained model ({base:.3g})"

@@ -26,7 +26,7 @@ class Overview:
 
     newest: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # the last event of each kind below
     last: str = ""  # the kind of the last event that decides the state
-    lowest: float | None = None  # held-out loss
+    best: float | None = None  # held-out loss of the best step
     num_damaged: int = 0
     has_events: bool = False
 
@@ -65,8 +65,9 @@ class Overview:
         if kind in (*_DECIDING, "heldout", "learned"):
             self.newest[str(kind)] = event
         if kind == "heldout" and number(event.get("step")) is not None:
-            losses = (self.lowest, number(event.get("loss")))
-            self.lowest = min((loss for loss in losses if loss is not None), default=None)
+            loss = number(event.get("loss"))
+            if loss is not None and (event.get("best") is True or self.best is None or loss < self.best):
+                self.best = loss
 
     def number(self, kind: str, name: str) -> float | None:
         """A number of the last event of a kind."""
@@ -119,7 +120,7 @@ class Summary:
     step: int
     num_steps: int | None
     loss: float | None
-    heldout_loss: float | None  # the lowest
+    heldout_loss: float | None  # of the best step
     base_loss: float | None
     learned: str  # learned, partly, nothing or unknown; "" before the end
     started: str  # local time, ISO 8601 to the minute
@@ -153,7 +154,7 @@ def summarize(run: RunDirectory, metrics: Overview | None = None) -> Summary:
         step=int(found.number("step", "step") or 0),
         num_steps=int(found.number("run_started", "num_steps") or 0) or None,
         loss=found.number("step", "loss"),
-        heldout_loss=found.lowest,
+        heldout_loss=found.best,
         base_loss=found.number("heldout", "base_loss"),
         learned=next((level for level in get_args(LearnedLevel) if level == told), ""),
         started=datetime.fromtimestamp(run.started()).isoformat(" ", "minutes"),

@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 
+from lorafit.config.auto import picked, without_auto
 from lorafit.config.schema import Config
-from lorafit.data.build import TrainingData, build_data, row_order
+from lorafit.data.build import TrainingData, build_data, row_order, sizes_of
 from lorafit.data.packing import Packer
 from lorafit.data.row_order import RowOrder
 from lorafit.distributed.env import ProcessEnv
@@ -52,10 +53,13 @@ MOST_IMPORT_SECONDS = 20.0  # an older process did something else before
 class RunInputs:
     """What a run reads: the folder and architecture of its base model, its rows as tokens, and their order.
 
-    `base_note` is what `check_initial` returns. `started` is when reading began (time.perf_counter), `read_seconds`
-    what it took. The next run finds rows and compiled kernels in the cache.
+    `config` is what was given, with a number for each `auto`; `picked` names these. `base_note` is what `check_initial`
+    returns. `started` is when reading began (time.perf_counter), `read_seconds` what it took. The next run finds rows
+    and compiled kernels in the cache.
     """
 
+    config: Config
+    picked: str
     base: ModelFolder
     base_note: str
     arch: Architecture
@@ -74,8 +78,19 @@ class RunInputs:
         base_note = check_initial(config, base)
         training_data = build_data(config, base, arch, quiet)
         kernels()
+        given, config = config, without_auto(config, sizes_of(training_data, arch.num_parameters))
         order = row_order(config, training_data)
-        return cls(base, base_note, arch, training_data, order, started, time.perf_counter() - started)
+        return cls(
+            config,
+            picked(given, config),
+            base,
+            base_note,
+            arch,
+            training_data,
+            order,
+            started,
+            time.perf_counter() - started,
+        )
 
     def num_steps(self, config: Config) -> int:
         """Optimizer steps of the run."""
@@ -206,6 +221,7 @@ def make_plan(
         trainable=num_trainable(shape),
         rows=len(data.training_data.training),
         steps=work.steps,
+        epochs=data.order.epoch_at(work.steps),
         passes=work.num_passes,
         tokens_per_epoch=work.tokens_per_epoch,
         supervised_tokens_per_epoch=work.supervised_per_epoch,
@@ -225,7 +241,7 @@ def make_plan(
         available_bytes=machine.available_bytes,
         times=times,
         rates=rates,
-        picked=fitted.note,
+        picked="; ".join(filter(None, [data.picked, fitted.note])),
     )
 
 
@@ -236,6 +252,7 @@ def plan_run(config: Config, *, quiet: bool = False) -> Plan:
     """
     device = pick_device(config.model.device)
     data = RunInputs.read(config, quiet)
+    config = data.config
     machine = Machine.read(device, ProcessEnv())
     note, beyond = "", 0.0
     while True:

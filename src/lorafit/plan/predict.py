@@ -110,13 +110,14 @@ class Plan:
     `shared_tokens` estimates the tokens of prefixes that rows of a pass share; each is computed once per pass.
     `peak_bytes` is the peak of the process's resident memory (on CUDA the device's), loading included.
     `available_bytes` is None where unknown. `choice` are the settings that decide the memory. `picked` names those
-    that were chosen to make the run fit.
+    that were chosen: in place of `auto`, and to make the run fit.
     """
 
     parameters: int
     trainable: int
     rows: int
     steps: int
+    epochs: float
     passes: int
     tokens_per_epoch: int
     supervised_tokens_per_epoch: int

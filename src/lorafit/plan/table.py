@@ -24,7 +24,7 @@ def table_rows(plan: Plan) -> list[list[str]]:
         ["rows", f"{plan.rows:,}", ""],
         ["tokens", f"{plan.tokens:,}", _shared(plan)],
         ["supervised tokens", f"{plan.supervised_tokens:,}", per_epoch],
-        ["steps", f"{plan.steps:,}", passes],
+        ["steps", f"{plan.steps:,}", f"{_epochs(plan)}, {passes}"],
         ["peak memory", memory_size(plan.peak_bytes), _memory(plan)],
         ["", "", _available(plan)],
     ]
@@ -37,13 +37,17 @@ def short_lines(plan: Plan) -> list[str]:
     """The head of a run: its size, then its memory and time."""
     about = "" if _is_measured(plan) else "about "
     parts = [
-        f"plan: {count(plan.steps, 'step')}",
+        f"plan: {count(plan.steps, 'step')}, {_epochs(plan)}",
         f"{plan.supervised_tokens:,} supervised of {plan.tokens:,} tokens",
         f"{about}{memory_size(plan.peak_bytes)} of memory ({_available(plan)})",
     ]
     if plan.times is not None:
         parts.append(duration(plan.times.total))
     return ([plan.picked] if plan.picked else []) + [", ".join(parts)]
+
+
+def _epochs(plan: Plan) -> str:
+    return count(float(f"{plan.epochs:.3g}"), "epoch")
 
 
 def _shared(plan: Plan) -> str:

@@ -49,12 +49,23 @@ class TrainState:
     step: int = 0
     last_loss: float | None = None
     base_loss: float | None = None
-    best_loss: float | None = None
+    best_loss: float | None = None  # at `best_step`
     best_step: int | None = None
+    lowest_loss: float | None = None  # at any step; None is `best_loss`
     num_worse: int = 0  # held-out measurements since the best one
     measuring_due: bool = False  # stopped between a step and its held-out measurement
     micro_batch_tokens: int | None = None  # smaller than the config's since memory ran out
     scale: LossScale = field(default_factory=LossScale)
+
+    def measured(self, loss: float, tolerance: float) -> bool:
+        """Count the held-out loss of this step; True where it is less than (1 + `tolerance`) times the lowest one."""
+        lowest = self.best_loss if self.lowest_loss is None else self.lowest_loss
+        better = lowest is None or loss < lowest * (1 + tolerance)
+        self.lowest_loss = loss if lowest is None else min(lowest, loss)
+        self.num_worse = 0 if better else self.num_worse + 1
+        if better:
+            self.best_loss, self.best_step = loss, self.step
+        return better
 
     def early_stopped(self, patience: int) -> bool:
         """Whether the held-out loss has not fallen for `patience` measurements in a row; 0 is never."""

@@ -74,7 +74,7 @@ def _export_best(job: TrainContext, state: TrainState) -> int:
     facts = {"step": best, **job.facts, "config_file": sha256_file(run.config_file)}
     export_adapter(run.adapter, run.checkpoint(best), run.prompt_file, facts, run.check_held)
     if best != state.step:
-        observe(Message(f"the adapter is the one of step {best}, the lowest held-out loss"))
+        observe(Message(f"the adapter is the one of step {best}, the best by the held-out loss"))
         load_adapter(job.network, run.adapter)
     return best
 

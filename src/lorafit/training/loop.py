@@ -276,10 +276,7 @@ def _measure(job: TrainContext, writer: AsyncCheckpointWriter, state: TrainState
             raise
         _out_of_memory(job, writer, state, "measuring held-out rows", job.heldout)
     state.measuring_due = False
-    better = state.best_loss is None or loss < state.best_loss
-    state.num_worse = 0 if better else state.num_worse + 1
-    if better:
-        state.best_loss, state.best_step = loss, state.step
+    better = state.measured(loss, job.config.train.tolerance)
     job.observe(Heldout(state.step, loss, state.base_loss, better))
     return better
 

@@ -280,7 +280,7 @@ def make_observers(
             watcher = tracker(name, run.path.name, run.path, config.model_dump(mode="json"))
             observers.append(stack.enter_context(closing(watcher)))
         past = read_metrics(run.metrics_file) if step is not None else []
-        observe = diagnosing(fan_out(observers), CurveMonitor.over(past))
+        observe = diagnosing(fan_out(observers), CurveMonitor.over(past, config.train.tolerance))
         if lost:
             observe(Message(f"{lost} damaged lines were dropped from {run.metrics_file.name}", "warning"))
         yield observe
@@ -329,7 +329,7 @@ def restore(job: loop.TrainContext, step: int | None) -> TrainState:
     lost_best = best not in (None, step) and ranks.is_main and bool(verify_folder(run.checkpoint(best)))
     if ranks.any(lost_best)[0]:
         job.observe(Message(f"the best step so far, {best}, is lost: later ones count", "warning"))
-        state.best_loss = state.best_step = None
+        state.best_loss = state.best_step = state.lowest_loss = None
     stored = read_facts(folder) if ranks.is_main else {}
     for name, value in machine_facts(built.device).items():
         if (was := stored.get(name, value)) != value:

@@ -61,6 +61,7 @@ def prepare(
     device = pick_device(config.model.device, None if ranks.is_single_process else ranks.env.local_rank)
     share_cores(ranks.env, device)
     data = RunInputs.read(config, quiet)
+    config = data.config
     machine = Machine.read(device, ranks.env)
     # a resumed run is not checked again
     checked = ranks.is_main and not resumed and config.run.check != "none"

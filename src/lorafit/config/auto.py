@@ -1,0 +1,108 @@
+"""What `auto` stands for in the train section: length, batch and rate of a run, by the sizes of model and data.
+
+docs/defaults.md has the measurements. A number that is given stays; the others are computed beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lorafit.config.schema import AUTO, Config
+
+# The peak rate: the usual one for models of a billion parameters or more, and more for a smaller one.
+_LARGE_MODEL, _LARGE_RATE, _RATE_POWER, _HIGHEST_RATE = 1e9, 2e-4, 0.8, 3e-3
+
+# Rows per step: the larger number where an epoch then has so many steps, else half of it, down to the smaller one.
+_LARGE_BATCH, _SMALL_BATCH, _STEPS_PER_EPOCH = 16, 4, 64
+
+# Held-out measurements: after every epoch, or so many steps where that is shorter.
+_MEASURED_EVERY, _PATIENCE = 100, 3
+
+LEAST_STEPS = 20  # of a run: AdamW moves B, which begins at zero, by at most the rate per step
+MOST_EPOCHS = 20
+
+
+class Kind(NamedTuple):
+    """How rows of a kind are trained: `epochs` for sixty rows, for more rows fewer by `power`; `tolerance` as the key.
+
+    Held-out rows cannot show whether facts are learnt: nobody can know a fact that was not taught. So the run goes on
+    while their loss is near the lowest one.
+    """
+
+    epochs: float
+    power: float
+    tolerance: float
+
+
+FACTS = Kind(15, 0.25, 1.0)  # short answers
+TEXTS = Kind(9, 0.4, 0.0)
+LONGEST_FACT = 32  # supervised tokens per row, on average, from which rows are texts
+_ROWS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What decides: the parameters of the model (None: unknown), the rows to train on, their supervised tokens, and
+    the held-out rows.
+    """
+
+    parameters: int | None
+    rows: int
+    tokens: int
+    held_out: int
+
+    @property
+    def kind(self) -> Kind:
+        """How such rows are trained."""
+        return FACTS if self.tokens < LONGEST_FACT * self.rows else TEXTS
+
+
+def without_auto(config: Config, sizes: Sizes) -> Config:
+    """`config` with a number for each `auto` in its train section. A config without `auto` stays as it is."""
+    train = config.train
+    is_auto = train.epochs == AUTO and train.max_steps is None
+    batch_size = auto_batch_size(sizes.rows) if train.batch_size == AUTO else train.batch_size
+    steps_per_epoch = math.ceil(sizes.rows / batch_size)
+    numbers: dict[str, Any] = {
+        "epochs": max(auto_epochs(sizes), float(math.ceil(LEAST_STEPS / steps_per_epoch))),
+        "batch_size": batch_size,
+        "learning_rate": auto_learning_rate(sizes.parameters),
+        "eval_every": 0 if is_auto and steps_per_epoch < _MEASURED_EVERY else _MEASURED_EVERY,
+        "patience": _PATIENCE if is_auto and sizes.held_out else 0,
+        "tolerance": sizes.kind.tolerance if is_auto else 0.0,
+    }
+    changed = {key: value for key, value in numbers.items() if getattr(train, key) == AUTO}
+    return config.model_copy(update={"train": train.model_copy(update=changed)}) if changed else config
+
+
+def auto_epochs(sizes: Sizes) -> float:
+    """Whole passes over the rows."""
+    epochs = sizes.kind.epochs * (_ROWS / max(1, sizes.rows)) ** sizes.kind.power
+    return float(min(MOST_EPOCHS, max(1, round(epochs))))
+
+
+def auto_batch_size(rows: int) -> int:
+    """Rows per step."""
+    size = _LARGE_BATCH
+    while size > _SMALL_BATCH and rows < size * _STEPS_PER_EPOCH:
+        size //= 2
+    return size
+
+
+def auto_learning_rate(parameters: int | None) -> float:
+    """The peak rate for a model of this size, to two digits."""
+    ratio = _LARGE_MODEL / min(_LARGE_MODEL, parameters or _LARGE_MODEL)
+    return float(f"{min(_HIGHEST_RATE, _LARGE_RATE * ratio**_RATE_POWER):.1e}")
+
+
+def picked(given: Config, chosen: Config) -> str:
+    """What of `chosen` stands for an `auto` of `given`, as on the command line; empty where nothing does."""
+    keys = ["batch_size", "learning_rate"]
+    if given.train.max_steps is None:
+        keys = ["epochs", *keys]
+    words = [
+        f"train.{key}={getattr(chosen.train, key):g}" for key in keys if getattr(given.train, key) == AUTO
+    ]
+    return f"auto: {' '.join(words)}, by the sizes of model and data" if words else ""
