@@ -200,10 +200,6 @@ def test_a_name_that_no_system_takes() -> None:
     assert "cannot be read: File name too long" in refusal("a" * 300 + ".json")
 
 
-def test_a_part_of_a_split_is_refused(tmp_path: Path) -> None:
-    assert "data.split=train; train.max_steps" in refusal(tmp_path, Wanted("train[:10]"))
-
-
 def test_a_folder_without_data_says_what_it_has(tmp_path: Path) -> None:
     write(tmp_path, {"README.md": "x", "a.xlsx": "x"})
     assert "the folder holds no data files" in refusal(tmp_path)

@@ -461,8 +461,19 @@ def test_reasons_are_bounded(tmp_path: Path) -> None:
     )
     reader = find_sources([str(path)], Reading(drops=True)).reader()
     list(reader.chunks())
-    assert sum(map(len, reader.dropped.values())) == 200
+    [(reason, numbers)] = (
+        reader.dropped.items()
+    )  # one fault is one reason, also with another value in each row
+    assert reason.startswith("`role` is 'r0'")
+    assert len(numbers) == 200
+    with path.open("a") as file:
+        keys = [chr(97 + n // 26) + chr(97 + n % 26) for n in range(100)]
+        file.writelines(f'\n{{"{key}": 1, "{key}": 2}}' for key in keys)
+    reader = find_sources([str(path)], Reading(drops=True)).reader()
+    list(reader.chunks())
+    assert sum(map(len, reader.dropped.values())) == 300
     assert len(reader.dropped) == 51
+    path.write_text(path.read_text().partition('\n{"aa"')[0])
     with pytest.raises(DataError) as caught:
         load_rows([str(path)])
     [problem] = caught.value.problems

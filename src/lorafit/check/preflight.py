@@ -209,7 +209,7 @@ def dropped_rows(
     dropped: Mapping[str, Sequence[int] | NDArray[np.int64]], index: RowIndex
 ) -> list[CheckResult]:
     """A result for each reason for which rows are left out."""
-    hint = "write what is missing, or remove them"
+    hint = "they are not trained: correct them, or remove them"
     return [
         _result("dropped rows", "warn", f"{_count(len(rows))} dropped: {why}", _of(rows), index, hint)
         for why, rows in dropped.items()

@@ -154,7 +154,10 @@ class DataSection(Section):
         description="How often an epoch sees each path's rows, one number per path: 2 is twice, 0.5 half.",
     )
     revision: str | None = resumable(None, description="Revision of a hub data set; a commit pins it.")
-    split: str = resumable("train", description="Split of a hub data set or of a folder with splits.")
+    split: str = resumable(
+        "train",
+        description="Split of a hub data set or of a folder with splits, or a part: `train[:1000]`, `train[10%:20%]`.",
+    )
     config: str | None = resumable(None, description="Configuration of a data set that has several.")
     columns: Annotated[dict[str, str], BeforeValidator(_as_mapping)] = resumable(
         {},

@@ -41,7 +41,7 @@ _LISTED = 5
 class SourceFile:
     """A file of `spec`, an entry of `data.path`; messages call it `name`. `revision` is a hub data set's commit.
 
-    The rows of a `heldout` file are only measured.
+    The rows of a `heldout` file are only measured. The rows before `first` and from `stop` on (from 0) are not read.
     """
 
     spec: str
@@ -49,6 +49,8 @@ class SourceFile:
     path: Path
     revision: str
     heldout: bool = False
+    first: int = 0
+    stop: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +77,6 @@ class Found:
 
 def files_of(spec: str, wanted: Wanted) -> Found:
     """The files of `spec`. Raises DataError."""
-    if wanted.split and "[" in wanted.split:
-        hint = f"{wanted.key}={wanted.split.partition('[')[0]}; train.max_steps=N trains on fewer rows"
-        raise DataError(f"a part of a split cannot be named: {wanted.split}", place=wanted.key, hint=hint)
     path = Path(spec).expanduser()
     try:
         exists = path.exists()

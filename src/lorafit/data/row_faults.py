@@ -23,6 +23,11 @@ class _Kind:
     is_uniform: bool = True
 
 
+def kind_of(message: str) -> str:
+    """What messages about the same fault of different rows have in common: all but numbers and quoted values."""
+    return _VARIES.sub("#", message)
+
+
 class RowFaults:
     """Collects the faults of rows."""
 
@@ -40,7 +45,7 @@ class RowFaults:
         self._num_rows += (name, row) != self._last
         self._last = (name, row)
         within = problem.place.removeprefix(place)
-        key = (name, *(_VARIES.sub("#", text) for text in (problem.message, problem.hint, within)))
+        key = (name, *map(kind_of, (problem.message, problem.hint, within)))
         if key not in self._kinds:
             if len(self._kinds) >= MAX_KINDS:
                 self.num_more += 1

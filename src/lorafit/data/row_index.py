@@ -100,4 +100,4 @@ class RowIndex:
     def _in_file(self, number: int) -> tuple[str, int]:
         """(name of the file, number of the row in it, from 1)."""
         file = bisect_right(self._ends, number) - 1
-        return self.files[file].name, number - self._ends[file] + 1
+        return self.files[file].name, number - self._ends[file] + self.files[file].first + 1

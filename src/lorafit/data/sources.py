@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lorafit.data.columns import Layout, find_layout, mapped
 from lorafit.data.folders import Found, SourceFile, Wanted, files_of, not_read
 from lorafit.data.formats import FORMATS, Row, parse
 from lorafit.data.open_text import Position
 from lorafit.data.readers import RawRow, place_of, read_file
-from lorafit.data.row_faults import RowFaults
+from lorafit.data.row_faults import RowFaults, kind_of
+from lorafit.data.split_parts import cut, split_and_part, without
 from lorafit.errors import DataError, Problem, Problems
 from lorafit.redact import one_line
 
@@ -61,7 +62,8 @@ class FileSummary:
 class Chunk:
     """Some rows of one file, and the first line of each, 0 where its file has no lines.
 
-    `dropped` are the numbers and reasons of rows that are left out. `start` is the number of the file's first row.
+    `dropped` are the numbers and reasons of rows that are left out. `start` is the number that the file's first row
+    has, or would have.
     """
 
     rows: list[Row]
@@ -89,21 +91,35 @@ def find_sources(
     problems: list[Problem] = []
     training, measured = Found(), Found()
     for found, listed, chosen in (training, specs, wanted), (measured, heldout, heldout_wanted):
+        try:
+            split, part = split_and_part(chosen.split, chosen.key)
+        except DataError as error:
+            problems += error.problems
+            continue
         for spec in listed:
             try:
-                part = files_of(spec, chosen)
-                found.files += part.files
-                found.left_out += part.left_out
+                of_spec = files_of(spec, replace(chosen, split=split))
+                found.left_out += of_spec.left_out
+                files = of_spec.files
+                if part is not None:
+                    files = cut(files, part, chosen.key, reading.encoding, exact=found is measured)
+                found.files += files
             except DataError as error:
                 problems += error.problems
-    held = {file.path.resolve() for file in measured.files}
-    kept = [file for file in training.files if file.path.resolve() not in held]
+    kept = [
+        rest
+        for file in training.files
+        for rest in without(file, [m for m in measured.files if m.path.resolve() == file.path.resolve()])
+    ]
     for spec in sorted({file.spec for file in training.files} - {file.spec for file in kept}):
         hint = "give other rows in data.path"
         problems.append(Problem("all its rows are held out: none is left to train on", spec, hint))
-    rest = [SourceFile(f.spec, f.name, f.path, f.revision, heldout=True) for f in measured.files]
+    rest = [replace(file, heldout=True) for file in measured.files]
     read = {file.name.removeprefix(f"{file.spec}/") for file in rest}
     left_out = [(name, why) for name, why in training.left_out + measured.left_out if name not in read]
+    left_out += [
+        (file.name, _outside(file)) for file in (*kept, *rest) if file.first or file.stop is not None
+    ]
     sources = Sources([*kept, *rest], reading, not_read(dict.fromkeys(left_out)))
     if not problems:
         return sources
@@ -113,6 +129,12 @@ def find_sources(
     except DataError as error:
         raise DataError.of([*error.problems, *problems], error.num_more) from None
     raise DataError.of(problems)
+
+
+def _outside(file: SourceFile) -> str:
+    """What of a file is not read."""
+    to = f" to {file.stop:,}" if file.stop is not None else " on"
+    return f"all but rows from {file.first + 1:,}{to}"
 
 
 class RowReader:
@@ -131,6 +153,7 @@ class RowReader:
         self.files, self.reading, self._start = files, reading, start
         self.summaries: list[FileSummary] = []
         self.dropped: dict[str, array[int]] = {}
+        self._reasons: dict[str, str] = {}
         self._position = Position()
 
     def chunks(self, size: int = CHUNK) -> Iterator[Chunk]:
@@ -191,16 +214,20 @@ class RowReader:
         """The chunks of one file; raises DataError, at the end where that is possible, with all its problems."""
         faults, start = RowFaults(), self._start + sum(summary.num_rows for summary in self.summaries)
         raw = read_file(file.path, file.name, self._position, self.reading.encoding)
+        raw = itertools.islice(raw, file.first, file.stop)
         num_rows = 0
         try:
             head = list(itertools.islice(raw, _NUM_DETECT_ROWS))
             if not head:
-                raise DataError("has no rows", place=file.name, hint="give a file with at least one row")
+                beyond = f" from row {file.first + 1:,} on" if file.first else ""
+                raise DataError(
+                    f"has no rows{beyond}", place=file.name, hint="give a file with at least one row"
+                )
             layout = self._layout(file, [row.value for row in head if not isinstance(row.value, Problem)])
             raw = itertools.chain(head, raw)
             while batch := list(itertools.islice(raw, size)):
-                chunk = self._parse(file.name, batch, layout, start, faults)
-                num_rows = batch[-1].number
+                chunk = self._parse(file.name, batch, layout, start - file.first, faults)
+                num_rows = batch[-1].number - file.first
                 if not faults:
                     yield chunk
         except DataError as error:
@@ -256,8 +283,11 @@ class RowReader:
         return chunk
 
     def _reason(self, message: str) -> str:
-        message = one_line(message)
-        return message if message in self.dropped or len(self.dropped) < _MAX_REASONS else _OTHER
+        """The reason for rows that are left out: the first message about their fault."""
+        message, fault = one_line(message), kind_of(message)
+        if fault not in self._reasons and len(self._reasons) >= _MAX_REASONS:
+            return _OTHER
+        return self._reasons.setdefault(fault, message)
 
 
 def describe(sources: Sources, summaries: Sequence[FileSummary]) -> tuple[str, str]:

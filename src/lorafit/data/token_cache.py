@@ -70,7 +70,10 @@ def encode_files(
     """
     files = sources.files
     digests = [_sha256(file) for file in files]
-    contents = [(suffix_of(file.path.name), digest) for file, digest in zip(files, digests, strict=True)]
+    contents = [
+        (suffix_of(file.path.name), f"{digest} {file.first} {file.stop}")
+        for file, digest in zip(files, digests, strict=True)
+    ]
     key = key_of(contents, sources.reading, renderer.contract.hash)
     notes: list[str] = []
     try:
