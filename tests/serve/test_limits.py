@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import re
@@ -9,7 +10,7 @@ import socket
 import threading
 import time
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from tests.serve.live import CONTEXT, Live, live, write_and_load
 from tests.serve.shapes import ask, longest_pause, pause_of, request
 from tests.waiting import HANGS
 
+from lorafit.infer.continuous_batch import GeneratedToken
 from lorafit.infer.multi_adapter import Models
 from lorafit.serve import limits as limits_module
+from lorafit.serve.jobs import TextPiece
 from lorafit.serve.limits import Limits, connections_within
+from lorafit.serve.responses import ChatFormat, _complete_reply
 
 LONG: dict[str, Any] = {
     "model": "base",
@@ -264,6 +268,28 @@ def test_a_request_holds_the_loop_less_than_50_ms_and_takes_less_than_50_mb(name
         assert tracemalloc.get_traced_memory()[1] < 50e6
     finally:
         tracemalloc.stop()
+
+
+class LongAnswer:
+    """A job whose answer has ended, with the log-probabilities of very many tokens."""
+
+    num_answers, num_prompt_tokens, num_tokens, with_logprobs = 1, 1, 3000, True
+
+    async def pieces(self) -> AsyncIterator[TextPiece]:
+        token = GeneratedToken(65, logprob=-1.0, top=tuple((number, -1.0) for number in range(20)))
+        yield TextPiece(0, "x", (token,) * self.num_tokens, "stop")
+
+
+def test_a_long_answer_does_not_hold_the_loop(patient: Live) -> None:
+    form = ChatFormat(patient.service.token_texts)
+    pauses: list[float] = []
+    for _ in range(3):
+        with longest_pause(patient) as pause:
+            reply = asyncio.run_coroutine_threadsafe(_complete_reply(LongAnswer(), form, {}), patient.loop)  # type: ignore[arg-type]
+            content = reply.result(HANGS)
+        pauses += pause
+    assert len(json.loads(content)["choices"][0]["logprobs"]["content"]) == LongAnswer.num_tokens
+    assert min(pauses) < 0.05
 
 
 @pytest.mark.parametrize("token", [True, False])

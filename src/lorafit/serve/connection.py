@@ -1,7 +1,7 @@
 """HTTP connections with limits: of the head, of the time to send it and to read the replies, and of their number.
 
-These are hooks of uvicorn's protocol and of the parser h11. At most 4 KiB are parsed before other clients have their
-turn.
+These are hooks of uvicorn's protocol and of the parser h11. At most 4 KiB of heads and chunks, or 64 KiB of a body
+whose length is known, are read before other clients have their turn.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lorafit.serve.errors import ApiError
 from lorafit.serve.limits import Limits
 
 HAS_TOKEN = "lorafit.has_token"  # noqa: S105 (key of the state of a request that came with the token)
-_READ_BYTES = 4 * 2**10
+_READ_BYTES, _READ_BODY_BYTES = 4 * 2**10, 64 * 2**10
 _HEAD_END = re.compile(rb"\n\r?\n")
 _LENGTH = re.compile(rb"^(?:content-length|transfer-encoding)[ \t]*:([^\n]*)", re.IGNORECASE | re.MULTILINE)
 
@@ -70,6 +70,11 @@ class _Parser(h11.Connection):
             raise h11.RemoteProtocolError(self.fault)
         return super().next_event()
 
+    @property
+    def num_missing(self) -> int:
+        """The bytes that are missing of a body whose length is known; 0 for another one."""
+        return getattr(self._reader, "_remaining", 0)
+
     def _fault(self, data: bytes) -> str:
         """What is wrong with the head at the start of `data`, "" for nothing and while it is not complete."""
         end = _HEAD_END.search(data)
@@ -95,7 +100,7 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         super().__init__(*args, **kwargs)
         self.conn = _Parser(limits)
         self._limits, self._all = limits, connections
-        self._received = memoryview(bytearray(_READ_BYTES))
+        self._received = memoryview(b"")
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
@@ -110,6 +115,8 @@ class Connection(H11Protocol, asyncio.BufferedProtocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def get_buffer(self, sizehint: int) -> memoryview:
+        size = max(_READ_BYTES, min(self.conn.num_missing, _READ_BODY_BYTES))
+        self._received = memoryview(bytearray(size))
         return self._received
 
     def buffer_updated(self, nbytes: int) -> None:

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
-from fastapi.responses import JSONResponse
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -21,6 +20,8 @@ from lorafit.serve.jobs import AnswerJob, TextPiece
 from lorafit.serve.protocol import ChatRequest, CompletionRequest
 
 T = TypeVar("T")
+
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 class CompletionFormat:
@@ -114,7 +115,7 @@ async def reply(
             content = await _unless_disconnected(request.receive, _complete_reply(job, form, head))
             if content is not None:
                 outcome = "answered"
-                return JSONResponse(content)
+                return Response(content, media_type="application/json")
         outcome = "client disconnected"
         return Response(status_code=499)
     finally:
@@ -159,24 +160,29 @@ async def _unless_disconnected(receive: Receive, work: Awaitable[T]) -> T | None
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-async def _complete_reply(job: AnswerJob, form: CompletionFormat, head: dict[str, Any]) -> dict[str, Any]:
-    """The reply after the end of all answers. Raises ApiError."""
+async def _complete_reply(job: AnswerJob, form: CompletionFormat, head: dict[str, Any]) -> bytes:
+    """The reply as JSON after the end of all answers. Raises ApiError."""
     texts, finishes = [""] * job.num_answers, [""] * job.num_answers
     tokens: list[list[GeneratedToken]] = [[] for _ in texts]
     async for piece in job.pieces():
         texts[piece.index] += piece.text
         finishes[piece.index] = piece.finish
         tokens[piece.index] += piece.tokens
-    choices = [
-        {
-            "index": index,
-            **form.complete(text),
-            "logprobs": form.logprobs(tokens[index], 0) if job.with_logprobs else None,
-            "finish_reason": finishes[index],
-        }
-        for index, text in enumerate(texts)
-    ]
-    return {**head, "object": form.name, "choices": choices, "usage": _usage(job)}
+
+    def written() -> bytes:
+        choices = [
+            {
+                "index": index,
+                **form.complete(text),
+                "logprobs": form.logprobs(tokens[index], 0) if job.with_logprobs else None,
+                "finish_reason": finishes[index],
+            }
+            for index, text in enumerate(texts)
+        ]
+        content = {**head, "object": form.name, "choices": choices, "usage": _usage(job)}
+        return _in_pieces(content).encode()
+
+    return await asyncio.to_thread(written) if job.with_logprobs else written()
 
 
 async def _events(
@@ -221,8 +227,18 @@ def _usage(job: AnswerJob) -> dict[str, int]:
     }
 
 
+def _in_pieces(value: object, depth: int = 5) -> str:
+    """`value` as JSON. Other threads have their turn after each value at `depth`, such as a token's probabilities."""
+    if depth and isinstance(value, dict):
+        items = (f"{_JSON.encode(name)}:{_in_pieces(item, depth - 1)}" for name, item in value.items())
+        return "{" + ",".join(items) + "}"
+    if depth and isinstance(value, list):
+        return "[" + ",".join(_in_pieces(item, depth - 1) for item in value) + "]"
+    return _JSON.encode(value)
+
+
 def _event(value: object) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _JSON.encode(value).encode() + b"\n\n"
 
 
 def _finite(logprob: float) -> float:
