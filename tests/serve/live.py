@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import pytest
 from tests.tiny_models import random_network, write_adapter, write_model
 from tests.waiting import HANGS, until
 
 from lorafit.infer.continuous_batch import ContinuousBatch
 from lorafit.infer.multi_adapter import Models, load_many
 from lorafit.model.lora import LoraSpec
+from lorafit.serve import jobs
 from lorafit.serve.jobs import AnswerService
 from lorafit.serve.limits import Limits
 from lorafit.serve.server import AccessToken, Address, Server, listen, serve
@@ -97,7 +99,10 @@ def live(
     limits: Limits | None = None,
     send_buffer: int = 0,
 ) -> Iterator[Live]:
-    """A server for `models` while the block runs. `send_buffer` is that of its connections, 0 for the usual one."""
+    """A server for `models` while the block runs. `send_buffer` is that of its connections, 0 for the usual one.
+
+    It makes no pause after a long request that it refuses.
+    """
     batch = ContinuousBatch(models.network, slots, context, models.adapters)
     place = Address("127.0.0.1", 0, hosts)
     listening = listen(place)
@@ -123,7 +128,11 @@ def live(
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{port}"
-    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=HANGS) as client:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        httpx.Client(base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=HANGS) as client,
+    ):
+        patch.setattr(jobs, "_PAUSE", 0.0)
         until(lambda: started and started[0].started, lambda: None if thread.is_alive() else "the thread")
         try:
             yield Live(url, client, started[0], batch)

@@ -12,16 +12,18 @@ import time
 import tracemalloc
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from tests.serve.live import CONTEXT, Live, live, write_and_load
 from tests.serve.shapes import ask, longest_pause, pause_of, request
-from tests.waiting import HANGS
+from tests.waiting import HANGS, Clock
 
 from lorafit.infer.continuous_batch import GeneratedToken
 from lorafit.infer.multi_adapter import Models
+from lorafit.serve import jobs
 from lorafit.serve import limits as limits_module
 from lorafit.serve.jobs import TextPiece
 from lorafit.serve.limits import Limits, connections_within
@@ -325,7 +327,7 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_rendered(
 
 
 def test_a_long_prompt_does_not_keep_others_waiting(patient: Live, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While one long prompt is rendered, short ones are answered; of long ones, only few wait."""
+    """While one long prompt is rendered, short ones are answered; of long ones, only few wait for their turn."""
     going_on, started = threading.Event(), threading.Event()
     by = patient.service._long_renderers["base"]
 
@@ -340,9 +342,26 @@ def test_a_long_prompt_does_not_keep_others_waiting(patient: Live, monkeypatch: 
     long_ones = [patient.connect(request(body=body)) for _ in range(4)]
     assert started.wait(HANGS)
     assert patient.client.post("/v1/completions", json={**SHORT, "prompt": "x"}).status_code == 200
-    patient.until(lambda: patient.service._num_rendering[False] == 4)
+    patient.until(lambda: patient.service._num_long == 4)
     assert ask(patient, "completions", body) == b"429"
     going_on.set()
     for connection in long_ones:
         assert connection.recv(13) == b"HTTP/1.1 200 "
         connection.close()
+
+
+def test_after_a_long_request_that_is_refused_there_is_a_pause(
+    patient: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slept: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        slept.append(seconds)
+
+    monkeypatch.setattr(jobs, "asyncio", SimpleNamespace(**{**vars(asyncio), "sleep": sleep}))
+    monkeypatch.setattr(jobs, "time", Clock(tick=1.0))  # each look at it is a second later
+    monkeypatch.setattr(jobs, "_PAUSE", 2.0)
+    for size, expected in ((1_000, []), (70_000, [2.0])):
+        assert ask(patient, "completions", b"[" * size) == b"400"
+        assert slept == expected
+    assert jobs._MAX_PAUSE == 5.0

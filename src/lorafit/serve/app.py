@@ -96,11 +96,13 @@ async def get_model(model: str, request: Request) -> ModelEntry:
 async def chat(request: Request) -> Response:
     """Answer a conversation that ends in a user turn, rendered as in the model's training."""
     service = _service(request.app)
-    body = await read_body(request, ChatRequest, service.reader)
-    served = service.named(body.model)
-    _check_roles(body.messages)
-    _check_template_args(served, body.chat_template_kwargs or {})
-    prompts = await service.render(served, len(await request.body()), lambda: [_chat(body)])
+    num_bytes = len(await request.body())
+    async with service.turn(num_bytes):
+        body = await read_body(request, ChatRequest, service.thread(num_bytes))
+        served = service.named(body.model)
+        _check_roles(body.messages)
+        _check_template_args(served, body.chat_template_kwargs or {})
+        prompts = await service.render(served, num_bytes, lambda: [_chat(body)])
     options = Options(
         max_tokens=_limit(body.max_completion_tokens or body.max_tokens),
         sampling=body.sampling(),
@@ -124,11 +126,14 @@ async def chat(request: Request) -> Response:
 async def complete(request: Request) -> Response:
     """Continue a text, or token ids. No template is applied."""
     service = _service(request.app)
-    body = await read_body(request, CompletionRequest, service.reader)
-    served = service.named(body.model)
     vocab_size = service.models.network.arch.vocab_size
     num_bytes = len(await request.body())
-    prompts = await service.render(served, num_bytes, lambda: _completion_prompts(body.prompt, vocab_size))
+    async with service.turn(num_bytes):
+        body = await read_body(request, CompletionRequest, service.thread(num_bytes))
+        served = service.named(body.model)
+        prompts = await service.render(
+            served, num_bytes, lambda: _completion_prompts(body.prompt, vocab_size)
+        )
     options = Options(
         max_tokens=_limit(body.max_tokens or _COMPLETION_TOKENS),
         sampling=body.sampling(),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from lorafit.data.content import Chat, Completion, Message
@@ -28,7 +29,8 @@ from lorafit.serve.errors import ApiError
 Prompt = Chat | Completion | list[int]
 
 _SHORT = 64 * 2**10  # bytes of a request that does not wait for longer ones
-_MAX_LONG = 4  # longer requests that are rendered or wait for it
+_MAX_LONG = 4  # longer requests that are read or wait for it
+_PAUSE, _MAX_PAUSE = 4.0, 5.0  # after a refused one: times its duration, seconds
 _MAX_PROBLEMS = 8  # that a message names
 
 
@@ -113,9 +115,9 @@ class AnswerService:
         self.token_texts = TokenTexts(next(iter(models.named.values())).renderer.tokenizer)
         self._loop = asyncio.get_running_loop()
         self._jobs: dict[Ticket, AnswerJob] = {}
-        self._num_rendering = {True: 0, False: 0}  # of short prompts, of long ones
-        self.reader = ThreadPoolExecutor(1, "lorafit-read")
-        # Long prompts have a thread of their own, and renderers, because a template has one budget at a time.
+        self._num_rendering = self._num_long = 0
+        self._long = asyncio.Lock()
+        # Long requests have a thread of their own, and renderers, because a template has one budget at a time.
         self._threads = {
             True: ThreadPoolExecutor(1, "lorafit-short"),
             False: ThreadPoolExecutor(1, "lorafit-long"),
@@ -134,6 +136,35 @@ class AnswerService:
         message = f"there is no model `{name}`; there are {names}"
         raise ApiError(404, message, code="model_not_found", param="model")
 
+    def thread(self, num_bytes: int) -> Executor:
+        """The thread that reads and renders requests of this size."""
+        return self._threads[num_bytes <= _SHORT]
+
+    @contextlib.asynccontextmanager
+    async def turn(self, num_bytes: int) -> AsyncIterator[None]:
+        """The time to read and to render a request of `num_bytes`. Raises ApiError where too many wait.
+
+        Long requests have their turn one after the other. After a refused one there is a pause: else a client that
+        sends one after the other would take the processor from all others.
+        """
+        if num_bytes <= _SHORT:
+            yield
+            return
+        if self._num_long >= _MAX_LONG:
+            await asyncio.sleep(1)
+            raise _queue_full(1)
+        self._num_long += 1
+        try:
+            async with self._long:
+                started = time.monotonic()
+                try:
+                    yield
+                except ApiError:
+                    await asyncio.sleep(min(_PAUSE * (time.monotonic() - started), _MAX_PAUSE))
+                    raise
+        finally:
+            self._num_long -= 1
+
     async def render(
         self, served: ServedModel, num_bytes: int, read: Callable[[], Sequence[Prompt]]
     ) -> list[list[int]]:
@@ -141,23 +172,21 @@ class AnswerService:
 
         All work is done on another thread. A prompt whose texts cannot fit the context is not rendered.
         """
-        is_short = num_bytes <= _SHORT
-        is_full = sum(self._num_rendering.values()) + sum(self.scheduler.load()) >= self.scheduler.capacity
-        if is_full or (not is_short and self._num_rendering[is_short] >= _MAX_LONG):
+        if self._num_rendering + sum(self.scheduler.load()) >= self.scheduler.capacity:
             raise _queue_full(1)
-        renderer = served.renderer if is_short else self._long_renderers[served.name]
+        renderer = served.renderer if num_bytes <= _SHORT else self._long_renderers[served.name]
 
         def work() -> list[list[int]]:
             return [self._ids(renderer, prompt) for prompt in read()]
 
-        self._num_rendering[is_short] += 1
+        self._num_rendering += 1
         try:
-            prompts = await self._loop.run_in_executor(self._threads[is_short], work)
+            prompts = await self._loop.run_in_executor(self.thread(num_bytes), work)
         except LorafitError as error:
             message = "; ".join(_sentence(problem) for problem in error.problems[:_MAX_PROBLEMS])
             raise ApiError(400, message, code="invalid_prompt") from None
         finally:
-            self._num_rendering[is_short] -= 1
+            self._num_rendering -= 1
         for length in map(len, prompts):
             if not length:
                 raise ApiError(400, "the prompt has no tokens", code="invalid_prompt")
@@ -218,7 +247,7 @@ class AnswerService:
     async def stop(self) -> None:
         """End the threads. Answers that have not ended fail."""
         await self._loop.run_in_executor(None, self.scheduler.stop)
-        for executor in (self.reader, *self._threads.values()):
+        for executor in self._threads.values():
             executor.shutdown(wait=False, cancel_futures=True)
 
     def _deliver(self, events: list[TicketEvent]) -> None:
