@@ -9,7 +9,7 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -108,8 +108,14 @@ def one_line(text: str) -> str:
 
 def line(text: object) -> str:
     """`text` without secrets as one whole line: line ends, unseen and steering characters are escaped."""
-    whole = redact(str(text)).replace("\n", "\\n").replace("\t", "\\t")
-    return _UNSEEN.sub(_escape, whole)
+    return lines([text])[0]
+
+
+def lines(texts: Iterable[object]) -> list[str]:
+    """Each of `texts` as `line` has it; the secrets are looked up once."""
+    known = _known()
+    hidden = (_hidden(str(text), known).replace("\n", "\\n").replace("\t", "\\t") for text in texts)
+    return [_UNSEEN.sub(_escape, text) for text in hidden]
 
 
 def shell(*words: object) -> str:

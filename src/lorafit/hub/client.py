@@ -37,6 +37,7 @@ from lorafit.hub.dataset_splits import (
     splits_of,
 )
 from lorafit.hub.errors import MORE_SPACE, TOKENS_PAGE, Repository, explained, similar_folder
+from lorafit.hub.waits import watched_waits
 from lorafit.observe.progress import progress
 from lorafit.redact import dotenv, logger_of, one_line
 
@@ -358,6 +359,7 @@ def _fetch(listing: _Listing, files: list[str]) -> Path:
         explained(repository),
         nullcontext() if has_bars else disable_progress_bars(),
         nullcontext() if has_bars else progress(f"downloading {repository.name}"),
+        watched_waits(_storage(repository)),
     ):
         watch_answers()
         return Path(

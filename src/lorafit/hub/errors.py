@@ -124,6 +124,11 @@ def _explanation(repository: Repository, error: BaseException) -> tuple[str, str
                 f"{str(error) or type(error).__name__}",
                 "; ".join(filter(None, (similar_folder(name), hint))),
             )
+        case TimeoutError() if not isinstance(error, httpx.HTTPError):  # of a wait for another process
+            return (
+                f"`{name}` cannot be downloaded: {error}",
+                "stop that process, or let it go on, and try again",
+            )
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return (
                 f"the disk is full: no room to download to {constants.HF_HUB_CACHE}",

@@ -21,7 +21,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from lorafit.redact import line, printable
+from lorafit.redact import line, lines, printable
 
 SIDE_BY_SIDE_WIDTH = 80
 PIPE_WIDTH = 100
@@ -34,7 +34,8 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, stream: Text
     """
     console = console_of(stream or sys.stdout)
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    headers, *rows = [[clean_line(cell, console) for cell in row] for row in (headers, *rows)]
+    cells = iter(lines(cell for row in (headers, *rows) for cell in row))  # the secrets are looked up once
+    headers, *rows = [[_encodable(next(cells), console) for _ in row] for row in (headers, *rows)]
     longest = [0] * len(headers)
     if not console.is_terminal:
         columns = zip(headers, *rows, strict=True)
