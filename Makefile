@@ -85,10 +85,9 @@ masks: $(VENV)/installed-dev  ## 500 conversations of each chat format with each
 
 crash: $(VENV)/installed-dev  ## kill, starve and damage runs, resume them, compare bytes (about an hour)
 	$(BIN)/python -m tests.crash --long --write docs/reliability.md
-	LORAFIT_LONG=1 $(BIN)/python -m pytest tests/crash/test_one_process.py
 
 hostile: $(VENV)/installed-dev  ## every hostile file with everything that reads it (minutes)
-	LORAFIT_LONG=1 $(BIN)/python -m pytest tests/hostile
+	LORAFIT_LONG=1 $(BIN)/python -m pytest tests/hostile tests/hub/test_answers.py
 
 hosts: $(VENV)/installed-dev  ## two machines made of network namespaces: a link cut, a host killed (root); Ray if there
 	LORAFIT_LONG=1 $(BIN)/python -m pytest tests/distributed/test_hosts.py tests/distributed/test_ray.py -s

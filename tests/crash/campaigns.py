@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.crash import corruption, faults, kills, parity, power, syscalls, trainer
+from tests.crash import corruption, faults, folders, kills, parity, power, syscalls, trainer
 from tests.crash.server import Servers
 from tests.crash.trial import Bench, Tally
 
@@ -63,6 +63,10 @@ def _corrupt_writes(work: Path, servers: Servers, long: bool) -> Tally:
 def _resume_everywhere(work: Path, servers: Servers, long: bool) -> Tally:
     chosen = list(parity.configurations())[:: 1 if long else 13]
     return parity.resume_everywhere(work, servers, chosen, 1 if long else 4)
+
+
+def _take_folders_away(work: Path, servers: Servers, long: bool) -> Tally:
+    return folders.take_folders_away(work, servers, 300 if long else 6)
 
 
 def _compare_with_strace(work: Path, servers: Servers, long: bool) -> Tally:
@@ -125,6 +129,12 @@ CAMPAIGNS: Mapping[str, Campaign] = {
         "resume from every step of runs of many configurations",
         "60 configurations; bytes and row ids equal",
         _resume_everywhere,
+    ),
+    "R7": Campaign(
+        "the folder of a run that trains removed, moved, copied over, linked, its lock removed; kills; resumes; up to "
+        "three processes on one path",
+        "300 sequences; what is reported as saved is whole and of one seed, no folder holds two runs",
+        _take_folders_away,
     ),
     "Trainer": Campaign(
         "R1 on transformers' Trainer with peft, at 120 calls, resumed as in its documentation",

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.hostile import adapters, models, prompts, recipes, rows, runs, templates
+from tests.hostile import adapters, models, names, prompts, recipes, rows, runs, templates
 from tests.hostile.case import Case, Place
 from tests.hostile.readers import ASK, LIKE, MORE_READERS, PATIENT, READERS, SETTINGS, SHOWING, TELLING
 from tests.hostile.server import Outcome, Server
@@ -23,11 +23,11 @@ from tests.tiny_models import write_model, write_rows
 
 KINDS = {
     "recipe": recipes.CASES,
-    "data": rows.CASES,
+    "data": {**rows.CASES, **names.ROWS},
     "template": templates.CASES,
-    "model": models.CASES,
-    "adapter": adapters.CASES,
-    "run": runs.CASES,
+    "model": {**models.CASES, **names.MODELS},
+    "adapter": {**adapters.CASES, **names.ADAPTERS},
+    "run": {**runs.CASES, **names.RUNS},
     "prompts": prompts.CASES,
 }
 NUM_CASES = sum(map(len, KINDS.values()))
@@ -125,11 +125,11 @@ def faults(server: Server, good: Place, folder: Path, kind: str, case: Case) -> 
             made.mkdir(parents=True)
         (place.outside / "precious.txt").write_text("precious\n")
         it = case.make(place)
-        names = {"it": it, "model": good.model, "rows": good.rows, "run": good.run, "out": work / "out"}
+        files = {"it": it, "model": good.model, "rows": good.rows, "run": good.run, "out": work / "out"}
         own = [work, it] if kind == "run" else [work]
         before = snapshot(folder, own)
         stdin = it if kind == "prompts" and "{it}" not in words else None
-        done = server.run([word.format(**names) for word in words], work, own, stdin)
+        done = server.run([word.format(**files) for word in words], work, own, stdin)
         for fault in judge(done, case, reader):
             yield f"{reader}: {fault}"
         if snapshot(folder, own) != before:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +14,10 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from hypothesis import given
+from huggingface_hub import _tree_cache
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.hostile.foreign import NASTY
 from tests.hub.stub import Hub
 from tests.hub.test_hub import MODEL
 
@@ -45,20 +51,21 @@ Answer = Callable[[str, dict[str, str], bytes], tuple[dict[str, str], bytes]]
 def answers(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer], None]:
     """Changes (path, headers, body) of each answer of the hub on its way to the library's session."""
 
-    def install(change: Answer) -> None:
-        handle = httpx.HTTPTransport.handle_request
+    return lambda change: install(monkeypatch, change)
 
-        def changed(self: httpx.HTTPTransport, request: httpx.Request) -> httpx.Response:
-            response = handle(self, request)
-            headers, body = change(request.url.path, dict(response.headers), response.read())
-            if request.method == "GET":
-                headers["content-length"] = str(len(body))
-            status = 302 if "location" in headers else response.status_code
-            return httpx.Response(status, headers=headers, content=body if request.method == "GET" else b"")
 
-        monkeypatch.setattr(httpx.HTTPTransport, "handle_request", changed)
+def install(patch: pytest.MonkeyPatch, change: Answer) -> None:
+    handle = httpx.HTTPTransport.handle_request
 
-    return install
+    def changed(self: httpx.HTTPTransport, request: httpx.Request) -> httpx.Response:
+        response = handle(self, request)
+        headers, body = change(request.url.path, dict(response.headers), response.read())
+        if request.method == "GET":
+            headers["content-length"] = str(len(body))
+        status = 302 if "location" in headers else response.status_code
+        return httpx.Response(status, headers=headers, content=body if request.method == "GET" else b"")
+
+    patch.setattr(httpx.HTTPTransport, "handle_request", changed)
 
 
 def in_body(part: str, **fields: Any) -> Answer:
@@ -143,8 +150,6 @@ def test_a_cached_listing_names_only_files_inside(name: str, hub: Hub, tmp_path:
     value = json.loads(listing.read_text())
     value["files"][name] = {"size": 1, "blob_id": "0" * 40}
     listing.write_text(json.dumps(value))
-    from huggingface_hub import _tree_cache
-
     _tree_cache._IN_MEMORY_TREE_CACHE.clear()
     with pytest.raises(ModelError, match="no path in a repository"):
         model_folder("owner/tiny", offline=True)
@@ -160,6 +165,89 @@ def test_a_revision_that_no_repository_has_is_not_looked_up(revision: str, hub: 
 @pytest.mark.parametrize("revision", ["main", "v1.0", "refs/pr/3", "feature/a-b", "a" * 40, "4a5b6c7"])
 def test_a_revision_that_git_allows_is_one(revision: str) -> None:
     assert is_revision(revision)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(NASTY) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NASTY), inner, max_size=3),
+    max_leaves=6,
+)
+paths = st.sampled_from(OUTSIDE) | json_values
+FIELDS = {
+    "info": ("sha", "siblings", "id", "private", "lastModified", "tags", "cardData", "config", "safetensors"),
+    "file": ("rfilename", "size", "blobId", "lfs"),
+    "tree": ("path", "size", "oid", "type", "lfs", "xetHash", "lastCommit"),
+}
+HEADERS = (
+    "etag",
+    "x-linked-etag",
+    "x-repo-commit",
+    "x-linked-size",
+    "x-xet-hash",
+    "x-hf-warning",
+    "x-error-message",
+)
+fields = st.sampled_from([(part, name) for part in FIELDS for name in FIELDS[part]])
+in_answers = st.builds(lambda field, value: in_body(field[0], **{field[1]: value}), fields, paths)
+in_answers |= st.builds(
+    lambda name, value: in_headers(name, re.sub("[^ -~\x1b]", "", value)),
+    st.sampled_from(HEADERS),
+    st.sampled_from([*NASTY, *map(str, OUTSIDE), *map(str, NO_HASH), *NO_ETAG]),
+)
+
+
+@settings(
+    max_examples=3000 if os.environ.get("LORAFIT_LONG") else 30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(changes=st.lists(in_answers, min_size=1, max_size=3))
+def test_any_answer_is_used_or_refused_and_nothing_is_written_elsewhere(
+    changes: list[Answer], hub: Hub, tmp_path: Path
+) -> None:
+    hub.add("owner/tiny", MODEL)
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+
+    def all_of(path: str, headers: dict[str, str], body: bytes) -> tuple[dict[str, str], bytes]:
+        for change in changes:
+            with contextlib.suppress(
+                ValueError, KeyError, IndexError, TypeError, AttributeError
+            ):  # by the one before
+                headers, body = change(path, headers, body)
+        return headers, body
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(ModelError):
+        install(patch, all_of)
+        folder = model_folder("owner/tiny").path
+        assert folder.parent == (tmp_path / "cache" / "models--owner--tiny" / "snapshots").resolve()
+    written = {path for path in tmp_path.rglob("*") if path.is_file()}
+    assert all(path.is_relative_to(tmp_path / "cache") for path in written)
+
+
+@settings(
+    max_examples=1000 if os.environ.get("LORAFIT_LONG") else 20,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    ref=st.sampled_from([*NASTY, *filter(lambda value: isinstance(value, str), (*OUTSIDE, *NO_HASH))]),
+    listing=json_values | st.dictionaries(st.sampled_from(NASTY + OUTSIDE[:7]), json_values, max_size=3),
+)
+def test_any_foreign_cache_is_used_or_refused(ref: str, listing: Any, hub: Hub, tmp_path: Path) -> None:
+    commit = hub.add("owner/tiny", MODEL)
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    _tree_cache._IN_MEMORY_TREE_CACHE.clear()
+    storage = tmp_path / "cache" / "models--owner--tiny"
+    model_folder("owner/tiny")
+    for path, content in (
+        (storage / "refs" / "main", commit if isinstance(listing, dict) else ref),
+        (storage / "trees" / f"{commit}.json", json.dumps({"format_version": 1, "files": listing})),
+    ):
+        path.write_bytes(content.encode(errors="surrogatepass"))
+    _tree_cache._IN_MEMORY_TREE_CACHE.clear()
+    with contextlib.suppress(ModelError):
+        folder = model_folder("owner/tiny", offline=True).path
+        assert folder == (storage / "snapshots" / commit).resolve()
 
 
 @given(st.text("ab./\\:\0\n%~", max_size=9))
