@@ -27,7 +27,7 @@ def watched_waits(storage: Path, patience: float = PATIENCE) -> Iterator[None]:
     A wait raises TimeoutError when nothing in `storage` has changed for `patience` seconds.
     """
     watch, level, every = _Watch(storage, patience), _LIBRARY.level, constants.FILELOCK_LOG_EVERY_SECONDS
-    constants.FILELOCK_LOG_EVERY_SECONDS = WAITING_SECONDS
+    constants.FILELOCK_LOG_EVERY_SECONDS = WAITING_SECONDS  # type: ignore[assignment]  # seconds, also parts of one
     _LIBRARY.addFilter(watch)
     _LIBRARY.setLevel(logging.INFO)
     try:
