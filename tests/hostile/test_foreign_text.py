@@ -478,7 +478,6 @@ LEAVING: dict[str, dict[str, str]] = {
     "serve/connection.py Connection.send_400_response": {"write": OWN},
     "serve/errors.py ApiError.response": {"dumps": SERVED},
     "serve/protocol.py Only._check": {"dumps": SERVED},
-    "serve/responses.py _event": {"dumps": SERVED},
     "serve/server.py _announce": {"print": "a_line_of_a_command"},
     "serve/server.py _log": {"print": "a_line_of_a_command"},
     "storage/atomic.py commit_files": {"write_bytes": BYTES},
