@@ -8,6 +8,7 @@ from typing import Any
 
 from lorafit.config.load import load_config, recipe_file, validate
 from lorafit.config.schema import Config
+from lorafit.data.memory_rows import rows_file
 from lorafit.infer.model import Answer, Model, Question, load
 from lorafit.infer.sampling import Sampling
 from lorafit.training.run import Result, start_run
@@ -15,13 +16,14 @@ from lorafit.training.run import Result, start_run
 __all__ = ["generate", "load", "train"]
 
 
-def train(config: Config | Mapping[str, Any] | str | Path, *, quiet: bool = True) -> Result:
+def train(config: Config | Mapping[str, Any] | str | Path, *, quiet: bool = False) -> Result:
     """Train a new run.
 
     Args:
         config: a Config, a mapping of sections such as `{"model": {"name": ...}, "data": {"path": ...}}`, a recipe
-            file, or the name of a recipe that lorafit contains.
-        quiet: shows no progress.
+            file, or the name of a recipe that lorafit contains. In a mapping, `data` or its `path` can be a list of
+            rows: `{"data": [{"instruction": ..., "output": ...}]}`. They are kept in the cache.
+        quiet: shows no progress; by default it is shown as `lorafit train` shows it, on stderr.
 
     Returns the Result: path, adapter and losses of the run. Raises a LorafitError, before the training, with all
     problems of the config, the rows and the model.
@@ -29,8 +31,18 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, quiet: bool = True
     if isinstance(config, str | Path):
         config = load_config(recipe_file(str(config)))
     elif not isinstance(config, Config):
-        config = validate(config)
+        config = validate(_with_files(config))
     return start_run(config, quiet=quiet)
+
+
+def _with_files(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with the file of its rows where `data` or `data.path` is a list of rows."""
+    data = config.get("data")
+    section = dict(data) if isinstance(data, Mapping) else {"path": data}
+    rows = section.get("path")
+    if not isinstance(rows, Sequence) or not any(isinstance(row, Mapping) for row in rows):
+        return dict(config)
+    return {**config, "data": {**section, "path": [str(rows_file(rows))]}}
 
 
 def generate(

@@ -50,16 +50,13 @@ def markdown() -> str:
 
 
 def settings_table() -> str:
-    """The table of docs/settings.md: the keys that matter most."""
-    known = {key.name: key for _, _, listed in sections() for key in listed}
-    lines = [
-        "| key | default | what it does | usual | when to change it |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    """The table of docs/settings.md: the keys that matter most, with the first sentence of their descriptions."""
+    helps = {
+        key.name: key.help.partition(". ")[0].rstrip(".") for _, _, listed in sections() for key in listed
+    }
+    lines = ["| key | what it does | usual | when to change it |", "| --- | --- | --- | --- |"]
     for name, advice in GUIDE.items():
-        key = known[name]
-        cells = (f"`{name}`", f"`{key.default}`", key.help, advice.usual, advice.change)
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| `{name}` | {helps[name]} | {advice.usual} | {advice.change} |")
     return "\n".join(lines) + "\n"
 
 
