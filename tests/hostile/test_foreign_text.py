@@ -414,6 +414,7 @@ LEAVING: dict[str, dict[str, str]] = {
     "data/content.py Message.text": {"dumps": DATA},
     "data/contract.py PromptContract.hash": {"dumps": DATA},
     "data/jinja_sandbox.py _Code.visit_Call": {"write": DATA},
+    "data/memory_rows.py rows_file": {"dumps": DATA, "write_lines": DATA},
     "data/prompt.py Renderer._parts": {"render": DATA},
     "data/row_preview.py shipped": {"render": "rows_on_a_terminal"},
     "data/token_cache.py key_of": {"dumps": DATA},
