@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from lorafit.config.auto import LEAST_STEPS, MOST_EPOCHS, Sizes, picked, without_auto
 from lorafit.config.load import load_config, recipe_file, validate
 from lorafit.config.schema import AUTO, Config
+from lorafit.errors import ConfigError
 
-NUMBERS = ("epochs", "batch_size", "learning_rate", "eval_every", "tolerance", "patience")
+NUMBERS = ("epochs", "batch_size", "learning_rate", "eval_every", "tolerance", "refit", "patience")
 SIZES = st.builds(
     Sizes,
     st.none() | st.integers(1, 10**12),
@@ -82,6 +83,29 @@ def test_a_run_of_given_length_is_measured_saved_and_ended_as_before() -> None:
     for length in ({"epochs": 3}, {"max_steps": 40}):
         train = without_auto(config_with(length), Sizes(10**8, 60, 700, 6)).train
         assert (train.eval_every, train.tolerance, train.patience) == (100, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("train", "data", "held_out", "refit"),
+    [
+        ({}, {}, 6, True),
+        ({}, {}, 0, False),
+        ({}, {"eval_path": "other"}, 6, False),
+        ({"max_steps": 9}, {}, 6, False),
+        ({"max_steps": 9, "refit": True}, {}, 6, True),
+    ],
+)
+def test_few_rows_are_all_trained_in_the_end(
+    train: dict[str, Any], data: dict[str, Any], held_out: int, refit: bool
+) -> None:
+    config = validate({"model": {"name": "m"}, "data": {"path": "d", **data}, "train": train})
+    assert without_auto(config, Sizes(1, 54, 600, held_out)).train.refit is refit
+    assert without_auto(config, Sizes(1, 5400, 600, held_out)).train.refit is train.get("refit", False)
+
+
+def test_rows_to_measure_on_are_never_trained() -> None:
+    with pytest.raises(ConfigError, match="train.refit"):
+        load_config(None, ["model.name=m", "data.path=d", "data.eval_path=e", "train.refit=true"])
 
 
 def test_a_large_model_on_much_data_has_the_usual_numbers() -> None:

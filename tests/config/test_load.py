@@ -246,6 +246,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "train.keep": st.integers(1),
     "train.keep_best": st.booleans(),
     "train.tolerance": st.floats(0, 10) | AUTO,
+    "train.refit": st.just(False) | AUTO,  # true goes with no data.eval_path
     "train.patience": st.integers(0) | AUTO,
     "run.output": st.none() | TEXT,
     "distributed.strategy": st.sampled_from(["auto", "single", "ddp", "fsdp"]),
@@ -254,6 +255,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "run.offline": st.booleans(),
     "run.too_large": st.sampled_from(["error", "auto", "try"]),
     "run.check": st.sampled_from(["error", "warn", "none"]),
+    "run.prompts": st.none() | TEXT,
     "run.samples": st.integers(0, 50),
     "run.samples_every": st.none() | INTERVALS,
     "run.verify": st.booleans(),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tests.runs import digest, events, interrupt_after, tiny_run
 
+from lorafit.errors import DataError
 from lorafit.infer.model import Model
 from lorafit.training.run import resume_run
 
@@ -75,3 +76,40 @@ def test_short_memory_is_said_once_and_the_run_goes_on(
     assert [note for note in notes if "no memory" in note] == [
         "no memory to answer held-out prompts: not tried again"
     ]
+
+
+def test_own_prompts_are_answered_beside_those_of_rows(material: list[str], tmp_path: Path) -> None:
+    own = tmp_path / "own.jsonl"
+    asked = [{"prompt": "What is new?"}, {"instruction": "Count", "input": "to two"}]
+    turns = [{"role": "user", "content": "Hi"}]
+    own.write_text("\n".join(json.dumps(row) for row in [*asked, {"messages": turns}]) + "\n")
+    silent = tiny_run(material, tmp_path / "silent")
+    result = tiny_run(material, tmp_path / "run", f"run.prompts={own}", "run.samples_every=4")
+    assert digest(result) == digest(silent)
+    samples = json.loads((result.path / "samples.json").read_text())
+    texts = ["What is new?", "Count\n\nto two", "Hi"]
+    assert [sample["prompt"] for sample in samples[:3]] == texts
+    assert samples[3:] == json.loads((silent.path / "samples.json").read_text())
+    (answers,) = events(result, "answers")
+    assert answers["prompts"][:3] == texts
+    assert all(isinstance(sample[name]["text"], str) for sample in samples for name in ("base", "tuned"))
+
+
+def test_prompts_that_cannot_be_read_end_the_run_before_it_starts(
+    material: list[str], tmp_path: Path
+) -> None:
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"question": "?"}\n{"prompt": 3}\n')
+    with pytest.raises(DataError) as error:
+        tiny_run(material, tmp_path / "run", f"run.prompts={own}")
+    assert len(error.value.problems) == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_held_out_rows_trained_ones_are_asked_and_named_so(
+    material: list[str], tmp_path: Path
+) -> None:
+    result = tiny_run(material, tmp_path / "run", "data.holdout=0")
+    samples = json.loads((result.path / "samples.json").read_text())
+    assert [sample["trained"] for sample in samples] == [True, True]
+    assert any("of trained rows" in event["text"] for event in events(result, "note"))

@@ -20,6 +20,8 @@ _LARGE_BATCH, _SMALL_BATCH, _STEPS_PER_EPOCH = 16, 4, 64
 # Held-out measurements: after every epoch, or so many steps where that is shorter.
 _MEASURED_EVERY, _PATIENCE = 100, 3
 
+_FEW_ROWS = 1000  # of which a tenth would be missed: a run ends by training on all of them
+
 LEAST_STEPS = 20  # of a run: AdamW moves B, which begins at zero, by at most the rate per step
 MOST_EPOCHS = 20
 
@@ -65,11 +67,13 @@ def without_auto(config: Config, sizes: Sizes) -> Config:
     is_auto = train.epochs == AUTO and train.max_steps is None
     batch_size = auto_batch_size(sizes.rows) if train.batch_size == AUTO else train.batch_size
     steps_per_epoch = math.ceil(sizes.rows / batch_size)
+    measures_others = config.data.eval_path or config.data.eval_split is not None
     numbers: dict[str, Any] = {
         "epochs": max(auto_epochs(sizes), float(math.ceil(LEAST_STEPS / steps_per_epoch))),
         "batch_size": batch_size,
         "learning_rate": auto_learning_rate(sizes.parameters),
         "eval_every": 0 if is_auto and steps_per_epoch < _MEASURED_EVERY else _MEASURED_EVERY,
+        "refit": is_auto and sizes.held_out > 0 and sizes.rows < _FEW_ROWS and not measures_others,
         "patience": _PATIENCE if is_auto and sizes.held_out else 0,
         "tolerance": sizes.kind.tolerance if is_auto else 0.0,
     }

@@ -168,6 +168,7 @@ def with_absolute_paths(config: Config) -> Config:
         "model": model.model_copy(update={"name": absolute(model.name)}),
         "lora": lora.model_copy(update={"init_from": lora.init_from and absolute(lora.init_from)}),
         "data": data.model_copy(update={**paths, "template": template}),
+        "run": config.run.model_copy(update={"prompts": config.run.prompts and absolute(config.run.prompts)}),
     }
     return config.model_copy(update=sections)
 

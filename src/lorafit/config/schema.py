@@ -56,7 +56,9 @@ def _encoding(name: str) -> str:
 
 Encoding = Annotated[str, AfterValidator(_encoding)]
 Interval = Annotated[int, BeforeValidator(_interval), Field(ge=0)]
-AUTO = -1  # `auto` in place of a number: config/auto.py computes the number from the sizes of model and data
+AUTO: Any = (
+    -1
+)  # `auto` in place of a number: config/auto.py computes the number from the sizes of model and data
 
 
 class OrAuto:
@@ -285,6 +287,11 @@ class TrainSection(Section):
         "fraction of it. `auto` is 1 with `train.epochs=auto` and short answers, because facts are learnt after "
         "the lowest loss, else 0.",
     )
+    refit: Annotated[bool, OrAuto] = resumable(
+        AUTO,
+        description="Train again at the end on all rows, for the length that the held-out rows chose. `auto` does so "
+        "with `train.epochs=auto` and fewer than 1,000 rows, where each row counts.",
+    )
     patience: Annotated[int, Field(ge=0), OrAuto] = resumable(
         AUTO,
         description="End the run after this many held-out measurements in a row without a better one; 0 for never. "
@@ -334,6 +341,11 @@ class RunSection(Section):
     samples: int = Field(
         3, ge=0, le=50, description="Held-out prompts answered by base and tuned at the end."
     )
+    prompts: str | None = Field(
+        None,
+        description="File of questions of your own (`lorafit generate --file` reads the same), answered by base and "
+        "tuned beside the prompts of `run.samples`.",
+    )
     samples_every: Interval | None = Field(
         None, description="Steps between answers to these prompts during training, or `epoch`."
     )
@@ -368,6 +380,9 @@ class Config(Section):
             raise ValueError(
                 f"`data.path` and `data.eval_path` both name {both[0]}; `data.eval_split` names a split"
             )
+        measures_others = self.data.eval_path or self.data.eval_split is not None
+        if self.train.refit is True and measures_others:
+            raise ValueError("`train.refit` trains rows of `data.holdout`, and never those to measure on")
         return self
 
 

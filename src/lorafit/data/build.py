@@ -43,8 +43,9 @@ class TrainingData:
     """The rows of a run as tokens, and the facts about them.
 
     `index` has the files of the rows. `encoded` are all rows that are not dropped, training and held-out. `samples`
-    are the first held-out rows that have a question, as many as the config requests. `warnings` are about the
-    cache; `cache_key` names the tokens in it. `limits` is None for a tokenizer without a model.
+    are the first held-out rows (training rows where none are held out) that have a question, as many as the config
+    requests. `warnings` are about the cache; `cache_key` names the tokens in it. `limits` is None for a tokenizer
+    without a model.
     """
 
     index: RowIndex
@@ -67,6 +68,11 @@ class TrainingData:
         digest = hashlib.sha256(self.entry_digest.encode())
         digest.update(np.ascontiguousarray(self.heldout.numbers, dtype="<i8").tobytes())
         return digest.hexdigest()
+
+    def with_all_rows(self) -> TrainingData:
+        """The same with the held-out rows among the training rows, as `data.holdout=0` would have it."""
+        everything, none = np.arange(len(self.encoded)), np.array([], dtype=np.int64)
+        return replace(self, training=self.encoded.take(everything), heldout=self.encoded.take(none))
 
     def prompts(self, count: int) -> list[Row]:
         """The first `count` held-out rows that have a question, read from their files once more."""
@@ -139,6 +145,7 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
     if not len(heldout) and any(file.heldout for file in sources.files):
         hint = "correct its rows, or see data.max_length"
         raise DataError("no row is left to measure on", place="data.eval_path", hint=hint)
+    sampled = heldout if len(heldout) else training
     format_name, reason = describe(sources, summaries)
     return TrainingData(
         index=index,
@@ -151,7 +158,7 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
         training=training,
         heldout=heldout,
         ledger=Ledger.of(index.num_rows, training, heldout, encoded.dropped, row_facts),
-        samples=index.read(index.asking(heldout.numbers)[: config.run.samples].tolist()),
+        samples=index.read(index.asking(sampled.numbers)[: config.run.samples].tolist()),
         warnings=notes,
         entry_digest=entry.digest,
         cache_key=entry.key,

@@ -68,7 +68,7 @@ class Ledger:
 
     `dropped` maps the reason to the rows. Trained tokens are targets of next-token prediction. `weights` counts the
     answers by the weight of their loss, `aliases` the rows with a key that is read as another one, `unused` the rows
-    with a key that is not used.
+    with a key that is not used. `held_out_rows` are the numbers of the first held-out rows, from 0.
     """
 
     num_rows: int
@@ -79,6 +79,7 @@ class Ledger:
     weights: Mapping[str, int] = field(default_factory=dict)
     aliases: Mapping[str, int] = field(default_factory=dict)
     unused: Mapping[str, int] = field(default_factory=dict)
+    held_out_rows: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -103,13 +104,17 @@ class Ledger:
             seen[numbers] = True
         assert seen.all() and sum(map(len, parts)) == num_rows, "a row is in no bucket, or in two"  # noqa: PT018
         lengths = np.concatenate([trained.lengths, held_out.lengths])
+        facts = row_facts or RowFacts()
         ledger = cls(
             num_rows,
             Tokens.of(trained),
             Tokens.of(held_out),
             {reason: DroppedRows.of(numbers) for reason, numbers in dropped.items()},
             _lengths(lengths) if len(lengths) else Lengths(0.0, 0, 0, 0),
-            *((row_facts.weights, row_facts.aliases, row_facts.unused) if row_facts is not None else ()),
+            weights=facts.weights,
+            aliases=facts.aliases,
+            unused=facts.unused,
+            held_out_rows=tuple(np.unique(held_out.numbers)[: DroppedRows.MAX_LISTED].tolist()),
         )
         ledger.check()
         return ledger
@@ -137,6 +142,8 @@ class Ledger:
         lines += [f"        {line}" for line in self.piece_lines()]
         lines.append(f"tokens  {_account(self.trained)}")
         lines += [f"        {line}" for line in self.heldout_lines()]
+        if 0 < self.held_out.rows <= _FEW_ROWS:
+            lines.append(f"        held-out rows: {', '.join(str(row + 1) for row in self.held_out_rows)}")
         lines.append(f"length  {self.lengths}")
         return [*lines, *(f"loss    {line}" for line in self.loss_lines()), *self.key_lines()]
 
@@ -194,6 +201,7 @@ class Ledger:
 
 
 _LEDGER = TypeAdapter(Ledger)
+_FEW_ROWS = 20  # that are named one by one on a terminal; ledger.json has up to DroppedRows.MAX_LISTED
 
 
 def _lengths(lengths: NDArray[np.int32]) -> Lengths:

@@ -27,7 +27,10 @@ from lorafit.storage.atomic import check_manifest, read_facts
 
 @dataclass(frozen=True, slots=True)
 class ModelResult:
-    """The results of one model. `loss` is None for a run without held-out rows. The keys of `scores` are task files."""
+    """The results of one model. `loss` is None for a run without held-out rows, or one that trained them in the end.
+
+    The keys of `scores` are task files.
+    """
 
     model: str  # base, adapter, or the folder of an export
     loss: float | None
@@ -123,6 +126,8 @@ def _heldout(run: RunDirectory, offline: bool) -> list[Pack]:
             place=", ".join(config.data.path),
             hint="restore the data files of the training",
         )
+    if read_facts(adapter).get("trained_rows", 0) > len(training_data.training):
+        return []  # `train.refit`: no row is left that was not trained
     rows = [training_data.heldout.row(index) for index in range(len(training_data.heldout))]
     return Packer(config.train.micro_batch_tokens, config.data.packing).packs(rows)
 

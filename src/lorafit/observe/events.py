@@ -71,6 +71,21 @@ class Heldout(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Refit(Event):
+    """After `step` the run begins again, with all its `num_rows` rows, up to step `num_steps`.
+
+    `chosen_step` was the best one by the held-out rows, whose loss was `heldout_loss` then; all are trained from here.
+    """
+
+    kind = "refit"
+    step: int
+    num_steps: int
+    num_rows: int
+    chosen_step: int
+    heldout_loss: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Saved(Event):
     """A checkpoint was written after `step`."""
 

@@ -62,7 +62,7 @@ class Overview:
         self.has_events = True
         if (kind := event.get("event")) in _DECIDING:
             self.last = str(kind)
-        if kind in (*_DECIDING, "heldout", "learned"):
+        if kind in (*_DECIDING, "heldout", "learned", "refit"):
             self.newest[str(kind)] = event
         if kind == "heldout" and number(event.get("step")) is not None:
             loss = number(event.get("loss"))
@@ -152,7 +152,8 @@ def summarize(run: RunDirectory, metrics: Overview | None = None) -> Summary:
         model=model,
         state=state,
         step=int(found.number("step", "step") or 0),
-        num_steps=int(found.number("run_started", "num_steps") or 0) or None,
+        num_steps=int(found.number("refit", "num_steps") or found.number("run_started", "num_steps") or 0)
+        or None,
         loss=found.number("step", "loss"),
         heldout_loss=found.best,
         base_loss=found.number("heldout", "base_loss"),

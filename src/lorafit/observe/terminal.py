@@ -25,6 +25,7 @@ from lorafit.observe.events import (
     Message,
     Progress,
     Proved,
+    Refit,
     RunEnded,
     RunStarted,
     Sample,
@@ -80,6 +81,13 @@ class Terminal:
                 base = "" if event.base_loss is None else f" (base {event.base_loss:.3f})"
                 best = "  best so far" if event.best else ""
                 self._print(f"step {event.step}  held-out loss {event.loss:.3f}{base}{best}")
+            case Refit():
+                steps = event.num_steps - event.step
+                loss = "" if event.heldout_loss is None else f" (held-out loss {event.heldout_loss:.3f})"
+                self._print(
+                    f"the held-out rows chose the length of step {event.chosen_step}{loss}: "
+                    f"now {count(steps, 'step')} on all {count(event.num_rows, 'row')}, from the beginning"
+                )
             case Saved():
                 self._print(f"step {event.step}  saved {event.path} ({event.reason})")
             case Progress():

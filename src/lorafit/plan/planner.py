@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from operator import attrgetter
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from lorafit.data.packing import Packer
 from lorafit.data.row_order import RowOrder
 from lorafit.distributed.env import ProcessEnv
 from lorafit.errors import ConfigError, RunError
-from lorafit.evaluate.samples import SAMPLE_TOKENS
+from lorafit.evaluate.samples import SAMPLE_TOKENS, Prompt, prompts_of
 from lorafit.hub.client import ModelFolder
 from lorafit.infer.continuous_batch import AT_ONCE
 from lorafit.infer.model import check_readable
@@ -64,6 +65,7 @@ class RunInputs:
     base_note: str
     arch: Architecture
     training_data: TrainingData
+    prompts: Sequence[Prompt]
     order: RowOrder
     started: float
     read_seconds: float
@@ -80,6 +82,7 @@ class RunInputs:
         kernels()
         given, config = config, without_auto(config, sizes_of(training_data, arch.num_parameters))
         order = row_order(config, training_data)
+        own = Path(config.run.prompts).expanduser() if config.run.prompts else None
         return cls(
             config,
             picked(given, config),
@@ -87,6 +90,7 @@ class RunInputs:
             base_note,
             arch,
             training_data,
+            prompts_of(training_data.samples, own),
             order,
             started,
             time.perf_counter() - started,
@@ -193,6 +197,7 @@ def make_plan(
     config, work = fitted.config, data.workload(fitted.config)
     shape = _shape(config, data.arch, machine.device)
     schedule = _schedule(config, data, work)
+    refit_steps = _refit_steps(config, data, work)
     elapsed = time.perf_counter() - data.started
     if (age := process_seconds()) - elapsed < MOST_IMPORT_SECONDS:
         elapsed = max(age, elapsed)
@@ -214,6 +219,7 @@ def make_plan(
                 network, work, index, rates, lambda number: pack_of_rows(training, work.pack_of[number])
             )
         times = predict_times(shape, work, schedule, rates, start, new_process, machine.ranks)
+        times = replace(times, steps=times.steps * (1 + refit_steps / work.steps))
     memory = _memory(config, data, machine, rates.peak_bytes if rates is not None else None)
     on_cpu = machine.device.type == "cpu"
     return Plan(
@@ -222,6 +228,7 @@ def make_plan(
         rows=len(data.training_data.training),
         steps=work.steps,
         epochs=data.order.epoch_at(work.steps),
+        refit_steps=refit_steps,
         passes=work.num_passes,
         tokens_per_epoch=work.tokens_per_epoch,
         supervised_tokens_per_epoch=work.supervised_per_epoch,
@@ -309,6 +316,14 @@ def _shape(config: Config, arch: Architecture, device: torch.device) -> Shape:
     )
 
 
+def _refit_steps(config: Config, data: RunInputs, work: Workload) -> int:
+    """The steps of the second phase at most, on all rows; 0 where there is none."""
+    if not config.train.refit or not len(data.training_data.heldout):
+        return 0
+    everything = row_order(config, data.training_data.with_all_rows())
+    return max(1, round(work.steps * everything.steps_per_epoch / data.order.steps_per_epoch))
+
+
 def _schedule(config: Config, data: RunInputs, work: Workload) -> Schedule:
     """When the loop measures and saves; a best measurement is saved too, so each may add a checkpoint."""
     rows, train = data.training_data, config.train
@@ -316,7 +331,7 @@ def _schedule(config: Config, data: RunInputs, work: Workload) -> Schedule:
     measurements = sum(each.measure for each in due) if len(rows.heldout) else 0
     saves = sum(each.save or (each.measure and measurements > 0) for each in due)
     answers: list[tuple[int, int]] = []
-    if count := len(rows.samples):
+    if count := len(data.prompts):
         answers += [(count, SAMPLE_TOKENS)] * 2 + [(count, _ENDED_TOKENS)] * sum(each.sample for each in due)
     proof_tokens = None
     if config.run.verify:

@@ -110,7 +110,8 @@ class Plan:
     `shared_tokens` estimates the tokens of prefixes that rows of a pass share; each is computed once per pass.
     `peak_bytes` is the peak of the process's resident memory (on CUDA the device's), loading included.
     `available_bytes` is None where unknown. `choice` are the settings that decide the memory. `picked` names those
-    that were chosen: in place of `auto`, and to make the run fit.
+    that were chosen: in place of `auto`, and to make the run fit. `refit_steps` are at most those of a second phase, on
+    all rows (0: there is none); times count them, tokens and steps do not.
     """
 
     parameters: int
@@ -118,6 +119,7 @@ class Plan:
     rows: int
     steps: int
     epochs: float
+    refit_steps: int
     passes: int
     tokens_per_epoch: int
     supervised_tokens_per_epoch: int

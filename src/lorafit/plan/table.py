@@ -47,7 +47,8 @@ def short_lines(plan: Plan) -> list[str]:
 
 
 def _epochs(plan: Plan) -> str:
-    return count(float(f"{plan.epochs:.3g}"), "epoch")
+    then = f", then up to {count(plan.refit_steps, 'step')} on all rows" if plan.refit_steps else ""
+    return count(float(f"{plan.epochs:.3g}"), "epoch") + then
 
 
 def _shared(plan: Plan) -> str:

@@ -98,7 +98,9 @@ def _tiles(facts: Facts) -> list[dict[str, str]]:
     tiles, summary = [], facts.summary
     if summary.heldout_loss is not None:
         before = f"{summary.base_loss:.3f} →" if summary.base_loss is not None else ""
-        tiles.append(_tile("held-out loss", f"{summary.heldout_loss:.3f}", before=before))
+        refit = number(facts.last("refit").get("chosen_step"))
+        after = f"at step {refit:.0f}, then all rows" if refit is not None else ""
+        tiles.append(_tile("held-out loss", f"{summary.heldout_loss:.3f}", before=before, after=after))
     elif losses := facts.steps.curves["loss"].points():
         tiles.append(_tile("loss of the last step", f"{losses[-1][1]:.3f}"))
     for check in facts.proof.get("checks", ()) if isinstance(facts.proof.get("checks"), list) else ():

@@ -134,6 +134,7 @@ def _ledger(path: Path, facts: Facts) -> Ledger | None:
         halves = (ledger.trained, ledger.held_out)
         counts = [ledger.num_rows, *(n for half in halves for n in asdict(half).values())]
         counts += [n for rows in ledger.dropped.values() for n in (rows.rows, *rows.first)]
+        counts += ledger.held_out_rows
         if all(type(count) is int and 0 <= count < 10**15 for count in counts):
             return ledger
     except (KeyError, TypeError, ValueError, AttributeError, AssertionError, OverflowError):

@@ -27,6 +27,7 @@ PROMPT_KEYS = {
     "max_length": "longest row",
 }
 MOST_ROWS, MOST_PROMPTS, MOST_HISTORY, MOST_NOTES, MOST_DROPS = 10, 50, 12, 100, 20
+MOST_HELD = 100
 
 
 def proof(facts: Facts) -> dict[str, Any] | None:
@@ -101,7 +102,11 @@ def data(facts: Facts) -> dict[str, Any] | None:
             ("held out", "held", ledger.held_out.rows),
             ("dropped", "cut", ledger.num_dropped),
         ]
-        drops = [
+        held = ledger.held_out_rows
+        drops = (
+            [(f"held out: {_row_numbers(held, ledger.held_out.rows, MOST_HELD)}", len(held))] if held else []
+        )
+        drops += [
             (f"{cut(reason, 200)}: {_row_numbers(rows.first, rows.rows)}", rows.rows)
             for reason, rows in list(ledger.dropped.items())[:MOST_DROPS]
         ]
@@ -184,7 +189,9 @@ def reproduce(facts: Facts) -> dict[str, Any] | None:
 
 def _sample(sample: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     text = str(sample.get("prompt", ""))
-    shown = [{"name": "right answer", "text": str(sample.get("answer", "")), "stopped": None}]
+    name = "right answer, trained" if sample.get("trained") is True else "right answer"
+    right = str(sample.get("answer", ""))
+    shown = [{"name": name, "text": right, "stopped": None}] if right else []
     for name in ("base", "tuned"):
         answer = sample.get(name)
         if isinstance(answer, Mapping):
@@ -219,9 +226,9 @@ def _token_account(title: str, tokens: Tokens) -> dict[str, Any]:
     return {"title": title, "buckets": buckets, "total": tokens.total, "drops": ()}
 
 
-def _row_numbers(first: Sequence[int], count: int) -> str:
-    named = ", ".join(str(row + 1) for row in first[:8])
-    return f"rows {named}" + (" ..." if count > 8 else "")
+def _row_numbers(first: Sequence[int], count: int, most: int = 8) -> str:
+    named = ", ".join(str(row + 1) for row in first[:most])
+    return f"rows {named}" + (" ..." if count > most else "")
 
 
 def _smooth(curve: Curve) -> list[plot.Line]:

@@ -72,7 +72,12 @@ def plan_points(
     points = draw(axes, draws, seed) if draws is not None else grid(axes)
     planned = []
     for point in points:
-        words = ["run.verify=false", *settings, *(f"{key}={value}" for key, value in point.items())]
+        words = [
+            "run.verify=false",
+            "train.refit=false",
+            *settings,
+            *(f"{key}={value}" for key, value in point.items()),
+        ]
         common = {key: value for key, value in flags.items() if key not in point}
         planned.append((point, config_from_args(words, recipe, common)))
     return planned

@@ -56,6 +56,9 @@ class TrainState:
     measuring_due: bool = False  # stopped between a step and its held-out measurement
     micro_batch_tokens: int | None = None  # smaller than the config's since memory ran out
     scale: LossScale = field(default_factory=LossScale)
+    refit_from: int | None = None  # the last step of the first phase, in the second one (training/refit.py)
+    refit_steps: int = 0  # of the second phase
+    chosen_step: int | None = None  # of the first phase, which decided `refit_steps`
 
     def measured(self, loss: float, tolerance: float) -> bool:
         """Count the held-out loss of this step; True where it is less than (1 + `tolerance`) times the lowest one."""

@@ -38,19 +38,17 @@ def finish(
         adapter = run.checkpoint(state.step)
         observe(Message(f"continue with: {shell('lorafit', 'train', '--resume', run.path)}"))
     else:
-        if outcome == "ended early":
-            count = state.num_worse
-            observe(Message(f"ended early: {count} held-out measurements in a row were no better"))
+        observe_early_end(job, state, outcome)
         step = _export_best(job, state)
         if job.engine.lockstep:  # the first rank alone has no whole base to generate or compare with
             text = "no rank holds the whole base: no samples are generated and nothing is verified"
             observe(Message(text, "warning"))
         else:
-            if samples := job.samples.generate_samples():
+            if samples := job.samples.generate_samples(trained=not job.heldout):
                 run.write_json(run.samples_file, samples)
-            learned = _learned(job, step)  # before the proof, which releases the network
+            learned = _learned(job, state.chosen_step or step)  # before the proof, which releases the network
             if job.config.run.verify:
-                proof = _prove(job, initial, step)
+                proof = _prove(job, initial, step, state.chosen_step or step)
                 run.write_json(run.proof_file, proof.to_json())
                 observe(proof.event())
                 proven = proof.verdict != "fail"
@@ -71,7 +69,12 @@ def _export_best(job: TrainContext, state: TrainState) -> int:
     if best != state.step and (faults := verify_folder(run.checkpoint(best))):
         observe(Message(f"the best step, {best}, is lost ({faults[0]}): the last one counts", "warning"))
         best = state.step
-    facts = {"step": best, **job.facts, "config_file": sha256_file(run.config_file)}
+    facts = {
+        "step": best,
+        **job.facts,
+        "trained_rows": len(job.rows),
+        "config_file": sha256_file(run.config_file),
+    }
     export_adapter(run.adapter, run.checkpoint(best), run.prompt_file, facts, run.check_held)
     if best != state.step:
         observe(Message(f"the adapter is the one of step {best}, the best by the held-out loss"))
@@ -79,13 +82,19 @@ def _export_best(job: TrainContext, state: TrainState) -> int:
     return best
 
 
+def observe_early_end(job: TrainContext, state: TrainState, outcome: Outcome) -> None:
+    """Report why the first phase ended before its last step, if it did."""
+    if outcome == "ended early":
+        count = state.num_worse
+        job.observe(Message(f"ended early: {count} held-out measurements in a row were no better"))
+
+
 def _learned(job: TrainContext, step: int) -> Learned | None:
-    """What the final adapter, of `step`, has learned; None where memory is short."""
+    """What the final adapter has learned, with the losses of `step`; None where memory is short."""
     losses = _losses(job.run, step)
+    data = job.data if job.heldout else job.data.with_all_rows()
     try:
-        return what_was_learned(
-            job.network, job.data, job.packer, step=step, losses=losses, observe=job.observe
-        )
+        return what_was_learned(job.network, data, job.packer, step=step, losses=losses, observe=job.observe)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -93,8 +102,8 @@ def _learned(job: TrainContext, step: int) -> Learned | None:
         return None
 
 
-def _prove(job: TrainContext, initial: Mapping[str, str], step: int) -> Proof:
-    """The proof of the final adapter, of `step`; the network's memory is released."""
+def _prove(job: TrainContext, initial: Mapping[str, str], step: int, measured: int) -> Proof:
+    """The proof of the final adapter, of `step`, with the losses of step `measured`. The network's memory is freed."""
     try:
         prompts: Sequence[Row] = job.data.prompts(STOP_PROMPTS)
     except (LorafitError, OSError, StopIteration):  # the files have changed
@@ -107,7 +116,7 @@ def _prove(job: TrainContext, initial: Mapping[str, str], step: int) -> Proof:
         continued=job.config.lora.init_from is not None,
         rows=job.data.fixed_rows(PROBE_ROWS),
         prompts=prompts,
-        losses=_losses(job.run, step),
+        losses=_losses(job.run, measured),
         observe=job.observe,
     )
 

@@ -19,6 +19,7 @@ from lorafit.data.batch import Batch, RankShare
 from lorafit.data.build import TrainingData
 from lorafit.data.packing import EMPTY_PACK, Pack, Packer
 from lorafit.data.row_order import RowOrder
+from lorafit.data.token_dataset import TokenDataset
 from lorafit.distributed.parallel import Engine
 from lorafit.distributed.ranks import RankError, Ranks
 from lorafit.distributed.watchdog import BETWEEN, COMPUTING, SHARING, Heartbeat
@@ -48,7 +49,11 @@ SAME_RESULT = "this needs less memory and does not change the result"
 
 @dataclass(frozen=True, slots=True)
 class TrainContext:
-    """What the loop works on. Built by training/run.py."""
+    """What the loop works on. Built by training/run.py.
+
+    `rows` are those that are trained. `first_step` is the number of steps before those of `cadence`, `initial` the
+    adapter before the first step, where a second phase needs it (training/refit.py).
+    """
 
     prepared: Prepared
     run: RunDirectory
@@ -57,6 +62,7 @@ class TrainContext:
     network: Llama
     engine: Engine
     optimizer: AdamW
+    rows: TokenDataset
     order: RowOrder
     share: RankShare
     packer: Packer
@@ -65,6 +71,13 @@ class TrainContext:
     heartbeat: Heartbeat
     samples: SampleGenerator
     facts: Mapping[str, Any]
+    initial: Mapping[str, Tensor]
+    first_step: int = 0
+
+    @property
+    def num_steps(self) -> int:
+        """The number of the last step."""
+        return self.first_step + self.cadence.num_steps
 
     @property
     def config(self) -> Config:
@@ -78,7 +91,7 @@ class TrainContext:
 
     def places(self, batch: Batch) -> str:
         """The places of the rows of a step, for error messages."""
-        return ", ".join(self.data.place(index) for index in batch.indices)
+        return ", ".join(self.data.index.place(self.rows.number(index)) for index in batch.indices)
 
 
 def train(job: TrainContext, state: TrainState, requests: Requests) -> Outcome:
@@ -112,8 +125,8 @@ def _steps(
     requests: Requests,
 ) -> Outcome:
     """The steps. The thread `ahead` packs the rows of the next one while the device works."""
-    settings, num_steps = job.config.train, job.cadence.num_steps
-    warmup = settings.warmup_steps(num_steps)
+    settings, length, num_steps = job.config.train, job.cadence.num_steps, job.num_steps
+    warmup = settings.warmup_steps(length)
     meter = Meter()
     device = job.prepared.built.device
     upcoming = ahead.submit(_batch, job, state, state.step)
@@ -129,7 +142,8 @@ def _steps(
             upcoming = ahead.submit(_batch, job, state, state.step)
             continue
         loss, norm = gradients
-        rate = learning_rate(state.step, num_steps, settings.learning_rate, settings.schedule, warmup)
+        done = state.step - job.first_step
+        rate = learning_rate(done, length, settings.learning_rate, settings.schedule, warmup)
         job.optimizer.step(rate)
         job.optimizer.zero_grad()
         state.step += 1
@@ -143,7 +157,7 @@ def _steps(
             Step(
                 step=state.step,
                 num_steps=num_steps,
-                epoch=round(job.order.epoch_at(state.step), 4),
+                epoch=round(job.order.epoch_at(done + 1), 4),
                 loss=loss,
                 learning_rate=rate,
                 grad_norm=norm,
@@ -159,7 +173,7 @@ def _steps(
         )
         writer.wait(block=False)
         ended = state.step == num_steps
-        due = job.cadence.at(state.step)
+        due = job.cadence.at(done + 1)
         state.measuring_due = due.measure and bool(job.heldout)
         stopping = state.measuring_due and job.ranks.any(requests.stop())[0]
         better = state.measuring_due and not stopping and _measure(job, writer, state)
@@ -180,7 +194,8 @@ def _steps(
 def _batch(job: TrainContext, state: TrainState, step: int) -> Batch:
     """The packed rows of a step: a function of the step, so another thread can prepare the next one."""
     packer = replace(job.packer, capacity=state.micro_batch_tokens or job.packer.capacity)
-    return job.share.of(job.data.training, job.order.rows(step), packer)
+    step -= job.first_step
+    return job.share.of(job.rows, job.order.rows(step), packer)
 
 
 def _gradients(job: TrainContext, state: TrainState, batch: Batch) -> tuple[float, float] | None:

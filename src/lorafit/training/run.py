@@ -21,6 +21,7 @@ from lorafit.errors import RunError
 from lorafit.evaluate.samples import SampleGenerator
 from lorafit.infer.model import Model
 from lorafit.model.adamw import AdamW
+from lorafit.model.adapter_file import adapter_tensors
 from lorafit.model.architecture import attention_cost
 from lorafit.model.build import BaseModelCache
 from lorafit.model.compile import enable_compile
@@ -42,7 +43,7 @@ from lorafit.plan.table import short_lines
 from lorafit.redact import shell
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import read_facts, sha256_file, verify_folder
-from lorafit.training import loop
+from lorafit.training import loop, refit
 from lorafit.training.checkpoint import (
     FILES,
     TrainState,
@@ -53,7 +54,7 @@ from lorafit.training.checkpoint import (
     seed_random,
 )
 from lorafit.training.checkpoint_writer import wait_for_left
-from lorafit.training.finish import finish, leave_report
+from lorafit.training.finish import finish, leave_report, observe_early_end
 from lorafit.training.loss_scale import LossScale
 from lorafit.training.resume import Resumption, find_run_of_launch
 from lorafit.training.setup import (
@@ -251,8 +252,15 @@ def run_training(
         initial = tensor_digests(prepared.built.network) if prepared.config.run.verify else {}
         job = make_context(prepared, run, ranks, observe)
         state = restore(job, step)
+        job = job if state.refit_from is None else refit.context(job, state)
         announce_start(job, show_plan=step is None)
         outcome, seconds = train(job, state)
+        if refit.is_due(job, state, outcome):
+            if ranks.is_main:
+                observe_early_end(job, state, outcome)
+            job, state = refit.begin(job, state)
+            outcome, more = train(job, state)
+            seconds += more
         adapter, proven = run.adapter, None
         if ranks.is_main:
             adapter, proven = finish(job, state, outcome, seconds, initial)
@@ -297,6 +305,7 @@ def make_context(prepared: Prepared, run: RunDirectory, ranks: Ranks, observe: O
     if not ranks.is_single_process:
         engine = ReplicatedEngine(network, built.device if is_sharded(config, ranks) else None)
     packer = Packer(config.train.micro_batch_tokens, config.data.packing)
+    initial = adapter_tensors(network) if config.train.refit else {}
     seed_random(config.train.seed)
     return loop.TrainContext(
         prepared=prepared,
@@ -306,14 +315,16 @@ def make_context(prepared: Prepared, run: RunDirectory, ranks: Ranks, observe: O
         network=network,
         engine=engine,
         optimizer=AdamW(adapter_parameters(network).values(), config.train.weight_decay),
+        rows=rows.training,
         order=data.order,
         share=RankShare(ranks.rank, ranks.world_size, attention_cost(network.arch), engine.lockstep),
         packer=packer,
         heldout=packer.packs([rows.heldout.row(index) for index in range(len(rows.heldout))]),
         cadence=Cadence.of(config, num_steps, data.order.steps_per_epoch),
         heartbeat=Heartbeat(ranks, config.distributed.timeout, run.heartbeat_file),
-        samples=SampleGenerator(Model(network, rows.renderer), rows.samples, observe),
+        samples=SampleGenerator(Model(network, rows.renderer), data.prompts, observe),
         facts={**prepared.facts, **machine_facts(built.device)},
+        initial={name: tensor.clone() for name, tensor in initial.items()},
     )
 
 
@@ -344,8 +355,8 @@ def announce_start(job: loop.TrainContext, *, show_plan: bool) -> None:
     job.observe(
         RunStarted(
             model=job.config.model.name,
-            num_rows=len(prepared.data.training_data.training),
-            num_steps=job.cadence.num_steps,
+            num_rows=len(job.rows),
+            num_steps=job.num_steps,
             num_parameters=job.network.arch.num_parameters,
             num_trainable=sum(parameter.numel() for parameter in job.optimizer.parameters),
             device=("" if ranks.is_single_process else f"{ranks.world_size} x ") + describe(built.device),
