@@ -164,7 +164,7 @@ def _of_loss(probed: Measured) -> CheckResult:
     if probed.before != probed.base:
         message += f", with the adapter {probed.before:.3f}"
     if probed.base > probed.uniform:
-        hint = "do weights and tokenizer belong together?"
+        hint = "the rows hold names or a language that the model does not know, or the tokenizer is of another model"
         return CheckResult(name, "warn", f"{message}: worse than guessing", "model.name", hint)
     if probed.base < _SEEN_LOSS:
         message += ": the base model has probably seen these rows"
