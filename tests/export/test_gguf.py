@@ -11,9 +11,11 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from tests.export.made import source_of
+from tests.model.published import write_published
 from tests.runs import run_to_export
 from tests.tiny_models import FAMILIES, config_of, write_model
 
+from lorafit.errors import ModelError
 from lorafit.export.gguf_model import gguf_names, permuted, write_gguf, write_lora
 from lorafit.export.gguf_types import rounded, tensor_type
 from lorafit.export.run import export_run
@@ -33,6 +35,37 @@ def test_llama_cpp_computes_every_family_as_we_do(family: str, tmp_path: Path) -
     assert done.parity["verified"]
     assert done.parity["largest_logit_difference"] < 2e-4
     assert done.parity["same_greedy_answers"] == done.parity["prompts"]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("smollm3", {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}),
+        ("granite", {}),
+        ("olmo2", {"hidden_size": 64}),  # llama.cpp has norms of q and k of the width of the network
+        ("hunyuan", {}),
+    ],
+)
+def test_llama_cpp_computes_the_published_types_as_we_do(
+    family: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    run = run_to_export(tmp_path, model=write_published(tmp_path / "model", family, **changes))
+    done = export_run(run, "gguf", output=tmp_path / "gguf", type_name="f32", offline=True)
+    assert done.parity["verified"]
+    assert done.parity["largest_logit_difference"] < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("gemma3", "`gemma3_text` networks are not supported"),
+        ("smollm3", "the layers without rotary positions"),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(family: str, message: str, tmp_path: Path) -> None:
+    run = run_to_export(tmp_path, model=write_published(tmp_path / "model", family))
+    with pytest.raises(ModelError, match=message):
+        export_run(run, "gguf", output=tmp_path / "gguf", type_name="f32", offline=True, verify=False)
 
 
 @pytest.mark.parametrize("family", ["llama-biases", "qwen3"])

@@ -21,6 +21,7 @@ from lorafit.cli import (
     evaluate,
     export,
     generate,
+    models,
     plan,
     report,
     runs,
@@ -60,6 +61,7 @@ app.command("export")(export.export)
 app.command("eval")(evaluate.evaluate)
 app.command("runs")(runs.runs)
 app.command("sweep")(sweep.sweep)
+app.command("models")(models.models)
 app.command("config")(config.config)
 app.command("doctor")(doctor.doctor)
 

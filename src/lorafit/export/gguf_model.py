@@ -100,7 +100,26 @@ def _architecture(source: RunSource) -> str:
         raise ModelError(message, place=str(source.base.path), hint="export `merged`")
     if arch.qkv_bias and not family.gguf_qkv_bias:
         raise ModelError(f"llama.cpp's {family.gguf} has no attention biases", place=str(source.base.path))
+    if fault := _differing_layers(arch):
+        message = f"llama.cpp's {family.gguf} does not compute {fault}"
+        raise ModelError(message, place=str(source.base.path), hint="export `merged`")
     return family.gguf
+
+
+def _differing_layers(arch: Architecture) -> str | None:
+    """What of the layers of a network is not in the architecture of llama.cpp; None if all is."""
+    period = arch.family.gguf_period
+    regular = [bool((layer + 1) % period) for layer in range(arch.num_hidden_layers)] if period else []
+    if None in arch.ropes and [rope is not None for rope in arch.ropes] != regular:
+        return "the layers without rotary positions"
+    if arch.attention_scale is not None and not _has_scales(arch):
+        return "this scale of scores"
+    return None
+
+
+def _has_scales(arch: Architecture) -> bool:
+    """Whether files of the architecture name the multipliers."""
+    return arch.family.gguf == "granite"
 
 
 def gguf_names(source: RunSource) -> dict[str, str]:
@@ -143,6 +162,11 @@ def _add_shape(writer: gguf.GGUFWriter, arch: Architecture) -> None:
     writer.add_rope_dimension_count(arch.head_dim)
     writer.add_rope_freq_base(arch.rope.theta)
     writer.add_vocab_size(arch.vocab_size)
+    if _has_scales(arch):
+        writer.add_embedding_scale(arch.embedding_multiplier)
+        writer.add_residual_scale(arch.residual_multiplier)
+        writer.add_attention_scale(arch.attention_scale or arch.head_dim**-0.5)
+        writer.add_logit_scale(arch.logits_divisor)
     if rope.kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope.factor)

@@ -54,6 +54,8 @@ class Family:
     # llama.cpp rotates neighbouring rows of q and k, not halves of a head
     gguf_interleaved_rope: bool = False
     gguf_qkv_bias: bool = True  # llama.cpp has biases of q, k and v
+    # llama.cpp knows the layers that differ by their number only: the last of each so many; 0 if all are alike
+    gguf_period: int = 0
     # the regular expression of the pre-tokenizer's split, and llama.cpp's name of it
     gguf_pre_tokenizers: Mapping[str, str] = field(default_factory=dict)
     qkv_bias: bool | str = False
@@ -136,6 +138,9 @@ FAMILIES: dict[str, Family] = {
         windows=window_by_layer,
     ),
     "smollm3": Family(
+        gguf="smollm3",
+        gguf_interleaved_rope=True,
+        gguf_period=4,
         gguf_pre_tokenizers={_LLAMA_3_SPLIT: "llama-bpe"},
         qkv_bias="attention_bias",
         o_bias="attention_bias",
@@ -185,14 +190,14 @@ FAMILIES: dict[str, Family] = {
             "original_max_position_embeddings": 4096,
         },
     ),
-    "olmo2": replace(_OLMO, defaults={"rms_norm_eps": 1e-5}),
+    "olmo2": replace(_OLMO, gguf="olmo2", gguf_qkv_bias=False, defaults={"rms_norm_eps": 1e-5}),
     "olmo3": replace(
         _OLMO,
         windows=window_by_pattern(4),
         ropes=ropes_by_window(500000.0),
         defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096, "rope_theta": 500000.0},
     ),
-    "granite": _GRANITE,
+    "granite": replace(_GRANITE, gguf="granite", gguf_interleaved_rope=True),
     "granitemoehybrid": replace(
         _GRANITE,
         ropes=rope_if_named,
@@ -249,6 +254,8 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "hunyuan_v1_dense": Family(
+        gguf="hunyuan-dense",
+        gguf_qkv_bias=False,
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         qk_norm="rotated_head",
