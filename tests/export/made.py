@@ -20,12 +20,13 @@ def source_of(run: Path) -> RunSource:
 
 def read_back_here(patch: pytest.MonkeyPatch) -> None:
     """Have transformers and peft read exports back in this process, which has imported them already."""
-    in_child = parity._read_back
+    in_child = parity._in_process
+    patch.setattr(readback, "_report", lambda done, total: None)
 
-    def here(request: dict[str, Any], place: str) -> tuple[dict[str, Any], Tensor]:
+    def here(request: dict[str, Any], place: str, advance: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if request["reader"] == "llama.cpp":
-            return in_child(request, place)
-        result, logits = readback.READERS[request["reader"]].read({**request, "threads": 1})
-        return result, torch.from_numpy(logits)
+            return in_child(request, place, advance)
+        result, scores = readback.READERS[request["reader"]].read({**request, "threads": 1})
+        return result, {name: torch.from_numpy(numbers) for name, numbers in scores.items()}
 
-    patch.setattr(parity, "_read_back", here)
+    patch.setattr(parity, "_in_process", here)

@@ -179,19 +179,19 @@ FAULTS: list[tuple[Plant, str, str, str]] = [
     (template_without_bos, "merged", "f32", "is rendered otherwise"),
     (no_stop_token, "merged", "f32", "stop token '</s>' (257) does not end an answer"),
     (no_stop_token, "adapter", "f32", "stop token '</s>' (257) does not end an answer"),
-    (eight_bit_base, "merged", "f32", "logits differ by up to"),
-    (eight_bit_base, "merged", "bf16", "logits differ by up to"),
-    (eight_bit_base, "gguf", "f16", "logits differ by up to"),
-    (alpha_alone, "merged", "f32", "logits differ by up to"),
-    (alpha_alone, "gguf", "q8_0", "logits differ by up to"),
-    (alpha_alone_in_peft, "adapter", "f32", "logits differ by up to"),
-    (alpha_alone_in_gguf, "gguf-lora", "f32", "logits differ by up to"),
-    (no_permutation, "gguf", "f32", "logits differ by up to"),
-    (no_permutation, "gguf", "q8_0", "logits differ by up to"),
-    (permutation_for_as_many_key_heads, "gguf", "f32", "logits differ by up to"),
-    (no_permutation_of_b, "gguf-lora", "f32", "logits differ by up to"),
-    (head_tied_to_the_embedding, "merged", "f32", "logits differ by up to"),
-    (head_tied_to_the_embedding, "gguf", "q4_0", "logits differ by up to"),
+    (eight_bit_base, "merged", "f32", "log-probabilities differ by up to"),
+    (eight_bit_base, "merged", "bf16", "log-probabilities differ by up to"),
+    (eight_bit_base, "gguf", "f16", "log-probabilities differ by up to"),
+    (alpha_alone, "merged", "f32", "log-probabilities differ by up to"),
+    (alpha_alone, "gguf", "q8_0", "the loss rises from"),
+    (alpha_alone_in_peft, "adapter", "f32", "log-probabilities differ by up to"),
+    (alpha_alone_in_gguf, "gguf-lora", "f32", "log-probabilities differ by up to"),
+    (no_permutation, "gguf", "f32", "log-probabilities differ by up to"),
+    (no_permutation, "gguf", "q8_0", "the most probable token is the adapter's at"),
+    (permutation_for_as_many_key_heads, "gguf", "f32", "log-probabilities differ by up to"),
+    (no_permutation_of_b, "gguf-lora", "f32", "log-probabilities differ by up to"),
+    (head_tied_to_the_embedding, "merged", "f32", "log-probabilities differ by up to"),
+    (head_tied_to_the_embedding, "gguf", "q4_0", "the loss rises from"),
     (stop_left_out_of_the_modelfile, "ollama", "f16", "'</s>' is not among the Modelfile's"),
     (template_of_another_model, "ollama", "f16", "is rendered otherwise by the Modelfile"),
 ]
@@ -237,7 +237,7 @@ def test_tied_embeddings_with_a_head_of_their_own_are_refused(
     patch.setattr(RunSource, "tensor", other_head)
     patch.setattr(merge, "write_merged", wrong)
     (tmp_path / "out").mkdir()
-    assert "logits differ by up to" in refused(run, "merged", "f32", tmp_path / "out" / "export")
+    assert "log-probabilities differ by up to" in refused(run, "merged", "f32", tmp_path / "out" / "export")
 
 
 def test_a_second_stop_token_that_is_left_out_of_a_gguf_file_is_missed(
@@ -270,4 +270,6 @@ def test_without_a_fault_nothing_is_refused(
 ) -> None:
     done = export_run(run, kind, output=tmp_path / "export", type_name=type_name, offline=True)
     assert done.parity["verified"]
-    assert done.parity["largest_logit_difference"] <= done.parity["bound"]
+    assert done.parity["loss_rise"] <= done.parity["most_loss_rise"]
+    if type_name != "q8_0":  # the answers of a network this small are nearly ties
+        assert done.parity["same_greedy_answers"] == done.parity["prompts"]

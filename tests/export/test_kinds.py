@@ -58,7 +58,7 @@ def test_a_toy_export_is_written_verified_and_described(
     assert "toy.txt" in done.files
     text = (done.path / "README.md").read_text()
     assert "A toy (bf16) of `model`" in text
-    assert "Play with run on model." in text
+    assert "Play with run on `model`." in text
 
 
 def test_a_fault_of_a_toy_export_is_refused(

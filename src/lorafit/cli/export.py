@@ -27,7 +27,24 @@ def export(
         str | None,
         typer.Option(
             "--type",
-            help="merged: auto (the base's), f32, bf16, f16. gguf, ollama: q8_0 (default), q4_0, f16, bf16, f32.",
+            help="merged: auto (the base's), f32, bf16, f16. gguf, ollama: q8_0 (default), q6_k, q4_k_m and more.",
+            show_default=False,
+        ),
+    ] = None,
+    fit: Annotated[
+        bool,
+        typer.Option(
+            "--fit", help="gguf, ollama: try types from small to large, keep the first that is good."
+        ),
+    ] = False,
+    max_loss: Annotated[
+        str | None,
+        typer.Option(help="With --fit: most rise of the held-out loss. 1% if not given.", show_default=False),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --fit: JSONL file of prompts with answers that must stay right. Can be repeated.",
             show_default=False,
         ),
     ] = None,
@@ -56,18 +73,32 @@ def export(
     if push is not None and offline:
         raise ConfigError("--push needs a connection", hint="remove --offline")
 
-    from lorafit.export.run import export_run
+    if fit and (type_name is not None or no_verify):
+        raise ConfigError("--fit chooses the type, by comparing", hint="remove --type and --no-verify")
+    if not fit and (max_loss is not None or tasks):
+        raise ConfigError("--max-loss and --tasks need --fit", hint="add --fit")
 
-    done = export_run(run, kind, output=output, type_name=type_name, verify=not no_verify, offline=offline)
+    from lorafit.export.parity import sentence
+    from lorafit.export.run import export_run
+    from lorafit.observe.units import memory_size
+
+    if fit:
+        from lorafit.export.fit import fit_or_fail, share
+
+        bound = share(max_loss)
+        done = fit_or_fail(run, kind, output=output, most_loss=bound, tasks=tasks or [], offline=offline)
+    else:
+        done = export_run(
+            run, kind, output=output, type_name=type_name, verify=not no_verify, offline=offline
+        )
     parity = done.parity
     if parity["verified"]:
-        put_line(
-            f"verified by {parity['program']}: {parity['prompts']} prompts, same text, tokens and ends; logits within "
-            f"{parity['largest_logit_difference']:.2g} (bound {parity['bound']:.2g})",
-            err=True,
-        )
+        put_line(f"verified by {parity['program']}: {sentence(parity)}", err=True)
     else:
         put_line(f"warning: not verified: {parity['why']}", err=True)
+    if "other_types" in parity:
+        put_line(f"note: {parity['other_types']}", err=True)
+    put_line(f"size {memory_size(sum(done.files.values()))}", err=True)
     summary = done.as_dict()
     if push is not None:
         from lorafit.export.push import push as push_folder

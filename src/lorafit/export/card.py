@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from lorafit.data.contract import begins_with
 from lorafit.data.ledger import Ledger
 from lorafit.export.kinds import Export
+from lorafit.export.parity import sentence
 from lorafit.export.quoting import code, fenced, yaml_text
 from lorafit.export.run_source import RunSource
 from lorafit.hub.client import token
@@ -56,6 +57,7 @@ def card(source: RunSource, export: Export, type_name: str, folder: Path, parity
         stops=[f"{code(decode([token]))} ({token})" for token in contract.stop_ids],
         command=_command(source),
         parity=parity,
+        cost=sentence(parity) if parity["verified"] else "",
         **_origin(source),
         **_results(source),
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorafit.errors import ModelError, several
 from lorafit.export.chat_template import chat_template
-from lorafit.export.gguf_types import tensor_type
+from lorafit.export.gguf_types import quantized, tensor_types
 from lorafit.export.gguf_vocabulary import write_vocabulary
 from lorafit.export.run_source import RunSource
 from lorafit.model.architecture import Architecture
@@ -24,10 +24,14 @@ from lorafit.model.rope import Rope
 
 
 def write_gguf(
-    source: RunSource, path: Path, kind: str, progress: Callable[[int, int], None], *, merged: bool = True
+    source: RunSource,
+    path: Path,
+    kind: str,
+    progress: Callable[[int, int], None],
+    *,
+    merged: bool = True,
 ) -> None:
     """Write the merged model (or the base, if not `merged`) as one file of type `kind`, a tensor at a time.
-
     Raises OSError, and ModelError for a network or tokenizer that llama.cpp does not have.
     """
     arch = source.arch
@@ -35,15 +39,14 @@ def write_gguf(
     try:
         writer.add_type("model")
         writer.add_name(source.name)
-        size = "ALL" if kind == "f32" else "MOSTLY"
-        writer.add_file_type(gguf.LlamaFileType[f"{size}_{kind.upper()}"])
+        writer.add_file_type(_file_type(kind))
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         _add_shape(writer, arch)
         _add_tokenizer(writer, source)
         extra = {"rope_freqs.weight": _rope_factors(arch)} if arch.rope.kind == "llama3" else {}
         for name, factors in extra.items():
             writer.add_tensor_info(name, factors.shape, factors.dtype, factors.nbytes)
-        types = {name: tensor_type(kind, name, weight.shape) for name, weight in source.weights.items()}
+        types = tensor_types(source, kind)
         for name, gguf_name in gguf_names(source).items():
             shape = gguf.quant_shape_to_byte_shape(source.weights[name].shape, types[name])
             writer.add_tensor_info(gguf_name, shape, np.dtype(np.uint8), math.prod(shape), types[name])
@@ -54,7 +57,9 @@ def write_gguf(
             writer.write_tensor_data(factors)
         for done, (name, dtype) in enumerate(types.items(), 1):
             tensor = permuted(source.tensor(name, merged=merged), name, arch)
-            writer.write_tensor_data(gguf.quantize(tensor.float().numpy(), dtype))
+            columns = source.importance.get(name)
+            weights = None if columns is None else columns.numpy()
+            writer.write_tensor_data(quantized(tensor.float().numpy(), dtype, weights))
             progress(done, len(source.weights))
     finally:
         writer.close()
@@ -90,6 +95,12 @@ def write_lora(source: RunSource, path: Path) -> None:
         writer.write_tensors_to_file()
     finally:
         writer.close()
+
+
+def _file_type(kind: str) -> gguf.LlamaFileType:
+    """llama.cpp's number of a mixture of types."""
+    names = gguf.LlamaFileType.__members__
+    return next(names[name] for name in (f"ALL_{kind.upper()}", f"MOSTLY_{kind.upper()}") if name in names)
 
 
 def _architecture(source: RunSource) -> str:

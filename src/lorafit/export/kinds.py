@@ -8,23 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
-
 from lorafit.export import merge, ollama
-from lorafit.export.reference import Prompt, Rounding
+from lorafit.export.number_types import GGUF_TYPES, TYPES
+from lorafit.export.reference import Advance, Question, Rounding
 from lorafit.export.run_source import RunSource
 from lorafit.model.adapter_file import CONFIG, WEIGHTS
 from lorafit.model.dtypes import BY_GGUF_NAME
-
-Advance = Callable[[int, int], None]
-# Bytes per weight, and the part of a weight that rounding may change: at least twice what it changes of normally
-# distributed numbers.
-BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 0.75}
-_MOST_ROUNDED = {"f32": 1e-6, "f16": 1e-3, "bf16": 4e-3, "q8_0": 0.02, "q4_0": 0.25}
-_GGUF_TYPES = ("q8_0", "f32", "f16", "bf16", "q4_0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +34,10 @@ class Export:
     reader: str  # a name of export/readback.py's READERS
     write: Callable[[RunSource, Path, str, Advance], Mapping[str, str]]
     usage: str
-    rounding: Callable[[str], Rounding]  # of the program that reads a type
+    rounding: Callable[[str], Rounding | None]  # of the program that reads a type; None for types with blocks
     is_adapter: bool = False
     write_base: Callable[[RunSource, Path], None] | None = None  # a file that the reader puts the adapter on
-    faults: Callable[[RunSource, Sequence[Prompt], Path], Sequence[str]] = lambda source, prompts, folder: ()
+    faults: Callable[[RunSource, Sequence[Question], Path], Sequence[str]] = lambda source, prompts, folder: ()
 
 
 def write_adapter(source: RunSource, staging: Path, type_name: str, advance: Advance) -> Mapping[str, str]:
@@ -99,23 +91,17 @@ def _not_rounded(type_name: str) -> Rounding:
 
 def _rounding_of_weights(type_name: str) -> Rounding:
     dtype = BY_GGUF_NAME[type_name]
-    return Rounding(lambda _, weight: weight.to(dtype).float(), most=_MOST_ROUNDED[type_name])
+    return Rounding(lambda _, weight: weight.to(dtype).float(), most=TYPES[type_name].most_rounded or 0.0)
 
 
-def _rounding_of_llama_cpp(type_name: str) -> Rounding:
-    from gguf import GGMLQuantizationType as Type
-
-    from lorafit.export.gguf_types import has_blocks, rounded, tensor_type
-
-    def weights(name: str, weight: Tensor) -> Tensor:
-        return rounded(weight, tensor_type(type_name, name, tuple(weight.shape)))
-
-    def inputs(x: Tensor) -> Tensor:
-        # llama.cpp converts the input of a product to the weight's type; for 4 bits, to 8
-        kind = Type.Q8_0 if type_name.startswith("q") else Type[type_name.upper()]
-        return rounded(x, kind if has_blocks(kind, x.shape[-1]) else Type.F16).to(x.dtype)
-
-    return Rounding(weights, None if type_name == "f32" else inputs, _MOST_ROUNDED[type_name])
+def _rounding_of_llama_cpp(type_name: str) -> Rounding | None:
+    if TYPES[type_name].has_blocks:
+        return None
+    dtype, rounding = BY_GGUF_NAME[type_name], _rounding_of_weights(type_name)
+    if type_name == "f32":
+        return rounding
+    # llama.cpp converts the input of a product to the weight's type
+    return replace(rounding, inputs=lambda x: x.to(dtype).to(x.dtype))
 
 
 _ANSWER = """
@@ -171,7 +157,7 @@ EXPORTS: dict[str, Export] = {
     "gguf": Export(
         title="GGUF",
         library="gguf",
-        types=_GGUF_TYPES,
+        types=GGUF_TYPES,
         reader="llama.cpp",
         write=_write_gguf,
         usage="```bash\nllama-cli -m {file} --jinja -cnv\n```",
@@ -191,7 +177,7 @@ EXPORTS: dict[str, Export] = {
     "ollama": Export(
         title="model for Ollama",
         library="gguf",
-        types=_GGUF_TYPES,
+        types=GGUF_TYPES,
         reader="llama.cpp",
         write=_write_ollama,
         usage="```bash\nollama create {name} -f Modelfile\nollama run {name}\n```",

@@ -17,6 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 _FORCED = 1e4  # a bias of the logits that selects a token in any case
+_SOME = 256  # tokens that a rare one is looked for in first
+
+Score = tuple[float, int, float]  # log-probability of a token; the most probable one, its log-probability
 
 
 class Server:
@@ -38,6 +41,8 @@ class Server:
         params.n_parallel = 1
         params.n_gpu_layers = 0
         params.fit_params = False
+        params.warmup = False  # it takes longer than all that is asked
+        params.cache_ram_mib = 0
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -56,15 +61,35 @@ class Server:
         answer = self._ask("/tokenize", content=text, add_special=True, parse_special=True)
         return [int(token) for token in answer["tokens"]]
 
-    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Logits of the token after `ids`, up to a constant, (vocab_size,)."""
+    def log_probabilities(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Log-probabilities of the token after `ids`, (vocab_size,). This is slow: the answer has megabytes."""
+        return self._top(ids, self._size)
+
+    def _top(self, ids: Sequence[int], most: int) -> NDArray[np.float32]:
+        """The `most` highest log-probabilities, (vocab_size,); the others are -inf."""
         # The server omits the most probable token if that ends an answer or is a part of a character. The token that
         # it is forced to choose does not change the probabilities: it reports those from before the choice.
-        answer = self._complete(ids, n_predict=1, n_probs=self._size, logit_bias=[[self._letter, _FORCED]])
-        logits = np.full(self._size, -np.inf, np.float32)
+        answer = self._complete(ids, n_predict=1, n_probs=most, logit_bias=[[self._letter, _FORCED]])
+        row = np.full(self._size, -np.inf, np.float32)
         for entry in answer["completion_probabilities"][0]["top_logprobs"]:
-            logits[entry["id"]] = entry["logprob"]
-        return logits
+            row[entry["id"]] = entry["logprob"]
+        return row
+
+    def score(self, ids: Sequence[int], token: int) -> Score:
+        """The score of `token` after `ids`."""
+        answer = self._complete(ids, n_predict=1, n_probs=1, logit_bias=[[token, _FORCED]])
+        if found := answer.get("completion_probabilities"):
+            best = found[0]["top_logprobs"][0]
+            return float(found[0]["logprob"]), int(best["id"]), float(best["logprob"])
+        row = self._top(ids, _SOME)  # the server omits a part of a character
+        if row[token] == -np.inf:
+            row = self.log_probabilities(ids)
+        return float(row[token]), int(row.argmax()), float(row.max())
+
+    def generate(self, ids: Sequence[int], most: int, *, to_the_end: bool = False) -> tuple[list[int], float]:
+        """(the greedy answer, tokens per second); `to_the_end`: of `most` tokens in any case."""
+        answer = self._complete(ids, n_predict=most, return_tokens=True, ignore_eos=to_the_end)
+        return [int(token) for token in answer["tokens"]], float(answer["timings"]["predicted_per_second"])
 
     def ends(self, token: int) -> bool:
         """Whether the program stops at this token."""

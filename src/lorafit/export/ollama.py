@@ -16,7 +16,7 @@ from lorafit.data.formats import Instruction as InstructionRow
 from lorafit.data.prompt import Renderer
 from lorafit.errors import DataError, ModelError
 from lorafit.export.chat_template import written_prompt
-from lorafit.export.reference import Prompt
+from lorafit.export.reference import Question
 from lorafit.export.run_source import RunSource
 
 FILE, MODEL = "Modelfile", "model.gguf"
@@ -57,7 +57,7 @@ def go_template(renderer: Renderer) -> str:
     return f"{opening}{{{{ .Prompt }}}}{to_go_template(end)}{{{{ .Response }}}}{to_go_template(closing)}"
 
 
-def check_modelfile(source: RunSource, prompts: Sequence[Prompt], folder: Path) -> list[str]:
+def check_modelfile(source: RunSource, prompts: Sequence[Question], folder: Path) -> list[str]:
     """Each difference of the written Modelfile from the contract: rendered prompts and stop tokens."""
     text = (folder / FILE).read_text(encoding="utf-8")
     template = re.search(r'^TEMPLATE """(.*?)"""$', text, re.MULTILINE | re.DOTALL)

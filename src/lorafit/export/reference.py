@@ -1,11 +1,12 @@
-"""The live adapter's answers to fixed prompts, and how much its logits change if numbers are rounded as in an export.
+"""The live adapter's answers to fixed prompts and its loss on rows of the run, which an export must keep.
 
-Our own engine computes both; export/parity.py compares them with the answers of the program that reads the export.
+Our own engine computes both, and for types without blocks also how much rounding changes them; export/parity.py
+compares them with the results of the program that reads the export.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from lorafit.data.formats import Message
 from lorafit.errors import DataError, RunError
 from lorafit.export.chat_template import written_prompt
+from lorafit.export.rows import RowTexts, Text
 from lorafit.export.run_source import RunSource
 from lorafit.infer.continuous_batch import Request, generate_tokens
 from lorafit.model.attention import PackedDocuments
@@ -27,15 +29,24 @@ from lorafit.verify.logits import largest
 
 MAX_PROMPTS, MAX_TOKENS = 6, 16
 FIXED_PROMPTS = ("What is the capital of France?", "라마가 뭐야? 🦙", "Write  two lines:\n\n1. one\n2. two")
+FLOOR = -60.0  # log-probabilities below count as this one
+
+Advance = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Prompt:
-    """A question, its rendered text and ids, and the greedy answer of the live adapter with its stop token, if any."""
+class Question:
+    """A conversation up to an answer, its rendered text and ids."""
 
     messages: tuple[Message, ...]
     text: str
     ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt(Question):
+    """A question, and the greedy answer of the live adapter with its stop token, if any."""
+
     answer: list[int]
 
 
@@ -52,51 +63,85 @@ class Rounding:
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
-    """Prompts and the live adapter's logits: (positions, vocab_size) for the last token of each prompt and its answer.
+class Scores:
+    """Of each token to score, text by text: its log-probability `scored` (tokens,), the most probable token `best`
+    (tokens,) and that one's log-probability `best_scored` (tokens,). `first` (vocab_size,) are the log-probabilities
+    of the first token of the first answer.
+    """
 
-    `rounded` are the logits of our engine with rounded numbers; `arithmetic` is the type of the products. `is_exact`:
-    the program that reads the export rounds nothing else, so it must compute `rounded`.
+    scored: Tensor
+    best: Tensor
+    best_scored: Tensor
+    first: Tensor
+
+    def difference(self, other: Scores) -> float:
+        """The largest difference of a log-probability."""
+        pairs = ((self.scored, other.scored), (self.first, other.first))
+        return max(largest(a.clamp(min=FLOOR) - b.clamp(min=FLOOR)) for a, b in pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Prompts with answers, rows, and the live adapter's scores of them: the answers first, then the rows.
+
+    `rounded` are the scores of our engine with rounded numbers, None for types with blocks; `arithmetic` is the type of
+    the products. `is_exact`: the program that reads the export rounds nothing else, so it must compute `rounded`.
+    `spread` is from the lowest logit to the highest. `importance` is as in RunSource.
     """
 
     prompts: Sequence[Prompt]
-    logits: Tensor
-    rounded: Tensor
+    rows: RowTexts
+    live: Scores
+    rounded: Scores | None
     arithmetic: str
     is_exact: bool
+    spread: float
+    importance: Mapping[str, Tensor]
 
     @property
-    def noise(self) -> float:
-        """The largest difference that rounding makes."""
-        return largest(log_probabilities(self.logits) - log_probabilities(self.rounded))
+    def texts(self) -> list[Text]:
+        """Every text to score."""
+        return [*map(_of_answer, self.prompts), *self.rows.texts]
 
     @property
-    def spread(self) -> float:
-        """From the lowest logit to the highest."""
-        return float(self.logits.max() - self.logits.min())
+    def num_answered(self) -> int:
+        """How many of the scored tokens are those of the answers."""
+        return sum(len(prompt.answer) for prompt in self.prompts)
 
 
 def make_reference(
-    source: RunSource, rounding: Rounding, longest: int, progress: Callable[[int, int], None]
+    source: RunSource,
+    rows: RowTexts,
+    rounding: Rounding | None,
+    longest: int,
+    progress: Advance,
+    calibration: Sequence[Text] = (),
 ) -> Reference:
-    """Answers of the live adapter to the run's first held-out prompts and fixed ones, in float32 if memory allows.
+    """Scores of the live adapter, in float32 if memory allows: of its answers to the run's first held-out prompts and
+    fixed ones, and of `rows`. The importance of columns is measured on the texts of `calibration`.
 
     A prompt and its answer have at most `longest` tokens. Raises DataError if no prompt is so short.
     """
+    questions = questions_of(source, longest)
     arithmetic = arithmetic_of(source)
     network, _ = build_saved(source.base.path, source.adapter, "cpu", arithmetic)
-    prompts = [_answered(source, network, messages) for messages in _questions(source, longest)]
+    steps = len(questions) + 1 + len(source.weights) * (rounding is not None) + len(calibration)
+    prompts = []
+    for done, question in enumerate(questions, 1):
+        prompts.append(_answered(source, network, question))
+        progress(done, steps)
+    texts = [*map(_of_answer, prompts), *rows.texts]
+    rounded = None
     with torch.no_grad():
-        live = torch.cat([_logits(network, prompt) for prompt in prompts])
-        _round(source, network, rounding, progress)
-        rounded = torch.cat([_logits(network, prompt, rounding.inputs) for prompt in prompts])
-    is_exact = rounding.inputs is None and arithmetic == "float32"
-    return Reference(prompts, live, rounded, arithmetic, is_exact)
-
-
-def log_probabilities(logits: Tensor) -> Tensor:
-    """Logits without the constant that programs may add; values below e^-60 count as that."""
-    return logits.log_softmax(-1).clamp(min=-60)
+        live, spread = _scores(network, texts)
+        start = len(questions) + 1
+        progress(start, steps)
+        if rounding is not None:
+            _round(source, network, rounding, lambda done: progress(start + done, steps))
+            rounded, _ = _scores(network, texts, rounding.inputs)
+    importance = _importance(source, network, calibration, lambda done: progress(start + done, steps))
+    is_exact = rounding is not None and rounding.inputs is None and arithmetic == "float32"
+    return Reference(prompts, rows, live, rounded, arithmetic, is_exact, spread, importance)
 
 
 def arithmetic_of(source: RunSource) -> str:
@@ -108,13 +153,13 @@ def arithmetic_of(source: RunSource) -> str:
     return "float16" if is_narrow else "bfloat16"
 
 
-def _questions(source: RunSource, longest: int) -> list[tuple[Message, ...]]:
-    """Conversations of one question that leave room for an answer."""
+def questions_of(source: RunSource, longest: int) -> list[Question]:
+    """Conversations of one question that leave room for an answer. Raises DataError if there is none."""
     samples: list[str] = []
     if source.run.samples_file.is_file():
         samples = [str(sample["prompt"]) for sample in source.run.read_json(source.run.samples_file)]
     room = longest - MAX_TOKENS
-    conversations: list[tuple[Message, ...]] = []
+    questions: list[Question] = []
     for question in dict.fromkeys([*samples[: MAX_PROMPTS - len(FIXED_PROMPTS)], *FIXED_PROMPTS]):
         messages = (Message("user", question),)
         try:
@@ -123,33 +168,53 @@ def _questions(source: RunSource, longest: int) -> list[tuple[Message, ...]]:
             continue
         # programs differ in the tokens of characters outside of the vocabulary
         if 0 < len(ids) < room and source.renderer.tokenizer.unknown_id not in ids:
-            conversations.append(messages)
-    if not conversations:
+            questions.append(Question(messages, written_prompt(source.renderer, messages), ids))
+    if not questions:
         raise DataError(
             f"no prompt can be compared: each is longer than {longest} tokens, or has characters outside of the "
             "tokenizer's vocabulary, which programs treat differently",
             hint="train with a template that the tokenizer knows, or use --no-verify: the export records it",
         )
-    return conversations
+    return questions
 
 
-def _answered(source: RunSource, network: Llama, messages: tuple[Message, ...]) -> Prompt:
-    ids = source.renderer.prompt_ids(messages)
+def _answered(source: RunSource, network: Llama, question: Question) -> Prompt:
     stops = frozenset(source.contract.stop_ids)
-    made = generate_tokens(network, [Request(ids, stops, MAX_TOKENS)])
-    text = written_prompt(source.renderer, messages)
-    return Prompt(messages, text, ids, [token.id for _, token in made])
+    made = generate_tokens(network, [Request(question.ids, stops, MAX_TOKENS)])
+    return Prompt(question.messages, question.text, question.ids, [token.id for _, token in made])
 
 
-def _logits(network: Llama, prompt: Prompt, inputs: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-    whole = torch.tensor([*prompt.ids, *prompt.answer])
-    hidden = network.normed(network.hidden(whole, PackedDocuments([len(whole)]))[len(prompt.ids) - 1 :])
-    logits = F.linear(hidden if inputs is None else inputs(hidden), network.lm_head.weight)
-    return capped(logits, network.arch.logits_cap).float()
+def _of_answer(prompt: Prompt) -> Text:
+    whole = [*prompt.ids, *prompt.answer]
+    return Text(whole, range(len(prompt.ids), len(whole)))
+
+
+def _scores(
+    network: Llama, texts: Iterable[Text], inputs: Callable[[Tensor], Tensor] | None = None
+) -> tuple[Scores, float]:
+    """(the scores of `texts`, the spread of the logits)."""
+    parts: list[tuple[Tensor, ...]] = []
+    first, spread = torch.empty(0), 0.0
+    for text in texts:
+        ids, at = torch.tensor(text.ids), torch.tensor(text.positions)
+        hidden = network.normed(network.hidden(ids[:-1], PackedDocuments([len(ids) - 1]), at - 1))
+        logits = F.linear(hidden if inputs is None else inputs(hidden), network.lm_head.weight)
+        logits = capped(logits, network.arch.logits_cap).float()
+        rows = logits.log_softmax(-1)
+        best = rows.max(-1)
+        parts.append((rows.gather(1, ids[at, None])[:, 0], best.indices, best.values))
+        first = first if len(first) else rows[0].clone()
+        spread = max(spread, float(logits.max() - logits.min()))
+    scored, indices, values = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Scores(scored, indices, values, first), spread
 
 
 def _round(
-    source: RunSource, network: Llama, rounding: Rounding, progress: Callable[[int, int], None]
+    source: RunSource,
+    network: Llama,
+    rounding: Rounding,
+    progress: Callable[[int], None],
+    inputs_of: Callable[[str], Callable[[Tensor], Tensor] | None] | None = None,
 ) -> None:
     """Replace the network's weights by rounded ones, with the adapter merged into them.
 
@@ -168,12 +233,45 @@ def _round(
             raise RunError(f"weight `{name}` changes by {change:.1%} when it is rounded to this type")
         weight = weight.to(network.lm_head.weight.dtype)
         if isinstance(module, Frozen) and part == "weight":
-            replace_module(network, module_name, _Rounded(weight, module.bias, rounding.inputs))
+            inputs = rounding.inputs if inputs_of is None else inputs_of(name)
+            replace_module(network, module_name, _Rounded(weight, module.bias, inputs))
         else:
             setattr(module, part, nn.Parameter(weight, requires_grad=False))
-        progress(done, len(source.weights))
+        progress(done)
     if source.arch.tie_word_embeddings:
         network.lm_head.weight = network.decoder.embed_tokens.weight
+
+
+def importance_of(source: RunSource, calibration: Sequence[Text], progress: Advance) -> Mapping[str, Tensor]:
+    """The importance of columns, measured on texts (see RunSource)."""
+    network, _ = build_saved(source.base.path, source.adapter, "cpu", arithmetic_of(source))
+    return _importance(source, network, calibration, lambda done: progress(done, len(calibration)))
+
+
+@torch.no_grad()
+def _importance(
+    source: RunSource, network: Llama, calibration: Sequence[Text], progress: Callable[[int], None]
+) -> Mapping[str, Tensor]:
+    """The mean square of each input of each linear, over all tokens of the texts; changes the network."""
+    if not calibration:
+        return {}
+    sums: dict[str, Tensor] = {}
+
+    def recorder(name: str) -> Callable[[Tensor], Tensor]:
+        def record(x: Tensor) -> Tensor:
+            squares = x.float().square().sum(0)
+            sums[name] = sums[name] + squares if name in sums else squares
+            return x
+
+        return record
+
+    _round(source, network, Rounding(), lambda done: None, recorder)
+    for done, text in enumerate(calibration, 1):
+        network.hidden(torch.tensor(text.ids), PackedDocuments([len(text.ids)]))
+        progress(done)
+    tokens = sum(len(text.ids) for text in calibration)
+    # a block whose columns all count nothing would have no scale
+    return {name: (total + 1e-6 * total.mean()) / tokens for name, total in sums.items()}
 
 
 class _Rounded(Frozen):

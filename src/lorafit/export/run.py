@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +17,21 @@ from lorafit.errors import ConfigError, LorafitError, Problem
 from lorafit.export import parity
 from lorafit.export.card import FILE as CARD
 from lorafit.export.card import card
-from lorafit.export.kinds import BYTES, EXPORTS, Export
+from lorafit.export.kinds import EXPORTS, Export
 from lorafit.export.merge import base_type, write_json
+from lorafit.export.number_types import TYPES
 from lorafit.export.ollama import FILE as MODELFILE
+from lorafit.export.ollama import MODEL, write_modelfile
 from lorafit.export.readback import READERS
-from lorafit.export.reference import Reference, make_reference
+from lorafit.export.reference import Reference, importance_of, make_reference, questions_of
+from lorafit.export.rows import rows_of
 from lorafit.export.run_source import RunSource, open_source
 from lorafit.export.target import refuse_foreign, target_folder
+from lorafit.model.adapter_file import WEIGHTS
 from lorafit.model.weights import fingerprint
 from lorafit.observe.progress import progress
 from lorafit.run_dir import PROMPT
-from lorafit.storage.atomic import staging_folder
+from lorafit.storage.atomic import MANIFEST, read_facts, sha256_file, staging_folder, verify_folder
 from lorafit.version import __version__
 
 _HINT = "free space, or give another --output; the run itself is unchanged"
@@ -60,6 +67,36 @@ def export_run(
     not write, or if the export does not answer as the live adapter does. If `verify` is False there is no comparison,
     and the export records that.
     """
+    export, source = prepare(run, kind, type_name, offline=offline)
+    type_name = type_name or export.types[0]
+    if type_name == "auto":
+        type_name = base_type(source)
+    folder = _target(source, kind, type_name, output)
+    facts = _facts(source, kind, type_name)
+    if kind == "ollama" and verify and (made := _made_before(source, type_name, facts)) is not None:
+        return commit(source, kind, type_name, output, (made, _outcome_of(made)))
+    reference = None
+    if verify:
+        reference = reference_of(source, export, type_name)
+        source = replace(source, importance=reference.importance)
+    elif TYPES[type_name].profits:
+        source = _calibrated(source, export)
+    sums: dict[str, str] = {}
+    with _staged(source, export, folder, facts, sums) as staging:
+        with progress(f"writing {kind}") as advance:
+            sums.update(export.write(source, staging, type_name, advance))
+        outcome: dict[str, Any] = parity.unverified("--no-verify")
+        if reference is not None:
+            outcome = _verify(source, reference, export, type_name, staging)
+        _describe(source, export, type_name, staging, outcome)
+        refuse_foreign(folder)  # once more: comparing takes minutes
+    return _exported(folder, kind, type_name, outcome)
+
+
+def prepare(
+    run: str | Path, kind: str, type_name: str | None = None, *, offline: bool = False
+) -> tuple[Export, RunSource]:
+    """The record of a kind, and the run to export. Raises a LorafitError if the kind cannot be written of it."""
     if kind not in EXPORTS:
         raise ConfigError(f"there is no export `{kind}`", hint=f"one of {', '.join(EXPORTS)}")
     export = EXPORTS[kind]
@@ -69,56 +106,129 @@ def export_run(
     if export.library == "gguf" and importlib.util.find_spec("gguf") is None:
         hint = "pip install 'lorafit[gguf]'"
         raise ConfigError("the package `gguf` is needed to write GGUF files", hint=hint)
-    source = open_source(run, offline=offline)
-    type_name = type_name or export.types[0]
-    if type_name == "auto":
-        type_name = base_type(source)
-    name = kind if len(export.types) == 1 else f"{kind}-{type_name}"
+    return export, open_source(run, offline=offline)
+
+
+def commit(
+    source: RunSource, kind: str, type_name: str, output: str | Path | None, made: tuple[Path, dict[str, Any]]
+) -> Exported:
+    """The export of a GGUF file that is written and compared: `made` are its folder and the result."""
+    export, (made_in, outcome) = EXPORTS[kind], made
+    folder = _target(source, kind, type_name, output)
+    with _staged(source, export, folder, _facts(source, kind, type_name), {}) as staging:
+        name = MODEL if kind == "ollama" else f"{source.name}-{type_name}.gguf"
+        with progress("copying the GGUF file"):
+            shutil.copyfile(next(made_in.glob("*.gguf")), staging / name)
+        if kind == "ollama":
+            write_modelfile(source, staging)
+            questions = questions_of(source, _longest(source, export))
+            if faults := export.faults(source, questions, staging):
+                raise LorafitError.of(Problem(fault, MODELFILE) for fault in faults)
+        _describe(source, export, type_name, staging, outcome)
+    return _exported(folder, kind, type_name, outcome)
+
+
+def _target(source: RunSource, kind: str, type_name: str, output: str | Path | None) -> Path:
+    name = kind if len(EXPORTS[kind].types) == 1 else f"{kind}-{type_name}"
     if output is None and source.config is None:
         raise ConfigError(
             "an adapter outside of a run needs an --output", hint=f"--output {source.name}-{name}"
         )
-    folder = target_folder(source.run, name, output)
-    reference = None
-    if verify:
-        with progress("computing the adapter's answers") as advance:
-            has_windows = READERS[export.reader].has_windows
-            longest = source.arch.max_position_embeddings if has_windows else source.arch.shortest_window
-            reference = make_reference(source, export.rounding(type_name), longest, advance)
-    outcome: dict[str, Any] = parity.unverified("--no-verify")
+    return target_folder(source.run, name, output)
 
-    size = None if export.is_adapter else round(BYTES[type_name] * source.arch.num_parameters)
-    facts = {
+
+def _staged(
+    source: RunSource, export: Export, folder: Path, facts: Mapping[str, Any], sums: dict[str, str]
+) -> AbstractContextManager[Path]:
+    bits = TYPES[facts["type"]].bits
+    size = None if export.is_adapter else round(bits / 8 * source.arch.num_parameters)
+    return staging_folder(folder, facts, sums, size, _HINT)
+
+
+def _describe(
+    source: RunSource, export: Export, type_name: str, staging: Path, outcome: dict[str, Any]
+) -> None:
+    """Write the prompt contract, the result of the comparison and the model card."""
+    if export.reader == "llama.cpp" and not export.is_adapter:
+        from lorafit.export.gguf_types import fallbacks
+
+        if other := fallbacks(source, type_name):
+            outcome["other_types"] = other
+    prompt = source.contract
+    if not export.is_adapter and (staging / "tokenizer.json").is_file():  # it is its own model now
+        prompt = replace(prompt, tokenizer_sha256=Tokenizer.from_folder(staging).sha256)
+    write_json(staging / PROMPT, prompt.to_json())
+    write_json(staging / parity.FILE, outcome)
+    (staging / CARD).write_text(card(source, export, type_name, staging, outcome), encoding="utf-8")
+
+
+def _exported(folder: Path, kind: str, type_name: str, outcome: Mapping[str, Any]) -> Exported:
+    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    return Exported(folder, kind, type_name, files, outcome)
+
+
+def _facts(source: RunSource, kind: str, type_name: str) -> dict[str, Any]:
+    return {
         "export": kind,
         "type": type_name,
         "lorafit": __version__,
         "prompt_contract": source.contract.hash,
         "base_model": fingerprint(source.base.path),
+        "adapter": sha256_file(source.adapter / WEIGHTS),
     }
-    sums: dict[str, str] = {}
-    with staging_folder(folder, facts, sums, size, _HINT) as staging:
-        with progress(f"writing {kind}") as advance:
-            sums.update(export.write(source, staging, type_name, advance))
-        prompt = source.contract
-        if not export.is_adapter and (staging / "tokenizer.json").is_file():  # it is its own model now
-            prompt = replace(prompt, tokenizer_sha256=Tokenizer.from_folder(staging).sha256)
-        write_json(staging / PROMPT, prompt.to_json())
-        if reference is not None:
-            outcome = _verify(source, reference, export, staging)
-        write_json(staging / parity.FILE, outcome)
-        (staging / CARD).write_text(card(source, export, type_name, staging, outcome), encoding="utf-8")
-        refuse_foreign(folder)  # once more: comparing takes minutes
-    files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    return Exported(folder, kind, type_name, files, outcome)
 
 
-def _verify(source: RunSource, reference: Reference, export: Export, staging: Path) -> dict[str, Any]:
+def _longest(source: RunSource, export: Export) -> int:
+    """The most tokens that the program which reads the export computes as lorafit does."""
+    has_windows = READERS[export.reader].has_windows
+    return source.arch.max_position_embeddings if has_windows else source.arch.shortest_window
+
+
+def reference_of(source: RunSource, export: Export, type_name: str) -> Reference:
+    """The live adapter's answers and loss, for an export of this type."""
+    longest = _longest(source, export)
+    rows, calibration = rows_of(source, longest)
+    with progress("computing the adapter's answers") as advance:
+        some = calibration if TYPES[type_name].profits else ()
+        return make_reference(source, rows, export.rounding(type_name), longest, advance, some)
+
+
+def _calibrated(source: RunSource, export: Export) -> RunSource:
+    """The source with the importance of its columns."""
+    _, calibration = rows_of(source, _longest(source, export))
+    with progress("measuring the importance of columns") as advance:
+        return replace(source, importance=importance_of(source, calibration, advance))
+
+
+def _verify(
+    source: RunSource, reference: Reference, export: Export, type_name: str, staging: Path
+) -> dict[str, Any]:
     """What parity.json says of the export in `staging`. Raises a LorafitError naming every difference."""
-    with progress("reading the export back"), tempfile.TemporaryDirectory(prefix="lorafit-") as scratch:
-        if faults := export.faults(source, reference.prompts, staging):
-            raise LorafitError.of(Problem(fault, MODELFILE) for fault in faults)
+    if faults := export.faults(source, reference.prompts, staging):
+        raise LorafitError.of(Problem(fault, MODELFILE) for fault in faults)
+    if why := parity.missing(export):
+        return parity.unverified(why)
+    with (
+        progress("reading the export back") as advance,
+        tempfile.TemporaryDirectory(prefix="lorafit-") as scratch,
+    ):
         base = None
         if export.write_base is not None:
             base = Path(scratch) / "base.gguf"
             export.write_base(source, base)
-        return parity.verify(source, reference, export, staging, base)
+        result, scores = parity.read_back(source, reference, export, staging, base, advance)
+    return parity.outcome(source, reference, export, TYPES[type_name], result, scores)
+
+
+def _made_before(source: RunSource, type_name: str, facts: Mapping[str, Any]) -> Path | None:
+    """The verified `gguf` export of this adapter in the run's own folder, whole as it was written; None if none."""
+    folder = source.run.exports / f"gguf-{type_name}"
+    if source.config is None or not (folder / MANIFEST).is_file() or verify_folder(folder):
+        return None
+    is_same = read_facts(folder) == {**facts, "export": "gguf"}
+    return folder if is_same and _outcome_of(folder)["verified"] else None
+
+
+def _outcome_of(folder: Path) -> dict[str, Any]:
+    outcome: dict[str, Any] = json.loads((folder / parity.FILE).read_text(encoding="utf-8"))
+    return outcome

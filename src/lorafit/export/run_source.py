@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -31,6 +32,8 @@ class RunSource:
     """A run or an adapter, and the parts of its exports. `weights` are by Hugging Face names, in the files' order.
 
     `left_out` are the tensors of towers for images or sound, which a merged model has as the base has them.
+    `importance` has, for weights of which it is known, a number (width,) per column: how much its errors count in a
+    type that rounds in blocks.
     """
 
     run: RunDirectory  # or the adapter's folder, where no run of lorafit made it
@@ -43,6 +46,7 @@ class RunSource:
     renderer: Renderer
     weights: dict[str, StoredTensor]
     left_out: dict[str, StoredTensor] = field(default_factory=dict)
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def contract(self) -> PromptContract:

@@ -12,16 +12,25 @@ from typing import TextIO
 from rich.progress import (
     BarColumn,
     Progress,
+    Task,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from lorafit.observe.console import can_redraw, clean_line, console_of, print_line
 from lorafit.observe.units import duration
 
 QUIET_SECONDS = 0.5  # faster work shows no progress
+
+
+class _Eta(TimeRemainingColumn):
+    """The time that remains, and nothing while it is unknown."""
+
+    def render(self, task: Task) -> Text:
+        return Text("eta ").append(super().render(task)) if task.total else Text()
 
 
 @contextmanager
@@ -43,8 +52,7 @@ def progress(
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(compact=True),
+        _Eta(compact=True),
         console=console,
         transient=True,
         redirect_stdout=False,

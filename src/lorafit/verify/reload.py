@@ -7,10 +7,12 @@ computes one pass. export/parity.py reads an export back in the same way.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from lorafit.model.lora import disable_adapter, evaluating
 from lorafit.run_dir import RunDirectory
 
 PROBE_ROWS, MOST_TOKENS, MOST_POSITIONS = 4, 256, 16  # rows; tokens and positions per row
+_PROGRESS = re.compile(r"progress (\d+) (\d+)")
 TIMEOUT_SECONDS = 1800.0  # to load a model from the slowest disk
 
 
@@ -81,28 +84,52 @@ def logits_from_subprocess(run: RunDirectory, probe: Probe) -> tuple[Tensor, Ten
 
 
 def run_module(
-    module: str, paths: Sequence[Path], environment: Mapping[str, str], timeout: float | None = None
+    module: str,
+    paths: Sequence[Path],
+    environment: Mapping[str, str],
+    timeout: float | None = None,
+    advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> str:
-    """Run `python -m MODULE PATHS` to its end; returns why it failed, "" if it did not."""
+    """Run `python -m MODULE PATHS` to its end; returns why it failed, "" if it did not.
+
+    Its lines `progress DONE TOTAL` on stdout are given to `advance`.
+    """
     # -P: a file of the working folder is never imported
     command = [sys.executable, "-P", "-m", module, *(str(path.resolve()) for path in paths)]
-    try:
-        done = subprocess.run(  # noqa: S603 (our own module and paths)
-            command,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            env=dict(environment),
-            timeout=timeout,
-        )
-    except subprocess.TimeoutExpired:
-        return f"it did not end within {timeout:.0f} s"
-    if done.returncode == 0:
-        return ""
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    exit_code = f"exit code {done.returncode}"
-    last = f"{exit_code}: {lines[-1]}" if lines else exit_code
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
+        subprocess.Popen(  # noqa: S603 (our own module and paths)
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace", env=dict(environment)
+        ) as child,
+    ):
+        late = threading.Event()
+
+        def stop() -> None:
+            late.set()
+            child.kill()
+
+        timer = threading.Timer(timeout or threading.TIMEOUT_MAX, stop)
+        timer.daemon = True
+        timer.start()
+        try:
+            assert child.stdout is not None
+            for line in child.stdout:
+                if found := _PROGRESS.fullmatch(line.rstrip()):
+                    advance(int(found[1]), int(found[2]))
+            exit_code = child.wait()
+        except BaseException:
+            child.kill()
+            raise
+        finally:
+            timer.cancel()
+        if late.is_set():
+            return f"it did not end within {timeout:.0f} s"
+        if exit_code == 0:
+            return ""
+        errors.seek(0)
+        lines = [line.rstrip("\n") for line in errors if line.strip()]
+    code = f"exit code {exit_code}"
+    last = f"{code}: {lines[-1]}" if lines else code
     return next((line for line in lines if line.startswith("error: ")), last).removeprefix("error: ")
 
 
