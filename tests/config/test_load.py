@@ -234,6 +234,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "train.batch_size": st.integers(1, 65536) | AUTO,
     "train.micro_batch_tokens": st.integers(8),
     "train.recompute": st.sampled_from(["none", "layers"]),
+    "train.deterministic": st.booleans(),
     "train.learning_rate": st.floats(0, 1, exclude_min=True, exclude_max=True) | AUTO,
     "train.schedule": st.sampled_from(["cosine", "linear", "constant"]),
     "train.warmup": st.floats(0, 1e6),

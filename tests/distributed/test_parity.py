@@ -21,8 +21,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lorafit.config.load import load_config
 from lorafit.data.packing import build_pack
+from lorafit.distributed.env import ProcessEnv
 from lorafit.distributed.fsdp import shard_base
 from lorafit.distributed.parallel import ReplicatedEngine
+from lorafit.distributed.ranks import Ranks
 from lorafit.errors import ConfigError
 from lorafit.forward import pack_loss
 from lorafit.model.linear import Frozen
@@ -270,3 +272,14 @@ def test_a_run_alone_is_the_same_bytes_twice(bench: Bench, one: Path) -> None:
     assert (again / "adapter" / "adapter_model.safetensors").read_bytes() == (
         one / "adapter" / "adapter_model.safetensors"
     ).read_bytes()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:1"])
+def test_nccl_connects_with_the_group_and_not_in_the_first_step(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **words: given.update(words))
+    store = dist.HashStore()
+    Ranks(ProcessEnv(), store).connect(torch.device(device), 60.0)
+    assert given["device_id"] == (torch.device(device) if device.startswith("cuda") else None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from lorafit.config.load import load_config
 from lorafit.config.schema import device_name
 from lorafit.errors import ConfigError
-from lorafit.model.device import pick_device
+from lorafit.model.device import deterministic_kernels, pick_device
 
 
 @pytest.fixture(params=[(0, False), (2, False), (0, True)], ids=["cpu only", "two cuda", "mps"])
@@ -18,6 +20,7 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     num_cuda, has_mps = request.param
     monkeypatch.setattr(torch.cuda, "is_available", lambda: num_cuda > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_cuda)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has_mps)
     return num_cuda, has_mps
 
@@ -40,12 +43,54 @@ def test_names_find_their_device_or_the_error_lists_those_that_exist(machine: tu
 
 
 def test_a_rank_has_the_device_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the current one too: FSDP's mesh and compiled kernels ask torch for that."""
+    current: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     for name in ("auto", "cuda", "gpu"):
         assert pick_device(name, 1) == torch.device("cuda:1")
+        assert current.pop() == torch.device("cuda:1")
     with pytest.raises(ConfigError, match="cuda:2"):
         pick_device("auto", 2)
+
+
+def test_products_on_cuda_are_summed_in_float32(machine: tuple[int, bool]) -> None:
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    before = [getattr(matmul, name) for name in names]
+    try:
+        for name in names:
+            setattr(matmul, name, True)
+        pick_device("auto")
+        assert [getattr(matmul, name) for name in names] == [machine[0] == 0] * 2
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(matmul, name, value)
+
+
+def test_a_torch_for_cuda_that_sees_no_gpu_names_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    with pytest.raises(ConfigError) as caught:
+        pick_device("cuda")
+    assert "CUDA 13.0" in caught.value.problems[0].hint
+    assert "driver" in caught.value.problems[0].hint
+
+
+@pytest.mark.parametrize("has_cuda", [False, True])
+def test_deterministic_kernels_are_used_in_the_block_only(
+    monkeypatch: pytest.MonkeyPatch, has_cuda: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    with deterministic_kernels(True):
+        assert torch.are_deterministic_algorithms_enabled() == has_cuda
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == has_cuda
+    assert not torch.are_deterministic_algorithms_enabled()
+    with deterministic_kernels(False):
+        assert not torch.are_deterministic_algorithms_enabled()
 
 
 @given(

@@ -314,13 +314,53 @@ def test_fused_definitions_equal_the_plain_ones(
             return [normed, rstd, grad_output, ops.swiglu(x, y), *gates, quantized[1], rotated]
 
         plain += by_torch(everything)
-        monkeypatch.setitem(compile_module._state, "wanted", True)
+        monkeypatch.setitem(compile_module._state, "enabled", True)
         compiled += by_torch(everything)
-        monkeypatch.setitem(compile_module._state, "wanted", False)
+        monkeypatch.setitem(compile_module._state, "enabled", False)
     for got, exact in zip(compiled, plain, strict=True):
         close(got, exact, got.dtype)
 
 
-def test_short_runs_and_cpus_compile_nothing() -> None:
-    assert not compile_module.enable_compile(torch.device("cpu"), 10**6)
-    assert not compile_module.enable_compile(torch.device("cuda"), compile_module.LEAST_STEPS - 1)
+@pytest.mark.parametrize("has_triton", [False, True])
+def test_short_runs_and_cpus_compile_nothing(monkeypatch: pytest.MonkeyPatch, has_triton: bool) -> None:
+    monkeypatch.setattr(compile_module.importlib.util, "find_spec", lambda name: has_triton or None)
+    monkeypatch.setattr(torch, "compile", None)  # it would raise
+    assert compile_module.enable_compile(torch.device("cpu"), 10**6) == ""
+    assert compile_module.enable_compile(torch.device("cuda"), compile_module.LEAST_STEPS - 1) == ""
+    assert not compile_module._state["enabled"]
+
+
+def test_a_compiler_that_fails_leaves_the_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton needs a C compiler, which images without development tools do not have."""
+
+    def fails(definition: object, **options: object) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            raise RuntimeError("Failed to find C compiler.\nPlease specify it.")
+
+        return call
+
+    monkeypatch.setattr(compile_module.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: torch.ones(shape))
+    monkeypatch.setattr(torch, "compile", fails)
+    reason = compile_module.enable_compile(torch.device("cuda"), compile_module.LEAST_STEPS)
+    assert "Failed to find C compiler" in reason
+    assert "\n" not in reason
+    assert not compile_module._state["enabled"]
+
+
+def test_rows_vary_widths_do_not_and_many_variants_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    marked: list[tuple[int, ...]] = []
+    monkeypatch.setattr(torch._dynamo, "maybe_mark_dynamic", lambda x, axis: marked.append(tuple(x.shape)))
+    options: dict[str, object] = {}
+    monkeypatch.setattr(torch, "compile", lambda definition, **words: options.update(words) or definition)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setitem(compile_module._state, "enabled", True)
+
+    @compile_module.compilable
+    def function(x: Tensor, weight: Tensor, rotary: Rotary) -> Tensor:
+        return x
+
+    function(torch.ones(5, 48), torch.ones(48), (torch.ones(5, 8), torch.ones(5, 8)))
+    assert marked == [(5, 48), (5, 8), (5, 8)]
+    assert options == {"fullgraph": True}
+    assert torch._dynamo.config.recompile_limit == compile_module.MOST_VARIANTS

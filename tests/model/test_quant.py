@@ -168,3 +168,11 @@ def test_int8_on_matrix_tiles_is_exact(
     ):
         rounding = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-22
         torch.testing.assert_close(got.double(), wanted, rtol=rounding, atol=rounding)
+
+
+def test_nf4_leaves_the_device_whole() -> None:
+    """The tensors of its state are no buffers; a proof frees the network's memory for the fresh process."""
+    linear = linear_of(Nf4Linear, torch.randn(64, 64) * 0.02)
+    linear.to("meta")
+    assert linear._state is None
+    assert all(buffer.is_meta for buffer in linear.buffers())

@@ -25,11 +25,13 @@ from lorafit.distributed.env import ProcessEnv
 from lorafit.errors import RunError
 from lorafit.model import memory
 from lorafit.model.memory import available_bytes, resident_bytes
+from lorafit.plan import calibrate as calibration
 from lorafit.plan import planner
 from lorafit.plan.cadence import Cadence
 from lorafit.plan.cost_model import PassCost
 from lorafit.plan.machine import Machine, watch_peak
 from lorafit.plan.planner import Fit, RunInputs, fit, make_plan, plan_run, settings_of
+from lorafit.plan.predict import predict_memory
 from lorafit.plan.table import short_lines, table_rows
 from lorafit.plan.workload import Workload, estimate_workload
 from lorafit.storage.atomic import sha256_file
@@ -405,3 +407,31 @@ def test_tinystories_takes_about_what_was_planned(shared: Path, tmp_path: Path) 
 
 def test_a_pass_of_nothing_costs_nothing() -> None:
     assert survey_of([10], [4], num_steps=1).at(0) == PassCost(9.0, 4.0)
+
+
+def test_a_gpu_is_timed_after_its_kernels_are_loaded_and_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first call takes a minute there, one of the CPU does not."""
+    for kind, calls in (("cpu", 3), ("cuda", 4)):
+        clock, done = [0.0], []
+
+        def work(clock: list[float] = clock, done: list[int] = done, kind: str = kind) -> None:
+            clock[0] += 60.0 if kind == "cuda" and not done else 0.01
+            done.append(1)
+
+        monkeypatch.setattr(calibration.time, "perf_counter", lambda clock=clock: clock[0])
+        monkeypatch.setattr(calibration, "_wait", lambda device: None)
+        assert calibration._best_seconds(work, torch.device(kind)) == pytest.approx(0.01)
+        assert len(done) == calls
+
+
+def test_the_context_of_cuda_is_not_counted_beside_free_memory_that_is_without_it(
+    material: list[str],
+) -> None:
+    """The free memory is read when the context is there."""
+    config = load_config(None, material)
+    data = RunInputs.read(config, quiet=True)
+    shape, work = planner._shape(config, data.arch, torch.device("cpu")), data.workload(config)
+    memory = predict_memory(shape, work, torch.device("cuda"), 10**9)
+    assert memory.process == 0
+    measured = predict_memory(shape, work, torch.device("cuda"), 10**9, measured_bytes=10**8)
+    assert 10**8 < measured.total < 2 * 10**8

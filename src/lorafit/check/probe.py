@@ -216,10 +216,15 @@ def trial_before_training(config: Config, data: RunInputs, network: Llama) -> li
         return []
     network.recompute = config.train.recompute == "layers"
     rate = config.train.learning_rate
-    verdicts = probe_verdicts(probe(network, packs, rate), rate)
-    if any(verdict.verdict == "fail" for verdict in verdicts):  # one row may be unusual
-        packs = probe_packs(data.training_data, PROBE_ROWS, config)
+    try:
         verdicts = probe_verdicts(probe(network, packs, rate), rate)
+        if any(verdict.verdict == "fail" for verdict in verdicts):  # one row may be unusual
+            packs = probe_packs(data.training_data, PROBE_ROWS, config)
+            verdicts = probe_verdicts(probe(network, packs, rate), rate)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return [CheckResult("memory", "warn", "not enough for the trial step, which is left out")]
     if config.run.check == "error":
         refuse_failed(verdicts)
     return verdicts

@@ -263,6 +263,11 @@ class TrainSection(Section):
     warmup: float = Field(0.03, ge=0, description="Linear warm-up: a fraction of the run below 1, or steps.")
     weight_decay: float = Field(0.0, ge=0, lt=1, description="Decoupled weight decay.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's norm to this; 0 for never.")
+    deterministic: bool = resumable(
+        False,
+        description="On CUDA, use only kernels that give the same bits in every run, so that a resumed run ends with "
+        "the same bytes as an uninterrupted one. They are slower. The CPU always computes so.",
+    )
     seed: int = Field(42, ge=0, lt=2**32, description="Adapter, row order, held-out rows and dropout.")
     log_every: int = resumable(
         10, ge=1, description="Steps between printed lines; metrics.jsonl has every step."

@@ -90,6 +90,7 @@ class Ranks:
             rank=self.rank,
             world_size=self.world_size,
             timeout=datetime.timedelta(seconds=timeout),
+            device_id=device if device.type == "cuda" else None,  # NCCL connects here, not in the first step
         )
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:

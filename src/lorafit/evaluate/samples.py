@@ -61,18 +61,10 @@ class SampleGenerator:
 
     def __call__(self, step: int) -> None:
         """Answer after `step`. When memory is exhausted, a warning is shown once, and the run continues."""
-        if not self._prompts or self._is_disabled:
+        started, is_first = time.perf_counter(), self._base is None
+        if (answers := self._both()) is None:
             return
-        started = time.perf_counter()
-        try:
-            is_first, base = self._base is None, self._base_answers()
-            tuned = self._answer("answering held-out prompts", base=False)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            self._is_disabled = True
-            self._observe(Message("no memory to answer held-out prompts: not tried again", "warning"))
-            return
+        base, tuned = answers
         self._observe(
             Answers(
                 step,
@@ -85,15 +77,16 @@ class SampleGenerator:
         )
 
     def generate_samples(self, *, trained: bool) -> list[dict[str, Any]]:
-        """The answers of the final adapter, shown beside those of the base. Returns the content of samples.json.
+        """The answers of the final adapter, shown beside those of the base. Returns the content of samples.json,
+        empty where memory is exhausted.
 
         `trained` is whether the rows of these prompts were trained.
         """
-        if not self._prompts:
+        if (answers := self._both()) is None:
             return []
+        base, tuned = answers
         if trained and any(prompt.is_row for prompt in self._prompts):
             self._observe(Message("no row was left untrained: the prompts below are of trained rows"))
-        base, tuned = self._base_answers(), self._answer("answering held-out prompts", base=False)
         samples = []
         for prompt, before, after in zip(self._prompts, base, tuned, strict=True):
             self._observe(Sample(prompt.text, before.text, after.text))
@@ -101,6 +94,19 @@ class SampleGenerator:
             texts |= {"trained": True} if trained and prompt.is_row else {}
             samples.append({**texts, "base": asdict(before), "tuned": asdict(after)})
         return samples
+
+    def _both(self) -> tuple[list[Answer], list[Answer]] | None:
+        """The answers of the base and of the tuned model, None without prompts or memory."""
+        if not self._prompts or self._is_disabled:
+            return None
+        try:
+            return self._base_answers(), self._answer("answering held-out prompts", base=False)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        self._is_disabled = True
+        self._observe(Message("no memory to answer held-out prompts: not tried again", "warning"))
+        return None
 
     def _base_answers(self) -> list[Answer]:
         if self._base is None:

@@ -18,6 +18,7 @@ from lorafit.model.attention import PackedDocuments, Rotary, capped_attention, r
 from lorafit.model.native import fits, kernels
 
 _FIRST_CAPACITY = 256  # tokens per slot before the cache grows
+_ROUNDED = 64  # on a GPU a pass sees a multiple of it
 
 
 class KeyValueCache:
@@ -95,7 +96,10 @@ class Decode:
         self.cache = cache
         self.positions = cache.lengths
         cache.lengths = cache.lengths + 1
-        self.longest = int(cache.lengths.max())
+        longest = int(cache.lengths.max())
+        if self.positions.is_cuda:  # cuDNN makes a plan for every new length
+            longest = min(-(-longest // _ROUNDED) * _ROUNDED, cache.k[0].shape[2])
+        self.longest = longest
 
     def lengths_seen(self) -> Tensor:
         return self.positions + 1
@@ -110,12 +114,14 @@ class Decode:
         window: int | None,
         cap: float = 0.0,
     ) -> Tensor:
-        k_cache, v_cache, compiled = self.cache.k[layer], self.cache.v[layer], kernels()
-        if compiled is None or not fits(q, k, v):
+        k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
+        if not fits(q, k, v):
             seen = (k_cache[: len(q), :, : self.longest], v_cache[: len(q), :, : self.longest])
             return decode_attention(q, k, v, rotary, window, *seen, self.positions, cap)
         (rows, heads, size), (_, kv_heads, capacity, _), out = q.shape, k_cache.shape, torch.empty_like(q)
         shape = (rows, heads, kv_heads, size, capacity, window or 0, cap)
+        compiled = kernels()
+        assert compiled is not None
         slots_and_positions = (self.cache.slots, self.positions)
         compiled.call(
             "attend_cache", q.dtype, *shape, *slots_and_positions, q, k, v, *rotary, k_cache, v_cache, out
@@ -145,11 +151,7 @@ def decode_attention(
         visible &= columns > positions[:, None] - window
     if cap:
         return capped_attention(q[:, :, None], k_cache, v_cache, visible[:, None, None], cap)[:, :, 0]
-    out = F.scaled_dot_product_attention(
-        q[:, :, None],
-        k_cache,
-        v_cache,
-        attn_mask=visible[:, None, None],
-        enable_gqa=q.shape[1] != k.shape[1],
-    )
-    return out[:, :, 0]  # (rows, heads, head_dim)
+    # The heads that share a key are queries of one head: with a mask, torch's fast kernels take no grouped heads.
+    queries = q.unflatten(1, (k.shape[1], -1))  # (rows, kv_heads, heads per key, head_dim)
+    out = F.scaled_dot_product_attention(queries, k_cache, v_cache, attn_mask=visible[:, None, None])
+    return out.flatten(1, 2)  # (rows, heads, head_dim)

@@ -64,7 +64,9 @@ class PackedDocuments:
         first = self.index.cummax(0).values.diff(prepend=torch.tensor([-1])).nonzero()[:, 0]
         self._first = first
         self.positions = positions[first].to(device)
-        self._shared = (self.index.to(device), first.to(device)) if len(first) < len(positions) else None
+        self._shared = (
+            _Shared(self.index, first, torch.device(device)) if len(first) < len(positions) else None
+        )
         self.starts = torch.tensor([0, *self.lengths]).cumsum(0)  # int64 (documents + 1,)
         self._starts_there = self.starts.to(device, torch.int32)  # the type that flash attention needs
         self._groups: list[Tensor] | None = None
@@ -86,7 +88,7 @@ class PackedDocuments:
         q, k = rotate(q, rotary), rotate(k, rotary)
         apart = self.apart(q), self.apart(k), self.apart(v)
         out = self._capped(*apart, window, cap) if cap else self._attend(*apart, window)
-        return out if self._shared is None else out.index_select(0, self._shared[1])
+        return out if self._shared is None else out.index_select(0, self._shared.first)
 
     def lengths_seen(self) -> Tensor:
         lengths = torch.tensor(self.lengths)
@@ -94,7 +96,10 @@ class PackedDocuments:
 
     def apart(self, x: Tensor) -> Tensor:
         """x (tokens of the pass, ...) for every token of every document: shared tokens are repeated."""
-        return x if self._shared is None else x.index_select(0, self._shared[0])
+        if self._shared is None:
+            return x
+        apart: Tensor = _Apart.apply(x, *self._shared.places)  # type: ignore[no-untyped-call]
+        return apart
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """Attention of rotated tokens that no documents share."""
@@ -121,22 +126,7 @@ class PackedDocuments:
 
     def _flash(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """All documents in one call of torch's variable-length flash attention (Dao, 2023)."""
-        from torch.nn.attention.varlen import varlen_attn
-
-        starts, longest = self._starts_there, max(self.lengths)
-        visible = (-1 if window is None else window - 1, 0)  # keys before and after the query; -1 is all
-        out = varlen_attn(
-            q,
-            k,
-            v,
-            starts,
-            starts,
-            longest,
-            longest,
-            window_size=visible,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        assert isinstance(out, Tensor)
+        out: Tensor = _Flash.apply(q, k, v, self._starts_there, max(self.lengths), window)  # type: ignore[no-untyped-call]
         return out
 
     def _batched(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
@@ -144,9 +134,44 @@ class PackedDocuments:
         if self._groups is None:
             self._groups = _groups(self.starts, q.device)
         outs = []
+        if k.shape[1] != q.shape[1]:  # torch's memory-efficient attention takes equal numbers of heads only
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         for rows in self._groups[:-1]:  # (documents, length)
             outs.append(_dot_product_attention(q[rows], k[rows], v[rows], window).flatten(0, 1))
         return torch.cat(outs)[self._groups[-1]]
+
+
+class _Shared:
+    """Where the tokens of a pass lie in its documents, on the device of the pass, if documents share tokens.
+
+    `first` int64 (tokens,) is the first place of each token. `places` are the token of each place, int64 (places,);
+    the places in the order of their tokens, int64 (places,); and where a token's places begin in them, int64
+    (tokens,).
+    """
+
+    def __init__(self, index: Tensor, first: Tensor, device: torch.device) -> None:
+        counts = index.bincount()
+        begins = counts.cumsum(0) - counts
+        self.first = first.to(device)
+        self.places = index.to(device), index.argsort(stable=True).to(device), begins.to(device)
+
+
+class _Apart(torch.autograd.Function):
+    """The token of each place. The gradients of a shared token are added in float32 and in the order of its places:
+    index_select's own backward pass rounds each sum of 16-bit numbers, and on a GPU its order differs between runs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, in_order: Tensor, begins: Tensor) -> Tensor:
+        ctx.save_for_backward(in_order, begins)
+        return x.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        in_order, begins = ctx.saved_tensors
+        total = F.embedding_bag(in_order, grad_outputs[0].flatten(1), begins, mode="sum")
+        return total.unflatten(1, grad_outputs[0].shape[1:]), None, None, None
 
 
 def _groups(starts: Tensor, device: torch.device) -> list[Tensor]:
@@ -177,6 +202,42 @@ def has_flash(q: Tensor) -> bool:
         and torch.version.cuda is not None
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
     )
+
+
+class _Flash(torch.autograd.Function):
+    """Causal flash attention of consecutive documents, by the operators that torch 2.11 to 2.13 have in common.
+
+    `starts` int32 (documents + 1,). k and v may have fewer heads than q.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, window: int | None
+    ) -> Tensor:
+        ctx.documents = (longest, longest, 0.0, False)  # 0 is the dropout; the window makes it causal
+        # keys before and after the query; -1 is all
+        ctx.window = {"window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
+        out, lse, random, unused, _ = torch.ops.aten._flash_attention_forward(
+            q, k, v, starts, starts, *ctx.documents, False, **ctx.window
+        )
+        ctx.save_for_backward(q, k, v, out, lse, starts, random, unused)
+        return out  # type: ignore[no-any-return]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, starts, random, unused = ctx.saved_tensors
+        gradients = torch.ops.aten._flash_attention_backward(
+            grad_outputs[0].contiguous(),
+            *tensors,
+            starts,
+            starts,
+            *ctx.documents,
+            random,
+            unused,
+            **ctx.window,
+        )
+        return (*gradients, None, None, None)
 
 
 class _Attention(torch.autograd.Function):

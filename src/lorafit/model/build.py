@@ -87,7 +87,8 @@ def build(
     spec = attach(network, spec, config.train.seed)
     if initial is not None:
         load_adapter(network, initial)
-    use_caching_allocator()
+    if device.type == "cpu":
+        use_caching_allocator()
     return LoadedModel(network, spec, device, dtype)
 
 

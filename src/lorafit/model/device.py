@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 
 from lorafit.config.schema import device_name
@@ -16,8 +21,8 @@ logger = logger_of(__name__)
 def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     """`auto` is CUDA, then Apple MPS, then the CPU; `gpu` is CUDA, then MPS. A named device must exist.
 
-    `cuda` without a number is the device of `local_rank`, if there are several processes on the host. Raises
-    ConfigError, which names the devices of this machine.
+    `cuda` without a number is the device of `local_rank`, if there are several processes on the host. A numbered CUDA
+    device becomes the current one. Raises ConfigError, which names the devices of this machine.
     """
     try:
         wanted = device_name(name)
@@ -32,12 +37,54 @@ def pick_device(name: str, local_rank: int | None = None) -> torch.device:
     kind, _, index = wanted.partition(":")
     if not {"cpu": True, "cuda": int(index or 0) < num_cuda, "mps": has_mps}.get(kind, False):
         here = ["cpu", *(f"cuda:{number}" for number in range(num_cuda)), *(["mps"] if has_mps else [])]
-        hint = "" if num_cuda or has_mps else "; for a GPU, install a torch build for it (`lorafit doctor`)"
+        hint = "" if num_cuda or has_mps else f"; {_without_gpu()}"
         raise ConfigError(
             f"device `{wanted}` is not available here",
             hint=f"use auto or one of {', '.join(here)}{hint}",
         )
-    return torch.device(wanted)
+    device = torch.device(wanted)
+    if device.type == "cuda":
+        _use_cuda(device)
+    return device
+
+
+def _without_gpu() -> str:
+    """What to do where torch sees no GPU."""
+    if torch.version.cuda is not None:
+        return (
+            f"this torch is for CUDA {torch.version.cuda} and sees no GPU: `nvidia-smi` shows the driver and the CUDA "
+            "version that it supports, which must not be lower; install a newer driver or a torch for an older CUDA"
+        )
+    return "for a GPU, install a torch build for it (`lorafit doctor`)"
+
+
+def _use_cuda(device: torch.device) -> None:
+    """Make `device` the one of the process, and let products of 16-bit numbers be summed in float32."""
+    if device.index is not None:  # FSDP's mesh and compiled kernels use the current device
+        torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+@contextmanager
+def deterministic_kernels(wanted: bool) -> Iterator[None]:
+    """Inside the block, if `wanted`, CUDA computes the same bits in every run, at some cost. The CPU does in any case.
+
+    Torch looks for the setting of cuBLAS at the first product of the process: call this before it.
+    """
+    if not wanted or not torch.cuda.is_available():
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    deterministic: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    deterministic.fill_uninitialized_memory = False  # nothing here reads new memory before it is written
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        deterministic.fill_uninitialized_memory = before[1]
 
 
 def pick_dtype(name: str, device: torch.device, fits_float16: bool = True) -> torch.dtype:

@@ -27,6 +27,7 @@ def use_caching_allocator() -> None:
     a norm. Torch takes large tensors from blocks that are kept (model/native/blocks.cpp). If these cannot be compiled,
     glibc keeps freed memory, and `release_free_memory` bounds it.
     """
+    _is_caching[:] = [True]
     held = blocks()
     if held is not None:
         held.keep_blocks(ctypes.c_size_t(SPARE_BYTES))
@@ -54,12 +55,14 @@ def resident_bytes() -> int:
 
 
 def release_free_memory(least: int = 0) -> None:
-    """Release freed memory to the system, if it is at least `least` bytes.
+    """Release freed memory to the system, if it is at least `least` bytes; nothing without `use_caching_allocator`.
 
     In glibc's heap the tensors that a layer saves lie between freed ones: the memory that one pass frees does not fit
     the next, and the peak grows. Call it between layers and passes, when their tensors are freed. Blocks have a bound
     of their own: they are released only if `least` is 0.
     """
+    if not _is_caching[0]:
+        return
     held = blocks()
     if held is not None:
         if least:
@@ -71,6 +74,7 @@ def release_free_memory(least: int = 0) -> None:
         _released[:] = [_own_bytes() - _used_bytes(libc)]
 
 
+_is_caching = [False]
 _released = [0]  # unused bytes of the process's own memory after the last release
 
 
@@ -103,11 +107,21 @@ class _Mallinfo(ctypes.Structure):
     ]
 
 
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of a device or of the host (torch reports the latter in the message only)."""
+    """Whether memory ran out, of a device or of the host. Torch reports some of these in the message only: the host's,
+    and on CUDA what is not allocated as a tensor (a handle's workspace, a loaded kernel).
+    """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in _OUT_OF_MEMORY)
 
 
 @functools.cache

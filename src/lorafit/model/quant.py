@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,8 +25,10 @@ from lorafit.model.ops import column_peaks, dequantize, quantize_rows
 _PLACE = "model.quantize"
 _OUTLIER = 6.0  # a column is an outlier if its peak is this many times the median column's
 _SMOOTHING = 0.5  # how much the peaks of a weight's columns are equalised: 0 not at all, 1 fully
+_CUDA_OUTLIERS = 16  # columns that count as outliers on CUDA, where their number must be known without a wait
 _SAMPLED_ROWS = 256  # rows that are examined for outliers: real ones are in the same columns for every token
 _SUMS = 6 * 2**20  # int32 sums alive at a time: they stay in the cache until they are scaled
+_CUDA_SUMS = 64 * _SUMS  # there each part costs launches
 _FP8_MAX = 448.0  # largest e4m3
 
 
@@ -125,11 +128,12 @@ class Int8Linear(QuantizedLinear):
 
 def _quantized(x: Tensor, factor: Tensor) -> _Quantized:
     """x * factor in int8 with a scale per row, without the outlier columns (whose values are those of x itself)."""
-    if x.is_cuda:  # to find them would be a synchronisation with the device
-        return _Quantized(*quantize_rows(x, factor), x.dtype, None, None)
     every = max(1, x.shape[0] // _SAMPLED_ROWS)
     peaks = column_peaks(x, factor, every)
-    columns = (peaks > _OUTLIER * peaks.median()).nonzero()[:, 0]
+    if x.is_cuda:
+        columns = peaks.topk(min(_CUDA_OUTLIERS, len(peaks))).indices
+    else:
+        columns = (peaks > _OUTLIER * peaks.median()).nonzero()[:, 0]
     if not len(columns):
         return _Quantized(*quantize_rows(x, factor), x.dtype, None, None)
     rest = factor.index_fill(0, columns, 0.0)
@@ -155,7 +159,10 @@ def _int8_product(
             "int8_product", x.dtype, rows, depth, columns, *operands, out, tile_workspace(rows, depth)
         )
         return out
-    step = max(64, _SUMS // columns // 64 * 64)  # a few rows of sums at a time
+    if w.is_cuda and w.stride(0) != 1:
+        w = w.t().contiguous().t()  # CUDA multiplies by a column-major matrix only
+    sums = _CUDA_SUMS if w.is_cuda else _SUMS
+    step = max(64, sums // columns // 64 * 64)  # a few rows of sums at a time
     for start in range(0, rows, step):
         part = slice(start, start + step)
         part_addend = None if addend is None else addend[part]
@@ -164,12 +171,10 @@ def _int8_product(
 
 
 def _sums(a: Tensor, b: Tensor) -> Tensor:
-    """int8 (rows, depth) x (depth, columns) -> int32. CUDA needs more than 16 rows and a column-major b."""
-    if not a.is_cuda:
-        return torch._int_mm(a, b)
-    b = b if b.stride(0) == 1 else b.t().contiguous().t()
-    short = max(0, 17 - a.shape[0])
-    return torch._int_mm(F.pad(a, (0, 0, 0, short)), b)[: a.shape[0]]
+    """int8 (rows, depth) x (depth, columns) -> int32. CUDA needs more than 16 rows."""
+    if a.is_cuda and a.shape[0] < 17:
+        return torch._int_mm(F.pad(a, (0, 0, 0, 17 - a.shape[0])), b)[: a.shape[0]]
+    return torch._int_mm(a, b)
 
 
 class Fp8Linear(QuantizedLinear):
@@ -254,6 +259,12 @@ class Nf4Linear(QuantizedLinear):
     ) -> Tensor:
         weight = self.dequantize().to(grad_output.dtype)
         return matmul(grad_output, weight, accumulate_into, low, transposed=True, in_place=True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Nf4Linear:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight.is_meta:  # the memory is freed, and the state's tensors are no buffers
+            self._state = None
+        return self
 
     def dequantize(self) -> Tensor:
         out: Tensor = _bitsandbytes().dequantize_4bit(self.weight, self._state)

@@ -16,7 +16,6 @@ from lorafit.model.memory import _PROC, available_bytes, resident_bytes
 from lorafit.observe.meters import Meter
 
 _SAMPLE_SECONDS = 0.004
-CONTEXT_BYTES = 600 * 10**6  # what CUDA itself needs of a device, which torch does not count
 
 
 @dataclass(frozen=True, slots=True)

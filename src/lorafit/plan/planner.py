@@ -29,6 +29,7 @@ from lorafit.model.device import describe, pick_device, pick_dtype
 from lorafit.model.dtypes import dtype_name
 from lorafit.model.llama import Llama
 from lorafit.model.lora import layer_number, match_targets
+from lorafit.model.memory import is_out_of_memory
 from lorafit.model.native import kernels
 from lorafit.model.quant import check_quantize
 from lorafit.observe.meters import Meter
@@ -79,7 +80,8 @@ class RunInputs:
         arch = read_architecture(base.path)
         base_note = check_initial(config, base)
         training_data = build_data(config, base, arch, quiet)
-        kernels()
+        if pick_device(config.model.device).type == "cpu":
+            kernels()
         given, config = config, without_auto(config, sizes_of(training_data, arch.num_parameters))
         order = row_order(config, training_data)
         own = Path(config.run.prompts).expanduser() if config.run.prompts else None
@@ -270,7 +272,9 @@ def plan_run(config: Config, *, quiet: bool = False) -> Plan:
         try:
             with progress("measuring one pass", quiet=quiet):
                 plan = make_plan(Fit(config, note), data, machine, built.network, calibrated=True)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise RunError(
                 "out of memory in the pass to be measured",
                 place=describe(device),

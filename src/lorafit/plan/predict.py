@@ -16,7 +16,6 @@ import torch
 from lorafit.model.memory import MOST_KERNELS, SPARE_BYTES
 from lorafit.model.native import blocks
 from lorafit.plan.cost_model import Shape, base_bytes, num_trainable, saved_bytes, working_bytes
-from lorafit.plan.machine import CONTEXT_BYTES
 from lorafit.plan.workload import Workload
 
 _STEP_SECONDS = 6e-3  # per optimizer step: AdamW's calls, clipping, packing, recording
@@ -24,7 +23,9 @@ _ENDS_SECONDS = 1.0  # making the run directory, digests, exporting the adapter,
 _OPTIMIZER_SECONDS = 8e-9  # AdamW and clipping, per parameter of the adapter
 _SAVE_SECONDS, _SAVED_BYTES_PER_SECOND = 0.05, 2.5e8  # a checkpoint is synced, then read back
 _PROOF_PASSES = 4  # base and tuned, trained and loaded
-_LIBRARIES_BYTES = 80 * 10**6  # what torch loads and allocates once at the first products
+# What torch loads and allocates once at the first products. On CUDA the context itself is there before the free memory
+# is read (Machine.read).
+_LIBRARIES_BYTES = 80 * 10**6
 # On a CPU, torch's library (oneDNN) compiles small 16-bit products anew for every number of rows and keeps some of them
 # (model/memory.py). Measured: about four for a pass of a new size.
 _ONE_KERNEL = 14 * 10**5
@@ -178,21 +179,21 @@ def predict_memory(
     activations = saved_bytes(shape, heaviest_pass)
     several = on_cpu and sizes > 1 and blocks() is not None
     memory = Memory(
-        process=process if on_cpu else CONTEXT_BYTES,
+        process=process if on_cpu else 0,
         base=base_bytes(shape),
         adapter=trainable * (4 if work.most_in_a_step > 1 else 3),
         activations=activations,
         working=working_bytes(shape, heaviest_pass),
         kernels=min(kernel_bytes * sizes, _MOST_KERNEL_BYTES),
         spare=min(SPARE_BYTES, activations) if several else 0,
-        rest=_LIBRARIES_BYTES if on_cpu else 0,
+        rest=_LIBRARIES_BYTES,
     )
     if measured_bytes is None:
         return memory
     # the measured pass had no optimizer step: of the adapter only the parameters, of the kernels those of two sizes
     expected = memory.total - memory.rest - memory.adapter + trainable - memory.kernels + 2 * kernel_bytes
     expected -= memory.spare
-    return replace(memory, rest=measured_bytes + (0 if on_cpu else CONTEXT_BYTES) - expected)
+    return replace(memory, rest=measured_bytes + (0 if on_cpu else _LIBRARIES_BYTES) - expected)
 
 
 def predict_times(

@@ -25,7 +25,7 @@ from lorafit.model.adapter_file import adapter_tensors
 from lorafit.model.architecture import attention_cost
 from lorafit.model.build import BaseModelCache
 from lorafit.model.compile import enable_compile
-from lorafit.model.device import describe
+from lorafit.model.device import describe, deterministic_kernels
 from lorafit.model.dtypes import dtype_name
 from lorafit.model.lora import adapter_parameters
 from lorafit.model.memory import is_out_of_memory
@@ -39,6 +39,7 @@ from lorafit.observe.trackers import tracker
 from lorafit.observe.units import count
 from lorafit.plan.cadence import Cadence
 from lorafit.plan.planner import make_plan
+from lorafit.plan.predict import Plan
 from lorafit.plan.table import short_lines
 from lorafit.redact import shell
 from lorafit.run_dir import RunDirectory
@@ -109,7 +110,9 @@ def start_run(config: Config, *, quiet: bool = False, base: BaseModelCache | Non
     """
     env = ProcessEnv.read()
     check_strategy(config.distributed.strategy, config.model.quantize, env)
-    with _only_run(), init_process_group(env) as ranks, outside_steps(terminal_or_silent(env, quiet)):
+    deterministic = deterministic_kernels(config.train.deterministic)
+    silent = terminal_or_silent(env, quiet)
+    with _only_run(), deterministic, init_process_group(env) as ranks, outside_steps(silent):
         if ranks.broadcast_from_rank0("begun", str, lambda: find_run_of_launch(env, config.run.output)):
             assert config.run.output is not None
             return _resume(ranks, config.run.output, (), False, quiet, base)
@@ -187,9 +190,10 @@ def _resume(
                 leave_report(run, observe)
             losses = (state.last_loss, state.best_loss, state.base_loss)
             return Result(run.path, run.adapter, True, state.step, *losses)
-        prepared = prepare(config, ranks, quiet, base, resumed=True)
-        notes = _reconcile(run, prepared, resumption, accept_changes) if ranks.is_main else []
-        return run_training(prepared, run, ranks, step=step, notes=notes, quiet=quiet)
+        with deterministic_kernels(config.train.deterministic):
+            prepared = prepare(config, ranks, quiet, base, resumed=True)
+            notes = _reconcile(run, prepared, resumption, accept_changes) if ranks.is_main else []
+            return run_training(prepared, run, ranks, step=step, notes=notes, quiet=quiet)
 
 
 def _edits(run: RunDirectory, config: Config, accept_changes: bool) -> list[str]:
@@ -299,7 +303,8 @@ def make_context(prepared: Prepared, run: RunDirectory, ranks: Ranks, observe: O
     config, data, built = prepared.config, prepared.data, prepared.built
     network, rows = built.network, data.training_data
     num_steps = data.num_steps(config)
-    enable_compile(built.device, num_steps)
+    if reason := enable_compile(built.device, num_steps):
+        observe(Message(f"elementwise operations are not compiled, which is slower: {reason}", "warning"))
     network.recompute = config.train.recompute == "layers"
     engine = Engine(network)
     if not ranks.is_single_process:
@@ -365,9 +370,23 @@ def announce_start(job: loop.TrainContext, *, show_plan: bool) -> None:
         )
     )
     if show_plan and ranks.is_main:
-        network = None if job.engine.lockstep else job.network
-        for line in short_lines(make_plan(prepared.fitted, prepared.data, prepared.machine, network)):
+        for line in short_lines(_plan(job)):
             job.observe(Message(line))
+
+
+def _plan(job: loop.TrainContext) -> Plan:
+    """The plan of the run; without times where its real pass runs out of memory, which the loop can act on."""
+    prepared = job.prepared
+    if not job.engine.lockstep:
+        try:
+            return make_plan(prepared.fitted, prepared.data, prepared.machine, job.network)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        job.observe(
+            Message("no memory for the pass that the plan measures: its times are left out", "warning")
+        )
+    return make_plan(prepared.fitted, prepared.data, prepared.machine, None)
 
 
 def train(job: loop.TrainContext, state: TrainState) -> tuple[loop.Outcome, float]:

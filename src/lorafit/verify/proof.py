@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from lorafit.infer.model import Model
 from lorafit.model.adapter_file import PREFIX, WEIGHTS, adapter_tensors
 from lorafit.model.dtypes import dtype_name
 from lorafit.model.llama import Llama
-from lorafit.model.memory import release_free_memory
+from lorafit.model.memory import is_out_of_memory, release_free_memory
 from lorafit.observe.events import Observer, Progress, Proved
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import sha256_file
@@ -111,12 +111,23 @@ def prove(
     observe(Progress("verifying the adapter", 0, 4))
     changed_check = changed(weights, model.network, initial, only_b=step == 1 and not continued)
     observe(Progress("verifying the adapter", 1, 4))
-    stop_check = stop(model, prompts)
+    stop_check = _with_memory("stop", lambda: stop(model, prompts))
     observe(Progress("verifying the adapter", 2, 4))
-    checks = [changed_check, reload(run, model.network, rows), stop_check, heldout(*losses)]
+    reload_check = _with_memory("reload", lambda: reload(run, model.network, rows))
+    checks = [changed_check, reload_check, stop_check, heldout(*losses)]
     observe(Progress("verifying the adapter", 4, 4))
     digest = sha256_file(weights) if weights.is_file() else None
     return Proof(step, round(time.perf_counter() - started, 3), digest, checks)
+
+
+def _with_memory(name: str, check: Callable[[], Check]) -> Check:
+    """The check `name`; skipped where memory runs out, here or in the fresh process."""
+    try:
+        return check()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    return Check(name, "skip", f"`{name}` is not verified: out of memory")
 
 
 def changed(weights: Path, network: nn.Module, initial: Mapping[str, str], *, only_b: bool) -> Check:

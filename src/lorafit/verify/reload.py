@@ -27,10 +27,12 @@ from lorafit.infer.model import load
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.llama import Llama
 from lorafit.model.lora import disable_adapter, evaluating
+from lorafit.model.memory import is_out_of_memory
 from lorafit.run_dir import RunDirectory
 
 PROBE_ROWS, MOST_TOKENS, MOST_POSITIONS = 4, 256, 16  # rows; tokens and positions per row
 _PROGRESS = re.compile(r"progress (\d+) (\d+)")
+OUT_OF_MEMORY = "out of memory"  # the reason of a fresh process
 TIMEOUT_SECONDS = 1800.0  # to load a model from the slowest disk
 
 
@@ -69,7 +71,7 @@ def probe_logits(network: Llama, probe: Probe, *, base: bool) -> Tensor:
 def logits_from_subprocess(run: RunDirectory, probe: Probe) -> tuple[Tensor, Tensor]:
     """(tuned, base) logits of `probe` from a fresh process that loads `run` from disk.
 
-    Raises RunError with the reason that the process gives.
+    Raises RunError with the reason that the process gives, MemoryError where it is short of memory.
     """
     with tempfile.TemporaryDirectory(prefix="lorafit-proof-") as folder:
         probe_file, logits_file = Path(folder) / "probe.safetensors", Path(folder) / "logits.safetensors"
@@ -78,6 +80,8 @@ def logits_from_subprocess(run: RunDirectory, probe: Probe) -> tuple[Tensor, Ten
         environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
         paths = (run.path, probe_file, logits_file)
         if reason := run_module("lorafit.verify.reload", paths, environment, TIMEOUT_SECONDS):
+            if reason == OUT_OF_MEMORY:
+                raise MemoryError(reason)
             raise RunError(f"a fresh process cannot load the run: {reason}", place=str(run.path))
         logits = load_file(logits_file)
     return logits["tuned"], logits["base"]
@@ -147,6 +151,11 @@ def main(paths: Sequence[str]) -> int:
         save_file(logits, logits_file)
     except LorafitError as error:
         print(error, file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
         return 2
     return 0
 
