@@ -8,8 +8,9 @@ T ?=
 # Two files of tests at a time, each on one thread, long ones first; the order of sets is always the same.
 SUITE = PYTHONHASHSEED=0 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(T)
 SEEDS ?= 20
+TORCHES ?= 2.11.0 2.12.0 2.13.0
 
-.PHONY: demo test quick slow seeds lint format docs config-docs types bench bugs masks crash fuzz fuzz-templates fuzz-serve hostile hosts scale release dist clean
+.PHONY: demo test quick slow seeds lint format docs config-docs types bench bugs masks crash gpu-torch fuzz fuzz-templates fuzz-serve hostile hosts scale release dist clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -88,6 +89,13 @@ crash: $(VENV)/installed-dev  ## kill, starve and damage runs, resume them, comp
 
 hostile: $(VENV)/installed-dev  ## every hostile file with everything that reads it (minutes)
 	LORAFIT_LONG=1 $(BIN)/python -m pytest tests/hostile tests/hub/test_answers.py
+
+gpu-torch:  ## the CUDA path without a GPU, with each torch that is allowed: TORCHES="2.11.0 2.12.0 2.13.0"
+	for torch in $(TORCHES); do \
+		$(PYTHON) -m venv build/torch-$$torch && \
+		build/torch-$$torch/bin/python -m pip install -q -e . torch==$$torch bitsandbytes pytest hypothesis && \
+		build/torch-$$torch/bin/python -m pytest tests/gpu -p no:cacheprovider || exit 1; \
+	done
 
 hosts: $(VENV)/installed-dev  ## two machines made of network namespaces: a link cut, a host killed (root); Ray if there
 	LORAFIT_LONG=1 $(BIN)/python -m pytest tests/distributed/test_hosts.py tests/distributed/test_ray.py -s

@@ -1,0 +1,142 @@
+"""Whole runs on a fake CUDA device: devices, types, shapes, and what CUDA's kernels refuse. See test_devices.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes  # noqa: F401  (it reads what torch.cuda says: before there is a fake device)
+import pytest
+import torch
+from tests.gpu.device import A100, H100, T4
+from tests.gpu.fake import fake_cuda
+from tests.gpu.runs_here import short_proof, train
+from tests.runs import events, interrupt_after
+
+from lorafit.export.run import export_run
+from lorafit.infer.continuous_batch import ContinuousBatch, Request
+from lorafit.infer.engine import decode_attention
+from lorafit.infer.model import load
+from lorafit.infer.sampling import Sampling
+from lorafit.model import native
+from lorafit.model.build import build_saved
+from lorafit.model.multi_lora import Adapters
+from lorafit.run_dir import RunDirectory
+from lorafit.training import loop
+from lorafit.training.run import Result, resume_run
+
+ALL = ("lora.dropout=0.1", "train.recompute=layers")
+GRADIENTS = loop._gradients
+CHIPS = {"t4": T4, "h100": H100}
+slow = pytest.mark.slow
+
+
+@pytest.fixture
+def compiles_nothing() -> Iterator[None]:
+    """A run on CUDA needs no kernel of the CPU, so it compiles and loads none."""
+
+    def refuse(*words: object) -> None:
+        raise AssertionError(f"compiles {words}")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_compiled", refuse)
+        for cached in (native._build, native.blocks):
+            cached.cache_clear()
+        yield
+
+
+@pytest.mark.parametrize(
+    ("chip", "quantize", "more"),
+    [
+        ("t4", "none", ALL),
+        ("h100", "none", ("train.deterministic=true",)),
+        pytest.param("t4", "int8", ALL, marks=slow),
+        pytest.param("t4", "nf4", (), marks=slow),
+        pytest.param("h100", "int8", (), marks=slow),
+        pytest.param("h100", "fp8", ALL, marks=slow),
+        pytest.param("h100", "nf4", ALL, marks=slow),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # the CPU's kernels use it
+def test_everything_that_a_run_and_its_adapter_do(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    compiles_nothing: None,
+    chip: str,
+    quantize: str,
+    more: tuple[str, ...],
+) -> None:
+    with fake_cuda(CHIPS[chip]) as gpu:
+        interrupt_after(1, monkeypatch)
+        stopped = train(tmp_path, "run", f"model.quantize={quantize}", *more)
+        assert not stopped.finished
+        monkeypatch.setattr(loop, "_gradients", GRADIENTS)
+        with short_proof():
+            result = resume_run(stopped.path, quiet=True)
+        assert result.step == 2
+        shows_every_part(result)
+        answers_and_serves(result, quantize)
+    assert "math" not in gpu.chosen  # it keeps all scores in float32
+    assert gpu.chosen["efficient"] or gpu.chosen["flash"]
+
+
+def shows_every_part(result: Result) -> None:
+    """The run measured, answered, saved, and wrote its proof and report."""
+    run = RunDirectory(result.path)
+    assert events(result, "heldout")
+    assert json.loads(run.samples_file.read_text())
+    assert run.saved_steps()
+    assert {check["name"] for check in json.loads(run.proof_file.read_text())["checks"]} == {
+        "changed",
+        "reload",
+        "stop",
+        "heldout",
+    }
+    assert run.report_file.exists()
+
+
+def answers_and_serves(result: Result, quantize: Any) -> None:
+    model = load(result.path, device="cuda")
+    assert len(model.generate(["Say it"] * 3, max_tokens=3)) == 3
+    model.generate(["Say it", "What?"], max_tokens=3, sampling=Sampling(temperature=1.0, top_k=5, top_p=0.9))
+    config = RunDirectory(result.path).config()
+    network, _ = build_saved(Path(config.model.name), None, "cuda", "auto", None, quantize)
+    batch = ContinuousBatch[int](
+        network, 4, 64, Adapters(network, {"a": result.adapter, "b": result.adapter})
+    )
+    for key, name in enumerate(["a", "b", None]):
+        request = Request([5, 6, 7 + key], frozenset(), 6, adapter=name, top_logprobs=2)
+        batch.add([(key, request)])
+    assert len(batch.step()) == 3
+    batch.drop(0)
+    assert len(batch.step()) == 2
+
+
+def test_an_adapter_of_a_device_is_exported(tmp_path: Path) -> None:
+    with fake_cuda(H100):
+        result = train(tmp_path, "run", "run.verify=false", "run.samples=0", "data.holdout=0")
+        export_run(result.path, "merged", output=tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("capability", [T4, A100, H100])
+def test_an_answers_attention_never_takes_the_kernel_that_copies_the_cache(
+    capability: tuple[int, int],
+) -> None:
+    with fake_cuda(capability) as gpu:
+        dtype = torch.float16
+
+        def empty(*shape: int) -> torch.Tensor:
+            return torch.empty(*shape, dtype=dtype, device="cuda")
+
+        angles = torch.empty(3, 8, device="cuda"), torch.empty(3, 8, device="cuda")
+        caches = empty(3, 2, 64, 16), empty(3, 2, 64, 16)
+        positions = torch.tensor([3, 4, 5], device="cuda")
+        with torch.inference_mode():
+            out = decode_attention(
+                empty(3, 8, 16), empty(3, 2, 16), empty(3, 2, 16), angles, 5, *caches, positions
+            )
+        assert out.shape == (3, 8, 16)
+        assert dict(gpu.chosen) == {"efficient": 1}

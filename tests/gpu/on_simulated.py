@@ -1,0 +1,311 @@
+"""The CUDA path beside the CPU's, in numbers, on a simulated device. See test_devices.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.gpu.device import A100, H100, T4
+from tests.gpu.runs_here import settings, short_proof
+from tests.gpu.simulated import Simulated, chosen, memory, numbers, simulated_cuda
+from tests.runs import digest, events, interrupt_after, tiny_run
+from tests.tiny_models import FAMILIES, random_network
+from torch import Tensor
+
+from lorafit.check import probe
+from lorafit.data.packing import Pack, Packer
+from lorafit.errors import RunError
+from lorafit.evaluate import samples
+from lorafit.forward import pack_loss
+from lorafit.infer.model import load
+from lorafit.model import attention
+from lorafit.model.linear import Linear, replace_module
+from lorafit.model.llama import Llama
+from lorafit.model.lora import LoraSpec, attach
+from lorafit.model.lora_linear import _summed
+from lorafit.model.memory import is_out_of_memory
+from lorafit.model.quant import QUANTIZERS
+from lorafit.plan import planner
+from lorafit.run_dir import RunDirectory
+from lorafit.training import loop
+from lorafit.training.run import resume_run
+from lorafit.verify import proof
+from lorafit.verify.reload import Probe, probe_logits
+
+Gradients = dict[str, Tensor]
+
+
+def network_on(
+    device: str, family: str, dtype: torch.dtype, quantize: str = "none", dropout: float = 0.0
+) -> Llama:
+    """The same adapted network on any device, with B not zero."""
+    network = random_network(family, dtype=dtype)
+    for module in network.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                module._parameters[name] = torch.nn.Parameter(weight.detach().to(device), requires_grad=False)
+    if network.arch.tie_word_embeddings:
+        network.lm_head.weight = network.decoder.embed_tokens.weight
+    if quantize != "none":
+        for name, module in list(network.named_modules()):
+            if isinstance(module, Linear):
+                quantized = QUANTIZERS[quantize](module.weight.detach())
+                quantized.bias = module.bias
+                replace_module(network, name, quantized)
+    attach(network, LoraSpec(4, 8, dropout, ("all-linear",), False), 0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith("lora_B"):
+                noise = torch.randn(parameter.shape, generator=generator) * 0.05
+                parameter.copy_(noise.to(parameter.device))
+    return network.train()
+
+
+def packs() -> Sequence[Pack]:
+    """Two packs. Some rows of the first begin alike, all of one with another."""
+    random = np.random.default_rng(3)
+    head = random.integers(0, 256, 12)
+    rows = []
+    for length, shared in ((30, 12), (28, 12), (13, 9), (13, 0), (40, 12)):
+        ids = random.integers(0, 256, length)
+        ids[:shared] = head[:shared]
+        rows.append((ids.astype(np.uint16), np.arange(length) >= length // 2))
+    found = Packer(90).packs(rows)
+    assert len(found) == 2
+    return found
+
+
+def measure(network: Llama) -> tuple[float, Gradients]:
+    """Loss and gradients of a step."""
+    torch.manual_seed(5)
+    total = 0.0
+    for pack in packs():
+        loss = pack_loss(network, pack)
+        (loss / 100).backward()
+        total += float(loss.detach())
+    return total, {n: numbers(p.grad).double() for n, p in network.named_parameters() if p.grad is not None}
+
+
+def assert_close(one: tuple[float, Gradients], other: tuple[float, Gradients], most: float) -> None:
+    assert one[0] == pytest.approx(other[0], rel=most)
+    assert one[1].keys() == other[1].keys()
+    for name, gradient in other[1].items():
+        assert float((one[1][name] - gradient).norm()) <= most * float(gradient.norm()), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_every_gradient_are_the_cpus(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = measure(network_on("cpu", family, torch.float64))
+    with simulated_cuda(T4):
+        assert_close(measure(network_on("cuda", family, torch.float64)), exact, 1e-12)
+        assert "math" not in chosen
+    monkeypatch.setattr(attention, "has_flash", lambda q: q.is_cuda)
+    with simulated_cuda(H100):
+        assert_close(measure(network_on("cuda", family, torch.float64)), exact, 1e-12)
+        assert set(chosen) <= {"flash"}  # scores with a cap have their own definition
+
+
+@pytest.mark.parametrize(("dtype", "capability"), [(torch.float16, T4), (torch.bfloat16, H100)], ids=str)
+def test_recomputing_layers_changes_nothing(dtype: torch.dtype, capability: tuple[int, int]) -> None:
+    with simulated_cuda(capability):
+        network = network_on("cuda", "llama", dtype, dropout=0.3)
+        whole = measure(network)
+        network.zero_grad()
+        network.recompute = True
+        assert_close(measure(network), whole, 1e-6)
+
+
+def test_sixteen_bits_are_the_cpus_within_rounding() -> None:
+    exact = measure(network_on("cpu", "llama", torch.float64))
+    with simulated_cuda(H100):
+        for dtype, most in ((torch.bfloat16, 5e-2), (torch.float16, 1e-2)):
+            assert_close(measure(network_on("cuda", "llama", dtype)), exact, most)
+
+
+def test_sums_over_tokens_do_not_overflow_float16() -> None:
+    """As with the loss scale: 2,048 products of 40 x 40 are more than float16 holds; B's master is float32."""
+    big = torch.full((2048, 4), 40.0, dtype=torch.float16)
+    with simulated_cuda(T4):
+        total = _summed(big.to("cuda"), big.to("cuda"))
+    assert total.dtype == torch.float32
+    assert bool((numbers(total) == 2048 * 1600).all())
+
+
+def test_gradients_of_shared_tokens_are_added_in_float32() -> None:
+    """A token of 64 documents: in 16 bits every further addition of a small gradient would be lost."""
+    documents = [3] * 64
+    index = torch.cat([torch.tensor([0, 2 * number + 1, 2 * number + 2]) for number in range(64)])
+    with simulated_cuda(H100):
+        packed = attention.PackedDocuments(documents, "cuda", index)
+        x = torch.ones(129, 2, 8, dtype=torch.bfloat16, device="cuda").requires_grad_()
+        gradient = torch.full((192, 2, 8), 2.0**-7)
+        gradient[0] = 4.0
+        packed.apart(x).backward(gradient.to(torch.bfloat16).to("cuda"))
+        assert isinstance(x.grad, Simulated)
+        total = numbers(x.grad)
+    assert bool((total[0] == torch.tensor(4 + 63 * 2.0**-7).bfloat16()).all())
+    assert bool((total[1:] == 2.0**-7).all())
+
+
+@pytest.mark.parametrize("quantize", ["int8", "fp8"])
+def test_outlier_columns_keep_their_precision(quantize: str) -> None:
+    """As real activations have them. On CUDA the columns are chosen without a wait."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(48, 64) / 8, torch.randn(45, 64)
+    x[:, 7] *= 60
+    with simulated_cuda(H100):
+        linear = QUANTIZERS[quantize](weight.to(torch.bfloat16).to("cuda"))
+        exact = x.to(torch.bfloat16).double() @ numbers(linear.dequantize()).double().t()
+        for rows in (1, 16, 17, 45):
+            product = numbers(linear.product(x[:rows].to(torch.bfloat16).to("cuda"))).double()
+            error = float((product - exact[:rows]).norm() / exact[:rows].norm())
+            assert error < (2e-2 if quantize == "int8" else 6e-2), rows
+            gradient = torch.randn(rows, 48).to(torch.bfloat16)
+            wanted = gradient.double() @ numbers(linear.dequantize()).double()
+            into = numbers(linear.input_gradient(gradient.to("cuda"))).double()
+            assert float((into - wanted).norm() / wanted.norm()) < 6e-2
+
+
+@pytest.mark.parametrize(
+    ("capability", "more"),
+    [
+        (A100, ()),
+        pytest.param(T4, ("lora.dropout=0.1", "train.recompute=layers"), marks=pytest.mark.slow),
+        pytest.param(H100, ("model.quantize=int8",), marks=pytest.mark.slow),
+    ],
+    ids=["a100", "t4", "h100"],
+)
+def test_a_run_learns_is_proven_and_resumes_to_the_same_bytes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    more: tuple[str, ...],
+) -> None:
+    def ask(run: proof.RunDirectory, probe: Probe) -> tuple[Tensor, Tensor]:
+        """As the fresh process does, in this one: another would have no device."""
+        network = load(run.path, device="cuda", offline=True).network
+        tuned, base = (probe_logits(network, probe, base=base) for base in (False, True))
+        return tuned, base
+
+    steps = ("train.max_steps=5", "train.learning_rate=0.02", "train.save_every=10", "train.eval_every=5")
+    with simulated_cuda(capability), short_proof():
+        monkeypatch.setattr(proof, "logits_from_subprocess", ask)
+        given = settings(tmp_path, *steps, "run.samples_every=10", *more)
+        whole = tiny_run(given, tmp_path / "whole")
+        losses = [event["loss"] for event in events(whole, "step")]
+        assert losses[-1] < 0.95 * losses[0]
+        checks = json.loads((whole.path / "proof.json").read_text())["checks"]
+        reload = next(check for check in checks if check["name"] == "reload")
+        assert reload["verdict"] == "pass"
+        assert "to the bit" in reload["text"]
+        with pytest.MonkeyPatch.context() as stop:
+            interrupt_after(2, stop)
+            stopped = tiny_run(given, tmp_path / "stopped")
+        assert (stopped.step, stopped.finished) == (2, False)
+        assert digest(resume_run(stopped.path, quiet=True)) == digest(whole)
+
+
+def short_in(monkeypatch: pytest.MonkeyPatch, where: tuple[Any, str], calls: range = range(1000)) -> None:
+    """Let every allocation fail in the calls of a function whose number, from 0, is in `calls`."""
+    real, numbers_of_calls = getattr(*where), iter(range(1000))
+
+    def short(*args: Any, **kwargs: Any) -> Any:
+        with memory.short() if next(numbers_of_calls) in calls else nullcontext():
+            return real(*args, **kwargs)
+
+    monkeypatch.setattr(*where, short)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_run_goes_on_without_memory_for_what_is_not_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: bool
+) -> None:
+    """Plan, trial step, answers, and two checks of the proof: of them here and in the fresh process."""
+    for name, value in (("LEAST_SECONDS", 0.0), ("LEAST_STEPS", 1), ("MOST_SHARE", 100.0)):
+        monkeypatch.setattr(planner, name, value)  # the plan measures, however short the run is
+    with simulated_cuda(T4), short_proof():
+        given = settings(tmp_path, "train.max_steps=2", "model.dtype=float16")
+        short_in(monkeypatch, (planner, "quick_rates" if quick else "calibrate"))
+        short_in(monkeypatch, (probe, "probe"))
+        short_in(monkeypatch, (samples.SampleGenerator, "_answer"))
+        short_in(monkeypatch, (proof, "stop"))
+        if quick:
+            short_in(monkeypatch, (proof, "probe_logits"))
+        else:  # the fresh process
+            monkeypatch.setattr(proof, "logits_from_subprocess", raising(MemoryError("out of memory")))
+        result = tiny_run(given, tmp_path / "run")
+    assert result.finished
+    assert result.proven
+    texts = [event["text"] for event in events(result, "note")]
+    for text in (
+        "no memory for the pass that the plan measures: its times are left out",
+        "memory: not enough for the trial step, which is left out",
+        "no memory to answer held-out prompts: not tried again",
+    ):
+        assert texts.count(text) == 1, texts
+    checks = json.loads((result.path / "proof.json").read_text())["checks"]
+    verdicts = {check["name"]: check["verdict"] for check in checks}
+    assert (verdicts["stop"], verdicts["reload"], verdicts["changed"]) == ("skip", "skip", "pass")
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def function(*args: object, **kwargs: object) -> Any:
+        raise error
+
+    return function
+
+
+def test_a_step_without_memory_is_repeated_with_smaller_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only_training = ("run.samples=0", "run.verify=false", "data.holdout=0", "run.check=none")
+    with simulated_cuda(T4):
+        given = settings(tmp_path, *only_training, "run.too_large=auto", "train.micro_batch_tokens=4096")
+        short_in(monkeypatch, (loop, "pack_loss"), range(1, 2))
+        result = tiny_run(given, tmp_path / "run")
+        monkeypatch.undo()
+        with_memory = tiny_run(given, tmp_path / "with-memory")
+    assert any("repeated with passes" in event["text"] for event in events(result, "note"))
+    losses = [[event["loss"] for event in events(run, "step")] for run in (result, with_memory)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("where", "calls"),
+    [((loop, "pack_loss"), range(1, 1000)), ((loop, "heldout_loss"), range(2, 1000))],
+    ids=["step", "held-out"],
+)
+def test_a_run_without_memory_for_training_ends_with_one_line_and_a_saved_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: tuple[Any, str], calls: range
+) -> None:
+    quiet = ("run.samples=0", "run.verify=false", "run.check=none", "train.eval_every=1")
+    with simulated_cuda(T4):
+        given = settings(tmp_path, *quiet, "train.micro_batch_tokens=4096", "train.save_every=100")
+        short_in(monkeypatch, where, calls)
+        with pytest.raises(RunError, match="out of memory") as caught:
+            tiny_run(given, tmp_path / "run")
+        assert len(caught.value.problems) == 1
+        assert RunDirectory(tmp_path / "run").saved_steps()
+        monkeypatch.undo()
+        assert resume_run(tmp_path / "run", quiet=True).finished
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ],
+)
+def test_what_runs_out_of_memory_beside_tensors_counts_too(text: str) -> None:
+    assert is_out_of_memory(RuntimeError(text))
+    assert not is_out_of_memory(ValueError(text))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
