@@ -356,7 +356,7 @@ def restore(job: loop.TrainContext, step: int | None) -> TrainState:
 
 def announce_start(job: loop.TrainContext, *, show_plan: bool) -> None:
     """Report the size of the run, and its plan."""
-    prepared, built, ranks = job.prepared, job.prepared.built, job.ranks
+    built, ranks = job.prepared.built, job.ranks
     job.observe(
         RunStarted(
             model=job.config.model.name,
