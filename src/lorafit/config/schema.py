@@ -289,7 +289,7 @@ class TrainSection(Section):
     tolerance: Annotated[float, Field(ge=0, le=10), OrAuto] = resumable(
         AUTO,
         description="How far the held-out loss may be above the lowest one for a later step to count as better, as a "
-        "fraction of it. `auto` is 1 with `train.epochs=auto` and short answers, because facts are learnt after "
+        "fraction of it. `auto` is 2 with `train.epochs=auto` and short answers, because facts are learnt after "
         "the lowest loss, else 0.",
     )
     refit: Annotated[bool, OrAuto] = resumable(
