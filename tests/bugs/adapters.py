@@ -185,8 +185,8 @@ def a_new_process_computes_the_same_logits(lab: Lab) -> None:
     Plant("model.weights:stored_weights", "if not _are_equal(", "if False and not _are_equal("),
     Plant(
         "model.weights:load_network",
-        "network.lm_head.weight = network.model.embed_tokens.weight",
-        "network.lm_head.weight = nn.Parameter(network.model.embed_tokens.weight.roll(1, 0), False)",
+        "network.lm_head.weight = network.decoder.embed_tokens.weight",
+        "network.lm_head.weight = nn.Parameter(network.decoder.embed_tokens.weight.roll(1, 0), False)",
     ),
 )
 def tied_tables_are_one_tensor(lab: Lab) -> None:
@@ -266,7 +266,7 @@ def requested_targets_are_adapted_or_refused(lab: Lab) -> None:
     Plant("model.llama:inverse_frequencies", 'rope.kind == "llama3"', "False"),
     Plant("model.llama:inverse_frequencies", 'rope.kind == "linear"', "False"),
     Plant("model.llama:inverse_frequencies", 'rope.kind == "yarn"', "False"),
-    Plant("model.architecture:_rope", "kind not in ROPE_KINDS", "False"),
+    Plant("model.rope:_parsed", "kind not in ROPE_KINDS", "False"),
 )
 def far_positions_are_scaled_as_in_the_config(lab: Lab) -> None:
     """Logits at positions beyond the original context equal transformers'; an unknown scaling is refused."""

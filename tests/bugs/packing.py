@@ -21,7 +21,7 @@ from lorafit.model.lora import LoraSpec, attach
 from lorafit.model.native import kernels
 
 BACKENDS = ("compiled", "one by one", "side by side")
-_ONE_DOCUMENT = "q.split([len(q)]), k.split([len(k)]), v.split([len(v)])"
+_ONE_DOCUMENT = "(x.split([len(x)]) for x in tensors)"
 
 
 class _SideBySide(PackedDocuments):
@@ -71,8 +71,8 @@ def _packed(network: Llama, lengths: Sequence[int], neighbour: int) -> tuple[flo
         "documents = self.starts[[0, -1]],",
     ),
     Plant(
-        "model.attention:PackedDocuments._attend",
-        "q.split(self.lengths), k.split(self.lengths), v.split(self.lengths)",
+        "model.attention:PackedDocuments._documents",
+        "(x.split(self.lengths) for x in tensors)",
         _ONE_DOCUMENT,
     ),
     Plant(

@@ -170,7 +170,8 @@ def test_a_run_says_its_warnings_in_short_form_and_stores_all(
         "--data",
         material / "odd.json",
         *TINY,
-        "train.epochs=1",
+        "train.batch_size=1",
+        "train.max_steps=36",
     ]
     done = cli(*words, "--output", tmp_path / "run")
     assert done.code == 0, done.err

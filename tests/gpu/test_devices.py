@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+IS_LONG = bool(os.environ.get("LORAFIT_LONG"))
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")),
     reason="needs Linux and a C++ compiler",
@@ -23,7 +24,16 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("file", sorted(path.name for path in Path(__file__).parent.glob("on_*.py")))
-@pytest.mark.parametrize("marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "marks",
+    [
+        pytest.param("not slow", marks=pytest.mark.slow),
+        pytest.param(
+            "slow",
+            marks=[pytest.mark.slow, pytest.mark.skipif(not IS_LONG, reason="`make gpu-fake` runs it")],
+        ),
+    ],
+)
 def test_on_a_device_without_a_gpu(file: str, marks: str) -> None:
     device = file.removeprefix("on_").removesuffix(".py")
     plugins = ["-p", "tests.gpu.guard", "-p", f"tests.gpu.{device}"]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import pytest
 
 from lorafit.observe.curve_monitor import LEAST, QUIET, CurveMonitor, diagnosing
-from lorafit.observe.events import Diagnosis, Event, Heldout, Message, Step
+from lorafit.observe.events import Diagnosis, Event, Heldout, Message, Refit, Step
 
 NUM_STEPS = 600
 Curve = Callable[[int], float]
@@ -76,6 +76,16 @@ def test_a_spike_is_said_with_its_step_and_once() -> None:
     assert "train.learning_rate=7e-05" in found[0].hint
     far = diagnose(curves(lambda n: falling(n) * (4 if n in (100, 100 + QUIET + 50) else 1)))
     assert [one.step for one in far] == [100, 100 + QUIET + 50]
+
+
+def test_a_second_phase_begins_again_and_is_left_in_peace() -> None:
+    def both_phases() -> Iterable[Event]:
+        yield from curves(falling)
+        yield Refit(NUM_STEPS, 2 * NUM_STEPS, 60, NUM_STEPS, 0.7)
+        yield from curves(falling)
+
+    assert whats(both_phases()) == []
+    assert whats(event for event in both_phases() if not isinstance(event, Refit)) != []
 
 
 def test_a_spike_in_the_first_steps_is_no_spike() -> None:

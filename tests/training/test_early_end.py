@@ -139,3 +139,12 @@ def test_a_real_run_that_diverges_is_told_so(tmp_path: Path) -> None:
     told = [event["text"] for event in events(result, "note") if event["level"] == "warning"]
     assert any(text.startswith("trial step: ") for text in told)
     assert events(tiny_run(words, tmp_path / "calm", "train.learning_rate=3e-3"), "diagnosis") == []
+
+
+def test_a_loss_within_the_tolerance_of_the_lowest_is_a_better_one(
+    material: list[str], tmp_path: Path
+) -> None:
+    result = tiny_run(material, tmp_path / "run", "train.patience=1", "train.tolerance=1.2")
+    assert steps(result) == [1, 2, 3, 4, 5]  # after step 3 the loss is twice the lowest, after step 5 more
+    checkpoint = RunDirectory.open(result.path).checkpoint(4)
+    assert digest(result) == sha256_file(checkpoint / "adapter_model.safetensors")

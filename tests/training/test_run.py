@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from lorafit.errors import LorafitError, RunError, TrainingError
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import read_facts, sha256_file, verify_folder
 from lorafit.training import loop
+from lorafit.training import run as training_run
 from lorafit.training.run import resume_run
 
 
@@ -390,3 +392,22 @@ def test_a_second_run_in_one_process_is_refused_and_the_first_keeps_its_bytes(
     assert len(refused) == 4
     assert not (tmp_path / "b").exists()
     tiny_run(words, tmp_path / "b")  # the refused one left nothing behind
+
+
+def test_deterministic_kernels_are_used_by_a_run_and_its_resume(
+    material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: list[bool] = []
+
+    @contextmanager
+    def noted(value: bool) -> Iterator[None]:
+        wanted.append(value)
+        yield
+
+    monkeypatch.setattr(training_run, "deterministic_kernels", noted)
+    interrupt_after(2, monkeypatch)
+    result = tiny_run(material, tmp_path / "run", "train.max_steps=3", "train.deterministic=true")
+    assert not result.finished
+    assert wanted == [True]
+    resume_run(result.path, quiet=True)
+    assert wanted[1:] == [True]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +25,7 @@ from lorafit.training import run as run_module
 from lorafit.training.run import Result
 from lorafit.verify import proof, reload
 from lorafit.verify.proof import Check, compare_logits, heldout, stop
+from lorafit.verify.reload import reason_of
 
 Change = Callable[[dict[str, bytes]], None]
 
@@ -39,23 +39,22 @@ def material(tiny: list[str]) -> list[str]:
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fresh process's work is done in this one: quicker, for what does not depend on it."""
 
-    def here(command: Sequence[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        assert command[1:4] == ["-P", "-m", "lorafit.verify.reload"]
-        return subprocess.CompletedProcess(command, reload.main(command[4:]), "", "error: it does not load")
+    def here(module: str, paths: Sequence[Path], *_: Any) -> str:
+        assert module == "lorafit.verify.reload"
+        return "it does not load" if reload.main([str(path) for path in paths]) else ""
 
-    own = SimpleNamespace(run=here, TimeoutExpired=subprocess.TimeoutExpired)
-    monkeypatch.setattr(reload, "subprocess", own)  # not `run` of all modules: others start processes too
+    monkeypatch.setattr(reload, "run_module", here)
 
 
 @pytest.fixture
 def fork(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fresh process is forked from one that has the imports done."""
 
-    def forked(command: Sequence[str], *, env: dict[str, str], **_: Any) -> subprocess.CompletedProcess[str]:
-        return run(*command[3:], env=env)
+    def forked(module: str, paths: Sequence[Path], environment: Mapping[str, str], timeout: float) -> str:
+        ended = run(module, *map(str, paths), env=environment)
+        return reason_of(ended.returncode, ended.stderr.splitlines())
 
-    own = SimpleNamespace(run=forked, TimeoutExpired=subprocess.TimeoutExpired)
-    monkeypatch.setattr(reload, "subprocess", own)
+    monkeypatch.setattr(reload, "run_module", forked)
 
 
 def checks(result: Result) -> dict[str, dict[str, Any]]:
@@ -131,7 +130,7 @@ def test_other_bases_are_proven_in_a_fresh_process(
 def test_without_verify_nothing_is_started(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reload, "subprocess", None)
+    monkeypatch.setattr(reload, "run_module", None)
     result = tiny_run(material, tmp_path / "run", "run.verify=false")
     assert result.proven is None
     assert not (result.path / "proof.json").exists()

@@ -62,7 +62,10 @@ class CurveMonitor:
 
     def look(self, event: Mapping[str, Any]) -> list[Diagnosis]:
         """The diagnoses that follow from an event, without those of the last QUIET steps."""
-        if (kind := event.get("event")) not in ("step", "heldout"):
+        kind = event.get("event")
+        if kind == "refit":  # the run begins again: its first losses are high
+            self.__init__(self.tolerance)  # type: ignore[misc]
+        if kind not in ("step", "heldout"):
             return []
         step, loss = event["step"], event["loss"]
         if kind == "step":

@@ -128,13 +128,17 @@ def run_module(
             timer.cancel()
         if late.is_set():
             return f"it did not end within {timeout:.0f} s"
-        if exit_code == 0:
-            return ""
         errors.seek(0)
-        lines = [line.rstrip("\n") for line in errors if line.strip()]
-    code = f"exit code {exit_code}"
-    last = f"{code}: {lines[-1]}" if lines else code
-    return next((line for line in lines if line.startswith("error: ")), last).removeprefix("error: ")
+        return reason_of(exit_code, [line.rstrip("\n") for line in errors])
+
+
+def reason_of(exit_code: int, lines: Sequence[str]) -> str:
+    """Why a process failed, by the lines of its stderr: its error, else its last line; "" for exit code 0."""
+    if exit_code == 0:
+        return ""
+    texts = [line for line in lines if line.strip()]
+    errors = (line.removeprefix("error: ") for line in texts if line.startswith("error: "))
+    return next(errors, ": ".join([f"exit code {exit_code}", *texts[-1:]]))
 
 
 def main(paths: Sequence[str]) -> int:
