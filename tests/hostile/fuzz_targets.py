@@ -327,7 +327,8 @@ def any_run(scene: Scene, drawn: tuple[str, str, list[int], Any, bytes]) -> None
     try:
         read_run(scene, run)
         summary = [(found, summarize(found)) for found in find_runs(scene.run.parent)]
-        table(["run", "model"], [[str(at.path), *told.cells()] for at, told in summary], stream=io.StringIO())
+        rows = [[str(at.path), *told.cells()] for at, told in summary]
+        table([""] * max(map(len, rows), default=0), rows, stream=io.StringIO())
         json.dumps([told.as_dict() for _, told in summary], allow_nan=False)
         facts = read_facts(run)
         page(facts).encode()
