@@ -21,6 +21,7 @@ from tests.runs import digest, events, interrupt_after, tiny_run, without_clock
 from tests.waiting import HANGS
 
 from lorafit.errors import RunError
+from lorafit.observe.units import count
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import read_facts, sha256_file
 from lorafit.storage.locks import is_locked
@@ -529,7 +530,7 @@ def test_another_number_of_threads_is_said(
         resume_run(path, quiet=True)
     finally:
         torch.set_num_threads(threads)
-    was, now = (f"CPU, {number} threads" for number in (threads, threads + 1))
+    was, now = (f"CPU, {count(number, 'thread')}" for number in (threads, threads + 1))
     assert any(f"machine was {was}" in text and f"is {now}" in text for text in warnings(path))
 
 

@@ -348,7 +348,8 @@ def restore(job: loop.TrainContext, step: int | None) -> TrainState:
         state.best_loss = state.best_step = state.lowest_loss = None
     stored = read_facts(folder) if ranks.is_main else {}
     for name, value in machine_facts(built.device).items():
-        if (was := stored.get(name, value)) != value:
+        was = stored.get(name, value).replace(" 1 threads", " 1 thread")  # as version 0.1 wrote it
+        if was != value:
             text = f"{name} was {was} and is {value}: the run continues, but not to the same bytes"
             job.observe(Message(text, "warning"))
     return state
