@@ -71,7 +71,8 @@ def profile(config: Config, model: Path, num_steps: int) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, record_function
     from torch.profiler import profile as profiler
 
-    from lorafit.data.build import build_data
+    from lorafit.config.auto import without_auto
+    from lorafit.data.build import build_data, sizes_of
     from lorafit.data.packing import Packer
     from lorafit.forward import pack_loss
     from lorafit.hub.client import ModelFolder
@@ -82,12 +83,12 @@ def profile(config: Config, model: Path, num_steps: int) -> dict[str, Any]:
 
     inductor.cpp.enable_kernel_profile = True  # otherwise fused kernels have no names
     data = config.data.model_copy(update={"holdout": 0.0})
-    rows = build_data(
-        config.model_copy(update={"data": data}),
-        ModelFolder(model, model.name, None),
-        read_architecture(model),
-        True,
-    ).training
+    arch = read_architecture(model)
+    built = build_data(
+        config.model_copy(update={"data": data}), ModelFolder(model, model.name, None), arch, True
+    )
+    rows = built.training
+    config = without_auto(config, sizes_of(built, arch.num_parameters))
     network = build(config, model, pick_device(config.model.device)).network.train()
     adapter_parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = AdamW(adapter_parameters, config.train.weight_decay)

@@ -170,6 +170,7 @@ def train(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, Any]
                 f"data.path={arguments.rows}",
                 f"run.output={folder}/run",
                 f"train.max_steps={arguments.steps}",
+                "train.batch_size=16",
                 "train.eval_every=50",
                 "train.learning_rate=1e-3",
                 "train.micro_batch_tokens=4096",
