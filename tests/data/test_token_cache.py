@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -33,7 +34,7 @@ from lorafit.data.token_dataset import open_encoded
 from lorafit.data.tokenizer import Tokenizer
 from lorafit.errors import DataError, RunError
 from lorafit.storage import locks
-from lorafit.storage.atomic import verify_folder
+from lorafit.storage.atomic import sha256_file, verify_folder
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,20 @@ def renderer(tokenizer: Tokenizer, **changes: Any) -> Renderer:
 
 def run(path: Path, tokenizer: Tokenizer, format_name: str = "auto", **changes: Any) -> Entry:
     return encode_files(find_sources([str(path)], Reading(format_name)), renderer(tokenizer, **changes))
+
+
+def test_without_weights_the_digest_is_that_of_version_0_1(
+    rows: Path, tokenizer: Tokenizer, place: Path
+) -> None:
+    """A run of version 0.1 compares it when it is resumed."""
+    entry = run(rows, tokenizer)
+    (folder,) = (path for path in place.iterdir() if (path / "tokens.bin").is_file())
+    sums = (sha256_file(folder / f"{name}.bin") for name in ("tokens", "offsets", "numbers"))
+    assert entry.digest == hashlib.sha256("".join(sums).encode()).hexdigest()
+    rows.write_text(json.dumps([{"instruction": "say", "output": "so", "weight": 0.5}] * 9))
+    weighted = run(rows, tokenizer)
+    rows.write_text(json.dumps([{"instruction": "say", "output": "so", "weight": 0.25}] * 9))
+    assert run(rows, tokenizer).digest != weighted.digest
 
 
 def content(entry: Entry) -> dict[str, Any]:
