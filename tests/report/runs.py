@@ -30,7 +30,8 @@ def write_run(
     folder.mkdir(parents=True)
     names = (say(text).replace("\0", "") for text in ("demo/model", "rows.json"))  # a config refuses the rest
     model, rows = (name.encode(errors="replace").decode() for name in names)
-    config = validate({"model": {"name": model}, "data": {"path": rows}})
+    sections = {"model": {"name": model}, "data": {"path": rows}, "train": {"learning_rate": 2e-4}}
+    config = validate(sections)
     (folder / "config.yaml").write_text(dump_config(config))
     (folder / "metrics.jsonl").write_text(
         "".join(json.dumps(event) + "\n" for event in _events(steps, say, ended))

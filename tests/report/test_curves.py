@@ -81,5 +81,5 @@ def test_an_overview_is_the_same_with_every_line_parsed(
             lines.append(json.dumps({"event": kind, "step": number, "loss": number % 3, "num_steps": 9}))
     path.write_text("".join(f"{line}\n" for line in lines))
     quick, whole = Overview.read(path), Overview._of_all(path)
-    assert (quick.newest, quick.last, quick.lowest) == (whole.newest, whole.last, whole.lowest)
+    assert (quick.newest, quick.last, quick.best) == (whole.newest, whole.last, whole.best)
     assert quick.has_events == whole.has_events
