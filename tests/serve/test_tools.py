@@ -90,6 +90,14 @@ def test_no_tool_is_shown_where_none_may_be_called(there: Live, monkeypatch: pyt
     assert count(tools=[TOOL], tool_choice="none") == count() == count(tools=[])
 
 
+def test_reasoning_that_a_template_does_not_show_changes_nothing(there: Live) -> None:
+    def count(answer: dict[str, Any]) -> int:
+        body = {"model": "base", "messages": [ASK, answer, ASK], "max_tokens": 1}
+        return int(there.client.post("/v1/chat/completions", json=body).json()["usage"]["prompt_tokens"])
+
+    assert count({**END, "reasoning_content": "Five."}) == count(END)
+
+
 NAMED = {"type": "function", "function": {"name": "get"}}
 REFUSED: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
     "forced": (
@@ -117,11 +125,6 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
         "the prompt has no place for name of turns: remove it",
     ),
     "calls of a user": ([{**ASK, "tool_calls": [CALL]}], {}, "`tool_calls` is not used here"),
-    "a template without reasoning": (
-        [ASK, {**END, "reasoning_content": "Five."}, ASK],
-        {"model": "base"},
-        "does not show the reasoning",
-    ),
     "no question": ([ASK, CALLED], {}, "the last message must be the user's, or a tool's result"),
     "a result without content": ([ASK, CALLED, {"role": "tool"}], {}, "the role `tool` needs `content`"),
 }

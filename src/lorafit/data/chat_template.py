@@ -223,11 +223,16 @@ class ChatTemplate:
         self._all_shown(messages, located, parts)
         return [part for part in parts if part.text or part.role == "assistant"]
 
+    @property
+    def shows_reasoning(self) -> bool:
+        """Whether the template reads the reasoning of a turn, under a key of its own or in the content."""
+        return bool(self._reasoning_names) or "</think>" in self._source
+
     def _with_reasoning(self, messages: Sequence[Message]) -> Sequence[Message]:
         """`messages` as the template reads them: their reasoning in the content, if it reads it there only."""
         if self._reasoning_names or not any(message.reasoning for message in messages):
             return messages
-        if "</think>" not in self._source:
+        if not self.shows_reasoning:
             hint = "remove it, write it into the content, or give a template that shows it with data.template"
             raise DataError("the chat template does not show the reasoning of the row", hint=hint)
         return [

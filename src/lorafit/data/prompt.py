@@ -110,6 +110,11 @@ class Renderer:
         self._template = contract.jinja(tokenizer)
         self._stops = [text for text, number in tokenizer.control.items() if number in contract.stop_ids]
 
+    @property
+    def shows_reasoning(self) -> bool:
+        """Whether a prompt has a place for the reasoning of earlier answers."""
+        return self._template is not None and self._template.shows_reasoning
+
     def render_batch(self, rows: Sequence[Row]) -> list[Rendered | Dropped | Problem]:
         """Each row in full (no limit on its length), or the reason why it cannot be rendered."""
         outcomes = [self._segments_or_fault(row) for row in rows]

@@ -6,6 +6,7 @@ import contextlib
 import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -16,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from lorafit.data.formats import Chat, Completion, Fields, question
+from lorafit.data.prompt import Renderer
 from lorafit.errors import DataError, Problem
 from lorafit.infer.multi_adapter import ServedModel
 from lorafit.serve.body import read_body, short
@@ -102,7 +104,7 @@ async def chat(request: Request) -> Response:
         served = service.named(body.model)
         _check_roles(body.messages)
         _check_template_args(served, body.chat_template_kwargs or {})
-        prompts = await service.render(served, num_bytes, lambda: [_chat(body)])
+        prompts = await service.render(served, num_bytes, lambda: [_chat(body, served.renderer)])
     options = Options(
         max_tokens=_limit(body.max_completion_tokens or body.max_tokens),
         sampling=body.sampling(),
@@ -198,8 +200,11 @@ def _check_roles(turns: Sequence[ChatMessage]) -> None:
         raise ApiError(400, message, code="invalid_messages", param="messages")
 
 
-def _chat(body: ChatRequest) -> Chat:
-    """The conversation, read as a row of data. Raises DataError."""
+def _chat(body: ChatRequest, renderer: Renderer) -> Chat:
+    """The conversation, read as a row of data. Raises DataError.
+
+    Clients send the reasoning of earlier answers back; a template without a place for it gets none.
+    """
     problems: list[Problem] = []
     tools = None if body.tool_choice == "none" else body.tools
     row = Fields(
@@ -209,6 +214,8 @@ def _chat(body: ChatRequest) -> Chat:
     problems += [Problem(f"the prompt has no place for {key}", hint="remove it") for key in row.unused]
     if problems:
         raise DataError.of(problems)
+    if not renderer.shows_reasoning:
+        chat = replace(chat, messages=tuple(replace(turn, reasoning="") for turn in chat.messages))
     return chat
 
 
