@@ -141,7 +141,7 @@ def test_any_metrics_give_a_summary(scribbled: RunDirectory, events: list[dict[s
 
 
 @pytest.mark.parametrize(
-    "name", ["/work/models/a-b_1.0", "owner/name", "null", "1e5", "C:\\models", "a: b", "모델", "~", "yes"]
+    "name", ["/srv/models/a-b_1.0", "owner/name", "null", "1e5", "C:\\models", "a: b", "모델", "~", "yes"]
 )
 def test_the_name_of_a_model_is_read_as_the_whole_config_says(tmp_path: Path, name: str) -> None:
     run = RunDirectory(tmp_path)
