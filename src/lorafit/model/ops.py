@@ -8,6 +8,7 @@ for float64 tensors.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -91,11 +92,7 @@ def norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
-    if fits(gate, up):
-        out = torch.empty_like(gate)
-        _call("swiglu", gate, *gate.shape, gate, up, out)
-        return out
-    return _swiglu(gate, up)
+    return _gated("swiglu", _swiglu, gate, up)
 
 
 @compilable
@@ -105,11 +102,7 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def swiglu_backward(grad_output: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up. `grad_output` may be overwritten."""
-    if fits(grad_output, gate, up):
-        d_up = torch.empty_like(up)
-        _call("swiglu_backward", gate, *gate.shape, grad_output, gate, up, grad_output, d_up)
-        return grad_output, d_up
-    return _swiglu_backward(grad_output, gate, up)
+    return _gated_backward("swiglu_backward", _swiglu_backward, grad_output, gate, up)
 
 
 @compilable
@@ -122,11 +115,7 @@ def _swiglu_backward(grad_output: Tensor, gate: Tensor, up: Tensor) -> tuple[Ten
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """gelu(gate) * up, with the tanh form of GELU (Hendrycks and Gimpel, 2016)."""
-    if fits(gate, up):
-        out = torch.empty_like(gate)
-        _call("geglu", gate, *gate.shape, gate, up, out)
-        return out
-    return _geglu(gate, up)
+    return _gated("geglu", _geglu, gate, up)
 
 
 @compilable
@@ -136,11 +125,7 @@ def _geglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def geglu_backward(grad_output: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up. `grad_output` may be overwritten."""
-    if fits(grad_output, gate, up):
-        d_up = torch.empty_like(up)
-        _call("geglu_backward", gate, *gate.shape, grad_output, gate, up, grad_output, d_up)
-        return grad_output, d_up
-    return _geglu_backward(grad_output, gate, up)
+    return _gated_backward("geglu_backward", _geglu_backward, grad_output, gate, up)
 
 
 @compilable
@@ -150,6 +135,28 @@ def _geglu_backward(grad_output: Tensor, gate: Tensor, up: Tensor) -> tuple[Tens
     slope = _GELU * (1 + 3 * _GELU_CUBE * gate_wide.square())
     d_gate = grad_output_wide * up * sigmoid * (1 + gate_wide * slope * (1 - sigmoid))
     return d_gate.to(gate.dtype), (grad_output_wide * gate_wide * sigmoid).to(up.dtype)
+
+
+def _gated(kernel: str, definition: Callable[[Tensor, Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    if fits(gate, up):
+        out = torch.empty_like(gate)
+        _call(kernel, gate, *gate.shape, gate, up, out)
+        return out
+    return definition(gate, up)
+
+
+def _gated_backward(
+    kernel: str,
+    definition: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    grad_output: Tensor,
+    gate: Tensor,
+    up: Tensor,
+) -> tuple[Tensor, Tensor]:
+    if fits(grad_output, gate, up):
+        d_up = torch.empty_like(up)
+        _call(kernel, gate, *gate.shape, grad_output, gate, up, grad_output, d_up)
+        return grad_output, d_up
+    return definition(grad_output, gate, up)
 
 
 def column_peaks(x: Tensor, factor: Tensor | None = None, every: int = 1) -> Tensor:

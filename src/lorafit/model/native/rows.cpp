@@ -46,24 +46,46 @@ static void rms_norm_backward(int64_t rows, int64_t width, float offset, const T
 FOR_BOTH_TYPES(rms_norm_backward, (rows, width, offset, dy, x, w, rstd, dx, threads))
 #undef PARAMETERS
 
-// out = silu(gate) * up
-template <class T>
-static void swiglu(int64_t rows, int64_t width, const T *gate, const T *up, T *out, int threads) {
+// An activation is x * sigmoid(argument(x)); slope is the derivative of its argument.
+struct Silu {
+  static float argument(float x) { return x; }
+  static float slope(float) { return 1.0f; }
+};
+
+// The form with tanh, because (1 + tanh(u)) / 2 = sigmoid(2 u).
+struct Gelu {
+  static constexpr float FACTOR = 1.5957691216057308f, CUBE = 0.044715f;
+  static float argument(float x) { return FACTOR * (x + CUBE * x * x * x); }
+  static float slope(float x) { return FACTOR * (1.0f + 3.0f * CUBE * x * x); }
+};
+
+// out = activation(gate) * up
+template <class Activation, class T>
+static void gated(int64_t rows, int64_t width, const T *gate, const T *up, T *out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; row++) {
     const T *g = gate + row * width, *u = up + row * width;
     T *o = out + row * width;
 #pragma omp simd
-    for (int64_t i = 0; i < width; i++) put(get(g[i]) * sigmoid(get(g[i])) * get(u[i]), o[i]);
+    for (int64_t i = 0; i < width; i++) put(get(g[i]) * sigmoid(Activation::argument(get(g[i]))) * get(u[i]), o[i]);
   }
+}
+template <class T>
+static void swiglu(int64_t rows, int64_t width, const T *gate, const T *up, T *out, int threads) {
+  gated<Silu>(rows, width, gate, up, out, threads);
+}
+template <class T>
+static void geglu(int64_t rows, int64_t width, const T *gate, const T *up, T *out, int threads) {
+  gated<Gelu>(rows, width, gate, up, out, threads);
 }
 #define PARAMETERS(T) (int64_t rows, int64_t width, const T *gate, const T *up, T *out, int threads)
 FOR_BOTH_TYPES(swiglu, (rows, width, gate, up, out, threads))
+FOR_BOTH_TYPES(geglu, (rows, width, gate, up, out, threads))
 #undef PARAMETERS
 
 // The gradients of gate and up from the gradient of the product; dgate can be the memory of dout.
-template <class T>
-static void swiglu_backward(int64_t rows, int64_t width, const T *dout, const T *gate, const T *up, T *dgate, T *dup,
+template <class Activation, class T>
+static void gated_backward(int64_t rows, int64_t width, const T *dout, const T *gate, const T *up, T *dgate, T *dup,
                            int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t row = 0; row < rows; row++) {
@@ -71,53 +93,24 @@ static void swiglu_backward(int64_t rows, int64_t width, const T *dout, const T 
     T *dg = dgate + row * width, *du = dup + row * width;
 #pragma omp simd
     for (int64_t i = 0; i < width; i++) {
-      float grad_output = get(d[i]), x = get(g[i]), s = sigmoid(x);
+      float grad_output = get(d[i]), x = get(g[i]), s = sigmoid(Activation::argument(x));
       put(grad_output * x * s, du[i]);
-      put(grad_output * get(u[i]) * s * (1.0f + x * (1.0f - s)), dg[i]);
+      put(grad_output * get(u[i]) * s * (1.0f + x * Activation::slope(x) * (1.0f - s)), dg[i]);
     }
   }
+}
+template <class T>
+static void swiglu_backward(int64_t rows, int64_t width, const T *dout, const T *gate, const T *up, T *dgate, T *dup,
+                            int threads) {
+  gated_backward<Silu>(rows, width, dout, gate, up, dgate, dup, threads);
+}
+template <class T>
+static void geglu_backward(int64_t rows, int64_t width, const T *dout, const T *gate, const T *up, T *dgate, T *dup,
+                           int threads) {
+  gated_backward<Gelu>(rows, width, dout, gate, up, dgate, dup, threads);
 }
 #define PARAMETERS(T) (int64_t rows, int64_t width, const T *dout, const T *gate, const T *up, T *dgate, T *dup, int threads)
 FOR_BOTH_TYPES(swiglu_backward, (rows, width, dout, gate, up, dgate, dup, threads))
-#undef PARAMETERS
-
-// gelu(x) = x * sigmoid(gelu_argument(x)): the form with tanh, because (1 + tanh(u)) / 2 = sigmoid(2 u).
-constexpr float GELU = 1.5957691216057308f, GELU_CUBE = 0.044715f;
-inline float gelu_argument(float x) { return GELU * (x + GELU_CUBE * x * x * x); }
-
-// out = gelu(gate) * up
-template <class T>
-static void geglu(int64_t rows, int64_t width, const T *gate, const T *up, T *out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < rows; row++) {
-    const T *g = gate + row * width, *u = up + row * width;
-    T *o = out + row * width;
-#pragma omp simd
-    for (int64_t i = 0; i < width; i++) put(get(g[i]) * sigmoid(gelu_argument(get(g[i]))) * get(u[i]), o[i]);
-  }
-}
-#define PARAMETERS(T) (int64_t rows, int64_t width, const T *gate, const T *up, T *out, int threads)
-FOR_BOTH_TYPES(geglu, (rows, width, gate, up, out, threads))
-#undef PARAMETERS
-
-// The gradients of gate and up, as in swiglu_backward.
-template <class T>
-static void geglu_backward(int64_t rows, int64_t width, const T *dout, const T *gate, const T *up, T *dgate, T *dup,
-                          int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < rows; row++) {
-    const T *d = dout + row * width, *g = gate + row * width, *u = up + row * width;
-    T *dg = dgate + row * width, *du = dup + row * width;
-#pragma omp simd
-    for (int64_t i = 0; i < width; i++) {
-      float grad_output = get(d[i]), x = get(g[i]), s = sigmoid(gelu_argument(x));
-      float slope = GELU * (1.0f + 3.0f * GELU_CUBE * x * x);
-      put(grad_output * x * s, du[i]);
-      put(grad_output * get(u[i]) * s * (1.0f + x * slope * (1.0f - s)), dg[i]);
-    }
-  }
-}
-#define PARAMETERS(T) (int64_t rows, int64_t width, const T *dout, const T *gate, const T *up, T *dgate, T *dup, int threads)
 FOR_BOTH_TYPES(geglu_backward, (rows, width, dout, gate, up, dgate, dup, threads))
 #undef PARAMETERS
 
