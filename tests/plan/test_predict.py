@@ -420,7 +420,7 @@ def test_a_gpu_is_timed_after_its_kernels_are_loaded_and_compiled(monkeypatch: p
 
         monkeypatch.setattr(calibration.time, "perf_counter", lambda clock=clock: clock[0])
         monkeypatch.setattr(calibration, "_wait", lambda device: None)
-        assert calibration._best_seconds(work, torch.device(kind)) == pytest.approx(0.01)
+        assert calibration.best_seconds(work, torch.device(kind)) == pytest.approx(0.01)
         assert len(done) == calls
 
 

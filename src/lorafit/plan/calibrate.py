@@ -19,7 +19,8 @@ from lorafit.plan.machine import watch_peak
 from lorafit.plan.predict import Throughput
 from lorafit.plan.workload import Workload, evenly_spread
 
-_USUAL_EFFICIENCY = 0.7  # of a whole pass, relative to one large product
+USUAL_EFFICIENCY = 0.7  # of a whole pass, relative to one large product
+PRODUCT_ROWS = 256  # of that product
 # A pack with less than this part of the heaviest one's tokens serves for the first, slow products.
 _SHORT_PACK = 0.2
 _MOST_PACKS, _SEVERAL_SECONDS = 12, 2.0  # so many packs are timed while all take less than so many seconds
@@ -31,15 +32,15 @@ def quick_rates(network: Llama) -> Throughput:
     started = time.perf_counter()
     base = next(module for module in network.modules() if isinstance(module, Frozen))
     head = network.lm_head.weight
-    rows = 256
+    rows = PRODUCT_ROWS
     x = torch.ones(rows, base.in_features, dtype=head.dtype, device=head.device)
     with torch.inference_mode():
-        seconds = _best_seconds(lambda: base(x), head.device)
+        seconds = best_seconds(lambda: base(x), head.device)
     seconds_per_weight = seconds / (rows * base.in_features * base.out_features)
     products = 3 if network.recompute else 2  # per weight and token, forward and backward
     weights = network.arch.num_linear_weights + head.numel()
     return Throughput(
-        seconds_per_token=seconds_per_weight * weights * products / _USUAL_EFFICIENCY,
+        seconds_per_token=seconds_per_weight * weights * products / USUAL_EFFICIENCY,
         token_seconds=_token_seconds(network),
         measured=False,
         seconds=time.perf_counter() - started,
@@ -52,10 +53,10 @@ def _token_seconds(network: Llama) -> float:
     device = network.lm_head.weight.device
     with evaluating(network):
         ids, attend = torch.zeros(1, dtype=torch.int64, device=device), PackedDocuments([1], device)
-        return _best_seconds(lambda: network.logits(network.hidden(ids, attend)), device)
+        return best_seconds(lambda: network.logits(network.hidden(ids, attend)), device)
 
 
-def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
+def best_seconds(work: Callable[[], object], device: torch.device) -> float:
     """The least of three times, or of fewer where they are long. A GPU loads and compiles its kernels before them."""
     if device.type == "cuda":
         work()

@@ -19,9 +19,8 @@ class KnownModel:
     owner: str
     model_type: str
     billions: float
-    sizes: tuple[
-        int, ...
-    ] = ()  # vocabulary, width, width of the MLP, layers, heads, key-value heads, head_dim
+    # vocabulary, width, width of the MLP, layers, heads, key-value heads, and head_dim if it is not width / heads
+    sizes: tuple[int, ...] = ()
     tied: bool = False
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -13,6 +12,7 @@ from lorafit.distributed.env import ProcessEnv
 from lorafit.model.device import pick_device, pick_dtype
 from lorafit.model.linear import matmul
 from lorafit.observe.units import duration, memory_size
+from lorafit.plan.calibrate import PRODUCT_ROWS, USUAL_EFFICIENCY, best_seconds
 from lorafit.plan.cost_model import Shape
 from lorafit.plan.known_models import KNOWN, KnownModel
 from lorafit.plan.machine import Machine
@@ -21,8 +21,7 @@ from lorafit.plan.workload import Workload
 
 ROWS, TOKENS = 1000, 200
 HEADERS = ["model", "model type", "size", "train", "int8", "GGUF"]
-_WIDTH, _PRODUCT_ROWS = 2048, 256
-_EFFICIENCY = 0.7  # of a whole pass, relative to one large product, as in plan/calibrate.py
+_WIDTH = 2048  # of the matrix whose product is measured
 
 
 def table_rows(models: Sequence[KnownModel] = KNOWN) -> list[list[str]]:
@@ -73,7 +72,7 @@ def _here(model: KnownModel, machine: Machine, seconds: dict[torch.dtype, float]
     weights = (
         arch.num_linear_weights + arch.hidden_size * arch.vocab_size // 2
     )  # the head: of the answers only
-    total = ROWS * TOKENS * weights * 3 * seconds[dtype] / _EFFICIENCY
+    total = ROWS * TOKENS * weights * 3 * seconds[dtype] / USUAL_EFFICIENCY
     return [word, memory_size(needed[fitting[0] if fitting else "int8"]), f"about {duration(total)}"]
 
 
@@ -96,15 +95,10 @@ def _workload() -> Workload:
 
 
 def _seconds_per_weight(device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds per weight and token of one product, the best of three."""
-    x = torch.ones(_PRODUCT_ROWS, _WIDTH, dtype=dtype, device=device)
+    """Seconds per weight and token of one product."""
+    x = torch.ones(PRODUCT_ROWS, _WIDTH, dtype=dtype, device=device)
     weight = torch.ones(_WIDTH, _WIDTH, dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(4):
-        started = time.perf_counter()
-        float(matmul(x, weight)[0, 0])  # waits for a GPU
-        best = min(best, time.perf_counter() - started)
-    return best / (_PRODUCT_ROWS * _WIDTH * _WIDTH)
+    return best_seconds(lambda: matmul(x, weight), device) / (PRODUCT_ROWS * _WIDTH * _WIDTH)
 
 
 def markdown() -> str:
