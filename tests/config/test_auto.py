@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorafit.config.auto import LEAST_STEPS, MOST_EPOCHS, Sizes, picked, without_auto
+from lorafit.config.fields import AUTO
 from lorafit.config.load import load_config, recipe_file, validate
-from lorafit.config.schema import AUTO, Config
+from lorafit.config.schema import Config
 from lorafit.errors import ConfigError
 
 NUMBERS = ("epochs", "batch_size", "learning_rate", "eval_every", "tolerance", "refit", "patience")

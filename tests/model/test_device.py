@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorafit.config.fields import device_name
 from lorafit.config.load import load_config
-from lorafit.config.schema import device_name
 from lorafit.errors import ConfigError
 from lorafit.model.device import deterministic_kernels, pick_device
 

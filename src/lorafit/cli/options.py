@@ -22,7 +22,7 @@ def _quantize(name: str) -> str:
 
 
 def _device(name: str) -> str:
-    from lorafit.config.schema import device_name
+    from lorafit.config.fields import device_name
 
     try:
         return device_name(name)

@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lorafit.config.schema import AUTO, Config
+from lorafit.config.fields import AUTO
+from lorafit.config.schema import Config
 
 # The peak rate: the usual one for models of a billion parameters or more, and more for a smaller one.
 _LARGE_MODEL, _LARGE_RATE, _RATE_POWER, _HIGHEST_RATE = 1e9, 2e-4, 0.8, 3e-3

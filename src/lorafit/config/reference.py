@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from lorafit.config import schema
+from lorafit.config import fields, schema
 from lorafit.config.guide import GUIDE
 
 
@@ -64,7 +64,7 @@ def _key(section: str, name: str, info: FieldInfo) -> Key:
     default = info.get_default()
     if default is PydanticUndefined:
         shown = "(required)"
-    elif default == schema.AUTO:
+    elif default == fields.AUTO:
         shown = "auto"
     elif name.endswith("_every") and default == 0:
         shown = "epoch"
@@ -78,7 +78,7 @@ def _key(section: str, name: str, info: FieldInfo) -> Key:
 
 
 def _kind(name: str, info: FieldInfo) -> str:
-    if schema.OrAuto in info.metadata:
+    if fields.OrAuto in info.metadata:
         return f"{_number(name, info)} or auto"
     return _number(name, info)
 

@@ -3,100 +3,24 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
-from pydantic.annotated_handlers import GetCoreSchemaHandler, GetJsonSchemaHandler
-from pydantic_core import CoreSchema, core_schema
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from lorafit.config.fields import (
+    AUTO,
+    KEEPS_RESULTS,
+    Encoding,
+    Interval,
+    OrAuto,
+    Section,
+    Strings,
+    as_mapping,
+    device_name,
+    resumable,
+)
 
-def _as_tuple(value: object) -> object:
-    """A single string as a list of one."""
-    return (value,) if isinstance(value, str) else value
-
-
-def _as_mapping(value: object) -> object:
-    """`{key:value}` without a blank, which YAML reads as a key without a value, as a mapping too."""
-    if not isinstance(value, dict):
-        return value
-    pairs = (
-        key.split(":", 1) if value[key] is None and ":" in str(key) else (key, value[key]) for key in value
-    )
-    return dict(pairs)
-
-
-def _interval(value: object) -> object:
-    """A whole number of steps, or the word `epoch` (which is stored as 0)."""
-    return 0 if value == "epoch" else value
-
-
-def device_name(text: str) -> str:
-    """The name of a device as lorafit writes it. Raises ValueError for one that is not known."""
-    name = text.strip().lower()
-    if not re.fullmatch(r"auto|cpu|gpu|mps|cuda(:[0-9]{1,3})?", name):
-        raise ValueError("a device is auto, cpu, gpu, cuda, cuda:N or mps")
-    return name
-
-
-Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Quantize = Literal["none", "int8", "nf4", "fp8"]  # "none" and the names of model/quant.py's QUANTIZERS
-
-
-def _encoding(name: str) -> str:
-    """The name of an encoding of text that Python knows."""
-    try:
-        "".encode(name)
-    except LookupError:  # also for a codec that is not for text
-        raise ValueError(
-            "no encoding of text has this name; `utf-8`, `utf-16` and `cp949` are some"
-        ) from None
-    return name
-
-
-Encoding = Annotated[str, AfterValidator(_encoding)]
-Interval = Annotated[int, BeforeValidator(_interval), Field(ge=0)]
-AUTO: Any = (
-    -1
-)  # `auto` in place of a number: config/auto.py computes the number from the sizes of model and data
-
-
-class OrAuto:
-    """Marks a number that can also be the word `auto`, which is stored as AUTO."""
-
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """The schema of the number, or the word."""
-        return core_schema.no_info_wrap_validator_function(
-            lambda value, number: AUTO if value == "auto" else number(value),
-            handler(source),
-            serialization=core_schema.plain_serializer_function_ser_schema(
-                lambda value: "auto" if value == AUTO else value
-            ),
-        )
-
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        """The JSON Schema of the number, or the word."""
-        return {"anyOf": [handler(schema), {"const": "auto"}]}
-
-
-_KEEPS_RESULTS: dict[str, JsonValue] = {"changes_results": False}
-
-
-def resumable(default: Any = ..., **options: Any) -> Any:
-    """A key or section that may change when a run is resumed: it decides memory, speed or places, or digests of model
-    and rows cover it. A checkpoint is compared with every other key.
-    """
-    return Field(default, json_schema_extra=_KEEPS_RESULTS, **options)
-
-
-class Section(BaseModel):
-    """A frozen group of keys; an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -161,7 +85,7 @@ class DataSection(Section):
         description="Split of a hub data set or of a folder with splits, or a part: `train[:1000]`, `train[10%:20%]`.",
     )
     config: str | None = resumable(None, description="Configuration of a data set that has several.")
-    columns: Annotated[dict[str, str], BeforeValidator(_as_mapping)] = resumable(
+    columns: Annotated[dict[str, str], BeforeValidator(as_mapping)] = resumable(
         {},
         description="Columns of a table by field: `{instruction: question, output: answer}`. The fields are "
         "`instruction`, `input`, `output`, `system`, `prompt`, `completion`, `text`, `messages`, `conversations`, "
@@ -408,7 +332,7 @@ def keys_that_change_results(config: Config) -> dict[str, Any]:
         f"{section}.{key}": value
         for section, values in config.model_dump(mode="json").items()
         for key, value in values.items()
-        if _KEEPS_RESULTS
+        if KEEPS_RESULTS
         not in (
             Config.model_fields[section].json_schema_extra,
             sections()[section].model_fields[key].json_schema_extra,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lorafit.config.schema import device_name
+from lorafit.config.fields import device_name
 from lorafit.errors import ConfigError
 from lorafit.model.dtypes import DTYPES
 from lorafit.observe.units import count
