@@ -13,7 +13,7 @@ from torch import Tensor
 from lorafit.data.packing import Pack
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.llama import Llama
-from lorafit.model.loss import loss_sum
+from lorafit.model.loss import loss_sum_and_parts
 
 FILL = 16
 
@@ -23,11 +23,25 @@ AT_ONCE = 128  # positions whose logits are alive at a time
 
 def pack_loss(network: Llama, pack: Pack) -> Tensor:
     """Sum of the weighted cross-entropy over a pack's supervised tokens, a scalar on the network's device."""
+    return pack_losses(network, pack)[0]
+
+
+def pack_losses(network: Llama, pack: Pack) -> tuple[Tensor, Tensor]:
+    """`pack_loss`, and its parts (targets,), the weighted cross-entropy of each target; both have a gradient."""
     supervised = _supervised(network, pack)
     targets = torch.from_numpy(pack.targets).to(supervised.device)
     weights = None if pack.weights is None else torch.from_numpy(pack.weights).to(supervised.device)
     hidden, cap = network.normed(supervised), network.arch.logits_cap
-    return loss_sum(hidden, network.lm_head.weight, targets, weights, cap)
+    return loss_sum_and_parts(hidden, network.lm_head.weight, targets, weights, cap)
+
+
+def document_sums(values: Tensor, pack: Pack) -> Tensor:
+    """The sum of `values` (targets,) over each document of a pack, (documents,), in float64 where the device has it.
+
+    `pack.rows` are the rows of the documents.
+    """
+    wide = values if values.device.type == "mps" else values.double()
+    return torch.stack([part.sum() for part in wide.split(pack.counts.tolist())])
 
 
 def pack_predictions(network: Llama, pack: Pack) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:

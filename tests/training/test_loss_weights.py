@@ -17,7 +17,7 @@ from tests.tiny_models import random_network
 
 from lorafit.data.batch import RankShare
 from lorafit.data.packing import Packer, TokenRow, build_pack
-from lorafit.forward import pack_loss
+from lorafit.forward import document_sums, pack_loss, pack_losses
 from lorafit.model.lora import LoraSpec, adapted, attach
 from lorafit.model.loss import loss_sum
 
@@ -99,6 +99,27 @@ def test_any_cut_of_a_step_is_the_whole_step(
         assert pack.weights is None
         weight += float(told[1:].sum())
     assert whole == pytest.approx(by_hand / weight, rel=1e-9)
+
+
+@settings(max_examples=20)
+@given(rows=token_rows(), capacity=st.integers(8, 64))
+def test_the_parts_of_a_loss_are_those_of_its_rows_with_their_gradients(
+    network: Any, rows: list[TokenRow], capacity: int
+) -> None:
+    factors = torch.arange(1.0, len(rows) + 1, dtype=torch.float64)
+    layer = next(iter(adapted(network).values())).lora_A
+    of_parts, of_rows = torch.zeros_like(layer), torch.zeros_like(layer)
+    for pack in Packer(capacity).packs(rows):
+        total, parts = pack_losses(network, pack)
+        sums = document_sums(parts, pack)
+        assert float(sums.detach().sum()) == pytest.approx(float(total.detach()), abs=1e-9)
+        for row, found in zip(pack.rows, sums.detach(), strict=True):
+            alone = float(pack_loss(network, build_pack([rows[row]])).detach())
+            assert float(found) == pytest.approx(alone, abs=1e-9)
+        of_parts += torch.autograd.grad((sums * factors[torch.from_numpy(pack.rows)]).sum(), layer)[0]
+    for row, factor in zip(rows, factors, strict=True):
+        of_rows += torch.autograd.grad(pack_loss(network, build_pack([row])) * factor, layer)[0]
+    torch.testing.assert_close(of_parts, of_rows, rtol=1e-9, atol=1e-10)
 
 
 @given(rows=token_rows())

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lorafit.data.pair_marks import OF_ANSWER, documents_of
+
 Ids = NDArray[np.uint16] | NDArray[np.uint32]
-# The ids of one row, and which of them are supervised, or the weights of their losses, 0 for not supervised.
-TokenRow = tuple[Ids, NDArray[np.bool_] | NDArray[np.float32]]
+# The ids of one row, and which of them are supervised, or the weights of their losses, 0 for not supervised. The row of
+# a preference has its prompt once, then its answers, with the marks of data/pair_marks.py (uint8).
+TokenRow = tuple[Ids, NDArray[np.bool_] | NDArray[np.float32] | NDArray[np.uint8]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +25,11 @@ class Pack:
     whose next token is supervised, `targets` (targets,) those next tokens, `weights` (targets,) the factors of their
     losses, None where all are 1. A row's last supervised token is a target only, so it and what follows it are no
     inputs: `num_tokens` counts the rows' tokens in full.
+
+    `rows` (documents,) are the rows of the documents, as indices of the rows that were packed, `counts` (documents,)
+    their numbers of targets, which follow one another. A row of a preference has two documents, or one: `sides`
+    (documents,) says whether each is the rejected answer, and `in_answer` (targets,) which targets are not of the
+    prompt; both are None for other rows.
     """
 
     ids: NDArray[np.int64]
@@ -31,10 +39,16 @@ class Pack:
     targets: NDArray[np.int64]
     num_tokens: int
     weights: NDArray[np.float32] | None = None
+    rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    sides: NDArray[np.bool_] | None = None
+    in_answer: NDArray[np.bool_] | None = None
 
     @property
     def weight(self) -> float:
-        """The sum of the weights: what a mean loss is divided by."""
+        """The sum of the weights: what a mean loss is divided by. It is the number of the rows of preferences."""
+        if self.sides is not None:
+            return len(np.unique(self.rows))
         return len(self.targets) if self.weights is None else float(self.weights.sum(dtype=np.float64))
 
 
@@ -57,10 +71,11 @@ class Packer:
         """The indices of `lengths` that each pack holds."""
         return best_fit(lengths, self.capacity) if self.packing else [[at] for at in range(len(lengths))]
 
-    def packs(self, rows: Sequence[TokenRow]) -> list[Pack]:
-        """Packs that hold every row once."""
+    def packs(self, rows: Sequence[TokenRow], numbers: Sequence[int] | None = None) -> list[Pack]:
+        """Packs that hold every row once. Their `rows` are indices of `rows`, or the `numbers` at these."""
         bins = self.bins([len(ids) for ids, _ in rows])
-        return [build_pack([rows[at] for at in members]) for members in bins]
+        names = range(len(rows)) if numbers is None else numbers
+        return [build_pack([rows[at] for at in members], [names[at] for at in members]) for members in bins]
 
     def count(self, lengths: Sequence[int]) -> int:
         """How many packs rows of `lengths` tokens need."""
@@ -83,28 +98,32 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def build_pack(rows: Sequence[TokenRow]) -> Pack:
-    """All of `rows` in one pass."""
+def build_pack(rows: Sequence[TokenRow], numbers: Sequence[int] | None = None) -> Pack:
+    """All of `rows` in one pass. `numbers` are what the pack calls them, by default their indices."""
     documents, num_tokens = [], 0
-    for ids, trained in rows:
-        # no token comes before the first one to predict it from
-        target_at = trained[1:].nonzero()[0] + 1
-        length = int(target_at[-1]) if len(target_at) else len(ids)
-        documents.append((ids[:length], target_at - 1, ids[target_at], trained[target_at]))
-        num_tokens += len(ids)
+    for number, row in zip(range(len(rows)) if numbers is None else numbers, rows, strict=True):
+        for side, ids, trained in documents_of(*row):
+            # no token comes before the first one to predict it from
+            target_at = trained[1:].nonzero()[0] + 1
+            length = int(target_at[-1]) if len(target_at) else len(ids)
+            documents.append((ids[:length], target_at - 1, ids[target_at], trained[target_at], number, side))
+        num_tokens += len(row[0])
     documents.sort(key=lambda document: document[0].tobytes())
-    inputs, paths = share_prefixes([ids for ids, _, _, _ in documents])
-    is_weighted = any(trained.dtype != np.bool_ for _, _, _, trained in documents)
+    texts, before, targets, weights, owners, sides = zip(*documents, strict=True)
+    inputs, paths = share_prefixes(texts)
+    kinds = {trained.dtype.kind for trained in weights}
     return Pack(
         inputs,
         tuple(map(len, paths)),
         np.concatenate(paths),
-        np.concatenate([path[before] for path, (_, before, _, _) in zip(paths, documents, strict=True)]),
-        np.concatenate([targets for _, _, targets, _ in documents], dtype=np.int64),
+        np.concatenate([path[at] for path, at in zip(paths, before, strict=True)]),
+        np.concatenate(targets, dtype=np.int64),
         num_tokens,
-        np.concatenate([weights for _, _, _, weights in documents], dtype=np.float32)
-        if is_weighted
-        else None,
+        np.concatenate(weights, dtype=np.float32) if "f" in kinds else None,
+        np.array(owners, np.int64),
+        np.array([len(of_document) for of_document in targets], np.int64),
+        np.array(sides) if "u" in kinds else None,
+        np.concatenate(weights) == OF_ANSWER if "u" in kinds else None,
     )
 
 

@@ -23,18 +23,30 @@ def loss_sum(
     (rows,). A logit z is cap * tanh(z / cap), if `cap` is set. The caller divides once, by the weights of all trained
     tokens of the optimizer step.
     """
-    total: Tensor = _ChunkedCrossEntropy.apply(hidden, head, targets, weights, cap)  # type: ignore[no-untyped-call]
-    return total
+    return loss_sum_and_parts(hidden, head, targets, weights, cap)[0]
+
+
+def loss_sum_and_parts(
+    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None = None, cap: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """`loss_sum`, and its parts (rows,). The gradient of either is exact, also of any function of the parts."""
+    total, parts = _ChunkedCrossEntropy.apply(hidden, head, targets, weights, cap)  # type: ignore[no-untyped-call]
+    return total, parts
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Computes the gradient of `hidden` per chunk in the forward pass, which has the logits."""
+    """Computes the gradient of `hidden` per chunk in the forward pass, which has the logits.
+
+    The loss of a row depends on that row of `hidden` alone, so a gradient of the parts is a factor per row.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor | None, cap: float
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         total = torch.zeros((), dtype=wide(hidden.dtype), device=hidden.device)
+        parts = torch.empty(hidden.shape[0], dtype=total.dtype, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         most = max(1, CHUNK_BYTES // (head.shape[0] * head.element_size()))
         chunks = -(-hidden.shape[0] // most)
@@ -53,16 +65,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if slope is not None:
                 logits.mul_(slope)
             total += losses.sum()
+            parts[chunk] = losses
             if gradient is not None:
                 gradient[chunk] = matmul(logits, head, transposed=True)
         if gradient is not None:
             ctx.save_for_backward(gradient)
-        return total
+        return total, parts
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         # a scalar tensor takes the type of the tensor that it multiplies: widen first, or the scale itself is rounded
-        scale = gradients[0]
+        of_total, of_parts = gradients
+        scale = of_total if of_parts is None else of_parts[:, None]
+        if of_total is not None and of_parts is not None:
+            scale = scale + of_total
         return (scale * gradient.to(scale.dtype)).to(gradient.dtype), None, None, None, None
