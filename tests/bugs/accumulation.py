@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from tests.bugs.catalogue import probe
 from tests.bugs.lab import Lab, Plant, difference, events
+from torch import Tensor
 
 from lorafit.data.batch import RankShare
+from lorafit.data.packing import Pack
 from lorafit.errors import TrainingError
+from lorafit.model.llama import Llama
 from lorafit.training import loop
 from lorafit.training.run import start_run
 
@@ -118,10 +121,15 @@ def a_step_without_trained_tokens_is_an_error(lab: Lab) -> None:
 )
 def a_loss_that_is_not_finite_is_an_error(lab: Lab) -> None:
     """The loss of one pass is NaN, or infinite with a finite gradient: the run stops, and no weight changes."""
-    pack_loss = loop.pack_loss
+    pack_losses = loop.pack_losses
     for value in (math.nan, math.inf):
+
+        def broken(network: Llama, pack: Pack, offset: float = value) -> tuple[Tensor, Tensor]:
+            total, each = pack_losses(network, pack)
+            return total + offset, each
+
         with lab.patch.context() as patch:
-            patch.setattr(loop, "pack_loss", lambda *arguments, offset=value: pack_loss(*arguments) + offset)
+            patch.setattr(loop, "pack_losses", broken)
             _must_stop(lab, "the loss is not finite", name=str(value))
 
 

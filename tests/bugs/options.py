@@ -102,7 +102,7 @@ def _trace(lab: Lab, *overrides: str) -> list[Any]:
     """The passes, files and events of a run, without times and config."""
     passes: list[tuple[int, ...]] = []
     layers, timeouts = [0], []
-    pack_loss, forward, connect = loop.pack_loss, Layer.forward, Ranks.connect
+    pack_losses, forward, connect = loop.pack_losses, Layer.forward, Ranks.connect
 
     def connected(ranks: Any, device: Any, timeout: float) -> Any:
         timeouts.append(timeout)
@@ -110,14 +110,14 @@ def _trace(lab: Lab, *overrides: str) -> list[Any]:
 
     def recorded(network: Any, pack: Any) -> Any:
         passes.append(pack.lengths)
-        return pack_loss(network, pack)
+        return pack_losses(network, pack)
 
     def counted(layer: Any, *arguments: Any) -> Any:
         layers[0] += 1
         return forward(layer, *arguments)
 
     with lab.patch.context() as patch:
-        patch.setattr(loop, "pack_loss", recorded)
+        patch.setattr(loop, "pack_losses", recorded)
         patch.setattr(Layer, "forward", counted)
         patch.setattr(Ranks, "connect", connected)
         result = lab.run(*BASE, *overrides, name=f"run{len(list(lab.folder.iterdir()))}")

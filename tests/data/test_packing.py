@@ -36,6 +36,8 @@ def test_every_supervised_token_is_predicted_once_from_its_own_past(
         assert packing is False or len(pack.lengths) == 1 or sum(pack.lengths) <= capacity
         # ids count up within a row, so the token before a target is the target minus one
         np.testing.assert_array_equal(pack.ids[pack.predict] + 1, pack.targets)
+        owners = np.repeat(pack.rows, pack.counts)
+        np.testing.assert_array_equal(owners, pack.targets // 100)  # the ids of row n begin at 100 n
 
 
 @st.composite

@@ -26,7 +26,7 @@ from lorafit.distributed.fsdp import shard_base
 from lorafit.distributed.parallel import ReplicatedEngine
 from lorafit.distributed.ranks import Ranks
 from lorafit.errors import ConfigError
-from lorafit.forward import pack_loss
+from lorafit.forward import pack_losses
 from lorafit.model.linear import Frozen
 from lorafit.model.lora import LoraSpec, attach
 from lorafit.model.quant import Int8Linear
@@ -259,7 +259,7 @@ def test_only_the_adapters_gradients_are_communicated(quantize: str, monkeypatch
         engine = ReplicatedEngine(network)
         pack = build_pack([(np.arange(3, 30, dtype=np.uint16), np.arange(27) > 5)])
         for _ in range(2):
-            engine.loss(pack_loss, pack).backward()
+            engine.loss(pack_losses, pack)[0].backward()
         trainable = sum(p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
         assert engine.reduced_bytes == 2 * trainable
         assert broadcast == []

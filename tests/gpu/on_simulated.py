@@ -268,7 +268,7 @@ def test_a_step_without_memory_is_repeated_with_smaller_passes(
     only_training = ("run.samples=0", "run.verify=false", "data.holdout=0", "run.check=none")
     with simulated_cuda(T4):
         given = settings(tmp_path, *only_training, "run.too_large=auto", "train.micro_batch_tokens=4096")
-        short_in(monkeypatch, (loop, "pack_loss"), range(1, 2))
+        short_in(monkeypatch, (loop, "pack_losses"), range(1, 2))
         result = tiny_run(given, tmp_path / "run")
         monkeypatch.undo()
         with_memory = tiny_run(given, tmp_path / "with-memory")
@@ -279,7 +279,7 @@ def test_a_step_without_memory_is_repeated_with_smaller_passes(
 
 @pytest.mark.parametrize(
     ("where", "calls"),
-    [((loop, "pack_loss"), range(1, 1000)), ((loop, "heldout_loss"), range(2, 1000))],
+    [((loop, "pack_losses"), range(1, 1000)), ((loop, "heldout_loss"), range(2, 1000))],
     ids=["step", "held-out"],
 )
 def test_a_run_without_memory_for_training_ends_with_one_line_and_a_saved_state(

@@ -46,21 +46,21 @@ class Short:
 
     def __init__(self, patch: pytest.MonkeyPatch, most: int, error: BaseException, first: int = 1) -> None:
         self.passes: list[int] = []
-        real, step = loop.pack_loss, loop._gradients
+        real, step = loop.pack_losses, loop._gradients
         at = [0]
 
         def count(job: loop.TrainContext, state: Any, *rest: Any) -> Any:
             at[0] = state.step + 1
             return step(job, state, *rest)
 
-        def pack_loss(network: Any, pack: Any) -> Any:
+        def pack_losses(network: Any, pack: Any) -> Any:
             if at[0] >= first and len(pack.ids) > most:
                 raise error
             self.passes.append(len(pack.ids))
             return real(network, pack)
 
         patch.setattr(loop, "_gradients", count)
-        patch.setattr(loop, "pack_loss", pack_loss)
+        patch.setattr(loop, "pack_losses", pack_losses)
 
 
 CUDA = torch.OutOfMemoryError("CUDA out of memory")
@@ -625,14 +625,14 @@ def test_recompute_gives_the_same_bytes_and_keeps_less(
 ) -> None:
     kept: list[int] = []
 
-    def measured(network: Any, pack: Any, real: Callable[..., Any] = loop.pack_loss) -> Any:
+    def measured(network: Any, pack: Any, real: Callable[..., Any] = loop.pack_losses) -> Any:
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
             found = real(network, pack)
         kept.append(sum(sizes))
         return found
 
-    monkeypatch.setattr(loop, "pack_loss", measured)
+    monkeypatch.setattr(loop, "pack_losses", measured)
     plain = tiny_run(material, tmp_path / "plain", "train.max_steps=2")
     least, kept[:] = min(kept), []
     again = tiny_run(material, tmp_path / "again", "train.max_steps=2", "train.recompute=layers")

@@ -192,14 +192,15 @@ def test_raw_gradients_of_every_cut_agree_to_1e_6(
 def stop_with(
     material: list[str], output: Path, monkeypatch: pytest.MonkeyPatch, loss: Callable[..., Any]
 ) -> str:
-    pack_loss, calls = loop.pack_loss, []
+    pack_losses, calls = loop.pack_losses, []
 
     def sabotaged(network: Any, pack: Any) -> Any:
         calls.append(pack)
-        return loss(pack_loss(network, pack)) if len(calls) == 4 else pack_loss(network, pack)
+        total, each = pack_losses(network, pack)
+        return (loss(total) if len(calls) == 4 else total), each
 
     with monkeypatch.context() as patch, pytest.raises(TrainingError) as caught:
-        patch.setattr(loop, "pack_loss", sabotaged)
+        patch.setattr(loop, "pack_losses", sabotaged)
         tiny_run(material, output, "train.save_every=1", "data.holdout=0", "train.max_steps=5")
     return str(caught.value)
 

@@ -59,7 +59,7 @@ class RankShare:
         shares = balance(costs, self.world_size)
         loads = [sum(costs[at] for at in members) for members in shares]
         own = shares[self.rank]
-        packs = packer.packs([step_rows[at] for at in own])
+        packs = packer.packs([step_rows[at] for at in own], own)
         rounds = 1
         if self.lockstep:
             rounds = max(packer.count([lengths[at] for at in members]) for members in shares)

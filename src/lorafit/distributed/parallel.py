@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from lorafit.data.packing import Pack
 from lorafit.model.llama import Llama
 
-Compute = Callable[[Llama, Pack], Tensor]  # the summed loss of a pack
+Losses = tuple[Tensor, Tensor]  # of a pack: their sum, and that of each target
+Compute = Callable[[Llama, Pack], Losses]
 BUCKET_MIB = 25  # torch's default: the first is sent during the backward pass
 
 
@@ -24,8 +25,8 @@ class Engine:
         self.lockstep = False  # whether all ranks must compute each pass together
         self.reduced_bytes = 0  # of gradients, given to all-reduce by this rank so far
 
-    def loss(self, compute: Compute, pack: Pack) -> Tensor:
-        """The loss of a pack. Call backward before the next pack."""
+    def loss(self, compute: Compute, pack: Pack) -> Losses:
+        """The losses of a pack. Call backward of the sum before the next pack."""
         return compute(self.network, pack)
 
     def accumulating(self) -> contextlib.AbstractContextManager[Any]:
@@ -59,9 +60,9 @@ class ReplicatedEngine(Engine):
         )
         self._module.register_comm_hook(None, self._summed)
 
-    def loss(self, compute: Compute, pack: Pack) -> Tensor:
-        loss: Tensor = self._module(compute, pack)
-        return loss
+    def loss(self, compute: Compute, pack: Pack) -> Losses:
+        losses: Losses = self._module(compute, pack)
+        return losses
 
     def accumulating(self) -> contextlib.AbstractContextManager[Any]:
         return self._module.no_sync()
@@ -82,6 +83,6 @@ class _PassLoss(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, compute: Compute, pack: Pack) -> Tensor:
-        loss = compute(self.network, pack)
-        return loss if pack.num_tokens else loss * 0.0
+    def forward(self, compute: Compute, pack: Pack) -> Losses:
+        loss, each = compute(self.network, pack)
+        return loss if pack.num_tokens else loss * 0.0, each

@@ -89,12 +89,10 @@ def ask(
     for base in (True, False):
         total, targets, wrong = np.zeros((3, len(chosen)))
         with evaluating(network), disable_adapter(network, when=base), torch.inference_mode():
-            for pack in packer.packs([_numbered(*row, number) for number, row in enumerate(answers, 1)]):
-                assert pack.weights is not None
-                owner = pack.weights.astype(np.int64) - 1
+            for pack in packer.packs(answers):
                 found, is_first = pack_predictions(network, pack)
                 for sums, values in ((total, found), (targets, np.ones_like(found)), (wrong, ~is_first)):
-                    np.add.at(sums, owner, values)
+                    np.add.at(sums, np.repeat(pack.rows, pack.counts), values)
         results.append((total.sum() / max(1.0, targets.sum()), (wrong == 0) & (targets > 0)))
     (base_loss, before), (loss, after) = results
     is_asked = asking[chosen]
@@ -176,9 +174,9 @@ def _spread(usable: NDArray[np.intp], rows: TokenDataset, most_tokens: int) -> N
     return usable[np.linspace(0, len(usable) - 1, min(most, len(usable))).round().astype(np.intp)]
 
 
-def _last_answer(row: TokenRow, stops: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _last_answer(row: TokenRow, stops: NDArray[np.int64]) -> TokenRow:
     """The ids of a row, and which of them are its last answer up to the first stop token."""
-    ids, trained = row[0].astype(np.int64), row[1] > 0
+    ids, trained = row[0], row[1] > 0
     ends = np.flatnonzero(trained)
     if not len(ends):
         return ids, trained
@@ -189,8 +187,3 @@ def _last_answer(row: TokenRow, stops: NDArray[np.int64]) -> tuple[NDArray[np.in
     answer = np.zeros_like(trained)
     answer[first : last + 1] = True
     return ids, answer
-
-
-def _numbered(ids: NDArray[np.int64], answer: NDArray[np.bool_], number: int) -> TokenRow:
-    """A row whose number is the weight of its targets: a pack mixes the targets of its rows."""
-    return ids.astype(np.uint32), answer.astype(np.float32) * np.float32(number)

@@ -10,7 +10,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -26,7 +28,7 @@ from lorafit.distributed.watchdog import BETWEEN, COMPUTING, SHARING, Heartbeat
 from lorafit.errors import RunError, TrainingError
 from lorafit.evaluate.heldout import heldout_loss
 from lorafit.evaluate.samples import SampleGenerator
-from lorafit.forward import pack_loss
+from lorafit.forward import pack_losses
 from lorafit.model.adamw import AdamW
 from lorafit.model.device import device_memory_bytes
 from lorafit.model.llama import Llama
@@ -141,7 +143,7 @@ def _steps(
             _reduce_micro_batch(job, writer, state, batch)
             upcoming = ahead.submit(_batch, job, state, state.step)
             continue
-        loss, norm = gradients
+        loss, norm, _ = gradients
         done = state.step - job.first_step
         rate = learning_rate(done, length, settings.learning_rate, settings.schedule, warmup)
         job.optimizer.step(rate)
@@ -198,8 +200,10 @@ def _batch(job: TrainContext, state: TrainState, step: int) -> Batch:
     return job.share.of(job.rows, job.order.rows(step), packer)
 
 
-def _gradients(job: TrainContext, state: TrainState, batch: Batch) -> tuple[float, float] | None:
-    """Accumulate the step's gradient, clipped; returns (mean loss, norm before clipping), both finite.
+def _gradients(
+    job: TrainContext, state: TrainState, batch: Batch
+) -> tuple[float, float, NDArray[np.float64]] | None:
+    """Accumulate the step's gradient, clipped; returns (mean loss, norm before clipping, summed loss of each row).
 
     The sum of losses over all packs of all ranks is divided once by the weight of the step's supervised tokens (their
     number, where the rows have no weights), so the gradient does not depend on the packing. A float16 overflow is
@@ -211,8 +215,8 @@ def _gradients(job: TrainContext, state: TrainState, batch: Batch) -> tuple[floa
         raise TrainingError(f"step {step} has no supervised tokens", place=job.places(batch))
     random = torch.get_rng_state()
     while True:
-        total, short = _passes(job, state, batch)
-        total, any_short = job.ranks.all_reduce_sum([total, float(short)])
+        total, each, short = _passes(job, state, batch)
+        total, any_short, *row_losses = job.ranks.all_reduce_sum([total, float(short), *each])
         if any_short:
             job.optimizer.zero_grad()
             torch.set_rng_state(random)
@@ -223,7 +227,7 @@ def _gradients(job: TrainContext, state: TrainState, batch: Batch) -> tuple[floa
             torch._foreach_mul_(gradients, 1 / state.scale.factor)
         norm = float(clip_grad_norm_(job.optimizer.parameters, job.config.train.max_grad_norm or math.inf))
         if math.isfinite(mean) and math.isfinite(norm):
-            return mean, norm
+            return mean, norm, np.array(row_losses)
         job.optimizer.zero_grad()
         if not state.scale.active or not math.isfinite(mean):
             what = "loss" if not math.isfinite(mean) else "gradient"
@@ -236,8 +240,9 @@ def _gradients(job: TrainContext, state: TrainState, batch: Batch) -> tuple[floa
         torch.set_rng_state(random)
 
 
-def _passes(job: TrainContext, state: TrainState, batch: Batch) -> tuple[float, bool]:
-    """This rank's passes: (sum of their losses, whether memory ran out). The last one all-reduces the gradients.
+def _passes(job: TrainContext, state: TrainState, batch: Batch) -> tuple[float, NDArray[np.float64], bool]:
+    """This rank's passes: (sum of their losses, that of each row of the step, whether memory ran out). The last one
+    all-reduces the gradients.
 
     All passes of all ranks start from the same random state. The dropout of a row is a function of the step and of
     the tokens of the row.
@@ -245,17 +250,19 @@ def _passes(job: TrainContext, state: TrainState, batch: Batch) -> tuple[float, 
     random = torch.get_rng_state()
     packs, last = batch.packs, len(batch.packs) - 1
     losses: list[Tensor] = []
+    row_losses: list[Tensor] = []
     sharing = False  # from then on a rank that stops leaves the others waiting
     try:
         for index, pack in enumerate(packs):
             torch.set_rng_state(random)
             with nullcontext() if index == last else job.engine.accumulating():
-                loss = job.engine.loss(pack_loss, pack)
+                loss, each = job.engine.loss(pack_losses, pack)
                 release_free_memory(MUCH_FREE)
                 if sharing := index == last:
                     job.heartbeat.at(state.step + 1, SHARING)
                 (loss * (state.scale.factor / batch.weight)).backward()
                 losses.append(loss.detach())
+                row_losses.append(each.detach())
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -266,9 +273,20 @@ def _passes(job: TrainContext, state: TrainState, batch: Batch) -> tuple[float, 
                     place=str(job.run.path),
                     hint=f"set train.micro_batch_tokens below {packs[last].num_tokens}: {SAME_RESULT}",
                 ) from None
-            job.engine.loss(pack_loss, EMPTY_PACK).backward()
-        return 0.0, True
-    return sum(map(float, losses)), False  # read only here, so that the device is waited for once
+            job.engine.loss(pack_losses, EMPTY_PACK)[0].backward()
+        return 0.0, np.zeros(len(batch.indices)), True
+    # read only here, so that the device is waited for once
+    return sum(map(float, losses)), _by_rows(batch, torch.cat(row_losses).cpu().numpy()), False
+
+
+def _by_rows(batch: Batch, losses: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """The sum of the losses of the targets of each row of the step, 0 for the rows of other ranks."""
+    owners = np.concatenate([np.repeat(pack.rows, pack.counts) for pack in batch.packs])
+    sums = np.zeros(len(batch.indices))
+    np.add.at(
+        sums, owners, losses[: len(owners)]
+    )  # an empty pack has a loss without an owner, and is the last
+    return sums
 
 
 def _measure(job: TrainContext, writer: AsyncCheckpointWriter, state: TrainState) -> bool:
