@@ -125,3 +125,27 @@ def test_project_says_the_same_on_both_ways(path: str, monkeypatch: pytest.Monke
         project(linears, Identity(), x)[0].double(), exactly(linears[0], x), rtol=1e-5, atol=1e-4
     )
     torch.testing.assert_close(head(x, linears[1].weight), x @ linears[1].weight.t(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch"])
+@pytest.mark.parametrize("rows", [1, 16, 17, 40])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64])
+@torch.inference_mode()
+def test_logits_are_not_rounded_to_16_bits(
+    dtype: torch.dtype, rows: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each row has the same bits alone. Two logits that differ after the eighth bit stay apart."""
+    if not compiled:
+        monkeypatch.setattr(native, "_build", lambda: (None, "off"))
+        monkeypatch.setattr(module, "COLUMNS_AT_ONCE", 16)
+    elif kernels() is None:
+        pytest.skip(missing())
+    torch.manual_seed(0)
+    x, weight = torch.randn(rows, 64).to(dtype), torch.randn(37, 64).to(dtype)
+    x[:, :2], weight[-2:], weight[-2:, :2] = 1.0, 0.0, torch.tensor([[128.0, 0.0], [128.0, 0.25]]).to(dtype)
+    logits = head(x, weight)
+    assert logits.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(logits.double(), x.double() @ weight.double().t(), rtol=1e-5, atol=1e-4)
+    assert logits.argmax(-1).tolist() == [36] * rows
+    if compiled and dtype in DTYPES:
+        assert torch.equal(torch.cat([head(row, weight) for row in x.split(1)]), logits)

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafit.model.native import fits, kernels
+from lorafit.model.native import Kernels, fits, kernels
+from lorafit.model.ops import wide
 
 MOST_ROWS = 16  # with more rows torch's products are as fast
+COLUMNS_AT_ONCE = 4096  # rows of a weight that are converted at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +62,19 @@ def decode_linear(linear: Any, x: Tensor, residual: Tensor | None = None) -> Ten
 
 
 def head(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T for x (rows, in_features)."""
-    if x.shape[0] <= MOST_ROWS and torch.is_inference_mode_enabled() and fits(x, weight):
-        return _call("decode_linear", x, weight, None, None, None, None, 0, None, None, 0.0)
-    return x @ weight.t()
+    """x W^T for x (rows, in_features), in float32 or wider: in 16 bits the best two logits are often equal."""
+    dtype = wide(x.dtype)
+    if torch.is_inference_mode_enabled() and fits(x, weight):
+        out = x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+        for rows, to in zip(x.split(MOST_ROWS), out.split(MOST_ROWS), strict=True):
+            _kernels().call("head", x.dtype, *rows.shape, weight.shape[0], rows, weight, to)
+        return out
+    if dtype == x.dtype:
+        return x @ weight.t()
+    if x.is_cuda and not x.requires_grad:
+        return torch.mm(x, weight.t(), out_dtype=dtype)
+    parts = weight.split(COLUMNS_AT_ONCE)  # a copy of the whole weight would be twice as large as it
+    return torch.cat([x.to(dtype) @ part.to(dtype).t() for part in parts], dim=-1)
 
 
 def _suits(linear: Any, dtype: torch.dtype) -> bool:
@@ -78,8 +89,12 @@ def _suits(linear: Any, dtype: torch.dtype) -> bool:
 
 
 def _call(kernel: str, x: Tensor, weight: Tensor, *operands: Tensor | int | float | None) -> Tensor:
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    _kernels().call(kernel, x.dtype, *x.shape, weight.shape[0], x, weight, *operands, out)
+    return out
+
+
+def _kernels() -> Kernels:
     compiled = kernels()
     assert compiled is not None
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    compiled.call(kernel, x.dtype, *x.shape, weight.shape[0], x, weight, *operands, out)
-    return out
+    return compiled

@@ -229,9 +229,9 @@ struct Adapters {
   int64_t of(int64_t row) const { return adapter_of_row ? adapter_of_row[row] : count - 1; }
 };
 
-template <class T, class W>
+template <class T, class W, class Out>
 static void linear(int64_t rows, int64_t width, int64_t columns, const T *x, const W *weight, const float *column_scale,
-                       const float *input_scale, const T *bias, const T *addend, const Adapters &adapters, T *out, int threads) {
+                       const float *input_scale, const T *bias, const T *addend, const Adapters &adapters, Out *out, int threads) {
   static thread_local Space space;
   static thread_local std::vector<int64_t> offsets;  // offset of each adapter in a row of `low`; -1 if no row uses it
   int64_t total_rank = 0;
@@ -266,7 +266,7 @@ static void linear(int64_t rows, int64_t width, int64_t columns, const T *x, con
         for (int64_t j = 0; j < rank; j++) low_rank_sum += from[j] * b[j];
         sums[n] += low_rank_sum * adapters.scales[adapter];
       }
-    T *const to = out + row * columns + first;
+    Out *const to = out + row * columns + first;
 #pragma omp simd
     for (int64_t n = 0; n < count; n++) put(sums[n], to[n]);
   };
@@ -354,4 +354,14 @@ static void decode_linear(int64_t rows, int64_t width, int64_t columns, const T 
 }
 #define PARAMETERS(T) (int64_t rows, int64_t width, int64_t columns, const T *x, const void *weight, const float *column_scale, const float *input_scale, const T *bias, const T *addend, int64_t rank, const float *a, const float *b, float scale, T *out, int threads)
 FOR_BOTH_TYPES(decode_linear, (rows, width, columns, x, weight, column_scale, input_scale, bias, addend, rank, a, b, scale, out, threads))
+#undef PARAMETERS
+
+// The sums of the head stay float32: rounded to bfloat16, the two best logits are often equal.
+template <class T>
+static void head(int64_t rows, int64_t width, int64_t columns, const T *x, const T *weight, float *out, int threads) {
+  const Adapters none{0, nullptr, nullptr, nullptr, nullptr, nullptr};
+  linear(rows, width, columns, x, weight, nullptr, nullptr, (const T *)nullptr, (const T *)nullptr, none, out, threads);
+}
+#define PARAMETERS(T) (int64_t rows, int64_t width, int64_t columns, const T *x, const T *weight, float *out, int threads)
+FOR_BOTH_TYPES(head, (rows, width, columns, x, weight, out, threads))
 #undef PARAMETERS
