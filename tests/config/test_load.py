@@ -408,3 +408,9 @@ def test_files_after_data_are_data(tmp_path: Path) -> None:
 def test_encodings_are_those_of_text(name: str) -> None:
     with pytest.raises(ConfigError, match="no encoding of text has this name"):
         load_config(None, ["model.name=m", "data.path=a", f"data.encoding={name}"])
+
+
+@pytest.mark.parametrize("key", ["train.epochs", "train.batch_size", "train.eval_every", "train.refit"])
+def test_a_wrong_value_of_a_key_with_auto_names_auto(key: str) -> None:
+    with pytest.raises(ConfigError, match="`auto` or a valid"):
+        load_config(None, ["model.name=m", "data.path=a", f"{key}=banana"])

@@ -113,6 +113,13 @@ def test_the_sentence(trained: Asked, heldout: Asked | None, level: str, text: s
     assert verdict(trained, heldout) == (level, text)
 
 
+@pytest.mark.parametrize("length", [4, 200])
+@given(st.floats(0.99, 1.0, exclude_max=True))
+def test_the_sentence_names_the_setting_that_trains_longer(length: int, left: float) -> None:
+    asked = Asked(54, 54, 0, 0, 3.84, 3.84 * left, length)
+    assert verdict(asked, None, longer="train.epochs=8")[1].endswith(": train.epochs=8")
+
+
 def test_half_of_the_answers_is_most_of_the_rows() -> None:
     assert verdict(Asked(10, 10, 0, round(HALF * 10), 2.0, 1.0, 5), None)[1].startswith("It learned most")
 

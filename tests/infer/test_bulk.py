@@ -156,3 +156,10 @@ def test_the_purpose_is_all_that_decides_the_answers(model: Model, tmp_path: Pat
         others.append(purpose_of(path, model, 5, Sampling(), False))
         layer[0, 0] -= 1
     assert len({first, *others}) == 6
+
+
+@pytest.mark.parametrize("name", ["question.txt", "question.jsonl"])
+def test_a_missing_file_of_prompts_names_the_near_one(model: Model, tmp_path: Path, name: str) -> None:
+    written(tmp_path / "questions.jsonl", ROWS)
+    with pytest.raises(DataError, match=r"no such file[\s\S]*did you mean \S*questions\.jsonl\?"):
+        read_prompts(tmp_path / name, model)

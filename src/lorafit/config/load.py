@@ -15,8 +15,9 @@ import yaml
 from pydantic import ValidationError
 from yaml.composer import ComposerError
 
+from lorafit.config.fields import OrAuto
 from lorafit.config.other_tools import answer
-from lorafit.config.schema import Config, keys
+from lorafit.config.schema import Config, keys, sections
 from lorafit.errors import ConfigError, Problem, similar
 from lorafit.redact import redact
 from lorafit.storage.safe_read import read_text
@@ -324,6 +325,9 @@ def _problem(detail: Mapping[str, Any], places: Mapping[KeyPath, str], near: boo
     if not where:
         return Problem(message, hint="see `lorafit config`")
     message = message[:1].lower() + message[1:]
+    field = sections()[where[0]].model_fields.get(where[1]) if len(where) == 2 else None
+    if field is not None and OrAuto in field.metadata:
+        message = message.replace("input should be ", "input should be `auto` or ", 1)
     if isinstance(value := detail.get("input"), str | float) or (
         isinstance(value, int) and value.bit_length() < 999  # Python prints no longer ones
     ):

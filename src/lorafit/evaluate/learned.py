@@ -24,6 +24,7 @@ from lorafit.observe.units import count
 MOST_ROWS = 100
 MOST_TRAINED_TOKENS, MOST_HELDOUT_TOKENS = 4096, 1024  # seconds on a CPU, also of a large model
 SHORT_ANSWER = 32  # tokens; longer answers are rarely repeated word for word, and the loss decides
+LONGER = "train longer"
 KNOWN, HALF, SOME = 0.9, 0.5, 0.1  # shares of the questions
 # of the loss of the base: what is left after training
 PART_LEFT, LEARNED_LEFT, LITTLE_LEFT, WORSE = 0.75, 0.95, 0.98, 1.03
@@ -57,18 +58,19 @@ def what_was_learned(
     *,
     step: int,
     losses: tuple[float | None, float | None],
+    longer: str,
     observe: Observer,
 ) -> Learned:
     """Ask some trained and some held-out rows with and without the adapter, which is that of `step`.
 
-    `losses` are the held-out losses of base and adapter.
+    `losses` are the held-out losses of base and adapter, `longer` says how to train longer.
     """
     halves = ((data.training, MOST_TRAINED_TOKENS), (data.heldout, MOST_HELDOUT_TOKENS))
     asked = []
     for done, (rows, most_tokens) in enumerate(halves):
         observe(Progress("asking trained and held-out rows", done, len(halves)))
         asked.append(ask(network, data, rows, packer, most_tokens))
-    level, text = verdict(asked[0], asked[1], losses)
+    level, text = verdict(asked[0], asked[1], losses, longer)
     counts = {name: asdict(one) for name, one in zip(("trained", "heldout"), asked, strict=True) if one}
     return Learned(step, level, text, counts)
 
@@ -109,11 +111,14 @@ def ask(
 
 
 def verdict(
-    trained: Asked | None, heldout: Asked | None, losses: tuple[float | None, float | None] = (None, None)
+    trained: Asked | None,
+    heldout: Asked | None,
+    losses: tuple[float | None, float | None] = (None, None),
+    longer: str = LONGER,
 ) -> tuple[LearnedLevel, str]:
     """The result in one word and in one sentence. `losses` are the held-out losses of base and adapter."""
     if trained is None:
-        return _by_loss("held-out", *losses)
+        return _by_loss("held-out", *losses, longer)
     base, now = losses
     rose = base is not None and now is not None and now > WORSE * base
     others = f"; the held-out loss rose from {base:.3f} to {now:.3f}" if rose else ""
@@ -123,7 +128,7 @@ def verdict(
         what = "The base model answers your rows already" if known else "It learned your rows"
         return "learned", f"{what}: {answered(trained, heldout)}{others}"
     if not trained.asked or trained.answer_tokens > SHORT_ANSWER:
-        level, text = _by_loss("trained", trained.base_loss, trained.loss)
+        level, text = _by_loss("trained", trained.base_loss, trained.loss, longer)
         if level == "learned" and rose:
             return "partly", f"{text}{others}: fewer epochs or a lower train.learning_rate"
         if level == "learned" and base is not None and now is not None:
@@ -133,10 +138,10 @@ def verdict(
     if trained.loss >= trained.base_loss:
         return "nothing", f"It learned nothing: {said}: lower train.learning_rate"
     if trained.share >= HALF:
-        return "partly", f"It learned most of your rows: {said}: train longer"
+        return "partly", f"It learned most of your rows: {said}: {longer}"
     if trained.share >= SOME or trained.loss <= PART_LEFT * trained.base_loss:
-        return "partly", f"It learned a part of your rows: {said}: train longer"
-    return "nothing", f"It learned almost nothing: {said}: train longer"
+        return "partly", f"It learned a part of your rows: {said}: {longer}"
+    return "nothing", f"It learned almost nothing: {said}: {longer}"
 
 
 def answered(trained: Asked, heldout: Asked | None) -> str:
@@ -152,7 +157,7 @@ def answered(trained: Asked, heldout: Asked | None) -> str:
     return text
 
 
-def _by_loss(kind: str, base: float | None, loss: float | None) -> tuple[LearnedLevel, str]:
+def _by_loss(kind: str, base: float | None, loss: float | None, longer: str) -> tuple[LearnedLevel, str]:
     if base is None or loss is None:
         return "unknown", "What it learned is not known: no row was measured"
     fell = f"the loss of {kind} rows fell from {base:.3f} to {loss:.3f}"
@@ -162,8 +167,8 @@ def _by_loss(kind: str, base: float | None, loss: float | None) -> tuple[Learned
     if loss <= LEARNED_LEFT * base:
         return "learned", f"It learned from your rows: {fell}"
     if loss <= LITTLE_LEFT * base:
-        return "partly", f"It learned a little: {fell}: train longer"
-    return "nothing", f"It learned almost nothing: {fell}: train longer"
+        return "partly", f"It learned a little: {fell}: {longer}"
+    return "nothing", f"It learned almost nothing: {fell}: {longer}"
 
 
 def _spread(usable: NDArray[np.intp], rows: TokenDataset, most_tokens: int) -> NDArray[np.intp]:

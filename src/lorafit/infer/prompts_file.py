@@ -62,7 +62,7 @@ def raw_rows(path: Path, problems: Problems) -> Iterator[tuple[str, object]]:
 
     A line that is no row goes to `problems`. Raises DataError where the file cannot be read.
     """
-    if path.suffix.lower() != ".txt":
+    if path.suffix.lower() != ".txt" or not path.exists():
         for file in data_files(path):
             for row in read_file(file, file.name):
                 if isinstance(row.value, Problem):

@@ -46,7 +46,9 @@ def finish(
         else:
             if samples := job.samples.generate_samples(trained=not job.heldout):
                 run.write_json(run.samples_file, samples)
-            learned = _learned(job, state.chosen_step or step)  # before the proof, which releases the network
+            learned = _learned(
+                job, state.chosen_step or step, outcome
+            )  # before the proof, which releases the network
             if job.config.run.verify:
                 proof = _prove(job, initial, step, state.chosen_step or step)
                 run.write_json(run.proof_file, proof.to_json())
@@ -89,17 +91,35 @@ def observe_early_end(job: TrainContext, state: TrainState, outcome: Outcome) ->
         job.observe(Message(f"ended early: {count} held-out measurements in a row were no better"))
 
 
-def _learned(job: TrainContext, step: int) -> Learned | None:
+def _learned(job: TrainContext, step: int, outcome: Outcome) -> Learned | None:
     """What the final adapter has learned, with the losses of `step`; None where memory is short."""
     losses = _losses(job.run, step)
     data = job.data if job.heldout else job.data.with_all_rows()
     try:
-        return what_was_learned(job.network, data, job.packer, step=step, losses=losses, observe=job.observe)
+        return what_was_learned(
+            job.network,
+            data,
+            job.packer,
+            step=step,
+            losses=losses,
+            longer=_longer(job, outcome),
+            observe=job.observe,
+        )
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         job.observe(Message("no memory to ask trained rows: what was learned is not known", "warning"))
         return None
+
+
+def _longer(job: TrainContext, outcome: Outcome) -> str:
+    """How to train longer than this run, as a setting."""
+    settings = job.config.train
+    if outcome == "ended early":
+        return "the held-out rows ended the run, train.patience=0 trains on"
+    if settings.max_steps is not None:
+        return f"train longer, for example train.max_steps={2 * settings.max_steps}"
+    return f"train longer, for example train.epochs={2 * settings.epochs:g}"
 
 
 def _prove(job: TrainContext, initial: Mapping[str, str], step: int, measured: int) -> Proof:
