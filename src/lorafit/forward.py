@@ -14,6 +14,7 @@ from lorafit.data.packing import Pack
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.llama import Llama
 from lorafit.model.loss import loss_sum_and_parts
+from lorafit.model.ops import uniform
 
 FILL = 16
 
@@ -67,13 +68,30 @@ def _supervised(network: Llama, pack: Pack) -> Tensor:
     if filler := -len(ids) % FILL:
         index = torch.cat([index, torch.arange(len(ids), len(ids) + filler)])
         ids, lengths = F.pad(ids, (0, filler)), (*lengths, filler)
-    keys = None
-    if network.training and device.type == "cpu":
+    keys = noise = None
+    if network.training and (device.type == "cpu" or network.neftune):
         keys = torch.empty_like(ids)
         keys[index] = torch.from_numpy(prefix_keys(ids[index].numpy(), lengths))
+        if network.neftune:
+            noise = _noise(network, keys.to(device), index.to(device), lengths)
+        keys = keys if device.type == "cpu" else None
     attend = PackedDocuments(lengths, device, index)
     predict = torch.from_numpy(pack.predict).to(device)
-    return network.hidden(ids.to(device), attend, predict, keys)
+    return network.hidden(ids.to(device), attend, predict, keys, noise)
+
+
+def _noise(network: Llama, keys: Tensor, index: Tensor, lengths: Sequence[int]) -> Tensor:
+    """NEFTune's noise (tokens, hidden_size) (Jain et al., 2023): uniform up to neftune / sqrt(L * hidden_size), where L
+    is a row's tokens up to its last supervised one. The step's random state and the row's own tokens decide it.
+
+    No document shares a prefix with another: their noise differs with their length.
+    """
+    width = network.arch.hidden_size
+    seed = int(torch.randint(2**62, ()))  # from torch's generator, whose state a checkpoint holds
+    sizes = torch.tensor([network.neftune / ((length + 1) * width) ** 0.5 for length in lengths])
+    size = torch.empty(len(keys), device=keys.device)
+    size[index] = sizes.repeat_interleave(torch.tensor(lengths)).to(keys.device)
+    return uniform(seed, keys, width).mul_(size[:, None])
 
 
 _ODD, _MIX = 0xD1342543DE82EF95, 0x9E3779B97F4A7C15  # multipliers with bits all over

@@ -134,7 +134,7 @@ def _live(lab: Lab, *overrides: str) -> tuple[Result, torch.Tensor, torch.Tensor
 @probe(
     20,
     Plant("model.adapter_file:adapter_tensors", "parameter.detach()", "torch.zeros_like(parameter)"),
-    Plant("model.adapter_file:fill_adapter", "parameter.copy_(stored[name])", "pass"),
+    Plant("model.lora:LoraLinear.fill", "getattr(self, part).copy_(tensors[part])", "pass"),
 )
 def a_loaded_adapter_is_the_trained_one(lab: Lab) -> None:
     """The loaded adapter gives the logits of the live network, not of the base; an incomplete one is refused."""

@@ -86,7 +86,7 @@ def _tokens(row: dict[str, str]) -> int:
     17,
     Plant("data.row_order:RowOrder.steps_per_epoch", "math.ceil", "math.floor"),
     Plant(
-        "data.packing:Packer.packs", "for members in bins]", "for members in bins[: max(1, len(bins) - 1)]]"
+        "data.packing:Packer.packs", "for members in bins\n", "for members in bins[: max(1, len(bins) - 1)]\n"
     ),
 )
 def every_row_is_trained_once_per_epoch(lab: Lab) -> None:

@@ -205,7 +205,12 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "lora.dropout": SHARES,
     "lora.targets": st.lists(TEXT, min_size=1, max_size=3) | TEXT,
     "lora.rslora": st.booleans(),
-    "lora.init_from": st.none() | TEXT,
+    "lora.ranks": st.dictionaries(TEXT, st.integers(1, 1024), max_size=2),
+    "lora.alphas": st.dictionaries(TEXT, st.floats(0, 1e300, exclude_min=True), max_size=2),
+    "lora.init": st.sampled_from(["default", "pissa", "olora"]),
+    "lora.dora": st.just(False),  # true goes with no lora.init
+    "lora.b_rate": st.floats(0, 1000, exclude_min=True),
+    "lora.init_from": st.none(),  # a folder goes with no lora.ranks
     "lora.other_base": st.booleans(),
     "data.path": st.lists(TEXT, min_size=1, max_size=3, unique=True) | TEXT,
     "data.weights": st.none(),
@@ -240,6 +245,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "train.warmup": st.floats(0, 1e6),
     "train.weight_decay": SHARES,
     "train.max_grad_norm": st.floats(0, 1e6),
+    "train.neftune": st.floats(0, 1e6),
     "train.seed": st.integers(0, 2**32 - 1),
     "train.log_every": st.integers(1),
     "train.eval_every": INTERVALS | AUTO,

@@ -124,7 +124,7 @@ def test_an_override_of_another_program_is_answered(word: str) -> None:
         ("--learning-rate", "in lorafit: train.learning_rate"),
         ("--per_device_train_batch_size", "in lorafit: train.batch_size (rows of an optimizer step"),
         ("--flash-attn", "not needed, the fastest attention"),
-        ("--neftune_noise_alpha", "not offered, it would change the loss or the noise"),
+        ("--neftune_noise_alpha", "in lorafit: train.neftune"),
         ("--rank", "give it as a setting: lora.rank=VALUE"),
         ("--train.keep", "give it as a setting: train.keep=VALUE"),
         ("--config", "in lorafit: lorafit train FILE.yaml"),

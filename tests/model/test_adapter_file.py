@@ -125,9 +125,7 @@ def test_an_adapter_that_does_not_fit_names_every_tensor(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "`use_dora` is True"),
         ({"bias": "all"}, "`bias` is 'all'"),
-        ({"rank_pattern": {"q_proj": 8}}, "`rank_pattern`"),
         ({"modules_to_save": ["lm_head"]}, "`modules_to_save`"),
         ({"peft_type": "IA3"}, "not LORA"),
         ({"r": 0}, "`r` is 0"),

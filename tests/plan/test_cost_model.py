@@ -28,10 +28,15 @@ WIDER = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden
 
 
 def network_and_shape(
-    family: str, targets: tuple[str, ...], dtype: torch.dtype, dropout: float = 0.0, recompute: bool = False
+    family: str,
+    targets: tuple[str, ...],
+    dtype: torch.dtype,
+    dropout: float = 0.0,
+    recompute: bool = False,
+    variant: str = "lora",
 ) -> tuple[Llama, Shape]:
     network = random_network(family, dtype=dtype, **WIDER)
-    attach(network, LoraSpec(4, 8, dropout, targets, False), seed=0)
+    attach(network, LoraSpec(4, 8, dropout, targets, False, variant), seed=0)
     network.recompute = recompute
     names: list[set[str]] = [set() for _ in network.model.layers]
     for name in adapted(network):
@@ -40,7 +45,8 @@ def network_and_shape(
     compiled = kernels() is not None and dtype in (torch.float32, torch.bfloat16)
     sets = tuple(frozenset(found) for found in names)
     width = dtype.itemsize
-    return network.train(), Shape(network.arch, width, "none", sets, 4, dropout > 0, recompute, compiled)
+    shape = Shape(network.arch, width, "none", sets, 4, dropout > 0, recompute, compiled, variant)
+    return network.train(), shape
 
 
 def kept_by_autograd(network: Llama) -> tuple[int, PassCost]:
@@ -78,6 +84,13 @@ def test_saved_bytes_are_what_autograd_keeps(
     network, shape = network_and_shape(family, targets, dtype, dropout)
     kept, work = kept_by_autograd(network)
     assert saved_bytes(shape, work) == pytest.approx(kept, rel=0.04)
+
+
+@pytest.mark.parametrize("variant", ["dora", "pissa"])
+def test_saved_bytes_of_variants_are_what_autograd_keeps(variant: str) -> None:
+    network, shape = network_and_shape("llama", ("all-linear",), torch.float32, variant=variant)
+    kept, work = kept_by_autograd(network)
+    assert saved_bytes(shape, work) == pytest.approx(kept, rel=0.1)
 
 
 def test_recomputing_keeps_one_tensor_a_layer() -> None:

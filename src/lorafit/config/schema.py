@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -60,6 +61,29 @@ class LoraSection(Section):
         "one regular expression written `re:...` over full names. A name that matches nothing is an error.",
     )
     rslora: bool = Field(False, description="Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA).")
+    ranks: Annotated[dict[str, Annotated[int, Field(ge=1, le=1024)]], BeforeValidator(as_mapping)] = Field(
+        {},
+        description="Ranks of modules that differ from `lora.rank`, by names as in `lora.targets`: `{q_proj: 8}`. The "
+        "first name that matches counts.",
+    )
+    alphas: Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(as_mapping)] = Field(
+        {}, description="The same for `lora.alpha`."
+    )
+    init: Literal["default", "pissa", "olora"] = Field(
+        "default",
+        description="Where A and B start: `default` at no change, `pissa` and `olora` at a part of the base's weight "
+        "(docs/variants.md). The folder is plain LoRA of twice the rank then, and the base stays as it is.",
+    )
+    dora: bool = Field(
+        False,
+        description="DoRA: each row of an adapted weight has a learned length. It is slower (docs/variants.md).",
+    )
+    b_rate: float = Field(
+        1.0,
+        gt=0,
+        le=1000,
+        description="LoRA+: the learning rate of B is this many times `train.learning_rate`.",
+    )
     init_from: str | None = resumable(
         None,
         description="PEFT adapter (folder or hub id) to continue; it sets rank, alpha, targets and rslora.",
@@ -186,6 +210,12 @@ class TrainSection(Section):
     )
     warmup: float = Field(0.03, ge=0, description="Linear warm-up: a fraction of the run below 1, or steps.")
     weight_decay: float = Field(0.0, ge=0, lt=1, description="Decoupled weight decay.")
+    neftune: float = Field(
+        0.0,
+        ge=0,
+        description="NEFTune: noise of up to this / sqrt(tokens of the row * hidden size) on the embeddings while "
+        "training, such as 5; 0 for none.",
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's norm to this; 0 for never.")
     deterministic: bool = resumable(
         False,
@@ -309,6 +339,13 @@ class Config(Section):
             raise ValueError(
                 f"`data.path` and `data.eval_path` both name {both[0]}; `data.eval_split` names a split"
             )
+        start, lora = self.lora.init, self.lora
+        if lora.dora and start != "default":
+            raise ValueError(f"`lora.dora` has no `lora.init={start}`; give one of them")
+        if lora.init_from is not None and (start != "default" or lora.ranks or lora.alphas):
+            raise ValueError(
+                "`lora.init_from` decides `lora.init`, `lora.ranks` and `lora.alphas`; leave them out"
+            )
         measures_others = self.data.eval_path or self.data.eval_split is not None
         if self.train.refit is True and measures_others:
             raise ValueError("`train.refit` trains rows of `data.holdout`, and never those to measure on")
@@ -324,6 +361,12 @@ def sections() -> dict[str, type[Section]]:
 def keys() -> list[str]:
     """Every key as `section.key`."""
     return [f"{section}.{name}" for section, model in sections().items() for name in model.model_fields]
+
+
+def with_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """`keys_that_change_results` that an earlier version stored, with the defaults of later keys."""
+    usual = Config(model=ModelSection(name="-"), data=DataSection(path=("-",)))
+    return {**keys_that_change_results(usual), **stored}
 
 
 def keys_that_change_results(config: Config) -> dict[str, Any]:

@@ -61,11 +61,13 @@ EMPTY_PACK = Pack(_ZERO, (1,), _ZERO, _ZERO, _ZERO, num_tokens=0)
 class Packer:
     """Lays rows in packs of at most `capacity` tokens; a longer row gets a pack of its own.
 
-    Without `packing` each row is a pack. The packs of a set of rows never change the sum of their losses.
+    Without `packing` each row is a pack. `may_share` merges prefixes that rows share. The packs of a set of rows
+    never change the sum of their losses.
     """
 
     capacity: int
     packing: bool = True
+    may_share: bool = True
 
     def bins(self, lengths: Sequence[int]) -> list[list[int]]:
         """The indices of `lengths` that each pack holds."""
@@ -75,7 +77,10 @@ class Packer:
         """Packs that hold every row once. Their `rows` are indices of `rows`, or the `numbers` at these."""
         bins = self.bins([len(ids) for ids, _ in rows])
         names = range(len(rows)) if numbers is None else numbers
-        return [build_pack([rows[at] for at in members], [names[at] for at in members]) for members in bins]
+        return [
+            build_pack([rows[at] for at in members], [names[at] for at in members], may_share=self.may_share)
+            for members in bins
+        ]
 
     def count(self, lengths: Sequence[int]) -> int:
         """How many packs rows of `lengths` tokens need."""
@@ -98,7 +103,9 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return bins
 
 
-def build_pack(rows: Sequence[TokenRow], numbers: Sequence[int] | None = None) -> Pack:
+def build_pack(
+    rows: Sequence[TokenRow], numbers: Sequence[int] | None = None, *, may_share: bool = True
+) -> Pack:
     """All of `rows` in one pass. `numbers` are what the pack calls them, by default their indices."""
     documents, num_tokens = [], 0
     for number, row in zip(range(len(rows)) if numbers is None else numbers, rows, strict=True):
@@ -110,7 +117,7 @@ def build_pack(rows: Sequence[TokenRow], numbers: Sequence[int] | None = None) -
         num_tokens += len(row[0])
     documents.sort(key=lambda document: document[0].tobytes())
     texts, before, targets, weights, owners, sides = zip(*documents, strict=True)
-    inputs, paths = share_prefixes(texts)
+    inputs, paths = share_prefixes(texts, may_share=may_share)
     kinds = {trained.dtype.kind for trained in weights}
     return Pack(
         inputs,

@@ -48,10 +48,7 @@ ADAPTER: dict[str, Rule] = {
 }
 # What answers and exports take, and training with lora.init_from does not.
 NOT_TRAINED = (
-    "rank_pattern",
-    "alpha_pattern",
     "modules_to_save",
-    "use_dora",
     "trainable_token_indices",
     "bias",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,15 @@ class AdamW:
     The first step of any optimizer of torch loads its compiler: half a second and 75 MB that a run does not need.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], weight_decay: float) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        weight_decay: float,
+        factors: Mapping[Tensor, float] | None = None,
+    ) -> None:
+        """`factors` multiply the learning rate of some parameters."""
         self.parameters, self.weight_decay = list(parameters), weight_decay
+        self.factors = factors or {}
         self.state: dict[Tensor, dict[str, Tensor]] = {}
 
     @torch.no_grad()
@@ -44,15 +51,17 @@ class AdamW:
             [self.state[weight][name] for weight in weights] for name in ("step", "exp_avg", "exp_avg_sq")
         )
         counts = list(map(float, steps))
+        rates = [rate * self.factors.get(weight, 1.0) for weight in weights]
         if self.weight_decay:
-            torch._foreach_mul_(weights, 1 - rate * self.weight_decay)
+            torch._foreach_mul_(weights, [1 - own * self.weight_decay for own in rates])
         torch._foreach_lerp_(means, gradients, 1 - BETAS[0])
         torch._foreach_mul_(squares, BETAS[1])
         torch._foreach_addcmul_(squares, gradients, gradients, 1 - BETAS[1])
         roots = torch._foreach_sqrt(squares)
         torch._foreach_div_(roots, [(1 - BETAS[1] ** step) ** 0.5 for step in counts])
         torch._foreach_add_(roots, EPS)
-        torch._foreach_addcdiv_(weights, means, roots, [-rate / (1 - BETAS[0] ** step) for step in counts])
+        sizes = [-own / (1 - BETAS[0] ** step) for own, step in zip(rates, counts, strict=True)]
+        torch._foreach_addcdiv_(weights, means, roots, sizes)
 
     def zero_grad(self) -> None:
         """Drop the gradients."""

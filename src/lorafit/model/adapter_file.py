@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from lorafit.errors import ModelError, Problem, several
-from lorafit.model.lora import VARIANTS, LoraSpec, adapter_parameters
+from lorafit.model.lora import VARIANTS, LoraSpec, adapted
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -24,9 +24,14 @@ PREFIX = "base_model.model."
 
 def adapter_tensors(network: nn.Module) -> dict[str, Tensor]:
     """The adapter's parameters under PEFT's names, detached, on the CPU; they share memory with the network's there."""
+    return {name: parameter.detach().cpu().contiguous() for name, parameter in _stored(network).items()}
+
+
+def _stored(network: nn.Module) -> dict[str, Tensor]:
     return {
-        f"{PREFIX}{name}.weight": parameter.detach().cpu().contiguous()
-        for name, parameter in adapter_parameters(network).items()
+        f"{PREFIX}{name}.{part}.weight": tensor
+        for name, module in adapted(network).items()
+        for part, tensor in module.stored().items()
     }
 
 
@@ -37,6 +42,9 @@ def adapter_files(
 
     `spec` is what `attach` returned: its targets name exactly the adapted modules.
     """
+    spec = spec.saved()
+    ranks = {name: rank for name, (rank, _) in spec.exceptions.items() if rank != spec.rank}
+    alphas = {name: alpha for name, (_, alpha) in spec.exceptions.items() if alpha != spec.alpha}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -52,6 +60,8 @@ def adapter_files(
         "init_lora_weights": True,
         "inference_mode": True,
         "modules_to_save": None,
+        **({"rank_pattern": ranks} if ranks else {}),
+        **({"alpha_pattern": alphas} if alphas else {}),
         **VARIANTS[spec.variant].peft_keys,
     }
     weights = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
@@ -85,12 +95,10 @@ def open_weights(folder: Path) -> Iterator[safe_open]:
 
 def fill_adapter(network: nn.Module, stored: Mapping[str, Tensor], path: Path) -> None:
     """Fill the attached adapter of `network` with tensors read at `path`. Raises ModelError as `load_adapter` does."""
-    parameters = {f"{PREFIX}{name}.weight": value for name, value in adapter_parameters(network).items()}
-    shapes = {name: list(value.shape) for name, value in parameters.items()}
-    refuse_faults(stored, shapes, path)
+    refuse_faults(stored, {name: list(tensor.shape) for name, tensor in _stored(network).items()}, path)
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(stored[name])
+        for name, module in adapted(network).items():
+            module.fill({part: stored[f"{PREFIX}{name}.{part}.weight"] for part in module.parts})
 
 
 def refuse_faults(stored: Mapping[str, Tensor], shapes: Mapping[str, list[int]], path: Path) -> None:

@@ -128,16 +128,27 @@ def wanted_adapter(config: Config) -> tuple[LoraSpec, Path | None]:
     Raises ConfigError if a key of the config contradicts the adapter to continue.
     """
     lora = config.lora
-    spec = LoraSpec(lora.rank, lora.alpha, lora.dropout, lora.targets, lora.rslora)
+    spec = LoraSpec(
+        rank=lora.rank,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        targets=lora.targets,
+        rslora=lora.rslora,
+        variant="dora" if lora.dora else "lora" if lora.init == "default" else lora.init,
+        ranks=lora.ranks,
+        alphas=lora.alphas,
+    )
     if lora.init_from is None:
         return spec, None
     initial = _initial(lora.init_from, config.run.offline)
     stored = read_spec(initial)
-    values = {
+    values: dict[str, tuple[object, object]] = {
         key: (getattr(spec, key), getattr(stored, key))
         for key in ("rank", "alpha", "rslora", "targets")
         if key in lora.model_fields_set
     }
+    if "dora" in lora.model_fields_set:
+        values["dora"] = (lora.dora, stored.variant == "dora")
     if "targets" in values:
         values["targets"] = (", ".join(sorted(spec.targets)), ", ".join(sorted(stored.targets)))
     problems = [

@@ -211,7 +211,8 @@ class Llama(nn.Module):
 
     `hidden` is the residual stream before the final norm; `logits` applies norm and head to selected rows, so there is
     never a table of all tokens times the vocabulary. With `recompute` a layer saves only its input for the backward
-    pass and computes the rest again (gradient checkpointing). Names of weights are those of transformers' class.
+    pass and computes the rest again (gradient checkpointing). `neftune` is the size of the noise while training, as
+    forward.py adds it. Names of weights are those of transformers' class.
     """
 
     def __init__(self, arch: Architecture) -> None:
@@ -220,6 +221,7 @@ class Llama(nn.Module):
         self.model: Any = _Wrapper(arch) if arch.is_wrapped else Decoder(arch)
         self.lm_head = _Head(arch.hidden_size, arch.vocab_size, bias=False)
         self.recompute = False
+        self.neftune = 0.0
         self.changed: dict[
             str, tuple[nn.Parameter, nn.Parameter]
         ] = {}  # by an adapter: the base's weight, its own
@@ -233,15 +235,26 @@ class Llama(nn.Module):
         return decoder
 
     def hidden(
-        self, ids: Tensor, attend: Attend, rows: Tensor | None = None, keys: Tensor | None = None
+        self,
+        ids: Tensor,
+        attend: Attend,
+        rows: Tensor | None = None,
+        keys: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """ids int64 (tokens,) -> the stream after the last layer (tokens, hidden_size), or `rows` of it.
 
-        `keys` int64 (tokens,) identify the tokens for dropout, whatever their position in the pass.
+        `keys` int64 (tokens,) identify the tokens for dropout, whatever their position in the pass. `noise`
+        (tokens, hidden_size) is added to what transformers' embedding returns.
         """
         x: Tensor = self.decoder.embed_tokens(ids)
+        is_scaled = self.arch.family.rounds_embedding_multiplier  # by the embedding itself
+        if noise is not None and not is_scaled:
+            x = x + noise.to(x.dtype)
         if self.arch.embedding_multiplier != 1:
             x = x * embedding_multiplier(self.arch, x.dtype)
+        if noise is not None and is_scaled:
+            x = x + noise.to(x.dtype)
         rotary = self._rotary(attend, x.dtype)
         last = len(rotary) - 1
         for number, layer in enumerate(self.decoder.layers):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from lorafit.errors import ConfigError, Problem
 from lorafit.model.linear import Frozen, replace_module
 from lorafit.model.llama import Llama
 from lorafit.model.lora_linear import Identity, project
+from lorafit.model.lora_start import of_columns, of_singular_values
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,10 @@ class LoraSpec:
     exceptions: Mapping[str, tuple[int, float]] = field(
         default_factory=dict
     )  # full name: its own rank and alpha
+    ranks: Mapping[str, int] = field(
+        default_factory=dict
+    )  # as in the config; `attach` makes exceptions of both
+    alphas: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, module: str) -> LoraSpec:
         """The spec of one module, by its full name."""
@@ -39,6 +44,16 @@ class LoraSpec:
             return self
         rank, alpha = self.exceptions[module]
         return replace(self, rank=rank, alpha=alpha, exceptions={})
+
+    def saved(self) -> LoraSpec:
+        """The spec of the folder: some variants are plain LoRA of another rank there."""
+        if not VARIANTS[self.variant].is_doubled:
+            return self
+        factor = math.sqrt(2) if self.rslora else 2  # the scale stays
+        doubled = {name: (2 * rank, factor * alpha) for name, (rank, alpha) in self.exceptions.items()}
+        return replace(
+            self, variant="lora", rank=2 * self.rank, alpha=factor * self.alpha, exceptions=doubled
+        )
 
     @property
     def scale(self) -> float:
@@ -53,12 +68,15 @@ class LoraLinear(nn.Module):
     model/lora_linear.py makes the products, together with those of linears that have the same input.
 
     A variant is a subclass with `is_plain` False and an entry of VARIANTS. It adds parameters in `__init__`, names
-    them in `parts`, and overrides `added`, `delta` and `merge`; `peft_keys` mark it in adapter_config.json.
+    them in `parts`, and overrides `added`, `delta` and `merge`; `peft_keys` mark it in adapter_config.json. One whose
+    file has other tensors overrides `stored` and `fill` too.
     """
 
     is_plain: ClassVar = True  # whether the hand-written passes and kernels of plain LoRA compute it
     parts: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")  # trained parameters; stored as `PART.weight`
     peft_keys: ClassVar[Mapping[str, object]] = {}  # beside those of plain LoRA
+    is_doubled: ClassVar = False  # whether its file is that of plain LoRA with twice the rank
+    kept: ClassVar = (0, 0)  # inputs and outputs that autograd keeps per token, beside those of plain LoRA
 
     def __init__(self, base: Frozen, spec: LoraSpec, generator: torch.Generator, like: Tensor) -> None:
         super().__init__()
@@ -85,6 +103,15 @@ class LoraLinear(nn.Module):
         """
         return F.linear(x, self.lora_A.to(x.dtype)).mul_(self.scale) @ self.lora_B.t().to(x.dtype)
 
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors of the file by part."""
+        return {part: getattr(self, part).detach() for part in self.parts}
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the tensors of a file."""
+        for part in self.parts:
+            getattr(self, part).copy_(tensors[part])
+
     def delta(self) -> Tensor:
         """What the adapter adds to the base's weight, float32 (out_features, in_features)."""
         return self.scale * (self.lora_B.float() @ self.lora_A.float())
@@ -96,24 +123,36 @@ class LoraLinear(nn.Module):
 
 
 class DoraLinear(LoraLinear):
-    """DoRA (Liu et al., 2024): each row of the adapted weight has a learned length. For answers and exports only."""
+    """DoRA (Liu et al., 2024): each row of the adapted weight has a learned length, as PEFT computes it."""
 
     is_plain: ClassVar = False
     parts: ClassVar = (*LoraLinear.parts, "lora_magnitude_vector")
     peft_keys: ClassVar = {"use_dora": True}
+    kept: ClassVar = (1, 2)
 
     def __init__(self, base: Frozen, spec: LoraSpec, generator: torch.Generator, like: Tensor) -> None:
         super().__init__(base, spec, generator, like)
         self.lora_magnitude_vector = nn.Parameter(base.dequantize().to(self.lora_A.dtype).norm(dim=1))
-        self._factor: Tensor | None = None  # of each output; computed once, after the weights are there
+        self._lengths: Tensor | None = None  # of the rows; while nothing is trained they are computed once
+
+    def train(self, mode: bool = True) -> Self:
+        self._lengths = None
+        return super().train(mode)
 
     def added(self, x: Tensor, out: Tensor) -> Tensor:
-        if self._factor is None:
-            length = (self.base.dequantize().float() + super().delta()).norm(dim=1)
-            self._factor = (self.lora_magnitude_vector / length).detach()
-        factor = self._factor.to(x.dtype)
+        if self.training and self.dropout:  # PEFT scales the product of the dropped input
+            (out,) = project((self.base,), Identity(), x)
         product = out if self.base.bias is None else out - self.base.bias
+        factor = (self.lora_magnitude_vector / self._row_lengths()).to(x.dtype)
         return (factor - 1) * product + factor * super().added(x, out)
+
+    @torch.no_grad()
+    def _row_lengths(self) -> Tensor:
+        """The lengths of the rows of W + scale * B A; they count as constants (section 4.3 of the paper)."""
+        if self._lengths is None or self.training:
+            weight = self.base.dequantize().to(self.lora_A.dtype)
+            self._lengths = torch.addmm(weight, self.lora_B, self.lora_A, alpha=self.scale).norm(dim=1)
+        return self._lengths
 
     def delta(self) -> Tensor:
         weight = self.base.dequantize()
@@ -129,7 +168,63 @@ class DoraLinear(LoraLinear):
         return whole * factor[:, None]
 
 
-VARIANTS: dict[str, type[LoraLinear]] = {"lora": LoraLinear, "dora": DoraLinear}
+class PissaLinear(LoraLinear):
+    """PiSSA (Meng et al., 2024): A and B start at the largest singular values of the base's weight W.
+
+    PEFT trains W - scale * B0 A0 + scale * B A. Here W stays as it is and the start B0 A0 is subtracted, so a quantised
+    base works too. The file is plain LoRA of twice the rank, [B, -B0] [A; A0], as PEFT converts it.
+    """
+
+    is_plain: ClassVar = False
+    is_doubled: ClassVar = True
+    kept: ClassVar = (1, 0)
+    start: ClassVar = staticmethod(of_singular_values)
+    first_a: Tensor
+    first_b: Tensor
+
+    def __init__(self, base: Frozen, spec: LoraSpec, generator: torch.Generator, like: Tensor) -> None:
+        super().__init__(base, spec, generator, like)
+        a, b = (part.to(self.lora_A) for part in self.start(base.dequantize(), spec.rank, spec.scale))
+        self.register_buffer("first_a", a, persistent=False)
+        self.register_buffer("first_b", b, persistent=False)
+        self.lora_A, self.lora_B = nn.Parameter(a.clone()), nn.Parameter(b.clone())
+
+    def _pair(self) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.lora_A, self.first_a]), torch.cat([self.lora_B, -self.first_b], dim=1)
+
+    def added(self, x: Tensor, out: Tensor) -> Tensor:
+        a, b = self._pair()
+        return F.linear(x, a.to(x.dtype)).mul_(self.scale) @ b.t().to(x.dtype)
+
+    def stored(self) -> dict[str, Tensor]:
+        return dict(zip(self.parts, map(Tensor.detach, self._pair()), strict=True))
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        rank = len(self.lora_A)
+        for own, start, stored, sign in (
+            (self.lora_A, self.first_a, tensors["lora_A"], 1),
+            (self.lora_B.t(), self.first_b.t(), tensors["lora_B"].t(), -1),
+        ):
+            own.copy_(stored[:rank])
+            start.copy_(sign * stored[rank:])
+
+    def delta(self) -> Tensor:
+        a, b = self._pair()
+        return self.scale * (b.float() @ a.float())
+
+
+class OloraLinear(PissaLinear):
+    """OLoRA (Büyükakyüz, 2024): the same with the first columns of a QR decomposition."""
+
+    start: ClassVar = staticmethod(of_columns)
+
+
+VARIANTS: dict[str, type[LoraLinear]] = {
+    "lora": LoraLinear,
+    "dora": DoraLinear,
+    "pissa": PissaLinear,
+    "olora": OloraLinear,
+}
 
 
 def attach(network: Llama, spec: LoraSpec, seed: int) -> LoraSpec:
@@ -140,6 +235,7 @@ def attach(network: Llama, spec: LoraSpec, seed: int) -> LoraSpec:
     """
     network.requires_grad_(False)
     names = match_targets(network, spec.targets)
+    spec = with_exceptions(network, spec, names)
     # with a short name PEFT would adapt linears of the other towers too
     targets = tuple(names) if network.arch.is_wrapped else _shortest(names, _linears(network))
     generator = torch.Generator().manual_seed(seed)
@@ -149,6 +245,30 @@ def attach(network: Llama, spec: LoraSpec, seed: int) -> LoraSpec:
         linear = VARIANTS[spec.variant](base, spec.of(name), generator, like=network.lm_head.weight)
         replace_module(network, name, linear)
     return replace(spec, targets=targets)
+
+
+def with_exceptions(network: nn.Module, spec: LoraSpec, names: Sequence[str]) -> LoraSpec:
+    """The spec with `ranks` and `alphas` by full names; the first name that matches counts, as in PEFT.
+
+    Raises ConfigError for a name that matches none of the targets `names`.
+    """
+    found: list[dict[str, float]] = []
+    for key, values in (("lora.ranks", spec.ranks), ("lora.alphas", spec.alphas)):
+        own: dict[str, float] = {}
+        for target, value in values.items():
+            matches = set(match_targets(network, [target], key)) & set(names)
+            if not matches:
+                hint = "give values of modules that lora.targets names"
+                raise ConfigError(f"`{target}` is not adapted", place=key, hint=hint)
+            own = dict.fromkeys(matches, value) | own
+        found.append(own)
+    ranks, alphas = found
+    own_values = {
+        name: (int(ranks.get(name, spec.rank)), alphas.get(name, spec.alpha))
+        for name in names
+        if name in ranks or name in alphas
+    }
+    return replace(spec, exceptions={**spec.exceptions, **own_values}, ranks={}, alphas={})
 
 
 def weight_of(network: nn.Module, name: str) -> nn.Parameter:
@@ -191,7 +311,7 @@ def layer_number(name: str) -> int:
     return int(name.partition("layers.")[2].partition(".")[0])
 
 
-def match_targets(network: nn.Module, targets: Sequence[str]) -> list[str]:
+def match_targets(network: nn.Module, targets: Sequence[str], key: str = "lora.targets") -> list[str]:
     """Full names of the linears that `targets` select, in the network's order. Raises ConfigError."""
     linears = _linears(network)
     short = sorted({name.rpartition(".")[2] for name in linears})
@@ -206,7 +326,7 @@ def match_targets(network: nn.Module, targets: Sequence[str]) -> list[str]:
                 if not ends_soon(target[3:]):
                     raise re.error("it may never end; repeat single characters only, three times at most")
             except (re.error, RecursionError, OverflowError) as error:
-                problems.append(Problem(f"`{target}` is not a regular expression: {error}", "lora.targets"))
+                problems.append(Problem(f"`{target}` is not a regular expression: {error}", key))
                 continue
             matches = {name for name in linears if pattern.fullmatch(name)}
         else:
@@ -215,7 +335,7 @@ def match_targets(network: nn.Module, targets: Sequence[str]) -> list[str]:
             is_table = target.rpartition(".")[2] in ("lm_head", "embed_tokens")
             what = "is not adapted by lorafit" if is_table else "matches no linear of this model"
             hint = f"linears: {', '.join(short)}, or all-linear"
-            problems.append(Problem(f"target `{target}` {what}", "lora.targets", hint))
+            problems.append(Problem(f"target `{target}` {what}", key, hint))
         chosen |= matches
     if problems:
         raise ConfigError.of(problems)

@@ -211,24 +211,35 @@ def dropout(x: Tensor, probability: float, seed: int, keys: Tensor | None = None
         _call("dropout", x, *x.shape, seed, keys, threshold, scale, x, y)
         return y
     if x.device.type == "cpu":
-        return (x * (_hashes(seed, keys, x) >= threshold)).mul_(scale)
+        keys = torch.arange(x.shape[0]) if keys is None else keys
+        return (x * (_hashes(seed, keys, x.shape[1]) >= threshold)).mul_(scale)
     generator = torch.Generator(x.device).manual_seed(seed)
     keep = torch.rand(x.shape, generator=generator, device=x.device) >= probability
     return (x * keep).mul_(scale)
 
 
-def _hashes(seed: int, keys: Tensor | None, x: Tensor) -> Tensor:
-    """A number below 2**32 for each element of x, as in the compiled kernel: int64 products that wrap around."""
+def uniform(seed: int, keys: Tensor, width: int) -> Tensor:
+    """Numbers from -1 to 1, float32 (tokens, width): a function of `seed`, the token's key int64 (tokens,) and the
+    column, and the same on every device.
+    """
+    rows = [_hashes(seed, part, width).to(torch.float32) for part in keys.split(_HASHED_ROWS)]
+    return torch.cat(rows).mul_(2.0**-31).sub_(1)
+
+
+_HASHED_ROWS = 256  # at a time: a hash is 64 bits wide
+
+
+def _hashes(seed: int, keys: Tensor, width: int) -> Tensor:
+    """A number below 2**32 for each token and column, as in the compiled kernel: int64 products that wrap around."""
 
     def signed(number: int) -> int:
         return (number & (2**64 - 1)) - ((number & 2**63) << 1)
 
-    rows = torch.arange(x.shape[0]) if keys is None else keys
-    key = signed(seed) + (rows + 1) * signed(0x9E3779B97F4A7C15)
+    key = signed(seed) + (keys + 1) * signed(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         key = (key ^ ((key >> shift) & (2 ** (64 - shift) - 1))) * signed(factor)
     low = 2**32 - 1
-    h = ((key[:, None] >> 32) + torch.arange(x.shape[1]) * 0x9E3779B9) & low
+    h = ((key[:, None] >> 32) + torch.arange(width, device=keys.device) * 0x9E3779B9) & low
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         h = ((h ^ (h >> shift)) * factor) & low
     return h ^ (h >> 16)

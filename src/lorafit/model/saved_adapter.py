@@ -192,12 +192,11 @@ def read_spec(folder: Path) -> LoraSpec:
     """The spec of an adapter to continue. Raises ModelError naming each key that lorafit does not train."""
     saved = read_adapter(folder)
     raw, targets = saved.config, saved.config["target_modules"]
-    is_trained = VARIANTS[saved.spec.variant].peft_keys.keys() - {"use_dora"}
     hint = "lorafit answers with such an adapter and exports it; to go on from it, train on its merged export"
     problems = [
         Problem(f"`{key}` is {repr(raw[key])[:60]}, which lorafit does not train", str(folder / CONFIG), hint)
         for key in NOT_TRAINED
-        if raw.get(key) not in (*UNSET, "none") and key not in is_trained
+        if raw.get(key) not in (*UNSET, "none")
     ]
     if not problems and saved.tables:
         message = f"the adapter changes {several(saved.tables)}, which lorafit does not train"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from lorafit.forward import FILL
 from lorafit.model.architecture import Architecture
+from lorafit.model.lora import VARIANTS
 from lorafit.model.loss import CHUNK_BYTES
 from lorafit.model.quant import QUANTIZERS, Quantize
 
@@ -20,17 +21,18 @@ class Shape:
     """What decides the memory of a pass.
 
     `width` is bytes per number of the compute type, `adapted` the short names of the adapted linears of each layer,
-    `compiled` whether attention runs in the compiled kernel.
+    `compiled` whether attention runs in the compiled kernel. `rank` is a mean where linears differ.
     """
 
     arch: Architecture
     width: int
     quantize: Quantize
     adapted: tuple[frozenset[str], ...]
-    rank: int
+    rank: float
     dropout: bool
     recompute: bool
     compiled: bool
+    variant: str = "lora"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,12 @@ def layer_saved_bytes(shape: Shape, work: PassCost, layer: int) -> float:
             inputs = linears[names[0]][1] * (2 if names == (down,) else 1)
             keeps_input = ranks or names != outputs_of_heads
             total += rows * (ranks + inputs * bool(keeps_input)) * shape.width
+            if own := adapted.intersection(names):
+                kept_inputs, kept_outputs = VARIANTS[shape.variant].kept
+                kept = kept_inputs * linears[names[0]][1] + kept_outputs * sum(
+                    linears[name][0] for name in own
+                )
+                total += rows * kept * shape.width
             if names == inputs_of_heads:
                 total += _attention_bytes(shape, work)
             elif names in (outputs_of_heads, (down,)) and shape.arch.family.norms != "before":
@@ -128,4 +136,4 @@ def base_bytes(shape: Shape) -> float:
 def num_trainable(shape: Shape) -> int:
     """Parameters of the adapter."""
     linears = shape.arch.linears
-    return sum(shape.rank * sum(linears[name]) for names in shape.adapted for name in names)
+    return round(sum(shape.rank * sum(linears[name]) for names in shape.adapted for name in names))

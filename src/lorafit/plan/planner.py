@@ -28,7 +28,7 @@ from lorafit.model.build import base_folder, build, check_initial, wanted_adapte
 from lorafit.model.device import describe, pick_device, pick_dtype
 from lorafit.model.dtypes import dtype_name
 from lorafit.model.llama import Llama
-from lorafit.model.lora import layer_number, match_targets
+from lorafit.model.lora import layer_number, match_targets, with_exceptions
 from lorafit.model.memory import is_out_of_memory
 from lorafit.model.native import kernels
 from lorafit.model.quant import check_quantize
@@ -104,7 +104,7 @@ class RunInputs:
 
     def workload(self, config: Config) -> Workload:
         """What the run computes."""
-        packer = Packer(config.train.micro_batch_tokens, config.data.packing)
+        packer = _packer(config)
         if packer not in self._workloads:
             training = self.training_data.training
             work = estimate_workload(training, self.order, self.num_steps(config), packer)
@@ -303,14 +303,19 @@ def _shape(config: Config, arch: Architecture, device: torch.device) -> Shape:
         network = Llama(arch)
     spec, _ = wanted_adapter(config)
     adapted: list[set[str]] = [set() for _ in range(arch.num_hidden_layers)]
-    for name in match_targets(network, spec.targets):
+    names = match_targets(network, spec.targets)
+    spec = with_exceptions(network, spec, names)
+    sizes = [sum(arch.linears[name.rpartition(".")[2]]) for name in names]
+    parameters = sum(spec.of(name).rank * size for name, size in zip(names, sizes, strict=True))
+    for name in names:
         adapted[layer_number(name)].add(name.rpartition(".")[2])
     return Shape(
         arch=arch,
         width=dtype.itemsize,
         quantize=config.model.quantize,
         adapted=tuple(frozenset(names) for names in adapted),
-        rank=spec.rank,
+        rank=parameters / sum(sizes),
+        variant=spec.variant,
         dropout=config.lora.dropout > 0,
         recompute=config.train.recompute == "layers",
         compiled=device.type == "cpu"
@@ -318,6 +323,12 @@ def _shape(config: Config, arch: Architecture, device: torch.device) -> Shape:
         and arch.head_dim % 16 == 0
         and kernels() is not None,
     )
+
+
+def _packer(config: Config) -> Packer:
+    """How the run packs rows."""
+    train = config.train
+    return Packer(train.micro_batch_tokens, config.data.packing, may_share=not train.neftune)
 
 
 def _refit_steps(config: Config, data: RunInputs, work: Workload) -> int:
@@ -330,7 +341,7 @@ def _refit_steps(config: Config, data: RunInputs, work: Workload) -> int:
 
 def _schedule(config: Config, data: RunInputs, work: Workload) -> Schedule:
     """When the loop measures and saves; a best measurement is saved too, so each may add a checkpoint."""
-    rows, train = data.training_data, config.train
+    rows = data.training_data
     due = Cadence.of(config, work.steps, data.order.steps_per_epoch).times()
     measurements = sum(each.measure for each in due) if len(rows.heldout) else 0
     saves = sum(each.save or (each.measure and measurements > 0) for each in due)
@@ -344,7 +355,7 @@ def _schedule(config: Config, data: RunInputs, work: Workload) -> Schedule:
         answers += [(min(AT_ONCE, count - first), limit) for first in range(0, count, AT_ONCE)]
     return Schedule(
         measurements=measurements + bool(measurements),  # the base is measured once
-        heldout_tokens=heldout_tokens(rows.heldout, Packer(train.micro_batch_tokens, config.data.packing)),
+        heldout_tokens=heldout_tokens(rows.heldout, _packer(config)),
         saves=saves,
         answers=answers,
         proof_tokens=proof_tokens,

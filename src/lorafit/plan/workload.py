@@ -72,7 +72,7 @@ def estimate_workload(rows: TokenDataset, order: RowOrder, num_steps: int, packe
         bins = packer.bins(lengths[members].tolist())
         most = max(most, len(bins))
         pack_of += [tuple(members[positions].tolist()) for positions in bins]
-    passes, shared = _passes(pack_of, rows)
+    passes, shared = _passes(pack_of, rows, packer.may_share)
     weight = num_steps / len(steps)
     return Workload(
         steps=num_steps,
@@ -91,7 +91,7 @@ def estimate_workload(rows: TokenDataset, order: RowOrder, num_steps: int, packe
 
 def heldout_tokens(rows: TokenDataset, packer: Packer) -> float:
     """Input tokens of one held-out measurement."""
-    return float(_passes(packer.bins(rows.lengths.tolist()), rows)[0][:, 0].sum())
+    return float(_passes(packer.bins(rows.lengths.tolist()), rows, packer.may_share)[0][:, 0].sum())
 
 
 def pack_of_rows(rows: TokenDataset, members: Sequence[int]) -> Pack:
@@ -104,7 +104,9 @@ def evenly_spread(count: int, most: int) -> list[int]:
     return list(range(count)) if count <= most else [index * count // most for index in range(most)]
 
 
-def _passes(pack_of: Sequence[Sequence[int]], rows: TokenDataset) -> tuple[NDArray[np.float64], float]:
+def _passes(
+    pack_of: Sequence[Sequence[int]], rows: TokenDataset, may_share: bool
+) -> tuple[NDArray[np.float64], float]:
     """The passes of these packs, (packs, 2), and how many tokens their rows share.
 
     Of many packs only some are built. In the others each row but the first is expected to share the mean of those.
@@ -115,7 +117,7 @@ def _passes(pack_of: Sequence[Sequence[int]], rows: TokenDataset) -> tuple[NDArr
         chosen = list(members)
         passes[index] = (lengths[chosen] - 1).sum(), targets[chosen].sum()  # the last token is a target only
     several = [index for index, members in enumerate(pack_of) if len(members) > 1]
-    if not several:
+    if not several or not may_share:
         return passes, 0.0
     built = [several[number] for number in evenly_spread(len(several), _SAMPLED_PACKS)]
     exact = np.array([len(pack_of_rows(rows, pack_of[index]).ids) for index in built])

@@ -18,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from lorafit.config.load import with_absolute_paths
+from lorafit.config.schema import with_defaults
 from lorafit.errors import Problem, RunError
 from lorafit.model.adamw import AdamW
 from lorafit.model.adapter_file import CONFIG, WEIGHTS, adapter_files, adapter_tensors, fill_adapter
@@ -148,7 +149,8 @@ def changes(folder: Path, facts: Mapping[str, Any], base: Path) -> list[str]:
     for name, value in sorted(facts.items(), key=lambda fact: fact[0] == "steps"):
         was = stored.get(name)
         if isinstance(value, Mapping):
-            lines += differences(was if isinstance(was, Mapping) else {}, value)
+            was = was if isinstance(was, Mapping) else {}
+            lines += differences(with_defaults(was) if name == "config" and was else was, value)
         elif was == value or (name == "steps" and lines):
             continue
         elif not (name == "base_model" and is_fingerprint_of(was, base)):

@@ -1,9 +1,26 @@
-"""The learning rate of each step."""
+"""The optimizer, and the learning rate of each step."""
 
 from __future__ import annotations
 
 import math
 from typing import Literal
+
+from torch import Tensor, nn
+
+from lorafit.config.schema import Config
+from lorafit.model.adamw import AdamW
+from lorafit.model.lora import adapter_parameters
+
+
+def make_optimizer(network: nn.Module, config: Config) -> AdamW:
+    """AdamW over the adapter. B, and vectors as in PEFT's LoRA+, have `lora.b_rate` times the rate."""
+    parameters = adapter_parameters(network)
+    factors: dict[Tensor, float] = {
+        parameter: config.lora.b_rate
+        for name, parameter in parameters.items()
+        if config.lora.b_rate != 1 and (name.endswith(".lora_B") or parameter.ndim == 1)
+    }
+    return AdamW(parameters.values(), config.train.weight_decay, factors)
 
 
 def learning_rate(

@@ -9,14 +9,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lorafit.data.build import row_order
-from lorafit.model.adamw import AdamW
 from lorafit.model.adapter_file import fill_adapter
-from lorafit.model.lora import adapter_parameters
 from lorafit.observe.events import Refit
 from lorafit.plan.cadence import Cadence
 from lorafit.training.checkpoint import TrainState, seed_random
 from lorafit.training.loop import Outcome, TrainContext
 from lorafit.training.loss_scale import LossScale
+from lorafit.training.optim import make_optimizer
 
 
 def is_due(job: TrainContext, state: TrainState, outcome: Outcome) -> bool:
@@ -41,9 +40,8 @@ def begin(job: TrainContext, state: TrainState) -> tuple[TrainContext, TrainStat
         chosen_step=chosen,
     )
     fill_adapter(job.network, job.initial, job.run.path)
-    optimizer = AdamW(adapter_parameters(job.network).values(), job.config.train.weight_decay)
     seed_random(job.config.train.seed)
-    job = context(replace(job, optimizer=optimizer), began)
+    job = context(replace(job, optimizer=make_optimizer(job.network, job.config)), began)
     job.observe(Refit(state.step, job.num_steps, len(job.rows), chosen, state.best_loss))
     return job, began
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorafit.config.load import with_absolute_paths
-from lorafit.config.schema import Config, keys_that_change_results
+from lorafit.config.schema import Config, keys_that_change_results, with_defaults
 from lorafit.data.batch import RankShare
 from lorafit.data.packing import Packer
 from lorafit.distributed.env import ProcessEnv
@@ -20,7 +20,6 @@ from lorafit.distributed.watchdog import Heartbeat
 from lorafit.errors import RunError
 from lorafit.evaluate.samples import SampleGenerator
 from lorafit.infer.model import Model
-from lorafit.model.adamw import AdamW
 from lorafit.model.adapter_file import adapter_tensors
 from lorafit.model.architecture import attention_cost
 from lorafit.model.build import BaseModelCache
@@ -57,6 +56,7 @@ from lorafit.training.checkpoint import (
 from lorafit.training.checkpoint_writer import wait_for_left
 from lorafit.training.finish import finish, leave_report, observe_early_end
 from lorafit.training.loss_scale import LossScale
+from lorafit.training.optim import make_optimizer
 from lorafit.training.resume import Resumption, find_run_of_launch
 from lorafit.training.setup import (
     Prepared,
@@ -202,7 +202,7 @@ def _edits(run: RunDirectory, config: Config, accept_changes: bool) -> list[str]
     Raises RunError where that changes results, unless `accept_changes`.
     """
     facts = read_facts(run.adapter)
-    different = differences(facts.get("config", {}), keys_that_change_results(config))
+    different = differences(with_defaults(facts.get("config", {})), keys_that_change_results(config))
     if not accept_changes:
         refuse_changes(run.config_file, different)
     if not different and facts.get("config_file", (now := sha256_file(run.config_file))) != now:
@@ -306,10 +306,11 @@ def make_context(prepared: Prepared, run: RunDirectory, ranks: Ranks, observe: O
     if reason := enable_compile(built.device, num_steps):
         observe(Message(f"elementwise operations are not compiled, which is slower: {reason}", "warning"))
     network.recompute = config.train.recompute == "layers"
+    network.neftune = config.train.neftune
     engine = Engine(network)
     if not ranks.is_single_process:
         engine = ReplicatedEngine(network, built.device if is_sharded(config, ranks) else None)
-    packer = Packer(config.train.micro_batch_tokens, config.data.packing)
+    packer = Packer(config.train.micro_batch_tokens, config.data.packing, may_share=not config.train.neftune)
     initial = adapter_tensors(network) if config.train.refit else {}
     seed_random(config.train.seed)
     return loop.TrainContext(
@@ -319,7 +320,7 @@ def make_context(prepared: Prepared, run: RunDirectory, ranks: Ranks, observe: O
         observe=observe,
         network=network,
         engine=engine,
-        optimizer=AdamW(adapter_parameters(network).values(), config.train.weight_decay),
+        optimizer=make_optimizer(network, config),
         rows=rows.training,
         order=data.order,
         share=RankShare(ranks.rank, ranks.world_size, attention_cost(network.arch), engine.lockstep),
