@@ -144,11 +144,29 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
     "ernie4_5": {"model_type": "ernie4_5", "tie_word_embeddings": True, "use_bias": True},
     "helium": {"model_type": "helium", "num_attention_heads": 2, "num_key_value_heads": 2},
+    "lfm2": {
+        "model_type": "lfm2",
+        "norm_eps": 1e-4,
+        "layer_types": ["conv", "full_attention"],
+        "block_multiple_of": 16,
+        "tie_word_embeddings": True,
+    },
+    "qwen3_5": {
+        "model_type": "qwen3_5_text",
+        "layer_types": ["linear_attention", "full_attention"],
+        "partial_rotary_factor": 0.5,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+    },
     "hunyuan": {
         "model_type": "hunyuan_v1_dense",
         "rope_scaling": {"type": "dynamic", "alpha": 50.0, "factor": 1.0},
     },
 }
+
+HYBRIDS = ("lfm2", "qwen3_5")  # of PUBLISHED: not all of their layers attend
 
 
 def config_of(family: str, **changes: Any) -> dict[str, Any]:

@@ -44,6 +44,7 @@ def test_llama_cpp_computes_every_family_as_we_do(family: str, tmp_path: Path) -
         ("granite", {}),
         ("olmo2", {"hidden_size": 64}),  # llama.cpp has norms of q and k of the width of the network
         ("hunyuan", {}),
+        ("lfm2", {"hidden_size": 64}),  # and LFM2 too
     ],
 )
 def test_llama_cpp_computes_the_published_types_as_we_do(

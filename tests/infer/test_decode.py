@@ -26,14 +26,14 @@ def attention(heads: int, kv_heads: int, size: int, seed: int = 0) -> tuple[KeyV
     def random(*sizes: int) -> Tensor:
         return torch.randn(*sizes, generator=generator, dtype=torch.float64)
 
-    cache.k, cache.v = [random(*cache.k[0].shape)], [random(*cache.v[0].shape)]
+    cache.k, cache.v = {0: random(*cache.k[0].shape)}, {0: random(*cache.v[0].shape)}
     cache.lengths = torch.tensor(LENGTHS)
     return cache, [random(len(LENGTHS), count, size) for count in (heads, kv_heads, kv_heads)]
 
 
 def compiled(cache: KeyValueCache, new: list[Tensor], window: int | None, dtype: torch.dtype) -> Tensor:
     """The kernel on copies of `dtype`; the caches of `cache` are replaced by them."""
-    cache.k, cache.v = [cache.k[0].to(dtype)], [cache.v[0].to(dtype)]
+    cache.k, cache.v = {0: cache.k[0].to(dtype)}, {0: cache.v[0].to(dtype)}
     attend = Decode(cache)
     rotary = rotary_table(attend.positions, Rope(), new[0].shape[-1])
     return attend(0, *(each.to(dtype) for each in new), rotary, window)
@@ -68,7 +68,7 @@ def test_in_bfloat16_it_is_as_near_as_torch(heads: int, kv_heads: int, size: int
 def test_only_the_slots_of_the_rows_are_read_and_written() -> None:
     cache, new = attention(4, 2, 8)
     before_k, before_v = cache.k[0].float(), cache.v[0].float()
-    cache.k, cache.v = [before_k.clone()], [before_v.clone()]
+    cache.k, cache.v = {0: before_k.clone()}, {0: before_v.clone()}
     cache.slots, cache.lengths = torch.tensor([1, 4]), cache.lengths[[1, 4]]
     some = [each[:2] for each in new]
     exact = in_torch(cache, some, None, torch.float64)

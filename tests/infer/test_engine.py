@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_models import FAMILIES, random_network, write_model
+from tests.tiny_models import FAMILIES, HYBRIDS, random_network, write_model
 from torch import Tensor
 
 from lorafit.infer import continuous_batch
@@ -67,14 +67,15 @@ def uncached(network: Llama, prompt: Sequence[int], max_tokens: int = 12) -> lis
     return prefix[len(prompt) :]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS])
 def test_a_cached_batch_equals_each_prompt_alone_without_cache(family: str) -> None:
     network = random_network(family, dtype=torch.float64)
     assert ids(generated(network)) == [uncached(network, prompt) for prompt in PROMPTS]
 
 
-def test_what_prompts_begin_alike_with_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    network = random_network()
+@pytest.mark.parametrize("family", ["llama", *HYBRIDS])
+def test_what_prompts_begin_alike_with_is_read_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = random_network(family)
     passes: list[int] = []
     hidden = network.hidden
 
@@ -91,7 +92,7 @@ def test_what_prompts_begin_alike_with_is_read_once(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-11), (torch.float32, 1e-5)], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS])
 def test_cached_logits_equal_uncached_ones_whatever_is_said(
     family: str, dtype: torch.dtype, close: float, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

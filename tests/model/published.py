@@ -22,14 +22,18 @@ def write_published(folder: Path, family: str, **changes: Any) -> Path:
 
     config = transformers.AutoConfig.for_model(**config_of(family, **changes))
     model = transformers.AutoModelForCausalLM.from_config(config)
-    generator = torch.Generator().manual_seed(0)
+    generator, kind = torch.Generator().manual_seed(0), type(model).__name__
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            centre = (
-                0 if "Gemma" in type(model).__name__ else 1
-            )  # where the weights of norms are without training
-            parameter.copy_(centre + 0.1 * noise if name.endswith("norm.weight") else 0.12 * noise)
+            # where the weights of norms are without training
+            centre = 0 if "Gemma" in kind or ("Qwen3_5" in kind and "linear_attn" not in name) else 1
+            if name.endswith("norm.weight"):
+                parameter.copy_(centre + 0.1 * noise)
+            else:
+                parameter.copy_(
+                    (0.5 if parameter.dim() == 3 else 0.12) * noise
+                )  # of three axes: a convolution
     model.save_pretrained(folder)
     return write_prompting(folder)
 
@@ -65,16 +69,14 @@ def with_adapters(network: Llama, model: Any, seed: int = 5) -> tuple[Any, dict[
     return model, pairs
 
 
-def exact(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lift what transformers computes in float32 whatever the type: norms, softmax, and the rotation of some types."""
-    for norm in {type(module) for module in model.modules() if "RMSNorm" in type(module).__name__}:
-        monkeypatch.setattr(norm, "forward", _exact_norm)
-    softmax, narrow = torch.nn.functional.softmax, torch.Tensor.float
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lift what transformers computes in float32 whatever the type: norms, softmax, rotations and linear attention."""
+    softmax, narrow, to = torch.nn.functional.softmax, torch.Tensor.float, torch.Tensor.to
     monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim, dtype=None: softmax(x, dim=dim))
     monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else narrow(x))
 
+    def wide_to(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        is_narrowed = x.dtype == torch.float64 and args[:1] == (torch.float32,)
+        return x if is_narrowed else to(x, *args, **kwargs)
 
-def _exact_norm(self: Any, x: Tensor) -> Tensor:
-    eps = self.eps if hasattr(self, "eps") else self.variance_epsilon
-    weight = 1 + self.weight if "Gemma" in type(self).__name__ else self.weight
-    return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
+    monkeypatch.setattr(torch.Tensor, "to", wide_to)

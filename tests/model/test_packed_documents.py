@@ -5,14 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.tiny_models import FAMILIES, random_network
+from tests.tiny_models import FAMILIES, HYBRIDS, random_network
 from torch import Tensor
 
 from lorafit.data.packing import Packer, TokenRow
 from lorafit.forward import pack_loss
 from lorafit.model.attention import PackedDocuments, causal_attention, has_flash
 from lorafit.model.llama import Llama
-from lorafit.model.lora import LoraSpec, attach
+from lorafit.model.lora import LoraSpec, adapted, attach
 from lorafit.model.loss import loss_sum
 
 LENGTHS = [11, 23, 7]
@@ -89,7 +89,7 @@ def loss_and_gradients(network: Llama, rows: list[TokenRow], packing: bool) -> l
     [(torch.float64, 1e-11), (torch.float32, 2e-5), (torch.bfloat16, 0.02)],
     ids=["float64", "float32", "bfloat16"],
 )
-@pytest.mark.parametrize("family", ["llama", "mistral-window", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral-window", "qwen3", *HYBRIDS])
 def test_what_rows_share_gives_the_loss_and_gradients_of_each_alone(
     family: str, dtype: torch.dtype, tolerance: float, dropout: float
 ) -> None:
@@ -104,7 +104,7 @@ def test_what_rows_share_gives_the_loss_and_gradients_of_each_alone(
     (pack,) = Packer(1000).packs(rows)
     assert len(pack.ids) < 0.6 * sum(pack.lengths)
     together, alone = (loss_and_gradients(network, rows, packing) for packing in (True, False))
-    assert len(together) == 29
+    assert len(together) == 1 + 2 * len(adapted(network))
     for one, other in zip(together, alone, strict=True):
         assert float((one - other).norm()) <= tolerance * float(other.norm())
 

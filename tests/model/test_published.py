@@ -67,6 +67,10 @@ def loss_of(network: Llama, ids: Tensor, lengths: list[int]) -> tuple[Tensor, Te
     return network.logits(hidden), total / len(ids)
 
 
+def num_linears(network: Llama) -> int:
+    return sum(len(network.arch.linears(layer)) for layer in range(network.arch.num_hidden_layers))
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=["float32", "float64"]
 )
@@ -78,7 +82,7 @@ def test_logits_and_gradients_equal_transformers_and_peft(
     assert network.arch.num_parameters == sum(parameter.numel() for parameter in network.parameters())
     assert dict(network.named_parameters()).keys() == dict(model.named_parameters()).keys()
     if dtype == torch.float64:
-        exact(model, monkeypatch)
+        exact(monkeypatch)
     model, pairs = with_adapters(network, model)
     logits, loss = loss_of(network, IDS, LENGTHS)
     loss.backward()
@@ -86,7 +90,7 @@ def test_logits_and_gradients_equal_transformers_and_peft(
     torch.nn.functional.cross_entropy(peer_logits, TARGETS).backward()
     tolerance = TOLERANCE[dtype]
     torch.testing.assert_close(logits, peer_logits, rtol=tolerance, atol=tolerance)
-    assert len(pairs) == 2 * 2 * len(network.arch.linears)
+    assert len(pairs) == 2 * num_linears(network)
     for name, (mine, peers) in pairs.items():
         assert mine.grad is not None
         assert mine.grad.abs().max() > 0, name
@@ -107,7 +111,7 @@ def test_neighbours_change_no_bit(family: str, folders: Folders) -> None:
         network.logits(hidden).float().logsumexp(-1).sum().backward()
         gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
         results.append([hidden.detach(), *gradients])
-    assert len(results[0]) == 1 + 4 * len(network.arch.linears)
+    assert len(results[0]) == 1 + 2 * num_linears(network)
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
 
 
@@ -118,7 +122,8 @@ def test_int8_is_near_float32(family: str, folders: Folders) -> None:
             loss_of(ours(folders(family), quantize=quantize), IDS, LENGTHS)[0]
             for quantize in ("none", "int8")
         )
-    assert (logits - eight).norm() <= 0.03 * logits.norm()
+    most = 0.05 if read_architecture(folders(family)).mixers else 0.03  # products of three linears
+    assert (logits - eight).norm() <= most * logits.norm()
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tests.tiny_models import random_network
+from tests.tiny_models import HYBRIDS, PUBLISHED, random_network
 
 from lorafit.data.packing import build_pack
 from lorafit.forward import pack_loss
@@ -35,10 +35,13 @@ def network_and_shape(
     recompute: bool = False,
     variant: str = "lora",
 ) -> tuple[Llama, Shape]:
-    network = random_network(family, dtype=dtype, **WIDER)
+    kinds = (
+        {"layer_types": [*PUBLISHED[family]["layer_types"], "full_attention"]} if family in HYBRIDS else {}
+    )
+    network = random_network(family, dtype=dtype, **WIDER, **kinds)
     attach(network, LoraSpec(4, 8, dropout, targets, False, variant), seed=0)
     network.recompute = recompute
-    names: list[set[str]] = [set() for _ in network.model.layers]
+    names: list[set[str]] = [set() for _ in network.decoder.layers]
     for name in adapted(network):
         parts = name.split(".")
         names[int(parts[2])].add(parts[-1])
@@ -72,10 +75,10 @@ def kept_by_autograd(network: Llama) -> tuple[int, PassCost]:
     return sum(found.values()), PassCost(float(sum(pack.lengths)), float(len(pack.targets)))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", *HYBRIDS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "targets", [("q_proj", "v_proj"), ("all-linear",), ("re:.*layers.1.*up_proj",)], ids=str
+    "targets", [("q_proj", "v_proj"), ("all-linear",), ("re:.*layers.1.*(up_proj|w3)",)], ids=str
 )
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_saved_bytes_are_what_autograd_keeps(
@@ -104,9 +107,9 @@ def test_recomputing_keeps_one_tensor_a_layer() -> None:
     assert working_bytes(thrifty_shape, work) > working_bytes(shape, work)
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-biases", "llama-tied"])
+@pytest.mark.parametrize("family", ["llama", "llama-biases", "llama-tied", *HYBRIDS])
 def test_counts_are_the_networks(family: str) -> None:
-    network, shape = network_and_shape(family, ("q_proj", "down_proj"), torch.float32)
+    network, shape = network_and_shape(family, ("q_proj", "re:.*(down_proj|w2)"), torch.float32)
     trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in network.parameters()) - trainable
     assert num_trainable(shape) == trainable

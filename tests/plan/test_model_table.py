@@ -31,7 +31,7 @@ def test_a_name_is_found_as_people_type_it() -> None:
 
 @pytest.mark.parametrize(
     ("name", "model_type", "nearest"),
-    [("Qwen3.5-0.8B", "qwen3_5", "Qwen/Qwen3-0.6B"), ("LFM2-350M", "lfm2", "SmolLM2-360M")],
+    [("Qwen3.5-35B-A3B", "qwen3_5_moe", "Qwen/"), ("gemma-3n-E2B", "gemma3n", "google/gemma-3-4b-it")],
 )
 def test_an_unsupported_one_names_its_type_and_the_nearest(name: str, model_type: str, nearest: str) -> None:
     with pytest.raises(ModelError) as caught:

@@ -48,7 +48,7 @@ def write_gguf(
             writer.add_tensor_info(name, factors.shape, factors.dtype, factors.nbytes)
         types = tensor_types(source, kind)
         for name, gguf_name in gguf_names(source).items():
-            shape = gguf.quant_shape_to_byte_shape(source.weights[name].shape, types[name])
+            shape = gguf.quant_shape_to_byte_shape(_stored_shape(source.weights[name].shape), types[name])
             writer.add_tensor_info(gguf_name, shape, np.dtype(np.uint8), math.prod(shape), types[name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -95,6 +95,11 @@ def write_lora(source: RunSource, path: Path) -> None:
         writer.write_tensors_to_file()
     finally:
         writer.close()
+
+
+def _stored_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in the file: the weight of a convolution has no axis for the one channel that each output reads."""
+    return (shape[0], shape[2]) if len(shape) == 3 else shape
 
 
 def _file_type(kind: str) -> gguf.LlamaFileType:
@@ -166,7 +171,12 @@ def _add_shape(writer: gguf.GGUFWriter, arch: Architecture) -> None:
     writer.add_block_count(arch.num_hidden_layers)
     writer.add_feed_forward_length(arch.intermediate_size)
     writer.add_head_count(arch.num_attention_heads)
-    writer.add_head_count_kv(arch.num_key_value_heads)
+    if arch.mixers:  # a layer without attention has no heads
+        attends, heads = arch.attention_layers, arch.num_key_value_heads
+        writer.add_head_count_kv([heads * (layer in attends) for layer in range(arch.num_hidden_layers)])
+        writer.add_shortconv_l_cache(arch.conv_width)
+    else:
+        writer.add_head_count_kv(arch.num_key_value_heads)
     writer.add_key_length(arch.head_dim)
     writer.add_value_length(arch.head_dim)
     writer.add_layer_norm_rms_eps(arch.rms_norm_eps)

@@ -55,11 +55,11 @@ def tensor_types(source: RunSource, type_name: str) -> dict[str, Type]:
 def tensor_type(
     type_name: str, name: str, shape: tuple[int, ...], layers: int = 1, is_tied: bool = False
 ) -> Type:
-    """The type of a weight in a file of type `type_name`. Norms and biases are float32.
+    """The type of a weight in a file of type `type_name`. Norms, biases and convolutions are float32.
 
     Rows that the blocks do not divide get a type with shorter blocks, and float16 if no block divides them.
     """
-    if len(shape) == 1:
+    if len(shape) != 2:
         return Type.F32
     wanted = _wanted(type_name, name, layers, is_tied)
     kinds = (wanted, _OF_SHORT_ROWS.get(wanted, wanted))
@@ -89,7 +89,7 @@ def fallbacks(source: RunSource, type_name: str) -> str:
     for name, kind in tensor_types(source, type_name).items():
         shape = source.weights[name].shape
         wanted = _wanted(type_name, name, source.arch.num_hidden_layers, is_tied)
-        if len(shape) > 1 and kind != wanted:
+        if len(shape) == 2 and kind != wanted:
             counts[wanted.name, kind.name, shape[-1]] += 1
     return "; ".join(
         f"{count} of {len(source.weights)} tensors are {kind} in the place of {wanted}, whose blocks do not divide "

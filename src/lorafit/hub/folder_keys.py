@@ -65,7 +65,10 @@ CONFIG: dict[str, Rule] = {
         "hidden_activation layers_block_type no_rope_layers no_rope_layer_interval sliding_window_pattern "
         "rope_local_base_freq use_bias position_embedding_type num_local_experts shared_intermediate_size "
         "embedding_multiplier residual_multiplier attention_multiplier logits_scaling query_pre_attn_scalar "
-        "attn_logit_softcapping final_logit_softcapping use_bidirectional_attention",
+        "attn_logit_softcapping final_logit_softcapping use_bidirectional_attention "
+        "norm_eps tie_embedding full_attn_idxs conv_L_cache block_ff_dim block_auto_adjust_ff_dim "
+        "block_ffn_dim_multiplier block_multiple_of full_attention_interval linear_conv_kernel_dim "
+        "linear_key_head_dim linear_value_head_dim linear_num_key_heads linear_num_value_heads",
     ),
     # names, number types, caches, heads of other tasks, and the tokens that the tokenizer names too
     **_all(
@@ -82,8 +85,11 @@ CONFIG: dict[str, Rule] = {
         HARMLESS,
         "mamba_chunk_size mamba_conv_bias mamba_d_conv mamba_d_head mamba_d_state mamba_expand mamba_n_groups "
         "mamba_n_heads mamba_proj_bias time_step_limit num_experts_per_tok output_router_logits "
-        "router_aux_loss_coef _sliding_window_pattern eod_token_id embd_pdrop resid_pdrop",
+        "router_aux_loss_coef _sliding_window_pattern eod_token_id embd_pdrop resid_pdrop "
+        "block_dim block_norm_eps block_mlp_init_scale block_out_init_scale block_use_swiglu "
+        "block_use_xavier_init conv_dim conv_dim_out conv_use_xavier_init num_heads theta use_pos_enc",
     ),
+    "conv_bias": (None, False),
     "attention_dropout": HARMLESS,  # for training from random weights; LoRA has a dropout of its own
     "partial_rotary_factor": (None, 1, 1.0),
     "is_encoder_decoder": (None, False),

@@ -171,7 +171,7 @@ def purpose_of(path: Path, model: Model, max_tokens: int, sampling: Sampling, ba
     digest = hashlib.sha256(sha256_file(path).encode())
     network = model.network
     head = network.lm_head.weight
-    for tensor in (*adapter_tensors(network).values(), network.decoder.norm.weight, head[:64]):
+    for tensor in (*adapter_tensors(network).values(), network.decoder.final_norm.weight, head[:64]):
         digest.update(tensor.detach().cpu().double().numpy().tobytes())
     kinds = sorted({type(module).__name__ for module in network.modules()})
     settings = (model.renderer.contract.hash, max_tokens, sampling, base, str(head.dtype), kinds)

@@ -147,7 +147,7 @@ class ContinuousBatch(Generic[K]):
 
     def _new_cache(self) -> KeyValueCache:
         return KeyValueCache(
-            self.network.arch, self.num_slots, self.context, self.network.decoder.norm.weight
+            self.network.arch, self.num_slots, self.context, self.network.decoder.final_norm.weight
         )
 
     def _make_room(self, length: int, requests: Sequence[Request]) -> None:

@@ -1,4 +1,4 @@
-"""The two passes of generation, and their key-value cache: prefill reads prompts, decode adds a token per row.
+"""The two passes of generation, and their cache: prefill reads prompts, decode adds a token per row.
 
 Prompts of any mix of lengths are read in one packed pass, without padding, and a prefix that they share is read once.
 On the CPU a decode pass runs on compiled kernels (model/decode_linear.py, model/native/decode.cpp): it is limited by
@@ -15,22 +15,36 @@ from torch import Tensor
 
 from lorafit.model.architecture import Architecture
 from lorafit.model.attention import PackedDocuments, Rotary, capped_attention, rotate
+from lorafit.model.convolution import latest
+from lorafit.model.delta_rule import delta_step
+from lorafit.model.mixer_shapes import DeltaHeads
 from lorafit.model.native import fits, kernels
+from lorafit.model.ops import wide
 
 _FIRST_CAPACITY = 256  # tokens per slot before the cache grows
 _ROUNDED = 64  # on a GPU a pass sees a multiple of it
 
 
 class KeyValueCache:
-    """Keys and values of every layer, each (slots, kv_heads, capacity, head_dim). Rows join and leave.
+    """Keys and values of every layer that attends, each (slots, kv_heads, capacity, head_dim); of the other layers
+    what they keep of the tokens so far, `states`, each (slots, ...). Rows join and leave.
 
     Row r is in slot r, and `lengths` int64 (rows,) has its tokens. The capacity grows when a row needs it.
     """
 
     def __init__(self, arch: Architecture, num_slots: int, limit: int, like: Tensor) -> None:
-        shape = (num_slots, arch.num_key_value_heads, min(_FIRST_CAPACITY, limit), arch.head_dim)
-        self.k = [like.new_zeros(shape) for _ in range(arch.num_hidden_layers)]
-        self.v = [like.new_zeros(shape) for _ in range(arch.num_hidden_layers)]
+        self.capacity = min(_FIRST_CAPACITY, limit)
+        shape = (num_slots, arch.num_key_value_heads, self.capacity, arch.head_dim)
+        self.k = {layer: like.new_zeros(shape) for layer in arch.attention_layers}
+        self.v = {layer: like.new_zeros(shape) for layer in arch.attention_layers}
+        self.states = {
+            # a convolution keeps tokens; what is summed over a text is in the type of sums
+            layer: [
+                like.new_zeros(num_slots, *state, dtype=like.dtype if len(state) == 2 else wide(like.dtype))
+                for state in arch.mixer(layer).states
+            ]
+            for layer in range(arch.num_hidden_layers)
+        }
         self.slots = torch.arange(num_slots, device=like.device)
         self.lengths = torch.zeros_like(self.slots)[:0]
 
@@ -40,16 +54,17 @@ class KeyValueCache:
 
         Raises what torch raises when memory is short.
         """
-        capacity = self.k[0].shape[2]
+        capacity = self.capacity
         if length <= capacity:
             return
         while capacity < length:
             capacity = min(2 * capacity, limit)
         for cache in (self.k, self.v):
-            for layer, old in enumerate(cache):
+            for layer, old in cache.items():
                 new = old.new_zeros(*old.shape[:2], capacity, old.shape[3])
                 new[:, :, : old.shape[2]] = old
                 cache[layer] = new
+        self.capacity = capacity
 
     @torch.inference_mode()
     def remove(self, row: int) -> None:
@@ -57,8 +72,11 @@ class KeyValueCache:
         last = len(self.lengths) - 1
         if row != last:
             length = int(self.lengths[last])
-            for layer in (*self.k, *self.v):
+            for layer in (*self.k.values(), *self.v.values()):
                 layer[row, :, :length] = layer[last, :, :length]
+            for states in self.states.values():
+                for state in states:
+                    state[row] = state[last]
             self.lengths[row] = self.lengths[last]
         self.lengths = self.lengths[:last]
 
@@ -88,6 +106,18 @@ class Prefill(PackedDocuments):
             self.cache.v[layer][row, :, : len(v_doc)] = v_doc.transpose(0, 1)
         return super().__call__(layer, q, k, v, rotary, window, cap)
 
+    def convolve(self, layer: int, x: Tensor, weight: Tensor) -> Tensor:
+        tails, kept = self.cache.states[layer][0], weight.shape[-1] - 1
+        for row, document in enumerate(self.apart(x).split(self.lengths), self.first):
+            tail = document[max(0, len(document) - kept) :]
+            tails[row] = F.pad(tail, (0, 0, kept - len(tail), 0))
+        return super().convolve(layer, x, weight)
+
+    def delta(self, layer: int, qkv: Tensor, g: Tensor, beta: Tensor, heads: DeltaHeads) -> Tensor:
+        out, states = self.delta_and_states(qkv, g, beta, heads)
+        self.cache.states[layer][1][self.first : self.first + len(states)] = states
+        return out
+
 
 class Decode:
     """Attention of a pass with one new token per row, which sees the row's cache."""
@@ -98,7 +128,7 @@ class Decode:
         cache.lengths = cache.lengths + 1
         longest = int(cache.lengths.max())
         if self.positions.is_cuda:  # cuDNN makes a plan for every new length
-            longest = min(-(-longest // _ROUNDED) * _ROUNDED, cache.k[0].shape[2])
+            longest = min(-(-longest // _ROUNDED) * _ROUNDED, cache.capacity)
         self.longest = longest
 
     def lengths_seen(self) -> Tensor:
@@ -127,6 +157,15 @@ class Decode:
             "attend_cache", q.dtype, *shape, *slots_and_positions, q, k, v, *rotary, k_cache, v_cache, out
         )
         return out
+
+    def convolve(self, layer: int, x: Tensor, weight: Tensor) -> Tensor:
+        tails = self.cache.states[layer][0][: len(x)]
+        window = torch.cat([tails, x[:, None]], 1)
+        tails.copy_(window[:, 1:])
+        return latest(window, weight)
+
+    def delta(self, layer: int, qkv: Tensor, g: Tensor, beta: Tensor, heads: DeltaHeads) -> Tensor:
+        return delta_step(qkv, g, beta, heads, self.cache.states[layer][1][: len(qkv)])
 
 
 def decode_attention(

@@ -11,7 +11,8 @@ from lorafit.errors import ModelError, Problem
 from lorafit.hub.folder_keys import CONFIG, refused
 from lorafit.model.config_fields import Fields
 from lorafit.model.families import FAMILIES, WRAPPERS, Family
-from lorafit.model.layer_fields import Ropes, Sizes, Windows, rotated_part
+from lorafit.model.layer_fields import Mixers, Ropes, Sizes, Windows, rotated_part
+from lorafit.model.mixer_shapes import SHAPES, DeltaHeads, MixerShape
 from lorafit.model.rope import Rope
 from lorafit.storage.safe_read import MB, read_json
 
@@ -47,6 +48,9 @@ class Architecture:
     logits_divisor: float = 1.0
     attention_cap: float = 0.0  # a score s becomes cap * tanh(s / cap); 0 for none
     logits_cap: float = 0.0
+    mixers: Mixers = ()  # what mixes the tokens in each layer, a key of SHAPES; empty if all layers attend
+    conv_width: int = 0  # tokens that a causal convolution reads
+    delta: DeltaHeads | None = None  # of the layers with a gated delta rule
     is_wrapped: bool = False  # the text model of a network with towers for images or sound
 
     @property
@@ -64,30 +68,48 @@ class Architecture:
         """The full name of the embedding."""
         return f"{self.prefix}embed_tokens"
 
-    @property
-    def groups(self) -> tuple[tuple[str, ...], ...]:
-        """Short names of the linears of a layer, in the order of the pass; those that share an input are together."""
-        family = self.family
-        own = family.names
-        return (
-            ("qkv_proj",) if family.fused_qkv else ("q_proj", "k_proj", "v_proj"),
-            ("o_proj",),
-            (own.get("gate_up_proj", "gate_up_proj"),) if family.fused_mlp else ("gate_proj", "up_proj"),
-            (own.get("down_proj", "down_proj"),),
-        )
+    def mixer_kind(self, layer: int) -> str:
+        """What mixes the tokens in a layer, a key of SHAPES."""
+        return self.mixers[layer] if self.mixers else "attention"
+
+    def mixer(self, layer: int) -> MixerShape:
+        """The token mixer of a layer."""
+        return SHAPES[self.mixer_kind(layer)](self)
 
     @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """(out_features, in_features) of each linear of a layer by its short name, in the order of the pass."""
+    def attention_layers(self) -> tuple[int, ...]:
+        """The layers that attend."""
+        layers = range(self.num_hidden_layers)
+        return tuple(layer for layer in layers if self.mixer_kind(layer) == "attention")
+
+    @property
+    def mlp_groups(self) -> tuple[tuple[str, ...], tuple[str]]:
+        """Short names of the linears of an MLP: those of its input, and that of its result."""
+        name = self.family.name
+        gates = (name("gate_up_proj"),) if self.family.fused_mlp else (name("gate_proj"), name("up_proj"))
+        return gates, (name("down_proj"),)
+
+    def groups(self, layer: int) -> tuple[tuple[str, ...], ...]:
+        """Short names of the linears of a layer, in the order of the pass; those that share an input are together."""
+        mixer = self.mixer(layer)
+        return (tuple(mixer.inputs), (mixer.output,), *self.mlp_groups)
+
+    def mixer_linears(self, layer: int) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) of each linear of a layer's token mixer by its short name."""
+        mixer = self.mixer(layer)
+        shapes = {name: (width, self.hidden_size) for name, width in mixer.inputs.items()}
+        return {**shapes, mixer.output: (self.hidden_size, mixer.width)}
+
+    @property
+    def mlp_linears(self) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) of each linear of an MLP by its short name."""
         hidden, inner = self.hidden_size, self.intermediate_size
-        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        inputs, (output,), gates, (down,) = self.groups
-        widths = (q, kv, kv) if len(inputs) == 3 else (q + 2 * kv,)
-        shapes = {name: (width, hidden) for name, width in zip(inputs, widths, strict=True)}
-        shapes[output] = (hidden, q)
-        shapes |= {name: (2 * inner // len(gates), hidden) for name in gates}
-        shapes[down] = (hidden, inner)
-        return shapes
+        gates, (down,) = self.mlp_groups
+        return {**{name: (2 * inner // len(gates), hidden) for name in gates}, down: (hidden, inner)}
+
+    def linears(self, layer: int) -> list[tuple[str, tuple[int, int]]]:
+        """The short name and (out_features, in_features) of each linear of a layer, in the order of the pass."""
+        return [*self.mixer_linears(layer).items(), *self.mlp_linears.items()]
 
     @property
     def shortest_window(self) -> int:
@@ -108,24 +130,21 @@ class Architecture:
     @property
     def num_linear_weights(self) -> int:
         """Weights of all linears of all layers; no bias, embedding or head."""
-        return self.num_hidden_layers * sum(out * width for out, width in self.linears.values())
-
-    @property
-    def norm_widths(self) -> tuple[int, ...]:
-        """The width of each norm of a layer."""
-        q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        of_heads = {"none": (), "width": (q, kv)}.get(self.family.qk_norm, (self.head_dim,) * 2)
-        return (self.hidden_size,) * (4 if self.family.norms == "around" else 2) + of_heads
+        layers = range(self.num_hidden_layers)
+        return sum(out * width for layer in layers for _, (out, width) in self.linears(layer))
 
     @property
     def num_parameters(self) -> int:
         """Parameters of the whole network; tied embeddings count once."""
         q, kv = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
-        other = sum(self.norm_widths)
-        other += (q + 2 * kv) * self.qkv_bias + self.hidden_size * self.o_bias
-        other += (2 * self.intermediate_size + self.hidden_size) * self.mlp_bias
+        head_norms = {"none": 0, "width": q + kv}.get(self.family.qk_norm, 2 * self.head_dim)
+        attending = head_norms + (q + 2 * kv) * self.qkv_bias + self.hidden_size * self.o_bias
+        each = self.hidden_size * (4 if self.family.norms == "around" else 2)
+        each += (2 * self.intermediate_size + self.hidden_size) * self.mlp_bias
+        other = self.num_hidden_layers * each + len(self.attention_layers) * attending
+        other += sum(self.mixer(layer).weights for layer in range(self.num_hidden_layers))
         tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_linear_weights + self.num_hidden_layers * other + tables + self.hidden_size
+        return self.num_linear_weights + other + tables + self.hidden_size
 
 
 def read_architecture(folder: Path) -> Architecture:
@@ -162,7 +181,8 @@ def parse_architecture(raw: Mapping[str, Any], place: str) -> Architecture:
             place=place,
             hint=f"lorafit trains {', '.join(FAMILIES)}",
         )
-    fields = Fields({**family.defaults, **given}, place)
+    other_names = {ours: given[name] for name, ours in family.aliases.items() if given.get(name) is not None}
+    fields = Fields({**family.defaults, **given, **other_names}, place)
     num_layers = fields.count("num_hidden_layers", limit=1000)
     num_heads = fields.count("num_attention_heads")
     hidden_size = fields.count("hidden_size")
@@ -173,7 +193,7 @@ def parse_architecture(raw: Mapping[str, Any], place: str) -> Architecture:
     ropes = family.ropes(fields, sizes)
     full = [rope for rope, window in zip(ropes, windows, strict=True) if rope is not None and window is None]
     rope = next(iter(full or filter(None, ropes)), Rope())
-    more = dict(family.more(fields, sizes))
+    more = {"intermediate_size": fields.count(family.inner_size), **family.more(fields, sizes)}
     if more.get("attention_scale") == head_dim**-0.5:
         del more["attention_scale"]
     rotary_dim = rotated_part(fields, head_dim) if family.partial_rotary else head_dim
@@ -181,7 +201,6 @@ def parse_architecture(raw: Mapping[str, Any], place: str) -> Architecture:
         model_type=str(model_type),
         vocab_size=fields.count("vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=fields.count(family.inner_size),
         num_hidden_layers=num_layers,
         num_attention_heads=num_heads,
         num_key_value_heads=fields.count("num_key_value_heads", default=num_heads),
@@ -194,6 +213,7 @@ def parse_architecture(raw: Mapping[str, Any], place: str) -> Architecture:
         o_bias=fields.flag(family.o_bias),
         mlp_bias=fields.flag(family.mlp_bias),
         windows=windows,
+        mixers=family.mixers(fields, num_layers),
         ropes=() if all(each == rope for each in ropes) else ropes,
         rotary_dim=None if rotary_dim == head_dim else rotary_dim,
         is_wrapped=is_wrapped,
@@ -246,4 +266,4 @@ def attention_cost(arch: Architecture) -> float:
     those of all weights.
     """
     weights = arch.num_linear_weights + arch.hidden_size * arch.vocab_size
-    return arch.num_hidden_layers * arch.num_attention_heads * arch.head_dim / weights
+    return len(arch.attention_layers) * arch.num_attention_heads * arch.head_dim / weights

@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorafit.model.compile import compilable
+from lorafit.model.convolution import convolution
+from lorafit.model.delta_rule import delta_rule
+from lorafit.model.mixer_shapes import DeltaHeads
 from lorafit.model.native import fits, kernels
 
 
@@ -41,6 +44,14 @@ class Attend(Protocol):
         """
         ...
 
+    def convolve(self, layer: int, x: Tensor, weight: Tensor) -> Tensor:
+        """The causal depthwise convolution of x (tokens, channels) with `weight` (channels, 1, width)."""
+        ...
+
+    def delta(self, layer: int, qkv: Tensor, g: Tensor, beta: Tensor, heads: DeltaHeads) -> Tensor:
+        """The gated delta rule, as `delta_rule` in model/delta_rule.py."""
+        ...
+
 
 _GROUP = 64  # documents whose lengths round up to the same multiple of it form a batch
 
@@ -64,6 +75,7 @@ class PackedDocuments:
         first = self.index.cummax(0).values.diff(prepend=torch.tensor([-1])).nonzero()[:, 0]
         self._first = first
         self.positions = positions[first].to(device)
+        self._places = positions.to(device)  # of each token of each document
         self._shared = (
             _Shared(self.index, first, torch.device(device)) if len(first) < len(positions) else None
         )
@@ -89,6 +101,21 @@ class PackedDocuments:
         apart = self.apart(q), self.apart(k), self.apart(v)
         out = self._capped(*apart, window, cap) if cap else self._attend(*apart, window)
         return out if self._shared is None else out.index_select(0, self._shared.first)
+
+    def convolve(self, layer: int, x: Tensor, weight: Tensor) -> Tensor:
+        out = convolution(self.apart(x), weight, self._places)
+        return out if self._shared is None else out.index_select(0, self._shared.first)
+
+    def delta(self, layer: int, qkv: Tensor, g: Tensor, beta: Tensor, heads: DeltaHeads) -> Tensor:
+        out, _ = self.delta_and_states(qkv, g, beta, heads)
+        return out
+
+    def delta_and_states(
+        self, qkv: Tensor, g: Tensor, beta: Tensor, heads: DeltaHeads
+    ) -> tuple[Tensor, Tensor]:
+        """The outputs of the rule, and the state at the end of each document."""
+        out, states = delta_rule(self.apart(qkv), self.apart(g), self.apart(beta), heads, self.lengths)
+        return (out if self._shared is None else out.index_select(0, self._shared.first)), states
 
     def lengths_seen(self) -> Tensor:
         lengths = torch.tensor(self.lengths)

@@ -9,23 +9,30 @@ from typing import Any, Literal
 from lorafit.model.config_fields import Fields
 from lorafit.model.layer_fields import (
     MINISTRAL_ROPE,
+    Mixers,
     Ropes,
     Sizes,
     Windows,
+    attention_only,
     full_attention,
     gemma,
     granite,
     granite_4,
     hunyuan_rope,
+    lfm,
+    lfm_mixers,
     ministral_rope,
     no_more,
     phi_rope,
+    qwen,
+    qwen_mixers,
     rope_if_named,
     rope_with_windows,
     ropes_by_window,
     same_rope,
     same_window,
     some_without_rope,
+    text_rope,
     window_by_layer,
     window_by_pattern,
     window_without_rope,
@@ -63,12 +70,14 @@ class Family:
     mlp_bias: bool | str = False
     tie_word_embeddings: bool | str = "tie_word_embeddings"
     windows: Callable[[Fields, int], Windows] = full_attention
+    mixers: Callable[[Fields, int], Mixers] = attention_only
     ropes: Callable[[Fields, Sizes], Ropes] = same_rope
     more: Callable[[Fields, Sizes], Mapping[str, Any]] = no_more  # further fields of the Architecture
     # where the norms of a branch stand: before it, after it (before it is added), or both
     norms: Literal["before", "after", "around"] = "before"
     # the norms of q and k: of each head, of each head after its rotation, or of all heads together
     qk_norm: Literal["none", "head", "rotated_head", "width"] = "none"
+    gated_attention: bool = False  # q_proj gives a gate of each head's output too
     norm_offset: float = 0.0  # norms multiply by this plus their weight
     activation: Literal["silu", "gelu_pytorch_tanh"] = "silu"
     rounds_embedding_multiplier: bool = False  # to the type of the weights
@@ -79,8 +88,15 @@ class Family:
     partial_rotary: bool = False  # `partial_rotary_factor` of a head is rotated
     interleaved_rotary: bool = False  # neighbours in a head form a pair, not its halves
     fits_float16: bool = True  # activations stay below 65,504
+    aliases: Mapping[str, str] = field(
+        default_factory=dict
+    )  # its names of fields that others have: ours by its own
     keys: tuple[str, ...] = ()  # keys of config.json that it uses and others refuse
     defaults: Mapping[str, Any] = field(default_factory=dict)  # transformers' values of absent fields
+
+    def name(self, ours: str) -> str:
+        """Its name of the module that most families call `ours`."""
+        return self.names.get(ours, ours)
 
 
 _GEMMA = Family(
@@ -263,6 +279,64 @@ FAMILIES: dict[str, Family] = {
         names={"q_norm": "query_layernorm", "k_norm": "key_layernorm"},
         defaults={"rms_norm_eps": 1e-5},
     ),
+    "lfm2": Family(
+        gguf="lfm2",
+        gguf_pre_tokenizers={_LLAMA_3_SPLIT: "lfm2"},
+        qk_norm="head",
+        mixers=lfm_mixers,
+        more=lfm,
+        names={
+            "mlp": "feed_forward",
+            "gate_proj": "w1",
+            "up_proj": "w3",
+            "down_proj": "w2",
+            "o_proj": "out_proj",
+            "q_norm": "q_layernorm",
+            "k_norm": "k_layernorm",
+            "input_layernorm": "operator_norm",
+            "post_attention_layernorm": "ffn_norm",
+            "norm": "embedding_norm",
+        },
+        aliases={
+            "norm_eps": "rms_norm_eps",
+            "block_ff_dim": "intermediate_size",
+            "tie_embedding": "tie_word_embeddings",
+        },
+        defaults={
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "intermediate_size": 12288,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 128000,
+            "rope_theta": 1000000.0,
+            "block_auto_adjust_ff_dim": True,
+            "block_multiple_of": 256,
+            "conv_L_cache": 3,
+        },
+    ),
+    "qwen3_5_text": Family(
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        qk_norm="head",
+        gated_attention=True,
+        norm_offset=1.0,
+        mixers=qwen_mixers,
+        more=qwen,
+        ropes=text_rope,
+        partial_rotary=True,
+        keys=("partial_rotary_factor",),
+        defaults={
+            "head_dim": 256,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "partial_rotary_factor": 0.25,
+            "linear_conv_kernel_dim": 4,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
+        },
+    ),
 }
 
 
@@ -271,4 +345,5 @@ FAMILIES: dict[str, Family] = {
 WRAPPERS: dict[str, tuple[str, ...]] = {
     "gemma3": ("gemma3_text",),
     "mistral3": ("mistral", "ministral3"),
+    "qwen3_5": ("qwen3_5_text",),
 }

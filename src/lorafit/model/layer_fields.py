@@ -9,16 +9,49 @@ from typing import Any
 
 from lorafit.hub.folder_keys import Rule
 from lorafit.model.config_fields import Fields
+from lorafit.model.mixer_shapes import DeltaHeads
 from lorafit.model.rope import Rope, read_rope, read_ropes_by_type
 
 Windows = tuple[int | None, ...]  # the sliding window of each layer, None for full attention
 Ropes = tuple[Rope | None, ...]  # the Rope of each layer, None for none
+Mixers = tuple[
+    str, ...
+]  # what mixes the tokens in each layer, see model/mixer_shapes.py; empty for attention alone
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def full_attention(fields: Fields, num_layers: int) -> Windows:
     """No layer has a window."""
     return (None,) * num_layers
+
+
+def attention_only(fields: Fields, num_layers: int) -> Mixers:
+    """Every layer attends."""
+    return ()
+
+
+def lfm_mixers(fields: Fields, num_layers: int) -> Mixers:
+    """LFM2: `layer_types`, or `full_attn_idxs` with the numbers of the layers that attend; the others convolve."""
+    kinds = fields.layers("layer_types", num_layers, (FULL, "conv"))
+    if kinds is None:
+        attending = fields.raw.get("full_attn_idxs")
+        attending = range(num_layers) if attending is None else attending
+        if not isinstance(attending, list | range) or any(
+            each not in range(num_layers) for each in attending
+        ):
+            fields.wrong("full_attn_idxs", f"expected numbers below {num_layers}")
+            return ()
+        kinds = [FULL if layer in attending else "conv" for layer in range(num_layers)]
+    return tuple("attention" if kind == FULL else "conv" for kind in kinds)
+
+
+def qwen_mixers(fields: Fields, num_layers: int) -> Mixers:
+    """Qwen3.5: `layer_types`, or attention in the last of each `full_attention_interval` layers."""
+    kinds = fields.layers("layer_types", num_layers, (FULL, "linear_attention"))
+    if kinds is None:
+        every = fields.count("full_attention_interval", default=4)
+        kinds = ["" if (layer + 1) % every else FULL for layer in range(num_layers)]
+    return tuple("attention" if kind == FULL else "delta" for kind in kinds)
 
 
 def same_window(fields: Fields, num_layers: int) -> Windows:
@@ -123,6 +156,14 @@ def ropes_by_window(local: str | float) -> Callable[[Fields, Sizes], Ropes]:
     return ropes
 
 
+def text_rope(fields: Fields, sizes: Sizes) -> Ropes:
+    """Qwen3.5: a part of each head is rotated. Of a text all three positions of `mrope_section` are the same."""
+    width = rotated_part(fields, sizes.head_dim)
+    used: Rule = "used"
+    keys = dict.fromkeys(("partial_rotary_factor", "mrope_section", "mrope_interleaved"), used)
+    return (read_rope(fields, width, sizes.context, keys=keys),) * sizes.num_layers
+
+
 def phi_rope(fields: Fields, sizes: Sizes) -> Ropes:
     """Phi-3: its names of `longrope`, and a part of each head that is rotated."""
     width = rotated_part(fields, sizes.head_dim)
@@ -179,6 +220,29 @@ def rotated_part(fields: Fields, head_dim: int) -> int:
 
 def no_more(fields: Fields, sizes: Sizes) -> Mapping[str, Any]:
     return {}
+
+
+def lfm(fields: Fields, sizes: Sizes) -> Mapping[str, Any]:
+    """LFM2: the width of the MLP is two thirds of the field, rounded up to a multiple, unless it is exact already."""
+    inner = fields.count("intermediate_size")
+    if fields.flag("block_auto_adjust_ff_dim"):
+        multiple = fields.count("block_multiple_of")
+        inner = int(fields.number("block_ffn_dim_multiplier", 1.0) * int(2 * inner / 3))
+        inner = -(-inner // multiple) * multiple
+    return {"intermediate_size": inner, "conv_width": fields.count("conv_L_cache", limit=64)}
+
+
+def qwen(fields: Fields, sizes: Sizes) -> Mapping[str, Any]:
+    """Qwen3.5: the heads of the delta rule."""
+    heads = DeltaHeads(
+        keys=fields.count("linear_num_key_heads"),
+        values=fields.count("linear_num_value_heads"),
+        key_dim=fields.count("linear_key_head_dim"),
+        value_dim=fields.count("linear_value_head_dim"),
+    )
+    if heads.values % heads.keys:
+        fields.wrong("linear_num_key_heads", "it must divide linear_num_value_heads")
+    return {"delta": heads, "conv_width": fields.count("linear_conv_kernel_dim", limit=64)}
 
 
 def granite(fields: Fields, sizes: Sizes) -> Mapping[str, Any]:

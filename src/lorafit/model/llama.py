@@ -7,7 +7,6 @@ or more consecutive documents; `attend` defines which tokens attend to which (mo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,74 +15,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lorafit.model.architecture import Architecture
-from lorafit.model.attention import Attend, Rotary, rotate
+from lorafit.model.attention import Attend, Rotary
 from lorafit.model.decode_linear import head
-from lorafit.model.linear import Linear
 from lorafit.model.lora_linear import GegluInput, Identity, InputOp, RmsNormInput, SwigluInput, project
 from lorafit.model.memory import MUCH_FREE, release_free_memory
-from lorafit.model.ops import norm, wide
+from lorafit.model.mixers import MIXERS, RMSNorm, add_linears, linears_of
+from lorafit.model.ops import wide
 from lorafit.model.rope import Rope
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis with a frozen weight, to which `offset` is added."""
-
-    def __init__(self, size: int, arch: Architecture) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
-        self.eps = arch.rms_norm_eps
-        self.offset = arch.family.norm_offset
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., size)
-        return norm(x, self.weight, self.eps, self.offset)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention with rotary positions."""
-
-    def __init__(self, arch: Architecture, layer: int) -> None:
-        super().__init__()
-        family = arch.family
-        self.layer = layer
-        self.head_dim = arch.head_dim
-        self.window = arch.windows[layer] if arch.windows else None
-        self.inputs, outputs, *_ = arch.groups
-        add_linears(self, arch, self.inputs, bias=arch.qkv_bias)
-        add_linears(self, arch, outputs, bias=arch.o_bias)
-        q_width, kv_width = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
-        self.widths = (q_width, kv_width, kv_width)
-        self.qk_norm = family.qk_norm
-        self.norm_names = [family.names.get(name, name) for name in ("q_norm", "k_norm")]
-        if self.qk_norm != "none":
-            widths = self.widths if self.qk_norm == "width" else (arch.head_dim, arch.head_dim)
-            for name, width in zip(self.norm_names, widths, strict=False):
-                self.add_module(name, RMSNorm(width, arch))
-        self.interleaved, self.rotary_dim = family.interleaved_rotary, arch.rotary_dim
-        self.rope, self.cap = arch.rope, arch.attention_cap
-
-    def forward(
-        self, x: Tensor, before: InputOp, rotary: Rotary, attend: Attend, keys: Tensor | None = None
-    ) -> Tensor:
-        """The concatenated outputs of the heads, (tokens, heads * head_dim), before `o_proj`."""
-        q, k, v = project(linears_of(self, self.inputs), before, x, keys=keys, widths=self.widths)
-        if self.qk_norm == "width":
-            q, k = self.normed(q, k)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # (tokens, heads, head_dim)
-        if self.qk_norm == "head":
-            q, k = self.normed(q, k)
-        if self.interleaved or self.rotary_dim is not None:
-            q, k = (in_halves(part, self.rotary_dim, self.interleaved) for part in (q, k))
-        if self.qk_norm == "rotated_head":
-            q, k = self.normed(rotate(q, rotary), rotate(k, rotary))
-            rotary = torch.ones_like(rotary[0]), torch.zeros_like(rotary[1])
-        if self.rope.query_beta:
-            q = q * query_factor(attend.positions, self.rope).to(q.dtype)[:, None, None]
-        return attend(self.layer, q, k, v, rotary, self.window, self.cap).flatten(-2)
-
-    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Both after their norms."""
-        q_norm, k_norm = (getattr(self, name) for name in self.norm_names)
-        return q_norm(q), k_norm(k)
 
 
 class MLP(nn.Module):
@@ -91,10 +29,10 @@ class MLP(nn.Module):
 
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
-        *_, self.inputs, self.outputs = arch.groups
+        self.inputs, self.outputs = arch.mlp_groups
         self.widths = (arch.intermediate_size, arch.intermediate_size)
         self.activation = SwigluInput() if arch.family.activation == "silu" else GegluInput()
-        add_linears(self, arch, self.inputs + self.outputs, bias=arch.mlp_bias)
+        add_linears(self, arch.mlp_linears.items(), bias=arch.mlp_bias)
 
     def forward(
         self, x: Tensor, before: InputOp, residual: Tensor | None = None, keys: Tensor | None = None
@@ -105,29 +43,21 @@ class MLP(nn.Module):
         return project(down, self.activation, gate, up, residual=residual, keys=keys)[0]
 
 
-def add_linears(module: nn.Module, arch: Architecture, names: Sequence[str], bias: bool) -> None:
-    """Put the linears `names` of a layer into `module`."""
-    for name in names:
-        out_features, in_features = arch.linears[name]
-        module.add_module(name, Linear(in_features, out_features, bias))
-
-
-def linears_of(module: nn.Module, names: Sequence[str]) -> list[nn.Module]:
-    """The linears `names`, adapted or not."""
-    return [getattr(module, name) for name in names]
-
-
 class Layer(nn.Module):
-    """One decoder layer: attention and MLP, each with norms before or after it, added to the residual stream."""
+    """One decoder layer: token mixer and MLP, each with norms before or after it, added to the residual stream."""
 
     def __init__(self, arch: Architecture, layer: int) -> None:
         super().__init__()
-        self.self_attn = Attention(arch, layer)
-        self.outputs = arch.groups[1]
-        self.mlp_name = arch.family.names.get("mlp", "mlp")
+        shape = arch.mixer(layer)
+        self.mixer_name, self.output = shape.module, shape.output
+        mixer: Any = MIXERS[arch.mixer_kind(layer)](arch, layer)
+        self.add_module(self.mixer_name, mixer)
+        self.mlp_name = arch.family.name("mlp")
         self.add_module(self.mlp_name, MLP(arch))
         # the norms of both branches: before the branch, and after it
-        self.before, self.after = NORMS[arch.family.norms]
+        self.before, self.after = (
+            [arch.family.name(norm) for norm in norms] for norms in NORMS[arch.family.norms]
+        )
         self.multiplier = arch.residual_multiplier
         self.is_plain = not self.after and self.multiplier == 1  # a branch is added by its last product
         for name in (*self.before, *self.after):
@@ -141,15 +71,15 @@ class Layer(nn.Module):
         rows: Tensor | None = None,
         keys: Tensor | None = None,
     ) -> Tensor:
-        """x (tokens, hidden_size) -> the same, or only `rows` of it, which attend to all tokens."""
-        mixed = self.self_attn(x, self._before(0), rotary, attend, keys)
+        """x (tokens, hidden_size) -> the same, or only `rows` of it, which are mixed with all tokens."""
+        mixer = getattr(self, self.mixer_name)
+        mixed = mixer(x, self._before(0), rotary, attend, keys)
         if rows is not None:
-            mixed, x = mixed[rows], x[rows]
+            mixed, x = tuple(part[rows] for part in mixed), x[rows]
             keys = None if keys is None else keys[rows]
         residual = x if self.is_plain else None
-        (out,) = project(
-            linears_of(self.self_attn, self.outputs), Identity(), mixed, residual=residual, keys=keys
-        )
+        output = linears_of(mixer, [self.output])
+        (out,) = project(output, mixer.result, *mixed, residual=residual, keys=keys)
         x = out if self.is_plain else self._added(x, out, 0)
         out = getattr(self, self.mlp_name)(x, self._before(1), x if self.is_plain else None, keys)
         return out if self.is_plain else self._added(x, out, 1)
@@ -195,7 +125,14 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = _Embedding(arch.vocab_size, arch.hidden_size)
         self.layers = nn.ModuleList(Layer(arch, layer) for layer in range(arch.num_hidden_layers))
-        self.norm = RMSNorm(arch.hidden_size, arch)
+        self.norm_name = arch.family.name("norm")
+        self.add_module(self.norm_name, RMSNorm(arch.hidden_size, arch))
+
+    @property
+    def final_norm(self) -> RMSNorm:
+        """The norm before the head."""
+        norm: RMSNorm = getattr(self, self.norm_name)
+        return norm
 
 
 class _Wrapper(nn.Module):
@@ -296,7 +233,7 @@ class Llama(nn.Module):
 
     def normed(self, hidden: Tensor) -> Tensor:
         """What the head multiplies, for rows of `hidden`: (rows, hidden_size)."""
-        normed: Tensor = self.decoder.norm(hidden)
+        normed: Tensor = self.decoder.final_norm(hidden)
         return normed if self.arch.logits_divisor == 1 else normed / self.arch.logits_divisor
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -314,27 +251,6 @@ def embedding_multiplier(arch: Architecture, dtype: torch.dtype) -> Tensor | flo
     if not arch.family.rounds_embedding_multiplier:
         return arch.embedding_multiplier
     return torch.tensor(arch.embedding_multiplier, dtype=dtype)
-
-
-def query_factor(positions: Tensor, rope: Rope) -> Tensor:
-    """The factor of the query at each position, float32 (tokens,): 1 within the original length."""
-    turns = torch.floor(positions / rope.original_max_position_embeddings)
-    return 1 + rope.query_beta * torch.log(1 + turns)
-
-
-def in_halves(x: Tensor, rotary_dim: int | None, interleaved: bool) -> Tensor:
-    """x (tokens, heads, head_dim) in an order in which the pairs of a head are its halves.
-
-    Queries and keys have the same order, so scores stay as they are. Pairs are neighbours if `interleaved`, else the
-    halves of the first `rotary_dim` numbers; the others come after the first and the second of the pairs.
-    """
-    if interleaved:
-        pairs: Tensor = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
-        return pairs
-    assert rotary_dim is not None
-    rest = (x.shape[-1] - rotary_dim) // 2
-    first, second, third, fourth = x.split((rotary_dim // 2, rotary_dim // 2, rest, rest), dim=-1)
-    return torch.cat((first, third, second, fourth), dim=-1)
 
 
 def rotary_table(positions: Tensor, rope: Rope, head_dim: int, lengths: Tensor | None = None) -> Rotary:

@@ -81,10 +81,10 @@ def stored_weights(folder: Path, arch: Architecture) -> StoredWeights:
             raise ModelError(
                 f"weights cannot be read: {error}", place=str(path), hint="download the file again"
             ) from None
-    left_out: dict[str, StoredTensor] = {}
+    left_out = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_MORE_TOKENS)}
     if arch.is_wrapped:
         others = {name: tensor for name, tensor in tensors.items() if not _TEXT.match(name)}
-        left_out = {f"model.{name.removeprefix('model.')}": tensor for name, tensor in others.items()}
+        left_out |= {f"model.{name.removeprefix('model.')}": tensor for name, tensor in others.items()}
         tensors = {_text_name(name): tensor for name, tensor in tensors.items() if _TEXT.match(name)}
     else:
         tensors = _of_the_whole(tensors)
@@ -114,6 +114,7 @@ def _of_the_whole(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     return tensors
 
 
+_MORE_TOKENS = "mtp."  # layers of Qwen3.5 that predict the token after the next one; transformers has none
 # The text model in a network with other towers: as transformers names it now, and as it did before.
 _TEXT = re.compile(r"(model\.language_model|language_model\.model)\.|(language_model\.)?lm_head\.")
 
@@ -128,7 +129,7 @@ def _text_name(name: str) -> str:
 @functools.cache  # a folder is loaded several times
 def _name_left_out(folder: Path, names: frozenset[str]) -> None:
     """Say once how many tensors of which parts are not used."""
-    parts = Counter(name.split(".")[1].replace("_", " ") for name in names)
+    parts = Counter(name.removeprefix("model.").split(".")[0].replace("_", " ") for name in names)
     for part, count in sorted(parts.items()):
         logger.warning("note: left out: %d tensors of the %s (%s)", count, part, folder)
 

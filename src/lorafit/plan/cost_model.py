@@ -55,15 +55,18 @@ def _rows(arch: Architecture, work: PassCost, layer: int) -> float:
 
 def layer_saved_bytes(shape: Shape, work: PassCost, layer: int) -> float:
     """Bytes that a layer keeps for its backward pass, without `recompute`."""
-    linears, adapted, total = shape.arch.linears, shape.adapted[layer], 0.0
+    arch, adapted, total = shape.arch, shape.adapted[layer], 0.0
+    linears = dict(arch.linears(layer))
     has_gradient = any(shape.adapted[:layer])  # reaches the input of these linears
-    inputs_of_heads, outputs_of_heads, _, (down,) = shape.arch.groups
-    for names in shape.arch.groups:
-        rows = work.filled if names == inputs_of_heads else _rows(shape.arch, work, layer)
+    mixer = arch.mixer(layer)
+    mixer_inputs, mixer_output, _, (down,) = arch.groups(layer)
+    for names in arch.groups(layer):
+        rows = work.filled if names == mixer_inputs else _rows(arch, work, layer)
         ranks = shape.rank * len(adapted.intersection(names))
         if has_gradient or ranks:
-            inputs = linears[names[0]][1] * (2 if names == (down,) else 1)
-            keeps_input = ranks or names != outputs_of_heads
+            made_of = {(down,): 2, mixer_output: mixer.parts}.get(names, 1)  # an activation, a gate
+            inputs = linears[names[0]][1] * made_of
+            keeps_input = ranks or made_of > 1 or names != mixer_output
             total += rows * (ranks + inputs * bool(keeps_input)) * shape.width
             if own := adapted.intersection(names):
                 kept_inputs, kept_outputs = VARIANTS[shape.variant].kept
@@ -71,11 +74,11 @@ def layer_saved_bytes(shape: Shape, work: PassCost, layer: int) -> float:
                     linears[name][0] for name in own
                 )
                 total += rows * kept * shape.width
-            if names == inputs_of_heads:
-                total += _attention_bytes(shape, work)
-            elif names in (outputs_of_heads, (down,)) and shape.arch.family.norms != "before":
+            if names == mixer_inputs:
+                total += _KEPT[arch.mixer_kind(layer)](shape, work)
+            elif names in (mixer_output, (down,)) and arch.family.norms != "before":
                 total += rows * (
-                    shape.arch.hidden_size * shape.width + 4
+                    arch.hidden_size * shape.width + 4
                 )  # a norm after the branch keeps its input
         has_gradient = has_gradient or ranks > 0
     return total
@@ -91,6 +94,22 @@ def _attention_bytes(shape: Shape, work: PassCost) -> float:
     if not shape.compiled:  # torch's attention keeps its output
         total += work.filled * q * width
     return total
+
+
+def _conv_bytes(shape: Shape, work: PassCost) -> float:
+    """The channels and their gate."""
+    return work.filled * 2 * shape.arch.hidden_size * shape.width
+
+
+def _delta_bytes(shape: Shape, work: PassCost) -> float:
+    """Queries, keys and values before and after their activation; the step, and the decay with what it is made of."""
+    heads = shape.arch.delta
+    assert heads is not None
+    return work.filled * (2 * heads.channels * shape.width + heads.values * (shape.width + 8))
+
+
+# What a token mixer keeps for its backward pass, beside the inputs of its linears.
+_KEPT = {"attention": _attention_bytes, "conv": _conv_bytes, "delta": _delta_bytes}
 
 
 def saved_bytes(shape: Shape, work: PassCost) -> float:
@@ -118,7 +137,9 @@ def working_bytes(shape: Shape, work: PassCost) -> float:
     if arch.family.fused_mlp:
         layer += rows * width * arch.intermediate_size  # the gradient of both halves in one
     if shape.quantize != "none":
-        layer += QUANTIZERS[shape.quantize].working_bytes(rows, *arch.linears[arch.groups[-1][0]], width)
+        layer += QUANTIZERS[shape.quantize].working_bytes(
+            rows, *arch.mlp_linears[arch.mlp_groups[1][0]], width
+        )
     if shape.recompute:
         layer += layer_saved_bytes(shape, work, middle)
     loss = min(CHUNK_BYTES, work.supervised * arch.vocab_size * width)
@@ -135,5 +156,6 @@ def base_bytes(shape: Shape) -> float:
 
 def num_trainable(shape: Shape) -> int:
     """Parameters of the adapter."""
-    linears = shape.arch.linears
-    return round(sum(shape.rank * sum(linears[name]) for names in shape.adapted for name in names))
+    layers = [dict(shape.arch.linears(layer)) for layer in range(shape.arch.num_hidden_layers)]
+    pairs = zip(layers, shape.adapted, strict=True)
+    return round(sum(shape.rank * sum(linears[name]) for linears, names in pairs for name in names))

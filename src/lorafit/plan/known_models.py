@@ -22,6 +22,9 @@ class KnownModel:
     # vocabulary, width, width of the MLP, layers, heads, key-value heads, and head_dim if it is not width / heads
     sizes: tuple[int, ...] = ()
     tied: bool = False
+    # the layers of a hybrid, a letter each: f for full attention, c for a convolution, l for linear attention
+    layers: str = ""
+    value_heads: int = 0  # of linear attention
 
     @property
     def is_supported(self) -> bool:
@@ -49,13 +52,27 @@ class KnownModel:
         }
         if self.model_type == "granitemoehybrid":
             raw |= {"num_local_experts": 0, "layer_types": ["attention"] * layers}
+        if self.layers:
+            pattern = self.layers * (layers // len(self.layers))
+            raw["layer_types"] = [_LAYERS[letter] for letter in pattern]
+        if self.value_heads:
+            raw["linear_num_value_heads"] = self.value_heads
         return parse_architecture(raw, self.name)
+
+
+_LAYERS = {"f": "full_attention", "c": "conv", "l": "linear_attention"}
 
 
 def _known(line: str) -> KnownModel:
     words = line.split()
     sizes = tuple(map(int, words[4].split(","))) if len(words) > 4 else ()
-    return KnownModel(words[0], words[1], words[2], float(words[3]), sizes, words[5:] == ["tied"])
+    tied = words[5:6] == ["tied"]
+    return KnownModel(words[0], words[1], words[2], float(words[3]), sizes, tied, *_hybrid(words[6:]))
+
+
+def _hybrid(words: list[str]) -> tuple[str, int]:
+    """The layers of a hybrid, repeated, and the value heads of its linear attention: `lllf 16`."""
+    return (words[0] if words else "", int(words[1]) if len(words) > 1 else 0)
 
 
 KNOWN = [
@@ -94,11 +111,15 @@ EXAONE-4.0-1.2B LGAI-EXAONE exaone4 1.28 102400,2048,4096,30,32,8 tied
 ERNIE-4.5-0.3B-PT baidu ernie4_5 0.361 103424,1024,3072,18,16,2,128 tied
 helium-1-preview-2b kyutai helium 2.17 48000,2560,7040,24,20,20,128
 Hunyuan-0.5B-Instruct tencent hunyuan_v1_dense 0.539 120818,1024,3584,24,16,8,128 tied
-Qwen3.5-0.8B Qwen qwen3_5 0.8
-Qwen3.5-2B Qwen qwen3_5 2
-Qwen3.5-4B Qwen qwen3_5 4
-LFM2-350M LiquidAI lfm2 0.354
-LFM2-1.2B LiquidAI lfm2 1.17
+LFM2-350M LiquidAI lfm2 0.354 65536,1024,6656,16,16,8 tied ccfccfccfcfcfcfc
+LFM2-700M LiquidAI lfm2 0.742 65536,1536,10240,16,24,8 tied ccfccfccfcfcfcfc
+LFM2-1.2B LiquidAI lfm2 1.17 65536,2048,12288,16,32,8 tied ccfccfccfcfcfcfc
+LFM2.5-1.2B-Instruct LiquidAI lfm2 1.17 65536,2048,12288,16,32,8 tied ccfccfccfcfcfcfc
+Qwen3.5-0.8B Qwen qwen3_5_text 0.752 248320,1024,3584,24,8,2,256 tied lllf 16
+Qwen3.5-2B Qwen qwen3_5_text 1.88 248320,2048,6144,24,8,2,256 tied lllf 16
+Qwen3.5-4B Qwen qwen3_5_text 4.2 248320,2560,9216,32,16,4,256 tied lllf 32
+Qwen3.5-9B Qwen qwen3_5_text 8.95 248320,4096,12288,32,16,4,256 no lllf 32
+Qwen3.5-35B-A3B Qwen qwen3_5_moe 35
 gemma-3n-E2B-it google gemma3n 5.4
 gemma-4-E2B-it google gemma4 5.1
 granite-4.0-h-1b ibm-granite granitemoehybrid 1.5

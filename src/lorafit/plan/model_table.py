@@ -58,7 +58,7 @@ def _here(model: KnownModel, machine: Machine, seconds: dict[torch.dtype, float]
             arch=arch,
             width=dtype.itemsize,
             quantize=quantize,
-            adapted=(frozenset(arch.linears),) * arch.num_hidden_layers,
+            adapted=tuple(frozenset(dict(arch.linears(layer))) for layer in range(arch.num_hidden_layers)),
             rank=config.lora.rank,
             dropout=config.lora.dropout > 0,
             recompute=True,
@@ -117,9 +117,10 @@ model of its size.
 
 {table}
 
-Of Gemma 3 4B and Ministral 3 the text model is trained. The tensors of the towers for images are left out and
-counted, and a merged model has them as the base has them. The adapter has the names of the whole network
-(`model.language_model.layers...`), which PEFT and vLLM load for its class.
+Of Gemma 3 4B, Ministral 3 and Qwen3.5 the text model is trained. The tensors of the towers for images, and of
+the layers that predict several tokens (`mtp`), are left out and counted, and a merged model has them as the
+base has them. The adapter has the names of the whole network (`model.language_model.layers...`), which PEFT
+and vLLM load for its class. [Hybrids](hybrids.md) explains LFM2 and Qwen3.5.
 
 The time in `lorafit models` is for 1,000 rows of 200 tokens, once each. It comes from one product that is
 measured on the machine, and is an estimate: `lorafit plan` measures the real model on your rows.

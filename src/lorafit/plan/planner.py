@@ -305,7 +305,8 @@ def _shape(config: Config, arch: Architecture, device: torch.device) -> Shape:
     adapted: list[set[str]] = [set() for _ in range(arch.num_hidden_layers)]
     names = match_targets(network, spec.targets)
     spec = with_exceptions(network, spec, names)
-    sizes = [sum(arch.linears[name.rpartition(".")[2]]) for name in names]
+    layers = [dict(arch.linears(layer)) for layer in range(arch.num_hidden_layers)]
+    sizes = [sum(layers[layer_number(name)][name.rpartition(".")[2]]) for name in names]
     parameters = sum(spec.of(name).rank * size for name, size in zip(names, sizes, strict=True))
     for name in names:
         adapted[layer_number(name)].add(name.rpartition(".")[2])

@@ -32,7 +32,14 @@ from lorafit.storage.safe_read import read_text
 
 logger = logger_of(__name__)
 
-_SOURCES = ("rows.cpp", "attention.cpp", "decode_linear.cpp", "decode.cpp", "products.cpp")
+_SOURCES = (
+    "rows.cpp",
+    "attention.cpp",
+    "convolution.cpp",
+    "decode_linear.cpp",
+    "decode.cpp",
+    "products.cpp",
+)
 _HEADERS = ("common.h", "vectors.h", "dots.h", "documents.h", "attention_dots.h")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 _X86_FLAGS = ("-mprefer-vector-width=512",)  # if the processor has them; the default is 256

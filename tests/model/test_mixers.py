@@ -1,0 +1,115 @@
+"""What mixes tokens ends where a document ends: not a bit of it depends on neighbours. A new mixer is one record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.tiny_models import random_network
+from torch import Tensor, nn
+
+from lorafit.model import mixer_shapes, mixers, native
+from lorafit.model.architecture import Architecture
+from lorafit.model.attention import PackedDocuments
+from lorafit.model.convolution import convolution
+from lorafit.model.lora import LoraSpec, adapter_parameters, attach
+from lorafit.model.lora_linear import Identity, project
+from lorafit.model.mixer_shapes import MixerShape
+from lorafit.model.mixers import add_linears, linears_of
+
+CHANNELS = 7
+LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=5)
+TYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64])
+
+
+def numbers(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def mixed(lengths: Sequence[int], x: Tensor, weight: Tensor, slopes: Tensor) -> list[Tensor]:
+    """(outputs, input gradients) of a pass of documents."""
+    x = x.detach().requires_grad_()
+    out = PackedDocuments(lengths).convolve(0, x, weight)
+    out.backward(slopes)
+    assert x.grad is not None
+    return [out.detach(), x.grad]
+
+
+@given(LENGTHS, st.integers(2, 5), TYPES, st.booleans(), st.randoms(use_true_random=False))
+@settings(max_examples=40, deadline=None)
+def test_a_convolved_document_has_the_bits_that_it_has_alone(
+    lengths: list[int], width: int, dtype: torch.dtype, compiled: bool, random: Any
+) -> None:
+    total = sum(lengths)
+    x, slopes = (numbers(seed, total, CHANNELS, dtype=dtype) for seed in (0, 1))
+    weight = numbers(2, CHANNELS, 1, width, dtype=dtype)
+    order = list(range(len(lengths)))
+    random.shuffle(order)
+    with pytest.MonkeyPatch.context() as patch:
+        if not compiled:
+            patch.setattr(native, "_build", lambda: (None, "off"))
+        parts = list(zip(x.split(lengths), slopes.split(lengths), strict=True))
+        alone = [mixed([len(one)], one, weight, slope) for one, slope in parts]
+        x, slopes = (torch.cat([parts[at][side] for at in order]) for side in (0, 1))
+        packed = mixed([lengths[at] for at in order], x, weight, slopes)
+    for side in (0, 1):
+        assert torch.equal(packed[side], torch.cat([alone[at][side] for at in order]))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_convolution_is_that_of_torch(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(native, "_build", lambda: (None, "off"))
+    x, slopes, weight = numbers(0, 300, 300), numbers(1, 300, 300), numbers(2, 300, 1, 4)
+    own, theirs = (x.clone().requires_grad_() for _ in range(2))
+    out = convolution(own, weight, torch.arange(300))
+    peer = torch.nn.functional.conv1d(theirs.t()[None], weight, padding=3, groups=300)[0, :, :300].t()
+    torch.testing.assert_close(out, peer, rtol=1e-5, atol=1e-5)
+    for result in (out, peer):
+        result.backward(slopes)
+    torch.testing.assert_close(own.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_no_number_of_a_neighbour_is_read(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zero times NaN is NaN: a neighbour that is multiplied by zero would show."""
+    if not compiled:
+        monkeypatch.setattr(native, "_build", lambda: (None, "off"))
+    x, weight = numbers(0, 30, CHANNELS), numbers(1, CHANNELS, 1, 3)
+    x[:10] = x[20:] = torch.nan
+    slopes = x.clone()
+    for result in mixed([10, 10, 10], x, weight, slopes):
+        assert result[10:20].isfinite().all()
+        assert not result[:10].isfinite().any()
+
+
+class Average(nn.Module):
+    """A toy mixer: each token's channels and those of the one before it."""
+
+    def __init__(self, arch: Architecture, layer: int) -> None:
+        super().__init__()
+        self.layer, self.inputs = layer, ["toy_in"]
+        add_linears(self, arch.mixer_linears(layer).items(), bias=False)
+        self.result = Identity()
+
+    def forward(self, x: Tensor, before: Any, rotary: Any, attend: Any, keys: Tensor | None = None) -> Any:
+        (channels,) = project(linears_of(self, self.inputs), before, x, keys=keys)
+        return (attend.convolve(self.layer, channels, torch.full((8, 1, 2), 0.5)),)
+
+
+def test_a_toy_mixer_is_built_and_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = MixerShape("toy", {"toy_in": 8}, "toy_out", 8, states=((1, 8),))
+    monkeypatch.setitem(mixer_shapes.SHAPES, "toy", lambda arch: shape)
+    monkeypatch.setitem(mixers.MIXERS, "toy", Average)
+    monkeypatch.setattr(Architecture, "mixer_kind", lambda arch, layer: ("toy", "attention")[layer])
+    network = random_network("llama")
+    assert network.arch.num_parameters == sum(parameter.numel() for parameter in network.parameters())
+    attach(network, LoraSpec(4, 8.0, 0.0, ("all-linear",), False), seed=0)
+    network.hidden(torch.arange(20), PackedDocuments([12, 8])).square().sum().backward()
+    assert [name for name in adapter_parameters(network) if ".toy." in name] == [
+        f"model.layers.0.toy.toy_{end}.lora_{part}" for end in ("in", "out") for part in "AB"
+    ]
