@@ -139,5 +139,5 @@ def test_without_scripts_everything_is_there(browser: Any, reports: dict[str, Pa
     page = context.new_page()
     page.goto(reports["plain"].as_uri())
     assert page.locator(".plot path.line").count() >= 8
-    assert page.locator("#loss .plot svg").bounding_box()["height"] > 100
+    assert page.locator("#loss .plot > svg").bounding_box()["height"] > 100
     context.close()

@@ -21,7 +21,8 @@ from lorafit.model.lora import LoraSpec
 from lorafit.serve import jobs
 from lorafit.serve.jobs import AnswerService
 from lorafit.serve.limits import Limits
-from lorafit.serve.server import AccessToken, Address, Server, listen, serve
+from lorafit.serve.listening import AccessToken, Address, Server, listen
+from lorafit.serve.server import serve
 
 TOKEN = "a-token-of-the-tests"
 CONTEXT = 32_768  # room for an answer that no test sees the end of

@@ -26,7 +26,7 @@ from lorafit.errors import ConfigError
 from lorafit.infer.multi_adapter import Models, check_context, load_many
 from lorafit.serve.auth import Guard
 from lorafit.serve.limits import Limits
-from lorafit.serve.server import Address, Server, find_token, listen
+from lorafit.serve.listening import Address, Server, find_token, listen
 
 ENDLESS: dict[str, Any] = {
     "model": "base",

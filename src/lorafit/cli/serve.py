@@ -53,7 +53,8 @@ def serve(
     from lorafit.errors import ConfigError
 
     try:
-        from lorafit.serve.server import Address, find_token, listen, serve
+        from lorafit.serve.listening import Address, find_token, listen
+        from lorafit.serve.server import serve
     except ImportError as error:
         raise ConfigError(f"`{error.name}` is missing", hint="pip install 'lorafit[serve]'") from None
     address = Address(host, port, tuple(allow_host or ()))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from lorafit.data.row_preview import RowView
 from lorafit.redact import visible
+
+if TYPE_CHECKING:
+    from lorafit.data.row_preview import RowView
 
 
 def render(template: str, **values: Any) -> str:
@@ -30,7 +32,7 @@ def rows_page(
 
 def own_text(name: str) -> Markup:
     """A style or script of `templates/`: the one text that a page takes unescaped."""
-    return Markup((_TEMPLATES / name).read_text(encoding="utf-8"))  # noqa: S704 (a file of this package)
+    return Markup((TEMPLATES / name).read_text(encoding="utf-8"))  # noqa: S704 (a file of this package)
 
 
 def cut(text: object, most: int) -> str:
@@ -46,13 +48,23 @@ def _finalized(value: Any) -> Any:
     return value if isinstance(value, Markup) else visible(str(value).replace("\r\n", "\n"))
 
 
-_TEMPLATES = Path(__file__).parent / "templates"
-_ENVIRONMENT = Environment(
-    loader=FileSystemLoader(_TEMPLATES),
-    autoescape=True,
-    finalize=_finalized,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
-_ENVIRONMENT.filters |= {"cut": cut, "thousands": lambda number: f"{number:,.0f}"}
+def environment(*folders: Path, **names: Any) -> Environment:
+    """Templates of `folders` and of this package, which escape by default, with `names` known in all of them.
+
+    The name `_` translates the English texts of this package's templates.
+    """
+    made = Environment(
+        loader=FileSystemLoader([*folders, TEMPLATES]),
+        autoescape=True,
+        finalize=_finalized,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {"cut": cut, "thousands": lambda number: f"{number:,.0f}"}
+    made.globals |= {"_": str, **names}
+    return made
+
+
+TEMPLATES = Path(__file__).parent / "templates"
+_ENVIRONMENT = environment()

@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TypeVar
 
@@ -78,16 +78,21 @@ def line_chart(
     log: bool = False,
     tall: bool = False,
     zero: bool = False,
+    span: tuple[float, float] | None = None,
 ) -> Chart | None:
     """A figure with `lines` over steps from 0 on, None without points; `show` writes a value, `zero` begins the values
-    at 0.
+    at 0. With `span` only the steps from its first to its second are shown.
     """
+    if span is not None:
+        inside = [[point for point in line.points if span[0] <= point[0] <= span[1]] for line in lines]
+        lines = [replace(line, points=points) for line, points in zip(lines, inside, strict=True)]
     lines = [line for line in lines if line.points]
     if not lines:
         return None
     xs = [x for line in lines for x, _ in line.points]
     ys = [y for line in lines for _, y in line.points] + [0.0] * zero
-    x_axis, y_axis = linear_axis(min(0, *xs), max(0, *xs), 6, whole=True, tight=True), value_axis(ys, log=log)
+    low, high = span or (min(0, *xs), max(0, *xs))
+    x_axis, y_axis = linear_axis(low, high, 6, whole=True, tight=True), value_axis(ys, log=log)
 
     def place(point: tuple[float, float]) -> str:
         return f"{BOX * x_axis.at(point[0]):.1f} {BOX * (1 - y_axis.at(point[1])):.1f}"
@@ -181,9 +186,9 @@ def thinned(points: Sequence[T], most: int) -> list[T]:
     return [points[round(index * (len(points) - 1) / (most - 1))] for index in range(most)]
 
 
-def smoothed(points: Points) -> list[tuple[float, float]]:
-    """Centred means over about a thirtieth of the points, of fewer points towards the ends."""
-    half = max(1, min(len(points) // 60, 200))
+def smoothed(points: Points, parts: int = 30) -> list[tuple[float, float]]:
+    """Centred means over one of `parts` of the points, of fewer points towards the ends."""
+    half = max(1, min(len(points) // (2 * parts), 6000 // parts))
     sums = list(accumulate((y for _, y in points), initial=0.0))
     line = []
     for index, (x, _) in enumerate(points):

@@ -35,8 +35,7 @@ class Facts:
     name: str
     path: str
     summary: Summary
-    steps: StepCurves = field(default_factory=StepCurves)
-    events: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)  # all others, by kind
+    metrics: Metrics = field(default_factory=lambda: Metrics())
     config: str = ""
     env: Mapping[str, Any] = field(default_factory=dict)
     ledger: Ledger | None = None
@@ -47,6 +46,16 @@ class Facts:
     prompt: Mapping[str, Any] = field(default_factory=dict)
     hashes: Mapping[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
+
+    @property
+    def steps(self) -> StepCurves:
+        """The curves of all steps."""
+        return self.metrics.steps
+
+    @property
+    def events(self) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+        """All events but steps, by kind."""
+        return self.metrics.events
 
     def series(self, kind: str, name: str) -> list[tuple[float, float]]:
         """(step, value) of the events of `kind` in order, where both are numbers that can be shown."""
@@ -63,10 +72,52 @@ class Facts:
         return _check_lines(self.proof)
 
 
-def read_facts(run: RunDirectory) -> Facts:
-    """The facts of `run`. Raises RunError when its metrics exist and cannot be read."""
-    facts = Facts(run.path.resolve().name, str(run.path), summarize(run))
-    _read_events(run, facts)
+class Metrics:
+    """The events of a metrics file, line by line; only what a page shows is kept."""
+
+    def __init__(self) -> None:
+        self.steps = StepCurves()
+        self.events: dict[str, list[Mapping[str, Any]]] = {}
+        self._num_damaged = self._num_left_out = self._num_bytes = 0
+
+    def add(self, line: bytes) -> None:
+        """Take the next line. Those of steps count after `flush` of the curves."""
+        if line.startswith(STEP):
+            self.steps.add(line)
+        elif (event := event_of(line)) is None:
+            self._num_damaged += 1
+        elif event.get("event") == "step":
+            self.steps.add(line)
+        else:
+            self._num_bytes += len(line)
+            kept = self.events.setdefault(str(event.get("event")), [])
+            if self._num_bytes > MOST_EVENT_BYTES and kept:
+                self._num_left_out += 1
+                kept.pop()  # the newest one stays
+            kept.append(event)
+
+    def missing(self, name: str) -> list[str]:
+        """What of the file `name` is not shown."""
+        said = []
+        if num_damaged := self._num_damaged + self.steps.num_damaged:
+            said.append(f"{num_damaged:,} damaged lines of {name}")
+        if self._num_left_out:
+            said.append(f"{self._num_left_out:,} later events of {name}, which are too many")
+        return said
+
+
+def read_facts(run: RunDirectory, metrics: Metrics | None = None, summary: Summary | None = None) -> Facts:
+    """The facts of `run`; `metrics` and `summary`, where the caller has them, are not read again.
+
+    Raises RunError when the metrics exist and cannot be read.
+    """
+    if metrics is None:
+        metrics = Metrics()
+        for line in read_raw_lines(run.metrics_file):
+            metrics.add(line)
+        metrics.steps.flush()
+    facts = Facts(run.path.resolve().name, str(run.path), summary or summarize(run), metrics)
+    facts.missing += metrics.missing(run.metrics_file.name)
     try:
         facts.config = read_bytes(run.config_file, MOST_JSON_BYTES).decode(errors="replace")
     except OSError:
@@ -83,32 +134,6 @@ def read_facts(run: RunDirectory) -> Facts:
     facts.ledger = _ledger(run.ledger_file, facts)
     facts.hashes = _hashes(run)
     return facts
-
-
-def _read_events(run: RunDirectory, facts: Facts) -> None:
-    """Read the metrics line by line; only what the page shows is kept."""
-    num_damaged, num_left_out, num_bytes = 0, 0, 0
-    events: dict[str, list[Mapping[str, Any]]] = {}
-    for line in read_raw_lines(run.metrics_file):
-        if line.startswith(STEP):
-            facts.steps.add(line)
-        elif (event := event_of(line)) is None:
-            num_damaged += 1
-        elif event.get("event") == "step":
-            facts.steps.add(line)
-        else:
-            num_bytes += len(line)
-            kept = events.setdefault(str(event.get("event")), [])
-            if num_bytes > MOST_EVENT_BYTES and kept:
-                num_left_out += 1
-                kept.pop()  # the newest one stays
-            kept.append(event)
-    facts.steps.flush()
-    facts.events = events
-    if num_damaged := num_damaged + facts.steps.num_damaged:
-        facts.missing.append(f"{num_damaged:,} damaged lines of {run.metrics_file.name}")
-    if num_left_out:
-        facts.missing.append(f"{num_left_out:,} later events of {run.metrics_file.name}, which are too many")
 
 
 def _json(path: Path, facts: Facts, *, expected: bool = True) -> Any:

@@ -6,6 +6,7 @@ A section without content is left out. The HTML is in `templates/sections.html`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lorafit.data.contract import begins_with
@@ -41,14 +42,22 @@ def proof(facts: Facts) -> dict[str, Any] | None:
     return content if any(content.values()) else None
 
 
-def loss(facts: Facts) -> plot.Chart | None:
+@dataclass(frozen=True, slots=True)
+class View:
+    """The steps that the charts show, all if None, and how smooth the lines are (`plot.smoothed`)."""
+
+    span: tuple[float, float] | None = None
+    parts: int = 30
+
+
+def loss(facts: Facts, view: View = View()) -> plot.Chart | None:
     """Training loss, held-out loss and the base's, over the steps."""
     losses, held, base = facts.steps.curves["loss"], facts.series("heldout", "loss"), facts.summary.base_loss
     raw = losses.points()
     if len(raw) >= plot.SMOOTHED_FROM:
         lines = [
             plot.Line("each step", "raw", raw),
-            plot.Line("training, smoothed", "train", plot.smoothed(losses.means())),
+            plot.Line("training, smoothed", "train", plot.smoothed(losses.means(), view.parts)),
         ]
     else:
         lines = [plot.Line("training", "train", raw, dots=True)]
@@ -58,20 +67,26 @@ def loss(facts: Facts) -> plot.Chart | None:
         lines.append(plot.Line("held out, base", "base", [(step, base) for step in ends]))
     lines.append(plot.Line("held out", "held", held, dots=True))
     return plot.line_chart(
-        "Loss, mean over supervised tokens", lines, lambda value: f"{value:.3g}", tall=True
+        "Loss, mean over supervised tokens", lines, lambda value: f"{value:.3g}", tall=True, span=view.span
     )
 
 
-def progress(facts: Facts) -> list[plot.Chart]:
+def progress(facts: Facts, view: View = View()) -> list[plot.Chart]:
     """Learning rate, gradient norm, throughput and memory."""
     curves = facts.steps.curves
     rates, norms, speed = (curves[name] for name in ("learning_rate", "grad_norm", "tokens_per_second"))
     memory = plot.Line("value", "one", curves["memory_bytes"].points())
     charts = [
-        plot.line_chart("Learning rate", [plot.Line("value", "one", rates.points())], _short),
-        plot.line_chart("Gradient norm", _smooth(norms), _short, log=True),
-        plot.line_chart("Tokens per second", _smooth(speed), lambda value: f"{value:,.0f}", zero=True),
-        plot.line_chart("Peak memory", [memory], memory_size, zero=True),
+        plot.line_chart("Learning rate", [plot.Line("value", "one", rates.points())], _short, span=view.span),
+        plot.line_chart("Gradient norm", _smooth(norms, view.parts), _short, log=True, span=view.span),
+        plot.line_chart(
+            "Tokens per second",
+            _smooth(speed, view.parts),
+            lambda value: f"{value:,.0f}",
+            zero=True,
+            span=view.span,
+        ),
+        plot.line_chart("Peak memory", [memory], memory_size, zero=True, span=view.span),
     ]
     return [chart for chart in charts if chart]
 
@@ -231,13 +246,13 @@ def _row_numbers(first: Sequence[int], count: int, most: int = 8) -> str:
     return f"rows {named}" + (" ..." if count > most else "")
 
 
-def _smooth(curve: Curve) -> list[plot.Line]:
+def _smooth(curve: Curve, parts: int) -> list[plot.Line]:
     points = curve.points()
     if len(points) < plot.SMOOTHED_FROM:
         return [plot.Line("value", "one", points)]
     return [
         plot.Line("each step", "raw", points),
-        plot.Line("smoothed", "train", plot.smoothed(curve.means())),
+        plot.Line("smoothed", "train", plot.smoothed(curve.means(), parts)),
     ]
 
 

@@ -6,9 +6,10 @@ import asyncio
 import hmac
 import ipaddress
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorafit.serve.connection import HAS_TOKEN
@@ -26,13 +27,24 @@ class Guard:
 
     A page of another site can make a browser send requests here. With DNS rebinding it can also read the replies. Host
     and Origin reveal both. `hosts` are the names of this server. With `any_address`, all plain IP addresses are
-    allowed too, because no site can use them for DNS rebinding.
+    allowed too, because no site can use them for DNS rebinding. A browser may send the token in `cookie`, which is no
+    cookie where it is "". `open_paths` need no token and take no body. `refuse` makes the reply to other requests.
     """
 
     def __init__(
-        self, app: ASGIApp, *, token: str, hosts: Iterable[str], any_address: bool, limits: Limits
+        self,
+        app: ASGIApp,
+        *,
+        token: str,
+        hosts: Iterable[str],
+        any_address: bool,
+        limits: Limits,
+        cookie: str = "",
+        open_paths: Collection[str] = OPEN_PATHS,
+        refuse: Callable[[ApiError], Response] = ApiError.response,
     ) -> None:
         self.app = app
+        self._cookie, self._open_paths, self._refuse = cookie, open_paths, refuse
         self._token = token.encode()
         self._hosts = {host.lower() for host in hosts}
         self._any_address = any_address
@@ -46,7 +58,7 @@ class Guard:
             self._check(scope)
             body = await self._body(scope, receive)
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await self._refuse(error)(scope, receive, send)
             return
         if body is None:
             return  # the client disconnected
@@ -68,16 +80,14 @@ class Guard:
             ):
                 message = "requests from pages of other sites are not allowed"
                 raise ApiError(403, message, code="origin_not_allowed", param="Origin")
-        if scope["path"] in OPEN_PATHS:
+        if scope["path"] in self._open_paths:
             if any(
                 name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0"))
                 for name, value in headers
             ):
                 raise ApiError(400, f"{scope['path']} takes no body", code="invalid_request", param="body")
             return
-        values = [value for name, value in headers if name == b"authorization"]
-        kind, _, token = (values[0] if len(values) == 1 else b"").partition(b" ")
-        if not hmac.compare_digest(token.strip(), self._token) or kind.lower() != b"bearer":
+        if not (self._has_header(headers) or self._has_cookie(headers, scope["method"])):
             raise ApiError(
                 401,
                 "the token is missing or wrong: send `Authorization: Bearer TOKEN`",
@@ -85,6 +95,24 @@ class Guard:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         scope.setdefault("state", {})[HAS_TOKEN] = True
+
+    def _has_header(self, headers: list[tuple[bytes, bytes]]) -> bool:
+        values = [value for name, value in headers if name == b"authorization"]
+        kind, _, token = (values[0] if len(values) == 1 else b"").partition(b" ")
+        return hmac.compare_digest(token.strip(), self._token) and kind.lower() == b"bearer"
+
+    def _has_cookie(self, headers: list[tuple[bytes, bytes]], method: str) -> bool:
+        """Whether a page of this server sends the token: browsers send cookies with requests of other pages too."""
+        if not self._cookie:
+            return False
+        sites = {value for name, value in headers if name == b"sec-fetch-site"}
+        has_origin = any(name == b"origin" for name, _ in headers)  # it was compared before
+        if sites - {b"same-origin", b"none"} or (method not in ("GET", "HEAD") and not has_origin):
+            return False
+        pairs = (pair.strip() for name, value in headers if name == b"cookie" for pair in value.split(b";"))
+        start = f"{self._cookie}=".encode()
+        values = [pair.removeprefix(start) for pair in pairs if pair.startswith(start)]
+        return len(values) == 1 and hmac.compare_digest(values[0], self._token)
 
     def _is_allowed(self, host: str) -> bool:
         match = _HOST.fullmatch(host)

@@ -49,6 +49,18 @@ def read_lines(path: Path, limit: int, longest: int = MB) -> Iterator[bytes]:
                 yield b""
 
 
+def read_new(path: Path, start: int, most: int = 32 * MB) -> bytes:
+    """The whole lines of a growing file from byte `start` on, of at most `most` bytes; b"" where there is none yet.
+
+    A longer line comes in parts. Raises OSError as `read_bytes`.
+    """
+    with open(path, "rb", opener=_open_plain) as file:
+        file.seek(start)
+        block = file.read(most)
+    end = block.rfind(b"\n") + 1
+    return block[: end or (most if len(block) == most else 0)]
+
+
 def num_whole(path: Path) -> int:
     """The number of bytes of a file up to the end of its last whole line. Raises OSError."""
     with open(path, "rb", opener=_open_plain) as file:

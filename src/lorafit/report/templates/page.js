@@ -1,9 +1,5 @@
 "use strict";
-for (const plot of document.querySelectorAll(".plot[data-lines]")) {
-  const lines = JSON.parse(plot.dataset.lines);
-  const cursor = plot.querySelector(".cursor");
-  const tip = plot.querySelector(".tip");
-  const hide = () => { cursor.style.display = tip.style.display = "none"; };
+(() => {
   const nearest = (points, share) => {
     let low = 0, high = points.length - 1;
     while (high - low > 1) {
@@ -12,9 +8,14 @@ for (const plot of document.querySelectorAll(".plot[data-lines]")) {
     }
     return share - points[low][0] < points[high][0] - share ? points[low] : points[high];
   };
-  plot.addEventListener("pointermove", (event) => {
+  const hide = (plot) => {
+    for (const part of plot.querySelectorAll(".cursor, .tip")) part.style.display = "none";
+  };
+  const show = (plot, x) => {
+    const lines = JSON.parse(plot.dataset.lines);
+    const cursor = plot.querySelector(".cursor"), tip = plot.querySelector(".tip");
     const box = plot.getBoundingClientRect();
-    const share = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
+    const share = Math.min(1, Math.max(0, (x - box.left) / box.width));
     const found = lines.map((line) => [line.name, nearest(line.points, share)]);
     const [at, step] = found[0][1];
     const many = found.length > 1;
@@ -24,7 +25,15 @@ for (const plot of document.querySelectorAll(".plot[data-lines]")) {
     cursor.style.display = tip.style.display = "block";
     if (at > 0.5) { tip.style.left = "auto"; tip.style.right = 100 - 100 * at + 1.5 + "%"; }
     else { tip.style.right = "auto"; tip.style.left = 100 * at + 1.5 + "%"; }
+  };
+  let shown = null;
+  document.addEventListener("pointermove", (event) => {
+    const plot = event.target.closest?.(".plot[data-lines]") ?? null;
+    if (shown && shown !== plot) hide(shown);
+    if (plot) show(plot, event.clientX);
+    shown = plot;
   });
-  plot.addEventListener("pointerleave", hide);
-  plot.addEventListener("pointercancel", hide);
-}
+  for (const kind of ["pointercancel", "pointerleave"]) {
+    document.documentElement.addEventListener(kind, () => { if (shown) hide(shown); });
+  }
+})();
