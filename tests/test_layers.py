@@ -38,6 +38,7 @@ LOW_TO_HIGH = [
     "check",
     "training",
     "sweep",
+    "studio",
     "api",
     "cli",
     "__init__",
@@ -198,6 +199,8 @@ def test_what_needs_no_tensor_loads_no_torch() -> None:
         *(f"lorafit.data.{path.stem}" for path in (SOURCE / "data").glob("[a-z]*.py")),
         "lorafit.check.preflight",
         "lorafit.check.run",
+        "lorafit.studio.server",
+        "lorafit.studio.live",
         "lorafit.cli.main",
     ]
     source = f"""

@@ -395,6 +395,7 @@ OWN = "no foreign text: numbers, hashes, or a text of lorafit"
 BYTES = "bytes that are copied, or whose form is safetensors, GGUF tensors or a manifest in ASCII"
 DATA = "for a digest, a child process, a cache or the prompt of a model, and for nobody's eyes"
 SERVED = "tests/serve"
+STUDIO = "tests/studio"
 EXPORTED = "tests/export/test_card.py and test_quoting.py"
 LEAVING: dict[str, dict[str, str]] = {
     "check/machine_probe.py": {"print": OWN, "dumps": OWN},
@@ -493,6 +494,18 @@ LEAVING: dict[str, dict[str, str]] = {
     "storage/locks.py lock": {"write": OWN},
     "storage/locks.py exclusive_lock": {"write": "a_message_of_a_logger"},
     "storage/locks.py _claimed": {"write": OWN},
+    "studio/jobs.py Jobs._remember": {"write_file": DATA, "dumps": DATA},
+    "studio/folder.py write_note": {"write_file": OWN},
+    "studio/start.py _start": {"write_file": STUDIO},
+    "studio/start.py _plan": {"write_file": DATA},
+    "studio/schema_form.py _text": {"safe_dump": STUDIO},
+    "studio/start.py _recipe_text": {"safe_dump": STUDIO},
+    "studio/server.py run_studio.announce": {"print": OWN},
+    "studio/app.py _failed": {"print": STUDIO},
+    "studio/tables.py _cell": {"dumps": STUDIO},
+    "studio/watch.py Watcher.events": {"dumps": OWN},
+    "studio/web.py filled": {"render": STUDIO},
+    "studio/web.py refusal": {"render": STUDIO},
     "sweep/run.py draw_curves": {"write_file": "the_picture_of_a_sweep", "render": "the_picture_of_a_sweep"},
     "sweep/trials.py plan_sweep": {"write_file": BYTES, "dumps": BYTES},
     "sweep/trials.py work": {"write_file": "an_error"},

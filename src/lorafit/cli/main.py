@@ -27,6 +27,7 @@ from lorafit.cli import (
     runs,
     serve,
     show,
+    studio,
     sweep,
     train,
 )
@@ -60,6 +61,7 @@ app.command("serve")(serve.serve)
 app.command("export")(export.export)
 app.command("eval")(evaluate.evaluate)
 app.command("runs")(runs.runs)
+app.command("studio")(studio.studio)
 app.command("sweep")(sweep.sweep)
 app.command("models")(models.models)
 app.command("config")(config.config)

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from lorafit.cli.output import put_text
+from lorafit.cli import options
+from lorafit.cli.output import put_json, put_text
 
 
 def models(
@@ -14,6 +15,7 @@ def models(
         str | None, typer.Argument(help="A model, such as SmolLM3-3B.", show_default=False)
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the page of the table.")] = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """List the models, or explain one: whether it fits here, its memory, and the time of 1,000 rows."""
     from lorafit.observe.console import table
@@ -29,7 +31,10 @@ def models(
         [*row, *need]
         for row, need in zip(model_table.table_rows(chosen), model_table.here(chosen), strict=True)
     ]
-    if name is None:
+    if as_json:
+        for row in rows:
+            put_json(dict(zip(headers, row, strict=True)))
+    elif name is None:
         table(headers, rows)
     else:
         table([chosen[0].name, ""], [list(pair) for pair in zip(headers, rows[0], strict=True)])

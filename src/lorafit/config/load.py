@@ -108,6 +108,21 @@ def validate(
     return config
 
 
+def load_form(fields: Mapping[str, str], texts: Mapping[str, object]) -> Config:
+    """The Config of `fields` by `section.key`, each as it stands after `=` on a command line, and of `texts`, which are
+    taken as they are. Raises ConfigError; the place of each problem is the key, where it has one.
+    """
+    values: dict[str, Any] = {}
+    places: dict[KeyPath, str] = {}
+    problems: list[Problem] = []
+    for name, text in fields.items():
+        _apply(f"{name}={text}", values, places, problems)
+    for name, value in texts.items():
+        section, _, key = name.partition(".")
+        _set(values, places, (section, key), value, name)
+    return validate(values, {key: ".".join(key) for key in places}, problems)
+
+
 def flag_overrides(
     model: str | None, data: Sequence[str] | None, output: str | None, auto: bool = False
 ) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -33,19 +33,23 @@ class Overview:
     @classmethod
     def read(cls, path: Path) -> Overview:
         """Read a metrics file; of the lines of steps only the last is parsed. Raises RunError as `read_raw_lines`."""
-        overview, newest = cls(), b""
-        for line in read_raw_lines(path):
+        overview = cls()
+        return overview if overview.extend(read_raw_lines(path)) else cls._of_all(path)
+
+    def extend(self, lines: Iterable[bytes]) -> bool:
+        """Take the next lines; of those of steps only the last is parsed. False where that one is damaged."""
+        newest = b""
+        for line in lines:
             if line.startswith(STEP):
-                newest, overview.last = line, "step"
+                newest, self.last = line, "step"
             else:
-                overview.add(event_of(line))
-        if newest and (event := event_of(newest)) is None:  # the last one that is whole counts
-            return cls._of_all(path)
-        if newest:
-            last = overview.last
-            overview.add(event)
-            overview.last = last
-        return overview
+                self.add(event_of(line))
+        event = event_of(newest) if newest else {}
+        if event:
+            last = self.last
+            self.add(event)
+            self.last = last
+        return event is not None
 
     @classmethod
     def _of_all(cls, path: Path) -> Overview:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lorafit.observe.metrics_file import number
 from lorafit.observe.units import count, duration, memory_size, short_count
@@ -16,7 +18,7 @@ from lorafit.storage.atomic import write_file
 from lorafit.version import __version__
 
 # (title, name in the address and of the macro in sections.html, what its content is made by)
-SECTIONS = [
+SECTIONS: list[tuple[str, str, Callable[[Facts], Any]]] = [
     ("Proof", "proof", sections.proof),
     ("Loss", "loss", sections.loss),
     ("Progress", "progress", sections.progress),
@@ -52,10 +54,10 @@ def page(facts: Facts) -> str:
     return render(
         "page.html",
         facts=facts,
-        badges=_badges(facts),
+        badges=badges(facts),
         learned=str(facts.last("learned").get("text", "")),
-        details=_details(facts),
-        tiles=_tiles(facts),
+        details=details(facts),
+        tiles=tiles(facts),
         sections=[section for section in contents if section[2]],
         style=own_text("page.css"),
         script=script,
@@ -64,20 +66,21 @@ def page(facts: Facts) -> str:
     )
 
 
-def _badges(facts: Facts) -> list[tuple[str, str]]:
+def badges(facts: Facts) -> list[tuple[str, str]]:
     """(CSS class, text): the state, what was learned, the verification, which is no success above a failed check."""
     state, verdict = facts.summary.state, str(facts.proof.get("verdict"))
-    badges = [(state.replace(" ", "-"), str(state))]
-    badges += [LEARNED_BADGES[level] for level in (facts.summary.learned,) if level in LEARNED_BADGES]
+    found = [(state.replace(" ", "-"), str(state))]
+    found += [LEARNED_BADGES[level] for level in (facts.summary.learned,) if level in LEARNED_BADGES]
     num_failed = sum(check.verdict == "fail" for check in facts.checks)
     if num_failed and verdict != "fail":
-        badges.append(("fail", f"{count(num_failed, 'check')} failed"))
+        found.append(("fail", f"{count(num_failed, 'check')} failed"))
     elif verdict in PROOF_BADGES:
-        badges.append(PROOF_BADGES[verdict])
-    return badges
+        found.append(PROOF_BADGES[verdict])
+    return found
 
 
-def _details(facts: Facts) -> list[str]:
+def details(facts: Facts) -> list[str]:
+    """Model, size, machine and start of the run."""
     start = facts.last("run_started")
     parameters, trained = number(start.get("num_parameters")), number(start.get("num_trainable"))
     size = (
@@ -93,30 +96,30 @@ def _tile(label: str, value: str, *, before: str = "", after: str = "") -> dict[
     return {"label": label, "value": value, "before": before, "after": after}
 
 
-def _tiles(facts: Facts) -> list[dict[str, str]]:
+def tiles(facts: Facts) -> list[dict[str, str]]:
     """The figures at the head of the page."""
-    tiles, summary = [], facts.summary
+    found, summary = [], facts.summary
     if summary.heldout_loss is not None:
         before = f"{summary.base_loss:.3f} →" if summary.base_loss is not None else ""
         refit = number(facts.last("refit").get("chosen_step"))
         after = f"at step {refit:.0f}, then all rows" if refit is not None else ""
-        tiles.append(_tile("held-out loss", f"{summary.heldout_loss:.3f}", before=before, after=after))
+        found.append(_tile("held-out loss", f"{summary.heldout_loss:.3f}", before=before, after=after))
     elif losses := facts.steps.curves["loss"].points():
-        tiles.append(_tile("loss of the last step", f"{losses[-1][1]:.3f}"))
+        found.append(_tile("loss of the last step", f"{losses[-1][1]:.3f}"))
     for check in facts.proof.get("checks", ()) if isinstance(facts.proof.get("checks"), list) else ():
         values = check.get("values") if isinstance(check, dict) and check.get("name") == "stop" else None
         if isinstance(values, dict) and number(values.get("prompts")):
             ended, prompts = (int(number(values.get(key)) or 0) for key in ("ended", "prompts"))
-            tiles.append(_tile("answers ended", str(ended), after=f"of {prompts}"))
+            found.append(_tile("answers ended", str(ended), after=f"of {prompts}"))
     after = f"of {summary.num_steps:,}" if summary.num_steps else ""
-    tiles.append(_tile("steps", f"{summary.step:,}", after=after))
+    found.append(_tile("steps", f"{summary.step:,}", after=after))
     seconds, tokens, supervised = (
         facts.steps.sums[key] for key in ("seconds", "tokens", "supervised_tokens")
     )
     if seconds:
         after = f"of {short_count(tokens)}"
-        tiles.append(_tile("trained of all tokens", short_count(supervised), after=after))
-        tiles.append(_tile(f"at {tokens / seconds:,.0f} tokens/s", duration(seconds)))
+        found.append(_tile("trained of all tokens", short_count(supervised), after=after))
+        found.append(_tile(f"at {tokens / seconds:,.0f} tokens/s", duration(seconds)))
     if memory := max((value for _, value in facts.steps.curves["memory_bytes"].points()), default=0.0):
-        tiles.append(_tile("peak memory", memory_size(memory)))
-    return tiles
+        found.append(_tile("peak memory", memory_size(memory)))
+    return found

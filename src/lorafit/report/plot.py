@@ -187,7 +187,9 @@ def thinned(points: Sequence[T], most: int) -> list[T]:
 
 
 def smoothed(points: Points, parts: int = 30) -> list[tuple[float, float]]:
-    """Centred means over one of `parts` of the points, of fewer points towards the ends."""
+    """Centred means over one of `parts` of the points, of fewer points towards the ends; 0 leaves them."""
+    if not parts:
+        return list(points)
     half = max(1, min(len(points) // (2 * parts), 6000 // parts))
     sums = list(accumulate((y for _, y in points), initial=0.0))
     line = []

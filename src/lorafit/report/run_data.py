@@ -61,6 +61,11 @@ class Facts:
         """(step, value) of the events of `kind` in order, where both are numbers that can be shown."""
         return series(self.events.get(kind, ()), name)
 
+    @property
+    def newest_step(self) -> Mapping[str, Any]:
+        """The last step as an event, empty where there is none."""
+        return event_of(self.metrics.newest) or {}
+
     def last(self, kind: str) -> Mapping[str, Any]:
         """The newest event of `kind`, empty where there is none."""
         events = self.events.get(kind, ())
@@ -78,12 +83,14 @@ class Metrics:
     def __init__(self) -> None:
         self.steps = StepCurves()
         self.events: dict[str, list[Mapping[str, Any]]] = {}
+        self.newest = b""  # the line of the last step
         self._num_damaged = self._num_left_out = self._num_bytes = 0
 
     def add(self, line: bytes) -> None:
         """Take the next line. Those of steps count after `flush` of the curves."""
         if line.startswith(STEP):
             self.steps.add(line)
+            self.newest = line
         elif (event := event_of(line)) is None:
             self._num_damaged += 1
         elif event.get("event") == "step":

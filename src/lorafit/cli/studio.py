@@ -1,0 +1,36 @@
+"""`lorafit studio`: local pages to look at rows, and to start, watch, compare and ask runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def studio(
+    folder: Annotated[Path, typer.Argument(help="Folder that contains runs, or will.")] = Path("runs"),
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
+    ] = 8765,
+    no_browser: Annotated[
+        bool, typer.Option("--no-browser", help="Print the address only, and open no browser.")
+    ] = False,
+) -> None:
+    """Open a local page to look at rows, and to start, watch, compare and ask runs.
+
+    lorafit studio
+
+    lorafit studio runs --port 0 --no-browser
+    """
+    from lorafit.errors import ConfigError
+
+    try:
+        from lorafit.studio.server import run_studio
+    except ImportError as error:
+        raise ConfigError(f"`{error.name}` is missing", hint="pip install 'lorafit[studio]'") from None
+    import webbrowser
+
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"`{folder}` is no folder", hint="give the folder that contains the runs")
+    run_studio(folder, port, show=(lambda url: None) if no_browser else webbrowser.open)

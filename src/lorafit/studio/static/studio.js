@@ -1,0 +1,197 @@
+"use strict";
+// The one script of the studio. Pages work without it, but for live changes, talk and drop.
+(() => {
+  const one = (selector, root = document) => root.querySelector(selector);
+  const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+  const say = (text) => { one("#said").textContent = text; };
+  const piece = async (address, options) => {
+    const reply = await fetch(address, { credentials: "same-origin", ...options });
+    return new DOMParser().parseFromString(await reply.text(), "text/html");
+  };
+
+  // Live pieces: sections that have changed take the place of the old ones.
+  const live = one("#live");
+  const shown = new Map();
+  for (const section of live ? all("section[id]", live) : []) shown.set(section.id, section.outerHTML);
+  let loading = false, again = false;
+  const refresh = async () => {
+    if (!live || loading) { again = true; return; }
+    loading = true;
+    try {
+      const view = live.dataset.view ? "?" + new URLSearchParams(new FormData(one(live.dataset.view))) : "";
+      const found = await piece(live.dataset.live + (view || location.search));
+      const sections = all("section[id]", live.dataset.pick ? one(live.dataset.pick, found)?.parentElement ?? found : found);
+      const ids = new Set(sections.map((section) => section.id));
+      for (const old of all("section[id]", live)) if (!ids.has(old.id)) { old.remove(); shown.delete(old.id); }
+      let last = null;
+      for (const section of sections) {
+        const old = live.querySelector("#" + CSS.escape(section.id));
+        const text = section.outerHTML;
+        if (!old) { if (last) last.after(section); else live.prepend(section); }
+        else if (shown.get(section.id) !== text && !old.contains(document.activeElement?.closest?.("details, input, textarea, select"))) {
+          const open = all("details", old).map((part) => part.open);
+          const chosen = new Set(all("input:checked", old).map((box) => box.value));
+          old.replaceWith(section);
+          all("details", section).forEach((part, index) => { if (open[index]) part.open = true; });
+          for (const box of all("input[type=checkbox]", section)) box.checked = chosen.has(box.value);
+        }
+        shown.set(section.id, text);
+        last = live.querySelector("#" + CSS.escape(section.id));
+      }
+      live.classList.remove("stale");
+      for (const input of all("[data-filter]")) filter(input);
+    } catch { live.classList.add("stale"); }
+    loading = false;
+    if (again) { again = false; setTimeout(refresh, 200); }
+  };
+  // One stream for all pages of a browser: the page that holds the lock listens and tells the others. A browser opens
+  // few connections to one server, and ten streams would leave none for anything else.
+  if (live?.dataset.watch && "locks" in navigator) {
+    const channel = new BroadcastChannel("lorafit-studio");
+    const take = (changed) => { if (changed.includes(live.dataset.watch)) refresh(); };
+    channel.onmessage = (event) => take(event.data);
+    navigator.locks.request("lorafit-studio-events", () => new Promise(() => {
+      const source = new EventSource("/events");
+      source.onmessage = (event) => {
+        const changed = JSON.parse(event.data);
+        channel.postMessage(changed);
+        take(changed);
+      };
+      source.onopen = () => refresh();
+      source.onerror = () => live.classList.add("stale");
+    }));
+    document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); });
+  }
+  if (live?.dataset.every) {
+    const timer = setInterval(() => { if (one("[data-over]", live)) clearInterval(timer); else refresh(); }, +live.dataset.every);
+  }
+
+  // The view of the charts: smoothing, and the steps that were dragged over.
+  const view = one("#view");
+  if (view) {
+    const apply = () => {
+      history.replaceState(null, "", "?" + new URLSearchParams(new FormData(view)));
+      refresh();
+    };
+    view.addEventListener("submit", (event) => { event.preventDefault(); apply(); });
+    view.addEventListener("change", apply);
+    const whole = () => { view.from.value = view.to.value = ""; apply(); };
+    one("[data-whole]", view)?.addEventListener("click", whole);
+    let start = null, mark = null, plot = null;
+    const share = (event) => {
+      const box = plot.getBoundingClientRect();
+      return Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
+    };
+    document.addEventListener("pointerdown", (event) => {
+      plot = event.target.closest?.(".plot[data-lines]") ?? null;
+      if (!plot || event.pointerType === "touch" || event.button !== 0) { plot = null; return; }
+      start = share(event);
+      mark = plot.appendChild(document.createElement("i"));
+      mark.className = "range";
+    });
+    document.addEventListener("pointermove", (event) => {
+      if (!plot) return;
+      const now = share(event);
+      mark.style.left = 100 * Math.min(start, now) + "%";
+      mark.style.width = 100 * Math.abs(now - start) + "%";
+    });
+    document.addEventListener("pointerup", (event) => {
+      if (!plot) return;
+      const ends = [start, share(event)].sort((a, b) => a - b);
+      mark.remove();
+      const points = JSON.parse(plot.dataset.lines)[0].points;
+      plot = null;
+      if (ends[1] - ends[0] < 0.02) return;
+      const step = (place) => points.reduce((best, point) => Math.abs(point[0] - place) < Math.abs(best[0] - place) ? point : best)[1].replaceAll(",", "");
+      [view.from.value, view.to.value] = ends.map(step);
+      apply();
+    });
+    document.addEventListener("dblclick", (event) => { if (event.target.closest?.(".plot")) whole(); });
+  }
+
+  // Tables: sort and filter.
+  const filter = (input) => {
+    const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
+    for (const row of all("tbody tr", one(input.dataset.filter) ?? document.createElement("table"))) {
+      const text = row.textContent.toLowerCase();
+      row.hidden = !words.every((word) => text.includes(word));
+    }
+  };
+  document.addEventListener("input", (event) => { if (event.target.matches?.("[data-filter]")) filter(event.target); });
+  document.addEventListener("click", async (event) => {
+    const sort = event.target.closest?.("[data-sort]");
+    if (sort) {
+      const head = sort.closest("th"), table = sort.closest("table"), column = head.cellIndex;
+      const down = head.getAttribute("aria-sort") === "ascending";
+      for (const other of all("th[aria-sort]", table)) other.setAttribute("aria-sort", "none");
+      head.setAttribute("aria-sort", down ? "descending" : "ascending");
+      const value = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent.trim();
+      const rows = all("tbody tr", table).sort((a, b) => {
+        const [x, y] = [value(a), value(b)];
+        if (x === "" || y === "") return (x === "") - (y === "");
+        const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
+        return down ? -order : order;
+      });
+      table.tBodies[0].append(...rows);
+    }
+    const copy = event.target.closest?.("[data-copy]");
+    if (copy) {
+      const text = one("pre", copy.parentElement).textContent;
+      try { await navigator.clipboard.writeText(text); say(text); }
+      catch { getSelection().selectAllChildren(one("pre", copy.parentElement)); }
+    }
+    const model = event.target.closest?.("[data-model]");
+    if (model) {
+      const input = document.getElementsByName("model.name")[0];
+      input.value = model.dataset.model;
+      input.dispatchEvent(new Event("input", { bubbles: true }));
+      input.focus();
+    }
+  });
+  for (const details of all("details[data-load]")) {
+    details.addEventListener("toggle", async () => {
+      const place = one("div", details);
+      if (!details.open || place.childNodes.length) return;
+      place.textContent = details.dataset.busy;
+      place.className = "busy";
+      const found = await piece(details.dataset.load);
+      place.className = "";
+      place.replaceChildren(...found.body.childNodes);
+    });
+  }
+
+  // A new run: problems at their fields and the plan, while one types.
+  const fresh = one("#new-form");
+  if (fresh) {
+    let timer = null, planned = "", number = 0;
+    const plan = async (recipe) => {
+      if (recipe === planned) return;
+      planned = recipe;
+      const mine = ++number, place = one("#plan");
+      place.innerHTML = "";
+      const busy = place.appendChild(document.createElement("p"));
+      busy.className = "busy";
+      busy.textContent = place.dataset.busy;
+      const found = await piece("/new/plan", { method: "POST", body: new URLSearchParams(new FormData(fresh)) });
+      if (mine === number) place.replaceChildren(...found.body.childNodes);
+    };
+    const check = async () => {
+      const reply = await fetch("/new/check", { method: "POST", body: new URLSearchParams(new FormData(fresh)) });
+      const told = await reply.json();
+      for (const place of all(".field .wrong", fresh)) place.textContent = "";
+      for (const input of all("[aria-invalid]", fresh)) input.removeAttribute("aria-invalid");
+      one("#errors").textContent = "";
+      for (const [key, message, hint] of told.errors) {
+        const input = key && document.getElementsByName(key)[0];
+        const place = input ? one("#e-" + CSS.escape(key.replace(".", "-"))) : one("#errors");
+        place.textContent += message + (hint ? ": " + hint : "") + "\n";
+        if (input) { input.setAttribute("aria-invalid", "true"); }
+      }
+      one("aside .command pre", fresh).textContent = told.command;
+      one("#recipe").textContent = told.recipe;
+      if (told.recipe) plan(told.recipe);
+    };
+    fresh.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(check, 500); });
+    if (one("#recipe").textContent) plan(one("#recipe").textContent);
+  }
+})();
