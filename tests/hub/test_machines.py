@@ -242,9 +242,12 @@ def test_gguf_files_alone_are_called_so(hub: Hub, tmp_path: Path) -> None:
     for name in ("owner/gguf", str(tmp_path / "local")):
         with pytest.raises(ModelError, match=r"it holds GGUF files only \(model.*\.gguf\)") as caught:
             model_folder(name)
-        assert "base model" in caught.value.problems[0].hint
-    with pytest.raises(ModelError, match="is a file, and not a folder"):
+        assert "give its path" in caught.value.problems[0].hint
+    with pytest.raises(ModelError, match="it is not a GGUF file"):
         model_folder(str(tmp_path / "local" / "model.gguf"))
+    (tmp_path / "local" / "model.bin").touch()
+    with pytest.raises(ModelError, match="is a file, and not a folder"):
+        model_folder(str(tmp_path / "local" / "model.bin"))
     assert hub.fetched() == set()
 
 

@@ -40,7 +40,7 @@ Overrides = Annotated[
     ),
 ]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", help="Base model: hub id or folder.", show_default=False)
+    str | None, typer.Option("--model", help="Base model: hub id, folder or GGUF file.", show_default=False)
 ]
 DataOption = Annotated[
     list[str] | None,
@@ -64,7 +64,9 @@ AutoOption = Annotated[
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run directory.")]
 SourceArgument = Annotated[
     str,
-    typer.Argument(metavar="SOURCE", help="Run directory, PEFT adapter folder, model folder or hub id."),
+    typer.Argument(
+        metavar="SOURCE", help="Run directory, PEFT adapter folder, model folder, GGUF file or hub id."
+    ),
 ]
 AdapterOption = Annotated[
     str | None,

@@ -16,6 +16,8 @@ from lorafit.export.chat_template import chat_template
 from lorafit.export.gguf_types import quantized, tensor_types
 from lorafit.export.gguf_vocabulary import write_vocabulary
 from lorafit.export.run_source import RunSource
+from lorafit.gguf_file.folder import gguf_file_of
+from lorafit.gguf_file.header import read_header
 from lorafit.model.architecture import Architecture
 from lorafit.model.families import FAMILIES
 from lorafit.model.llama import inverse_frequencies
@@ -35,7 +37,8 @@ def write_gguf(
     Raises OSError, and ModelError for a network or tokenizer that llama.cpp does not have.
     """
     arch = source.arch
-    writer = gguf.GGUFWriter(path, _architecture(source))
+    architecture = _architecture(source)
+    writer = gguf.GGUFWriter(path, architecture)
     try:
         writer.add_type("model")
         writer.add_name(source.name)
@@ -47,7 +50,7 @@ def write_gguf(
         for name, factors in extra.items():
             writer.add_tensor_info(name, factors.shape, factors.dtype, factors.nbytes)
         types = tensor_types(source, kind)
-        for name, gguf_name in gguf_names(source).items():
+        for name, gguf_name in gguf_names(source, architecture).items():
             shape = gguf.quant_shape_to_byte_shape(_stored_shape(source.weights[name].shape), types[name])
             writer.add_tensor_info(gguf_name, shape, np.dtype(np.uint8), math.prod(shape), types[name])
         writer.write_header_to_file()
@@ -72,14 +75,15 @@ def write_lora(source: RunSource, path: Path) -> None:
         raise ModelError(f"llama.cpp has no adapters of the variant `{spec.variant}`", hint="export `gguf`")
     if tables := source.saved.tables:
         raise ModelError(f"llama.cpp has no adapters that change {several(tables)}", hint="export `gguf`")
-    arch = source.arch
-    writer = gguf.GGUFWriter(path, _architecture(source))
+    arch, gguf_file = source.arch, gguf_file_of(source.base.path)
+    architecture = _architecture(source) if gguf_file is None else read_header(gguf_file).architecture
+    writer = gguf.GGUFWriter(path, architecture)
     try:
         writer.add_type("adapter")
         writer.add_name(source.name)
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", spec.scale * spec.rank)
-        for name, gguf_name in gguf_names(source).items():
+        for name, gguf_name in gguf_names(source, architecture).items():
             if name in source.saved.changes:
                 module = name.removesuffix(".weight")
                 factors = source.saved.tensors(module)
@@ -138,10 +142,10 @@ def _has_scales(arch: Architecture) -> bool:
     return arch.family.gguf == "granite"
 
 
-def gguf_names(source: RunSource) -> dict[str, str]:
-    """llama.cpp's name of each weight."""
+def gguf_names(source: RunSource, architecture: str) -> dict[str, str]:
+    """The name of each weight in llama.cpp's `architecture`."""
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    table = gguf.get_tensor_name_map(kinds[_architecture(source)], source.arch.num_hidden_layers)
+    table = gguf.get_tensor_name_map(kinds[architecture], source.arch.num_hidden_layers)
     parts = {name: name.replace(source.arch.prefix, "model.", 1).rpartition(".") for name in source.weights}
     return {name: f"{table[module]}.{part}" for name, (module, _, part) in parts.items()}
 

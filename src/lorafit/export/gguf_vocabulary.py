@@ -18,7 +18,7 @@ from gguf import TokenType
 from lorafit.data.tokenizer import Tokenizer
 from lorafit.data.tokenizer_files import steps_of
 from lorafit.errors import ModelError
-from lorafit.model.families import FAMILIES
+from lorafit.gguf_file.splits import DIGITS, GPT_2, SPLITS
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _NEVER_MERGED = -1e6
@@ -90,14 +90,12 @@ def _pre(spec: dict[str, Any], path: Path, *, has_merges: bool) -> str:
     kinds = [step["type"] for step in steps]
     splits = [step["pattern"].get("Regex") for step in steps if step["type"] == "Split"]
     if not has_merges:  # each byte is a token, whatever the split
-        return "gpt-2"
+        return GPT_2
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True) and not steps[0].get("add_prefix_space"):
-        return "gpt-2"
+        return GPT_2
     if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
-        return "smollm"
-    known = {
-        split: name for family in FAMILIES.values() for split, name in family.gguf_pre_tokenizers.items()
-    }
+        return DIGITS
+    known = {split: name for name, split in SPLITS.items()}
     if kinds == ["Split", "ByteLevel"] and splits[0] in known:
         return known[splits[0]]
     raise ModelError(

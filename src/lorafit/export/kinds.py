@@ -36,7 +36,8 @@ class Export:
     usage: str
     rounding: Callable[[str], Rounding | None]  # of the program that reads a type; None for types with blocks
     is_adapter: bool = False
-    write_base: Callable[[RunSource, Path], None] | None = None  # a file that the reader puts the adapter on
+    # the file that the reader puts the adapter on: that of the base, else one that is written to the path
+    base_of: Callable[[RunSource, Path], Path] | None = None
     faults: Callable[[RunSource, Sequence[Question], Path], Sequence[str]] = lambda source, prompts, folder: ()
 
 
@@ -65,16 +66,21 @@ def _write_gguf(source: RunSource, staging: Path, type_name: str, advance: Advan
 
 
 def _write_gguf_lora(source: RunSource, staging: Path, type_name: str, advance: Advance) -> Mapping[str, str]:
-    from lorafit.export import gguf_model
+    from lorafit.export import gguf_base, gguf_model
 
     gguf_model.write_lora(source, staging / f"{source.name}-lora.gguf")
+    if (template := gguf_base.own_template(source)) is not None:
+        (staging / gguf_base.TEMPLATE).write_text(template, encoding="utf-8")
     return {}
 
 
-def _write_gguf_base(source: RunSource, path: Path) -> None:
-    from lorafit.export import gguf_model
+def _gguf_base(source: RunSource, path: Path) -> Path:
+    from lorafit.export import gguf_base, gguf_model
 
+    if (file := gguf_base.base_file(source)) is not None:
+        return file
     gguf_model.write_gguf(source, path, "f32", lambda done, total: None, merged=False)
+    return path
 
 
 def _write_ollama(source: RunSource, staging: Path, type_name: str, advance: Advance) -> Mapping[str, str]:
@@ -172,7 +178,7 @@ EXPORTS: dict[str, Export] = {
         usage=_GGUF_LORA_USAGE,
         rounding=_not_rounded,
         is_adapter=True,
-        write_base=_write_gguf_base,
+        base_of=_gguf_base,
     ),
     "ollama": Export(
         title="model for Ollama",

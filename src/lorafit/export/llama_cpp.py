@@ -25,11 +25,14 @@ Score = tuple[float, int, float]  # log-probability of a token; the most probabl
 class Server:
     """llama.cpp's server, inside this process, behind a random key on the loopback interface.
 
-    It reads the GGUF file `path`, with the adapter `lora` on it, for texts of up to `length` tokens, on the CPU. Its
+    It reads the GGUF file `path`, with the adapter `lora` on it, for texts of up to `length` tokens, on the CPU.
+    A `template` replaces the file's own. Its
     HTTP interface: https://github.com/ggml-org/llama.cpp/tree/master/tools/server
     """
 
-    def __init__(self, path: Path, lora: Path | None, length: int, threads: int) -> None:
+    def __init__(
+        self, path: Path, lora: Path | None, length: int, threads: int, template: str | None = None
+    ) -> None:
         import xllamacpp
 
         self.name = f"llama.cpp (xllamacpp {version('xllamacpp')})"
@@ -46,6 +49,8 @@ class Server:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if template is not None:
+            params.chat_template = template
         if lora is not None:
             params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
         self._server = xllamacpp.Server(params)

@@ -16,7 +16,8 @@ from torch import Tensor
 from lorafit.export.chat_template import chat_template
 from lorafit.export.run_source import RunSource
 from lorafit.model.dtypes import dtype_name, dtype_names
-from lorafit.model.weights import INDEX, SINGLE, StoredTensor
+from lorafit.model.stored_tensor import StoredTensor
+from lorafit.model.weights import INDEX, SINGLE
 
 MAX_SHARD = 5_000_000_000  # bytes, as transformers cuts
 _TOKENIZER_FILES = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json")

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lorafit.errors import Problem, RunError
+from lorafit.export.gguf_base import own_template
 from lorafit.export.kinds import Export
 from lorafit.export.number_types import NumberType
 from lorafit.export.readback import READERS
@@ -87,6 +88,7 @@ def read_back(
         "folder": str(folder),
         "is_adapter": export.is_adapter,
         "base": str(base or source.base.path),
+        "template": own_template(source) if export.base_of is not None else None,
         "arithmetic": reference.arithmetic,
         "threads": min(8, os.cpu_count() or 1),
         "stop_ids": list(source.contract.stop_ids),

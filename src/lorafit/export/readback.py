@@ -107,7 +107,7 @@ def by_llama_cpp(request: dict[str, Any]) -> Answer:
     asked, most = request["ask"]
     longest = max(len(ids) for ids, _ in request["texts"])
     longest = max(longest + _TIMED, *(len(ids) + most for ids in asked), 0)
-    program = Server(path, lora, longest, request["threads"])
+    program = Server(path, lora, longest, request["threads"], request.get("template"))
     prompts = []
     for prompt in request["prompts"]:
         text = program.render(prompt["messages"])

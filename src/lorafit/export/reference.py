@@ -7,7 +7,7 @@ compares them with the results of the program that reads the export.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from lorafit.model.linear import Frozen, LowRank, replace_module, with_low_rank
 from lorafit.model.llama import Llama, capped
 from lorafit.model.lora import LoraLinear
 from lorafit.model.memory import available_bytes
+from lorafit.model.saved_adapter import HEAD
 from lorafit.verify.logits import largest
 
 MAX_PROMPTS, MAX_TOKENS = 6, 16
@@ -54,12 +55,18 @@ class Prompt(Question):
 class Rounding:
     """How a program rounds: `weights(name, merged weight)`, and the `inputs` of each product (None: not rounded).
 
-    `most` is the largest relative change of a weight, in root mean squares; more is an error.
+    `by_weight` has other roundings of inputs, by the name of the weight. `most` is the largest relative change of a
+    weight, in root mean squares; more is an error.
     """
 
     weights: Callable[[str, Tensor], Tensor] = lambda name, weight: weight.float()
     inputs: Callable[[Tensor], Tensor] | None = None
     most: float = 0.0
+    by_weight: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+    def inputs_of(self, name: str) -> Callable[[Tensor], Tensor] | None:
+        """How the inputs of the products with the weight `name` are rounded."""
+        return self.by_weight.get(name, self.inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,9 +145,11 @@ def make_reference(
         progress(start, steps)
         if rounding is not None:
             _round(source, network, rounding, lambda done: progress(start + done, steps))
-            rounded, _ = _scores(network, texts, rounding.inputs)
+            head = HEAD if f"{HEAD}.weight" in source.weights else source.arch.embedding
+            rounded, _ = _scores(network, texts, rounding.inputs_of(f"{head}.weight"))
     importance = _importance(source, network, calibration, lambda done: progress(start + done, steps))
-    is_exact = rounding is not None and rounding.inputs is None and arithmetic == "float32"
+    rounds_inputs = rounding is None or rounding.inputs is not None or bool(rounding.by_weight)
+    is_exact = not rounds_inputs and arithmetic == "float32"
     return Reference(prompts, rows, live, rounded, arithmetic, is_exact, spread, importance)
 
 
@@ -233,7 +242,7 @@ def _round(
             raise RunError(f"weight `{name}` changes by {change:.1%} when it is rounded to this type")
         weight = weight.to(network.lm_head.weight.dtype)
         if isinstance(module, Frozen) and part == "weight":
-            inputs = rounding.inputs if inputs_of is None else inputs_of(name)
+            inputs = (inputs_of or rounding.inputs_of)(name)
             replace_module(network, module_name, _Rounded(weight, module.bias, inputs))
         else:
             setattr(module, part, nn.Parameter(weight, requires_grad=False))

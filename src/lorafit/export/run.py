@@ -17,6 +17,7 @@ from lorafit.errors import ConfigError, LorafitError, Problem
 from lorafit.export import parity
 from lorafit.export.card import FILE as CARD
 from lorafit.export.card import card
+from lorafit.export.gguf_base import base_file, record_of_base, rounding_of_base
 from lorafit.export.kinds import EXPORTS, Export
 from lorafit.export.merge import base_type, write_json
 from lorafit.export.number_types import TYPES
@@ -188,9 +189,15 @@ def reference_of(source: RunSource, export: Export, type_name: str) -> Reference
     """The live adapter's answers and loss, for an export of this type."""
     longest = _longest(source, export)
     rows, calibration = rows_of(source, longest)
+    rounding = rounding_of_base(source) if _is_on_file(source, export) else export.rounding(type_name)
     with progress("computing the adapter's answers") as advance:
         some = calibration if TYPES[type_name].profits else ()
-        return make_reference(source, rows, export.rounding(type_name), longest, advance, some)
+        return make_reference(source, rows, rounding, longest, advance, some)
+
+
+def _is_on_file(source: RunSource, export: Export) -> bool:
+    """Whether the program that reads an adapter puts it on the GGUF file of its training."""
+    return export.base_of is not None and base_file(source) is not None
 
 
 def _calibrated(source: RunSource, export: Export) -> RunSource:
@@ -212,12 +219,10 @@ def _verify(
         progress("reading the export back") as advance,
         tempfile.TemporaryDirectory(prefix="lorafit-") as scratch,
     ):
-        base = None
-        if export.write_base is not None:
-            base = Path(scratch) / "base.gguf"
-            export.write_base(source, base)
+        base = None if export.base_of is None else export.base_of(source, Path(scratch) / "base.gguf")
         result, scores = parity.read_back(source, reference, export, staging, base, advance)
-    return parity.outcome(source, reference, export, TYPES[type_name], result, scores)
+    record = record_of_base(reference) if _is_on_file(source, export) else TYPES[type_name]
+    return parity.outcome(source, reference, export, record, result, scores)
 
 
 def _made_before(source: RunSource, type_name: str, facts: Mapping[str, Any]) -> Path | None:

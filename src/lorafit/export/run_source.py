@@ -12,6 +12,7 @@ from torch import Tensor
 from lorafit.config.schema import Config
 from lorafit.data.prompt import PromptContract, Renderer
 from lorafit.errors import ModelError, RunError, several
+from lorafit.gguf_file.folder import gguf_file_of
 from lorafit.hub.client import ModelFolder, model_folder
 from lorafit.infer.model import find_source
 from lorafit.model.adapter_file import CONFIG, WEIGHTS
@@ -19,7 +20,8 @@ from lorafit.model.architecture import Architecture, read_architecture
 from lorafit.model.base_check import check_base
 from lorafit.model.dtypes import BY_SAFETENSORS_NAME
 from lorafit.model.saved_adapter import HEAD, SavedAdapter, read_adapter
-from lorafit.model.weights import StoredTensor, stored_weights
+from lorafit.model.stored_tensor import StoredTensor
+from lorafit.model.weights import stored_weights
 from lorafit.redact import logger_of
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import MANIFEST, read_facts
@@ -62,7 +64,9 @@ class RunSource:
     @property
     def base_name(self) -> str:
         """The base model's hub id, or the name of its folder alone: exports contain no paths of this machine."""
-        return self.base.name if self.base.revision is not None else self.base.path.resolve().name
+        if self.base.revision is not None:
+            return self.base.name
+        return (gguf_file_of(self.base.path) or self.base.path.resolve()).name
 
     @property
     def dtype(self) -> torch.dtype:

@@ -26,6 +26,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from lorafit.errors import ConfigError, LorafitError, ModelError, several
+from lorafit.gguf_file.folder import gguf_model_folder
+from lorafit.gguf_file.header import is_gguf
 from lorafit.hub.answers import AnswerError, check_commit, check_files, is_revision, watch_answers
 from lorafit.hub.dataset_splits import (
     HUB_ID,
@@ -54,7 +56,7 @@ MODEL_FILES = (
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
-_WHAT_TO_GIVE = "give a folder with safetensors weights, or a hub id (owner/name)"
+_WHAT_TO_GIVE = "give a folder with safetensors weights, a GGUF file, or a hub id (owner/name)"
 
 logger = logger_of(__name__)
 
@@ -83,18 +85,18 @@ def model_folder(
     offline: bool = False,
     validate: Callable[[Path], object] = lambda folder: None,
 ) -> ModelFolder:
-    """The folder of the model `name`: a local folder, or a hub id `owner/name`, downloaded if needed.
+    """The folder of the model `name`: a local folder or GGUF file, or a hub id `owner/name`, downloaded if needed.
 
     `revision` is a branch, tag or commit of the hub's repository. With `offline` (or HF_HUB_OFFLINE=1) only files of
     the cache are used and no connection is opened. Before weights are downloaded, `validate` gets the folder with all
     other files, and raises where the model cannot be used. Raises ModelError.
     """
-    return _folder(name, revision, offline, _model_files, validate)
+    return _gguf(name, revision) or _folder(name, revision, offline, _model_files, validate)
 
 
 def tokenizer_folder(name: str, *, revision: str | None = None, offline: bool = False) -> ModelFolder:
     """As `model_folder`, but without weights: the folder of the model's tokenizer."""
-    return _folder(name, revision, offline, _tokenizer_files)
+    return _gguf(name, revision) or _folder(name, revision, offline, _tokenizer_files)
 
 
 def adapter_folder(name: str, *, revision: str | None = None, offline: bool = False) -> ModelFolder:
@@ -175,6 +177,25 @@ class _Listing:
         return not isinstance(found, str)
 
 
+def _gguf(name: str, revision: str | None) -> ModelFolder | None:
+    """The folder of a model in a GGUF file; None if `name` is no such file."""
+    path = Path(name).expanduser()
+    if not is_gguf(path):
+        return None
+    if revision is not None:
+        raise _no_revision(path, revision)
+    return ModelFolder(gguf_model_folder(path), name, None)
+
+
+def _no_revision(path: Path, revision: str) -> ModelError:
+    what = "folder" if path.is_dir() else "file"
+    return ModelError(
+        f"a local {what} has no revision `{revision}`",
+        place=str(path),
+        hint="leave the revision out, or give a model of the hub (owner/name)",
+    )
+
+
 def _folder(
     name: str,
     revision: str | None,
@@ -188,11 +209,7 @@ def _folder(
         raise ModelError(f"`{name}` is a file, and not a folder", hint=_WHAT_TO_GIVE)
     if os.path.isdir(path):  # noqa: PTH112
         if revision is not None:
-            raise ModelError(
-                f"a local folder has no revision `{revision}`",
-                place=str(path),
-                hint="leave the revision out, or give a model of the hub (owner/name)",
-            )
+            raise _no_revision(path, revision)
         choose([file.name for file in path.iterdir()], str(path))
         return ModelFolder(path, name, None)
     if "://" in name:
@@ -257,9 +274,9 @@ def _no_safetensors(files: list[str], place: str, missing: str) -> ModelError:
     pickles = [file for file in files if file.endswith(PICKLES)]
     if ggufs := [file for file in files if file.endswith(".gguf")]:
         return ModelError(
-            f"it holds GGUF files only ({ggufs[0]}), which are for llama.cpp and cannot be trained",
+            f"it holds GGUF files only ({ggufs[0]})",
             place=place,
-            hint="give the model from which they were made: their card names it as the base model",
+            hint="download one and give its path, or give the model from which they were made",
         )
     if others := [file for file in files if file.endswith(".safetensors")]:
         hint = f"if it holds the whole model, rename it to {missing}" if len(others) == 1 else _WHAT_TO_GIVE

@@ -38,17 +38,6 @@ from lorafit.model.layer_fields import (
     window_without_rope,
 )
 
-_LLAMA_3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-_QWEN_2_SPLIT = _LLAMA_3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-_TEKKEN_SPLIT = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
 
 @dataclass(frozen=True, slots=True)
 class Family:
@@ -63,8 +52,6 @@ class Family:
     gguf_qkv_bias: bool = True  # llama.cpp has biases of q, k and v
     # llama.cpp knows the layers that differ by their number only: the last of each so many; 0 if all are alike
     gguf_period: int = 0
-    # the regular expression of the pre-tokenizer's split, and llama.cpp's name of it
-    gguf_pre_tokenizers: Mapping[str, str] = field(default_factory=dict)
     qkv_bias: bool | str = False
     o_bias: bool | str = False
     mlp_bias: bool | str = False
@@ -128,7 +115,6 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(
         gguf="llama",
         gguf_interleaved_rope=True,
-        gguf_pre_tokenizers={_LLAMA_3_SPLIT: "llama-bpe"},
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         mlp_bias="mlp_bias",
@@ -136,12 +122,10 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(
         gguf="llama",
         gguf_interleaved_rope=True,
-        gguf_pre_tokenizers={_TEKKEN_SPLIT: "tekken"},
         windows=same_window,
     ),
     "qwen2": Family(
         gguf="qwen2",
-        gguf_pre_tokenizers={_QWEN_2_SPLIT: "qwen2"},
         qkv_bias=True,
         windows=window_by_layer,
     ),
@@ -157,7 +141,6 @@ FAMILIES: dict[str, Family] = {
         gguf="smollm3",
         gguf_interleaved_rope=True,
         gguf_period=4,
-        gguf_pre_tokenizers={_LLAMA_3_SPLIT: "llama-bpe"},
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         mlp_bias="mlp_bias",
@@ -225,7 +208,6 @@ FAMILIES: dict[str, Family] = {
         defaults={"shared_intermediate_size": 1024},
     ),
     "ministral3": Family(
-        gguf_pre_tokenizers={_TEKKEN_SPLIT: "tekken"},
         windows=same_window,
         ropes=ministral_rope,
         defaults={
@@ -281,7 +263,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "lfm2": Family(
         gguf="lfm2",
-        gguf_pre_tokenizers={_LLAMA_3_SPLIT: "lfm2"},
         qk_norm="head",
         mixers=lfm_mixers,
         more=lfm,

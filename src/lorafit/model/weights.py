@@ -18,11 +18,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lorafit.errors import ModelError, Problem, several
+from lorafit.gguf_file.folder import gguf_file_of
+from lorafit.gguf_file.header import read_header
 from lorafit.model.architecture import Architecture
 from lorafit.model.dtypes import dtype_names
 from lorafit.model.linear import Frozen, replace_module
 from lorafit.model.llama import Llama
 from lorafit.model.quant import QUANTIZERS, Quantize
+from lorafit.model.stored_tensor import GgufTensor, StoredTensor
 from lorafit.redact import logger_of
 from lorafit.storage.digest_cache import cached_sha256
 from lorafit.storage.safe_read import MB, read_json
@@ -31,23 +34,8 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_INDEX = 64 * MB
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 logger = logger_of(__name__)
+_ROPE_TENSORS = ("rope_freqs.", "rope_factors_")
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """A tensor of a model folder: its file, and its name, shape and type (`BF16`) in that file."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    def read(self) -> Tensor:
-        """The numbers; the file is open for this tensor only."""
-        with safe_open(self.file, framework="pt", device="cpu") as file:
-            tensor: Tensor = file.get_tensor(self.name).clone()
-        return tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +53,8 @@ def stored_weights(folder: Path, arch: Architecture) -> StoredWeights:
 
     Raises ModelError if a file cannot be read, or if a tied head and the embedding differ.
     """
+    if (gguf := gguf_file_of(folder)) is not None:
+        return StoredWeights(_of_gguf(gguf, arch), {})
     tensors: dict[str, StoredTensor] = {}
     for path in weight_files(folder):
         try:
@@ -134,6 +124,27 @@ def _name_left_out(folder: Path, names: frozenset[str]) -> None:
         logger.warning("note: left out: %d tensors of the %s (%s)", count, part, folder)
 
 
+def _of_gguf(path: Path, arch: Architecture) -> dict[str, StoredTensor]:
+    """The tensors of a GGUF file by parameter; one without a parameter has its own name. Raises ModelError."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    header, family = read_header(path), arch.family
+    kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == header.architecture)
+    table = get_tensor_name_map(kind, arch.num_hidden_layers)
+    with torch.device("meta"):
+        parameters = [name.rpartition(".") for name, _ in Llama(arch).named_parameters()]
+    names = {f"{table.get_name(module)}.{part}": f"{module}.{part}" for module, _, part in parameters}
+    tensors: dict[str, StoredTensor] = {}
+    for info in header.tensors.values():
+        name = names.get(info.name, info.name)
+        module = name.rpartition(".")[0]
+        is_rotated = family.gguf_interleaved_rope and module.endswith((".q_proj", ".k_proj"))
+        offset = family.norm_offset if module.endswith("norm") else 0.0
+        if not info.name.startswith(_ROPE_TENSORS):  # they are in the config
+            tensors[name] = GgufTensor.of(path, info, arch.head_dim * is_rotated, offset)
+    return tensors
+
+
 def load_network(
     folder: Path,
     arch: Architecture,
@@ -171,12 +182,14 @@ def load_network(
     mapped = {tensor.file for tensor in stored.values() if tensor.dtype == kept}
     with ExitStack() as stack:
         files = {}
-        for path in {tensor.file: None for tensor in stored.values()}:
+        for path in {tensor.file: None for tensor in stored.values() if not isinstance(tensor, GgufTensor)}:
             # a file is mapped if tensors stay as they are in it; else it is read, as mapped pages stay in memory
             backend = {} if path in mapped else {"backend": "pread"}
             files[path] = stack.enter_context(safe_open(path, framework="pt", device="cpu", **backend))
         for done, name in enumerate(parameters, 1):
-            tensor = files[stored[name].file].get_tensor(stored[name].name)
+            place = stored[name]
+            file = files.get(place.file)
+            tensor = place.read(dtype) if file is None else file.get_tensor(place.name)
             if not tensor.is_floating_point():
                 raise ModelError(f"weight `{name}` is {tensor.dtype}, not floating point", place=str(folder))
             _set_weight(network, name, tensor.to(device=device, dtype=dtype), quantize)
@@ -194,6 +207,8 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
+    if (gguf := gguf_file_of(folder)) is not None:
+        return [gguf]
     if (folder / INDEX).is_file():
         try:
             weight_map = read_json(folder / INDEX, MAX_INDEX)["weight_map"]
@@ -217,12 +232,15 @@ def weight_files(folder: Path) -> list[Path]:
 
 def fingerprint(folder: Path) -> str:
     """A digest of the base model: config.json, and the names and bytes of its weight files, wherever the folder is.
+    That of a GGUF file is the digest of its bytes.
 
     The bytes are read once for each state of a file, see storage/digest_cache.py. Raises ModelError and OSError.
     """
     files = weight_files(folder)
     with ThreadPoolExecutor(max(1, min(len(files), os.cpu_count() or 1))) as pool:
         digests = list(pool.map(cached_sha256, files))
+    if gguf_file_of(folder) is not None:
+        return digests[0]
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path, of_file in zip(files, digests, strict=True):
         digest.update(f"{path.name} {of_file} ".encode())
