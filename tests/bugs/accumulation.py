@@ -71,8 +71,8 @@ def every_trained_token_has_the_same_weight(lab: Lab) -> None:
     3,
     Plant(
         "training.loop:_batch",
-        "return job.share.of(job.rows, job.order.rows(step), packer)",
-        "made = job.share.of(job.rows, job.order.rows(step), packer)\n"
+        "return job.share.of(job.rows.to_pack, job.order.rows(step), packer)",
+        "made = job.share.of(job.rows.to_pack, job.order.rows(step), packer)\n"
         "    counted = made.weight * job.order.batch_size / len(made.indices)\n"
         "    return Batch(made.indices, made.packs, made.tokens, made.supervised, 0.0, counted)",
     ),

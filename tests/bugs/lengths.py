@@ -26,7 +26,7 @@ def _ledger(result: Result) -> Any:
 
 
 @probe(
-    15, Plant("data.token_dataset:_Writer._fit", "if True not in outcome.trained:", "if not outcome.trained:")
+    15, Plant("data.token_dataset:_Writer._fit", "if not outcome.is_supervised:", "if not outcome.trained:")
 )
 def a_row_without_an_answer_after_truncation_is_dropped_and_listed(lab: Lab) -> None:
     """The prompt fills the maximum length: the row is dropped and listed by number, and no step contains it."""

@@ -139,7 +139,7 @@ def a_turn_is_located_also_if_the_template_rewrites_it(lab: Lab) -> None:
         "[segment.weight > 0] * (stop - start) + [everything] * (end - stop)",
         "[True] * (end - start)",
     ),
-    Plant("data.token_dataset:_Writer._fit", "if True not in outcome.trained:", "if not outcome.trained:"),
+    Plant("data.token_dataset:_Writer._fit", "if not outcome.is_supervised:", "if not outcome.trained:"),
 )
 def every_row_trains_only_its_answers(lab: Lab) -> None:
     """The trained tokens of each row equal a count by hand and the ledger; every trained row has some."""

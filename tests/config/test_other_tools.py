@@ -48,6 +48,8 @@ USUAL = {
         ("transformers", "TrainingArguments"),
         ("trl", "SFTConfig"),
         ("trl", "ModelConfig"),
+        ("trl", "DPOConfig"),
+        ("trl", "KTOConfig"),
         ("peft", "LoraConfig"),
     ],
 )

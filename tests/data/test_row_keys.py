@@ -33,6 +33,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
     "completion": {"prompt": "a", "completion": "b"},
     "text": {"text": "a"},
+    "preference": {"prompt": "a", "chosen": "b", "rejected": "c"},
 }
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}

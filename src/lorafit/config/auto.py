@@ -23,6 +23,9 @@ _MEASURED_EVERY, _PATIENCE = 100, 3
 
 _FEW_ROWS = 1000  # of which a tenth would be missed: a run ends by training on all of them
 
+# Preferences: a few epochs at a part of the rate. orpo learns the answers themselves too.
+_PREFERENCE_EPOCHS, _PREFERENCE_RATE, _ORPO_RATE = 3.0, 0.1, 0.5
+
 LEAST_STEPS = 20  # of a run: AdamW moves B, which begins at zero, by at most the rate per step
 MOST_EPOCHS = 20
 
@@ -78,6 +81,11 @@ def without_auto(config: Config, sizes: Sizes) -> Config:
         "patience": _PATIENCE if is_auto and sizes.held_out else 0,
         "tolerance": sizes.kind.tolerance if is_auto else 0.0,
     }
+    if train.method != "sft":
+        few = min(_PREFERENCE_EPOCHS, max(1.0, auto_epochs(sizes)))
+        rate = numbers["learning_rate"] * (_ORPO_RATE if train.method == "orpo" else _PREFERENCE_RATE)
+        numbers["epochs"] = max(few, float(math.ceil(LEAST_STEPS / steps_per_epoch)))
+        numbers |= {"learning_rate": float(f"{rate:.1e}"), "refit": False, "tolerance": 0.0}
     changed = {key: value for key, value in numbers.items() if getattr(train, key) == AUTO}
     return config.model_copy(update={"train": train.model_copy(update=changed)}) if changed else config
 

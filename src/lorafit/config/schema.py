@@ -20,6 +20,7 @@ from lorafit.config.fields import (
     device_name,
     resumable,
 )
+from lorafit.config.methods import Method, method_fault
 
 Quantize = Literal["none", "int8", "nf4", "fp8"]  # "none" and the names of model/quant.py's QUANTIZERS
 
@@ -130,8 +131,10 @@ class DataSection(Section):
     eval_split: str | None = resumable(
         None, description="Split to measure the loss on, of `data.eval_path` or else of `data.path`."
     )
-    format: Literal["auto", "alpaca", "messages", "sharegpt", "completion", "text"] = resumable(
-        "auto", description="Row format; `auto` detects it and says why."
+    format: Literal["auto", "alpaca", "messages", "sharegpt", "completion", "text", "preference"] = resumable(
+        "auto",
+        description="Row format; `auto` detects it and says why. `preference` (`chosen` and `rejected`, or `label`) is "
+        "that of every `train.method` but `sft`.",
     )
     template: str = resumable(
         "auto",
@@ -176,6 +179,29 @@ class DataSection(Section):
 class TrainSection(Section):
     """The loop."""
 
+    method: Method = Field(
+        "sft",
+        description="What is learned: `sft` the answers of the rows; `dpo`, `orpo`, `simpo` that one answer is better "
+        "than another (`chosen` and `rejected`); `kto` that an answer is good or bad (docs/preferences.md).",
+    )
+    beta: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        description="How much a divergence from the starting point costs (`dpo`, `kto`), the scale of the margin "
+        "(`simpo`), or the weight lambda of the odds ratio (`orpo`). By default 0.1, and 2 for `simpo`.",
+    )
+    loss_type: Literal["sigmoid", "sigmoid_norm", "robust"] = Field(
+        "sigmoid",
+        description="The loss of `dpo`: of the answers' log-probabilities, of their means per token (`sigmoid_norm`), "
+        "or with `train.label_smoothing` made unbiased (`robust`).",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="Share of pairs whose order may be wrong (`dpo`, `simpo`)."
+    )
+    simpo_gamma: float = Field(0.5, ge=0, le=100, description="The margin that `simpo` wants.")
+    desirable_weight: float = Field(1.0, gt=0, le=1000, description="Weight of good answers (`kto`).")
+    undesirable_weight: float = Field(1.0, gt=0, le=1000, description="Weight of bad answers (`kto`).")
     epochs: Annotated[float, Field(gt=0, le=1000), OrAuto] = Field(
         AUTO,
         description="Passes over the rows. `auto` is more for fewer rows and short answers (docs/defaults.md); the "
@@ -349,6 +375,8 @@ class Config(Section):
         measures_others = self.data.eval_path or self.data.eval_split is not None
         if self.train.refit is True and measures_others:
             raise ValueError("`train.refit` trains rows of `data.holdout`, and never those to measure on")
+        if fault := method_fault(self.train, self.data, self.distributed.strategy):
+            raise ValueError(fault)
         return self
 
 

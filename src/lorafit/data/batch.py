@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorafit.data.packing import EMPTY_PACK, Pack, Packer, TokenRow
+from lorafit.data.pair_marks import SUPERVISED, marks_of
 
 
 class Rows(Protocol):
@@ -22,7 +23,9 @@ class Rows(Protocol):
 @dataclass(frozen=True, slots=True)
 class Batch:
     """A step: the counts of all its rows, and the `packs` of this rank. `weight` is the sum of the weights of all
-    supervised tokens, by which the sum of their losses is divided.
+    supervised tokens, by which the sum of their losses is divided; of preferences it is their number.
+
+    The `rows` of a pack are indices of `indices`.
 
     `imbalance` is the cost of the busiest rank over the mean, minus 1: 0.05 is 5 % more.
     """
@@ -55,6 +58,7 @@ class RankShare:
             return Batch(indices, packs, *counts, 0.0, sum(pack.weight for pack in packs))
         step_rows = [rows.row(index) for index in indices]
         lengths = [len(ids) for ids, _ in step_rows]
+        marked = any(trained.dtype == np.uint8 for _, trained in step_rows)
         costs = [self.cost(length) for length in lengths]
         shares = balance(costs, self.world_size)
         loads = [sum(costs[at] for at in members) for members in shares]
@@ -67,9 +71,14 @@ class RankShare:
             indices,
             packs + [EMPTY_PACK] * (rounds - len(packs)),
             tokens=sum(lengths),
-            supervised=sum(int(np.count_nonzero(trained[1:])) for _, trained in step_rows),
+            supervised=sum(
+                int(np.count_nonzero(marks_of(trained) & SUPERVISED if marked else trained[1:]))
+                for _, trained in step_rows
+            ),
             imbalance=max(loads) * self.world_size / sum(loads) - 1,
-            weight=sum(float(trained[1:].sum(dtype=np.float64)) for _, trained in step_rows),
+            weight=float(len(step_rows))
+            if marked
+            else sum(float(trained[1:].sum(dtype=np.float64)) for _, trained in step_rows),
         )
 
     def cost(self, length: int) -> float:

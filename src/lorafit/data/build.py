@@ -95,7 +95,12 @@ def sources_of(config: Config) -> Sources:
     is_own = data.eval_path or data.eval_split is not None
     return find_sources(
         data.path,
-        Reading(data.format, data.columns, data.encoding, drops=data.bad_rows == "drop"),
+        Reading(
+            data.format if config.train.method == "sft" else "preference",
+            data.columns,
+            data.encoding,
+            drops=data.bad_rows == "drop",
+        ),
         wanted,
         (data.eval_path or data.path) if is_own else (),
         replace(wanted, split=data.eval_split, key="data.eval_split"),
@@ -121,7 +126,8 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
         raise DataError(
             f"no row is left to train on: {reasons}", hint="correct the rows, or see data.max_length"
         )
-    if longest is not None and (most := int(encoded.lengths.max())) > longest:
+    most = row_facts.pairs.get("longest") or int(encoded.lengths.max())
+    if longest is not None and most > longest:
         raise DataError(
             f"the longest row has {most:,} tokens, but the model reads at most {longest:,}",
             place=index.place(encoded.number(int(encoded.lengths.argmax()))),
@@ -129,6 +135,10 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
         )
     if limits is not None:
         _check_embedded(encoded, tokenizer, limits.vocab_size)
+    if (single := row_facts.pairs.get("single")) and config.train.method not in ("sft", "kto"):
+        message = f"train.method={config.train.method} compares two answers, but {single:,} rows have one"
+        hint = "train.method=kto learns from single answers; or give rows with `chosen` and `rejected`"
+        raise DataError(message, place="train.method", hint=hint)
     notes = list(entry.notes)
     if not row_facts.templated:
         notes += _without_template(config)
@@ -196,7 +206,7 @@ def _check_embedded(encoded: TokenDataset, tokenizer: Tokenizer, num_embeddings:
     if tokenizer.vocab_size <= num_embeddings:
         return
     for index in range(len(encoded)):
-        if (largest := int(encoded.row(index)[0].max())) >= num_embeddings:
+        if (largest := int(encoded.to_pack.row(index)[0].max())) >= num_embeddings:
             raise ModelError(
                 f"token `{tokenizer.decode([largest])}` of row {encoded.number(index) + 1} has id {largest}, but the "
                 f"model has {num_embeddings} embeddings",

@@ -20,7 +20,10 @@ from lorafit.redact import json_line, shell
 
 Columns = Mapping[str, str]  # field -> column; `answers.text.0` is a value within a value
 TEXT_FIELDS = ("instruction", "input", "output", "system", "prompt", "completion", "text")
-FIELDS = (*TEXT_FIELDS, "messages", "conversations", "tools", "history", "weight", "train")
+FIELDS = (
+    *(*TEXT_FIELDS, "messages", "conversations", "tools", "history", "weight", "train"),
+    *("chosen", "rejected", "label"),
+)
 LISTS = {"messages", "conversations", "conversation", "tools"}  # may be the JSON text of a list
 
 # The names of columns for each field, the usual ones first. A context is the question where there is no other.
@@ -337,12 +340,13 @@ def _refuse_preferences(rows: Sequence[Mapping[str, object]]) -> None:
             columns = {"text": "chosen"}
         raise DataError(
             "the rows have `chosen` and `rejected`: supervised training uses one answer",
-            hint=f"{_setting(columns)} trains the chosen one",
+            hint=f"train.method=dpo learns from both, {_setting(columns)} trains the chosen one",
         )
     if all("completion" in row and isinstance(row.get("label"), bool) for row in rows):
         raise DataError(
             "the rows have `completion` and a `label` that is true or false: the bad answers would be trained too",
-            hint="keep the rows with `label` true, or data.format=completion trains all of them",
+            hint="train.method=kto learns from both; keep the rows with `label` true, or data.format=completion trains "
+            "all of them",
         )
 
 

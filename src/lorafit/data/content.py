@@ -66,11 +66,10 @@ class Message:
 
 
 class Content(ABC):
-    """The texts of a row. `asks`: a question precedes the answer. `has_template`: a prompt template surrounds it."""
+    """The texts of a row. `asks`: a question precedes the answer."""
 
     __slots__ = ()
     asks: ClassVar[bool] = True
-    has_template: ClassVar[bool] = True
 
     @abstractmethod
     def fields(self) -> dict[str, str]:
@@ -99,6 +98,16 @@ class Content(ABC):
     def weights(self) -> list[float]:
         """The factor of the loss of each answer, in order."""
         return [1.0]
+
+    @property
+    def has_template(self) -> bool:
+        """Whether a prompt template surrounds the row."""
+        return True
+
+    @property
+    def preferred(self) -> Content:
+        """The row with its better answer; the row itself where it has one."""
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +185,6 @@ class Chat(Content):
 class Completion(Content):
     """A text and its continuation to learn, without any template."""
 
-    has_template: ClassVar[bool] = False
-
     prompt: str
     completion: str
 
@@ -193,13 +200,16 @@ class Completion(Content):
     def question(self) -> str:
         return self.prompt
 
+    @property
+    def has_template(self) -> bool:
+        return False
+
 
 @dataclass(frozen=True, slots=True)
 class Text(Content):
     """A text to learn as a whole."""
 
     asks: ClassVar[bool] = False
-    has_template: ClassVar[bool] = False
 
     text: str
 
@@ -211,3 +221,53 @@ class Text(Content):
 
     def with_answer(self, answer: str) -> Text:
         return Text(answer)
+
+    @property
+    def has_template(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Preference(Content):
+    """Two answers to one prompt, or one answer that is marked as good (then `rejected` is None) or bad.
+
+    The answers are rows of their own with the same prompt. Whatever is not about both is about the better one.
+    """
+
+    chosen: Content | None
+    rejected: Content | None
+
+    @property
+    def preferred(self) -> Content:
+        content = self.chosen or self.rejected
+        assert content is not None
+        return content
+
+    def fields(self) -> dict[str, str]:
+        sides = {"chosen": self.chosen, "rejected": self.rejected}
+        return {
+            f"{side}.{name}": text
+            for side, content in sides.items()
+            if content is not None
+            for name, text in content.fields().items()
+        }
+
+    def answers(self) -> list[str]:
+        return self.preferred.answers()
+
+    def with_answer(self, answer: str) -> Content:
+        return self.preferred.with_answer(answer)
+
+    def texts(self) -> list[str]:
+        texts = self.preferred.texts()
+        return [*texts, *self.rejected.answers()] if self.chosen and self.rejected else texts
+
+    def question(self) -> str:
+        return self.preferred.question()
+
+    def turns(self) -> list[Message] | None:
+        return self.preferred.turns()
+
+    @property
+    def has_template(self) -> bool:
+        return self.preferred.has_template

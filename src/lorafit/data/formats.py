@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from lorafit.data.content import Call, Chat, Completion, Content, Instruction, Message, Role, Text
+from lorafit.data.content import Call, Chat, Completion, Content, Instruction, Message, Preference, Role, Text
+from lorafit.data.preference_rows import preference
 from lorafit.data.row_fields import CONVERSATIONS, SYSTEM, TURN_LISTS, Fields, is_empty, kind, undecodable
 from lorafit.data.turns import as_messages, conversation, finished, prompt_and_completion, question
 from lorafit.errors import DataError, Problem
 
 __all__ = [
     "FORMATS", "Call", "Chat", "Completion", "Content", "Detected", "Fields", "Format", "Instruction", "Message",
-    "Role", "Row", "Text", "as_messages", "detect", "parse", "question", "undecodable",
+    "Preference", "Role", "Row", "Text", "as_messages", "detect", "parse", "question", "undecodable",
 ]  # fmt: skip
 
 
@@ -165,4 +166,5 @@ FORMATS: dict[str, Format] = {
     ),
     "completion": Format((("prompt",), ("completion",)), Completion, _completion),
     "text": Format((("text",),), Text, lambda row: Text(row.filled("text"))),
+    "preference": Format((("chosen",), ("rejected",)), Preference, preference),
 }

@@ -68,7 +68,8 @@ class Ledger:
 
     `dropped` maps the reason to the rows. Trained tokens are targets of next-token prediction. `weights` counts the
     answers by the weight of their loss, `aliases` the rows with a key that is read as another one, `unused` the rows
-    with a key that is not used. `held_out_rows` are the numbers of the first held-out rows, from 0.
+    with a key that is not used. `held_out_rows` are the numbers of the first held-out rows, from 0. `pairs` are the
+    counts of preferences: see `RowFacts.count_pair`; the tokens of one are its prompt once and its answers.
     """
 
     num_rows: int
@@ -80,6 +81,7 @@ class Ledger:
     aliases: Mapping[str, int] = field(default_factory=dict)
     unused: Mapping[str, int] = field(default_factory=dict)
     held_out_rows: tuple[int, ...] = ()
+    pairs: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -114,6 +116,7 @@ class Ledger:
             weights=facts.weights,
             aliases=facts.aliases,
             unused=facts.unused,
+            pairs=facts.pairs,
             held_out_rows=tuple(np.unique(held_out.numbers)[: DroppedRows.MAX_LISTED].tolist()),
         )
         ledger.check()
@@ -145,6 +148,7 @@ class Ledger:
         if 0 < self.held_out.rows <= _FEW_ROWS:
             lines.append(f"        held-out rows: {', '.join(str(row + 1) for row in self.held_out_rows)}")
         lines.append(f"length  {self.lengths}")
+        lines += [f"pairs   {line}" for line in self.pair_lines()]
         return [*lines, *(f"loss    {line}" for line in self.loss_lines()), *self.key_lines()]
 
     @property
@@ -169,6 +173,18 @@ class Ledger:
         """How many pieces the texts that were split have, if any was."""
         pieces = self.trained.pieces + self.held_out.pieces
         return [f"longer texts are split into {pieces:,} pieces"] if pieces else []
+
+    def pair_lines(self) -> list[str]:
+        """Preferences, and what their tokens would be with a prompt for each answer, if there are any."""
+        if not self.pairs:
+            return []
+        rows = self.pairs.get("pairs", 0) + self.pairs.get("single", 0)
+        single = f", {self.pairs['single']:,} of one answer" if "single" in self.pairs else ""
+        computed, separate = self.pairs["computed"], self.pairs["separate"]
+        return [
+            f"{rows:,} preferences{single}: {computed / rows:,.0f} tokens computed per pair, {separate / rows:,.0f} "
+            "with a prompt for each answer"
+        ]
 
     def loss_lines(self) -> list[str]:
         """The answers by the weight of their loss, if it is not always 1."""

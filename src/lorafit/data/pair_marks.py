@@ -18,6 +18,12 @@ OF_PROMPT, OF_ANSWER = 1, 2  # supervised tokens of a document
 Marked = NDArray[np.uint8]
 
 
+def marks_of(trained: NDArray[Any]) -> Marked:
+    """`trained` of the row of a preference."""
+    assert trained.dtype == np.uint8
+    return trained
+
+
 def documents_of(
     ids: NDArray[Any], trained: NDArray[Any]
 ) -> Iterator[tuple[bool, NDArray[Any], NDArray[Any]]]:

@@ -51,6 +51,16 @@ class Rendered:
     trained: list[bool]
     weights: list[float] | None = None
 
+    @property
+    def longest(self) -> int:
+        """The number of ids that the model reads at a time."""
+        return len(self.ids)
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether anything is trained."""
+        return True in self.trained
+
     def first(self, length: int) -> Rendered:
         """The first `length` ids."""
         weights = self.weights and self.weights[:length]

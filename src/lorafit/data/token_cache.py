@@ -21,6 +21,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lorafit.data.folders import SourceFile
 from lorafit.data.prompt import Renderer
 from lorafit.data.sources import Reading, Sources
@@ -39,6 +42,7 @@ ENCODING = 6  # to be raised whenever the same rows would be written as other by
 MAX_BYTES = 20 * 10**9
 _EMPTY = hashlib.sha256(b"").hexdigest()
 _DECIDING_FILES = ("tokens.bin", "offsets.bin", "numbers.bin", "weighted.bin", "weights.bin")
+_NUMBERS = "numbers.f64"
 _BUILDING = ".building-"
 _ABANDONED_SECONDS = 24 * 3600
 
@@ -133,6 +137,23 @@ def store_facts(key: str, facts: Mapping[str, Any]) -> None:
         shutil.rmtree(_cache() / key, ignore_errors=True)  # it was not usable
         with writing(_cache(), key) as (_, stored):
             stored |= facts
+
+
+def load_array(key: str, shape: tuple[int, ...]) -> NDArray[np.float64] | None:
+    """The numbers that `store_array` stored under `key`, None if there are none of this shape that are whole."""
+    with contextlib.suppress(OSError, ValueError):
+        if _is_whole(folder := _cache() / key, []):
+            os.utime(folder)
+            return np.frombuffer((folder / _NUMBERS).read_bytes(), np.float64).reshape(shape).copy()
+    return None
+
+
+def store_array(key: str, values: NDArray[np.float64]) -> None:
+    """Store numbers under a name that hashes all that decides them; nothing happens where that fails."""
+    with contextlib.suppress(OSError, RunError):
+        shutil.rmtree(_cache() / key, ignore_errors=True)  # it was not usable
+        with writing(_cache(), key) as (staging, _):
+            (staging / _NUMBERS).write_bytes(values.tobytes())
 
 
 @contextlib.contextmanager

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 
 from lorafit.data.formats import Row
 from lorafit.data.packing import Ids, TokenRow
+from lorafit.data.pair_marks import SUPERVISED, preferred
 from lorafit.data.pieces import split
+from lorafit.data.preference_tokens import MarkedRow, render
 from lorafit.data.prompt import Dropped, Rendered, Renderer
 from lorafit.data.row_faults import RowFaults
 from lorafit.data.sources import Chunk
@@ -32,15 +34,16 @@ Counts = NDArray[np.int32]
 
 
 class TokenFile:
-    """The tokens of all rows, row after row: the ids of one row, then for each id whether it is trained.
+    """The tokens of all rows, row after row: the ids of one row, then for each id whether it is trained, or its mark.
 
     The file is read, not mapped: mapped pages count as memory of the process, and a disk that fails would kill the
     process without an error.
     """
 
-    def __init__(self, path: Path, kind: str) -> None:
-        """`kind` is the numpy type of the ids."""
+    def __init__(self, path: Path, kind: str, marked: bool = False) -> None:
+        """`kind` is the numpy type of the ids; `marked`: the rows are preferences."""
         self.dtype = np.dtype(kind)
+        self.marked = marked
         self._path = path
         self._mapped = None if hasattr(os, "pread") else _mapped(path, "uint8")
         if self._mapped is None:
@@ -52,7 +55,8 @@ class TokenFile:
         width, length = self.dtype.itemsize + 1, stop - start
         data = self._bytes(length * width, start * width)
         ids: Ids = np.frombuffer(data, self.dtype, length)
-        return ids, np.frombuffer(data, np.bool_, length, length * self.dtype.itemsize)
+        kind = np.uint8 if self.marked else np.bool_
+        return ids, np.frombuffer(data, kind, length, length * self.dtype.itemsize)
 
     def _bytes(self, count: int, offset: int) -> Any:
         if self._mapped is not None:
@@ -112,8 +116,21 @@ class TokenDataset:
         return len(self.flat.numbers) if self.index is None else len(self.index)
 
     def row(self, index: int) -> TokenRow:
-        """The ids of the row at `index` and which of them are training targets (bool), or the weights (float32)."""
-        return self.flat.row(int(index if self.index is None else self.index[index]))
+        """The ids of the row at `index` and which of them are training targets (bool), or the weights (float32).
+
+        Of a preference it is the better answer with its prompt; `preferences` has both answers.
+        """
+        ids, trained = self.flat.row(self.place(index))
+        return preferred(ids, trained) if trained.dtype == np.uint8 else (ids, trained)  # type: ignore[arg-type]
+
+    def place(self, index: int) -> int:
+        """The index of the row at `index` in all rows on disk."""
+        return int(index if self.index is None else self.index[index])
+
+    @property
+    def to_pack(self) -> TokenDataset | Preferences:
+        """The rows as they are packed for training: preferences with both answers."""
+        return Preferences(self) if self.flat.tokens.marked else self
 
     @property
     def lengths(self) -> Counts:
@@ -153,13 +170,26 @@ class TokenDataset:
         return values if self.index is None else values[self.index]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Preferences:
+    """The preferences of `rows` with their marks (data/pair_marks.py)."""
+
+    rows: TokenDataset
+
+    def row(self, index: int) -> TokenRow:
+        """The ids and the marks of the preference at `index`."""
+        return self.rows.flat.row(self.rows.place(index))
+
+
 def open_encoded(folder: Path, facts: Mapping[str, Any]) -> TokenDataset:
     """The rows that `encode_chunks` wrote to `folder`; `facts` is what it returned.
 
     They stay readable after the folder is removed, where the system allows that.
     """
     arrays: dict[str, Any] = {
-        name: (TokenFile if name == "tokens" else _mapped)(folder / f"{name}.bin", kind)
+        name: TokenFile(folder / "tokens.bin", kind, bool(facts["row_facts"].get("pairs")))
+        if name == "tokens"
+        else _mapped(folder / f"{name}.bin", kind)
         for name, kind in _kinds(facts).items()
     }
     arrays["weighted"] = arrays["weighted"].reshape(-1, 2)
@@ -212,7 +242,8 @@ def encode_chunks(
 @dataclass(slots=True)
 class RowFacts:
     """Weights and keys of the rows. `weights` counts the answers by the weight of their loss, `aliases` and
-    `unused` the rows by key; `templated` of the `num_rows` rows are surrounded by a template.
+    `unused` the rows by key; `templated` of the `num_rows` rows are surrounded by a template. `pairs` are the counts
+    of preferences (`count_pair`).
     """
 
     weights: dict[str, int] = field(default_factory=dict)
@@ -220,6 +251,7 @@ class RowFacts:
     unused: dict[str, int] = field(default_factory=dict)
     templated: int = 0
     num_rows: int = 0
+    pairs: dict[str, int] = field(default_factory=dict)
 
     def add(self, row: Row) -> None:
         """Count `row`."""
@@ -231,6 +263,16 @@ class RowFacts:
             _count(self.unused, key)
         self.templated += row.content.has_template
         self.num_rows += 1
+
+    def count_pair(self, row: MarkedRow) -> None:
+        """Count a preference that is trained: rows of two answers and of one, tokens as they are computed and as they
+        would be with a prompt for each answer, and the longest answer with its prompt.
+        """
+        separate = len(row.ids) + (len(row.answers) - 1) * row.prompt
+        kind = "pairs" if len(row.answers) == 2 else "single"
+        for name, value in ((kind, 1), ("computed", len(row.ids)), ("separate", separate)):
+            self.pairs[name] = self.pairs.get(name, 0) + value
+        self.pairs["longest"] = max(self.pairs.get("longest", 0), row.longest)
 
 
 _MAX_KEYS = 1000  # that are counted one by one: rows may have any number of different keys
@@ -271,7 +313,7 @@ class _Writer:
         self._num_read += len(chunk.rows)
         for number, reason in chunk.dropped:
             self._drop(number, reason)
-        outcomes = self._renderer.render_batch(chunk.rows)
+        outcomes = render(self._renderer, chunk.rows)
         for row, line, outcome in zip(chunk.rows, chunk.lines, outcomes, strict=True):
             if isinstance(outcome, Problem) and self._drops:
                 self._drop(row.number, outcome.message)
@@ -301,6 +343,8 @@ class _Writer:
         ends = np.cumsum([len(row) for row in trained], dtype=np.int64) + self._num_tokens
         self._num_tokens = int(ends[-1]) if len(ends) else self._num_tokens
         targets = [row.count(1) for row in trained]
+        if any(isinstance(row, MarkedRow) for row in fitting):
+            targets = [sum(mark & SUPERVISED for mark in row) for row in trained]
         self._write("offsets", ends)
         columns = {"numbers": numbers, "truncated": truncated, "targets": targets, "lines": lines}
         for name, values in columns.items():
@@ -335,10 +379,11 @@ class _Writer:
         if isinstance(outcome, Dropped):
             self._drop(row.number, outcome.reason)
             return None
-        if (length := len(outcome.ids)) > longest:
+        length = len(outcome.ids)
+        if outcome.longest > longest:
             if self._renderer.contract.too_long in ("error", "split"):  # a row with an answer is not split
                 self._num_too_long += 1
-                self._longest = max(self._longest, length)
+                self._longest = max(self._longest, outcome.longest)
                 if len(self._too_long) < _NUM_LISTED:
                     self._too_long.append(row)
                 return None
@@ -346,9 +391,11 @@ class _Writer:
                 self._drop(row.number, f"longer than {longest} tokens")
                 return None
             outcome = outcome.first(longest)
-        if True not in outcome.trained:
+        if not outcome.is_supervised:
             self._drop(row.number, f"nothing to train on in the first {longest} tokens")
             return None
+        if isinstance(outcome, MarkedRow):
+            self._facts.count_pair(outcome)
         return outcome, length - len(outcome.ids)
 
     def _drop(self, number: int, reason: str) -> None:

@@ -29,7 +29,7 @@ _CALL_KEYS = {"id", "type", "index", "function", "name", "arguments", "parameter
 
 def conversation(row: Fields, field: str) -> Chat:
     """The conversation in the list `field`, with the system prompt and the tools of the row."""
-    messages = [_turn(turn) for turn in row.objects(field, "turns with `role` and `content`")]
+    messages = [read_turn(turn) for turn in row.objects(field, "turns with `role` and `content`")]
     return finished(row, field, messages)
 
 
@@ -37,7 +37,7 @@ def prompt_and_completion(row: Fields) -> Chat:
     """The conversation of the lists `prompt` and `completion`. Only the turns of the completion are trained."""
     turns: list[Message | None] = []
     for field in ("prompt", "completion"):
-        read = [_turn(turn) for turn in row.objects(field, "turns with `role` and `content`")]
+        read = [read_turn(turn) for turn in row.objects(field, "turns with `role` and `content`")]
         if field == "prompt":
             read = [turn and dataclasses.replace(turn, weight=0.0) for turn in read]
         turns += read or [None]
@@ -90,7 +90,9 @@ def question(row: Fields) -> Chat:
 
     Earlier answers may be empty: nothing of them is trained.
     """
-    read = [_turn(turn, is_asked=True) for turn in row.objects("messages", "turns with `role` and `content`")]
+    read = [
+        read_turn(turn, is_asked=True) for turn in row.objects("messages", "turns with `role` and `content`")
+    ]
     return Chat(tuple(turn for turn in read if turn is not None), _tools(row))
 
 
@@ -100,7 +102,7 @@ def _as_object(turn: object) -> object:
     return dict(turn) if isinstance(turn, Mapping) else turn
 
 
-def _turn(turn: Fields, is_asked: bool = False) -> Message | None:
+def read_turn(turn: Fields, is_asked: bool = False) -> Message | None:
     """One turn of a conversation, or None after a problem. `is_asked`: it is part of a question."""
     before = len(turn.problems)
     role_key = turn.first(_ROLE_KEYS if "value" not in turn.raw else _ROLE_KEYS[::-1])

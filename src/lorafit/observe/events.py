@@ -71,6 +71,27 @@ class Heldout(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Preferences(Event):
+    """What the policy of a method that compares answers said of the rows of `step`, or of the held-out `rows` after it.
+
+    Rewards are means of what the loss compares; `margin` is chosen minus rejected, `accuracy` the share of rows in
+    order, `kl` the divergence of kto. `prefers` is the share of held-out pairs whose chosen answer has the larger mean
+    log-probability per token, at the starting point and now; `prefers_longer` the same of the longer answer.
+    """
+
+    kind = "preferences"
+    step: int
+    rows: str
+    margin: float | None
+    accuracy: float
+    chosen_reward: float | None
+    rejected_reward: float | None
+    kl: float = 0.0
+    prefers: Sequence[float | None] | None = None
+    prefers_longer: Sequence[float | None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Refit(Event):
     """After `step` the run begins again, with all its `num_rows` rows, up to step `num_steps`.
 

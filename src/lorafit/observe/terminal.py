@@ -23,6 +23,7 @@ from lorafit.observe.events import (
     Heldout,
     Learned,
     Message,
+    Preferences,
     Progress,
     Proved,
     Refit,
@@ -81,6 +82,9 @@ class Terminal:
                 base = "" if event.base_loss is None else f" (base {event.base_loss:.3f})"
                 best = "  best so far" if event.best else ""
                 self._print(f"step {event.step}  held-out loss {event.loss:.3f}{base}{best}")
+            case Preferences(rows="heldout"):
+                margin = "" if event.margin is None else f"margin {event.margin:.3f}  "
+                self._print(f"step {event.step}  held-out {margin}in order {event.accuracy:.1%}")
             case Refit():
                 steps = event.num_steps - event.step
                 loss = "" if event.heldout_loss is None else f" (held-out loss {event.heldout_loss:.3f})"

@@ -96,7 +96,8 @@ def heldout_tokens(rows: TokenDataset, packer: Packer) -> float:
 
 def pack_of_rows(rows: TokenDataset, members: Sequence[int]) -> Pack:
     """The rows at `members` as one pack."""
-    return build_pack([rows.row(index) for index in members])
+    stored = rows.to_pack
+    return build_pack([stored.row(index) for index in members])
 
 
 def evenly_spread(count: int, most: int) -> list[int]:

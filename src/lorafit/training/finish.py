@@ -13,7 +13,7 @@ from lorafit.evaluate.learned import what_was_learned
 from lorafit.infer.model import Model
 from lorafit.model.adapter_file import load_adapter
 from lorafit.model.memory import is_out_of_memory
-from lorafit.observe.events import Learned, Message, Observer, RunEnded
+from lorafit.observe.events import Learned, LearnedLevel, Message, Observer, RunEnded
 from lorafit.observe.metrics_file import event_of, read_raw_lines
 from lorafit.redact import shell
 from lorafit.report.page import write_report
@@ -23,6 +23,8 @@ from lorafit.training.checkpoint import TrainState, export_adapter
 from lorafit.training.loop import Outcome, TrainContext
 from lorafit.verify.proof import STOP_PROMPTS, Proof, prove
 from lorafit.verify.reload import PROBE_ROWS
+
+_MOST, _MORE = 0.7, 0.55  # shares of held-out rows in order
 
 
 def finish(
@@ -94,6 +96,8 @@ def observe_early_end(job: TrainContext, state: TrainState, outcome: Outcome) ->
 def _learned(job: TrainContext, step: int, outcome: Outcome) -> Learned | None:
     """What the final adapter has learned, with the losses of `step`; None where memory is short."""
     losses = _losses(job.run, step)
+    if job.objective.loss is not None:
+        return preferences_learned(step, _last(job.run, step, "preferences"))
     data = job.data if job.heldout else job.data.with_all_rows()
     try:
         return what_was_learned(
@@ -143,12 +147,37 @@ def _prove(job: TrainContext, initial: Mapping[str, str], step: int, measured: i
 
 def _losses(run: RunDirectory, step: int) -> tuple[float | None, float | None]:
     """The measured held-out losses of the base and of the adapter of `step`."""
-    events = map(event_of, read_raw_lines(run.metrics_file))
-    last: Mapping[str, Any] = {}
-    for event in events:
-        if event is not None and event.get("event") == "heldout" and event.get("step") == step:
-            last = event
+    last = _last(run, step, "heldout")
     return last.get("base_loss"), last.get("loss")
+
+
+def _last(run: RunDirectory, step: int, kind: str) -> Mapping[str, Any]:
+    """The last event of a kind after `step` in the metrics, empty where there is none."""
+    last: Mapping[str, Any] = {}
+    for event in map(event_of, read_raw_lines(run.metrics_file)):
+        if event is not None and event.get("event") == kind and event.get("step") == step:
+            last = event
+    return last
+
+
+def preferences_learned(step: int, told: Mapping[str, Any]) -> Learned:
+    """What the held-out pairs say, measured after `step`."""
+    if told.get("rows") != "heldout":
+        return Learned(step, "unknown", "What it learned is not known: no pair was held out", {})
+    share = told["accuracy"]
+    level: LearnedLevel = "learned" if share >= _MOST else "partly" if share >= _MORE else "nothing"
+    how = {"learned": "It learned the preference", "partly": "It learned a part of the preference"}
+    text = (
+        f"{how.get(level, 'It did not learn the preference')}: {share:.0%} of the held-out rows are in order"
+    )
+    if told.get("margin") is not None:
+        text += f", with a mean margin of {told['margin']:.2f}"
+    before, now = told.get("prefers") or (None, None)
+    if before is not None and now is not None:
+        text += f"; the chosen answer is the more probable one per token in {now:.0%} ({before:.0%} before)"
+    if level == "nothing":
+        text += ": check the pairs, or raise train.learning_rate"
+    return Learned(step, level, text, {})
 
 
 def leave_report(run: RunDirectory, observe: Observer) -> None:

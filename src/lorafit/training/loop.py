@@ -22,7 +22,7 @@ from lorafit.data.build import TrainingData
 from lorafit.data.packing import EMPTY_PACK, Pack, Packer
 from lorafit.data.row_order import RowOrder
 from lorafit.data.token_dataset import TokenDataset
-from lorafit.distributed.parallel import Engine
+from lorafit.distributed.parallel import Compute, Engine
 from lorafit.distributed.ranks import RankError, Ranks
 from lorafit.distributed.watchdog import BETWEEN, COMPUTING, SHARING, Heartbeat
 from lorafit.errors import RunError, TrainingError
@@ -41,7 +41,9 @@ from lorafit.redact import shell
 from lorafit.run_dir import RunDirectory
 from lorafit.training.checkpoint import TrainState, adapter_digest, snapshot
 from lorafit.training.checkpoint_writer import AsyncCheckpointWriter
+from lorafit.training.objective import OBJECTIVES, Objective, Passes, measure
 from lorafit.training.optim import learning_rate
+from lorafit.training.reference import Reference
 from lorafit.training.setup import Prepared
 from lorafit.training.signals import Requests
 
@@ -54,7 +56,8 @@ class TrainContext:
     """What the loop works on. Built by training/run.py.
 
     `rows` are those that are trained. `first_step` is the number of steps before those of `cadence`, `initial` the
-    adapter before the first step, where a second phase needs it (training/refit.py).
+    adapter before the first step, where a second phase needs it (training/refit.py), `reference` the starting point
+    of a method that compares answers.
     """
 
     prepared: Prepared
@@ -75,6 +78,12 @@ class TrainContext:
     facts: Mapping[str, Any]
     initial: Mapping[str, Tensor]
     first_step: int = 0
+    reference: Reference | None = None
+
+    @property
+    def objective(self) -> Objective:
+        """The method of the run."""
+        return OBJECTIVES[self.config.train.method]
 
     @property
     def num_steps(self) -> int:
@@ -197,7 +206,7 @@ def _batch(job: TrainContext, state: TrainState, step: int) -> Batch:
     """The packed rows of a step: a function of the step, so another thread can prepare the next one."""
     packer = replace(job.packer, capacity=state.micro_batch_tokens or job.packer.capacity)
     step -= job.first_step
-    return job.share.of(job.rows, job.order.rows(step), packer)
+    return job.share.of(job.rows.to_pack, job.order.rows(step), packer)
 
 
 def _gradients(
@@ -215,7 +224,8 @@ def _gradients(
         raise TrainingError(f"step {step} has no supervised tokens", place=job.places(batch))
     random = torch.get_rng_state()
     while True:
-        total, each, short = _passes(job, state, batch)
+        compute = pack_losses if job.objective.loss is None else Passes(job, batch)
+        total, each, short = _passes(job, state, batch, compute)
         total, any_short, *row_losses = job.ranks.all_reduce_sum([total, float(short), *each])
         if any_short:
             job.optimizer.zero_grad()
@@ -227,6 +237,8 @@ def _gradients(
             torch._foreach_mul_(gradients, 1 / state.scale.factor)
         norm = float(clip_grad_norm_(job.optimizer.parameters, job.config.train.max_grad_norm or math.inf))
         if math.isfinite(mean) and math.isfinite(norm):
+            if isinstance(compute, Passes):
+                job.observe(compute.told(job, step))
             return mean, norm, np.array(row_losses)
         job.optimizer.zero_grad()
         if not state.scale.active or not math.isfinite(mean):
@@ -240,7 +252,9 @@ def _gradients(
         torch.set_rng_state(random)
 
 
-def _passes(job: TrainContext, state: TrainState, batch: Batch) -> tuple[float, NDArray[np.float64], bool]:
+def _passes(
+    job: TrainContext, state: TrainState, batch: Batch, compute: Compute
+) -> tuple[float, NDArray[np.float64], bool]:
     """This rank's passes: (sum of their losses, that of each row of the step, whether memory ran out). The last one
     all-reduces the gradients.
 
@@ -256,7 +270,7 @@ def _passes(job: TrainContext, state: TrainState, batch: Batch) -> tuple[float, 
         for index, pack in enumerate(packs):
             torch.set_rng_state(random)
             with nullcontext() if index == last else job.engine.accumulating():
-                loss, each = job.engine.loss(pack_losses, pack)
+                loss, each = job.engine.loss(compute, pack)
                 release_free_memory(MUCH_FREE)
                 if sharing := index == last:
                     job.heartbeat.at(state.step + 1, SHARING)
@@ -300,10 +314,13 @@ def _measure(job: TrainContext, writer: AsyncCheckpointWriter, state: TrainState
         job.heartbeat.at(state.step, BETWEEN)
 
     try:
-        if state.base_loss is None:
-            with disable_adapter(job.network):
-                state.base_loss = heldout_loss(job.network, job.heldout, measuring, job.ranks, job.engine)
-        loss = heldout_loss(job.network, job.heldout, measuring, job.ranks, job.engine)
+        if job.objective.loss is not None:
+            state.base_loss, loss = measure(job, state.step, measuring)
+        else:
+            if state.base_loss is None:
+                with disable_adapter(job.network):
+                    state.base_loss = heldout_loss(job.network, job.heldout, measuring, job.ranks, job.engine)
+            loss = heldout_loss(job.network, job.heldout, measuring, job.ranks, job.engine)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or not job.ranks.is_single_process:  # the other ranks would wait
             raise

@@ -56,6 +56,7 @@ from lorafit.training.checkpoint import (
 from lorafit.training.checkpoint_writer import wait_for_left
 from lorafit.training.finish import finish, leave_report, observe_early_end
 from lorafit.training.loss_scale import LossScale
+from lorafit.training.objective import with_reference
 from lorafit.training.optim import make_optimizer
 from lorafit.training.resume import Resumption, find_run_of_launch
 from lorafit.training.setup import (
@@ -254,7 +255,7 @@ def run_training(
             text = f"no compiled kernels: torch's slower ones are used, because {reason}"
             observe(Message(text, "warning"))
         initial = tensor_digests(prepared.built.network) if prepared.config.run.verify else {}
-        job = make_context(prepared, run, ranks, observe)
+        job = with_reference(make_context(prepared, run, ranks, observe))
         state = restore(job, step)
         job = job if state.refit_from is None else refit.context(job, state)
         announce_start(job, show_plan=step is None)
@@ -325,7 +326,7 @@ def make_context(prepared: Prepared, run: RunDirectory, ranks: Ranks, observe: O
         order=data.order,
         share=RankShare(ranks.rank, ranks.world_size, attention_cost(network.arch), engine.lockstep),
         packer=packer,
-        heldout=packer.packs([rows.heldout.row(index) for index in range(len(rows.heldout))]),
+        heldout=packer.packs([rows.heldout.to_pack.row(index) for index in range(len(rows.heldout))]),
         cadence=Cadence.of(config, num_steps, data.order.steps_per_epoch),
         heartbeat=Heartbeat(ranks, config.distributed.timeout, run.heartbeat_file),
         samples=SampleGenerator(Model(network, rows.renderer), data.prompts, observe),

@@ -1,0 +1,78 @@
+"""The log-probabilities of whole answers: in a pass with a gradient, and of many rows without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lorafit.data.batch import balance
+from lorafit.data.packing import Pack, TokenRow
+from lorafit.data.pair_marks import CHOSEN, REJECTED, marks_of, preferred
+from lorafit.distributed.ranks import Ranks
+from lorafit.forward import document_sums, pack_losses
+from lorafit.model.llama import Llama
+from lorafit.model.lora import evaluating
+
+Values = NDArray[np.float64]
+Advance = Callable[[int, int], None]
+
+
+def answer_logps(network: Llama, pack: Pack) -> tuple[Tensor, Tensor]:
+    """(log-probability of each answer, negative log-probability of all that is supervised), both (documents,)."""
+    _, parts = pack_losses(network, pack)
+    everything = document_sums(parts, pack)
+    if pack.in_answer is None or pack.in_answer.all():
+        return -everything, everything
+    in_answer = torch.from_numpy(pack.in_answer).to(parts.device)
+    return -document_sums(parts * in_answer, pack), everything
+
+
+def answer_tokens(pack: Pack) -> NDArray[np.int64]:
+    """The supervised tokens of each answer, (documents,)."""
+    in_answer = np.ones(len(pack.targets), np.bool_) if pack.in_answer is None else pack.in_answer
+    ends = np.cumsum(pack.counts)
+    return np.array([in_answer[end - size : end].sum() for end, size in zip(ends, pack.counts, strict=True)])
+
+
+def measured(
+    network: Llama, packs: Sequence[Pack], num_rows: int, ranks: Ranks, advance: Advance | None = None
+) -> Values:
+    """(num_rows, 3): the log-probabilities of the chosen and of the rejected answer, and the negative one of all that
+    is supervised of the chosen row; NaN where there is none. No dropout, and no gradient.
+
+    Each rank computes some of the packs; every rank has the result. The rows of plain packs count as chosen.
+    """
+    own = balance([len(pack.ids) for pack in packs], ranks.world_size)[ranks.rank]
+    values = np.zeros((num_rows, 3))
+    known = np.zeros((num_rows, 3))
+    for pack in packs:
+        sides = np.zeros(len(pack.rows), np.int64) if pack.sides is None else pack.sides.astype(np.int64)
+        known[pack.rows, sides] = known[pack.rows, 2] = 1
+    with evaluating(network), torch.inference_mode():
+        for done, index in enumerate(own, 1):
+            pack = packs[index]
+            logps, everything = (one.double().cpu().numpy() for one in answer_logps(network, pack))
+            sides = np.zeros(len(pack.rows), np.int64) if pack.sides is None else pack.sides.astype(np.int64)
+            values[pack.rows, sides] = logps
+            values[pack.rows[sides == 0], 2] = everything[sides == 0]
+            if advance is not None:
+                advance(done, len(own))
+    if not ranks.is_single_process:
+        values = np.array(ranks.all_reduce_sum(values.ravel().tolist())).reshape(values.shape)
+    values[known == 0] = np.nan
+    return values
+
+
+def mismatched(row: TokenRow, other: TokenRow, longest: int) -> TokenRow:
+    """The prompt of a preference with the answer of another one, at most `longest` tokens: a row like any other."""
+    (ids, own), (_, others) = row, other
+    prompt = (marks_of(own) & (CHOSEN | REJECTED)) == 0
+    text, trained = preferred(other[0], marks_of(others))
+    start = int(np.count_nonzero((marks_of(others) & (CHOSEN | REJECTED)) == 0))
+    joined = np.concatenate([ids[prompt], text[start:]])[:longest]
+    told = np.concatenate([np.zeros(int(prompt.sum()), np.bool_), trained[start:]])[:longest]
+    return joined, told
