@@ -88,6 +88,7 @@ PLACES = {
     "export": ["export", "PATH", "adapter"],
     "report": ["report", "PATH"],
     "eval": ["eval", "PATH"],
+    "audit": ["audit", "PATH"],
     "sweep --resume": ["sweep", "--resume", "PATH"],
 }
 # Where something is written, a path that does not exist yet is right.

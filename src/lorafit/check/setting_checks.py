@@ -21,9 +21,11 @@ def setting_verdicts(config: Config, order: RowOrder, sizes: Sizes) -> list[Chec
     return [
         _scale(config.lora.alpha / config.lora.rank),
         _held_out(config, sizes.held_out),
-        _steps(num_steps, order, auto_epochs(sizes)),
+        _steps(num_steps, order, auto_epochs(sizes))
+        if config.train.budget is None
+        else CheckResult("steps", "pass", f"as many as fit into train.budget={config.train.budget}"),
         _rate(config.train, sizes.parameters),
-        _warmup(config.train, num_steps),
+        *([_warmup(config.train, num_steps)] if config.train.budget is None else []),
     ]
 
 

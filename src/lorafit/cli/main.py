@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from lorafit.cli import (
+    audit,
     chat,
     check,
     config,
@@ -60,6 +61,7 @@ app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("export")(export.export)
 app.command("eval")(evaluate.evaluate)
+app.command("audit")(audit.audit)
 app.command("runs")(runs.runs)
 app.command("studio")(studio.studio)
 app.command("sweep")(sweep.sweep)

@@ -68,7 +68,7 @@ class Sizes:
 def without_auto(config: Config, sizes: Sizes) -> Config:
     """`config` with a number for each `auto` in its train section. A config without `auto` stays as it is."""
     train = config.train
-    is_auto = train.epochs == AUTO and train.max_steps is None
+    is_auto = train.epochs == AUTO and train.max_steps is None and train.budget is None
     batch_size = auto_batch_size(sizes.rows) if train.batch_size == AUTO else train.batch_size
     steps_per_epoch = math.ceil(sizes.rows / batch_size)
     measures_others = config.data.eval_path or config.data.eval_split is not None
@@ -87,6 +87,8 @@ def without_auto(config: Config, sizes: Sizes) -> Config:
         numbers["epochs"] = max(few, float(math.ceil(LEAST_STEPS / steps_per_epoch)))
         numbers |= {"learning_rate": float(f"{rate:.1e}"), "refit": False, "tolerance": 0.0}
     changed = {key: value for key, value in numbers.items() if getattr(train, key) == AUTO}
+    if train.schedule == "auto":
+        changed["schedule"] = "cosine" if train.budget is None else "wsd"
     return config.model_copy(update={"train": train.model_copy(update=changed)}) if changed else config
 
 
@@ -113,7 +115,7 @@ def auto_learning_rate(parameters: int | None) -> float:
 def picked(given: Config, chosen: Config) -> str:
     """What of `chosen` stands for an `auto` of `given`, as on the command line; empty where nothing does."""
     keys = ["batch_size", "learning_rate"]
-    if given.train.max_steps is None:
+    if given.train.max_steps is None and given.train.budget is None:
         keys = ["epochs", *keys]
     words = [
         f"train.{key}={getattr(chosen.train, key):g}" for key in keys if getattr(given.train, key) == AUTO

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import datetime, timedelta
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
@@ -52,6 +53,43 @@ def _encoding(name: str) -> str:
     return name
 
 
+_UNITS = {"d": 86400.0, "h": 3600.0, "min": 60.0, "m": 60.0, "s": 1.0}
+_DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(d|h|min|m|s)\s*")
+_CLOCK = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)")
+
+
+def budget_seconds(text: str) -> float | None:
+    """The seconds in a duration such as `1h30m`, `20min` or `90s`; None for a clock time such as `18:00`.
+
+    Raises ValueError for any other text.
+    """
+    parts = _DURATION.findall(text)
+    seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    if _CLOCK.fullmatch(text):
+        return None
+    if not parts or _DURATION.sub("", text) or not 0 < seconds <= 365 * _UNITS["d"]:
+        raise ValueError("a time budget is a duration (`20min`, `1h30m`, seconds) or a clock time (`18:00`)")
+    return seconds
+
+
+def next_clock_time(text: str, now: datetime) -> datetime:
+    """The first moment after `now` at which a clock shows `text`."""
+    hour, minute = map(int, text.split(":"))
+    at = now.replace(hour=hour, minute=minute, second=0, microsecond=0)
+    return at if at > now else at + timedelta(days=1)
+
+
+def _time_budget(value: object) -> object:
+    """A duration or a clock time as its text; a number is one of seconds."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = f"{value:.9g}s"
+    if isinstance(value, str):
+        value = value.strip()
+        budget_seconds(value)
+    return value
+
+
+TimeBudget = Annotated[str, BeforeValidator(_time_budget)]
 Encoding = Annotated[str, AfterValidator(_encoding)]
 Interval = Annotated[int, BeforeValidator(_interval), Field(ge=0)]
 AUTO: Any = (

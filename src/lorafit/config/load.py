@@ -236,8 +236,17 @@ def _read_recipe(path: Path, places: dict[KeyPath, str], problems: list[Problem]
     return {key: {} if value is None else value for key, value in values.items()}
 
 
+_TEXT, _NUMBERS = "tag:yaml.org,2002:str", ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
 class _Loader(yaml.SafeLoader):
     """The safe loader without aliases, with which a small file can expand to a huge value."""
+
+    def resolve(self, kind: type[yaml.Node], value: Any, implicit: Any) -> Any:
+        """The tag of a node. `18:00` is a text: YAML 1.1 reads it as a number of base 60."""
+        tag = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+        is_sixties = kind is yaml.ScalarNode and tag in _NUMBERS and ":" in value
+        return _TEXT if is_sixties else tag
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):

@@ -16,6 +16,7 @@ from lorafit.config.fields import (
     OrAuto,
     Section,
     Strings,
+    TimeBudget,
     as_mapping,
     device_name,
     resumable,
@@ -212,6 +213,11 @@ class TrainSection(Section):
         ge=1,
         description="Length of the run and of its schedule in optimizer steps; overrides `epochs`.",
     )
+    budget: TimeBudget | None = Field(
+        None,
+        description="Length of the run in time: `20min`, `1h30m`, seconds, or a clock time such as `18:00`; overrides "
+        "`epochs`. Loading, measuring, saving and the proof are in it, pauses are not (a clock time passes).",
+    )
     batch_size: Annotated[int, Field(ge=1, le=65536), OrAuto] = Field(
         AUTO, description="Rows per optimizer step. `auto` is 16, and fewer where there are few rows."
     )
@@ -231,8 +237,10 @@ class TrainSection(Section):
         description="Peak learning rate of AdamW. `auto` is 2e-4 for models of a billion parameters or more, and "
         "higher for smaller ones.",
     )
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="Learning rate after warm-up; cosine and linear end at zero."
+    schedule: Literal["auto", "cosine", "linear", "constant", "wsd"] = Field(
+        "auto",
+        description="Learning rate after warm-up; all but `constant` end at zero. `wsd` stays and falls in the "
+        "last fifth. `auto` is `wsd` with `train.budget`, else `cosine`.",
     )
     warmup: float = Field(0.03, ge=0, description="Linear warm-up: a fraction of the run below 1, or steps.")
     weight_decay: float = Field(0.0, ge=0, lt=1, description="Decoupled weight decay.")
@@ -375,6 +383,10 @@ class Config(Section):
         measures_others = self.data.eval_path or self.data.eval_split is not None
         if self.train.refit is True and measures_others:
             raise ValueError("`train.refit` trains rows of `data.holdout`, and never those to measure on")
+        if self.train.budget is not None and self.train.max_steps is not None:
+            raise ValueError("`train.max_steps` and `train.budget` both set the length of the run: give one")
+        if self.train.budget is not None and self.train.refit is True:
+            raise ValueError("`train.refit` trains a second time, for which `train.budget` leaves no time")
         if fault := method_fault(self.train, self.data, self.distributed.strategy):
             raise ValueError(fault)
         return self

@@ -117,6 +117,17 @@ class Saved(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Digest(Event):
+    """SHA-256 of the adapter's numbers after `step`: the first step of a run, and each first one after a checkpoint,
+    so that `lorafit audit` can recompute the step and compare.
+    """
+
+    kind = "digest"
+    step: int
+    adapter: str
+
+
+@dataclass(frozen=True, slots=True)
 class Progress(Event):
     """Work between two steps: `done` of `total` parts of `what`. It is shown and not recorded."""
 

@@ -73,8 +73,8 @@ class Terminal:
                 part = 100 * event.num_trainable / max(event.num_parameters, 1)
                 counts = f"{short_count(event.num_parameters)} parameters, {short_count(event.num_trainable)} trained"
                 self._print(f"{event.model}  {counts} ({part:.2g} %)  {event.device} {event.dtype}")
-                sizes = f"{count(event.num_rows, 'row')}  {count(event.num_steps, 'step')}"
-                self._print(f"{sizes}  output {event.output}")
+                length = f"  {count(event.num_steps, 'step')}" if event.num_steps else ""
+                self._print(f"{count(event.num_rows, 'row')}{length}  output {event.output}")
                 self._started = time.monotonic()
             case Step():
                 self._step(event)

@@ -33,7 +33,10 @@ class Cadence:
         return cls(train.eval_every, train.save_every, config.run.samples_every, num_steps, steps_per_epoch)
 
     def at(self, step: int) -> Due:
-        """What follows `step`, counted from 1. The last step is measured and saved; its samples come with the end."""
+        """What follows `step`, counted from 1. The last step is measured and saved; its samples come with the end.
+
+        `num_steps` is 0 where time decides the length.
+        """
         last = step == self.num_steps
         return Due(
             measure=last or self._divides(step, self.eval_every),

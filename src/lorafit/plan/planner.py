@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from itertools import product
 from operator import attrgetter
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from lorafit.config.auto import picked, without_auto
+from lorafit.config.fields import budget_seconds, next_clock_time
 from lorafit.config.schema import Config
 from lorafit.data.build import TrainingData, build_data, row_order, sizes_of
 from lorafit.data.packing import Packer
@@ -39,7 +41,16 @@ from lorafit.plan.cadence import Cadence
 from lorafit.plan.calibrate import calibrate, quick_rates
 from lorafit.plan.cost_model import Shape, num_trainable
 from lorafit.plan.machine import Machine, process_seconds
-from lorafit.plan.predict import Memory, Plan, Schedule, heaviest, predict_memory, predict_times
+from lorafit.plan.predict import (
+    Memory,
+    Plan,
+    Schedule,
+    Throughput,
+    Times,
+    heaviest,
+    predict_memory,
+    predict_times,
+)
 from lorafit.plan.workload import Workload, estimate_workload, heldout_tokens, pack_of_rows
 from lorafit.verify.proof import stop_prompts
 from lorafit.verify.reload import PROBE_ROWS, Probe
@@ -70,7 +81,7 @@ class RunInputs:
     order: RowOrder
     started: float
     read_seconds: float
-    _workloads: dict[Packer, Workload] = field(default_factory=dict)
+    _workloads: dict[tuple[Packer, int], Workload] = field(default_factory=dict)
 
     @classmethod
     def read(cls, config: Config, quiet: bool) -> RunInputs:
@@ -98,6 +109,11 @@ class RunInputs:
             time.perf_counter() - started,
         )
 
+    def elapsed(self) -> float:
+        """Seconds since the start of the run: of its process, where that did nothing else before."""
+        elapsed, age = time.perf_counter() - self.started, process_seconds()
+        return max(age, elapsed) if age - elapsed < MOST_IMPORT_SECONDS else elapsed
+
     def num_steps(self, config: Config) -> int:
         """Optimizer steps of the run."""
         return self.order.num_steps(config.train.epochs, config.train.max_steps)
@@ -105,11 +121,10 @@ class RunInputs:
     def workload(self, config: Config) -> Workload:
         """What the run computes."""
         packer = _packer(config)
-        if packer not in self._workloads:
-            training = self.training_data.training
-            work = estimate_workload(training, self.order, self.num_steps(config), packer)
-            self._workloads[packer] = work
-        return self._workloads[packer]
+        key = packer, self.num_steps(config)
+        if key not in self._workloads:
+            self._workloads[key] = estimate_workload(self.training_data.training, self.order, key[1], packer)
+        return self._workloads[key]
 
 
 class Fit(NamedTuple):
@@ -190,24 +205,29 @@ def settings_of(candidate: Config, config: Config) -> str:
 
 
 def make_plan(
-    fitted: Fit, data: RunInputs, machine: Machine, network: Llama | None, *, calibrated: bool | None = None
+    fitted: Fit,
+    data: RunInputs,
+    machine: Machine,
+    network: Llama | None,
+    *,
+    calibrated: bool | None = None,
+    rates: Throughput | None = None,
 ) -> Plan:
     """The plan of a fitted config, by real passes where `calibrated` (by default where they cost the run little).
 
-    Without a network there are no times. The plan of a later run leaves out what it will find in the cache.
+    Without a network there are no times. `rates` are those that were measured before. The plan of a later run leaves
+    out what it will find in the cache. With a time budget it is the plan of about as many steps as fit.
     """
     config, work = fitted.config, data.workload(fitted.config)
     shape = _shape(config, data.arch, machine.device)
     schedule = _schedule(config, data, work)
     refit_steps = _refit_steps(config, data, work)
-    elapsed = time.perf_counter() - data.started
-    if (age := process_seconds()) - elapsed < MOST_IMPORT_SECONDS:
-        elapsed = max(age, elapsed)
+    elapsed = data.elapsed()
     new_process = elapsed - data.read_seconds  # one that loads the model again
     start = new_process if calibrated else elapsed
     loading_peak = Meter.memory_bytes() if network is not None else 0
-    rates = times = None
-    if network is not None:
+    times = None
+    if network is not None and rates is None:
         network.recompute = shape.recompute
         rates = quick_rates(network)
         index = heaviest(shape, work)
@@ -220,8 +240,14 @@ def make_plan(
             rates = calibrate(
                 network, work, index, rates, lambda number: pack_of_rows(training, work.pack_of[number])
             )
+    if rates is not None:
         times = predict_times(shape, work, schedule, rates, start, new_process, machine.ranks)
         times = replace(times, steps=times.steps * (1 + refit_steps / work.steps))
+        if config.train.budget is not None:
+            within = _within(config, times, work.steps)
+            return make_plan(
+                Fit(within, fitted.note), data, machine, network, calibrated=calibrated, rates=rates
+            )
     memory = _memory(config, data, machine, rates.peak_bytes if rates is not None else None)
     on_cpu = machine.device.type == "cpu"
     return Plan(
@@ -252,6 +278,16 @@ def make_plan(
         rates=rates,
         picked="; ".join(filter(None, [data.picked, fitted.note])),
     )
+
+
+def _within(config: Config, times: Times, steps: int) -> Config:
+    """`config` with about as many steps as fit into its time budget; `times` are those of `steps` steps."""
+    text, now = config.train.budget, datetime.now()
+    assert text is not None
+    seconds = budget_seconds(text) or (next_clock_time(text, now) - now).total_seconds()
+    fitting = round((seconds - times.total + times.steps) / (times.steps / steps))
+    train = config.train.model_copy(update={"max_steps": max(1, fitting), "budget": None})
+    return config.model_copy(update={"train": train})
 
 
 def plan_run(config: Config, *, quiet: bool = False) -> Plan:

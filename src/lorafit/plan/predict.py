@@ -19,7 +19,7 @@ from lorafit.plan.cost_model import Shape, base_bytes, num_trainable, saved_byte
 from lorafit.plan.workload import Workload
 
 _STEP_SECONDS = 6e-3  # per optimizer step: AdamW's calls, clipping, packing, recording
-_ENDS_SECONDS = 1.0  # making the run directory, digests, exporting the adapter, leaving the process
+ENDS_SECONDS = 1.0  # making the run directory, digests, exporting the adapter, leaving the process
 _OPTIMIZER_SECONDS = 8e-9  # AdamW and clipping, per parameter of the adapter
 _SAVE_SECONDS, _SAVED_BYTES_PER_SECOND = 0.05, 2.5e8  # a checkpoint is synced, then read back
 _PROOF_PASSES = 4  # base and tuned, trained and loaded
@@ -213,12 +213,12 @@ def predict_times(
     trainable = num_trainable(shape)
     # a forward pass makes one product per weight, training one more, and with recompute a third
     forward = rates.seconds_per_token / (3 if shape.recompute else 2)
-    one_save = _SAVE_SECONDS + trainable * _adapter_width(shape) * 3 / _SAVED_BYTES_PER_SECOND
+    one_save = save_seconds(trainable * _adapter_width(shape))
     proving = 0.0
     if schedule.proof_tokens is not None:
         proving = new_process + _PROOF_PASSES * schedule.proof_tokens * forward
     return Times(
-        start=start + _ENDS_SECONDS,
+        start=start + ENDS_SECONDS,
         steps=work.computed_tokens * rates.seconds_per_token / ranks
         + work.steps * (_STEP_SECONDS + trainable * _OPTIMIZER_SECONDS),
         measuring=schedule.measurements * schedule.heldout_tokens * forward / ranks,
@@ -228,6 +228,11 @@ def predict_times(
         ),
         proving=proving,
     )
+
+
+def save_seconds(adapter_bytes: int) -> float:
+    """Seconds for a checkpoint of an adapter of this size, with AdamW's two moments."""
+    return _SAVE_SECONDS + adapter_bytes * 3 / _SAVED_BYTES_PER_SECOND
 
 
 def _adapter_width(shape: Shape) -> int:

@@ -13,7 +13,7 @@ from lorafit.data.contract import begins_with
 from lorafit.data.ledger import Tokens
 from lorafit.observe.metrics_file import number
 from lorafit.observe.units import memory_size
-from lorafit.redact import without_secrets
+from lorafit.redact import shell, without_secrets
 from lorafit.report import plot
 from lorafit.report.curves import Curve
 from lorafit.report.escape import cut
@@ -199,7 +199,9 @@ def reproduce(facts: Facts) -> dict[str, Any] | None:
     ]
     shown = [table for table in known if table[1]]
     content = {"command": without_secrets(env.get("command")), "tables": shown, "config": facts.config}
-    return content if any(content.values()) else None
+    if not any(content.values()):
+        return None
+    return {**content, "audit": shell("lorafit", "audit", facts.path, "--steps", "5")}
 
 
 def _sample(sample: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

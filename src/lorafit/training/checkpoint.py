@@ -28,6 +28,7 @@ from lorafit.model.weights import is_fingerprint_of
 from lorafit.storage.atomic import commit_files, read_facts, run_error, verify_folder
 from lorafit.storage.safe_read import MB, parse_json, read_json
 from lorafit.training.loss_scale import LossScale
+from lorafit.training.pace import Budget
 from lorafit.training.setup import Prepared
 
 STATE, TENSORS = "state.json", "state.safetensors"
@@ -60,6 +61,7 @@ class TrainState:
     refit_from: int | None = None  # the last step of the first phase, in the second one (training/refit.py)
     refit_steps: int = 0  # of the second phase
     chosen_step: int | None = None  # of the first phase, which decided `refit_steps`
+    budget: Budget | None = None  # of a run whose length is a time
 
     def measured(self, loss: float, tolerance: float) -> bool:
         """Count the held-out loss of this step; True where it is less than (1 + `tolerance`) times the lowest one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ class AsyncCheckpointWriter:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._saved: Saved | None = None
+        self.seconds = 0.0  # what the last commit took
 
     def save(self, state: TrainState, files: Mapping[str, bytes], reason: str) -> None:
         """Start to commit `files`, the snapshot of `state`. Raises RunError where the commit before failed."""
@@ -38,6 +40,7 @@ class AsyncCheckpointWriter:
         hint = "free space or repair the disk, then `lorafit train --resume` resumes from the last checkpoint"
 
         def commit() -> None:
+            started = time.perf_counter()
             try:
                 with lock:  # the thread may outlive its run, where Python continues after a Ctrl-C
                     check()
@@ -47,6 +50,7 @@ class AsyncCheckpointWriter:
                         with run_error("cannot save", metrics, metrics.stat().st_size, hint):
                             sync(metrics)
                     commit_files(folder, files, facts, check)
+                self.seconds = time.perf_counter() - started
             except BaseException as error:
                 self._error = error
 

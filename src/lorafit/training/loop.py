@@ -34,15 +34,15 @@ from lorafit.model.device import device_memory_bytes
 from lorafit.model.llama import Llama
 from lorafit.model.lora import disable_adapter
 from lorafit.model.memory import MUCH_FREE, is_out_of_memory, release_free_memory
-from lorafit.observe.events import Heldout, Message, Observer, Progress, Step
+from lorafit.observe.events import Digest, Heldout, Message, Observer, Progress, Step
 from lorafit.observe.meters import Meter
 from lorafit.plan.cadence import Cadence
 from lorafit.redact import shell
 from lorafit.run_dir import RunDirectory
+from lorafit.training import pace
 from lorafit.training.checkpoint import TrainState, adapter_digest, snapshot
 from lorafit.training.checkpoint_writer import AsyncCheckpointWriter
 from lorafit.training.objective import OBJECTIVES, Objective, Passes, measure
-from lorafit.training.optim import learning_rate
 from lorafit.training.reference import Reference
 from lorafit.training.setup import Prepared
 from lorafit.training.signals import Requests
@@ -114,16 +114,21 @@ def train(job: TrainContext, state: TrainState, requests: Requests) -> Outcome:
     step is saved).
     """
     job.network.train()
+    timing = pace.Pace(job.config.train, job.num_steps, job.first_step)
+    if state.budget is not None:
+        timing = pace.TimedPace(job.config.train, state.budget, state.step, job.ranks)
     with (
         job.heartbeat,
         AsyncCheckpointWriter(job.run, job.config.train.keep, job.facts, job.observe) as writer,
     ):
+        if state.budget is not None and state.base_loss is None and job.heldout:
+            _measure_base(job, state)  # what a measurement takes must be known before the end
         if state.measuring_due:
             better, early = _measure(job, writer, state), state.early_stopped(job.config.train.patience)
             if better or early:
                 _save(job, writer, state, "ended early" if early else "best")
         with ThreadPoolExecutor(1, "packs") as ahead:
-            outcome = _steps(job, state, writer, ahead, requests)
+            outcome = _steps(job, state, writer, ahead, requests, timing)
         writer.wait(block=True)
         return outcome
 
@@ -134,15 +139,15 @@ def _steps(
     writer: AsyncCheckpointWriter,
     ahead: ThreadPoolExecutor,
     requests: Requests,
+    timing: pace.Pace,
 ) -> Outcome:
     """The steps. The thread `ahead` packs the rows of the next one while the device works."""
-    settings, length, num_steps = job.config.train, job.cadence.num_steps, job.num_steps
-    warmup = settings.warmup_steps(length)
-    meter = Meter()
-    device = job.prepared.built.device
+    settings, meter = job.config.train, Meter()
+    device, is_first = job.prepared.built.device, True  # since the last save
     upcoming = ahead.submit(_batch, job, state, state.step)
-    while state.step < num_steps and not state.early_stopped(settings.patience):
+    while state.step < timing.num_steps and not state.early_stopped(settings.patience):
         started = time.perf_counter()
+        rate = timing.rate(state.step)
         job.heartbeat.at(state.step + 1, COMPUTING)
         batch = upcoming.result()
         upcoming = ahead.submit(_batch, job, state, state.step + 1)
@@ -153,11 +158,11 @@ def _steps(
             upcoming = ahead.submit(_batch, job, state, state.step)
             continue
         loss, norm, _ = gradients
-        done = state.step - job.first_step
-        rate = learning_rate(done, length, settings.learning_rate, settings.schedule, warmup)
         job.optimizer.step(rate)
         job.optimizer.zero_grad()
         state.step += 1
+        done = state.step - job.first_step
+        due = timing.count(state.step, job.cadence.at(done), writer.seconds)
         job.heartbeat.at(state.step, BETWEEN)
         state.last_loss = loss
         state.scale.went_well()
@@ -167,8 +172,8 @@ def _steps(
         job.observe(
             Step(
                 step=state.step,
-                num_steps=num_steps,
-                epoch=round(job.order.epoch_at(done + 1), 4),
+                num_steps=timing.num_steps,
+                epoch=round(job.order.epoch_at(done), 4),
                 loss=loss,
                 learning_rate=rate,
                 grad_norm=norm,
@@ -182,9 +187,11 @@ def _steps(
                 imbalance=round(batch.imbalance, 4),
             )
         )
+        if is_first and job.ranks.is_main:
+            job.observe(Digest(state.step, adapter_digest(job.network).hex()))
+        is_first = False
         writer.wait(block=False)
-        ended = state.step == num_steps
-        due = job.cadence.at(done + 1)
+        ended = state.step == timing.num_steps
         state.measuring_due = due.measure and bool(job.heldout)
         stopping = state.measuring_due and job.ranks.any(requests.stop())[0]
         better = state.measuring_due and not stopping and _measure(job, writer, state)
@@ -196,10 +203,12 @@ def _steps(
         if stopping or early or better or requested or due.save:
             reason = "stopped" if stopping else "best" if better else "finished" if ended else "due"
             reason = "ended early" if early else reason
+            timing.pause()
             _save(job, writer, state, "asked for" if requested and reason == "due" else reason)
+            is_first = True
         if stopping and (not ended or state.measuring_due):
             return "interrupted"
-    return "finished" if state.step == num_steps else "ended early"
+    return "finished" if state.step == timing.num_steps else "ended early"
 
 
 def _batch(job: TrainContext, state: TrainState, step: int) -> Batch:
@@ -303,24 +312,38 @@ def _by_rows(batch: Batch, losses: NDArray[np.floating[Any]]) -> NDArray[np.floa
     return sums
 
 
-def _measure(job: TrainContext, writer: AsyncCheckpointWriter, state: TrainState) -> bool:
-    """Measure the held-out loss, and once that of the base; True where the adapter is the best so far.
+def _measure_base(job: TrainContext, state: TrainState) -> None:
+    """Measure the held-out loss of the base; of preferences it comes with every measurement."""
+    with disable_adapter(job.network, when=job.objective.loss is None):
+        state.base_loss = _heldout_loss(job, state)
 
-    Raises RunError where memory runs out; then the step is saved, and a resume measures it.
-    """
+
+def _heldout_loss(job: TrainContext, state: TrainState) -> float:
+    """The held-out loss of the network as it is."""
 
     def measuring(done: int, total: int) -> None:
         job.observe(Progress("measuring held-out rows", done, total))
         job.heartbeat.at(state.step, BETWEEN)
 
+    started = pace.clock()
+    if job.objective.loss is not None:
+        state.base_loss, loss = measure(job, state.step, measuring)
+    else:
+        loss = heldout_loss(job.network, job.heldout, measuring, job.ranks, job.engine)
+    if state.budget is not None:
+        state.budget.measuring = pace.clock() - started
+    return loss
+
+
+def _measure(job: TrainContext, writer: AsyncCheckpointWriter, state: TrainState) -> bool:
+    """Measure the held-out loss, and once that of the base; True where the adapter is the best so far.
+
+    Raises RunError where memory runs out; then the step is saved, and a resume measures it.
+    """
     try:
-        if job.objective.loss is not None:
-            state.base_loss, loss = measure(job, state.step, measuring)
-        else:
-            if state.base_loss is None:
-                with disable_adapter(job.network):
-                    state.base_loss = heldout_loss(job.network, job.heldout, measuring, job.ranks, job.engine)
-            loss = heldout_loss(job.network, job.heldout, measuring, job.ranks, job.engine)
+        if state.base_loss is None and job.objective.loss is None:
+            _measure_base(job, state)
+        loss = _heldout_loss(job, state)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or not job.ranks.is_single_process:  # the other ranks would wait
             raise

@@ -22,18 +22,26 @@ def make_optimizer(network: nn.Module, config: Config) -> AdamW:
     }
     return AdamW(parameters.values(), config.train.weight_decay, factors)
 
+FALL = 0.2  # the part of a `wsd` run in which the rate falls
+
 
 def learning_rate(
-    step: int, num_steps: int, peak: float, schedule: Literal["cosine", "linear", "constant"], warmup: int
+    step: int,
+    num_steps: float,
+    peak: float,
+    schedule: Literal["auto", "cosine", "linear", "constant", "wsd"],
+    warmup: int,
 ) -> float:
     """The rate of step number `step` (from 0).
 
     Warm-up rises from peak / (warmup + 1), so that no step has a rate of zero. After it `linear` falls as in
-    transformers' linear schedule, `cosine` along half a wave.
+    transformers' linear schedule, `cosine` along half a wave; `wsd` stays and falls linearly in the last fifth.
     """
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     if schedule == "constant":
         return peak
+    if schedule == "wsd":
+        return peak * min(1.0, (num_steps - step) / max(1.0, num_steps * FALL))
     done = (step - warmup) / max(1, num_steps - warmup)
     return peak * (1 - done if schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)

@@ -38,6 +38,7 @@ class Resumption:
         if step is not None and RunState.of(run).is_complete and run.has_adapter():
             state, facts = read_state(run.checkpoint(step)), read_facts(run.checkpoint(step))
             last = facts.get("steps") if state.refit_from is None else state.refit_from + state.refit_steps
+            last = last if state.budget is None else state.budget.last
             if state.early_stopped(config.train.patience) or step == last:
                 finished = state
         return cls(config, step, skipped, finished)

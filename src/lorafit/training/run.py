@@ -18,6 +18,7 @@ from lorafit.distributed.parallel import Engine, ReplicatedEngine
 from lorafit.distributed.ranks import Ranks, check_strategy, init_process_group
 from lorafit.distributed.watchdog import Heartbeat
 from lorafit.errors import RunError
+from lorafit.evaluate.learned import MOST_HELDOUT_TOKENS, MOST_TRAINED_TOKENS
 from lorafit.evaluate.samples import SampleGenerator
 from lorafit.infer.model import Model
 from lorafit.model.adapter_file import adapter_tensors
@@ -43,7 +44,7 @@ from lorafit.plan.table import short_lines
 from lorafit.redact import shell
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import read_facts, sha256_file, verify_folder
-from lorafit.training import loop, refit
+from lorafit.training import loop, pace, refit
 from lorafit.training.checkpoint import (
     FILES,
     TrainState,
@@ -58,6 +59,7 @@ from lorafit.training.finish import finish, leave_report, observe_early_end
 from lorafit.training.loss_scale import LossScale
 from lorafit.training.objective import with_reference
 from lorafit.training.optim import make_optimizer
+from lorafit.training.pace import Budget
 from lorafit.training.resume import Resumption, find_run_of_launch
 from lorafit.training.setup import (
     Prepared,
@@ -258,7 +260,7 @@ def run_training(
         job = with_reference(make_context(prepared, run, ranks, observe))
         state = restore(job, step)
         job = job if state.refit_from is None else refit.context(job, state)
-        announce_start(job, show_plan=step is None)
+        announce_start(job, state, show_plan=step is None)
         outcome, seconds = train(job, state)
         if refit.is_due(job, state, outcome):
             if ranks.is_main:
@@ -303,8 +305,8 @@ def make_context(prepared: Prepared, run: RunDirectory, ranks: Ranks, observe: O
     """What the loop works on: engine, optimizer, rows and settings. It seeds the random generators."""
     config, data, built = prepared.config, prepared.data, prepared.built
     network, rows = built.network, data.training_data
-    num_steps = data.num_steps(config)
-    if reason := enable_compile(built.device, num_steps):
+    num_steps = data.num_steps(config) if config.train.budget is None else 0  # time decides
+    if reason := enable_compile(built.device, data.num_steps(config)):
         observe(Message(f"elementwise operations are not compiled, which is slower: {reason}", "warning"))
     network.recompute = config.train.recompute == "layers"
     network.neftune = config.train.neftune
@@ -338,11 +340,17 @@ def make_context(prepared: Prepared, run: RunDirectory, ranks: Ranks, observe: O
 def restore(job: loop.TrainContext, step: int | None) -> TrainState:
     """The state to train from; network, optimizer and random generators get the values of checkpoint `step`."""
     built, run, ranks = job.prepared.built, job.run, job.ranks
+    text = job.config.train.budget
     if step is None:
-        return TrainState(scale=LossScale.for_dtype(built.dtype))
+        budget = Budget.of(text) if text is not None else None
+        return TrainState(scale=LossScale.for_dtype(built.dtype), budget=budget)
     folder = run.checkpoint(step)
     files = ranks.broadcast_files(folder, FILES)
     state = load_checkpoint(files, folder, job.network, job.optimizer)
+    if text is not None:
+        state.budget = Budget.of(text) if state.budget is None else state.budget.changed(text)
+    elif state.budget is not None:
+        state.budget = None
     best = state.best_step
     lost_best = best not in (None, step) and ranks.is_main and bool(verify_folder(run.checkpoint(best)))
     if ranks.any(lost_best)[0]:
@@ -357,8 +365,8 @@ def restore(job: loop.TrainContext, step: int | None) -> TrainState:
     return state
 
 
-def announce_start(job: loop.TrainContext, *, show_plan: bool) -> None:
-    """Report the size of the run, and its plan."""
+def announce_start(job: loop.TrainContext, state: TrainState, *, show_plan: bool) -> None:
+    """Report the size of the run, and its plan. Raises RunError where a time budget leaves no time for a step."""
     built, ranks = job.prepared.built, job.ranks
     job.observe(
         RunStarted(
@@ -373,8 +381,13 @@ def announce_start(job: loop.TrainContext, *, show_plan: bool) -> None:
         )
     )
     if show_plan and ranks.is_main:
-        for line in short_lines(_plan(job)):
+        plan = _plan(job)
+        for line in short_lines(plan):
             job.observe(Message(line))
+        if state.budget is not None:
+            asked = min(MOST_TRAINED_TOKENS, plan.tokens_per_epoch) + MOST_HELDOUT_TOKENS
+            elapsed = job.prepared.data.elapsed()
+            job.observe(Message(pace.begin(state.budget, plan, elapsed, asked)))
 
 
 def _plan(job: loop.TrainContext) -> Plan:
