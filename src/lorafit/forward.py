@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lorafit.data.packing import Pack
 from lorafit.model.attention import PackedDocuments
-from lorafit.model.llama import Llama
+from lorafit.model.llama import Llama, capped
+from lorafit.model.lora import disable_adapter, evaluating
 from lorafit.model.loss import loss_sum_and_parts
-from lorafit.model.ops import uniform
+from lorafit.model.ops import uniform, wide
 
 FILL = 16
 
@@ -55,6 +56,34 @@ def pack_predictions(network: Llama, pack: Pack) -> tuple[NDArray[np.float64], N
         losses.append(F.cross_entropy(logits, targets, reduction="none"))
         is_first.append(logits.argmax(-1) == targets)
     return torch.cat(losses).numpy(), torch.cat(is_first).numpy()
+
+
+def divergences(network: Llama, pack: Pack) -> tuple[Tensor, Tensor]:
+    """Sum of KL(base || tuned) of the next token at a pack's targets, in nats, and its parts (targets,). The sum has a
+    gradient. Only for passes of few targets: their logits are alive at the same time.
+    """
+    base, tuned = _log_probabilities(network, pack)
+    each = F.kl_div(tuned, base, reduction="none", log_target=True).sum(-1)
+    return each.sum(), each
+
+
+def pack_drift(network: Llama, pack: Pack) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """(KL(base || tuned) of each target in nats, whether the most probable token is another one), both (targets,)."""
+    base, tuned = _log_probabilities(network, pack)
+    each = F.kl_div(tuned, base, reduction="none", log_target=True).sum(-1)
+    return each.double().cpu().numpy(), (base.argmax(-1) != tuned.argmax(-1)).cpu().numpy()
+
+
+def _log_probabilities(network: Llama, pack: Pack) -> tuple[Tensor, Tensor]:
+    """Those of the base and of the tuned model, each (targets, vocab_size)."""
+    with disable_adapter(network), evaluating(network), torch.no_grad():
+        base = _log_softmax(network, _supervised(network, pack))
+    return base, _log_softmax(network, _supervised(network, pack))
+
+
+def _log_softmax(network: Llama, supervised: Tensor) -> Tensor:
+    logits = F.linear(network.normed(supervised), network.lm_head.weight)
+    return F.log_softmax(capped(logits.to(wide(logits.dtype)), network.arch.logits_cap), -1)
 
 
 def _supervised(network: Llama, pack: Pack) -> Tensor:

@@ -43,6 +43,7 @@ class RunDirectory:
 
     config.yaml (resolved, every key) · env.json · prompt.json · ledger.json · check.json · metrics.jsonl ·
     checkpoints/step-000200/ · adapter/ (the final PEFT folder) · samples.json · proof.json · rows.json · report.html ·
+    drift.json (the answers of the base to neutral prompts, where they are used) ·
     heartbeat.json (of several ranks, when one was stuck) · exports/
     """
 
@@ -57,6 +58,7 @@ class RunDirectory:
         self.samples_file = path / "samples.json"
         self.proof_file = path / "proof.json"
         self.rows_file = path / "rows.json"
+        self.drift_file = path / "drift.json"
         self.report_file = path / "report.html"
         self.heartbeat_file = path / "heartbeat.json"
         self.lock_file = path / "run.lock"

@@ -263,6 +263,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "train.keep_best": st.booleans(),
     "train.tolerance": st.floats(0, 10) | AUTO,
     "train.refit": st.just(False) | AUTO,  # true goes with no data.eval_path
+    "train.anchor": st.floats(0, 10),
+    "train.max_drift": st.none() | st.floats(0, 1e6, exclude_min=True),
     "train.patience": st.integers(0) | AUTO,
     "run.output": st.none() | TEXT,
     "distributed.strategy": st.sampled_from(["auto", "single", "ddp", "fsdp"]),
@@ -274,6 +276,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "run.prompts": st.none() | TEXT,
     "run.samples": st.integers(0, 50),
     "run.samples_every": st.none() | INTERVALS,
+    "run.drift": st.booleans(),
     "run.verify": st.booleans(),
 }
 

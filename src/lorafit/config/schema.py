@@ -285,6 +285,19 @@ class TrainSection(Section):
         description="Train again at the end on all rows, for the length that the held-out rows chose. `auto` does so "
         "with `train.epochs=auto` and fewer than 1,000 rows, where each row counts.",
     )
+    anchor: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="Weight of a second loss: the divergence from the base on its own answers to neutral prompts that "
+        "ship with lorafit. 0.1 keeps more of what the base knew (docs/forgetting.md).",
+    )
+    max_drift: float | None = resumable(
+        None,
+        gt=0,
+        description="End the run where its divergence from the base on other neutral prompts is above this, in nats "
+        "per token. The adapter is then the best one before (needs `data.holdout`).",
+    )
     patience: Annotated[int, Field(ge=0), OrAuto] = resumable(
         AUTO,
         description="End the run after this many held-out measurements in a row without a better one; 0 for never. "
@@ -341,6 +354,11 @@ class RunSection(Section):
     )
     samples_every: Interval | None = Field(
         None, description="Steps between answers to these prompts during training, or `epoch`."
+    )
+    drift: bool = Field(
+        False,
+        description="At each held-out measurement, measure how far the model has moved from its base on neutral "
+        "prompts; `train.max_drift` does so too.",
     )
     verify: bool = Field(
         True,

@@ -117,6 +117,18 @@ class Saved(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Drift(Event):
+    """How far the model of `step` has moved from its base on neutral prompts: the mean divergence of the next token in
+    nats, and the share of greedy tokens that changed.
+    """
+
+    kind = "drift"
+    step: int
+    divergence: float
+    changed: float
+
+
+@dataclass(frozen=True, slots=True)
 class Digest(Event):
     """SHA-256 of the adapter's numbers after `step`: the first step of a run, and each first one after a checkpoint,
     so that `lorafit audit` can recompute the step and compare.

@@ -19,6 +19,7 @@ from lorafit.observe.console import can_redraw, clean_line, console_of, print_li
 from lorafit.observe.events import (
     Answers,
     Diagnosis,
+    Drift,
     Event,
     Heldout,
     Learned,
@@ -85,6 +86,9 @@ class Terminal:
             case Preferences(rows="heldout"):
                 margin = "" if event.margin is None else f"margin {event.margin:.3f}  "
                 self._print(f"step {event.step}  held-out {margin}in order {event.accuracy:.1%}")
+            case Drift():
+                moved = f"{event.divergence:.3g} nats, {100 * event.changed:.3g} % of greedy tokens changed"
+                self._print(f"step {event.step}  drift from the base {moved}")
             case Refit():
                 steps = event.num_steps - event.step
                 loss = "" if event.heldout_loss is None else f" (held-out loss {event.heldout_loss:.3f})"

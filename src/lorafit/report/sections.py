@@ -76,6 +76,7 @@ def progress(facts: Facts, view: View = View()) -> list[plot.Chart]:
     curves = facts.steps.curves
     rates, norms, speed = (curves[name] for name in ("learning_rate", "grad_norm", "tokens_per_second"))
     memory = plot.Line("value", "one", curves["memory_bytes"].points())
+    drift = plot.Line("value", "one", facts.series("drift", "divergence"), dots=True)
     charts = [
         plot.line_chart("Learning rate", [plot.Line("value", "one", rates.points())], _short, span=view.span),
         plot.line_chart("Gradient norm", _smooth(norms, view.parts), _short, log=True, span=view.span),
@@ -87,6 +88,11 @@ def progress(facts: Facts, view: View = View()) -> list[plot.Chart]:
             span=view.span,
         ),
         plot.line_chart("Peak memory", [memory], memory_size, zero=True, span=view.span),
+        plot.line_chart("Drift from the base, nats per token", [drift], _short, zero=True),
+        plot.line_chart("Learning rate", [plot.Line("value", "one", rates.points())], _short),
+        plot.line_chart("Gradient norm", _smooth(norms), _short, log=True),
+        plot.line_chart("Tokens per second", _smooth(speed), lambda value: f"{value:,.0f}", zero=True),
+        plot.line_chart("Peak memory", [memory], memory_size, zero=True),
     ]
     return [chart for chart in charts if chart]
 

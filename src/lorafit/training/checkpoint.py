@@ -61,6 +61,7 @@ class TrainState:
     refit_from: int | None = None  # the last step of the first phase, in the second one (training/refit.py)
     refit_steps: int = 0  # of the second phase
     chosen_step: int | None = None  # of the first phase, which decided `refit_steps`
+    too_far: bool = False  # the drift was above `train.max_drift`
     budget: Budget | None = None  # of a run whose length is a time
 
     def measured(self, loss: float, tolerance: float) -> bool:
@@ -74,8 +75,10 @@ class TrainState:
         return better
 
     def early_stopped(self, patience: int) -> bool:
-        """Whether the held-out loss has not fallen for `patience` measurements in a row; 0 is never."""
-        return 0 < patience <= self.num_worse
+        """Whether the held-out loss has not fallen for `patience` measurements in a row (0 is never), or the drift is
+        too large.
+        """
+        return self.too_far or 0 < patience <= self.num_worse
 
 
 _STATE = TypeAdapter(TrainState)

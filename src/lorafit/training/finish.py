@@ -88,7 +88,15 @@ def _export_best(job: TrainContext, state: TrainState) -> int:
 
 def observe_early_end(job: TrainContext, state: TrainState, outcome: Outcome) -> None:
     """Report why the first phase ended before its last step, if it did."""
-    if outcome == "ended early":
+    if state.too_far:
+        most, before = (
+            job.config.train.max_drift,
+            "the best one before is taken" if state.best_step else "it stays",
+        )
+        job.observe(
+            Message(f"the adapter of step {state.step} moved further than {most:g}: {before}", "warning")
+        )
+    elif outcome == "ended early":
         count = state.num_worse
         job.observe(Message(f"ended early: {count} held-out measurements in a row were no better"))
 
@@ -121,6 +129,8 @@ def _longer(job: TrainContext, outcome: Outcome) -> str:
     settings = job.config.train
     if outcome == "ended early":
         return "the held-out rows ended the run, train.patience=0 trains on"
+    if settings.budget is not None:
+        return f"train longer, with more than train.budget={settings.budget}"
     if settings.max_steps is not None:
         return f"train longer, for example train.max_steps={2 * settings.max_steps}"
     return f"train longer, for example train.epochs={2 * settings.epochs:g}"

@@ -26,15 +26,16 @@ from lorafit.distributed.parallel import Compute, Engine
 from lorafit.distributed.ranks import RankError, Ranks
 from lorafit.distributed.watchdog import BETWEEN, COMPUTING, SHARING, Heartbeat
 from lorafit.errors import RunError, TrainingError
+from lorafit.evaluate.drift import Neutral
 from lorafit.evaluate.heldout import heldout_loss
 from lorafit.evaluate.samples import SampleGenerator
-from lorafit.forward import pack_losses
+from lorafit.forward import divergences, pack_losses
 from lorafit.model.adamw import AdamW
 from lorafit.model.device import device_memory_bytes
 from lorafit.model.llama import Llama
 from lorafit.model.lora import disable_adapter
 from lorafit.model.memory import MUCH_FREE, is_out_of_memory, release_free_memory
-from lorafit.observe.events import Digest, Heldout, Message, Observer, Progress, Step
+from lorafit.observe.events import Digest, Drift, Heldout, Message, Observer, Progress, Step
 from lorafit.observe.meters import Meter
 from lorafit.plan.cadence import Cadence
 from lorafit.redact import shell
@@ -77,6 +78,7 @@ class TrainContext:
     samples: SampleGenerator
     facts: Mapping[str, Any]
     initial: Mapping[str, Tensor]
+    neutral: Neutral | None = None
     first_step: int = 0
     reference: Reference | None = None
 
@@ -192,7 +194,8 @@ def _steps(
         is_first = False
         writer.wait(block=False)
         ended = state.step == timing.num_steps
-        state.measuring_due = due.measure and bool(job.heldout)
+        state.too_far = due.measure and _is_too_far(job, state)
+        state.measuring_due = due.measure and bool(job.heldout) and not state.too_far
         stopping = state.measuring_due and job.ranks.any(requests.stop())[0]
         better = state.measuring_due and not stopping and _measure(job, writer, state)
         # a signal to one rank is one to all
@@ -276,6 +279,11 @@ def _passes(
     row_losses: list[Tensor] = []
     sharing = False  # from then on a rank that stops leaves the others waiting
     try:
+        if job.config.train.anchor and job.neutral is not None:
+            with job.engine.accumulating():
+                anchor = job.neutral.anchor(state.step)
+                weight = job.config.train.anchor * state.scale.factor / len(anchor.targets)
+                (job.engine.loss(divergences, anchor)[0] * weight).backward()
         for index, pack in enumerate(packs):
             torch.set_rng_state(random)
             with nullcontext() if index == last else job.engine.accumulating():
@@ -310,6 +318,19 @@ def _by_rows(batch: Batch, losses: NDArray[np.floating[Any]]) -> NDArray[np.floa
         sums, owners, losses[: len(owners)]
     )  # an empty pack has a loss without an owner, and is the last
     return sums
+
+
+def _is_too_far(job: TrainContext, state: TrainState) -> bool:
+    """Measure the drift from the base, where that is wanted; True where it is above `train.max_drift`."""
+    limit = job.config.train.max_drift
+    if limit is None and not job.config.run.drift:
+        return False
+    far = False
+    if job.neutral is not None:  # on the first rank
+        drift = Drift(state.step, *job.neutral.drift(job.network))
+        job.observe(drift)
+        far = limit is not None and drift.divergence > limit
+    return job.ranks.any(far)[0]
 
 
 def _measure_base(job: TrainContext, state: TrainState) -> None:
