@@ -398,6 +398,9 @@ SERVED = "tests/serve"
 STUDIO = "tests/studio"
 EXPORTED = "tests/export/test_card.py and test_quoting.py"
 LEAVING: dict[str, dict[str, str]] = {
+    "sweep/halving.py _run": {"write_file": "an_error"},
+    "sweep/halving.py _write": {"write_file": DATA, "dumps": DATA},
+    "sweep/halving.py _write_recipe": {"write_file": "the_config_of_a_run"},
     "check/machine_probe.py": {"print": OWN, "dumps": OWN},
     "check/preflight.py find": {"dumps": DATA},
     "cli/config.py config": {"dumps": OWN},
@@ -407,7 +410,7 @@ LEAVING: dict[str, dict[str, str]] = {
     "cli/output.py put_json": {"echo": "json_of_a_command"},
     "cli/show.py show": {"write_file": "a_page_of_rows"},
     "config/load.py override_words": {"dumps": DATA},
-    "config/load.py dump_config": {"safe_dump": "the_config_of_a_run"},
+    "config/load.py dump_values": {"safe_dump": "the_config_of_a_run"},
     "data/chat_template.py ChatTemplate.parts": {"render": DATA},
     "data/chat_template.py ChatTemplate._holes": {"render": DATA},
     "data/chat_template.py ChatTemplate._asks_without_thought": {"render": DATA},

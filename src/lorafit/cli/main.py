@@ -31,6 +31,7 @@ from lorafit.cli import (
     studio,
     sweep,
     train,
+    tune,
 )
 from lorafit.cli.output import put_line
 from lorafit.distributed.env import ProcessEnv, exit_code_of_previous_attempt, mark_no_restart
@@ -65,6 +66,7 @@ app.command("audit")(audit.audit)
 app.command("runs")(runs.runs)
 app.command("studio")(studio.studio)
 app.command("sweep")(sweep.sweep)
+app.command("tune")(tune.tune)
 app.command("models")(models.models)
 app.command("config")(config.config)
 app.command("doctor")(doctor.doctor)

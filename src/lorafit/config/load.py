@@ -198,7 +198,11 @@ def option_hint(option: str) -> str:
 
 def dump_config(config: Config) -> str:
     """The whole config as YAML, every key, in the schema's order; `load_config` reads it back equal."""
-    values = config.model_dump(mode="json")
+    return dump_values(config.model_dump(mode="json"))
+
+
+def dump_values(values: Mapping[str, Any]) -> str:
+    """Some values of a config as YAML."""
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     if yaml.safe_load(text) != values:  # PyYAML leaves a few line separators unescaped
         text = yaml.safe_dump(values, sort_keys=False)

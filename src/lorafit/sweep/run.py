@@ -26,6 +26,11 @@ class TrialResult:
     trial: Trial
     summary: Summary | None
 
+    @classmethod
+    def of(cls, trial: Trial) -> TrialResult:
+        """The result of a trial as it is on disk."""
+        return cls(trial, summarize(trial.run) if trial.run.config_file.exists() else None)
+
     @property
     def state(self) -> str:
         """The state of the run, `failed` where it raised an error, `waiting` before it begins."""
@@ -99,10 +104,7 @@ def run_sweep(
         interrupted = work_beside_each_other(folder, jobs) == 130
     else:
         interrupted = not work(trials, announce, quiet=quiet)
-    results = [
-        TrialResult(trial, summarize(trial.run) if trial.run.config_file.exists() else None)
-        for trial in trials
-    ]
+    results = [TrialResult.of(trial) for trial in trials]
     results.sort(key=lambda result: (result.loss is None, result.loss or 0.0))
     failed = any(result.state == "failed" for result in results)
     return results, 130 if interrupted else 2 if failed else 0
