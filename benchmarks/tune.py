@@ -1,6 +1,6 @@
 """Compares `lorafit tune` with the full grid of its points: the held-out loss of its pick, and the time of both.
 
-    python benchmarks/tune.py --model MODEL --data ROWS [--steps 64] [section.key=value ...]
+python benchmarks/tune.py --model MODEL --data ROWS [--steps 64] [section.key=value ...]
 """
 
 from __future__ import annotations
@@ -33,7 +33,13 @@ def main() -> None:
         tuned = tune(Path(folder, "tune"), [], words, None, {}, None, print, True)
         took = time.perf_counter() - started
         started = time.perf_counter()
-        own = [*words, "run.samples=0", "train.patience=0", f"train.eval_every={given.steps}", "train.schedule=wsd"]
+        own = [
+            *words,
+            "run.samples=0",
+            "train.patience=0",
+            f"train.eval_every={given.steps}",
+            "train.schedule=wsd",
+        ]
         planned = []
         for point in points:
             vary = [f"{key}={value}" for key, value in point.items()]
@@ -45,7 +51,11 @@ def main() -> None:
         best = grid[0]
         assert pick is not None
         assert best.loss is not None
-        result = {"pick": tuned.results[0].trial.point, "best": best.trial.point, "above_best": pick / best.loss - 1}
+        result = {
+            "pick": tuned.results[0].trial.point,
+            "best": best.trial.point,
+            "above_best": pick / best.loss - 1,
+        }
         print(json.dumps({**result, "seconds": took, "grid_seconds": whole, "part": took / whole}))
 
 

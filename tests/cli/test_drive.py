@@ -107,6 +107,7 @@ WRITTEN = {
         "--output",
         "PATH",
     ],
+    "tune --output": ["tune", "--model", MODEL, "--data", ROWS, *QUICK, "--output", "PATH"],
     "generate --output": [
         "generate",
         MODEL,

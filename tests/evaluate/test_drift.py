@@ -26,7 +26,7 @@ MEASURE = ["run.drift=true", "train.max_steps=8", "train.eval_every=2", "train.s
 def tuned(family: str, scale: float) -> Llama:
     """A network in float64 with an adapter that is not zero."""
     network = random_network(family, dtype=torch.float64)
-    attach(network, LoraSpec(rank=4), 0)
+    attach(network, LoraSpec(4, 8.0, 0.0, ("all-linear",), False), 0)
     generator = torch.Generator().manual_seed(1)
     for module in adapted(network).values():
         module.lora_A.data = module.lora_A.data.double()

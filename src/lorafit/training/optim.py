@@ -22,6 +22,7 @@ def make_optimizer(network: nn.Module, config: Config) -> AdamW:
     }
     return AdamW(parameters.values(), config.train.weight_decay, factors)
 
+
 FALL = 0.2  # the part of a `wsd` run in which the rate falls
 
 
