@@ -34,7 +34,7 @@ from lorafit.cli import (
     tune,
 )
 from lorafit.cli.output import put_line
-from lorafit.distributed.env import ProcessEnv, exit_code_of_previous_attempt, mark_no_restart
+from lorafit.distributed.env import ProcessEnv, command, exit_code_of_previous_attempt, mark_no_restart
 from lorafit.errors import LorafitError, Problem
 from lorafit.redact import redact, visible
 from lorafit.version import __version__
@@ -92,6 +92,7 @@ def _options(
 def main() -> None:
     """Run the command line and exit."""
     gc.set_threshold(*COLLECT)
+    command["is_one_run"] = sys.argv[1:2] in (["train"], ["plan"])
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that is not UTF-8 shows the rest as `\ud55c`
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -12,6 +12,9 @@ from pathlib import Path
 
 from lorafit.errors import Problem, RunError
 
+# Whether this process is a command that makes one run: then the run's time begins with the process.
+command = {"is_one_run": False}
+
 
 @dataclass(frozen=True, slots=True)
 class ProcessEnv:

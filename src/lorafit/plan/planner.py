@@ -19,7 +19,7 @@ from lorafit.config.schema import Config
 from lorafit.data.build import TrainingData, build_data, row_order, sizes_of
 from lorafit.data.packing import Packer
 from lorafit.data.row_order import RowOrder
-from lorafit.distributed.env import ProcessEnv
+from lorafit.distributed.env import ProcessEnv, command
 from lorafit.errors import ConfigError, RunError
 from lorafit.evaluate.samples import SAMPLE_TOKENS, Prompt, prompts_of
 from lorafit.hub.client import ModelFolder
@@ -112,7 +112,8 @@ class RunInputs:
     def elapsed(self) -> float:
         """Seconds since the start of the run: of its process, where that did nothing else before."""
         elapsed, age = time.perf_counter() - self.started, process_seconds()
-        return max(age, elapsed) if age - elapsed < MOST_IMPORT_SECONDS else elapsed
+        is_own = command["is_one_run"] or age - elapsed < MOST_IMPORT_SECONDS
+        return max(age, elapsed) if is_own else elapsed
 
     def num_steps(self, config: Config) -> int:
         """Optimizer steps of the run."""
