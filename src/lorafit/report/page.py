@@ -106,11 +106,10 @@ def tiles(facts: Facts) -> list[dict[str, str]]:
         found.append(_tile("held-out loss", f"{summary.heldout_loss:.3f}", before=before, after=after))
     elif losses := facts.steps.curves["loss"].points():
         found.append(_tile("loss of the last step", f"{losses[-1][1]:.3f}"))
-        tiles.append(_tile("loss of the last step", f"{losses[-1][1]:.3f}"))
     if (divergence := number((drift := facts.last("drift")).get("divergence"))) is not None:
         changed = number(drift.get("changed")) or 0.0
         after = f"{100 * changed:.3g} % of greedy tokens"
-        tiles.append(_tile("drift from the base", f"{divergence:.3g} nats", after=after))
+        found.append(_tile("drift from the base", f"{divergence:.3g} nats", after=after))
     for check in facts.proof.get("checks", ()) if isinstance(facts.proof.get("checks"), list) else ():
         values = check.get("values") if isinstance(check, dict) and check.get("name") == "stop" else None
         if isinstance(values, dict) and number(values.get("prompts")):

@@ -88,11 +88,7 @@ def progress(facts: Facts, view: View = View()) -> list[plot.Chart]:
             span=view.span,
         ),
         plot.line_chart("Peak memory", [memory], memory_size, zero=True, span=view.span),
-        plot.line_chart("Drift from the base, nats per token", [drift], _short, zero=True),
-        plot.line_chart("Learning rate", [plot.Line("value", "one", rates.points())], _short),
-        plot.line_chart("Gradient norm", _smooth(norms), _short, log=True),
-        plot.line_chart("Tokens per second", _smooth(speed), lambda value: f"{value:,.0f}", zero=True),
-        plot.line_chart("Peak memory", [memory], memory_size, zero=True),
+        plot.line_chart("Drift from the base, nats per token", [drift], _short, zero=True, span=view.span),
     ]
     return [chart for chart in charts if chart]
 
