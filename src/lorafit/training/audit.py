@@ -27,6 +27,7 @@ from lorafit.storage.atomic import read_facts, sha256_file, verify_folder
 from lorafit.training import loop, refit
 from lorafit.training.checkpoint import FILES, TrainState, adapter_digest, changes, load_checkpoint
 from lorafit.training.loss_scale import LossScale
+from lorafit.training.objective import with_reference
 from lorafit.training.pace import Pace
 from lorafit.training.run import make_context
 from lorafit.training.setup import Prepared, machine_facts, prepare
@@ -157,7 +158,7 @@ def _recompute(
     bounds: tuple[float, float] | None,
 ) -> Iterator[CheckResult]:
     """A result for each recomputed step."""
-    job = make_context(prepared, run, ranks, fan_out([]))
+    job = with_reference(make_context(prepared, run, ranks, fan_out([])))
     job.network.train()
     for start, steps in sorted(
         chosen.items()

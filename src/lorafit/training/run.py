@@ -17,8 +17,7 @@ from lorafit.distributed.env import ProcessEnv
 from lorafit.distributed.parallel import Engine, ReplicatedEngine
 from lorafit.distributed.ranks import Ranks, check_strategy, init_process_group
 from lorafit.distributed.watchdog import Heartbeat
-from lorafit.errors import ConfigError, RunError
-from lorafit.evaluate.drift import Neutral, answer_neutral, neutral_packs, read_answers
+from lorafit.errors import RunError
 from lorafit.evaluate.learned import MOST_HELDOUT_TOKENS, MOST_TRAINED_TOKENS
 from lorafit.evaluate.samples import SampleGenerator
 from lorafit.infer.model import Model
@@ -58,6 +57,7 @@ from lorafit.training.checkpoint import (
 from lorafit.training.checkpoint_writer import wait_for_left
 from lorafit.training.finish import finish, leave_report, observe_early_end
 from lorafit.training.loss_scale import LossScale
+from lorafit.training.neutral import neutral_of
 from lorafit.training.objective import with_reference
 from lorafit.training.optim import make_optimizer
 from lorafit.training.pace import Budget
@@ -315,7 +315,7 @@ def make_context(prepared: Prepared, run: RunDirectory, ranks: Ranks, observe: O
     if not ranks.is_single_process:
         engine = ReplicatedEngine(network, built.device if is_sharded(config, ranks) else None)
     packer = Packer(config.train.micro_batch_tokens, config.data.packing, may_share=not config.train.neftune)
-    neutral = _neutral(config, run, ranks, Model(network, rows.renderer))
+    neutral = neutral_of(config, run, ranks, Model(network, rows.renderer))
     initial = adapter_tensors(network) if config.train.refit else {}
     seed_random(config.train.seed)
     return loop.TrainContext(
@@ -338,26 +338,6 @@ def make_context(prepared: Prepared, run: RunDirectory, ranks: Ranks, observe: O
         neutral=neutral,
         initial={name: tensor.clone() for name, tensor in initial.items()},
     )
-
-
-def _neutral(config: Config, run: RunDirectory, ranks: Ranks, model: Model) -> Neutral | None:
-    """The base's answers to neutral prompts, where the config wants them; the first rank measures and anchors.
-
-    They are stored in the run. Raises ConfigError where no rank holds the whole base.
-    """
-    wanted = config.run.drift or config.train.max_drift is not None or config.train.anchor > 0
-    if wanted and is_sharded(config, ranks):
-        hint = "use distributed.strategy=ddp, or leave run.drift, train.max_drift and train.anchor out"
-        raise ConfigError("no rank holds the whole base, which the drift is measured from", hint=hint)
-    if not wanted or not ranks.is_main:
-        return None
-    texts = read_answers(run.drift_file, model.network.arch.vocab_size)
-    if texts is None:
-        texts = answer_neutral(model)
-        if not all(texts.values()):
-            raise ConfigError("the model can read none of the neutral prompts", place="run.drift")
-        run.write_json(run.drift_file, texts)
-    return neutral_packs(texts)
 
 
 def restore(job: loop.TrainContext, step: int | None) -> TrainState:
