@@ -171,7 +171,7 @@ def test_the_plan_and_the_models_come_from_processes(tmp_path: Path, monkeypatch
             (0, json.dumps({"model": "owner/<b>name"}) + "\n") if kind == "models" else (2, "error: <script>")
         )
 
-    monkeypatch.setattr(start, "_only_one", only_one)
+    monkeypatch.setattr(start, "only_one", only_one)
     studio = Studio(tmp_path)
     assert "owner/&lt;b&gt;name" in studio.ask("/new/models").text
     assert "owner/" in studio.ask("/new/models").text

@@ -48,6 +48,7 @@ def test_names_of_the_report_are_translated() -> None:
     assert len(named) > 15
     assert [name for name in named if f"= {name}" not in table("ko")] == []
     python = (REPORT / "sections.py").read_text("utf-8") + (REPORT / "page.py").read_text("utf-8")
+    python += (FOLDER / "compare.py").read_text("utf-8")
     assert [
         key for key in table("ko") if key.startswith("= ") and key[2:] not in template + python + STATES
     ] == []

@@ -7,6 +7,7 @@ import contextlib
 import hmac
 import sys
 import traceback
+from collections import OrderedDict
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lorafit.errors import LorafitError, Problem, RunError
 from lorafit.report.escape import TEMPLATES
-from lorafit.studio import runs, start
+from lorafit.studio import compare, data_page, runs, start, take_away, talk
 from lorafit.studio.folder import Folder
 from lorafit.studio.jobs import Jobs
 from lorafit.studio.live import LiveRuns, Summaries
@@ -59,6 +60,9 @@ def make_app(folder: Path, token: str, cookie: str) -> ASGIApp:
         watching = asyncio.create_task(app.state.watcher.run())
         yield
         watching.cancel()
+        await talk.close(app.state)
+        for process in app.state.processes.values():
+            await start.end(process)
         with contextlib.suppress(asyncio.CancelledError):
             await watching
 
@@ -70,6 +74,10 @@ def make_app(folder: Path, token: str, cookie: str) -> ASGIApp:
             Route("/events", _events),
             *runs.ROUTES,
             *start.ROUTES,
+            *data_page.ROUTES,
+            *compare.ROUTES,
+            *talk.ROUTES,
+            *take_away.ROUTES,
         ],
         lifespan=lifespan,
         exception_handlers={LorafitError: _told, 404: _not_found, Exception: _failed},
@@ -79,6 +87,7 @@ def make_app(folder: Path, token: str, cookie: str) -> ASGIApp:
     state.folder, state.jobs = Folder(folder), Jobs(folder.expanduser().resolve())
     state.live, state.summaries = LiveRuns(), Summaries()
     state.processes, state.models = {}, None  # of start.py
+    state.talk, state.row_pages = None, OrderedDict()  # of talk.py and data_page.py
     state.watcher = Watcher(state.folder, state.jobs.advance)
     return _WithHeaders(app)
 

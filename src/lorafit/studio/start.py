@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -172,7 +173,7 @@ async def _plan(request: Request) -> Response:
         return html(request, "problem_list.html", problems=[problem for _, problem in problems])
     recipe = request.app.state.jobs.path / "plan.yaml"
     write_file(recipe, _recipe_text(texts, config))
-    code, text = await _only_one(request, "plan", ["plan", str(recipe)])
+    code, text = await only_one(request, "plan", ["plan", str(recipe)])
     return html(request, "plan.html", code=code, text=text)
 
 
@@ -180,18 +181,18 @@ async def _models(request: Request) -> Response:
     """The table of `lorafit models`, which is measured once."""
     state = request.app.state
     if state.models is None:
-        code, text = await _only_one(request, "models", ["models", "--json"])
+        code, text = await only_one(request, "models", ["models", "--json"])
         if code:
             return html(request, "plan.html", code=code, text=text)
         state.models = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     return html(request, "models.html", models=state.models)
 
 
-async def _only_one(request: Request, kind: str, words: list[str]) -> tuple[int, str]:
+async def only_one(request: Request, kind: str, words: list[str]) -> tuple[int, str]:
     """(exit code, output) of a command. A later request of the same `kind` ends the earlier one's process."""
     running: dict[str, asyncio.subprocess.Process] = request.app.state.processes
-    if (earlier := running.get(kind)) is not None and earlier.returncode is None:
-        earlier.kill()
+    if (earlier := running.get(kind)) is not None:
+        await end(earlier)
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -205,10 +206,19 @@ async def _only_one(request: Request, kind: str, words: list[str]) -> tuple[int,
     running[kind] = process
     try:
         output, _ = await asyncio.wait_for(process.communicate(), PLAN_SECONDS)
-    except (TimeoutError, asyncio.CancelledError):
-        process.kill()
+    except TimeoutError:
         raise ConfigError("the command took too long") from None
+    finally:
+        await end(process)
     return process.returncode or 0, redact(printable(output.decode(errors="replace")))
+
+
+async def end(process: asyncio.subprocess.Process) -> None:
+    """End a process that has not ended."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
 
 
 ROUTES = [

@@ -194,4 +194,96 @@
     fresh.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(check, 500); });
     if (one("#recipe").textContent) plan(one("#recipe").textContent);
   }
+
+  // Data: a dropped file goes in parts that the studio accepts.
+  const drop = one("[data-drop]");
+  if (drop) {
+    const PART = 2 ** 21;
+    const take = async (file) => {
+      const id = [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+      let path = "";
+      for (let offset = 0; offset === 0 || offset < file.size; offset += PART) {
+        const last = offset + PART >= file.size ? 1 : 0;
+        const query = new URLSearchParams({ name: file.name, id, offset, last });
+        const reply = await fetch("/data/upload?" + query, { method: "POST", body: file.slice(offset, offset + PART) });
+        if (!reply.ok) { say(drop.dataset.error); drop.append(" " + drop.dataset.error); return; }
+        path = (await reply.json()).path;
+      }
+      one("#d-path").value = path;
+      say(drop.dataset.done);
+      drop.closest("form").requestSubmit();
+    };
+    drop.addEventListener("dragover", (event) => { event.preventDefault(); drop.classList.add("over"); });
+    drop.addEventListener("dragleave", () => drop.classList.remove("over"));
+    drop.addEventListener("drop", (event) => {
+      event.preventDefault();
+      drop.classList.remove("over");
+      if (event.dataTransfer.files[0]) take(event.dataTransfer.files[0]);
+    });
+    one("[data-pick-file]", drop).addEventListener("change", (event) => { if (event.target.files[0]) take(event.target.files[0]); });
+  }
+
+  // Talk: one column per model, each with its own conversation.
+  const threads = new Map();
+  const answer = async (model, form, place) => {
+    const thread = threads.get(model) ?? [];
+    const system = form.system.value.trim();
+    const question = { role: "user", content: form.prompt.value };
+    const messages = [...(system ? [{ role: "system", content: system }] : []), ...thread, question];
+    const asked = { model, messages, temperature: +form.temperature.value, top_p: +form.top_p.value, max_tokens: +form.max_tokens.value };
+    const failed = (text) => { place.className = "wrong"; place.textContent = form.dataset.error + ": " + text; };
+    let text = "", rest = "";
+    const reply = await fetch("/talk/answer", { method: "POST", body: JSON.stringify(asked) });
+    if (!reply.ok) { failed((await reply.json()).error.message); return; }
+    const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) break;
+      rest += value;
+      const lines = rest.split("\n");
+      rest = lines.pop();
+      for (const line of lines) {
+        if (!line.startsWith("data: ") || line === "data: [DONE]") continue;
+        const event = JSON.parse(line.slice(6));
+        if (event.error) { failed(event.error.message); return; }
+        text += event.choices?.[0]?.delta?.content ?? "";
+        place.textContent = text;
+      }
+    }
+    place.classList.remove("busy");
+    threads.set(model, [...thread, question, { role: "assistant", content: text }]);
+  };
+  document.addEventListener("submit", async (event) => {
+    const form = event.target;
+    if (form.id === "talk-form") {
+      event.preventDefault();
+      const turn = document.createElement("section");
+      turn.className = "card turn";
+      const asked = turn.appendChild(document.createElement("div"));
+      asked.className = "asked";
+      asked.textContent = form.prompt.value;
+      const row = turn.appendChild(document.createElement("div"));
+      row.className = "chat";
+      one("#turns").prepend(turn);
+      const answers = JSON.parse(form.dataset.models).map((model) => {
+        const column = row.appendChild(document.createElement("div"));
+        column.appendChild(document.createElement("h3")).textContent = model;
+        const place = column.appendChild(document.createElement("div"));
+        place.className = "say busy";
+        return answer(model, form, place);
+      });
+      one("#task-prompt").value = form.prompt.value;
+      await Promise.all(answers);
+      form.prompt.value = "";
+      form.prompt.focus();
+    }
+    if (form.id === "task-form") {
+      event.preventDefault();
+      const reply = await fetch("/talk/task", { method: "POST", body: new URLSearchParams(new FormData(form)) });
+      one("[role=status]", form).textContent = reply.ok ? form.dataset.done : "";
+    }
+  });
+  document.addEventListener("click", (event) => {
+    if (event.target.closest?.("[data-forget]")) { threads.clear(); one("#turns").replaceChildren(); }
+  });
 })();

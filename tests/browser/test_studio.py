@@ -1,0 +1,196 @@
+"""The studio in a real browser: wide and narrow, light and dark, both languages, live, by keyboard and pointer."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.browser.test_report_page import browser
+from tests.report.runs import HOSTILE, write_run
+from tests.waiting import HANGS, until
+
+from lorafit.serve.listening import Server
+from lorafit.studio.server import TOKEN_VARIABLE, run_studio
+
+__all__ = ["browser"]
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
+TOKEN = "a-token-of-the-tests"
+
+CONTRAST = """() => {
+  const light = (text) => {
+    const [r, g, b] = text.match(/[0-9.]+/g).map(Number).map((v) => v / 255)
+      .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const ratio = (a, b) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  return [...document.querySelectorAll('a, button, p, td, th, label, h1, h2, h3, pre, summary, .badge, input, select')]
+    .filter((e) => e.textContent.trim() && e.getClientRects().length && !e.closest('.hidden, .skip')).map((e) => {
+      let behind = e;
+      while (getComputedStyle(behind).backgroundColor === 'rgba(0, 0, 0, 0)') behind = behind.parentElement;
+      const [text, back] = [getComputedStyle(e).color, getComputedStyle(behind).backgroundColor].map(light);
+      return [ratio(text, back), e.outerHTML.slice(0, 90)];
+    }).filter(([value]) => value < 4.5);
+}"""
+# what a screen reader needs: a name for each control, one h1, a language, headings in order, ids once
+FAULTS = """() => {
+  const found = [];
+  const named = (e) => e.getAttribute('aria-label') || e.labels?.length || e.textContent.trim() || e.type === 'hidden';
+  for (const e of document.querySelectorAll('a[href], button, input, select, textarea'))
+    if (!named(e)) found.push(e.outerHTML);
+  if (document.querySelectorAll('h1').length !== 1) found.push('h1');
+  if (!document.documentElement.lang || !document.title) found.push('lang or title');
+  const ids = [...document.querySelectorAll('[id]')].map((e) => e.id);
+  found.push(...ids.filter((id, index) => ids.indexOf(id) !== index));
+  for (const e of document.querySelectorAll('[aria-describedby]'))
+    for (const id of e.getAttribute('aria-describedby').split(' ')) if (!document.getElementById(id)) found.push(id);
+  let level = 1;
+  for (const h of document.querySelectorAll('main h1, main h2, main h3, main h4')) {
+    if (+h.tagName[1] > level + 2) found.push(h.outerHTML);
+    level = +h.tagName[1];
+  }
+  return found;
+}"""
+
+
+class Live:
+    """A studio that listens, with its address."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, started, shown = folder, [], []
+        self.servers: list[Server] = started
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(TOKEN_VARIABLE, TOKEN)
+            options = {"show": shown.append, "ready": started.append}
+            threading.Thread(target=run_studio, args=(folder, 0), kwargs=options, daemon=True).start()
+            until(lambda: shown)
+        self.url = shown[0]
+        self.base = self.url.partition("/open")[0]
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    folder = tmp_path_factory.mktemp("studio")
+    write_run(folder / "plain", 120)
+    write_run(folder / "hostile", 60, lambda text: text + "".join(HOSTILE) + "longwordwithoutanyblank" * 12)
+    live = Live(folder)
+    yield live
+    live.servers[0].should_exit = True
+
+
+def opened(browser: Any, studio: Live, width: int = 1300, scheme: str = "light", language: str = "en") -> Any:
+    """(context, what its pages said, what they asked for), logged in."""
+    context = browser.new_context(
+        viewport={"width": width, "height": 800}, color_scheme=scheme, locale=language
+    )
+    context.set_default_timeout(1000 * HANGS)
+    context.said, context.asked = [], []
+    context.on("console", lambda message: context.said.append(message.text))
+    context.on("weberror", lambda error: context.said.append(str(error.error)))
+    context.on("request", lambda request: context.asked.append(request.url))
+    page = context.new_page()
+    page.goto(studio.url)
+    page.wait_for_url(f"{studio.base}/")
+    context.first = page
+    return context
+
+
+@pytest.mark.parametrize(
+    ("width", "scheme", "language"),
+    [(1300, "light", "en"), (390, "dark", "ko"), (390, "light", "en"), (1300, "dark", "ko")],
+)
+def test_every_page_fits_has_contrast_and_names_and_asks_only_here(
+    browser: Any, studio: Live, width: int, scheme: str, language: str
+) -> None:
+    context = opened(browser, studio, width, scheme, language)
+    page = context.first
+    links = page.locator("#run-table a").evaluate_all("all => all.map(a => a.getAttribute('href'))")
+    ids = [link.rpartition("/")[2] for link in links]
+    rows = studio.folder / "rows.json"
+    rows.write_text(json.dumps([{"instruction": "a" * 300, "output": "".join(HOSTILE[:4])}]))
+    pages = [
+        "/",
+        *links,
+        "/new?demo=1",
+        f"/data?data.path={rows}",
+        f"/compare?run={ids[0]}&run={ids[1]}",
+        "/talk",
+    ]
+    for path in [*pages, f"{links[0]}/export", "/nothing"]:
+        page.goto(studio.base + path)
+        assert page.evaluate("document.documentElement.lang") == language
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, path
+        assert page.evaluate(CONTRAST) == [], path
+        assert page.evaluate(FAULTS) == [], path
+    assert [url for url in context.asked if not url.startswith((studio.base, "data:"))] == []
+    assert [text for text in context.said if "404" not in text] == []
+    context.close()
+
+
+def test_ten_pages_follow_a_run_by_one_stream(browser: Any, studio: Live) -> None:
+    context = opened(browser, studio)
+    address = context.first.locator("#run-table a", has_text="plain").get_attribute("href")
+    pages = [context.first, *(context.new_page() for _ in range(9))]
+    for page in pages:
+        page.goto(studio.base + address)
+    context.asked.clear()
+    metrics = studio.folder / "plain" / "metrics.jsonl"
+    with metrics.open("a") as file:
+        note = {
+            "event": "diagnosis",
+            "step": 120,
+            "what": "x",
+            "text": "the loss fell asleep",
+            "hint": "wake it",
+        }
+        file.write(json.dumps(note) + "\n")
+    for page in pages:
+        page.get_by_text("the loss fell asleep").wait_for()
+    assert sum(url.endswith("/events") for url in context.asked) <= 1
+    assert sum(url.endswith("/live?smooth=usual&from=&to=") for url in context.asked) <= 2 * len(pages)
+    pages[0].close()  # the page that listened: another one takes over
+    with metrics.open("a") as file:
+        file.write(json.dumps({**note, "text": "the loss woke up"}) + "\n")
+    for page in pages[1:]:
+        page.get_by_text("the loss woke up").wait_for()
+    context.close()
+
+
+def test_a_run_is_filtered_zoomed_and_noted_by_keyboard_and_pointer(browser: Any, studio: Live) -> None:
+    context = opened(browser, studio)
+    page = context.first
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    page.get_by_label("Filter").fill("plain")
+    assert page.locator("#run-table tbody tr:visible").count() == 1
+    page.get_by_role("link", name="plain").press("Enter")
+    plot = page.locator("#loss .plot")
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    page.mouse.move(box["x"] + 0.25 * box["width"], box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 50)
+    page.mouse.up()
+    page.wait_for_url("**from=*")
+    page.wait_for_function("!document.querySelector('#loss').textContent.includes('120')")
+    assert 28 <= int(page.locator("[name=from]").input_value()) <= 32
+    page.get_by_label("Note").fill("the best <b>one</b>")
+    page.get_by_role("button", name="Save the note").click()
+    assert (studio.folder / "plain" / "note.txt").read_text() == "the best <b>one</b>"
+    context.close()
+
+
+def test_problems_stand_at_their_fields_while_one_types(browser: Any, studio: Live) -> None:
+    context = opened(browser, studio)
+    page = context.first
+    page.goto(f"{studio.base}/new?model.name=m&data.path=rows.json")
+    page.get_by_label("lora.rank", exact=True).fill("0")
+    page.locator("#e-lora-rank", has_text="greater than or equal to 1").wait_for()
+    assert page.get_by_label("lora.rank", exact=True).get_attribute("aria-invalid") == "true"
+    page.get_by_label("lora.rank", exact=True).fill("4")
+    page.locator("aside .command pre", has_text="lorafit train").wait_for()
+    assert "rank: 4" in page.locator("#recipe").text_content()
+    context.close()

@@ -1,0 +1,158 @@
+"""The page of data: any page and any search of a large file, rows as the model reads them, verdicts, dropped files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.report.runs import HOSTILE
+from tests.report.test_report import Structure
+from tests.studio.pages import Studio
+from tests.tiny_models import write_model
+
+from lorafit.data.sources import find_sources
+from lorafit.studio import row_pages
+from lorafit.studio.row_pages import RowPages
+
+
+def write(path: Path, count: int, start: int = 0) -> Path:
+    rows = [
+        {"instruction": f"question {n}", "output": f"answer {n} Ünï"} for n in range(start, start + count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def pages_of(*paths: Path) -> RowPages:
+    pages = RowPages(find_sources([str(path) for path in paths]))
+    pages.wait(2**60, 600)
+    return pages
+
+
+@settings(deadline=None, max_examples=8)
+@given(counts=st.lists(st.integers(1, 40), min_size=1, max_size=3), block=st.integers(1, 16), data=st.data())
+def test_any_page_holds_the_rows_that_training_reads(
+    tmp_path_factory: pytest.TempPathFactory, counts: list[int], block: int, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("rows")
+    files = [write(folder / f"{index}.jsonl", count, 100 * index) for index, count in enumerate(counts)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_pages, "BLOCK", block)
+        pages = pages_of(*files)
+        rows = [row for chunk in find_sources(list(map(str, files))).reader().chunks() for row in chunk.rows]
+        assert pages.num_rows == len(rows) == sum(counts)
+        first = data.draw(st.integers(0, len(rows)))
+        shown = pages.page(first, 7)
+        assert [pages.row(raw) for raw in shown] == rows[first : first + 7]
+        one = data.draw(st.sampled_from(rows))
+        assert one.number in pages.search(one.content.turns()[0].content.upper())  # type: ignore[index,union-attr]
+
+
+def test_a_page_of_a_large_file_reads_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_pages, "BLOCK", 50)
+    pages = pages_of(write(tmp_path / "rows.jsonl", 1000))
+    read: list[int] = []
+    original = RowPages._table
+    monkeypatch.setattr(RowPages, "_table", lambda self, block: read.append(block) or original(self, block))
+    assert [row.number for row in pages.page(955, 20)] == list(range(955, 975))
+    assert read == [19]
+
+
+def test_rows_are_shown_as_the_model_reads_them_and_found(tmp_path: Path) -> None:
+    model, rows = write_model(tmp_path / "model"), write(tmp_path / "rows.jsonl", 60)
+    studio = Studio(tmp_path)
+    page = studio.ask("/data", params={"data.path": str(rows), "model.name": str(model)}).text
+    assert '<span class="trained">answer 3 Ünï</span>' in page
+    assert "alpaca" in page
+    assert "answer 20" not in page
+    assert "answer 20" in studio.ask("/data", params={"data.path": str(rows), "first": "21"}).text
+    found = studio.ask("/data", params={"data.path": str(rows), "q": "ANSWER 59 ü"}).text
+    assert "answer 59" in found
+    assert "answer 5 " not in found
+    chosen = studio.ask("/data", params={"data.path": str(rows), "rows": "3,59"}).text
+    assert ("answer 2 " in chosen, "answer 58" in chosen, "answer 4 " in chosen) == (True, True, False)
+
+
+def test_columns_can_be_given_by_hand(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"frage": "Wer?", "wort": "Ich."}\n')
+    studio = Studio(tmp_path)
+    asked = {"data.path": str(rows), "data.columns": "{instruction: frage, output: wort}"}
+    assert "instruction ← frage" in studio.ask("/data", params=asked).text
+    assert (
+        "error" not in studio.ask("/data", params={"data.path": str(rows)}).text.lower().partition("<main")[0]
+    )
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "\0\0", '{"a": ' * 5000, "\ud83d"])
+def test_a_file_that_is_no_rows_is_told(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(content, errors="surrogatepass")
+    page = Studio(tmp_path).ask("/data", params={"data.path": str(file)})
+    assert page.status_code == 200
+    assert 'class="card problem"' in page.text or 'class="wrong"' in page.text
+
+
+def test_hostile_rows_are_text(tmp_path: Path) -> None:
+    pages = []
+    for name, text in (("plain", ""), ("hostile", "".join(HOSTILE[:4]))):
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps([{"instruction": f"a{text}", "output": f"b{text}"}]))
+        pages.append(Studio(tmp_path).ask("/data", params={"data.path": str(file)}).text)
+    assert Structure.of(pages[0]).tags == Structure.of(pages[1]).tags
+
+
+def test_verdicts_link_to_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorafit.studio import data_page
+
+    asked: list[list[str]] = []
+    verdict = {
+        "name": "duplicates",
+        "verdict": "warn",
+        "message": "2 <b>rows</b>",
+        "place": "",
+        "hint": "",
+        "rows": [3, 17],
+    }
+
+    async def only_one(request: object, kind: str, words: list[str]) -> tuple[int, str]:
+        asked.append(words)
+        return 0, json.dumps({"verdicts": [verdict], "failed": False, "ledger": {"num_rows": 20}}) + "\n"
+
+    monkeypatch.setattr(data_page, "only_one", only_one)
+    rows = write(tmp_path / "rows.jsonl", 3)
+    page = Studio(tmp_path).ask("/data/check", params={"data.path": str(rows)}).text
+    assert "rows=3,17#rows" in page
+    assert "2 &lt;b&gt;rows" in page
+    assert asked == [["check", "--data-only", "--json", "--data", str(rows)]]
+
+
+def test_a_dropped_file_arrives_whole_and_replaces_none(tmp_path: Path) -> None:
+    studio = Studio(tmp_path)
+
+    def put(name: str, part: str, pieces: list[bytes]) -> dict[str, str]:
+        offset = 0
+        for index, piece in enumerate(pieces):
+            params = {"name": name, "id": part * 32, "offset": offset, "last": int(index == len(pieces) - 1)}
+            reply = studio.ask("/data/upload", "POST", params=params, content=piece)
+            offset += len(piece)
+        assert reply.status_code == 200, reply.text
+        return reply.json()  # type: ignore[no-any-return]
+
+    first = Path(put("rows.jsonl", "a", [b"one", b"two", b"three"])["path"])
+    assert first == tmp_path / "uploads" / "rows.jsonl"
+    assert first.read_bytes() == b"onetwothree"
+    second = Path(put("rows.jsonl", "b", [b"other"])["path"])
+    assert second != first
+    assert first.read_bytes() == b"onetwothree"
+    for name in ("../x.json", "x.py", "a/b.json", ".json", "x.json\0", "config.yaml"):
+        params = {"name": name, "id": "c" * 32, "offset": 0, "last": 1}
+        assert studio.ask("/data/upload", "POST", params=params, content=b"x").status_code == 400
+    params = {"name": "x.json", "id": "d" * 32, "offset": 5, "last": 1}
+    assert studio.ask("/data/upload", "POST", params=params, content=b"x").status_code == 400
+    assert sorted(path.name for path in (tmp_path / "uploads").iterdir() if path.suffix) == sorted(
+        [first.name, second.name]
+    )
