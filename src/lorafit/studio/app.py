@@ -8,7 +8,7 @@ import hmac
 import sys
 import traceback
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -41,8 +41,11 @@ _FILES = {
 }
 
 
-def make_app(folder: Path, token: str, cookie: str) -> ASGIApp:
-    """The application for the runs below `folder`; `cookie` is the name of the cookie that holds the token."""
+def make_app(folder: Path, token: str, cookie: str, is_ending: Callable[[], bool]) -> ASGIApp:
+    """The application for the runs below `folder`; `cookie` is the name of the cookie that holds the token.
+
+    Streams end when `is_ending` is true.
+    """
 
     async def open_studio(request: Request) -> Response:
         if not hmac.compare_digest(request.query_params.get("token", "").encode(), token.encode()):
@@ -88,7 +91,7 @@ def make_app(folder: Path, token: str, cookie: str) -> ASGIApp:
     state.live, state.summaries = LiveRuns(), Summaries()
     state.processes, state.models = {}, None  # of start.py
     state.talk, state.row_pages = None, OrderedDict()  # of talk.py and data_page.py
-    state.watcher = Watcher(state.folder, state.jobs.advance)
+    state.watcher = Watcher(state.folder, state.jobs.advance, is_ending)
     return _WithHeaders(app)
 
 

@@ -18,14 +18,14 @@ from lorafit.studio.web import refusal
 TOKEN_VARIABLE = "LORAFIT_STUDIO_TOKEN"  # noqa: S105 (a name, not a token)
 HOST = "127.0.0.1"
 _LIMITS = Limits(connections=256)
-_STOP_SECONDS = 1  # streams of events have no end of their own
+_STOP_SECONDS = 2  # streams of events end at the watcher's next look
 
 
-def guarded_app(folder: Path, port: int, token: str) -> Guard:
+def guarded_app(folder: Path, port: int, token: str, is_ending: Callable[[], bool] = lambda: False) -> Guard:
     """The application behind the checks of each request."""
     cookie = f"lorafit-studio-{port}"  # a browser keeps the cookies of all ports together
     return Guard(
-        make_app(folder, token, cookie),
+        make_app(folder, token, cookie, is_ending),
         token=token,
         hosts=LOOPBACK,
         any_address=False,
@@ -54,7 +54,12 @@ def run_studio(
             show(url)
 
         server = Server(
-            settings_of(guarded_app(folder, port, token.value), _LIMITS, stop_seconds=_STOP_SECONDS), announce
+            settings_of(
+                guarded_app(folder, port, token.value, lambda: server.should_exit),
+                _LIMITS,
+                stop_seconds=_STOP_SECONDS,
+            ),
+            announce,
         )
         if ready is not None:
             ready(server)

@@ -17,10 +17,15 @@ LIST = "list"  # the name of the list of runs and jobs, among the ids of runs
 
 
 class Watcher:
-    """Looks while anybody listens. `advance` is called at each look, and says whether a job has changed."""
+    """Looks while anybody listens. `advance` is called at each look, and says whether a job has changed.
 
-    def __init__(self, folder: Folder, advance: Callable[[], bool]) -> None:
-        self._folder, self._advance = folder, advance
+    The streams end where `is_ending`: the server waits for them.
+    """
+
+    def __init__(
+        self, folder: Folder, advance: Callable[[], bool], is_ending: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._folder, self._advance, self._is_ending = folder, advance, is_ending
         self._listeners: set[asyncio.Queue[list[str]]] = set()
         self._seen: dict[str, object] = {}
 
@@ -29,7 +34,7 @@ class Watcher:
         looks = 0
         while True:
             changed = await asyncio.to_thread(self._look, looks % SCAN_EVERY == 0)
-            if changed:
+            if changed or self._is_ending():
                 for queue in self._listeners:
                     with suppress(asyncio.QueueFull):  # a page that does not read gets the next one
                         queue.put_nowait(changed)
@@ -67,6 +72,8 @@ class Watcher:
                 except TimeoutError:
                     yield b": beat\n\n"
                     continue
+                if self._is_ending():
+                    return
                 while not queue.empty():
                     changed = [*changed, *queue.get_nowait()]
                 yield f"data: {json.dumps(list(dict.fromkeys(changed)))}\n\n".encode()
