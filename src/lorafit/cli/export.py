@@ -48,6 +48,13 @@ def export(
             show_default=False,
         ),
     ] = None,
+    check_for: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="adapter: vllm or sglang; refuse what it would not load. Can be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     push: Annotated[
         str | None,
         typer.Option(metavar="OWNER/NAME", help="Upload to the hub too, privately.", show_default=False),
@@ -78,10 +85,18 @@ def export(
     if not fit and (max_loss is not None or tasks):
         raise ConfigError("--max-loss and --tasks need --fit", hint="add --fit")
 
+    if check_for and kind != "adapter":
+        raise ConfigError("--check-for is for adapters", hint="lorafit export RUN adapter --check-for vllm")
+
     from lorafit.export.parity import sentence
     from lorafit.export.run import export_run
     from lorafit.observe.units import memory_size
 
+    if check_for:
+        from lorafit.export.servers import check_servers
+
+        for line in check_servers(run, check_for, offline=offline):
+            put_line(line, err=True)
     if fit:
         from lorafit.export.fit import fit_or_fail, share
 
