@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,14 +24,25 @@ FILL = 16
 AT_ONCE = 128  # positions whose logits are alive at a time
 
 
-def pack_loss(network: Llama, pack: Pack) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Below:
+    """Where the stream (tokens, hidden_size) of a pack's documents before layer `layer` is kept, below which nothing is
+    trained. `read` gives None where it is not there.
+    """
+
+    layer: int
+    read: Callable[[Pack], Tensor | None]
+    write: Callable[[Pack, Tensor], None]
+
+
+def pack_loss(network: Llama, pack: Pack, below: Below | None = None) -> Tensor:
     """Sum of the weighted cross-entropy over a pack's supervised tokens, a scalar on the network's device."""
-    return pack_losses(network, pack)[0]
+    return pack_losses(network, pack, below)[0]
 
 
-def pack_losses(network: Llama, pack: Pack) -> tuple[Tensor, Tensor]:
+def pack_losses(network: Llama, pack: Pack, below: Below | None = None) -> tuple[Tensor, Tensor]:
     """`pack_loss`, and its parts (targets,), the weighted cross-entropy of each target; both have a gradient."""
-    supervised = _supervised(network, pack)
+    supervised = _supervised(network, pack, below)
     targets = torch.from_numpy(pack.targets).to(supervised.device)
     weights = None if pack.weights is None else torch.from_numpy(pack.weights).to(supervised.device)
     hidden, cap = network.normed(supervised), network.arch.logits_cap
@@ -86,7 +98,7 @@ def _log_softmax(network: Llama, supervised: Tensor) -> Tensor:
     return F.log_softmax(capped(logits.to(wide(logits.dtype)), network.arch.logits_cap), -1)
 
 
-def _supervised(network: Llama, pack: Pack) -> Tensor:
+def _supervised(network: Llama, pack: Pack, below: Below | None = None) -> Tensor:
     """The stream (targets, hidden_size) at the positions of a pack whose next tokens are supervised.
 
     A last document without targets pads the pass to a multiple of FILL tokens: passes of the same size reuse freed
@@ -106,7 +118,18 @@ def _supervised(network: Llama, pack: Pack) -> Tensor:
         keys = keys if device.type == "cpu" else None
     attend = PackedDocuments(lengths, device, index)
     predict = torch.from_numpy(pack.predict).to(device)
-    return network.hidden(ids.to(device), attend, predict, keys, noise)
+    ids = ids.to(device)
+    if below is None or len(pack.rows) != len(pack.lengths):  # an empty pack has no rows
+        return network.hidden(ids, attend, predict, keys, noise)
+    real, stream = index[: sum(pack.lengths)], below.read(pack)
+    if stream is None:
+        with torch.no_grad():
+            whole = network.through(network.embedded(ids), attend, 0, below.layer)
+        below.write(pack, whole[real])
+    else:
+        whole = stream.new_zeros(len(ids), stream.shape[1])
+        whole[real] = stream
+    return network.through(whole, attend, below.layer, len(network.decoder.layers), predict, keys)
 
 
 def _noise(network: Llama, keys: Tensor, index: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -86,6 +86,12 @@ class LoraSection(Section):
         le=1000,
         description="LoRA+: the learning rate of B is this many times `train.learning_rate`.",
     )
+    layers: int | None = Field(
+        None,
+        ge=1,
+        description="Adapt only this many of the upper layers. Nothing below them needs a backward pass, and "
+        "`train.keep_activations` computes it once per row.",
+    )
     init_from: str | None = resumable(
         None,
         description="PEFT adapter (folder or hub id) to continue; it sets rank, alpha, targets and rslora.",
@@ -231,6 +237,11 @@ class TrainSection(Section):
         "none",
         description="Gradient checkpointing: `layers` keeps one tensor per layer for the backward pass and computes "
         "the rest again. It costs a third more work, needs a fraction of the memory and does not change the result.",
+    )
+    keep_activations: bool = resumable(
+        True,
+        description="With an adapter on the upper layers alone, keep what the layers below compute on disk, so that "
+        "later epochs start at the adapter. It takes hidden size x 2 or 4 bytes per token. On a CPU only.",
     )
     learning_rate: Annotated[float, Field(gt=0, lt=1), OrAuto] = Field(
         AUTO,
@@ -394,9 +405,9 @@ class Config(Section):
         start, lora = self.lora.init, self.lora
         if lora.dora and start != "default":
             raise ValueError(f"`lora.dora` has no `lora.init={start}`; give one of them")
-        if lora.init_from is not None and (start != "default" or lora.ranks or lora.alphas):
+        if lora.init_from is not None and (start != "default" or lora.ranks or lora.alphas or lora.layers):
             raise ValueError(
-                "`lora.init_from` decides `lora.init`, `lora.ranks` and `lora.alphas`; leave them out"
+                "`lora.init_from` decides `lora.init`, `lora.ranks`, `lora.alphas` and `lora.layers`; leave them out"
             )
         measures_others = self.data.eval_path or self.data.eval_split is not None
         if self.train.refit is True and measures_others:

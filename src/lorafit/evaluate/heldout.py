@@ -10,7 +10,7 @@ from lorafit.data.batch import balance
 from lorafit.data.packing import EMPTY_PACK, Pack
 from lorafit.distributed.parallel import Engine
 from lorafit.distributed.ranks import Ranks
-from lorafit.forward import pack_loss
+from lorafit.forward import Below, pack_loss
 from lorafit.model.llama import Llama
 from lorafit.model.lora import evaluating
 
@@ -21,11 +21,13 @@ def heldout_loss(
     progress: Callable[[int, int], None] | None = None,
     ranks: Ranks | None = None,
     engine: Engine | None = None,
+    below: Below | None = None,
 ) -> float:
     """Mean (weighted) loss over all supervised tokens of `packs`, without dropout. The network does not change.
 
     With `ranks`, each computes some of the packs, and the result has the same bits: every rank adds the losses in the
-    order of the packs. With an `engine` in lockstep, all ranks make the same number of passes.
+    order of the packs. With an `engine` in lockstep, all ranks make the same number of passes. `below` keeps what the
+    layers below the adapter compute.
     """
     lockstep = engine is not None and engine.lockstep
     rank, world_size = (ranks.rank, ranks.world_size) if ranks is not None else (0, 1)
@@ -34,7 +36,7 @@ def heldout_loss(
     # no_grad, not inference_mode: training too uses the weights that FSDP gathers in a pass
     with evaluating(network), torch.no_grad() if lockstep else torch.inference_mode():
         for done, index in enumerate(own, 1):
-            losses[index] = float(pack_loss(network, packs[index]))
+            losses[index] = float(pack_loss(network, packs[index], below))
             if progress is not None:
                 progress(done, len(own))
         for _ in range(max(map(len, shares)) - len(own) if lockstep else 0):

@@ -137,6 +137,7 @@ def wanted_adapter(config: Config) -> tuple[LoraSpec, Path | None]:
         variant="dora" if lora.dora else "lora" if lora.init == "default" else lora.init,
         ranks=lora.ranks,
         alphas=lora.alphas,
+        layers=lora.layers,
     )
     if lora.init_from is None:
         return spec, None

@@ -184,6 +184,11 @@ class Llama(nn.Module):
         `keys` int64 (tokens,) identify the tokens for dropout, whatever their position in the pass. `noise`
         (tokens, hidden_size) is added to what transformers' embedding returns.
         """
+        x = self.embedded(ids, noise)
+        return self.through(x, attend, 0, len(self.decoder.layers), rows, keys)
+
+    def embedded(self, ids: Tensor, noise: Tensor | None = None) -> Tensor:
+        """ids int64 (tokens,) -> the stream before the first layer (tokens, hidden_size)."""
         x: Tensor = self.decoder.embed_tokens(ids)
         is_scaled = self.arch.family.rounds_embedding_multiplier  # by the embedding itself
         if noise is not None and not is_scaled:
@@ -192,10 +197,21 @@ class Llama(nn.Module):
             x = x * embedding_multiplier(self.arch, x.dtype)
         if noise is not None and is_scaled:
             x = x + noise.to(x.dtype)
+        return x
+
+    def through(
+        self,
+        x: Tensor,
+        attend: Attend,
+        first: int,
+        end: int,
+        rows: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> Tensor:
+        """The stream x (tokens, hidden_size) before layer `first` -> that before layer `end`, or `rows` of it."""
         rotary = self._rotary(attend, x.dtype)
-        last = len(rotary) - 1
-        for number, layer in enumerate(self.decoder.layers):
-            inputs = (x, rotary[number], attend, rows if number == last else None, keys)
+        for number, layer in enumerate(self.decoder.layers[first:end], first):
+            inputs = (x, rotary[number], attend, rows if number == end - 1 else None, keys)
             x = checkpoint(layer, *inputs, use_reentrant=False) if self.recompute else layer(*inputs)
             if torch.is_grad_enabled():  # saved tensors lie between freed ones: the peak would grow
                 release_free_memory(MUCH_FREE)

@@ -37,6 +37,7 @@ class LoraSpec:
         default_factory=dict
     )  # as in the config; `attach` makes exceptions of both
     alphas: Mapping[str, float] = field(default_factory=dict)
+    layers: int | None = None  # how many of the upper layers `attach` adapts; None for all
 
     def of(self, module: str) -> LoraSpec:
         """The spec of one module, by its full name."""
@@ -234,7 +235,7 @@ def attach(network: Llama, spec: LoraSpec, seed: int) -> LoraSpec:
     adapted, full names if only some are. Raises ConfigError naming every target that matches nothing.
     """
     network.requires_grad_(False)
-    names = match_targets(network, spec.targets)
+    names = upper(network, match_targets(network, spec.targets), spec.layers)
     spec = with_exceptions(network, spec, names)
     # with a short name PEFT would adapt linears of the other towers too
     targets = tuple(names) if network.arch.is_wrapped else _shortest(names, _linears(network))
@@ -309,6 +310,27 @@ def detach(network: nn.Module) -> None:
 def layer_number(name: str) -> int:
     """The layer of a linear, by its full name."""
     return int(name.partition("layers.")[2].partition(".")[0])
+
+
+def first_adapted(network: Llama) -> int:
+    """The first layer with a trained parameter: what the layers below it compute never changes. 0 where a parameter
+    belongs to no layer.
+    """
+    if network.changed:
+        return 0
+    return min(layer_number(name) if "layers." in name else 0 for name in adapter_parameters(network))
+
+
+def upper(network: Llama, names: Sequence[str], layers: int | None) -> list[str]:
+    """The linears `names` of the `layers` upper layers. Raises ConfigError where there are none."""
+    if layers is None:
+        return list(names)
+    there = len(network.decoder.layers)
+    chosen = [name for name in names if layer_number(name) >= there - layers]
+    if layers > there or not chosen:
+        what = f"the model has {there}" if layers > there else "none of `lora.targets` is in them"
+        raise ConfigError(f"`lora.layers` is {layers}, and {what}", hint="leave it out for all layers")
+    return chosen
 
 
 def match_targets(network: nn.Module, targets: Sequence[str], key: str = "lora.targets") -> list[str]:

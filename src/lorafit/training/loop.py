@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -47,6 +48,7 @@ from lorafit.training.objective import OBJECTIVES, Objective, Passes, measure
 from lorafit.training.reference import Reference
 from lorafit.training.setup import Prepared
 from lorafit.training.signals import Requests
+from lorafit.training.stream_cache import StreamCache
 
 Outcome = Literal["finished", "ended early", "interrupted"]
 SAME_RESULT = "this needs less memory and does not change the result"
@@ -76,6 +78,8 @@ class TrainContext:
     cadence: Cadence
     heartbeat: Heartbeat
     samples: SampleGenerator
+    kept: StreamCache | None
+    kept_heldout: StreamCache | None
     facts: Mapping[str, Any]
     initial: Mapping[str, Tensor]
     neutral: Neutral | None = None
@@ -236,7 +240,9 @@ def _gradients(
         raise TrainingError(f"step {step} has no supervised tokens", place=job.places(batch))
     random = torch.get_rng_state()
     while True:
-        compute = pack_losses if job.objective.loss is None else Passes(job, batch)
+        below = None if job.kept is None else job.kept.of(batch.indices)
+        plain = partial(pack_losses, below=below)
+        compute = plain if job.objective.loss is None else Passes(job, batch)
         total, each, short = _passes(job, state, batch, compute)
         total, any_short, *row_losses = job.ranks.all_reduce_sum([total, float(short), *each])
         if any_short:
@@ -350,7 +356,9 @@ def _heldout_loss(job: TrainContext, state: TrainState) -> float:
     if job.objective.loss is not None:
         state.base_loss, loss = measure(job, state.step, measuring)
     else:
-        loss = heldout_loss(job.network, job.heldout, measuring, job.ranks, job.engine)
+        kept = job.kept_heldout
+        below = None if kept is None else kept.of(np.arange(len(job.data.heldout)))
+        loss = heldout_loss(job.network, job.heldout, measuring, job.ranks, job.engine, below)
     if state.budget is not None:
         state.budget.measuring = pace.clock() - started
     return loss

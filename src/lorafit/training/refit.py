@@ -16,6 +16,7 @@ from lorafit.training.checkpoint import TrainState, seed_random
 from lorafit.training.loop import Outcome, TrainContext
 from lorafit.training.loss_scale import LossScale
 from lorafit.training.optim import make_optimizer
+from lorafit.training.stream_cache import keep_streams
 
 
 def is_due(job: TrainContext, state: TrainState, outcome: Outcome) -> bool:
@@ -51,9 +52,11 @@ def context(job: TrainContext, state: TrainState) -> TrainContext:
     assert state.refit_from is not None
     everything = job.data.with_all_rows()
     order = row_order(job.config, everything)
+    epochs = state.refit_steps / order.steps_per_epoch
     return replace(
         job,
         rows=everything.training,
+        kept=keep_streams(job.config, job.engine, everything.training, epochs, job.run.path, job.observe),
         order=order,
         heldout=(),
         cadence=Cadence.of(job.config, state.refit_steps, order.steps_per_epoch),

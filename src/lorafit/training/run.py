@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -72,6 +73,7 @@ from lorafit.training.setup import (
     write_origin,
 )
 from lorafit.training.signals import Requests, outside_steps
+from lorafit.training.stream_cache import keep_streams
 from lorafit.verify.proof import tensor_digests
 
 
@@ -317,6 +319,7 @@ def make_context(prepared: Prepared, run: RunDirectory, ranks: Ranks, observe: O
     packer = Packer(config.train.micro_batch_tokens, config.data.packing, may_share=not config.train.neftune)
     neutral = neutral_of(config, run, ranks, Model(network, rows.renderer))
     initial = adapter_tensors(network) if config.train.refit else {}
+    epochs = num_steps / data.order.steps_per_epoch
     seed_random(config.train.seed)
     return loop.TrainContext(
         prepared=prepared,
@@ -334,6 +337,8 @@ def make_context(prepared: Prepared, run: RunDirectory, ranks: Ranks, observe: O
         cadence=Cadence.of(config, num_steps, data.order.steps_per_epoch),
         heartbeat=Heartbeat(ranks, config.distributed.timeout, run.heartbeat_file),
         samples=SampleGenerator(Model(network, rows.renderer), data.prompts, observe),
+        kept=keep_streams(config, engine, rows.training, epochs, run.path, observe),
+        kept_heldout=keep_streams(config, engine, rows.heldout, math.inf, run.path, observe),
         facts={**prepared.facts, **machine_facts(built.device)},
         neutral=neutral,
         initial={name: tensor.clone() for name, tensor in initial.items()},
