@@ -210,6 +210,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "lora.init": st.sampled_from(["default", "pissa", "olora"]),
     "lora.dora": st.just(False),  # true goes with no lora.init
     "lora.b_rate": st.floats(0, 1000, exclude_min=True),
+    "lora.layers": st.none() | st.integers(1, 200),
     "lora.init_from": st.none(),  # a folder goes with no lora.ranks
     "lora.other_base": st.booleans(),
     "data.path": st.lists(TEXT, min_size=1, max_size=3, unique=True) | TEXT,
@@ -254,6 +255,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "train.warmup": st.floats(0, 1e6),
     "train.weight_decay": SHARES,
     "train.max_grad_norm": st.floats(0, 1e6),
+    "train.keep_activations": st.booleans(),
     "train.neftune": st.floats(0, 1e6),
     "train.seed": st.integers(0, 2**32 - 1),
     "train.log_every": st.integers(1),

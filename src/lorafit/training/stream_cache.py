@@ -88,7 +88,7 @@ class StreamCache:
 
     def _parts(self, pack: Pack, rows: NDArray[np.int64], stream: Tensor) -> Iterator[tuple[int, memoryview]]:
         """(row, its bytes in `stream`) of each document."""
-        whole, start = memoryview(stream.view(torch.uint8).numpy()).cast("B"), 0
+        whole, start = stream.view(torch.uint8).numpy().data.cast("B"), 0
         for row, length in zip(rows.tolist(), pack.lengths, strict=True):
             end = start + length * self._token_bytes
             yield row, whole[start:end]
