@@ -57,15 +57,20 @@ def tracked(*folders: str) -> set[str]:
     return {name for name in listed.split("\0") if name and (ROOT / name).is_file()}
 
 
-def test_the_wheel_has_the_package_the_recipes_and_the_licence_only(wheel: Path) -> None:
+def test_the_wheel_has_the_package_the_recipes_the_demo_and_the_licence_only(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     package = {name.removeprefix("src/") for name in tracked("src/lorafit")}
     recipes = {f"lorafit/{name}" for name in tracked("recipes")}
+    demo = {
+        f"lorafit/{name}"
+        for part in ("model", "rows.json", "recipe.yaml")
+        for name in tracked(f"demo/{part}")
+    }
     about = wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info"
     own = {
         f"{about}/{name}" for name in ("METADATA", "WHEEL", "entry_points.txt", "licenses/LICENSE", "RECORD")
     }
-    assert names == package | recipes | own
+    assert names == package | recipes | demo | own
     assert "lorafit/py.typed" in names
     assert {Path(name).suffix for name in package} >= {".py", ".cpp", ".h", ".css", ".js"}
 

@@ -32,7 +32,7 @@ def test_every_key_of_the_schema_has_one_field_with_its_help() -> None:
     rank = next(field for field in fields if field.key == "lora.rank")
     assert (rank.bounds, rank.default, rank.input) == ("≥ 1, ≤ 1024", "16", "number")
     schedule = next(field for field in fields if field.key == "train.schedule")
-    assert schedule.choices[:3] == ("cosine", "linear", "constant")
+    assert set(schedule.choices) >= {"cosine", "linear", "constant"}
 
 
 @settings(deadline=None, max_examples=25)
