@@ -98,6 +98,11 @@ def _log_softmax(network: Llama, supervised: Tensor) -> Tensor:
     return F.log_softmax(capped(logits.to(wide(logits.dtype)), network.arch.logits_cap), -1)
 
 
+def next_logps(network: Llama, pack: Pack, most: int) -> Tensor:
+    """Log-probabilities of all tokens, (positions, vocab_size), at the first `most` positions with a target."""
+    return _log_softmax(network, _supervised(network, pack)[:most])
+
+
 def _supervised(network: Llama, pack: Pack, below: Below | None = None) -> Tensor:
     """The stream (targets, hidden_size) at the positions of a pack whose next tokens are supervised.
 

@@ -87,13 +87,13 @@ def ours(folder: Path, *words: str) -> Any:
 
 
 def padded(rows: list[tuple[Any, Any]]) -> dict[str, Tensor]:
-    """Rows of ids and masks as a batch of TRL, padded on the right."""
+    """Rows of ids and masks as a batch of TRL, padded on the right; a supervised prompt is no completion."""
     longest = max(len(ids) for ids, _ in rows)
     batch = torch.zeros(3, len(rows), longest, dtype=torch.int64)
     for at, (ids, told) in enumerate(rows):
         batch[0, at, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
         batch[1, at, : len(ids)] = 1
-        batch[2, at, : len(ids)] = torch.from_numpy((told > 0).astype(np.int64))
+        batch[2, at, : len(ids)] = torch.from_numpy((told >= told.max()).astype(np.int64))
     return dict(zip(("input_ids", "attention_mask", "completion_mask"), batch, strict=True))
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
+from lorafit.check.preference_checks import PairFindings, Pairs
 from lorafit.check.text_checks import Finding, TextFindings, Texts
 from lorafit.check.token_checks import TokenFindings, Tokens
 from lorafit.data.build import TrainingData
@@ -31,6 +32,7 @@ from lorafit.version import __version__
 CHECKS = 2  # to be raised whenever the same rows would give other findings
 _FEW_SUPERVISED = 0.02  # of the tokens: below, most of the computing trains nothing
 _MANY_NEAR = 0.01  # of the rows: below, near duplicates are no warning
+_MOST_LONGER, _FEW_PAIRS = 0.8, 20  # share of pairs with a longer winner; fewer pairs show nothing
 _BARS = " ▏▎▍▌▋▊▉█"
 _SHOW = "look at one with `lorafit show --row N`"
 _NICE = (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1000, 2000, 2500, 5000, 10_000)
@@ -38,11 +40,14 @@ _NICE = (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500, 1000, 2000, 2500, 5000, 10
 
 @dataclass(frozen=True)
 class RowFindings:
-    """The findings in rows: `tokens` is None without a tokenizer; `is_complete`: all rows were read."""
+    """The findings in rows: `tokens` is None without a tokenizer, `pairs` without preferences; `is_complete`: all rows
+    were read.
+    """
 
     texts: TextFindings
     tokens: TokenFindings | None
     is_complete: bool
+    pairs: PairFindings | None = None
 
 
 _FINDINGS = TypeAdapter(RowFindings)
@@ -67,7 +72,8 @@ def _stored(key: str, num_rows: int) -> RowFindings | None:
         findings = _FINDINGS.validate_python(load_facts(key))
     except ValidationError:  # also where nothing is stored
         return None
-    sections = [vars(section) for section in (findings.texts, findings.tokens) if section is not None]
+    parts = (findings.texts, findings.tokens, findings.pairs)
+    sections = [vars(section) for section in parts if section is not None]
     listed = [value.rows for section in sections for value in section.values() if isinstance(value, Finding)]
     return findings if all(0 <= row < num_rows for rows in listed for row in rows) else None
 
@@ -84,19 +90,22 @@ def inspect(
     """
     texts = Texts(training_data.tokenizer.control if training_data else ())
     tokens = Tokens(training_data.renderer, training_data.encoded) if training_data else None
-    is_complete = True
+    pairs, is_complete = Pairs(), True
     for chunk in reader.chunks():
         if most is not None and texts.num_rows >= most:
             is_complete = False
             break
         if chunk.rows:
             texts.add(chunk.rows)
+            pairs.add(chunk.rows)
         if chunk.rows and tokens is not None:
             tokens.add(chunk.rows)
         if advance:
             advance(*reader.progress())
     held_out = training_data.heldout.numbers if training_data else np.array(reader.heldout(), dtype=np.int64)
-    return RowFindings(texts.finish(held_out), tokens, is_complete)
+    of_pairs = pairs.finish(held_out)
+    has_pairs = any(summary.format == "preference" for summary in reader.summaries) or of_pairs.num_pairs
+    return RowFindings(texts.finish(held_out), tokens, is_complete, of_pairs if has_pairs else None)
 
 
 def row_verdicts(
@@ -111,6 +120,8 @@ def row_verdicts(
         _rows(findings, index), *account, _answers(texts, index), _repeats(texts, index), *leaks,
         _encoding(texts, index), _controls(texts, index, training_data),
     ]  # fmt: skip
+    if findings.pairs is not None:
+        verdicts += _pairs(findings.pairs, index)
     if texts.arguments.count:
         message = (
             f"arguments are not valid JSON in {_count(texts.arguments.count)} ({texts.arguments.example})"
@@ -129,6 +140,45 @@ def row_verdicts(
             message = f"the template drops the reasoning of earlier turns: {never} never trained"
             hint = "give a template that keeps it with data.template, or a row for each answer"
             verdicts.append(_result("reasoning", "warn", message, tokens.thoughts, index, hint))
+    return verdicts
+
+
+def _pairs(pairs: PairFindings, index: RowIndex) -> list[CheckResult]:
+    """The results about preferences."""
+    faults = [
+        ("equal answers", pairs.equal, "the two answers are one in", "they teach nothing: remove them"),
+        (
+            "contradictions",
+            pairs.contradictory,
+            "the other order of an earlier row's answers is in",
+            "keep the order that is right, or set train.label_smoothing",
+        ),
+        (
+            "held-out prompts",
+            pairs.leaked,
+            "the prompt is trained too, with other answers, in",
+            "the held-out margin is too good with them: remove them, or give data.eval_path",
+        ),
+    ]
+    verdicts = [
+        _result(name, "warn", f"{what} {_count(finding.count)}", finding, index, hint)
+        if finding.count
+        else CheckResult(name, "pass", "none")
+        for name, finding, what, hint in faults
+    ]
+    if pairs.num_uneven:
+        share = pairs.num_longer / pairs.num_uneven
+        message = f"the chosen answer is the longer one in {share:.0%} of {_count(pairs.num_uneven, 'pair')}"
+        name, hint = (
+            "length of winners",
+            "train.method=simpo, or train.loss_type=sigmoid_norm, counts per token",
+        )
+        bias = pairs.num_uneven >= _FEW_PAIRS and not 1 - _MOST_LONGER < share < _MOST_LONGER
+        verdicts.append(
+            CheckResult(name, "warn", f"{message}: length alone wins", "train.method", hint)
+            if bias
+            else CheckResult(name, "pass", message)
+        )
     return verdicts
 
 

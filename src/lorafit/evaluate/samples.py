@@ -108,6 +108,10 @@ class SampleGenerator:
         self._observe(Message("no memory to answer held-out prompts: not tried again", "warning"))
         return None
 
+    def tuned(self) -> list[Answer]:
+        """The answers of the adapter that the network has now."""
+        return self._answer("answering held-out prompts", base=False)
+
     def _base_answers(self) -> list[Answer]:
         if self._base is None:
             self._base = self._answer("answering held-out prompts with the base model", base=True)

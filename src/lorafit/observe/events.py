@@ -76,7 +76,8 @@ class Preferences(Event):
 
     Rewards are means of what the loss compares; `margin` is chosen minus rejected, `accuracy` the share of rows in
     order, `kl` the divergence of kto. `prefers` is the share of held-out pairs whose chosen answer has the larger mean
-    log-probability per token, at the starting point and now; `prefers_longer` the same of the longer answer.
+    log-probability per token, at the starting point and now; `prefers_longer` the same of the longer answer. `drift`,
+    at the end of a run, is the mean divergence KL(policy | starting point) of the next token along held-out answers.
     """
 
     kind = "preferences"
@@ -89,6 +90,7 @@ class Preferences(Event):
     kl: float = 0.0
     prefers: Sequence[float | None] | None = None
     prefers_longer: Sequence[float | None] | None = None
+    drift: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,6 +83,8 @@ class Terminal:
                 base = "" if event.base_loss is None else f" (base {event.base_loss:.3f})"
                 best = "  best so far" if event.best else ""
                 self._print(f"step {event.step}  held-out loss {event.loss:.3f}{base}{best}")
+            case Preferences(drift=float(drift)):
+                self._print(f"drift from the starting point {drift:.4f} nats per token of held-out answers")
             case Preferences(rows="heldout"):
                 margin = "" if event.margin is None else f"margin {event.margin:.3f}  "
                 self._print(f"step {event.step}  held-out {margin}in order {event.accuracy:.1%}")

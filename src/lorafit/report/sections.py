@@ -11,7 +11,7 @@ from typing import Any
 
 from lorafit.data.contract import begins_with
 from lorafit.data.ledger import Tokens
-from lorafit.observe.metrics_file import number
+from lorafit.observe.metrics_file import number, series
 from lorafit.observe.units import memory_size
 from lorafit.redact import shell, without_secrets
 from lorafit.report import plot
@@ -28,7 +28,7 @@ PROMPT_KEYS = {
     "max_length": "longest row",
 }
 MOST_ROWS, MOST_PROMPTS, MOST_HISTORY, MOST_NOTES, MOST_DROPS = 10, 50, 12, 100, 20
-MOST_HELD = 100
+MOST_HELD, MOST_POINTS = 100, 400
 
 
 def proof(facts: Facts) -> dict[str, Any] | None:
@@ -87,10 +87,28 @@ def progress(facts: Facts, view: View = View()) -> list[plot.Chart]:
             zero=True,
             span=view.span,
         ),
+        *_preferences(facts, view),
         plot.line_chart("Peak memory", [memory], memory_size, zero=True, span=view.span),
         plot.line_chart("Drift from the base, nats per token", [drift], _short, zero=True, span=view.span),
     ]
     return [chart for chart in charts if chart]
+
+
+def _preferences(facts: Facts, view: View) -> list[plot.Chart | None]:
+    """Margins of rewards, and the share of pairs in order, of a method that compares answers."""
+    events = facts.events.get("preferences", ())
+    parts = {
+        name: plot.thinned([event for event in events if event.get("rows") == name], MOST_POINTS)
+        for name in ("train", "heldout")
+    }
+    charts = []
+    for title, key in (("Reward margin", "margin"), ("Pairs in order", "accuracy")):
+        lines = [
+            plot.Line("training", "train", series(parts["train"], key)),
+            plot.Line("held out", "held", series(parts["heldout"], key), dots=True),
+        ]
+        charts.append(plot.line_chart(title, lines, _short, span=view.span) if events else None)
+    return charts
 
 
 def answers(facts: Facts) -> list[dict[str, Any]]:
@@ -211,7 +229,7 @@ def _sample(sample: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> d
     name = "right answer, trained" if sample.get("trained") is True else "right answer"
     right = str(sample.get("answer", ""))
     shown = [{"name": name, "text": right, "stopped": None}] if right else []
-    for name in ("base", "tuned"):
+    for name in ("base", "start", "tuned"):
         answer = sample.get(name)
         if isinstance(answer, Mapping):
             shown.append(

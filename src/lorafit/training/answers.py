@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,10 +14,12 @@ from lorafit.data.batch import balance
 from lorafit.data.packing import Pack, TokenRow
 from lorafit.data.pair_marks import CHOSEN, REJECTED, marks_of, preferred
 from lorafit.distributed.ranks import Ranks
-from lorafit.forward import document_sums, pack_losses
+from lorafit.forward import document_sums, next_logps, pack_losses
+from lorafit.model.adapter_file import adapter_tensors, fill_adapter
 from lorafit.model.llama import Llama
 from lorafit.model.lora import evaluating
 
+MOST_DRIFT = 512  # positions whose distributions are compared
 Values = NDArray[np.float64]
 Advance = Callable[[int, int], None]
 
@@ -76,3 +79,30 @@ def mismatched(row: TokenRow, other: TokenRow, longest: int) -> TokenRow:
     joined = np.concatenate([ids[prompt], text[start:]])[:longest]
     told = np.concatenate([np.zeros(int(prompt.sum()), np.bool_), trained[start:]])[:longest]
     return joined, told
+
+
+def drift(network: Llama, packs: Sequence[Pack], start: Mapping[str, Tensor]) -> float | None:
+    """The mean KL(policy | starting point) of the next token, in nats, along the first answers of `packs`.
+
+    It is exact at each position: a sum over the vocabulary. `start` is the adapter of the starting point. The network
+    does not change. None without packs.
+    """
+    final = {name: tensor.clone() for name, tensor in adapter_tensors(network).items()}
+    chosen, left = [], MOST_DRIFT
+    for pack in packs:
+        if left > 0:
+            chosen.append((pack, min(left, len(pack.predict))))
+            left -= len(pack.predict)
+
+    def logs() -> list[Tensor]:
+        with evaluating(network), torch.inference_mode():
+            return [next_logps(network, pack, most).cpu() for pack, most in chosen]
+
+    now = logs()
+    fill_adapter(network, start, Path("start"))
+    before = logs()
+    fill_adapter(network, final, Path("final"))
+    if not now:
+        return None
+    found = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(now, before, strict=True)])
+    return float(found.mean())

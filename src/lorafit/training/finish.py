@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,15 @@ from lorafit.data.formats import Row
 from lorafit.errors import LorafitError, RunError
 from lorafit.evaluate.learned import what_was_learned
 from lorafit.infer.model import Model
-from lorafit.model.adapter_file import load_adapter
+from lorafit.model.adapter_file import adapter_tensors, fill_adapter, load_adapter
 from lorafit.model.memory import is_out_of_memory
-from lorafit.observe.events import Learned, LearnedLevel, Message, Observer, RunEnded
+from lorafit.observe.events import Learned, LearnedLevel, Message, Observer, Preferences, RunEnded
 from lorafit.observe.metrics_file import event_of, read_raw_lines
 from lorafit.redact import shell
 from lorafit.report.page import write_report
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import sha256_file, verify_folder
+from lorafit.training.answers import drift
 from lorafit.training.checkpoint import TrainState, export_adapter
 from lorafit.training.loop import Outcome, TrainContext
 from lorafit.verify.proof import STOP_PROMPTS, Proof, prove
@@ -46,8 +48,9 @@ def finish(
             text = "no rank holds the whole base: no samples are generated and nothing is verified"
             observe(Message(text, "warning"))
         else:
+            observe_drift(job, _last(run, state.chosen_step or step, "preferences"))
             if samples := job.samples.generate_samples(trained=not job.heldout):
-                run.write_json(run.samples_file, samples)
+                run.write_json(run.samples_file, with_start(job, samples))
             learned = _learned(
                 job, state.chosen_step or step, outcome
             )  # before the proof, which releases the network
@@ -99,6 +102,25 @@ def observe_early_end(job: TrainContext, state: TrainState, outcome: Outcome) ->
     elif outcome == "ended early":
         count = state.num_worse
         job.observe(Message(f"ended early: {count} held-out measurements in a row were no better"))
+
+
+def observe_drift(job: TrainContext, told: Mapping[str, Any]) -> None:
+    """Report `told`, the last event of held-out preferences, once more with the drift of the final adapter."""
+    if job.reference is None or told.get("rows") != "heldout":
+        return
+    fields = {name: value for name, value in told.items() if name in Preferences.__dataclass_fields__}
+    job.observe(Preferences(**fields | {"drift": drift(job.network, job.heldout, job.reference.adapter)}))
+
+
+def with_start(job: TrainContext, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`samples` with the answers of the starting point, where that is an adapter: base, SFT and tuned."""
+    if job.reference is None or job.config.lora.init_from is None:
+        return samples
+    final = {name: tensor.clone() for name, tensor in adapter_tensors(job.network).items()}
+    fill_adapter(job.network, job.reference.adapter, job.run.path)
+    answers = job.samples.tuned()
+    fill_adapter(job.network, final, job.run.path)
+    return [{**sample, "start": asdict(answer)} for sample, answer in zip(samples, answers, strict=True)]
 
 
 def _learned(job: TrainContext, step: int, outcome: Outcome) -> Learned | None:
