@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Mapping
 from typing import Any
 
 from lorafit.observe.events import Message, Observer, Saved
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import commit_files, make_subfolder, run_error, sync
+from lorafit.training import pace
 from lorafit.training.checkpoint import TrainState
 
 _left: list[threading.Thread] = []  # commits that a run did not wait for
@@ -40,7 +40,7 @@ class AsyncCheckpointWriter:
         hint = "free space or repair the disk, then `lorafit train --resume` resumes from the last checkpoint"
 
         def commit() -> None:
-            started = time.perf_counter()
+            started = pace.clock()
             try:
                 with lock:  # the thread may outlive its run, where Python continues after a Ctrl-C
                     check()
@@ -50,7 +50,7 @@ class AsyncCheckpointWriter:
                         with run_error("cannot save", metrics, metrics.stat().st_size, hint):
                             sync(metrics)
                     commit_files(folder, files, facts, check)
-                self.seconds = time.perf_counter() - started
+                self.seconds = pace.clock() - started
             except BaseException as error:
                 self._error = error
 
