@@ -42,8 +42,7 @@ def pack_loss(network: Llama, pack: Pack, below: Below | None = None) -> Tensor:
 
 def pack_losses(network: Llama, pack: Pack, below: Below | None = None) -> tuple[Tensor, Tensor]:
     """`pack_loss`, and its parts (targets,), the weighted cross-entropy of each target; both have a gradient."""
-    supervised = _supervised(network, pack, below)
-    targets = torch.from_numpy(pack.targets).to(supervised.device)
+    supervised, targets = _supervised(network, pack, below)
     weights = None if pack.weights is None else torch.from_numpy(pack.weights).to(supervised.device)
     hidden, cap = network.normed(supervised), network.arch.logits_cap
     return loss_sum_and_parts(hidden, network.lm_head.weight, targets, weights, cap)
@@ -62,7 +61,9 @@ def pack_predictions(network: Llama, pack: Pack) -> tuple[NDArray[np.float64], N
     """(cross-entropy of each target, whether it is the most probable token), both (targets,), without weights."""
     losses, is_first = [], []
     for hidden, targets in zip(
-        _supervised(network, pack).split(AT_ONCE), torch.from_numpy(pack.targets).split(AT_ONCE), strict=True
+        _supervised(network, pack)[0].split(AT_ONCE),
+        torch.from_numpy(pack.targets).split(AT_ONCE),
+        strict=True,
     ):
         logits = network.logits(hidden).to("cpu", torch.float64)
         losses.append(F.cross_entropy(logits, targets, reduction="none"))
@@ -89,8 +90,8 @@ def pack_drift(network: Llama, pack: Pack) -> tuple[NDArray[np.float64], NDArray
 def _log_probabilities(network: Llama, pack: Pack) -> tuple[Tensor, Tensor]:
     """Those of the base and of the tuned model, each (targets, vocab_size)."""
     with disable_adapter(network), evaluating(network), torch.no_grad():
-        base = _log_softmax(network, _supervised(network, pack))
-    return base, _log_softmax(network, _supervised(network, pack))
+        base = _log_softmax(network, _supervised(network, pack)[0])
+    return base, _log_softmax(network, _supervised(network, pack)[0])
 
 
 def _log_softmax(network: Llama, supervised: Tensor) -> Tensor:
@@ -100,11 +101,12 @@ def _log_softmax(network: Llama, supervised: Tensor) -> Tensor:
 
 def next_logps(network: Llama, pack: Pack, most: int) -> Tensor:
     """Log-probabilities of all tokens, (positions, vocab_size), at the first `most` positions with a target."""
-    return _log_softmax(network, _supervised(network, pack)[:most])
+    return _log_softmax(network, _supervised(network, pack)[0][:most])
 
 
-def _supervised(network: Llama, pack: Pack, below: Below | None = None) -> Tensor:
-    """The stream (targets, hidden_size) at the positions of a pack whose next tokens are supervised.
+def _supervised(network: Llama, pack: Pack, below: Below | None = None) -> tuple[Tensor, Tensor]:
+    """The stream (targets, hidden_size) at the positions of a pack whose next tokens are supervised, and these tokens,
+    int64 (targets,), on the network's device.
 
     A last document without targets pads the pass to a multiple of FILL tokens: passes of the same size reuse freed
     memory, and products that are compiled for a size are compiled less often.
@@ -121,11 +123,11 @@ def _supervised(network: Llama, pack: Pack, below: Below | None = None) -> Tenso
         if network.neftune:
             noise = _noise(network, keys.to(device), index.to(device), lengths)
         keys = keys if device.type == "cpu" else None
-    attend = PackedDocuments(lengths, device, index)
-    predict = torch.from_numpy(pack.predict).to(device)
-    ids = ids.to(device)
+    also = ids, torch.from_numpy(pack.predict), torch.from_numpy(pack.targets)
+    attend = PackedDocuments(lengths, device, index, also)
+    ids, predict, targets = attend.also
     if below is None or len(pack.rows) != len(pack.lengths):  # an empty pack has no rows
-        return network.hidden(ids, attend, predict, keys, noise)
+        return network.hidden(ids, attend, predict, keys, noise), targets
     real, stream = index[: sum(pack.lengths)], below.read(pack)
     if stream is None:
         with torch.no_grad():
@@ -134,7 +136,8 @@ def _supervised(network: Llama, pack: Pack, below: Below | None = None) -> Tenso
     else:
         whole = stream.new_zeros(len(ids), stream.shape[1])
         whole[real] = stream
-    return network.through(whole, attend, below.layer, len(network.decoder.layers), predict, keys)
+    last = len(network.decoder.layers)
+    return network.through(whole, attend, below.layer, last, predict, keys), targets
 
 
 def _noise(network: Llama, keys: Tensor, index: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -56,6 +56,9 @@ def present(capability: tuple[int, int], memory: Memory) -> Iterator[None]:
     def reset_peak(device: object = None) -> None:
         memory.peak = memory.now
 
+    def limit_to(share: float, device: object = None) -> None:
+        memory.limit = share * memory.total
+
     patches = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
@@ -69,7 +72,9 @@ def present(capability: tuple[int, int], memory: Memory) -> Iterator[None]:
         "get_device_name": lambda device=None: properties.name,
         "mem_get_info": lambda device=None: (memory.total - memory.now, memory.total),
         "memory_reserved": lambda device=None: memory.now,
+        "memory_allocated": lambda device=None: memory.now,
         "max_memory_allocated": lambda device=None: memory.peak,
+        "set_per_process_memory_fraction": limit_to,
         "reset_peak_memory_stats": reset_peak,
         "get_rng_state": lambda device="cuda": state.clone(),
         "get_rng_state_all": lambda: [state.clone()],

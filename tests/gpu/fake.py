@@ -26,6 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lorafit.model import compile as compiling
+
 aten = torch.ops.aten
 HALF = (torch.float16, torch.bfloat16)
 
@@ -276,6 +278,35 @@ def fake_cuda(capability: tuple[int, int] = H100, memory: int | None = None) -> 
         stack.enter_context(mock.patch.object(torch.nn.Module, "to", _module_to(torch.nn.Module.to)))
         stack.enter_context(gpu)
         yield gpu
+
+
+_compiling: list[FakeCuda] = []  # the devices whose compiled functions are counted
+
+
+@contextmanager
+def compiled_as_one(gpu: FakeCuda, wanted: bool = True) -> Iterator[None]:
+    """Count each compiled function (model/compile.py) as one kernel that reads its inputs and writes its outputs."""
+
+    def compile_as_one(definition: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            here = _compiling[-1]
+            here.in_kernel += 1
+            try:
+                out = definition(*args)
+            finally:
+                here.in_kernel -= 1
+            here._count(f"compiled {definition.__name__}", args, {}, out)
+            return out
+
+        return call
+
+    with ExitStack() as stack:
+        if wanted:
+            _compiling.append(gpu)
+            stack.callback(_compiling.pop)
+            stack.enter_context(mock.patch.object(compiling, "_compiled", compile_as_one))
+            stack.enter_context(mock.patch.dict(compiling._state, {"enabled": True}))
+        yield
 
 
 def _module_to(real: Callable[..., Any]) -> Callable[..., Any]:

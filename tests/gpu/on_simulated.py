@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tests.gpu.device import A100, H100, T4
+from tests.gpu.networks import Gradients, difference, measure, network_on, numbers
 from tests.gpu.runs_here import settings, short_proof
-from tests.gpu.simulated import Simulated, chosen, memory, numbers, simulated_cuda
+from tests.gpu.simulated import Simulated, chosen, memory, simulated_cuda
 from tests.runs import digest, events, interrupt_after, tiny_run
-from tests.tiny_models import FAMILIES, random_network
+from tests.tiny_models import FAMILIES
 from torch import Tensor
 
 from lorafit.check import probe
-from lorafit.data.packing import Pack, Packer
 from lorafit.errors import RunError
 from lorafit.evaluate import samples
-from lorafit.forward import pack_loss
 from lorafit.infer.model import load
 from lorafit.model import attention
-from lorafit.model.linear import Linear, replace_module
-from lorafit.model.llama import Llama
-from lorafit.model.lora import LoraSpec, attach
+from lorafit.model import compile as compiling
 from lorafit.model.lora_linear import _summed
 from lorafit.model.memory import is_out_of_memory
 from lorafit.model.quant import QUANTIZERS
@@ -38,66 +34,9 @@ from lorafit.training.run import resume_run
 from lorafit.verify import proof
 from lorafit.verify.reload import Probe, probe_logits
 
-Gradients = dict[str, Tensor]
-
-
-def network_on(
-    device: str, family: str, dtype: torch.dtype, quantize: str = "none", dropout: float = 0.0
-) -> Llama:
-    """The same adapted network on any device, with B not zero."""
-    network = random_network(family, dtype=dtype)
-    for module in network.modules():
-        for name, weight in module._parameters.items():
-            if weight is not None:
-                module._parameters[name] = torch.nn.Parameter(weight.detach().to(device), requires_grad=False)
-    if network.arch.tie_word_embeddings:
-        network.lm_head.weight = network.decoder.embed_tokens.weight
-    if quantize != "none":
-        for name, module in list(network.named_modules()):
-            if isinstance(module, Linear):
-                quantized = QUANTIZERS[quantize](module.weight.detach())
-                quantized.bias = module.bias
-                replace_module(network, name, quantized)
-    attach(network, LoraSpec(4, 8, dropout, ("all-linear",), False), 0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if name.endswith("lora_B"):
-                noise = torch.randn(parameter.shape, generator=generator) * 0.05
-                parameter.copy_(noise.to(parameter.device))
-    return network.train()
-
-
-def packs() -> Sequence[Pack]:
-    """Two packs. Some rows of the first begin alike, all of one with another."""
-    random = np.random.default_rng(3)
-    head = random.integers(0, 256, 12)
-    rows = []
-    for length, shared in ((30, 12), (28, 12), (13, 9), (13, 0), (40, 12)):
-        ids = random.integers(0, 256, length)
-        ids[:shared] = head[:shared]
-        rows.append((ids.astype(np.uint16), np.arange(length) >= length // 2))
-    found = Packer(90).packs(rows)
-    assert len(found) == 2
-    return found
-
-
-def measure(network: Llama) -> tuple[float, Gradients]:
-    """Loss and gradients of a step."""
-    torch.manual_seed(5)
-    total = 0.0
-    for pack in packs():
-        loss = pack_loss(network, pack)
-        (loss / 100).backward()
-        total += float(loss.detach())
-    return total, {n: numbers(p.grad).double() for n, p in network.named_parameters() if p.grad is not None}
-
 
 def assert_close(one: tuple[float, Gradients], other: tuple[float, Gradients], most: float) -> None:
-    assert one[0] == pytest.approx(other[0], rel=most)
-    assert one[1].keys() == other[1].keys()
-    for name, gradient in other[1].items():
-        assert float((one[1][name] - gradient).norm()) <= most * float(gradient.norm()), name
+    assert max(difference(one, other)) <= most
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -120,6 +59,29 @@ def test_recomputing_layers_changes_nothing(dtype: torch.dtype, capability: tupl
         network.zero_grad()
         network.recompute = True
         assert_close(measure(network), whole, 1e-6)
+
+
+def test_rocm_takes_what_both_kinds_of_chips_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AMD's chips are `cuda` in torch too, without torch's flash operators and float32 outputs of 16-bit products."""
+    exact = measure(network_on("cpu", "llama", torch.float64))
+    with simulated_cuda(H100):
+        monkeypatch.setattr(torch.version, "cuda", None)
+        monkeypatch.setattr(torch.version, "hip", "7.0")
+        assert_close(measure(network_on("cuda", "llama", torch.float64)), exact, 1e-12)
+        big = torch.ones(32, 4, dtype=torch.bfloat16).to("cuda")
+        assert _summed(big, big).dtype == torch.bfloat16
+        assert_close(measure(network_on("cuda", "llama", torch.bfloat16)), exact, 5e-2)
+        assert set(chosen) == {"efficient"}
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without compiled kernels operations work on blocks of rows; a row does not depend on its block."""
+    with simulated_cuda(H100):
+        network = network_on("cuda", "llama", torch.bfloat16)
+        whole = measure(network)
+        monkeypatch.setattr(compiling, "BLOCK", 500)
+        assert_close(measure(network), whole, 0.0)
+        assert compiling.num_blocks(501) == 2
 
 
 def test_sixteen_bits_are_the_cpus_within_rounding() -> None:

@@ -66,12 +66,6 @@ class Simulated(torch.Tensor):
         return self.inner.tolist()
 
 
-def numbers(x: Tensor) -> Tensor:
-    """The numbers of a tensor of any device, on the CPU."""
-    x = x.detach()
-    return x.inner if isinstance(x, Simulated) else x
-
-
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
     name = func._schema.name.split("::")[-1]
     leaves = tree_leaves((args, kwargs))

@@ -76,7 +76,7 @@ def test_a_toy_quantizer_loads_computes_and_is_planned(
 
     torch.testing.assert_close(logits(network), logits(random_network("llama-biases")), rtol=1e-2, atol=1e-2)
 
-    shape = Shape(arch, 4, "none", (frozenset(),) * 2, 4, False, False, True)
+    shape = Shape(arch, 4, "none", (frozenset(),) * 2, 4, False, False, "kernel")
     assert base_bytes(shape) - base_bytes(replace(shape, quantize=half)) == 2 * arch.num_linear_weights
     check_quantize(half, CPU, torch.float32)
     with pytest.raises(ConfigError, match="half is for the CPU"):

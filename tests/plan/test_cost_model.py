@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tests.tiny_models import HYBRIDS, PUBLISHED, random_network
+from tests.tiny_models import HYBRIDS, PUBLISHED, config_of, random_network
 
+from lorafit.config.load import load_config
 from lorafit.data.packing import build_pack
 from lorafit.forward import pack_loss
+from lorafit.model.architecture import parse_architecture
+from lorafit.model.attention import GROUP, Way
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, adapted, attach
 from lorafit.model.native import kernels
@@ -24,6 +28,7 @@ from lorafit.plan.cost_model import (
 )
 
 LENGTHS = (40, 25, 9)
+RECIPES = Path(__file__).parents[2] / "recipes"
 WIDER = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_hidden_layers": 3}
 
 
@@ -45,10 +50,11 @@ def network_and_shape(
     for name in adapted(network):
         parts = name.split(".")
         names[int(parts[2])].add(parts[-1])
-    compiled = kernels() is not None and dtype in (torch.float32, torch.bfloat16)
+    has_kernel = kernels() is not None and dtype in (torch.float32, torch.bfloat16)
+    attention: Way = "kernel" if has_kernel else "documents"
     sets = tuple(frozenset(found) for found in names)
     width = dtype.itemsize
-    shape = Shape(network.arch, width, "none", sets, 4, dropout > 0, recompute, compiled, variant)
+    shape = Shape(network.arch, width, "none", sets, 4, dropout > 0, recompute, attention, variant)
     return network.train(), shape
 
 
@@ -121,3 +127,39 @@ def test_costs_are_linear_in_a_pass() -> None:
     _, shape = network_and_shape("llama", ("all-linear",), torch.float32)
     one, other, both = PassCost(96, 40), PassCost(32, 30), PassCost(128, 70)
     assert saved_bytes(shape, one) + saved_bytes(shape, other) == pytest.approx(saved_bytes(shape, both))
+
+
+TINYLLAMA = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+}
+TINYLLAMA |= {"num_key_value_heads": 4, "vocab_size": 32000, "head_dim": 64}
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+LLAMA_8B |= {"num_key_value_heads": 8, "vocab_size": 128256, "head_dim": 128}
+
+
+def gigabytes_on_gpu(recipe: str, sizes: dict[str, int], attention: Way, mean: int) -> float:
+    """What a run of a recipe needs by the formula, with rows of `mean` tokens, 60 % of them supervised."""
+    config = load_config(RECIPES / f"{recipe}.yaml", ["model.name=x", "data.path=x"])
+    arch = parse_architecture(config_of("llama", **sizes), "test")
+    targets = (frozenset(dict(arch.linears(0))),) * arch.num_hidden_layers
+    recompute = config.train.recompute == "layers"
+    shape = Shape(arch, 2, config.model.quantize, targets, config.lora.rank, False, recompute, attention)
+    tokens = max(config.train.micro_batch_tokens // mean, 1) * mean
+    work = PassCost(tokens, 0.6 * tokens, 0, tokens / mean * (-mean % GROUP))
+    adapter = 16 * num_trainable(shape)
+    return (base_bytes(shape) + adapter + saved_bytes(shape, work) + working_bytes(shape, work)) / 1e9
+
+
+@pytest.mark.parametrize("mean", [150, 2048])
+def test_the_recipes_for_gpus_fit_them(mean: int) -> None:
+    assert 4 < gigabytes_on_gpu("t4", TINYLLAMA, "batches", mean) < 8
+    assert 5 < gigabytes_on_gpu("qlora", LLAMA_8B, "flash", mean) < 12
+    assert gigabytes_on_gpu("t4", LLAMA_8B, "batches", mean) > 16  # so the plan refuses it there

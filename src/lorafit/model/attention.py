@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,10 @@ from lorafit.model.convolution import convolution
 from lorafit.model.delta_rule import delta_rule
 from lorafit.model.mixer_shapes import DeltaHeads
 from lorafit.model.native import fits, kernels
+
+# How documents attend: in the CPU's compiled kernel, all in one call of flash attention, in batches of documents of
+# similar length, or one after another.
+Way = Literal["kernel", "flash", "batches", "documents"]
 
 
 class Attend(Protocol):
@@ -53,7 +58,7 @@ class Attend(Protocol):
         ...
 
 
-_GROUP = 64  # documents whose lengths round up to the same multiple of it form a batch
+GROUP = 64  # documents whose lengths round up to the same multiple of it form a batch
 
 Rotary = tuple[Tensor, Tensor]  # cosine and sine of each token's angles, float32 (tokens, head_dim / 2)
 
@@ -67,21 +72,28 @@ class PackedDocuments:
     """
 
     def __init__(
-        self, lengths: Sequence[int], device: torch.device | str = "cpu", index: Tensor | None = None
+        self,
+        lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+        index: Tensor | None = None,
+        also: Sequence[Tensor] = (),
     ) -> None:
+        """`also` are further int64 tensors of the pass, which go to the device in the same copy: `self.also` there."""
         self.lengths = list(lengths)
         positions = torch.cat([torch.arange(length) for length in self.lengths])
         self.index = torch.arange(len(positions)) if index is None else index
         first = self.index.cummax(0).values.diff(prepend=torch.tensor([-1])).nonzero()[:, 0]
         self._first = first
-        self.positions = positions[first].to(device)
-        self._places = positions.to(device)  # of each token of each document
-        self._shared = (
-            _Shared(self.index, first, torch.device(device)) if len(first) < len(positions) else None
-        )
         self.starts = torch.tensor([0, *self.lengths]).cumsum(0)  # int64 (documents + 1,)
-        self._starts_there = self.starts.to(device, torch.int32)  # the type that flash attention needs
+        shares_tokens = len(first) < len(positions)
+        places = (first, *_places(self.index)) if shares_tokens else ()
+        tables = placed([positions[first], self.starts, *places, *also], torch.device(device))
+        self.positions, starts, *tables = tables
+        self._starts_there = starts.to(torch.int32)  # the type that flash attention needs
+        self._shared = _Shared(*tables[: len(places)]) if shares_tokens else None
+        self.also = tables[len(places) :]
         self._groups: list[Tensor] | None = None
+        self._places: Tensor | None = None
 
     def __call__(
         self,
@@ -103,6 +115,8 @@ class PackedDocuments:
         return out if self._shared is None else out.index_select(0, self._shared.first)
 
     def convolve(self, layer: int, x: Tensor, weight: Tensor) -> Tensor:
+        if self._places is None:  # positions of each token of each document
+            self._places = self.apart(self.positions)
         out = convolution(self.apart(x), weight, self._places)
         return out if self._shared is None else out.index_select(0, self._shared.first)
 
@@ -125,7 +139,8 @@ class PackedDocuments:
         """x (tokens of the pass, ...) for every token of every document: shared tokens are repeated."""
         if self._shared is None:
             return x
-        apart: Tensor = _Apart.apply(x, *self._shared.places)  # type: ignore[no-untyped-call]
+        shared = self._shared
+        apart: Tensor = _Apart.apply(x, shared.index, shared.in_order, shared.begins)  # type: ignore[no-untyped-call]
         return apart
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
@@ -168,19 +183,29 @@ class PackedDocuments:
         return torch.cat(outs)[self._groups[-1]]
 
 
+@dataclass(frozen=True, slots=True)
 class _Shared:
-    """Where the tokens of a pass lie in its documents, on the device of the pass, if documents share tokens.
+    """Where the tokens of a pass lie in its documents, on the device of the pass, if documents share tokens."""
 
-    `first` int64 (tokens,) is the first place of each token. `places` are the token of each place, int64 (places,);
-    the places in the order of their tokens, int64 (places,); and where a token's places begin in them, int64
-    (tokens,).
-    """
+    first: Tensor  # the first place of each token, int64 (tokens,)
+    index: Tensor  # the token of each place, int64 (places,)
+    in_order: Tensor  # the places in the order of their tokens, int64 (places,)
+    begins: Tensor  # where a token's places begin in them, int64 (tokens,)
 
-    def __init__(self, index: Tensor, first: Tensor, device: torch.device) -> None:
-        counts = index.bincount()
-        begins = counts.cumsum(0) - counts
-        self.first = first.to(device)
-        self.places = index.to(device), index.argsort(stable=True).to(device), begins.to(device)
+
+def _places(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The last three of _Shared."""
+    counts = index.bincount()
+    return index, index.argsort(stable=True), counts.cumsum(0) - counts
+
+
+def placed(tables: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """int64 tensors of the CPU on `device`, in one copy: each copy of pageable memory waits for the device."""
+    if device.type == "cpu":
+        return list(tables)
+    whole = torch.cat([table.flatten() for table in tables]).to(device)
+    parts = whole.split([table.numel() for table in tables])
+    return [part.view(table.shape) for part, table in zip(parts, tables, strict=True)]
 
 
 class _Apart(torch.autograd.Function):
@@ -206,7 +231,7 @@ def _groups(starts: Tensor, device: torch.device) -> list[Tensor]:
     document's last token. The last tensor is the index of each token in the concatenated groups, int64 (tokens,).
     """
     lengths = starts.diff()
-    rounded = (lengths + _GROUP - 1) // _GROUP * _GROUP
+    rounded = (lengths + GROUP - 1) // GROUP * GROUP
     groups, before, index_of = [], 0, torch.empty(int(starts[-1]), dtype=torch.int64)
     for length in rounded.unique().tolist():
         documents = (rounded == length).nonzero()
@@ -215,20 +240,24 @@ def _groups(starts: Tensor, device: torch.device) -> list[Tensor]:
         inside = offsets < lengths[documents]
         index_of[rows[inside]] = before + torch.arange(rows.numel()).view_as(rows)[inside]
         before += rows.numel()
-        groups.append(rows.to(device))
-    return [*groups, index_of.to(device)]
+        groups.append(rows)
+    return placed([*groups, index_of], device)
 
 
 def has_flash(q: Tensor) -> bool:
-    """Whether torch's flash attention supports such queries: a 16-bit type on an Ampere chip or a later one."""
-    return (
-        q.is_cuda
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] <= 256
-        and torch.version.cuda is not None
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
-    )
+    """Whether torch's flash attention supports such queries."""
+    return q.is_cuda and way_on_device(q.device, q.dtype, q.shape[-1]) == "flash"
+
+
+def way_on_device(device: torch.device, dtype: torch.dtype, head_dim: int) -> Way:
+    """How documents attend without the CPU's kernel: flash needs a 16-bit type on an Ampere chip or a later one."""
+    if device.type != "cuda":
+        return "documents"
+    fits_flash = dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
+    is_ours = torch.version.cuda is not None
+    if fits_flash and is_ours and torch.cuda.get_device_capability(device) >= (8, 0):
+        return "flash"
+    return "batches"
 
 
 class _Flash(torch.autograd.Function):
@@ -309,9 +338,29 @@ def _call(
     compiled.call(name, q.dtype, *shape, q, k, *tensors)
 
 
-@compilable
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Apply rotary positions to x (tokens, heads, head_dim); pairs are the halves of a head (Su et al., 2021)."""
+    out: Tensor = _Rotate.apply(x, *rotary)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _Rotate(torch.autograd.Function):
+    """Its gradient is the rotation by the opposite angles."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+        ctx.save_for_backward(cosine, sine)
+        return _rotated(x, (cosine, sine))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        cosine, sine = ctx.saved_tensors
+        return _rotated(grad_outputs[0], (cosine, -sine)), None, None
+
+
+@compilable
+def _rotated(x: Tensor, rotary: Rotary) -> Tensor:
     cosine, sine = rotary[0][:, None], rotary[1][:, None]
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -15,6 +16,10 @@ from lorafit.redact import one_line
 LEAST_STEPS = 200  # compilation takes some seconds per process; a shorter run does not save as much
 # Widths, types and numbers of rows (one, several) that a process compiles a definition for; beyond it torch raises
 MOST_VARIANTS = 64
+BLOCK = (
+    2**23
+)  # numbers of a tensor that a definition works on at a time on a GPU: its copies in float32 are bounded
+_PER_COLUMN = ("weight", "factor")  # names of arguments that have no rows
 P = ParamSpec("P")
 R = TypeVar("R")
 _state = {"enabled": False}
@@ -38,12 +43,18 @@ def enable_compile(device: torch.device, num_steps: int) -> str:
     return ""
 
 
-def compilable(definition: Callable[P, R]) -> Callable[P, R]:
-    """`definition`, compiled once `enable_compile` allows it.
+def num_blocks(numel: int) -> int:
+    """In how many blocks of rows of nearly equal size a tensor of `numel` numbers is computed without compilation."""
+    return max(1, -(-numel // BLOCK))
 
-    Its first argument is a tensor with the rows first. The number of rows may vary; widths are compiled in: Triton
-    then knows that rows begin at multiples of 16 bytes and reads as many at a time.
+
+def compilable(definition: Callable[P, R]) -> Callable[P, R]:
+    """`definition`, compiled once `enable_compile` allows it; else computed by blocks of rows on a GPU.
+
+    Its first argument is a tensor with the rows first, and so is what it returns. The number of rows may vary; widths
+    are compiled in: Triton then knows that rows begin at multiples of 16 bytes and reads as many at a time.
     """
+    names = tuple(inspect.signature(definition).parameters)
 
     @functools.cache
     def compiled() -> Callable[P, R]:
@@ -51,28 +62,54 @@ def compilable(definition: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(definition)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not _state["enabled"]:
+        if _state["enabled"]:
+            return compiled()(*args, **kwargs)
+        x: Any = args[0]
+        count = num_blocks(x.numel()) if x.is_cuda else 1
+        if count == 1:
             return definition(*args, **kwargs)
-        for tensor in _with_rows(args):
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return compiled()(*args, **kwargs)
+        rows = -(-len(x) // count)
+        whole: list[Tensor] = []
+        for start in range(0, len(x), rows):
+            part = slice(start, start + rows)
+            own: Any = [
+                arg if name in _PER_COLUMN else _part(arg, part)
+                for name, arg in zip(names, args, strict=False)
+            ]
+            result: Any = definition(*own, **kwargs)
+            outs = (result,) if isinstance(result, Tensor) else result
+            whole = whole or [out.new_empty(len(x), *out.shape[1:]) for out in outs]
+            for into, out in zip(whole, outs, strict=True):
+                into[part] = out
+        return whole[0] if isinstance(result, Tensor) else tuple(whole)  # type: ignore[return-value]
 
     return call
 
 
 def _compiled(definition: Callable[P, R]) -> Callable[P, R]:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_VARIANTS)
-    result: Callable[P, R] = torch.compile(definition, fullgraph=True)
-    return result
+    compiled: Callable[P, R] = torch.compile(definition, fullgraph=True)
+    names = tuple(inspect.signature(definition).parameters)
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with_rows = (arg for name, arg in zip(names, args, strict=False) if name not in _PER_COLUMN)
+        for tensor in _tensors(with_rows):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(*args, **kwargs)
+
+    return call
 
 
-def _with_rows(args: tuple[Any, ...]) -> list[Tensor]:
-    """The tensors among `args` whose first axis is that of the first one: no weights, which are (width,)."""
-    rows = args[0].shape[0]
-    tensors = [
-        x for arg in args for x in (arg if isinstance(arg, tuple) else (arg,)) if isinstance(x, Tensor)
-    ]
-    return [x for x in tensors if x.shape[0] == rows and (x.dim() > 1 or x.dtype == torch.float32)]
+def _part(value: Any, rows: slice) -> Any:
+    """These rows of a tensor, or of each tensor of a tuple; another value as it is."""
+    if isinstance(value, tuple):
+        return tuple(_part(each, rows) for each in value)
+    return value[rows] if isinstance(value, Tensor) else value
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        yield from (x for x in (value if isinstance(value, tuple) else (value,)) if isinstance(x, Tensor))
 
 
 def _twice(x: Tensor) -> Tensor:

@@ -158,6 +158,7 @@ class Llama(nn.Module):
         self.model: Any = _Wrapper(arch) if arch.is_wrapped else Decoder(arch)
         self.lm_head = _Head(arch.hidden_size, arch.vocab_size, bias=False)
         self.recompute = False
+        self._frequencies: dict[Rope, Tensor] = {}  # on the device of the last pass
         self.neftune = 0.0
         self.changed: dict[
             str, tuple[nn.Parameter, nn.Parameter]
@@ -238,7 +239,12 @@ class Llama(nn.Module):
             cosine = torch.ones(len(positions), arch.head_dim // 2, device=positions.device)
             sine = torch.zeros_like(cosine)
         else:
-            cosine, sine = rotary_table(positions, rope, size, lengths if rope.fixed_up_to else None)
+            frequencies = self._frequencies.get(rope)
+            if frequencies is None or frequencies.device != positions.device:
+                frequencies = inverse_frequencies(rope, size).to(positions.device)  # a wait for a GPU: once
+                self._frequencies[rope] = frequencies
+            seen = lengths if rope.fixed_up_to else None
+            cosine, sine = rotary_table(positions, rope, size, seen, frequencies)
             rest = (arch.head_dim - size) // 2
             if rest:
                 cosine, sine = F.pad(cosine, (0, rest), value=1.0), F.pad(sine, (0, rest))
@@ -269,12 +275,20 @@ def embedding_multiplier(arch: Architecture, dtype: torch.dtype) -> Tensor | flo
     return torch.tensor(arch.embedding_multiplier, dtype=dtype)
 
 
-def rotary_table(positions: Tensor, rope: Rope, head_dim: int, lengths: Tensor | None = None) -> Rotary:
+def rotary_table(
+    positions: Tensor,
+    rope: Rope,
+    head_dim: int,
+    lengths: Tensor | None = None,
+    frequencies: Tensor | None = None,
+) -> Rotary:
     """Cosine and sine of each token's angles, (tokens, head_dim / 2), in float32 as in transformers.
 
-    `lengths` int64 (tokens,) are the lengths of the tokens' texts, for angles that depend on them.
+    `lengths` int64 (tokens,) are the lengths of the tokens' texts, for angles that depend on them. `frequencies` are
+    the `inverse_frequencies` of `rope`, if they are on the device of the positions already.
     """
-    frequencies = inverse_frequencies(rope, head_dim).to(positions.device)
+    if frequencies is None:
+        frequencies = inverse_frequencies(rope, head_dim).to(positions.device)
     if lengths is not None:
         frequencies = _of_long_texts(frequencies, lengths, rope)
     angles = positions.to(torch.float32)[:, None] * frequencies

@@ -12,6 +12,17 @@ from lorafit.model.linear import matmul
 from lorafit.model.ops import cross_entropy, wide
 
 CHUNK_BYTES = 96 * 2**20  # of logits alive at a time, about as much as a layer's backward pass
+GPU_CHUNK_BYTES = 256 * 2**20  # a GPU needs more rows to be busy
+
+
+def chunk_bytes(width: int, on_gpu: bool) -> tuple[int, int]:
+    """(Bytes for logits that are alive at a time, bytes of one of them with its copy in the wide type).
+
+    `width` is bytes per number. The CPU's kernel makes no copy.
+    """
+    if not on_gpu:
+        return CHUNK_BYTES, width
+    return GPU_CHUNK_BYTES, width + 4 if width < 4 else width
 
 
 def loss_sum(
@@ -48,7 +59,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide(hidden.dtype), device=hidden.device)
         parts = torch.empty(hidden.shape[0], dtype=total.dtype, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        most = max(1, CHUNK_BYTES // (head.shape[0] * head.element_size()))
+        most_bytes, bytes_per_logit = chunk_bytes(head.element_size(), head.is_cuda)
+        most = max(1, most_bytes // (head.shape[0] * bytes_per_logit))
         chunks = -(-hidden.shape[0] // most)
         for number in range(chunks):  # of nearly equal length: a short one would be slow
             chunk = slice(number * hidden.shape[0] // chunks, (number + 1) * hidden.shape[0] // chunks)

@@ -193,8 +193,8 @@ def dequantize(
     if fits(out, row_scale):
         _call("dequantize", out, *sums.shape, sums, row_scale, column_scale, addend, out)
         return
-    scaled = sums.to(wide(out.dtype)) * row_scale[:, None] * column_scale
-    out.copy_(scaled if addend is None else scaled + addend)
+    scaled = sums.to(wide(out.dtype)).mul_(row_scale[:, None]).mul_(column_scale)
+    out.copy_(scaled if addend is None else scaled.add_(addend))
 
 
 def dropout(x: Tensor, probability: float, seed: int, keys: Tensor | None = None) -> Tensor:
@@ -251,14 +251,15 @@ def cross_entropy(logits: Tensor, targets: Tensor, grad_output: bool) -> Tensor:
         losses = logits.new_empty(len(targets), dtype=torch.float32)
         _call("cross_entropy", logits, *logits.shape, logits, targets, losses, int(grad_output))
         return losses
-    logits_wide = logits.to(wide(logits.dtype))
-    total = logits_wide.logsumexp(-1, keepdim=True)
-    columns = targets[:, None]
-    losses = (total - logits_wide.gather(-1, columns))[:, 0]
+    columns, numbers = targets[:, None], logits.to(wide(logits.dtype))
+    peak = numbers.amax(-1, keepdim=True)
+    of_targets = (numbers.gather(-1, columns) - peak)[:, 0]
+    numbers.sub_(peak).exp_()  # in place: on a GPU each copy in float32 is twice the logits
+    total = numbers.sum(-1, keepdim=True)
     if grad_output:
-        probability = (logits_wide - total).exp()
-        logits.copy_(probability.scatter_add(-1, columns, probability.new_full((), -1).expand_as(columns)))
-    return losses
+        probability = numbers.div_(total)
+        logits.copy_(probability.scatter_add_(-1, columns, probability.new_full((), -1).expand_as(columns)))
+    return total[:, 0].log() - of_targets
 
 
 def _call(name: str, like: Tensor, *arguments: Tensor | int | float | None) -> None:

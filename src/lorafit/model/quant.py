@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lorafit.config.schema import Quantize as Quantize
 from lorafit.errors import ConfigError
+from lorafit.model.compile import compilable
 from lorafit.model.linear import Frozen, LowRank, matmul, tile_workspace, with_low_rank
 from lorafit.model.native import fits, kernels
 from lorafit.model.ops import column_peaks, dequantize, quantize_rows
@@ -28,7 +29,7 @@ _SMOOTHING = 0.5  # how much the peaks of a weight's columns are equalised: 0 no
 _CUDA_OUTLIERS = 16  # columns that count as outliers on CUDA, where their number must be known without a wait
 _SAMPLED_ROWS = 256  # rows that are examined for outliers: real ones are in the same columns for every token
 _SUMS = 6 * 2**20  # int32 sums alive at a time: they stay in the cache until they are scaled
-_CUDA_SUMS = 64 * _SUMS  # there each part costs launches
+_CUDA_SUMS = 2**25  # there each part costs launches
 _FP8_MAX = 448.0  # largest e4m3
 
 
@@ -216,6 +217,7 @@ class Fp8Linear(QuantizedLinear):
         return self.weight.to(torch.float32) * self.scale
 
 
+@compilable
 def _fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """x as (e4m3, float32 scale of each row (rows, 1))."""
     scale = x.abs().amax(-1, keepdim=True).to(torch.float32).clamp(min=1e-30) / _FP8_MAX

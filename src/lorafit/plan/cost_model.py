@@ -1,7 +1,7 @@
 """The memory of a pass by arithmetic: bytes kept for the backward pass, bytes alive for a moment, bytes of the base.
 
 The counts follow the hand-written forward and backward of model/lora_linear.py, model/attention.py and model/loss.py.
-A test compares them with what autograd keeps. No tensor is created.
+Tests compare them with what autograd keeps, and with the peak of a step on a fake GPU. No tensor is created.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from dataclasses import dataclass
 
 from lorafit.forward import FILL
 from lorafit.model.architecture import Architecture
+from lorafit.model.attention import Way
+from lorafit.model.compile import num_blocks
 from lorafit.model.lora import VARIANTS
-from lorafit.model.loss import CHUNK_BYTES
+from lorafit.model.loss import chunk_bytes
 from lorafit.model.quant import QUANTIZERS, Quantize
+
+_COPIES = 6  # in float32, of a block of rows, in the gradient of a gated activation
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +25,7 @@ class Shape:
     """What decides the memory of a pass.
 
     `width` is bytes per number of the compute type, `adapted` the short names of the adapted linears of each layer,
-    `compiled` whether attention runs in the compiled kernel. `rank` is a mean where linears differ.
+    `attention` how documents attend. `rank` is a mean where linears differ.
     """
 
     arch: Architecture
@@ -31,16 +35,32 @@ class Shape:
     rank: float
     dropout: bool
     recompute: bool
-    compiled: bool
+    attention: Way
     variant: str = "lora"
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the pass runs on CUDA."""
+        return self.attention in ("flash", "batches")
+
+    @property
+    def wide(self) -> int:
+        """Bytes per number of a sum."""
+        return max(4, self.width)
 
 
 @dataclass(frozen=True, slots=True)
 class PassCost:
-    """One pack: its input tokens, where a shared prefix counts once, and its supervised predictions."""
+    """One pack: its input tokens, where a shared prefix counts once, and its supervised predictions.
+
+    On a GPU attention has a shared token once per document: `repeated` are those beyond `tokens`. `padding` is what
+    rounds documents up where similar ones form batches.
+    """
 
     tokens: float
     supervised: float
+    repeated: float = 0.0
+    padding: float = 0.0
 
     @property
     def filled(self) -> float:
@@ -66,7 +86,10 @@ def layer_saved_bytes(shape: Shape, work: PassCost, layer: int) -> float:
         if has_gradient or ranks:
             made_of = {(down,): 2, mixer_output: mixer.parts}.get(names, 1)  # an activation, a gate
             inputs = linears[names[0]][1] * made_of
-            keeps_input = ranks or made_of > 1 or names != mixer_output
+            # flash attention keeps its output itself, which is this input, unless tokens were laid apart
+            keeps_output = shape.attention == "flash" and not work.repeated and layer < len(shape.adapted) - 1
+            is_kept = keeps_output and arch.mixer_kind(layer) == "attention" and made_of == 1
+            keeps_input = names != mixer_output or made_of > 1 or (ranks and not is_kept)
             total += rows * (ranks + inputs * bool(keeps_input)) * shape.width
             if own := adapted.intersection(names):
                 kept_inputs, kept_outputs = VARIANTS[shape.variant].kept
@@ -87,12 +110,16 @@ def layer_saved_bytes(shape: Shape, work: PassCost, layer: int) -> float:
 def _attention_bytes(shape: Shape, work: PassCost) -> float:
     arch, width = shape.arch, shape.width
     q, kv = arch.num_attention_heads * arch.head_dim, arch.num_key_value_heads * arch.head_dim
-    total = work.filled * ((q + 2 * kv) * width + arch.num_attention_heads * 4)
+    lse = arch.num_attention_heads * 4
+    if shape.attention == "batches":  # keys and values are repeated to as many heads as the queries have
+        total = (work.filled + work.repeated + work.padding) * (4 * q * width + lse)
+    else:
+        own_output = 0 if shape.attention == "kernel" else q  # torch's attention keeps its output
+        laid_apart = work.repeated if shape.on_gpu else 0.0
+        total = (work.filled + laid_apart) * ((q + 2 * kv + own_output) * width + lse)
     if arch.family.qk_norm != "none":  # each norm keeps its input and one number per head, or per token
         heads = 2 if arch.family.qk_norm == "width" else arch.num_attention_heads + arch.num_key_value_heads
         total += work.filled * ((q + kv) * width + heads * 4)
-    if not shape.compiled:  # torch's attention keeps its output
-        total += work.filled * q * width
     return total
 
 
@@ -127,24 +154,43 @@ def saved_bytes(shape: Shape, work: PassCost) -> float:
 
 def working_bytes(shape: Shape, work: PassCost) -> float:
     """Temporary bytes at the peak: the backward pass of the widest layer, or the loss with its chunk of logits."""
-    arch, width = shape.arch, shape.width
-    middle = max(0, arch.num_hidden_layers - 2)
-    rows = _rows(arch, work, middle)
-    # down_proj: the gradients of its output, of the residual stream and of its input, the recomputed input, one of up's
-    layer = rows * width * (2 * arch.hidden_size + 3 * arch.intermediate_size)
-    if shape.dropout:
-        layer += rows * width * arch.intermediate_size  # the input with what is left of it
-    if arch.family.fused_mlp:
-        layer += rows * width * arch.intermediate_size  # the gradient of both halves in one
-    if shape.quantize != "none":
-        layer += QUANTIZERS[shape.quantize].working_bytes(
-            rows, *arch.mlp_linears[arch.mlp_groups[1][0]], width
-        )
+    arch = shape.arch
+    last = arch.num_hidden_layers - 1
+    middle = max(0, last - 1)
+    layer = _layer_working_bytes(shape, work, middle)
     if shape.recompute:
         layer += layer_saved_bytes(shape, work, middle)
-    loss = min(CHUNK_BYTES, work.supervised * arch.vocab_size * width)
-    loss += work.supervised * arch.hidden_size * 2 * width
+    elif (
+        shape.on_gpu and middle < last
+    ):  # the last layer comes first, with fewer rows, and gives back what it saved
+        layer -= layer_saved_bytes(shape, work, last)
+        layer = max(layer, _layer_working_bytes(shape, work, last))
+    most, bytes_per_logit = chunk_bytes(shape.width, shape.on_gpu)
+    loss = min(most, work.supervised * arch.vocab_size * bytes_per_logit)
+    loss += work.supervised * arch.hidden_size * 2 * shape.width
     return max(layer, loss)
+
+
+def _layer_working_bytes(shape: Shape, work: PassCost, layer: int) -> float:
+    """Temporary bytes of a layer's backward pass."""
+    arch, width = shape.arch, shape.width
+    rows = _rows(arch, work, layer)
+    # down_proj: the gradients of its output, of the residual stream and of its input, the recomputed input, one of up's
+    total = rows * width * (2 * arch.hidden_size + 3 * arch.intermediate_size)
+    if shape.on_gpu:  # one gradient of the residual stream less, but operations make copies
+        numbers = rows * arch.intermediate_size
+        blocks = num_blocks(round(numbers))
+        total += numbers / blocks * (_COPIES * shape.wide + (2 * width if blocks > 1 else 0))
+        total -= rows * width * arch.hidden_size
+    if shape.dropout:
+        total += rows * width * arch.intermediate_size  # the input with what is left of it
+    if arch.family.fused_mlp:
+        total += rows * width * arch.intermediate_size  # the gradient of both halves in one
+    if shape.quantize != "none":
+        total += QUANTIZERS[shape.quantize].working_bytes(
+            rows, *arch.mlp_linears[arch.mlp_groups[1][0]], width
+        )
+    return total
 
 
 def base_bytes(shape: Shape) -> float:

@@ -9,6 +9,7 @@ import torch
 
 from lorafit.config.schema import Config
 from lorafit.distributed.env import ProcessEnv
+from lorafit.model.attention import way_on_device
 from lorafit.model.device import pick_device, pick_dtype
 from lorafit.model.linear import matmul
 from lorafit.observe.units import duration, memory_size
@@ -62,7 +63,9 @@ def _here(model: KnownModel, machine: Machine, seconds: dict[torch.dtype, float]
             rank=config.lora.rank,
             dropout=config.lora.dropout > 0,
             recompute=True,
-            compiled=machine.device.type == "cpu",
+            attention="kernel"
+            if machine.device.type == "cpu"
+            else way_on_device(machine.device, dtype, arch.head_dim),
         )
         memory = predict_memory(shape, _workload(), machine.device, machine.resident_bytes)
         needed[quantize] = memory.total
@@ -85,7 +88,7 @@ def _workload() -> Workload:
         supervised_per_epoch=ROWS * TOKENS // 2,
         tokens=ROWS * TOKENS,
         supervised=ROWS * TOKENS // 2,
-        passes=np.array([[tokens, tokens // 2]], np.float64),
+        passes=np.array([[tokens, tokens // 2, 0, 0]], np.float64),
         pack_of=[()],
         weight=1.0,
         most_in_a_step=1,

@@ -26,6 +26,7 @@ from lorafit.hub.client import ModelFolder
 from lorafit.infer.continuous_batch import AT_ONCE
 from lorafit.infer.model import check_readable
 from lorafit.model.architecture import Architecture, read_architecture
+from lorafit.model.attention import way_on_device
 from lorafit.model.build import base_folder, build, check_initial, wanted_adapter
 from lorafit.model.device import describe, pick_device, pick_dtype
 from lorafit.model.dtypes import dtype_name
@@ -347,6 +348,12 @@ def _shape(config: Config, arch: Architecture, device: torch.device) -> Shape:
     parameters = sum(spec.of(name).rank * size for name, size in zip(names, sizes, strict=True))
     for name in names:
         adapted[layer_number(name)].add(name.rpartition(".")[2])
+    has_kernel = (
+        device.type == "cpu"
+        and dtype in (torch.float32, torch.bfloat16)
+        and arch.head_dim % 16 == 0
+        and kernels() is not None
+    )
     return Shape(
         arch=arch,
         width=dtype.itemsize,
@@ -356,10 +363,7 @@ def _shape(config: Config, arch: Architecture, device: torch.device) -> Shape:
         variant=spec.variant,
         dropout=config.lora.dropout > 0,
         recompute=config.train.recompute == "layers",
-        compiled=device.type == "cpu"
-        and dtype in (torch.float32, torch.bfloat16)
-        and arch.head_dim % 16 == 0
-        and kernels() is not None,
+        attention="kernel" if has_kernel else way_on_device(device, dtype, arch.head_dim),
     )
 
 

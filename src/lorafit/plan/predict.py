@@ -152,7 +152,8 @@ class Plan:
 
 def heaviest(shape: Shape, work: Workload) -> int:
     """Index of the pass that needs the most memory."""
-    order = np.lexsort((-work.passes[:, 1], -work.passes[:, 0]))
+    computed = work.passes[:, 0] + (work.passes[:, 2] if shape.on_gpu else 0.0)
+    order = np.lexsort((-work.passes[:, 1], -computed))
     supervised = work.passes[order, 1]
     most = np.maximum.accumulate(supervised)
     # memory grows with both numbers: only a pass with more supervised tokens than every longer one can be it
@@ -175,7 +176,7 @@ def predict_memory(
     trainable = num_trainable(shape) * _adapter_width(shape)
     on_cpu = device.type == "cpu"
     kernel_bytes = _KERNEL_BYTES if on_cpu and (shape.width == 2 or shape.quantize != "none") else 0
-    sizes = len(np.unique(work.passes, axis=0)) * work.weight
+    sizes = len(np.unique(work.passes[:, :2], axis=0)) * work.weight
     activations = saved_bytes(shape, heaviest_pass)
     several = on_cpu and sizes > 1 and blocks() is not None
     memory = Memory(

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from lorafit.data.packing import Pack, Packer, build_pack
 from lorafit.data.row_order import RowOrder
 from lorafit.data.token_dataset import TokenDataset
+from lorafit.model.attention import GROUP
 from lorafit.plan.cost_model import PassCost
 
 _SAMPLED_STEPS = 2000  # evenly spread steps of a longer run stand for all of it, because packing takes time
@@ -21,7 +22,7 @@ _SAMPLED_PACKS = 250  # of more packs so many are built, to see what their rows 
 class Workload:
     """All passes of a run, or evenly spread ones that each stand for `weight` passes.
 
-    Token counts are exact. `passes` are (tokens, supervised) as PassCost holds them; `pack_of` are the rows of each
+    Token counts are exact. `passes` are the numbers of a PassCost; `pack_of` are the rows of each
     pass as indices. `shared` estimates the tokens of shared prefixes, which are computed once for several rows.
     """
 
@@ -30,7 +31,7 @@ class Workload:
     supervised_per_epoch: int
     tokens: int
     supervised: int
-    passes: NDArray[np.float64]  # (passes, 2)
+    passes: NDArray[np.float64]  # (passes, 4)
     pack_of: Sequence[tuple[int, ...]]
     weight: float
     most_in_a_step: int
@@ -108,23 +109,25 @@ def evenly_spread(count: int, most: int) -> list[int]:
 def _passes(
     pack_of: Sequence[Sequence[int]], rows: TokenDataset, may_share: bool
 ) -> tuple[NDArray[np.float64], float]:
-    """The passes of these packs, (packs, 2), and how many tokens their rows share.
+    """The passes of these packs, (packs, 4), and how many tokens their rows share.
 
     Of many packs only some are built. In the others each row but the first is expected to share the mean of those.
     """
     lengths, targets = rows.lengths, rows.targets
-    passes = np.empty((len(pack_of), 2))
+    passes = np.zeros((len(pack_of), 4))
     for index, members in enumerate(pack_of):
         chosen = list(members)
-        passes[index] = (lengths[chosen] - 1).sum(), targets[chosen].sum()  # the last token is a target only
+        inputs = lengths[chosen] - 1  # the last token is a target only
+        passes[index] = inputs.sum(), targets[chosen].sum(), 0, (-inputs % GROUP).sum()
     several = [index for index, members in enumerate(pack_of) if len(members) > 1]
     if not several or not may_share:
         return passes, 0.0
     built = [several[number] for number in evenly_spread(len(several), _SAMPLED_PACKS)]
     exact = np.array([len(pack_of_rows(rows, pack_of[index]).ids) for index in built])
     others = np.array([len(members) - 1.0 for members in pack_of])
-    without = float(passes[:, 0].sum())
     shared_per_row = (passes[built, 0] - exact).sum() / others[built].sum()
+    before = passes[:, 0].copy()
     passes[:, 0] -= others * shared_per_row
     passes[built, 0] = exact
-    return passes, without - float(passes[:, 0].sum())
+    passes[:, 2] = before - passes[:, 0]
+    return passes, float(passes[:, 2].sum())
