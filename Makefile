@@ -10,7 +10,7 @@ SUITE = PYTHONHASHSEED=0 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loads
 SEEDS ?= 20
 TORCHES ?= 2.11.0 2.12.0 2.13.0
 
-.PHONY: demo test quick slow seeds lint format docs config-docs types bench bugs masks crash gpu-fake gpu-torch fuzz fuzz-templates fuzz-serve hostile hosts scale release dist clean
+.PHONY: demo test quick slow seeds lint format docs config-docs types bench bugs masks crash gpu gpu-fake gpu-torch fuzz fuzz-templates fuzz-serve hostile hosts scale release dist clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -89,6 +89,9 @@ crash: $(VENV)/installed-dev  ## kill, starve and damage runs, resume them, comp
 
 hostile: $(VENV)/installed-dev  ## every hostile file with everything that reads it (minutes)
 	LORAFIT_LONG=1 $(BIN)/python -m pytest tests/hostile tests/hub/test_answers.py
+
+gpu: $(VENV)/installed  ## whoever has a GPU: is it right and fast there? 9 minutes, no network; send gpu.json
+	$(BIN)/python -m benchmarks.gpu
 
 gpu-fake: $(VENV)/installed-dev  ## the CUDA path without a GPU: every slow case too (tens of minutes)
 	LORAFIT_LONG=1 $(BIN)/python -m pytest tests/gpu

@@ -31,6 +31,7 @@ SAFE_LOADERS = {"yaml.SafeLoader", "SafeLoader", "yaml.CSafeLoader", "CSafeLoade
 COMPARED_WITH = {"transformers", "peft", "datasets", "accelerate", "trl"}
 MAY_COMPARE = {
     "src/lorafit/export/readback.py": "reads an export back as people will, in a process of its own and offline",
+    "benchmarks/gpu_speed.py": "trains with transformers and peft beside lorafit, on random weights of its own",
     "benchmarks/generation.py": "measures transformers and peft beside lorafit, on models that it was given",
 }
 

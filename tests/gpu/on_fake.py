@@ -6,21 +6,35 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import bitsandbytes  # noqa: F401  (it reads what torch.cuda says: before there is a fake device)
 import pytest
 import torch
+from benchmarks.gpu_results import FAILED, Results
 from tests.gpu.device import A100, H100, T4
 from tests.gpu.fake import fake_cuda
+from tests.gpu.networks import (
+    TINYLLAMA,
+    empty_network,
+    planned_bytes,
+    rows_of,
+    shape_of,
+    train_step,
+    trainable,
+)
 from tests.gpu.runs_here import short_proof, train
 from tests.runs import events, interrupt_after
 
+from benchmarks import gpu_runs, gpu_speed
+from lorafit.data.packing import Packer
 from lorafit.export.run import export_run
 from lorafit.infer.continuous_batch import ContinuousBatch, Request
 from lorafit.infer.engine import decode_attention
 from lorafit.infer.model import load
 from lorafit.infer.sampling import Sampling
 from lorafit.model import native
+from lorafit.model.adamw import AdamW
 from lorafit.model.build import build_saved
 from lorafit.model.multi_lora import Adapters
 from lorafit.run_dir import RunDirectory
@@ -140,3 +154,58 @@ def test_an_answers_attention_never_takes_the_kernel_that_copies_the_cache(
             )
         assert out.shape == (3, 8, 16)
         assert dict(gpu.chosen) == {"efficient": 1}
+
+
+@pytest.mark.slow
+def test_the_parts_of_the_acceptance_that_only_a_device_runs(tmp_path: Path) -> None:
+    """On a small model: `--simulate` leaves them out, because they measure memory and speed."""
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small |= {"num_key_value_heads": 2, "vocab_size": 260}
+    results = Results(end=0.0)
+    with fake_cuda(H100), mock.patch.dict(TINYLLAMA, small), mock.patch.object(gpu_speed, "STEPS", 2):
+        gpu_runs.write_large(tmp_path / "model")
+        gpu_runs.write_texts(tmp_path / "rows.jsonl", 64, 150)
+        gpu_speed.training(results, tmp_path, "bfloat16", 600, "int8")
+        gpu_speed.generation(results, 2, tokens=3)
+        gpu_runs.out_of_memory(results, tmp_path / "short")
+    assert [speed.name.partition(",")[0] for speed in results.speeds] == ["lorafit", "generation"]
+    assert results.checks[0].name == "passes were made smaller"
+    assert [check.name for check in results.checks if check.verdict == FAILED] == []
+
+
+# The most launches, bytes moved and pageable uploads in a step of 2,048 tokens with three layers of TinyLlama's shape,
+# without compiled kernels. Lower them as they fall.
+BUDGETS = {(H100, False): (900, 14e9, 1), (H100, True): (1350, 24.5e9, 1), (T4, False): (1440, 22e9, 2)}
+
+
+@pytest.mark.parametrize(
+    ("capability", "recompute", "prefix"),
+    [
+        pytest.param(H100, False, 60, id="flash"),
+        pytest.param(H100, True, 1, id="recompute", marks=slow),
+        pytest.param(T4, False, 1, id="batches", marks=slow),
+    ],
+)
+def test_a_step_needs_the_memory_of_the_plan_and_stays_within_its_budgets(
+    capability: tuple[int, int], recompute: bool, prefix: int
+) -> None:
+    dtype = torch.float16 if capability == T4 else torch.bfloat16
+    with fake_cuda(capability) as gpu:
+        network = empty_network({**TINYLLAMA, "num_hidden_layers": 3}, dtype)
+        network.recompute = recompute
+        optimizer = AdamW(trainable(network), 0.0)
+        packs = Packer(2048).packs(rows_of(2048, prefix=prefix))
+        train_step(network, optimizer, packs)  # it makes the optimizer's state
+        gpu.records.clear()
+        gpu.memory.peak = gpu.memory.now
+        train_step(network, optimizer, packs)
+        planned = planned_bytes(shape_of(network.arch, dtype, recompute=recompute), packs[0])
+        waits, peak = gpu.waits(), gpu.memory.peak
+    assert peak == pytest.approx(planned, rel=0.05)
+    assert "math" not in gpu.chosen
+    most_launches, most_bytes, most_uploads = BUDGETS[capability, recompute]
+    assert waits == {"upload": most_uploads}
+    launches = sum(record.launches for record in gpu.records)
+    num_bytes = sum(record.num_bytes for record in gpu.records)
+    assert 0.8 * most_launches <= launches <= most_launches
+    assert 0.8 * most_bytes <= num_bytes <= most_bytes
