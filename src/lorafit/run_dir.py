@@ -42,8 +42,8 @@ class RunDirectory:
     """Paths and small files of one run.
 
     config.yaml (resolved, every key) · env.json · prompt.json · ledger.json · check.json · metrics.jsonl ·
-    checkpoints/step-000200/ · adapter/ (the final PEFT folder) · samples.json · proof.json · rows.json · report.html ·
-    drift.json (the answers of the base to neutral prompts, where they are used) ·
+    checkpoints/step-000200/ · adapter/ (the final PEFT folder) · samples.json · proof.json · rows.json · visits.bin ·
+    row_list.json · report.html · drift.json (the answers of the base to neutral prompts, where they are used) ·
     heartbeat.json (of several ranks, when one was stuck) · exports/
     """
 
@@ -59,6 +59,8 @@ class RunDirectory:
         self.proof_file = path / "proof.json"
         self.rows_file = path / "rows.json"
         self.drift_file = path / "drift.json"
+        self.visits_file = path / "visits.bin"
+        self.row_list_file = path / "row_list.json"
         self.report_file = path / "report.html"
         self.heartbeat_file = path / "heartbeat.json"
         self.lock_file = path / "run.lock"

@@ -471,6 +471,7 @@ LEAVING: dict[str, dict[str, str]] = {
     "observe/console.py growing_side_by_side": {"print": "answers_side_by_side"},
     "observe/console.py flowing.put": {"write": "answers_side_by_side"},
     "observe/metrics_file.py Record.__call__": {"write": "the_files_of_a_run"},
+    "observe/visits.py VisitLog.add": {"write": OWN},
     "observe/metrics_file.py truncate_after": {"write_lines": BYTES},
     "observe/progress.py _Eta.render": {"render": OWN},
     "observe/metrics_file.py _line": {"dumps": "the_files_of_a_run"},

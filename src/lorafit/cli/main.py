@@ -25,6 +25,7 @@ from lorafit.cli import (
     models,
     plan,
     report,
+    rows,
     runs,
     serve,
     show,
@@ -58,6 +59,7 @@ app.command("show")(show.show)
 app.command("plan")(plan.plan)
 app.command("generate")(generate.generate)
 app.command("report")(report.report)
+app.command("rows")(rows.rows)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("export")(export.export)

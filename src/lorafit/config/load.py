@@ -179,7 +179,8 @@ def with_absolute_paths(config: Config) -> Config:
 
     model, lora, data = config.model, config.lora, config.data
     template = absolute(data.template) if data.template.endswith(".jinja") else data.template
-    paths = {"path": tuple(map(absolute, data.path)), "eval_path": tuple(map(absolute, data.eval_path))}
+    lists = ("path", "eval_path", "drop_rows")
+    paths = {name: tuple(map(absolute, getattr(data, name))) for name in lists}
     sections = {
         "model": model.model_copy(update={"name": absolute(model.name)}),
         "lora": lora.model_copy(update={"init_from": lora.init_from and absolute(lora.init_from)}),

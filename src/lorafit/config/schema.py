@@ -131,6 +131,11 @@ class DataSection(Section):
         "error",
         description="Rows that cannot be used end the run, or are left out and counted with the reason.",
     )
+    drop_rows: Strings = resumable(
+        (),
+        description="Rows to leave out, by their ids: files with an id per line, or ids. `lorafit rows RUN --ids` "
+        "prints the ids of rows that are worth a look.",
+    )
     eval_path: Strings = resumable(
         (),
         description="Rows to measure the loss on, as `data.path`; then `data.holdout` takes no training rows.",

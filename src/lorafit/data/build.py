@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from lorafit.data.ledger import Ledger
 from lorafit.data.packing import TokenRow
 from lorafit.data.prompt import Renderer
 from lorafit.data.prompt import contract as make_contract
+from lorafit.data.row_ids import occurrences, read_ids
 from lorafit.data.row_index import RowIndex
 from lorafit.data.row_order import Indices, RowOrder, split_holdout
 from lorafit.data.sources import FileSummary, Reading, Sources, describe, find_sources
@@ -36,6 +37,9 @@ class ModelLimits(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+
+
+NAMED = "named in data.drop_rows"  # the reason why a row is not trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,8 @@ class TrainingData:
         """SHA-256 over tokens, masks and row numbers, and which rows are held out: what training reads of the data."""
         digest = hashlib.sha256(self.entry_digest.encode())
         digest.update(np.ascontiguousarray(self.heldout.numbers, dtype="<i8").tobytes())
+        if NAMED in self.encoded.dropped:
+            digest.update(NAMED.encode() + self.encoded.dropped[NAMED].astype("<i8").tobytes())
         return digest.hexdigest()
 
     def with_all_rows(self) -> TrainingData:
@@ -119,6 +125,9 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
     with progress("tokenising", quiet=quiet) as advance:
         entry = encode_files(sources, renderer, advance, longest)
     encoded, row_facts = entry.encoded, RowFacts(**entry.facts["row_facts"])
+    notes = list(entry.notes)
+    if config.data.drop_rows:
+        encoded = _without_named(encoded, read_ids(config.data.drop_rows), notes)
     summaries = [FileSummary(**summary) for summary in entry.facts["files"]]
     index = RowIndex(sources, summaries, encoded)
     if not len(encoded):
@@ -139,7 +148,6 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
         message = f"train.method={config.train.method} compares two answers, but {single:,} rows have one"
         hint = "train.method=kto learns from single answers; or give rows with `chosen` and `rejected`"
         raise DataError(message, place="train.method", hint=hint)
-    notes = list(entry.notes)
     if not row_facts.templated:
         notes += _without_template(config)
         renderer = Renderer(renderer.contract.as_raw(tokenizer), tokenizer)
@@ -173,6 +181,23 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
         entry_digest=entry.digest,
         cache_key=entry.key,
     )
+
+
+def _without_named(
+    encoded: TokenDataset, ids: Mapping[tuple[int, int], str], notes: list[str]
+) -> TokenDataset:
+    """The rows that `data.drop_rows` does not name; `notes` receives a line about ids of no row."""
+    _, first, row_of = np.unique(encoded.numbers, return_index=True, return_inverse=True)
+    hashes = encoded.hashes[first]
+    count = occurrences(hashes)
+    at = np.flatnonzero(np.isin(hashes, np.array([content for content, _ in ids], np.uint64)))
+    named = {(int(hashes[row]), int(count[row])): int(row) for row in at}
+    if absent := [place for id_, place in ids.items() if id_ not in named]:
+        notes.append(
+            f"{len(absent):,} of {len(ids):,} ids are of no row of the data: {', '.join(absent[:5])}"
+        )
+    dropped = [row for id_, row in named.items() if id_ in ids]
+    return encoded.without(np.flatnonzero(np.isin(row_of, dropped)), NAMED)
 
 
 def _split(config: Config, index: RowIndex, encoded: TokenDataset) -> tuple[Indices, Indices]:

@@ -220,7 +220,7 @@ def excerpt(
     longest = max(int(values.max(initial=0)) for values in lengths.values())
     return {
         "lengths": histogram(lengths, -(-(longest + 1) // NUM_BINS)),
-        "rows": [_row(training, index, tokenizer, place(index)) for index in chosen],
+        "rows": [shown_row(training, index, tokenizer, place(index)) for index in chosen],
     }
 
 
@@ -232,7 +232,8 @@ def histogram(lengths: Mapping[str, NDArray[np.int32]], width: int) -> dict[str,
     return {"edges": edges.tolist(), **counts}
 
 
-def _row(rows: TokenDataset, index: int, tokenizer: Tokenizer, place: str) -> dict[str, Any]:
+def shown_row(rows: TokenDataset, index: int, tokenizer: Tokenizer, place: str) -> dict[str, Any]:
+    """The row at `index` as JSON values: its text in spans, each with whether it is trained, and its place."""
     ids, trained = rows.row(index)
     spans, room = [], MOST_CHARACTERS
     for is_trained, group in groupby(zip(ids.tolist(), trained.tolist(), strict=True), lambda pair: pair[1]):

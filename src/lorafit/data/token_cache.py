@@ -38,7 +38,7 @@ from lorafit.storage.ownership import not_own
 
 logger = logger_of(__name__)
 
-ENCODING = 6  # to be raised whenever the same rows would be written as other bytes
+ENCODING = 7  # to be raised whenever the same rows would be written as other bytes
 MAX_BYTES = 20 * 10**9
 _EMPTY = hashlib.sha256(b"").hexdigest()
 _DECIDING_FILES = ("tokens.bin", "offsets.bin", "numbers.bin", "weighted.bin", "weights.bin")

@@ -88,6 +88,7 @@ class Flat:
     dropped: Numbers  # (dropped rows,)
     weighted: Numbers  # (weighted rows, 2)
     weights: NDArray[np.float32]  # (tokens of the weighted rows,)
+    hashes: NDArray[np.uint64]  # (rows,) of the rows' contents
 
     def row(self, row: int) -> TokenRow:
         """The ids of a row, and which are trained, or the weight of each."""
@@ -152,9 +153,19 @@ class TokenDataset:
         """Trained tokens of each row."""
         return self._of(self.flat.targets)
 
+    @property
+    def hashes(self) -> NDArray[np.uint64]:
+        """The hash of each row's content, equal for the pieces of a row."""
+        return self._of(self.flat.hashes)
+
     def number(self, index: int) -> int:
         """The number over all sources of the row at `index`."""
         return int(self.flat.numbers[index if self.index is None else self.index[index]])
+
+    def numbers_at(self, indices: Numbers) -> Numbers:
+        """The numbers over all sources of the rows at `indices`."""
+        numbers: Numbers = self.flat.numbers[indices if self.index is None else self.index[indices]]
+        return numbers
 
     def line_of(self, number: int) -> int:
         """The first line of row `number` in its file, 0 where the file has no lines or the row is not here."""
@@ -165,6 +176,13 @@ class TokenDataset:
     def take(self, indices: Numbers) -> TokenDataset:
         """The rows at `indices`, in that order, without any dropped rows; no token is copied."""
         return TokenDataset(self.flat, {}, indices if self.index is None else self.index[indices])
+
+    def without(self, indices: Numbers, reason: str) -> TokenDataset:
+        """All rows but those at `indices`, which count as dropped for `reason`."""
+        kept = np.ones(len(self), np.bool_)
+        kept[indices] = False
+        dropped = {**self.dropped, reason: np.unique(self.numbers[indices])}
+        return TokenDataset(self.flat, dropped, self.take(np.flatnonzero(kept)).index)
 
     def _of(self, values: NDArray[Any]) -> NDArray[Any]:
         return values if self.index is None else values[self.index]
@@ -205,7 +223,7 @@ def _kinds(facts: Mapping[str, Any]) -> dict[str, str]:
     """The numpy type of each array."""
     counts, numbers = ("truncated", "targets", "lines"), ("offsets", "numbers", "dropped", "weighted")
     kinds = {"tokens": str(facts["ids"]), **dict.fromkeys(counts, "int32"), "weights": "float32"}
-    return {**kinds, **dict.fromkeys(numbers, "int64")}
+    return {**kinds, **dict.fromkeys(numbers, "int64"), "hashes": "uint64"}
 
 
 def _mapped(path: Path, kind: str) -> NDArray[Any]:
@@ -309,6 +327,7 @@ class _Writer:
         numbers: list[int] = []
         lines: list[int] = []
         truncated: list[int] = []
+        hashes: list[int] = []
         fitting: list[Rendered] = []
         self._num_read += len(chunk.rows)
         for number, reason in chunk.dropped:
@@ -321,11 +340,13 @@ class _Writer:
                 self._faults.add(chunk.name, row.number - chunk.start + 1, row.place, outcome)
             else:
                 self._facts.add(row)
+                hashed = row.hash
                 for piece in self._pieces(row, outcome):
                     if (fitted := self._fit(row, piece)) is not None:
                         fitting.append(fitted[0])
                         truncated.append(fitted[1])
                         numbers.append(row.number)
+                        hashes.append(hashed)
                         lines.append(line)
         # Through `array` and `bytes`: several times faster than numpy on lists of millions of tokens.
         for at, fit in enumerate(fitting, self._num_rows):
@@ -347,6 +368,7 @@ class _Writer:
             targets = [sum(mark & SUPERVISED for mark in row) for row in trained]
         self._write("offsets", ends)
         columns = {"numbers": numbers, "truncated": truncated, "targets": targets, "lines": lines}
+        self._write("hashes", np.array(hashes, np.uint64))
         for name, values in columns.items():
             self._write(name, values)
 

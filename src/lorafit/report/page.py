@@ -24,6 +24,7 @@ SECTIONS: list[tuple[str, str, Callable[[Facts], Any]]] = [
     ("Progress", "progress", sections.progress),
     ("Answers", "answers", sections.answers),
     ("Data", "data", sections.data),
+    ("Rows to look at", "row_list", sections.row_list),
     ("Rows as trained", "rows", sections.rows),
     ("Notes", "notes", sections.notes),
     ("Reproduce", "reproduce", sections.reproduce),

@@ -41,6 +41,7 @@ class Facts:
     ledger: Ledger | None = None
     rows: Mapping[str, Any] = field(default_factory=dict)
     samples: Sequence[Mapping[str, Any]] = ()
+    row_list: Mapping[str, Any] = field(default_factory=dict)
     proof: Mapping[str, Any] = field(default_factory=dict)
     checks: Sequence[CheckLine] = ()
     prompt: Mapping[str, Any] = field(default_factory=dict)
@@ -138,6 +139,7 @@ def read_facts(run: RunDirectory, metrics: Metrics | None = None, summary: Summa
     facts.samples = (
         [sample for sample in samples if isinstance(sample, dict)] if isinstance(samples, list) else []
     )
+    facts.row_list = _mapping(run.row_list_file, facts, expected=False)
     facts.ledger = _ledger(run.ledger_file, facts)
     facts.hashes = _hashes(run)
     return facts

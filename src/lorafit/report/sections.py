@@ -27,7 +27,7 @@ PROMPT_KEYS = {
     "train_on": "trained on",
     "max_length": "longest row",
 }
-MOST_ROWS, MOST_PROMPTS, MOST_HISTORY, MOST_NOTES, MOST_DROPS = 10, 50, 12, 100, 20
+MOST_ROWS, MOST_PROMPTS, MOST_HISTORY, MOST_NOTES, MOST_DROPS = 20, 50, 12, 100, 20
 MOST_HELD, MOST_POINTS = 100, 400
 
 
@@ -162,9 +162,23 @@ def data(facts: Facts) -> dict[str, Any] | None:
 
 def rows(facts: Facts) -> list[dict[str, Any]]:
     """Some rows as the model reads them, with what is trained marked."""
+    return _rows(facts.rows)
+
+
+def row_list(facts: Facts) -> dict[str, Any] | None:
+    """How many rows were learned, known before and so on, and the rows that stand out."""
+    counts = facts.row_list.get("counts")
+    found = counts.items() if isinstance(counts, Mapping) else ()
+    kinds = [(str(kind), int(number(value) or 0)) for kind, value in found if number(value)]
+    rows = _rows(facts.row_list)
+    return {"kinds": kinds, "rows": rows} if kinds or rows else None
+
+
+def _rows(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "place": row.get("place", ""),
+            "note": f"{row['kind']}: {row['reason']}" if "kind" in row and "reason" in row else "",
             "tokens": number(row.get("tokens")) or 0,
             "trained": number(row.get("trained")) or 0,
             "spans": [
@@ -173,7 +187,7 @@ def rows(facts: Facts) -> list[dict[str, Any]]:
                 if isinstance(span, list) and len(span) == 2
             ],
         }
-        for row in _sequence(facts.rows.get("rows"))[:MOST_ROWS]
+        for row in _sequence(values.get("rows"))[:MOST_ROWS]
         if isinstance(row, Mapping)
     ]
 

@@ -36,7 +36,7 @@ class AsyncCheckpointWriter:
         folder = self._run.checkpoint(state.step)
         self._saved = Saved(state.step, str(folder), reason)
         facts = {"step": state.step, "best_step": state.best_step, **self._facts}
-        (lock, check), metrics = self._run.keep_locked(), self._run.metrics_file
+        (lock, check), appended = self._run.keep_locked(), (self._run.metrics_file, self._run.visits_file)
         hint = "free space or repair the disk, then `lorafit train --resume` resumes from the last checkpoint"
 
         def commit() -> None:
@@ -46,9 +46,10 @@ class AsyncCheckpointWriter:
                     check()
                     with run_error("cannot save", folder, hint=hint):
                         make_subfolder(folder.parent)
-                    if metrics.exists():  # those of the saved steps must be on disk too
-                        with run_error("cannot save", metrics, metrics.stat().st_size, hint):
-                            sync(metrics)
+                    for file in appended:  # what they have of the saved steps must be on disk too
+                        if file.exists():
+                            with run_error("cannot save", file, file.stat().st_size, hint):
+                                sync(file)
                     commit_files(folder, files, facts, check)
                 self.seconds = pace.clock() - started
             except BaseException as error:

@@ -18,6 +18,7 @@ from lorafit.observe.events import Learned, LearnedLevel, Message, Observer, Pre
 from lorafit.observe.metrics_file import event_of, read_raw_lines
 from lorafit.redact import shell
 from lorafit.report.page import write_report
+from lorafit.report.rows_of_run import page_values
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import sha256_file, verify_folder
 from lorafit.training.answers import drift
@@ -61,6 +62,10 @@ def finish(
                 proven = proof.verdict != "fail"
             if learned is not None:
                 observe(learned)
+        try:
+            run.write_json(run.row_list_file, page_values(run, job.data))
+        except LorafitError as error:
+            observe(Message(f"no list of rows: {error.problems[0].message}", "warning"))
     run.check_held()
     with suppress(RunError):  # if an older checkpoint still cannot be removed, the next start tries again
         run.clean()

@@ -38,6 +38,7 @@ from lorafit.model.lora import disable_adapter
 from lorafit.model.memory import MUCH_FREE, is_out_of_memory, release_free_memory
 from lorafit.observe.events import Digest, Drift, Heldout, Message, Observer, Progress, Step
 from lorafit.observe.meters import Meter
+from lorafit.observe.visits import VisitLog
 from lorafit.plan.cadence import Cadence
 from lorafit.redact import shell
 from lorafit.run_dir import RunDirectory
@@ -82,6 +83,7 @@ class TrainContext:
     kept_heldout: StreamCache | None
     facts: Mapping[str, Any]
     initial: Mapping[str, Tensor]
+    visits: VisitLog | None  # of the first rank
     neutral: Neutral | None = None
     first_step: int = 0
     reference: Reference | None = None
@@ -163,13 +165,15 @@ def _steps(
             _reduce_micro_batch(job, writer, state, batch)
             upcoming = ahead.submit(_batch, job, state, state.step)
             continue
-        loss, norm, _ = gradients
+        loss, norm, row_losses = gradients
         job.optimizer.step(rate)
         job.optimizer.zero_grad()
         state.step += 1
         done = state.step - job.first_step
         due = timing.count(state.step, job.cadence.at(done), writer.seconds)
         job.heartbeat.at(state.step, BETWEEN)
+        if job.visits is not None:
+            job.visits.add(state.step, job.rows.numbers_at(batch.indices), row_losses)
         state.last_loss = loss
         state.scale.went_well()
         release_free_memory(MUCH_FREE)
@@ -228,7 +232,7 @@ def _batch(job: TrainContext, state: TrainState, step: int) -> Batch:
 def _gradients(
     job: TrainContext, state: TrainState, batch: Batch
 ) -> tuple[float, float, NDArray[np.float64]] | None:
-    """Accumulate the step's gradient, clipped; returns (mean loss, norm before clipping, summed loss of each row).
+    """Accumulate the step's gradient, clipped; returns (mean loss, norm before clipping, losses of each row).
 
     The sum of losses over all packs of all ranks is divided once by the weight of the step's supervised tokens (their
     number, where the rows have no weights), so the gradient does not depend on the packing. A float16 overflow is
@@ -244,7 +248,7 @@ def _gradients(
         plain = partial(pack_losses, below=below)
         compute = plain if job.objective.loss is None else Passes(job, batch)
         total, each, short = _passes(job, state, batch, compute)
-        total, any_short, *row_losses = job.ranks.all_reduce_sum([total, float(short), *each])
+        total, any_short, *row_losses = job.ranks.all_reduce_sum([total, float(short), *each.flat])
         if any_short:
             job.optimizer.zero_grad()
             torch.set_rng_state(random)
@@ -257,7 +261,7 @@ def _gradients(
         if math.isfinite(mean) and math.isfinite(norm):
             if isinstance(compute, Passes):
                 job.observe(compute.told(job, step))
-            return mean, norm, np.array(row_losses)
+            return mean, norm, _of_rows(np.reshape(row_losses, each.shape))
         job.optimizer.zero_grad()
         if not state.scale.active or not math.isfinite(mean):
             what = "loss" if not math.isfinite(mean) else "gradient"
@@ -273,8 +277,8 @@ def _gradients(
 def _passes(
     job: TrainContext, state: TrainState, batch: Batch, compute: Compute
 ) -> tuple[float, NDArray[np.float64], bool]:
-    """This rank's passes: (sum of their losses, that of each row of the step, whether memory ran out). The last one
-    all-reduces the gradients.
+    """This rank's passes: (sum of their losses, `_by_rows`, whether memory ran out). The last one all-reduces the
+    gradients.
 
     All passes of all ranks start from the same random state. The dropout of a row is a function of the step and of
     the tokens of the row.
@@ -311,19 +315,36 @@ def _passes(
                     hint=f"set train.micro_batch_tokens below {packs[last].num_tokens}: {SAME_RESULT}",
                 ) from None
             job.engine.loss(pack_losses, EMPTY_PACK)[0].backward()
-        return 0.0, np.zeros(len(batch.indices)), True
+        return 0.0, np.zeros((4, len(batch.indices))), True
     # read only here, so that the device is waited for once
     return sum(map(float, losses)), _by_rows(batch, torch.cat(row_losses).cpu().numpy()), False
 
 
 def _by_rows(batch: Batch, losses: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """The sum of the losses of the targets of each row of the step, 0 for the rows of other ranks."""
-    owners = np.concatenate([np.repeat(pack.rows, pack.counts) for pack in batch.packs])
-    sums = np.zeros(len(batch.indices))
-    np.add.at(
-        sums, owners, losses[: len(owners)]
-    )  # an empty pack has a loss without an owner, and is the last
+    """Of each row of the step (4, rows): the sums of the losses and of the weights of its targets, and both of its last
+    target. All are 0 for the rows of other ranks.
+    """
+    sums, at = np.zeros((4, len(batch.indices))), 0
+    for pack in batch.packs:
+        if not len(pack.rows):  # an empty pack has a loss that is of no row
+            continue
+        found = losses[at : at + len(pack.targets)]
+        weights = np.ones(len(found)) if pack.weights is None else pack.weights
+        ends = np.cumsum(pack.counts)[pack.counts > 0] - 1
+        owners, last = np.repeat(pack.rows, pack.counts), pack.rows[pack.counts > 0]
+        if pack.sides is not None:  # the loss of two answers stands at the first target of their row
+            weights = np.isin(np.arange(len(found)), np.unique(owners, return_index=True)[1]).astype(float)
+        for of_row, values in zip(sums, (found, weights, found[ends], weights[ends]), strict=True):
+            np.add.at(of_row, owners if len(values) == len(owners) else last, values)
+        at += len(found)
     return sums
+
+
+def _of_rows(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(2, rows): the mean loss of the targets of each row, and the loss of the last one; NaN for a row without one."""
+    losses = np.full((2, sums.shape[1]), np.nan)
+    np.divide(sums[::2], sums[1::2], out=losses, where=sums[1::2] > 0)
+    return losses
 
 
 def _is_too_far(job: TrainContext, state: TrainState) -> bool:

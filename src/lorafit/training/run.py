@@ -38,6 +38,7 @@ from lorafit.observe.run_summary import RunState
 from lorafit.observe.terminal import Terminal
 from lorafit.observe.trackers import tracker
 from lorafit.observe.units import count
+from lorafit.observe.visits import VisitLog, truncate_visits
 from lorafit.plan.cadence import Cadence
 from lorafit.plan.planner import make_plan
 from lorafit.plan.predict import Plan
@@ -252,7 +253,7 @@ def run_training(
     quiet: bool,
 ) -> Result:
     """Train from checkpoint `step` (None: from the start) and finish: the one path of new and resumed runs."""
-    with make_observers(prepared.config, run, ranks, step, quiet) as observe:
+    with make_observers(prepared.config, run, ranks, step, quiet) as observe, ExitStack() as stack:
         announce(prepared, observe)
         for note in notes:
             observe(note)
@@ -260,7 +261,8 @@ def run_training(
             text = f"no compiled kernels: torch's slower ones are used, because {reason}"
             observe(Message(text, "warning"))
         initial = tensor_digests(prepared.built.network) if prepared.config.run.verify else {}
-        job = with_reference(make_context(prepared, run, ranks, observe))
+        log = stack.enter_context(visit_log(run, ranks, step, observe))
+        job = with_reference(make_context(prepared, run, ranks, observe, log))
         state = restore(job, step)
         job = job if state.refit_from is None else refit.context(job, state)
         announce_start(job, state, show_plan=step is None)
@@ -304,7 +306,24 @@ def make_observers(
         yield observe
 
 
-def make_context(prepared: Prepared, run: RunDirectory, ranks: Ranks, observe: Observer) -> loop.TrainContext:
+@contextmanager
+def visit_log(
+    run: RunDirectory, ranks: Ranks, step: int | None, observe: Observer
+) -> Iterator[VisitLog | None]:
+    """The record of the rows' losses, for the first rank; what it has after `step` is dropped."""
+    if not ranks.is_main:
+        yield None
+        return
+    if run.visits_file.exists() and (last := truncate_visits(run.visits_file, step or 0)) < (step or 0):
+        text = f"{run.visits_file.name} has no losses of rows from step {last + 1} to {step}"
+        observe(Message(text, "warning"))
+    with closing(VisitLog(run.visits_file)) as log:
+        yield log
+
+
+def make_context(
+    prepared: Prepared, run: RunDirectory, ranks: Ranks, observe: Observer, visits: VisitLog | None = None
+) -> loop.TrainContext:
     """What the loop works on: engine, optimizer, rows and settings. It seeds the random generators."""
     config, data, built = prepared.config, prepared.data, prepared.built
     network, rows = built.network, data.training_data
@@ -342,6 +361,7 @@ def make_context(prepared: Prepared, run: RunDirectory, ranks: Ranks, observe: O
         facts={**prepared.facts, **machine_facts(built.device)},
         neutral=neutral,
         initial={name: tensor.clone() for name, tensor in initial.items()},
+        visits=visits,
     )
 
 

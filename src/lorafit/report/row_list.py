@@ -1,0 +1,148 @@
+"""What the losses of the visits say about each row: what became of it, and whether a person should look at it.
+
+docs/rows.md explains the kinds, the thresholds and the order of the list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lorafit.observe.visits import Visits
+
+Kind = Literal["learned", "known before", "never learned", "forgotten again", "memorised", "seen once"]
+KNOWN = 0.3  # mean loss: each token has a probability of 74 % on average
+MEMORISED = 0.1  # 90 %
+LEARNED = 0.95  # of the loss of the first visit, as in evaluate/learned.py
+FORGOTTEN = 0.5  # of what the loss had fallen by
+SUSPECT = 3.5  # robust standard deviations above like rows (Iglewicz and Hoaglin, 1993)
+NEIGHBOURS = 50  # rows of like length that a row is compared with, on either side
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class RowStory:
+    """A row over its visits: mean losses of its targets, and how far it stands out among rows of like length.
+
+    `end` is the loss of the token that ends the answer, at the first visit. `score` orders the list of rows to look at.
+    """
+
+    number: int
+    kind: Kind
+    visits: int
+    first: float
+    last: float
+    lowest: float
+    end: float
+    tokens: int
+    score: float
+    reason: str
+
+
+def stories(
+    visits: Visits, tokens: NDArray[np.int64], pieces: NDArray[np.int64], since: int = 0
+) -> list[RowStory]:
+    """The rows that were visited after step `since`, the most conspicuous first.
+
+    `tokens` and `pieces` (rows of all sources,) are the supervised tokens of each row, and how many pieces it was split
+    into: a visit of all pieces is one of the row.
+    """
+    usable = (visits.steps > since) & np.isfinite(visits.losses) & (visits.rows < len(tokens))
+    rows, losses, ends = visits.rows[usable], visits.losses[usable], np.nan_to_num(visits.ends[usable])
+    if not len(rows):
+        return []
+    order = np.argsort(rows, kind="stable")
+    rows, losses, ends = rows[order], losses[order], ends[order]
+    starts = _starts(rows)
+    nth = np.arange(len(rows)) - np.repeat(starts, np.diff(np.append(starts, len(rows))))
+    passes = _starts(rows, nth // np.maximum(1, pieces[rows]))  # of which each is one visit of a whole row
+    counts = np.diff(np.append(passes, len(rows)))
+    losses, ends = (np.add.reduceat(values, passes) / counts for values in (losses, ends))
+    rows = rows[passes]
+    starts = _starts(rows)
+    counts = np.diff(np.append(starts, len(rows)))
+    stops = starts + counts - 1
+    numbers, first, last, end = rows[starts], losses[starts], losses[stops], ends[starts]
+    lowest = np.minimum.reduceat(losses, starts)
+    length = tokens[numbers]
+    mean = np.add.reduceat(losses, starts) / counts
+    apart, usual = outstanding(mean, length)
+    end_apart, usual_end = outstanding(end, length)
+    scores = np.maximum(apart, end_apart)
+    listed = [
+        RowStory(
+            int(numbers[at]),
+            kind_of(int(counts[at]), float(first[at]), float(last[at]), float(lowest[at])),
+            int(counts[at]),
+            round(float(first[at]), 4),
+            round(float(last[at]), 4),
+            round(float(lowest[at]), 4),
+            round(float(end[at]), 4),
+            int(length[at]),
+            round(float(scores[at]), 2),
+            _reason(
+                (float(mean[at]), float(usual[at]), float(apart[at])),
+                (float(end[at]), float(usual_end[at]), float(end_apart[at])),
+            ),
+        )
+        for at in range(len(numbers))
+    ]
+    return sorted(listed, key=lambda story: (-story.score, story.number))
+
+
+def kind_of(visits: int, first: float, last: float, lowest: float) -> Kind:
+    """What became of a row, by the mean losses of its first, its last and its best visit."""
+    if first <= KNOWN:
+        return "known before"
+    if visits < 2:
+        return "seen once"
+    if lowest <= LEARNED * first and last - lowest >= FORGOTTEN * (first - lowest):
+        return "forgotten again"
+    if last <= MEMORISED:
+        return "memorised"
+    return "learned" if last <= LEARNED * first else "never learned"
+
+
+def outstanding(values: Values, lengths: NDArray[np.int64]) -> tuple[Values, Values]:
+    """(how many robust standard deviations each of `values` lies above those of rows of like length, their median)."""
+    order = np.argsort(lengths, kind="stable")
+    apart, usual = np.empty(len(values)), np.empty(len(values))
+    ordered = values[order]
+    width = min(len(values), 2 * NEIGHBOURS + 1)
+    windows = np.lib.stride_tricks.sliding_window_view(ordered, width)
+    middles = np.median(windows, axis=1)
+    spreads = np.median(np.abs(windows - middles[:, None]), axis=1)
+    window = np.clip(np.arange(len(values)) - NEIGHBOURS, 0, len(windows) - 1)
+    usual[order] = middles[window]
+    apart[order] = 0.6745 * (ordered - middles[window]) / np.maximum(spreads[window], 0.02)
+    return apart, usual
+
+
+def counts_of(listed: Sequence[RowStory]) -> dict[str, int]:
+    """The number of rows of each kind."""
+    kinds: tuple[Kind, ...] = Kind.__args__  # type: ignore[attr-defined]
+    return {kind: sum(story.kind == kind for story in listed) for kind in kinds}
+
+
+def _reason(loss: tuple[float, float, float], end: tuple[float, float, float]) -> str:
+    """Why a row stands where it does: its loss or its end, whichever stands out more."""
+    if end[2] > loss[2]:
+        return (
+            f"the answer ends where no end is likely: loss of its end {end[0]:.2f}, {end[1]:.2f} in like rows"
+        )
+    return (
+        f"the answer is unlikely after its question: loss {loss[0]:.2f}, {loss[1]:.2f} in rows of like length"
+    )
+
+
+def _starts(*columns: NDArray[np.int64]) -> NDArray[np.intp]:
+    """Where the values of `columns` (n,) change, and 0."""
+    changes = np.zeros(len(columns[0]), np.bool_)
+    changes[:1] = True
+    for column in columns:
+        changes[1:] |= column[1:] != column[:-1]
+    return np.flatnonzero(changes)

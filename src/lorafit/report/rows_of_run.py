@@ -1,0 +1,85 @@
+"""The list of the rows of a run, from its record of losses and from the rows, for `lorafit rows` and the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from lorafit.data.build import TrainingData, build_data
+from lorafit.data.row_ids import occurrences, row_id
+from lorafit.data.row_preview import shown_row
+from lorafit.errors import RunError
+from lorafit.hub.client import tokenizer_folder
+from lorafit.observe.metrics_file import number, read_metrics
+from lorafit.observe.visits import read_visits
+from lorafit.report.row_list import RowStory, counts_of, stories
+from lorafit.run_dir import RunDirectory
+from lorafit.storage.atomic import read_facts
+
+MOST_LISTED = 20  # rows on the page
+
+
+def data_of(run: RunDirectory, quiet: bool) -> TrainingData:
+    """The rows of a run, as it read them. Raises a LorafitError, also where they are not those of its adapter."""
+    config = run.config()
+    model = config.model
+    base = tokenizer_folder(model.name, revision=model.revision, offline=config.run.offline)
+    data = build_data(config, base, None, quiet)
+    was = read_facts(run.newest_adapter()).get("data")
+    if was is not None and was != data.digest():
+        hint = "restore the files that the run was trained on"
+        raise RunError("the rows have changed since the run", place=str(run.path), hint=hint)
+    return data
+
+
+def rows_of(run: RunDirectory, data: TrainingData) -> list[RowStory]:
+    """The stories of all visited rows, those to look at first. Raises RunError where none is recorded.
+
+    With a second phase (`train.refit`) only its visits count: the adapter begins again.
+    """
+    if not run.visits_file.exists():
+        hint = "runs record the losses of their rows from version 0.2 on: train it again"
+        raise RunError(f"the run has no `{run.visits_file.name}`", place=str(run.path), hint=hint)
+    visits = read_visits(run.visits_file)
+    refits = [
+        number(event.get("step")) for event in read_metrics(run.metrics_file) if event["event"] == "refit"
+    ]
+    rows = data.encoded
+    tokens, pieces = np.zeros(data.index.num_rows, np.int64), np.zeros(data.index.num_rows, np.int64)
+    np.add.at(tokens, rows.numbers, rows.targets)
+    np.add.at(pieces, rows.numbers, 1)
+    found = stories(visits, tokens, pieces, int(refits[-1] or 0) if refits else 0)
+    if not found:
+        raise RunError("no visit of a row is recorded yet", place=str(run.visits_file))
+    return found
+
+
+def described(data: TrainingData, listed: Sequence[RowStory]) -> list[dict[str, Any]]:
+    """Rows as JSON values with their ids, places and texts; `row` counts from 1 over all sources."""
+    numbers, first = np.unique(data.encoded.numbers, return_index=True)
+    hashes = data.encoded.hashes[first]
+    count = occurrences(hashes)
+    texts = {row.number: row.content for row in data.index.read(sorted(story.number for story in listed))}
+    rows = []
+    for story in listed:
+        at, content = int(np.searchsorted(numbers, story.number)), texts[story.number]
+        values = {"row": story.number + 1, "id": row_id(int(hashes[at]), int(count[at]))}
+        values |= {"place": data.index.place(story.number)}
+        values |= {key: value for key, value in asdict(story).items() if key != "number"}
+        rows.append({**values, "question": content.question(), "answer": content.answers()[-1]})
+    return rows
+
+
+def page_values(run: RunDirectory, data: TrainingData) -> Mapping[str, Any]:
+    """The counts of all rows by kind, and the rows to look at, for the page."""
+    found = rows_of(run, data)
+    index = {int(number): at for at, number in reversed(list(enumerate(data.encoded.numbers.tolist())))}
+    rows = [
+        shown_row(data.encoded, index[story.number], data.tokenizer, data.index.place(story.number))
+        | {"kind": story.kind, "reason": story.reason, "first": story.first, "last": story.last}
+        for story in found[:MOST_LISTED]
+    ]
+    return {"counts": counts_of(found), "rows": rows}
