@@ -180,6 +180,9 @@ FORMATS: dict[str, Format] = {
     "qwen3 without thinking": Format(
         _thinking("loop.last", "<think>\\n\\n</think>\\n\\n"), _IM, end="<|im_end|>", thinks="prompt"
     ),
+    "qwen3.5": Format(
+        _thinking("loop.last", "<think>\\n"), _IM, end="<|im_end|>", thinks="last", generation=False
+    ),
     "qwq": Format(_thinking("loop.last and thinking", ""), _IM, end="<|im_end|>", thinks="shown"),
     "llama2": Format(_LLAMA_2, lead=" ", form=str.strip, end=" {eos}", once=False),
     "llama3": Format(_LLAMA_3, _HEADERS, form=str.strip, end="<|eot_id|>"),

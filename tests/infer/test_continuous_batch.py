@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tiny_models import FAMILIES, random_network, write_adapter
+from tests.tiny_models import FAMILIES, HYBRIDS, random_network, write_adapter
 
 from lorafit.infer.continuous_batch import ContinuousBatch, GeneratedToken, Request, generate_tokens
 from lorafit.infer.sampling import Sampling
@@ -85,7 +85,7 @@ def requests(count: int, adapters: Sequence[str | None] = (None,), hot: float = 
     ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS])
 def test_greedy_answers_are_the_same_tokens_alone_and_among_strangers(family: str, path: str) -> None:
     network = random_network(family)
     wanted = requests(14)
@@ -123,14 +123,18 @@ def test_answers_that_share_a_seed_are_drawn_apart() -> None:
     assert len({tuple(row) for row in rows}) == 4
 
 
-def test_rows_of_one_batch_take_different_adapters(path: str, folders: Mapping[str, Path]) -> None:
-    network = random_network()
+@pytest.mark.parametrize("family", ["llama", *HYBRIDS])
+def test_rows_of_one_batch_take_different_adapters(family: str, path: str, tmp_path: Path) -> None:
+    network = random_network(family)
+    folders = {
+        name: write_adapter(tmp_path / name, random_network(family), spec) for name, spec in SPECS.items()
+    }
     adapters = Adapters(network, folders)
     wanted = requests(18, adapters=("one", None, "two", "one"))
     said = run(ContinuousBatch[int](network, 6, adapters=adapters), wanted)
-    networks = {None: random_network()}
+    networks = {None: random_network(family)}
     for name, folder in folders.items():
-        networks[name] = random_network()
+        networks[name] = random_network(family)
         attach(networks[name], read_spec(folder), seed=0)
         load_adapter(networks[name], folder)
     assert [pairs(steps) for steps in said] == [alone(networks[r.adapter], r) for r in wanted]

@@ -18,8 +18,9 @@ from lorafit.model.attention import PackedDocuments
 from lorafit.model.convolution import convolution
 from lorafit.model.lora import LoraSpec, adapter_parameters, attach
 from lorafit.model.lora_linear import Identity, project
-from lorafit.model.mixer_shapes import MixerShape
+from lorafit.model.mixer_shapes import DeltaHeads, MixerShape
 from lorafit.model.mixers import add_linears, linears_of
+from lorafit.model.ops import wide
 
 CHANNELS = 7
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=5)
@@ -85,6 +86,59 @@ def test_no_number_of_a_neighbour_is_read(compiled: bool, monkeypatch: pytest.Mo
     for result in mixed([10, 10, 10], x, weight, slopes):
         assert result[10:20].isfinite().all()
         assert not result[:10].isfinite().any()
+
+
+HEADS = DeltaHeads(keys=2, values=4, key_dim=6, value_dim=10)
+
+
+def ruled(lengths: Sequence[int], inputs: Sequence[Tensor], slopes: Tensor) -> list[Tensor]:
+    """(outputs, gradients of the inputs) of the delta rule in a pass of documents."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = PackedDocuments(lengths).delta(0, *inputs, HEADS)
+    return [out.detach(), *torch.autograd.grad(out, inputs, slopes)]
+
+
+def of_rule(total: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Queries, keys and values, decays and steps, and slopes of the outputs."""
+    decay = -numbers(1, total, HEADS.values).square().to(wide(dtype))
+    inputs = [numbers(0, total, HEADS.channels), decay, numbers(2, total, HEADS.values).sigmoid()]
+    slopes = numbers(3, total, HEADS.values * HEADS.value_dim, dtype=dtype)
+    return [inputs[0].to(dtype), inputs[1], inputs[2].to(dtype)], slopes
+
+
+@given(
+    st.lists(st.integers(1, 150), min_size=1, max_size=4),
+    TYPES,
+    st.booleans(),
+    st.randoms(use_true_random=False),
+)
+@settings(max_examples=20, deadline=None)
+def test_a_document_of_the_delta_rule_has_the_bits_that_it_has_alone(
+    lengths: list[int], dtype: torch.dtype, compiled: bool, random: Any
+) -> None:
+    inputs, slopes = of_rule(sum(lengths), dtype)
+    order = list(range(len(lengths)))
+    random.shuffle(order)
+    parts = list(zip(*(x.split(lengths) for x in (*inputs, slopes)), strict=True))
+    with pytest.MonkeyPatch.context() as patch:
+        if not compiled:
+            patch.setattr(native, "_build", lambda: (None, "off"))
+        alone = [ruled([len(slope)], own, slope) for *own, slope in parts]
+        *joined, slopes = (torch.cat([parts[at][side] for at in order]) for side in range(4))
+        packed = ruled([lengths[at] for at in order], joined, slopes)
+    for side, result in enumerate(packed):
+        assert torch.equal(result, torch.cat([alone[at][side] for at in order]))
+
+
+@pytest.mark.skipif(native.kernels() is None, reason="no compiled kernels")
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-5), (torch.bfloat16, 0.01)], ids=str)
+def test_the_compiled_rule_is_that_of_torch(dtype: torch.dtype, close: float) -> None:
+    lengths = [3, 64, 201]
+    inputs, slopes = of_rule(sum(lengths), dtype)
+    compiled = ruled(lengths, inputs, slopes)
+    exact = ruled(lengths, [x.double() for x in inputs], slopes.double())
+    for one, other in zip(compiled, exact, strict=True):
+        assert float((one - other).norm()) <= close * float(other.norm())
 
 
 class Average(nn.Module):

@@ -7,7 +7,8 @@ it says for the key k towards the value v, and reads it with the query q:
 
 Keys and queries have the length 1, queries are divided by the root of key_dim. Documents are computed one by one in
 chunks that begin with the document, so that each has the bits that it has alone. The backward pass keeps the inputs
-only. Numbers are float32, or float64 for float64.
+only. Numbers are float32, or float64 for float64. On the CPU a compiled kernel computes it
+(model/native/delta_rule.cpp), else torch.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorafit.model.mixer_shapes import DeltaHeads
+from lorafit.model.native import fits, kernels
 from lorafit.model.ops import wide
 
 CHUNK = 64
@@ -35,7 +37,8 @@ def delta_rule(
     qkv (tokens, heads.channels) has queries, keys and values side by side; g and beta (tokens, value heads) are the
     logarithm of the decay and the step. States are (documents, value heads, key_dim, value_dim), without gradients.
     """
-    out, states = _DeltaRule.apply(qkv, g, beta, heads, tuple(lengths))  # type: ignore[no-untyped-call]
+    inputs = qkv.contiguous(), g.to(wide(g.dtype)).contiguous(), beta.to(qkv.dtype).contiguous()
+    out, states = _DeltaRule.apply(*inputs, heads, tuple(lengths))  # type: ignore[no-untyped-call]
     return out, states
 
 
@@ -69,14 +72,31 @@ class _DeltaRule(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(qkv, g, beta)
         ctx.heads, ctx.lengths = heads, lengths
+        if fits(qkv):
+            out = qkv.new_empty(len(qkv), heads.values * heads.value_dim)
+            states = g.new_empty(len(lengths), heads.values, heads.key_dim, heads.value_dim)
+            _call("delta_rule", lengths, heads, qkv, g, beta, out, states)
+            ctx.mark_non_differentiable(states)
+            return out, states
         documents = zip(qkv.split(lengths), g.split(lengths), beta.split(lengths), strict=True)
-        outs, states = zip(*(_document(q, d, b, heads) for q, d, b in documents), strict=True)
-        ctx.mark_non_differentiable(result := torch.stack(states))
-        return torch.cat(outs), result
+        outs, ends = zip(*(_document(q, d, b, heads) for q, d, b in documents), strict=True)
+        ctx.mark_non_differentiable(states := torch.stack(ends))
+        return torch.cat(outs), states
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if fits(ctx.saved_tensors[0]):
+            into = [torch.empty_like(x) for x in ctx.saved_tensors]
+            _call(
+                "delta_rule_backward",
+                ctx.lengths,
+                ctx.heads,
+                *ctx.saved_tensors,
+                grad_outputs[0].contiguous(),
+                *into,
+            )
+            return (*into, None, None)
         gradients = []
         for *document, slope in zip(
             *(x.split(ctx.lengths) for x in (*ctx.saved_tensors, grad_outputs[0])), strict=True
@@ -86,6 +106,14 @@ class _DeltaRule(torch.autograd.Function):
                 out, _ = _document(qkv, g, beta, ctx.heads)
             gradients.append(torch.autograd.grad(out, (qkv, g, beta), slope))
         return (*map(torch.cat, zip(*gradients, strict=True)), None, None)
+
+
+def _call(name: str, lengths: Sequence[int], heads: DeltaHeads, qkv: Tensor, *tensors: Tensor) -> None:
+    compiled = kernels()
+    assert compiled is not None
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    shape = len(lengths), starts, heads.keys, heads.values, heads.key_dim, heads.value_dim
+    compiled.call(name, qkv.dtype, *shape, qkv, *tensors)
 
 
 def _document(qkv: Tensor, g: Tensor, beta: Tensor, heads: DeltaHeads) -> tuple[Tensor, Tensor]:

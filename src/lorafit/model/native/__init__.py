@@ -36,6 +36,7 @@ _SOURCES = (
     "rows.cpp",
     "attention.cpp",
     "convolution.cpp",
+    "delta_rule.cpp",
     "decode_linear.cpp",
     "decode.cpp",
     "products.cpp",
