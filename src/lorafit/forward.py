@@ -45,7 +45,7 @@ def pack_losses(network: Llama, pack: Pack, below: Below | None = None) -> tuple
     supervised, targets = _supervised(network, pack, below)
     weights = None if pack.weights is None else torch.from_numpy(pack.weights).to(supervised.device)
     hidden, cap = network.normed(supervised), network.arch.logits_cap
-    return loss_sum_and_parts(hidden, network.lm_head.weight, targets, weights, cap)
+    return loss_sum_and_parts(hidden, network.lm_head.weight, targets, weights, cap, network.trained_head)
 
 
 def document_sums(values: Tensor, pack: Pack) -> Tensor:
@@ -95,7 +95,7 @@ def _log_probabilities(network: Llama, pack: Pack) -> tuple[Tensor, Tensor]:
 
 
 def _log_softmax(network: Llama, supervised: Tensor) -> Tensor:
-    logits = F.linear(network.normed(supervised), network.lm_head.weight)
+    logits = F.linear(network.normed(supervised), network.differentiable_head())
     return F.log_softmax(capped(logits.to(wide(logits.dtype)), network.arch.logits_cap), -1)
 
 

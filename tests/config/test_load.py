@@ -211,6 +211,8 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "lora.dora": st.just(False),  # true goes with no lora.init
     "lora.b_rate": st.floats(0, 1000, exclude_min=True),
     "lora.layers": st.none() | st.integers(1, 200),
+    "lora.tokens": st.lists(TEXT.map("<{}>".format), max_size=2, unique=True),
+    "lora.save_modules": st.lists(st.sampled_from(["embed_tokens", "lm_head"]), max_size=2),
     "lora.init_from": st.none(),  # a folder goes with no lora.ranks
     "lora.other_base": st.booleans(),
     "data.path": st.lists(TEXT, min_size=1, max_size=3, unique=True) | TEXT,

@@ -18,6 +18,7 @@ from lorafit.model.attention import GROUP, Way
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, adapted, attach
 from lorafit.model.native import kernels
+from lorafit.model.tables import attach_tables, table_rows
 from lorafit.plan.cost_model import (
     PassCost,
     Shape,
@@ -26,6 +27,7 @@ from lorafit.plan.cost_model import (
     saved_bytes,
     working_bytes,
 )
+from lorafit.plan.planner import _tables
 
 LENGTHS = (40, 25, 9)
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -121,6 +123,27 @@ def test_counts_are_the_networks(family: str) -> None:
     assert num_trainable(shape) == trainable
     assert base_bytes(shape) == 4 * frozen
     assert base_bytes(replace(shape, quantize="int8")) < base_bytes(shape)
+
+
+def test_trained_tables_count_with_their_copies() -> None:
+    for family, save in (("llama", ["lm_head"]), ("llama-tied", ["embed_tokens"]), ("llama", [])):
+        words = [
+            "model.name=base",
+            "data.path=rows",
+            "lora.tokens=[x, y]",
+            f"lora.save_modules=[{', '.join(save)}]",
+        ]
+        config, network = load_config(None, words), random_network(family)
+        before = sum(p.nbytes for p in network.parameters())
+        arch = network.arch
+        attach_tables(network, {arch.vocab_size: (1,), arch.vocab_size + 1: (2,)}, save)
+        trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        tables = _tables(config, arch)
+        assert tables[0] == trained
+        frozen = sum(p.nbytes for p in network.parameters() if not p.requires_grad) - before
+        kept = sum(table.base.nbytes for table in table_rows(network).values())
+        old = before - sum(p.nbytes for p in random_network(family).model.layers.parameters())
+        assert 4 * tables[1] == pytest.approx(old + frozen + kept, rel=0.05)
 
 
 def test_costs_are_linear_in_a_pass() -> None:

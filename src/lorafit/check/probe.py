@@ -187,7 +187,8 @@ def model_verdicts(config: Config, data: RunInputs, machine: Machine, quiet: boo
         fitted = fit(config, data, machine)
         config = fitted.config
         with progress("loading the model", quiet=quiet) as advance:
-            built = build(config, data.base.path, machine.device, advance)
+            tokens = data.training_data.tokenizer.trained
+            built = build(config, data.base.path, machine.device, advance, tokens=tokens)
     except LorafitError as error:
         return of_error(error)
     with progress("a trial step", quiet=quiet):

@@ -92,6 +92,16 @@ class LoraSection(Section):
         description="Adapt only this many of the upper layers. Nothing below them needs a backward pass, and "
         "`train.keep_activations` computes it once per row.",
     )
+    tokens: Strings = Field(
+        (),
+        description="Tokens whose rows of embedding and head are trained, such as `[<tool>, </tool>]`. One that the "
+        "model does not have is added, and starts at the mean of its pieces (docs/variants.md).",
+    )
+    save_modules: tuple[Literal["embed_tokens", "lm_head"], ...] = Field(
+        (),
+        description="Tables that are trained and saved whole, beside the adapter: `embed_tokens`, `lm_head`. This "
+        "needs much memory; `lora.tokens` trains some rows only.",
+    )
     init_from: str | None = resumable(
         None,
         description="PEFT adapter (folder or hub id) to continue; it sets rank, alpha, targets and rslora.",
@@ -408,6 +418,8 @@ class Config(Section):
                 f"`data.path` and `data.eval_path` both name {both[0]}; `data.eval_split` names a split"
             )
         start, lora = self.lora.init, self.lora
+        if wrong := [text for text in lora.tokens if not text.strip() or lora.tokens.count(text) > 1]:
+            raise ValueError(f"`lora.tokens` has {wrong[0]!r}, which is empty or there twice")
         if lora.dora and start != "default":
             raise ValueError(f"`lora.dora` has no `lora.init={start}`; give one of them")
         if lora.init_from is not None and (start != "default" or lora.ranks or lora.alphas or lora.layers):

@@ -118,7 +118,7 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
 
     `limits` are those of the model in `base`; None where there is only a tokenizer.
     """
-    tokenizer = Tokenizer.from_folder(base.path)
+    tokenizer = Tokenizer.from_folder(base.path, tokens=config.lora.tokens)
     renderer = make_renderer(config, tokenizer)
     sources = sources_of(config)
     longest = limits.longest_row if limits else None
@@ -143,7 +143,8 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
             hint=f"data.max_length={longest} with data.too_long=drop or data.too_long=truncate",
         )
     if limits is not None:
-        _check_embedded(encoded, tokenizer, limits.vocab_size)
+        most = max(tokenizer.trained, default=-1)
+        _check_embedded(encoded, tokenizer, max(limits.vocab_size, most + 1))
     if (single := row_facts.pairs.get("single")) and config.train.method not in ("sft", "kto"):
         message = f"train.method={config.train.method} compares two answers, but {single:,} rows have one"
         hint = "train.method=kto learns from single answers; or give rows with `chosen` and `rejected`"
@@ -236,7 +237,7 @@ def _check_embedded(encoded: TokenDataset, tokenizer: Tokenizer, num_embeddings:
                 f"token `{tokenizer.decode([largest])}` of row {encoded.number(index) + 1} has id {largest}, but the "
                 f"model has {num_embeddings} embeddings",
                 place="tokenizer.json",
-                hint="tokens were added to the tokenizer and not to the model: lorafit trains no new embeddings",
+                hint="tokens were added to the tokenizer and not to the model: name them in lora.tokens",
             )
 
 

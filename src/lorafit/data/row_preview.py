@@ -198,7 +198,7 @@ def wanted_rows(row: int | None, rows: str | None) -> range:
 def rows_of(config: Config, numbers: range) -> tuple[Renderer, list[Row]]:
     """The rows with `numbers`, and their renderer. Raises a LorafitError."""
     base = tokenizer_folder(config.model.name, revision=config.model.revision, offline=config.run.offline)
-    renderer = make_renderer(config, Tokenizer.from_folder(base.path))
+    renderer = make_renderer(config, Tokenizer.from_folder(base.path, tokens=config.lora.tokens))
     return renderer, sources_of(config).reader().read(numbers)
 
 

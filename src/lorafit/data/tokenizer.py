@@ -29,6 +29,7 @@ from lorafit.data.tokenizer_files import (
     steps_of,
     token_text,
     tokenizer_config,
+    with_tokens,
 )
 from lorafit.data.word_cache import Words, can_go_by_words
 from lorafit.errors import ModelError
@@ -64,7 +65,8 @@ class Tokenizer:
     `stop_ids` (the ids that end an answer according to the model), `named` (the texts of all tokens that the config
     names, by key), `control` (text to id of every special token but the unknown one), `unknown_id` (the token for
     characters outside of the vocabulary, if there is one), `vocab_size`, `chat_template` (Jinja source or None),
-    `folder` (from which it was read), `sha256` (of the files that decide tokenisation).
+    `folder` (from which it was read), `sha256` (of the files that decide tokenisation), `trained` (tokens whose rows
+    are trained: id to the ids of its pieces, none where the model has the token), `files` (saved beside the adapter).
     """
 
     def __init__(
@@ -121,26 +123,34 @@ class Tokenizer:
         self.chat_template = chat_template
         self.folder = folder
         self.sha256 = sha256
+        self.trained: dict[int, tuple[int, ...]] = {}
+        self.files: dict[str, bytes] = {}
 
     @classmethod
-    def from_folder(cls, path: Path, beside: Path | None = None) -> Tokenizer:
+    def from_folder(cls, path: Path, beside: Path | None = None, tokens: Sequence[str] = ()) -> Tokenizer:
         """The tokenizer of the model in folder `path`; ModelError says which file is missing or unusable.
 
         `beside` is the folder of an adapter, whose own tokenizer and chat template go before those of the model.
+        `tokens` are those whose rows are trained; those that the model does not have are added.
         """
         model = path
         path = beside if beside is not None and (beside / "tokenizer.json").is_file() else model
         if not (path / "tokenizer.json").is_file():
             raise ModelError("tokenizer.json is missing", place=str(path), hint=missing_hint(path))
+        files: dict[str, bytes] = {}
+        plain = cls.from_folder(path) if tokens else None
         spec = read_object(path / "tokenizer.json")
         config, deciding = tokenizer_config(path)
+        if tokens:
+            files, ids, new = with_tokens(path, tokens)
+            spec, config = (json.loads(content) for content in files.values())
         digest = hashlib.sha256()
         for name in deciding:
-            if (path / name).is_file():
-                content = (path / name).read_bytes()
+            if name in files or (not files and (path / name).is_file()):
+                content = files.get(name) or (path / name).read_bytes()
                 digest.update(f"{name} {len(content)}\n".encode() + content)
         try:
-            return cls(
+            tokenizer = cls(
                 spec,
                 config=config,
                 generation=generation_config(model),
@@ -148,6 +158,15 @@ class Tokenizer:
                 folder=path,
                 sha256=digest.hexdigest(),
             )
+            if plain is not None:
+                tokenizer.files = files
+                tokenizer.trained = {
+                    number: tuple(piece for piece in plain.encode(text) if piece != plain.unknown_id)
+                    if text in new
+                    else ()
+                    for text, number in ids.items()
+                }
+            return tokenizer
         except ModelError:
             raise
         except BaseException as error:  # the Rust library raises plain Exception, or panics

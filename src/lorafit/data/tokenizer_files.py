@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from lorafit.errors import ModelError
 from lorafit.hub.folder_keys import GENERATION, TOKENIZER, refused
 from lorafit.storage.safe_read import MB, read_json, read_text
 
+FILES = ("tokenizer.json", "tokenizer_config.json")  # of an adapter with new tokens
 _DECIDING_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _ADDED = "added_tokens.json"
 MAX_JSON = 64 * MB
@@ -59,6 +61,33 @@ def tokenizer_config(path: Path) -> tuple[dict[str, Any], list[str]]:
     if problems := refused(config, TOKENIZER, str(path / "tokenizer_config.json")):
         raise ModelError.of(problems)
     return config, deciding
+
+
+def with_tokens(path: Path, texts: Sequence[str]) -> tuple[dict[str, bytes], dict[str, int], set[str]]:
+    """tokenizer.json and tokenizer_config.json of a folder with the tokens `texts`, the id of each, and which are new.
+
+    A new token is found in contents too, unlike a control token. A token that is there stays as it is.
+    """
+    spec, (config, _) = read_object(path / "tokenizer.json"), tokenizer_config(path)
+    vocab, declared = spec["model"]["vocab"], config.get("added_tokens_decoder")
+    ids = dict(vocab) if isinstance(vocab, dict) else {entry[0]: at for at, entry in enumerate(vocab)}
+    ids |= {token["content"]: token["id"] for token in spec["added_tokens"]}
+    ids |= {token["content"]: int(number) for number, token in (declared or {}).items()}
+    new = {text for text in texts if text not in ids}
+    defaults = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    for number, text in enumerate((text for text in texts if text in new), max(ids.values()) + 1):
+        ids[text] = number
+        spec["added_tokens"].append({"id": number, "content": text, **defaults})
+        if declared is not None:
+            declared[str(number)] = {"content": text, **defaults}
+    if (template := chat_template(path)) is not None:
+        config["chat_template"] = template
+    files = {"tokenizer.json": spec, "tokenizer_config.json": config}
+    return (
+        {name: (json.dumps(value, indent=1) + "\n").encode() for name, value in files.items()},
+        {text: ids[text] for text in texts},
+        new,
+    )
 
 
 def generation_config(path: Path) -> dict[str, Any]:

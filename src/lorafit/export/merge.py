@@ -59,6 +59,8 @@ def write_merged(
     config["torch_dtype"] = dtype_name(dtype)
     if config.get("tie_word_embeddings") and not source.arch.tie_word_embeddings:
         config["tie_word_embeddings"] = False  # the adapter has made two tables of one
+    text = config if "vocab_size" in config else config.get("text_config", config)
+    text["vocab_size"] = source.arch.vocab_size
     write_json(staging / "config.json", config)
     write_prompting(source, staging)
     return sums

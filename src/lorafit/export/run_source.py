@@ -21,6 +21,7 @@ from lorafit.model.base_check import check_base
 from lorafit.model.dtypes import BY_SAFETENSORS_NAME
 from lorafit.model.saved_adapter import HEAD, SavedAdapter, read_adapter
 from lorafit.model.stored_tensor import StoredTensor
+from lorafit.model.tables import grown
 from lorafit.model.weights import stored_weights
 from lorafit.redact import logger_of
 from lorafit.run_dir import RunDirectory
@@ -78,8 +79,15 @@ class RunSource:
 
     def tensor(self, name: str, *, merged: bool = True) -> Tensor:
         """A weight: with the adapter merged in float32 if it is adapted and `merged`, else as it is stored."""
-        weight = (self.weights | self.left_out)[name].read()
-        return self.saved.merged(name, weight) if merged and name in self.saved.changes else weight
+        stored = (self.weights | self.left_out)[name]
+        weight = stored.read()
+        weight = self.saved.merged(name, weight) if merged and name in self.saved.changes else weight
+        return grown(weight, stored.shape[0]) if name in self.tables else weight
+
+    @property
+    def tables(self) -> tuple[str, str]:
+        """The names of embedding and head."""
+        return f"{self.arch.embedding}.weight", f"{HEAD}.weight"
 
 
 def open_source(path: str | Path, *, offline: bool = False) -> RunSource:
@@ -99,6 +107,8 @@ def open_source(path: str | Path, *, offline: bool = False) -> RunSource:
     if note := check_base(adapter, base.path, found.base):
         logger.warning("note: %s", note)
     arch = read_architecture(base.path)
+    saved = read_adapter(adapter)
+    arch = replace(arch, vocab_size=saved.vocabulary(arch))
     renderer = found.renderer(base.path)
     prompt = renderer.contract
     if (largest := max(prompt.bos_id or 0, prompt.eos_id or 0, *prompt.stop_ids, 0)) >= arch.vocab_size:
@@ -116,10 +126,12 @@ def open_source(path: str | Path, *, offline: bool = False) -> RunSource:
                 place=str(stored.file),
                 hint="give the original checkpoint; a merge into a quantised copy rounds the adapter away",
             )
-    saved = read_adapter(adapter)
     if saved.unties(arch):
         arch = replace(arch, tie_word_embeddings=False)
         weights[f"{HEAD}.weight"] = weights[f"{arch.embedding}.weight"]
+    for table in (f"{arch.embedding}.weight", f"{HEAD}.weight"):  # with the rows of new tokens
+        if table in weights:
+            weights[table] = replace(weights[table], shape=(arch.vocab_size, *weights[table].shape[1:]))
     if unknown := sorted(saved.changes - weights.keys()):
         message = f"the adapter changes {several(unknown)}, which the base model does not have"
         raise ModelError(message, place=str(adapter / WEIGHTS))

@@ -263,6 +263,9 @@ class ModelSource:
             prompt = prompt or contract_in(base)
             return Renderer(prompt or default_contract(tokenizer), tokenizer)
         if prompt is not None:
+            if prompt.tokenizer_sha256 != tokenizer.sha256:  # of a run with new tokens
+                own = Tokenizer.from_folder(base, beside=self.adapter)
+                tokenizer = own if prompt.tokenizer_sha256 == own.sha256 else tokenizer
             if self.is_named and (different := _differences(prompt, tokenizer)):
                 logger.warning("note: asked as %s was trained: %s", self.adapter, different)
             return Renderer(prompt, tokenizer)

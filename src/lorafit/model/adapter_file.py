@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lorafit.errors import ModelError, Problem, several
 from lorafit.model.lora import VARIANTS, LoraSpec, adapted
+from lorafit.model.tables import HEAD, TOKENS, stored_tables
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -28,7 +29,8 @@ def adapter_tensors(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _stored(network: nn.Module) -> dict[str, Tensor]:
-    return {
+    tables = {f"{PREFIX}{name}": rows for name, rows in stored_tables(network).items()}
+    return tables | {
         f"{PREFIX}{name}.{part}.weight": tensor
         for name, module in adapted(network).items()
         for part, tensor in module.stored().items()
@@ -45,6 +47,8 @@ def adapter_files(
     spec = spec.saved()
     ranks = {name: rank for name, (rank, _) in spec.exceptions.items() if rank != spec.rank}
     alphas = {name: alpha for name, (_, alpha) in spec.exceptions.items() if alpha != spec.alpha}
+    rows = [name.removesuffix(f".{TOKENS}") for name in tensors if name.endswith(TOKENS)]
+    whole = [name.removesuffix(".weight") for name in tensors if ".lora_" not in name and TOKENS not in name]
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -59,13 +63,21 @@ def adapter_files(
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        "modules_to_save": None,
+        "modules_to_save": [_last(name) for name in sorted(whole)] or None,
+        **({"trainable_token_indices": {_last(name): list(spec.tokens) for name in rows}} if rows else {}),
         **({"rank_pattern": ranks} if ranks else {}),
         **({"alpha_pattern": alphas} if alphas else {}),
         **VARIANTS[spec.variant].peft_keys,
     }
-    weights = save({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
+    own = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    if own.get(f"{PREFIX}{HEAD}.weight") is not None:  # it may be the embedding, and a tensor is stored once
+        own[f"{PREFIX}{HEAD}.weight"] = own[f"{PREFIX}{HEAD}.weight"].clone()
+    weights = save(own, {"format": "pt"})
     return {WEIGHTS: weights, CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def load_adapter(network: nn.Module, folder: Path) -> None:
@@ -99,6 +111,8 @@ def fill_adapter(network: nn.Module, stored: Mapping[str, Tensor], path: Path) -
     with torch.no_grad():
         for name, module in adapted(network).items():
             module.fill({part: stored[f"{PREFIX}{name}.{part}.weight"] for part in module.parts})
+        for name, rows in stored_tables(network).items():
+            rows.copy_(stored[f"{PREFIX}{name}"])
 
 
 def refuse_faults(stored: Mapping[str, Tensor], shapes: Mapping[str, list[int]], path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from lorafit.model.lora import LoraSpec, attach, detach
 from lorafit.model.memory import limit_onednn_cache, use_caching_allocator
 from lorafit.model.quant import Quantize, check_quantize
 from lorafit.model.saved_adapter import put_on, read_adapter, read_spec
+from lorafit.model.tables import attach_tables, without_gaps
 from lorafit.model.weights import fingerprint, load_network
 from lorafit.storage.atomic import check_manifest
 
@@ -67,11 +68,12 @@ def build(
     progress: Callable[[int, int], None] | None = None,
     on_host: bool = False,
     base: BaseModelCache | None = None,
+    tokens: Mapping[int, Sequence[int]] | None = None,
 ) -> LoadedModel:
     """The base model in `folder` on `device` with a fresh adapter, or with that of `lora.init_from`.
 
     `on_host` leaves the tensors in the host's memory, whatever the device, for the caller to shard. `base` keeps the
-    loaded base for the next call.
+    loaded base for the next call. `tokens` are those whose rows are trained, with their pieces.
     """
     arch = read_architecture(folder)
     dtype = pick_dtype(config.model.dtype, device, arch.family.fits_float16)
@@ -87,6 +89,13 @@ def build(
     spec = attach(network, spec, config.train.seed)
     if initial is not None:
         load_adapter(network, initial)
+    if tokens or config.lora.save_modules:
+        if on_host:
+            message = "`lora.tokens` and `lora.save_modules` need whole tables on each rank"
+            raise ConfigError(message, place="distributed.strategy", hint="distributed.strategy=ddp")
+        whole = without_gaps(tokens or {}, arch.vocab_size)
+        attach_tables(network, whole, config.lora.save_modules)
+        spec = replace(spec, tokens=tuple(whole))
     if device.type == "cpu":
         use_caching_allocator()
     return LoadedModel(network, spec, device, dtype)

@@ -163,6 +163,8 @@ class Llama(nn.Module):
         self.changed: dict[
             str, tuple[nn.Parameter, nn.Parameter]
         ] = {}  # by an adapter: the base's weight, its own
+        self.tables = nn.ModuleDict()  # trained rows of embedding and head (model/tables.py)
+        self.plain_tables: tuple[Architecture, Any, Any] | None = None  # before these rows were put in
         if arch.tie_word_embeddings:
             self.lm_head.weight = self.decoder.embed_tokens.weight
 
@@ -190,7 +192,7 @@ class Llama(nn.Module):
 
     def embedded(self, ids: Tensor, noise: Tensor | None = None) -> Tensor:
         """ids int64 (tokens,) -> the stream before the first layer (tokens, hidden_size)."""
-        x: Tensor = self.decoder.embed_tokens(ids)
+        x = self._embedded(ids)
         is_scaled = self.arch.family.rounds_embedding_multiplier  # by the embedding itself
         if noise is not None and not is_scaled:
             x = x + noise.to(x.dtype)
@@ -217,6 +219,31 @@ class Llama(nn.Module):
             if torch.is_grad_enabled():  # saved tensors lie between freed ones: the peak would grow
                 release_free_memory(MUCH_FREE)
         return x
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        embedding = self.decoder.embed_tokens
+        if not self.tables:
+            return embedding(ids)  # type: ignore[no-any-return]
+        for name, table in self.tables.items():
+            table.show(embedding.weight if name == "embed_tokens" else self.lm_head.weight)  # type: ignore[operator]
+        rows: Any = dict(self.tables.items()).get("embed_tokens")
+        embedded: Tensor = embedding(ids) if rows is None else rows.embed(ids, embedding.weight)
+        return embedded
+
+    @property
+    def trained_head(self) -> tuple[Tensor, Tensor | None] | None:
+        """The trained rows of the head and their ids, None for all; None where it is frozen."""
+        name = "embed_tokens" if self.arch.tie_word_embeddings else "lm_head"
+        table: Any = dict(self.tables.items()).get(name)
+        return (table.rows, table.ids) if table is not None and table.enabled else None
+
+    def differentiable_head(self) -> Tensor:
+        """The weight of the head, with a gradient for its trained rows."""
+        weight = self.lm_head.weight
+        if (trained := self.trained_head) is None:
+            return weight
+        rows, ids = trained
+        return rows.to(weight.dtype) if ids is None else weight.index_copy(0, ids, rows.to(weight.dtype))
 
     def _rotary(self, attend: Attend, dtype: torch.dtype) -> list[Rotary]:
         """The angles of each layer; layers with the same Rope share a table."""

@@ -18,6 +18,7 @@ from lorafit.model.linear import Frozen, replace_module
 from lorafit.model.llama import Llama
 from lorafit.model.lora_linear import Identity, project
 from lorafit.model.lora_start import of_columns, of_singular_values
+from lorafit.model.tables import detach_tables, stored_tables, table_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class LoraSpec:
     exceptions: Mapping[str, tuple[int, float]] = field(
         default_factory=dict
     )  # full name: its own rank and alpha
+    tokens: tuple[int, ...] = ()  # ids whose rows of embedding and head are trained
     ranks: Mapping[str, int] = field(
         default_factory=dict
     )  # as in the config; `attach` makes exceptions of both
@@ -293,6 +295,8 @@ def _put(network: nn.Module, *, adapter: bool) -> None:
     for name, (old, new) in getattr(network, "changed", {}).items():
         module, part = _owner(network, name)
         setattr(module, part, new if adapter else old)
+    for table in table_rows(network).values():
+        table.enabled = adapter
 
 
 def _owner(network: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -302,9 +306,11 @@ def _owner(network: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def detach(network: nn.Module) -> None:
-    """Undo `attach`: replace every adapted linear by its base."""
+    """Undo `attach` and `attach_tables`: replace every adapted linear by its base."""
     for name, module in adapted(network).items():
         replace_module(network, name, module.base)
+    if isinstance(network, Llama):
+        detach_tables(network)
 
 
 def layer_number(name: str) -> int:
@@ -371,11 +377,13 @@ def adapted(network: nn.Module) -> dict[str, LoraLinear]:
 
 def adapter_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     """The trained parameters by full name (`model.layers.0.mlp.up_proj.lora_A`), in order."""
-    return {
+    linears = {
         f"{name}.{part}": getattr(module, part)
         for name, module in adapted(network).items()
         for part in module.parts
     }
+    seen = {id(parameter): name for name, parameter in reversed(stored_tables(network).items())}
+    return linears | {name: rows for name, rows in stored_tables(network).items() if seen[id(rows)] == name}
 
 
 @contextmanager

@@ -30,13 +30,14 @@ from lorafit.model.lora import (
     match_targets,
     weight_of,
 )
+from lorafit.model.tables import TOKENS as _TOKENS
+from lorafit.model.tables import grow, grown
 from lorafit.model.weights import plain_name
 from lorafit.storage.safe_read import MB, read_json
 
 MAX_CONFIG = 16 * MB
 HEAD = "lm_head"
 _OF_PEFT = {"default", "base_layer"}  # the name of an adapter in memory, and a module below an adapted one
-_TOKENS = "token_adapter.trainable_tokens_delta"
 _PART = re.compile(rf"(.+)\.(lora_\w+|{re.escape(_TOKENS)})(\.weight)?")
 _MERGE = "merge it with PEFT (merge_and_unload), and give the merged model"
 
@@ -64,6 +65,23 @@ class SavedAdapter:
         """The weights that it changes."""
         return frozenset([*(f"{module}.weight" for module in self.spec.targets), *self.tables])
 
+    def vocabulary(self, arch: Architecture) -> int:
+        """The rows of both tables with this adapter: those of new tokens too.
+
+        Raises ModelError where a row is missing between those of the base and those of the adapter.
+        """
+        size = arch.vocab_size
+        for module in (arch.embedding, HEAD):
+            rows = self._rows_of(f"{module}.weight")
+            is_new = rows > arch.vocab_size and _TOKENS in self.parts.get(module, {})
+            if is_new and not set(self._tokens(module)).issuperset(range(arch.vocab_size, rows)):
+                message = (
+                    f"`trainable_token_indices` has ids beyond the {arch.vocab_size:,} embeddings of the base"
+                )
+                raise ModelError(message, place=str(self.path / CONFIG), hint=_MERGE)
+            size = max(size, rows)
+        return size
+
     def unties(self, arch: Architecture) -> bool:
         """Whether head and embedding, one table in the base, are two with this adapter."""
         embedding = arch.embedding
@@ -84,6 +102,8 @@ class SavedAdapter:
 
     def merged(self, name: str, weight: Tensor) -> Tensor:
         """The weight `name` of the base with the adapter in it, float32."""
+        if _is_table(name.removesuffix(".weight")):
+            weight = grown(weight, self._rows_of(name))
         if name in self.whole:
             with open_weights(self.path) as file:
                 own: Tensor = file.get_tensor(self.whole[name])
@@ -103,13 +123,18 @@ class SavedAdapter:
             indices = torch.tensor(self._tokens(module))
             shape = [len(indices), weight.shape[1]]
             refuse_faults({f"{module}.{_TOKENS}": rows}, {f"{module}.{_TOKENS}": shape}, self.path / WEIGHTS)
-            if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(weight):
-                message = (
-                    f"`trainable_token_indices` has ids beyond the {len(weight):,} embeddings of the base"
-                )
-                raise ModelError(message, place=str(self.path / CONFIG), hint=_MERGE)
+            if len(indices) and int(indices.min()) < 0:
+                raise ModelError("`trainable_token_indices` has a negative id", place=str(self.path / CONFIG))
             weight = weight.float().index_copy(0, indices, rows)
         return weight.float()
+
+    def _rows_of(self, name: str) -> int:
+        """The rows that a table has at least."""
+        if name in self.whole:
+            with open_weights(self.path) as file:
+                return int(file.get_slice(self.whole[name]).get_shape()[0])
+        module = name.removesuffix(".weight")
+        return max(self._tokens(module), default=0) + 1 if _TOKENS in self.parts.get(module, {}) else 0
 
     def _check(self, module: str, tensors: Mapping[str, Tensor], weight: Tensor) -> None:
         rank = self.spec.of(module).rank
@@ -219,6 +244,7 @@ def put_on(network: Llama, saved: SavedAdapter) -> None:
 
 def put_tables(network: Llama, saved: SavedAdapter) -> None:
     """Put the weights that the adapter changes as a whole into `network`. Raises as `put_on` does."""
+    grow(network, saved.vocabulary(network.arch))
     new = {}
     for name in saved.tables:
         new[name] = saved.merged(name, weight_of(network, name).detach().float().cpu())

@@ -62,7 +62,7 @@ class GgufTensor(StoredTensor):
         from gguf import GGMLQuantizationType as Type
         from gguf.quants import dequantize
 
-        width, rows = self.shape[-1], math.prod(self.shape[:-1])
+        width, rows = self.info.shape[-1], math.prod(self.info.shape[:-1])
         row_bytes = self.info.num_bytes // rows
         content = np.memmap(self.file, np.uint8, "r", self.info.start, (rows, row_bytes))
         out = torch.empty((rows, width), dtype=dtype or torch.float32)
@@ -76,7 +76,7 @@ class GgufTensor(StoredTensor):
         if self.rotated:  # neighbours become the halves of a head
             flat = out.view(rows * width // self._row_width, self._row_width)
             out = flat.unflatten(0, (-1, self.rotated // 2, 2)).transpose(1, 2).flatten(0, 2)
-        return out.reshape(self.shape)
+        return out.reshape(self.info.shape)
 
     @property
     def _row_width(self) -> int:

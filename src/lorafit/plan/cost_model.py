@@ -25,7 +25,8 @@ class Shape:
     """What decides the memory of a pass.
 
     `width` is bytes per number of the compute type, `adapted` the short names of the adapted linears of each layer,
-    `attention` how documents attend. `rank` is a mean where linears differ.
+    `attention` how documents attend. `rank` is a mean where linears differ. `tables` are the trained numbers of
+    embedding and head, and the numbers of their copies.
     """
 
     arch: Architecture
@@ -37,6 +38,7 @@ class Shape:
     recompute: bool
     attention: Way
     variant: str = "lora"
+    tables: tuple[int, int] = (0, 0)
 
     @property
     def on_gpu(self) -> bool:
@@ -197,11 +199,12 @@ def base_bytes(shape: Shape) -> float:
     """Bytes of the frozen base in memory."""
     linears = shape.arch.num_linear_weights
     width = shape.width if shape.quantize == "none" else QUANTIZERS[shape.quantize].bytes_per_weight
-    return linears * width + (shape.arch.num_parameters - linears) * shape.width
+    return linears * width + (shape.arch.num_parameters - linears + shape.tables[1]) * shape.width
 
 
 def num_trainable(shape: Shape) -> int:
     """Parameters of the adapter."""
     layers = [dict(shape.arch.linears(layer)) for layer in range(shape.arch.num_hidden_layers)]
     pairs = zip(layers, shape.adapted, strict=True)
-    return round(sum(shape.rank * sum(linears[name]) for linears, names in pairs for name in names))
+    trained = sum(shape.rank * sum(linears[name]) for linears, names in pairs for name in names)
+    return shape.tables[0] + round(trained)

@@ -35,6 +35,7 @@ from lorafit.model.lora import layer_number, match_targets, with_exceptions
 from lorafit.model.memory import is_out_of_memory
 from lorafit.model.native import kernels
 from lorafit.model.quant import check_quantize
+from lorafit.model.tables import EMBEDDING, HEAD
 from lorafit.observe.meters import Meter
 from lorafit.observe.progress import progress
 from lorafit.observe.units import memory_size
@@ -306,7 +307,8 @@ def plan_run(config: Config, *, quiet: bool = False) -> Plan:
         fitted = fit(config, data, machine, beyond)
         config, note = fitted.config, fitted.note or note
         with progress("loading the model", quiet=quiet) as advance:
-            built = build(config, data.base.path, device, advance)
+            tokens = data.training_data.tokenizer.trained
+            built = build(config, data.base.path, device, advance, tokens=tokens)
         try:
             with progress("measuring one pass", quiet=quiet):
                 plan = make_plan(Fit(config, note), data, machine, built.network, calibrated=True)
@@ -360,11 +362,23 @@ def _shape(config: Config, arch: Architecture, device: torch.device) -> Shape:
         quantize=config.model.quantize,
         adapted=tuple(frozenset(names) for names in adapted),
         rank=parameters / sum(sizes),
+        tables=_tables(config, arch),
         variant=spec.variant,
         dropout=config.lora.dropout > 0,
         recompute=config.train.recompute == "layers",
         attention="kernel" if has_kernel else way_on_device(device, dtype, arch.head_dim),
     )
+
+
+def _tables(config: Config, arch: Architecture) -> tuple[int, int]:
+    """Trained numbers of embedding and head, and numbers of the copies beside them (model/tables.py)."""
+    names = (EMBEDDING,) if arch.tie_word_embeddings else (EMBEDDING, HEAD)
+    lora, whole = config.lora, arch.vocab_size + len(config.lora.tokens)
+    is_tied = arch.tie_word_embeddings
+    trained = [whole * (name in lora.save_modules or (is_tied and bool(lora.save_modules))) for name in names]
+    rows = sum(number or len(lora.tokens) for number in trained)
+    copies = sum(whole for number in trained if number or lora.tokens) + sum(trained)
+    return rows * arch.hidden_size, copies * arch.hidden_size
 
 
 def _packer(config: Config) -> Packer:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lorafit.config.load import with_absolute_paths
 from lorafit.config.schema import with_defaults
+from lorafit.data.tokenizer_files import FILES as TOKENIZER
 from lorafit.errors import Problem, RunError
 from lorafit.model.adamw import AdamW
 from lorafit.model.adapter_file import CONFIG, WEIGHTS, adapter_files, adapter_tensors, fill_adapter
@@ -90,6 +91,7 @@ def snapshot(prepared: Prepared, optimizer: AdamW, state: TrainState) -> dict[st
     values = asdict(state) | {"python_random": random.getstate()}
     base, revision = with_absolute_paths(prepared.config).model.name, prepared.data.base.revision
     files = adapter_files(adapter_tensors(network), spec, base, revision)
+    files |= prepared.data.training_data.tokenizer.files
     files[TENSORS] = save(_optimizer_tensors(network, optimizer) | _random_tensors())
     files[STATE] = (json.dumps(values) + "\n").encode()
     return files
@@ -195,7 +197,9 @@ def export_adapter(
         hint = "`lorafit train --resume` skips it and resumes from one that is whole"
         raise RunError(f"the checkpoint is damaged: {faults[0]}", place=str(checkpoint), hint=hint)
     with run_error("cannot be read", checkpoint):
-        files = {path.name: path.read_bytes() for path in (checkpoint / CONFIG, checkpoint / WEIGHTS, prompt)}
+        tokenizer = [checkpoint / name for name in TOKENIZER if (checkpoint / name).is_file()]
+        paths = (checkpoint / CONFIG, checkpoint / WEIGHTS, prompt, *tokenizer)
+        files = {path.name: path.read_bytes() for path in paths}
     commit_files(folder, files, facts, check)
 
 

@@ -72,7 +72,8 @@ def prepare(
     config = fitted.config
     sharded = is_sharded(config, ranks)
     with progress("loading the model", quiet=quiet) as advance:
-        built = build(config, data.base.path, device, advance, sharded, base)
+        tokens = data.training_data.tokenizer.trained
+        built = build(config, data.base.path, device, advance, sharded, base, tokens)
     if checked and not sharded:  # one rank alone cannot compute with its part of the base
         checks += trial_before_training(config, data, built.network)
     facts = run_fingerprint(config, data)
