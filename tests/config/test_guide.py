@@ -31,7 +31,7 @@ def test_the_command_shows_what_is_usual_and_when_to_change_it(cli: Cli) -> None
 
 
 @pytest.mark.parametrize(
-    "name", ["train.qwerty", "data.qqqq", "train.omegas", "train.loss", "lora.modules", "zzz"]
+    "name", ["train.qwerty", "data.qqqq", "train.omegas", "train.loss", "lora.zebras", "zzz"]
 )
 def test_a_name_that_is_far_from_every_key_gets_no_key(name: str) -> None:
     assert nearest_key(name) == "`lorafit config` lists the keys"
