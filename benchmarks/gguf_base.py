@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from lorafit.data.formats import Instruction
 from lorafit.infer.model import load
@@ -55,7 +56,8 @@ def measure(file: str, rows: Path, count: int, name: str, out: Path) -> None:
         network.normed(network.hidden(ids, PackedDocuments([len(ids)]))).float().sum().backward()
     step = time.perf_counter() - started
     loss = float(torch.cat(losses).mean())
-    torch.save({"logits": torch.cat(found), "numbers": [loaded, memory, loss, step]}, out)
+    numbers = torch.tensor([loaded, memory, loss, step], dtype=torch.float64)
+    save_file({"logits": torch.cat(found), "numbers": numbers}, out)
 
 
 def main() -> int:
@@ -78,8 +80,8 @@ def main() -> int:
             words = [args.file, str(args.data), "--rows", str(args.rows), "--type", name]
             command = [sys.executable, "-m", "benchmarks.gguf_base", *words, "--out", f"{room}/{name}"]
             subprocess.run(command, check=True)
-            exact, here = (torch.load(f"{room}/{each}", weights_only=True) for each in ("float32", name))
-            loaded, memory, loss, step = here["numbers"]
+            exact, here = (load_file(f"{room}/{each}") for each in ("float32", name))
+            loaded, memory, loss, step = here["numbers"].tolist()
             same = (exact["logits"].argmax(-1) == here["logits"].argmax(-1)).double().mean()
             far = (exact["logits"].float() - here["logits"].float()).clamp(-20, 20).abs().max()
             print(

@@ -32,6 +32,10 @@ COMPARED_WITH = {"transformers", "peft", "datasets", "accelerate", "trl"}
 MAY_COMPARE = {
     "src/lorafit/export/readback.py": "reads an export back as people will, in a process of its own and offline",
     "benchmarks/gpu_speed.py": "trains with transformers and peft beside lorafit, on random weights of its own",
+    "benchmarks/first_tokens.py": "asks transformers for the first tokens of answers, of models that it was given",
+    "benchmarks/hybrid_layer.py": "times transformers and peft beside lorafit, on random weights of its own",
+    "benchmarks/leak.py": "packs documents with transformers too, on random weights of its own",
+    "benchmarks/preferences.py": "trains with TRL beside lorafit, on models that it was given",
     "benchmarks/generation.py": "measures transformers and peft beside lorafit, on models that it was given",
 }
 

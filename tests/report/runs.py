@@ -77,6 +77,19 @@ def write_run(
             ],
         },
         "samples": [_sample(index, say) for index in range(3)],
+        "row_list": {
+            "counts": {"learned": 88, "never learned": 2},
+            "rows": [
+                {
+                    "place": say("rows.json row 17"),
+                    "kind": "never learned",
+                    "reason": say("its loss stays high"),
+                    "tokens": 30,
+                    "trained": 12,
+                    "spans": [[say("What is it?\n"), False], [say("A horse.</s>"), True]],
+                }
+            ],
+        },
         "proof": {
             "schema": 1,
             "verdict": "warn",

@@ -20,8 +20,7 @@ from lorafit.data.formats import Instruction, Row
 from lorafit.infer.model import Answer
 from lorafit.observe.metrics_file import read_metrics
 from lorafit.storage.atomic import commit_files, read_facts, verify_folder
-from lorafit.training import checkpoint, finish
-from lorafit.training import run as run_module
+from lorafit.training import checkpoint, finish, optim
 from lorafit.training.run import Result
 from lorafit.verify import proof, reload
 from lorafit.verify.proof import Check, compare_logits, heldout, stop
@@ -192,8 +191,8 @@ def test_a_file_that_was_damaged_does_not_load(
 def test_a_tensor_that_no_optimizer_moves_is_named(
     material: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = run_module.AdamW
-    monkeypatch.setattr(run_module, "AdamW", lambda masters, decay: make(list(masters)[1:], decay))
+    make = optim.AdamW
+    monkeypatch.setattr(optim, "AdamW", lambda masters, *rest: make(list(masters)[1:], *rest))
     result = tiny_run(material, tmp_path / "run")
     changed = checks(result)["changed"]
     assert changed["verdict"] == "fail"
