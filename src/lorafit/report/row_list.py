@@ -19,7 +19,9 @@ KNOWN = 0.3  # mean loss: each token has a probability of 74 % on average
 MEMORISED = 0.1  # 90 %
 LEARNED = 0.95  # of the loss of the first visit, as in evaluate/learned.py
 FORGOTTEN = 0.5  # of what the loss had fallen by
-SUSPECT = 3.5  # robust standard deviations above like rows (Iglewicz and Hoaglin, 1993)
+LEAST_SPREAD = (
+    1.0  # of the losses of like rows: where all are nearly equal, a small difference stands out in none
+)
 NEIGHBOURS = 50  # rows of like length that a row is compared with, on either side
 Values = NDArray[np.float64]
 
@@ -28,7 +30,7 @@ Values = NDArray[np.float64]
 class RowStory:
     """A row over its visits: mean losses of its targets, and how far it stands out among rows of like length.
 
-    `end` is the loss of the token that ends the answer, at the first visit. `score` orders the list of rows to look at.
+    `end` is the loss of the token that ends the answer, at the first visit. `score` is of the mean loss of this visit.
     """
 
     number: int
@@ -69,10 +71,8 @@ def stories(
     numbers, first, last, end = rows[starts], losses[starts], losses[stops], ends[starts]
     lowest = np.minimum.reduceat(losses, starts)
     length = tokens[numbers]
-    mean = np.add.reduceat(losses, starts) / counts
-    apart, usual = outstanding(mean, length)
+    apart, usual = outstanding(first, length)
     end_apart, usual_end = outstanding(end, length)
-    scores = np.maximum(apart, end_apart)
     listed = [
         RowStory(
             int(numbers[at]),
@@ -83,9 +83,9 @@ def stories(
             round(float(lowest[at]), 4),
             round(float(end[at]), 4),
             int(length[at]),
-            round(float(scores[at]), 2),
+            round(float(apart[at]), 2),
             _reason(
-                (float(mean[at]), float(usual[at]), float(apart[at])),
+                (float(first[at]), float(usual[at]), float(apart[at])),
                 (float(end[at]), float(usual_end[at]), float(end_apart[at])),
             ),
         )
@@ -118,7 +118,7 @@ def outstanding(values: Values, lengths: NDArray[np.int64]) -> tuple[Values, Val
     spreads = np.median(np.abs(windows - middles[:, None]), axis=1)
     window = np.clip(np.arange(len(values)) - NEIGHBOURS, 0, len(windows) - 1)
     usual[order] = middles[window]
-    apart[order] = 0.6745 * (ordered - middles[window]) / np.maximum(spreads[window], 0.02)
+    apart[order] = 0.6745 * (ordered - middles[window]) / np.maximum(spreads[window], LEAST_SPREAD)
     return apart, usual
 
 
@@ -129,7 +129,7 @@ def counts_of(listed: Sequence[RowStory]) -> dict[str, int]:
 
 
 def _reason(loss: tuple[float, float, float], end: tuple[float, float, float]) -> str:
-    """Why a row stands where it does: its loss or its end, whichever stands out more."""
+    """What of a row stands out more, its loss or its end."""
     if end[2] > loss[2]:
         return (
             f"the answer ends where no end is likely: loss of its end {end[0]:.2f}, {end[1]:.2f} in like rows"
