@@ -33,6 +33,7 @@ CHANGES = [
     "train.weight_decay=0.5",
     "train.warmup=2",
     "data.shuffle=false",
+    "data.order=hash",
     "model.dtype=bfloat16",
     "model.quantize=int8",
     "model.name={other_model}",
@@ -75,7 +76,7 @@ _CLOCKS = {"seconds", "tokens_per_second", "memory_bytes"}
     29,
     Plant("model.adamw:AdamW.step", "if self.weight_decay:", "if not self.weight_decay:"),
     Plant("config.schema:TrainSection.warmup_steps", "return min(", "return 0 and min("),
-    Plant("data.row_order:_epoch_rows", "if order.shuffle:", "if True:"),
+    Plant("data.row_order:_epoch_rows", "if not order.shuffle:", "if False:"),
 )
 def another_value_changes_the_run(lab: Lab) -> None:
     """For every key, another value changes steps, passes, files or bytes of a run, or a test sets the key."""

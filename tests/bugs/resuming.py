@@ -39,7 +39,7 @@ def _digest(result: Result) -> str:
 @probe(
     8,
     Plant("training.loop:_batch", "job.order.rows(step)", "job.order.rows(step % job.order.steps_per_epoch)"),
-    Plant("data.row_order:_epoch_rows", "0x4F, epoch]", "0x4F]"),
+    Plant("data.row_order:_epoch_rows", "_COPIES, epoch])", "_COPIES])"),
     Plant("training.loop:_steps", act=lambda patch: _start_over_when_resumed(patch)),
 )
 def a_resumed_run_takes_the_next_rows(lab: Lab) -> None:

@@ -89,6 +89,7 @@ PLACES = {
     "report": ["report", "PATH"],
     "eval": ["eval", "PATH"],
     "audit": ["audit", "PATH"],
+    "without": ["without", "PATH", "--rows", "1"],
     "sweep --resume": ["sweep", "--resume", "PATH"],
 }
 # Where something is written, a path that does not exist yet is right.

@@ -223,6 +223,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "data.columns": st.dictionaries(TEXT, TEXT, max_size=3),
     "data.encoding": st.sampled_from(["utf-8", "cp949", "utf-16"]),
     "data.bad_rows": st.sampled_from(["error", "drop"]),
+    "data.order": st.sampled_from(["hash", None]),
     "data.drop_rows": st.lists(TEXT, max_size=2),
     "data.eval_path": st.just([]) | TEXT.map("measured-".__add__),
     "data.eval_split": st.none() | TEXT,

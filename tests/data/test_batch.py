@@ -56,3 +56,10 @@ def test_long_rows_count_for_their_attention_too() -> None:
     lengths = [100, 50, 50, 50, 50]
     alone = RankShare(0, 2, attention=0.1).of(Numbered(lengths), np.arange(5), Packer(1000))
     assert sum(pack.num_tokens for pack in alone.packs) == 100  # as much work as the four others
+
+
+def test_a_step_without_rows_has_no_tokens_on_any_rank() -> None:
+    for world_size in (1, 2):
+        batch = RankShare(0, world_size).of(Numbered([3]), np.arange(0), Packer(10))
+        assert (batch.tokens, batch.supervised, batch.weight) == (0, 0, 0)
+        assert not any(pack.num_tokens for pack in batch.packs)

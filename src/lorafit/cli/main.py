@@ -33,6 +33,7 @@ from lorafit.cli import (
     sweep,
     train,
     tune,
+    without,
 )
 from lorafit.cli.output import put_line
 from lorafit.distributed.env import ProcessEnv, command, exit_code_of_previous_attempt, mark_no_restart
@@ -60,6 +61,7 @@ app.command("plan")(plan.plan)
 app.command("generate")(generate.generate)
 app.command("report")(report.report)
 app.command("rows")(rows.rows)
+app.command("without")(without.without)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("export")(export.export)

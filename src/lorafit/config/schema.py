@@ -190,6 +190,11 @@ class DataSection(Section):
         True, description="Pack several rows of a step into one pass; no row attends to another."
     )
     shuffle: bool = Field(True, description="New row order every epoch, from the seed; else file order.")
+    order: Literal["hash"] | None = Field(
+        None,
+        description="`hash`: the place of a row, in each epoch and among the held-out rows, is a function of its own "
+        "id. The others keep theirs without it, and `lorafit without` can remove rows. `null`: a function of all rows.",
+    )
     holdout: float = Field(
         100,
         ge=0,

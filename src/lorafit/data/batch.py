@@ -75,7 +75,7 @@ class RankShare:
                 int(np.count_nonzero(marks_of(trained) & SUPERVISED if marked else trained[1:]))
                 for _, trained in step_rows
             ),
-            imbalance=max(loads) * self.world_size / sum(loads) - 1,
+            imbalance=max(loads) * self.world_size / (sum(loads) or 1) - 1,
             weight=float(len(step_rows))
             if marked
             else sum(float(trained[1:].sum(dtype=np.float64)) for _, trained in step_rows),

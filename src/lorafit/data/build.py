@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lorafit.config.auto import Sizes
 from lorafit.config.schema import Config
@@ -17,7 +18,7 @@ from lorafit.data.ledger import Ledger
 from lorafit.data.packing import TokenRow
 from lorafit.data.prompt import Renderer
 from lorafit.data.prompt import contract as make_contract
-from lorafit.data.row_ids import occurrences, read_ids
+from lorafit.data.row_ids import Contents, Hashes, mixed, read_ids
 from lorafit.data.row_index import RowIndex
 from lorafit.data.row_order import Indices, RowOrder, split_holdout
 from lorafit.data.sources import FileSummary, Reading, Sources, describe, find_sources
@@ -39,6 +40,32 @@ class ModelLimits(Protocol):
     def vocab_size(self) -> int: ...
 
 
+class LeftOut(NamedTuple):
+    """What `data.drop_rows` names, all (pieces,): hashes of ids, numbers over all sources (0 for an id of no row),
+    numbers among the pieces of a row, and whether they would be held out.
+    """
+
+    ids: Hashes
+    numbers: Indices
+    pieces: Indices
+    is_heldout: NDArray[np.bool_]
+
+
+class OwnPlaces(NamedTuple):
+    """The hash of the id of each encoded row, also of those that are left out, and the rows that are left out."""
+
+    ids: Hashes
+    gone: LeftOut
+
+    def of(self, rows: TokenDataset) -> Hashes:
+        """The hashes of the ids of `rows`."""
+        return self.ids if rows.index is None else self.ids[rows.index]
+
+    def splitting(self, is_heldout: NDArray[np.bool_]) -> OwnPlaces:
+        """The same with `is_heldout` for the rows that are left out."""
+        return self._replace(gone=self.gone._replace(is_heldout=is_heldout))
+
+
 NAMED = "named in data.drop_rows"  # the reason why a row is not trained
 
 
@@ -49,7 +76,7 @@ class TrainingData:
     `index` has the files of the rows. `encoded` are all rows that are not dropped, training and held-out. `samples`
     are the first held-out rows (training rows where none are held out) that have a question, as many as the config
     requests. `warnings` are about the cache; `cache_key` names the tokens in it. `limits` is None for a tokenizer
-    without a model.
+    without a model. `own` has the places of rows by their own ids, where `data.order=hash`.
     """
 
     index: RowIndex
@@ -66,19 +93,25 @@ class TrainingData:
     warnings: Sequence[str]
     entry_digest: str
     cache_key: str
+    own: OwnPlaces | None
 
     def digest(self) -> str:
         """SHA-256 over tokens, masks and row numbers, and which rows are held out: what training reads of the data."""
         digest = hashlib.sha256(self.entry_digest.encode())
         digest.update(np.ascontiguousarray(self.heldout.numbers, dtype="<i8").tobytes())
         if NAMED in self.encoded.dropped:
-            digest.update(NAMED.encode() + self.encoded.dropped[NAMED].astype("<i8").tobytes())
+            named = self.encoded.dropped[NAMED].astype("<i8")
+            digest.update(NAMED.encode())
+            digest.update((named if self.own is None else np.sort(self.own.gone.ids).astype("<u8")).tobytes())
         return digest.hexdigest()
 
     def with_all_rows(self) -> TrainingData:
         """The same with the held-out rows among the training rows, as `data.holdout=0` would have it."""
         everything, none = np.arange(len(self.encoded)), np.array([], dtype=np.int64)
-        return replace(self, training=self.encoded.take(everything), heldout=self.encoded.take(none))
+        own = self.own
+        if own is not None:
+            own = own.splitting(np.zeros(len(own.gone.ids), np.bool_))
+        return replace(self, training=self.encoded.take(everything), heldout=self.encoded.take(none), own=own)
 
     def prompts(self, count: int) -> list[Row]:
         """The first `count` held-out rows that have a question, read from their files once more."""
@@ -126,8 +159,9 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
         entry = encode_files(sources, renderer, advance, longest)
     encoded, row_facts = entry.encoded, RowFacts(**entry.facts["row_facts"])
     notes = list(entry.notes)
-    if config.data.drop_rows:
-        encoded = _without_named(encoded, read_ids(config.data.drop_rows), notes)
+    own = None
+    if config.data.drop_rows or config.data.order is not None:
+        encoded, own = _left_out(config, encoded, notes)
     summaries = [FileSummary(**summary) for summary in entry.facts["files"]]
     index = RowIndex(sources, summaries, encoded)
     if not len(encoded):
@@ -157,7 +191,8 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
         notes.append(
             f"{count:,} rows have no template, but prompts will be asked with one, as the other rows are"
         )
-    training, heldout = map(encoded.take, _split(config, index, encoded))
+    is_heldout, own = _split(config, index, encoded, own)
+    training, heldout = (encoded.take(np.flatnonzero(which)) for which in (~is_heldout, is_heldout))
     if not len(training):
         hint = "give other rows in data.path"
         raise DataError("no row is left to train on: all are held out", place="data.eval_path", hint=hint)
@@ -181,35 +216,56 @@ def build_data(config: Config, base: ModelFolder, limits: ModelLimits | None, qu
         warnings=notes,
         entry_digest=entry.digest,
         cache_key=entry.key,
+        own=own,
     )
 
 
-def _without_named(
-    encoded: TokenDataset, ids: Mapping[tuple[int, int], str], notes: list[str]
-) -> TokenDataset:
-    """The rows that `data.drop_rows` does not name; `notes` receives a line about ids of no row."""
-    _, first, row_of = np.unique(encoded.numbers, return_index=True, return_inverse=True)
-    hashes = encoded.hashes[first]
-    count = occurrences(hashes)
-    at = np.flatnonzero(np.isin(hashes, np.array([content for content, _ in ids], np.uint64)))
-    named = {(int(hashes[row]), int(count[row])): int(row) for row in at}
-    if absent := [place for id_, place in ids.items() if id_ not in named]:
-        notes.append(
-            f"{len(absent):,} of {len(ids):,} ids are of no row of the data: {', '.join(absent[:5])}"
+def _left_out(
+    config: Config, encoded: TokenDataset, notes: list[str]
+) -> tuple[TokenDataset, OwnPlaces | None]:
+    """The rows that `data.drop_rows` does not name, and the places by ids, where the rows have such places.
+
+    `notes` receives a line about ids of no row. They have places too, so that files without the rows give the same run.
+    """
+    wanted = read_ids(config.data.drop_rows)
+    contents = Contents.of(encoded.numbers, encoded.hashes)
+    named = contents.among(wanted)
+    if absent := [id_ for id_ in wanted if id_ not in named]:
+        places = ", ".join(wanted[id_] for id_ in absent[:5])
+        notes.append(f"{len(absent):,} of {len(wanted):,} ids are of no row of the data: {places}")
+    rows = np.flatnonzero(np.isin(contents.row_of, list(named.values())))
+    own = None
+    if config.data.order is not None:
+        ids = mixed(encoded.hashes, contents.times[contents.row_of], contents.piece)
+        content, times = np.array(absent, np.uint64).reshape(-1, 2).T
+        numbers, pieces = (
+            np.concatenate([values[rows], np.zeros(len(absent), np.int64)])
+            for values in (encoded.numbers, contents.piece)
         )
-    dropped = [row for id_, row in named.items() if id_ in ids]
-    return encoded.without(np.flatnonzero(np.isin(row_of, dropped)), NAMED)
+        everything = np.concatenate([ids[rows], mixed(content, times, 0)])
+        own = OwnPlaces(ids, LeftOut(everything, numbers, pieces, np.zeros(len(everything), np.bool_)))
+    return (encoded.without(rows, NAMED) if wanted else encoded), own
 
 
-def _split(config: Config, index: RowIndex, encoded: TokenDataset) -> tuple[Indices, Indices]:
-    """(training rows, held-out rows): those of the files to measure on, else random ones."""
+def _split(
+    config: Config, index: RowIndex, encoded: TokenDataset, own: OwnPlaces | None
+) -> tuple[NDArray[np.bool_], OwnPlaces | None]:
+    """Whether each row is held out, and each that is left out: those of the files to measure on, else some."""
     if any(file.heldout for file in index.files):
-        is_heldout = index.is_heldout(encoded.numbers)
+        own = own and own.splitting(index.is_heldout(own.gone.numbers))
+        return index.is_heldout(encoded.numbers), own
+    # a text that was split is one row
+    rows, first, row_of = np.unique(encoded.numbers, return_index=True, return_inverse=True)
+    holdout, seed = config.data.holdout, config.train.seed
+    if own is None:
+        _, heldout = split_holdout(len(rows), holdout, seed)
     else:
-        rows, row_of = np.unique(encoded.numbers, return_inverse=True)  # a text that was split is one row
-        _, heldout = split_holdout(len(rows), config.data.holdout, config.train.seed)
-        is_heldout = np.isin(row_of, heldout)
-    return np.flatnonzero(~is_heldout), np.flatnonzero(is_heldout)
+        begins = own.gone.pieces == 0
+        everything = np.concatenate([own.of(encoded)[first], own.gone.ids[begins]])
+        _, heldout = split_holdout(len(everything), holdout, seed, everything)
+        of_gone = np.isin(np.arange(len(rows), len(everything)), heldout)
+        own = own.splitting(of_gone[np.cumsum(begins) - 1] if len(of_gone) else of_gone)
+    return np.isin(row_of, heldout), own
 
 
 def _without_template(config: Config) -> list[str]:
@@ -267,12 +323,21 @@ def sizes_of(training_data: TrainingData, num_parameters: int | None) -> Sizes:
 
 def row_order(config: Config, training_data: TrainingData) -> RowOrder:
     """The rows of each step. Raises DataError when the weights leave none."""
+    index, training, own = training_data.index, training_data.training, training_data.own
+    groups, ids = index.groups(training.numbers), None
+    if own is not None:
+        left_out = ~own.gone.is_heldout
+        numbers = np.concatenate([training.numbers, own.gone.numbers[left_out]])
+        groups = [rows[np.argsort(numbers[rows], kind="stable")] for rows in index.groups(numbers)]
+        ids = np.concatenate([own.of(training), own.gone.ids[left_out]])
     order = RowOrder(
-        training_data.index.groups(training_data.training.numbers),
+        groups,
         config.data.weights or [1.0] * len(config.data.path),
         config.train.batch_size,
         config.train.seed,
         config.data.shuffle,
+        ids,
+        None if own is None else len(training),
     )
     if order.rows_per_epoch == 0:
         raise DataError("no row is left to train on at these weights", place="data.weights")

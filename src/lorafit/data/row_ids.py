@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,35 @@ def mixed(values: Hashes, *numbers: int | NDArray[np.integer]) -> Hashes:
         values = (values ^ values >> np.uint64(27)) * _FIELD
         values = values ^ values >> np.uint64(31)
     return values
+
+
+class Contents(NamedTuple):
+    """Rows by their own content: `numbers`, `hashes` and `times` (rows,), the occurrence of each hash, from 1; of the
+    pieces that rows were split into (pieces,), `row_of` and `piece`, the number of each within its row.
+    """
+
+    numbers: NDArray[np.int64]
+    hashes: Hashes
+    times: NDArray[np.int64]
+    row_of: NDArray[np.intp]
+    piece: NDArray[np.intp]
+
+    @classmethod
+    def of(cls, numbers: NDArray[np.int64], hashes: Hashes) -> Contents:
+        """Of the ascending numbers and the hashes of all pieces."""
+        rows, first, row_of = np.unique(numbers, return_index=True, return_inverse=True)
+        times = occurrences(hashes[first])
+        return cls(rows, hashes[first], times, row_of, np.arange(len(numbers)) - first[row_of])
+
+    def among(self, ids: Collection[tuple[int, int]]) -> dict[tuple[int, int], int]:
+        """The place in `numbers` of each of `ids`, (hash, occurrence), that is of a row."""
+        at = np.flatnonzero(np.isin(self.hashes, np.array([content for content, _ in ids], np.uint64)))
+        found = {(int(self.hashes[row]), int(self.times[row])): int(row) for row in at}
+        return {id_: found[id_] for id_ in ids if id_ in found}
+
+    def id(self, row: int) -> str:
+        """The id of the row at place `row`."""
+        return row_id(int(self.hashes[row]), int(self.times[row]))
 
 
 def occurrences(hashes: Hashes) -> NDArray[np.int64]:

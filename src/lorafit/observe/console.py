@@ -79,25 +79,34 @@ def print_styled(parts: Sequence[tuple[str, str]], *, stream: TextIO | None = No
     console.print(Text.assemble(*((clean(text, console), style) for text, style in parts)), soft_wrap=True)
 
 
-def side_by_side(question: str, base_answer: str, tuned_answer: str, *, stream: TextIO | None = None) -> None:
+def side_by_side(
+    question: str,
+    base_answer: str,
+    tuned_answer: str,
+    *,
+    stream: TextIO | None = None,
+    titles: tuple[str, str] = ("base", "tuned"),
+) -> None:
     """Print the answers of the base and the tuned model to `question` side by side; below 80 columns, one above the
-    other.
+    other. Other models have other `titles`.
     """
     console = console_of(stream or sys.stdout)
     console.print(Text(clean(question.strip(), console), style="bold"))
-    console.print(_two_answers(console, base_answer, tuned_answer))
+    console.print(_two_answers(console, base_answer, tuned_answer, titles))
     console.print()
 
 
-def _two_answers(console: Console, base_answer: str, tuned_answer: str) -> RenderableType:
+def _two_answers(
+    console: Console, base_answer: str, tuned_answer: str, titles: tuple[str, str] = ("base", "tuned")
+) -> RenderableType:
     base, tuned = (Text(clean(answer.strip(), console)) for answer in (base_answer, tuned_answer))
     if console.width < SIDE_BY_SIDE_WIDTH:
-        titles = (Text(title, style="cyan") for title in ("base", "tuned"))
+        above = (Text(title, style="cyan") for title in titles)
         answers_below = (Padding(answer, (0, 0, 0, 2)) for answer in (base, tuned))
-        return Group(*(part for pair in zip(titles, answers_below, strict=True) for part in pair))
+        return Group(*(part for pair in zip(above, answers_below, strict=True) for part in pair))
     answers = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, expand=True)
-    answers.add_column(Text("base", style="cyan"), ratio=1, overflow="fold")
-    answers.add_column(Text("tuned", style="cyan"), ratio=1, overflow="fold")
+    for title in titles:
+        answers.add_column(Text(title, style="cyan"), ratio=1, overflow="fold")
     answers.add_row(base, tuned)
     return answers
 

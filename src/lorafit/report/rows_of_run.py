@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from lorafit.data.build import TrainingData, build_data
-from lorafit.data.row_ids import occurrences, row_id
+from lorafit.data.row_ids import Contents, read_ids
 from lorafit.data.row_preview import shown_row
-from lorafit.errors import RunError
+from lorafit.errors import ConfigError, DataError, RunError
 from lorafit.hub.client import tokenizer_folder
 from lorafit.observe.metrics_file import number, read_metrics
 from lorafit.observe.visits import read_visits
@@ -59,14 +60,12 @@ def rows_of(run: RunDirectory, data: TrainingData) -> list[RowStory]:
 
 def described(data: TrainingData, listed: Sequence[RowStory]) -> list[dict[str, Any]]:
     """Rows as JSON values with their ids, places and texts; `row` counts from 1 over all sources."""
-    numbers, first = np.unique(data.encoded.numbers, return_index=True)
-    hashes = data.encoded.hashes[first]
-    count = occurrences(hashes)
+    contents = Contents.of(data.encoded.flat.numbers, data.encoded.flat.hashes)
     texts = {row.number: row.content for row in data.index.read(sorted(story.number for story in listed))}
     rows = []
     for story in listed:
-        at, content = int(np.searchsorted(numbers, story.number)), texts[story.number]
-        values = {"row": story.number + 1, "id": row_id(int(hashes[at]), int(count[at]))}
+        at, content = int(np.searchsorted(contents.numbers, story.number)), texts[story.number]
+        values = {"row": story.number + 1, "id": contents.id(at)}
         values |= {"place": data.index.place(story.number)}
         values |= {key: value for key, value in asdict(story).items() if key != "number"}
         rows.append({**values, "question": content.question(), "answer": content.answers()[-1]})
@@ -83,3 +82,24 @@ def page_values(run: RunDirectory, data: TrainingData) -> Mapping[str, Any]:
         for story in found[:MOST_LISTED]
     ]
     return {"counts": counts_of(found), "rows": rows}
+
+
+def numbers_of(data: TrainingData, rows: str | None, ids: Sequence[str]) -> list[int]:
+    """The numbers, from 0, of the rows that `17,40-42` and ids or files of ids name. Raises ConfigError, DataError."""
+    numbers: list[int] = []
+    for part in filter(None, (rows or "").split(",")):
+        match = re.fullmatch(r"\s*([1-9]\d{0,9})(?:-([1-9]\d{0,9}))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if not first <= last <= data.index.num_rows:
+            hint = f"for example --rows 17,40-42; the run has {data.index.num_rows:,} rows"
+            raise ConfigError(f"--rows has numbers of rows, not `{part}`", hint=hint)
+        numbers += range(first - 1, last)
+    if wanted := read_ids(ids):
+        contents = Contents.of(data.encoded.flat.numbers, data.encoded.flat.hashes)
+        known = contents.among(wanted)
+        if absent := [place for id_, place in wanted.items() if id_ not in known]:
+            raise DataError(f"{len(absent):,} ids are of no row of the run", place=", ".join(absent[:5]))
+        numbers += contents.numbers[[*known.values()]].tolist()
+    if not numbers:
+        raise ConfigError("no row is named", hint="--rows 17,40, or --ids FILE from `lorafit rows RUN --ids`")
+    return numbers

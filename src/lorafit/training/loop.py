@@ -53,6 +53,7 @@ from lorafit.training.stream_cache import StreamCache
 
 Outcome = Literal["finished", "ended early", "interrupted"]
 SAME_RESULT = "this needs less memory and does not change the result"
+_NO_ROWS = (0.0, 0.0, np.empty((2, 0)))  # loss, norm and losses of the rows of a step that has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,13 +161,15 @@ def _steps(
         batch = upcoming.result()
         upcoming = ahead.submit(_batch, job, state, state.step + 1)
 
-        gradients = _gradients(job, state, batch)
+        updates = len(batch.indices) > 0  # not where all its rows are left out
+        gradients = _gradients(job, state, batch) if updates else _NO_ROWS
         if gradients is None:
             _reduce_micro_batch(job, writer, state, batch)
             upcoming = ahead.submit(_batch, job, state, state.step)
             continue
         loss, norm, row_losses = gradients
-        job.optimizer.step(rate)
+        if updates:
+            job.optimizer.step(rate)
         job.optimizer.zero_grad()
         state.step += 1
         done = state.step - job.first_step
@@ -174,29 +177,30 @@ def _steps(
         job.heartbeat.at(state.step, BETWEEN)
         if job.visits is not None:
             job.visits.add(state.step, job.rows.numbers_at(batch.indices), row_losses)
-        state.last_loss = loss
+        state.last_loss = loss if updates else state.last_loss
         state.scale.went_well()
         release_free_memory(MUCH_FREE)
 
         seconds = time.perf_counter() - started
-        job.observe(
-            Step(
-                step=state.step,
-                num_steps=timing.num_steps,
-                epoch=round(job.order.epoch_at(done), 4),
-                loss=loss,
-                learning_rate=rate,
-                grad_norm=norm,
-                supervised_tokens=batch.supervised,
-                tokens=batch.tokens,
-                rows=len(batch.indices),
-                tokens_per_second=meter.update(batch.tokens, seconds),
-                seconds=seconds,
-                memory_bytes=device_memory_bytes(device) or Meter.memory_bytes(),
-                ranks=job.ranks.world_size,
-                imbalance=round(batch.imbalance, 4),
+        if updates:
+            job.observe(
+                Step(
+                    step=state.step,
+                    num_steps=timing.num_steps,
+                    epoch=round(job.order.epoch_at(done), 4),
+                    loss=loss,
+                    learning_rate=rate,
+                    grad_norm=norm,
+                    supervised_tokens=batch.supervised,
+                    tokens=batch.tokens,
+                    rows=len(batch.indices),
+                    tokens_per_second=meter.update(batch.tokens, seconds),
+                    seconds=seconds,
+                    memory_bytes=device_memory_bytes(device) or Meter.memory_bytes(),
+                    ranks=job.ranks.world_size,
+                    imbalance=round(batch.imbalance, 4),
+                )
             )
-        )
         if is_first and job.ranks.is_main:
             job.observe(Digest(state.step, adapter_digest(job.network).hex()))
         is_first = False
