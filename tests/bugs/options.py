@@ -109,9 +109,9 @@ def _trace(lab: Lab, *overrides: str) -> list[Any]:
         timeouts.append(timeout)
         return connect(ranks, device, timeout)
 
-    def recorded(network: Any, pack: Any) -> Any:
+    def recorded(network: Any, pack: Any, **more: Any) -> Any:
         passes.append(pack.lengths)
-        return pack_losses(network, pack)
+        return pack_losses(network, pack, **more)
 
     def counted(layer: Any, *arguments: Any) -> Any:
         layers[0] += 1

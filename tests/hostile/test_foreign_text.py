@@ -555,7 +555,7 @@ def test_each_place_that_writes_text_is_in_the_list() -> None:
     found = leaving(Path(lorafit.__file__).parent)
     assert found == {where: set(calls) for where, calls in LEAVING.items()}
     reasons = {reason for calls in LEAVING.values() for reason in calls.values()}
-    assert reasons <= {*PLACES, OWN, BYTES, DATA, SERVED, EXPORTED}
+    assert reasons <= {*PLACES, OWN, BYTES, DATA, SERVED, EXPORTED, STUDIO}
 
 
 def test_a_new_place_is_found(tmp_path: Path) -> None:
