@@ -175,7 +175,7 @@ def test_a_run_is_filtered_zoomed_and_noted_by_keyboard_and_pointer(browser: Any
     page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 50)
     page.mouse.up()
     page.wait_for_url("**from=*")
-    page.wait_for_function("!document.querySelector('#loss').textContent.includes('120')")
+    page.locator("#loss").filter(has_not_text="120").wait_for()
     assert 28 <= int(page.locator("[name=from]").input_value()) <= 32
     page.get_by_label("Note").fill("the best <b>one</b>")
     page.get_by_role("button", name="Save the note").click()

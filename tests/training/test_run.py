@@ -194,7 +194,7 @@ def stop_with(
 ) -> str:
     pack_losses, calls = loop.pack_losses, []
 
-    def sabotaged(network: Any, pack: Any, below: None = None) -> Any:
+    def sabotaged(network: Any, pack: Any) -> Any:
         calls.append(pack)
         total, each = pack_losses(network, pack)
         return (loss(total) if len(calls) == 4 else total), each

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import re
@@ -107,10 +106,13 @@ async def _read(server: Server) -> None:
         server.log = redact(server.log + text)[-_LOG:]
         if not server.url and (match := _ADDRESS.search(text)):
             server.url = match[0]
-            with contextlib.suppress(httpx.HTTPError, KeyError, ValueError):
+            try:
                 async with _client(server) as client:
                     reply = await client.get("/models")
                     server.models = [str(model["id"]) for model in reply.json()["data"]]
+            except (httpx.HTTPError, KeyError, ValueError) as error:
+                server.log += f"the server names no models: {error!r}\n"
+                server.process.terminate()
     await server.process.wait()
 
 

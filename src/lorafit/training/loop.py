@@ -248,9 +248,11 @@ def _gradients(
         raise TrainingError(f"step {step} has no supervised tokens", place=job.places(batch))
     random = torch.get_rng_state()
     while True:
-        below = None if job.kept is None else job.kept.of(batch.indices)
-        plain = partial(pack_losses, below=below)
-        compute = plain if job.objective.loss is None else Passes(job, batch)
+        compute: Compute = pack_losses
+        if job.objective.loss is not None:
+            compute = Passes(job, batch)
+        elif job.kept is not None:
+            compute = partial(pack_losses, below=job.kept.of(batch.indices))
         total, each, short = _passes(job, state, batch, compute)
         total, any_short, *row_losses = job.ranks.all_reduce_sum([total, float(short), *each.flat])
         if any_short:
