@@ -101,7 +101,7 @@ def adapter_digest(network: Llama) -> bytes:
     """SHA-256 of the adapter's numbers."""
     digest = hashlib.sha256()
     for tensor in adapter_tensors(network).values():
-        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return digest.digest()
 
 
