@@ -86,21 +86,20 @@ class _DeltaRule(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        if fits(ctx.saved_tensors[0]):
-            into = [torch.empty_like(x) for x in ctx.saved_tensors]
+        saved = ctx.saved_tensors  # once: with recomputation they are computed again at the first access only
+        if fits(saved[0]):
+            into = [torch.empty_like(x) for x in saved]
             _call(
                 "delta_rule_backward",
                 ctx.lengths,
                 ctx.heads,
-                *ctx.saved_tensors,
+                *saved,
                 grad_outputs[0].contiguous(),
                 *into,
             )
             return (*into, None, None)
         gradients = []
-        for *document, slope in zip(
-            *(x.split(ctx.lengths) for x in (*ctx.saved_tensors, grad_outputs[0])), strict=True
-        ):
+        for *document, slope in zip(*(x.split(ctx.lengths) for x in (*saved, grad_outputs[0])), strict=True):
             qkv, g, beta = (x.detach().requires_grad_() for x in document)
             with torch.enable_grad():
                 out, _ = _document(qkv, g, beta, ctx.heads)
