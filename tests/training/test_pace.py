@@ -201,7 +201,7 @@ def clocked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
 def test_a_run_trains_as_many_steps_as_fit_and_records_their_rates(
     tiny: list[str], clocked: Clock, tmp_path: Path
 ) -> None:
-    # 3 s reading, 2 s for the base, 11 or 12 steps (saving is timed too), after the 10th a measurement, 2 s for the last
+    # 3 s reading, 2 s for the base, 11 or 12 steps, after the 10th a measurement, 2 s for the last one
     result = tiny_run([*tiny, "train.eval_every=10"], tmp_path / "run", "train.budget=21s")
     last = result.step
     assert result.finished
