@@ -45,6 +45,7 @@ def test_an_adapter_on_a_file_with_blocks_is_compared_on_that_file(tmp_path: Pat
         ("llama-tied", "Q6_K", WIDE),
         ("qwen2", "Q5_1", {}),
         ("qwen3", "BF16", {}),
+        ("gemma2", "Q8_0", {"sliding_window": 256}),
         ("phi3", "F16", {}),
         ("smollm3", "Q4_1", {}),
         ("granite", "Q5_0", {}),
@@ -80,6 +81,15 @@ def test_another_template_goes_with_the_adapter(tmp_path: Path) -> None:
     template = (done.path / gguf_base.TEMPLATE).read_text(encoding="utf-8")
     assert "### Instruction:" in template
     assert "Be brief." in template
+    (tmp_path / "plain").mkdir()
+    plain = export_run(
+        run_to_export(tmp_path / "plain", model=base),
+        "gguf-lora",
+        output=tmp_path / "2",
+        offline=True,
+    )
+    assert plain.parity["verified"]
+    assert not (plain.path / gguf_base.TEMPLATE).exists()
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from lorafit.data.prompt import Renderer
 from lorafit.errors import ModelError
 
 QUESTION = "Say something."
+WRITTEN_BOS = "{{- bos_token }}"
 _NOW = re.compile(r"strftime_now\(\s*(['\"])([^'\"]*)\1\s*\)")
 
 
@@ -34,7 +35,7 @@ def chat_template(renderer: Renderer) -> str:
     Raises ModelError if the model's own template cannot be changed to do so.
     """
     bos, _ = renderer.prompt_text([Message("user", QUESTION)])
-    head = "{{- bos_token }}" if bos else ""
+    head = WRITTEN_BOS if bos else ""
     if bos and _blank(renderer):
         head = "{{- bos_token + ' ' }}"
     if renderer.contract.template == RAW:

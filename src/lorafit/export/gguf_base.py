@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lorafit.export.chat_template import chat_template
+from lorafit.export.chat_template import WRITTEN_BOS, chat_template
 from lorafit.export.number_types import TYPES, NumberType
 from lorafit.export.reference import Reference, Rounding
 from lorafit.export.run_source import RunSource
@@ -29,8 +29,9 @@ def base_file(source: RunSource) -> Path | None:
 def own_template(source: RunSource) -> str | None:
     """The template by which prompts were trained, if a GGUF base has another one; else None."""
     template = chat_template(source.renderer)
-    is_same = base_file(source) is None or template == source.renderer.tokenizer.chat_template
-    return None if is_same else template
+    # llama.cpp adds the BOS of a file itself
+    is_same = template.removeprefix(WRITTEN_BOS) == source.renderer.tokenizer.chat_template
+    return None if is_same or base_file(source) is None else template
 
 
 def rounding_of_base(source: RunSource) -> Rounding:
