@@ -76,14 +76,14 @@ def divergences(network: Llama, pack: Pack) -> tuple[Tensor, Tensor]:
     gradient. Only for passes of few targets: their logits are alive at the same time.
     """
     base, tuned = _log_probabilities(network, pack)
-    each = F.kl_div(tuned, base, reduction="none", log_target=True).sum(-1)
+    each = _divergence(base, tuned)
     return each.sum(), each
 
 
 def pack_drift(network: Llama, pack: Pack) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """(KL(base || tuned) of each target in nats, whether the most probable token is another one), both (targets,)."""
     base, tuned = _log_probabilities(network, pack)
-    each = F.kl_div(tuned, base, reduction="none", log_target=True).sum(-1)
+    each = _divergence(base, tuned)
     return each.double().cpu().numpy(), (base.argmax(-1) != tuned.argmax(-1)).cpu().numpy()
 
 
@@ -92,6 +92,11 @@ def _log_probabilities(network: Llama, pack: Pack) -> tuple[Tensor, Tensor]:
     with disable_adapter(network), evaluating(network), torch.no_grad():
         base = _log_softmax(network, _supervised(network, pack)[0])
     return base, _log_softmax(network, _supervised(network, pack)[0])
+
+
+def _divergence(base: Tensor, tuned: Tensor) -> Tensor:
+    """KL(base || tuned) of log-probabilities (targets, vocab_size), in nats (targets,)."""
+    return F.kl_div(tuned, base, reduction="none", log_target=True).sum(-1)
 
 
 def _log_softmax(network: Llama, supervised: Tensor) -> Tensor:
