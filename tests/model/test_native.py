@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,19 @@ def test_kernels_of_a_folder_that_others_can_write_are_done_without(
     assert library is None
     assert "can be written by other users" in why
     assert not loaded
+
+
+@pytest.mark.parametrize("processor", ["sapphirerapids", pytest.param("cooperlake", marks=pytest.mark.slow)])
+def test_sources_with_dot_products_compile_for_processors_that_have_them(processor: str) -> None:
+    """Another processor leaves these lines out, and one source that does not compile leaves all kernels out."""
+    folder = Path(native.__file__).parent
+    sources = [path for path in sorted(folder.glob("*.cpp")) if '"dots.h"' in path.read_text("utf-8")]
+    assert len(sources) >= 3
+    compiler = shutil.which("g++") or "c++"
+    known = [compiler, f"-march={processor}", "-x", "c++", "-fsyntax-only"]
+    if subprocess.run([*known, os.devnull], capture_output=True, check=False).returncode:
+        pytest.skip(f"the compiler does not know {processor}")
+    done = subprocess.run(
+        [*known, "-std=c++17", "-fopenmp", *sources], capture_output=True, text=True, check=False
+    )
+    assert "error" not in done.stderr and done.returncode == 0, done.stderr

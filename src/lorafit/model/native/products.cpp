@@ -188,7 +188,7 @@ static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, c
 #pragma omp parallel num_threads(threads)
   {
     static thread_local Space packed_space, sums_space;
-    const Tiles tiles(on_tiles);
+    const Tiles shapes(on_tiles);
     uint8_t *const packed = packed_space.of<uint8_t>(group * panel_bytes);
     Sum *const sums_buffer = sums_space.of<Sum>((chunks > 1 ? num_row_tiles * group : 1) * PANEL * PANEL);
 #pragma omp for schedule(static)
