@@ -103,4 +103,4 @@ def test_sources_with_dot_products_compile_for_processors_that_have_them(process
     done = subprocess.run(
         [*known, "-std=c++17", "-fopenmp", *sources], capture_output=True, text=True, check=False
     )
-    assert "error" not in done.stderr and done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr
