@@ -1,11 +1,12 @@
 """Faults planted in rows, and where `lorafit rows` ranks them.
 
-    python -m benchmarks.planted_faults MODEL ROWS.json [--rows 300] [--share 0.05] [--epochs 2] [--work FOLDER]
+    python -m benchmarks.planted_faults MODEL ROWS.json [--rows 300] [--share 0.05] [--seed 0] [--work FOLDER]
 
 Takes the first rows of ROWS.json (Alpaca rows) whose answers have at most --longest words, and spoils a share of
 them, from a seed: two answers are swapped, an answer ends early, an answer stands in another language. A run trains all
 of them with the defaults. Prints how many planted faults the first tenth of the list names, by kind, and the rows in
-this tenth that were not planted. A run that is in --work already is not trained again.
+this tenth that were not planted. A run that is in --work already is continued, or not trained again. The score of the
+list reads the losses of the first visits only, so one epoch is enough.
 """
 
 from __future__ import annotations
@@ -65,8 +66,13 @@ def measure(work: Path, arguments: argparse.Namespace) -> list[tuple[dict[str, A
     kinds = spoil(rows, arguments.share, arguments.seed)
     (work / "rows.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
     run = work / "run"
-    if not (run / "adapter").exists():
+    if (run / "adapter").exists():
+        pass
+    elif (run / "checkpoints").exists():
+        lorafit("train", "--resume", str(run))
+    else:
         words = [f"train.epochs={arguments.epochs}", "data.holdout=0", "run.samples=0", "run.verify=false"]
+        words += ["train.save_every=10"]
         words += ["--model", arguments.model, "--data", str(work / "rows.json"), "--output", str(run)]
         lorafit("train", "run.check=warn", *words)
     found = lorafit("rows", str(run), "--top", "0", "--json").splitlines()
@@ -82,7 +88,7 @@ def main() -> None:
     parser.add_argument("rows_file", type=Path, metavar="ROWS.json")
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--share", type=float, default=0.05)
-    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--longest", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path)

@@ -89,6 +89,7 @@ PLACES = {
     "report": ["report", "PATH"],
     "eval": ["eval", "PATH"],
     "audit": ["audit", "PATH"],
+    "why": ["why", "PATH", "Hi"],
     "without": ["without", "PATH", "--rows", "1"],
     "sweep --resume": ["sweep", "--resume", "PATH"],
 }

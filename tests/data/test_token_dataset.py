@@ -200,6 +200,8 @@ def test_the_ledger_closes(
     assert ledger.trained.trained == sum(int(train.row(index)[1].sum()) for index in range(len(train)))
     assert {reason: list(rows.first) for reason, rows in ledger.dropped.items()} == lists(encoded.dropped)
     assert Ledger.from_json(json.loads(json.dumps(ledger.to_json()))) == ledger
+    assert "pairs" not in ledger.to_json()
+    assert Ledger.from_json({**ledger.to_json(), "pairs": {}}) == ledger  # a file of an earlier version
 
 
 def test_what_the_ledger_says(tokenizer: Tokenizer) -> None:

@@ -92,9 +92,14 @@ def test_a_search_picks_goes_on_and_writes_a_recipe(
 def test_a_search_without_held_out_rows_or_with_a_clock_time_is_refused(
     tiny: list[str], tmp_path: Path
 ) -> None:
-    for words in (["--budget", "18:00"], ["--budget", "soon"]):
-        with pytest.raises(LorafitError):
-            invoke(*tiny, *words, "--output", str(tmp_path / "t"))
+    for budget in ("18:00", "soon", "0s", "0", "-5min", "366d"):
+        with pytest.raises(LorafitError) as told:
+            invoke(*tiny, "--budget", budget, "--output", str(tmp_path / "t"))
+        (problem,) = told.value.problems
+        assert (problem.place, problem.hint) == (
+            f"--budget {budget}",
+            "give a duration, for example --budget 20min",
+        )
 
 
 def test_the_hold_is_before_the_fall() -> None:

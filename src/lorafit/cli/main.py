@@ -33,6 +33,7 @@ from lorafit.cli import (
     sweep,
     train,
     tune,
+    why,
     without,
 )
 from lorafit.cli.output import put_line
@@ -61,6 +62,7 @@ app.command("plan")(plan.plan)
 app.command("generate")(generate.generate)
 app.command("report")(report.report)
 app.command("rows")(rows.rows)
+app.command("why")(why.why)
 app.command("without")(without.without)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)

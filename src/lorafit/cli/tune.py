@@ -46,12 +46,13 @@ def tune(
     from lorafit.sweep.halving import tune as search
     from lorafit.sweep.run import draw_curves
 
+    place, hint = f"--budget {budget}", "give a duration, for example --budget 20min"
     try:
         seconds = budget_seconds(budget) if budget is not None else None
     except ValueError as error:
-        raise ConfigError(str(error), place=f"--budget {budget}") from None
+        raise ConfigError(str(error), place=place, hint=hint) from None
     if budget is not None and seconds is None:
-        raise ConfigError("a search takes a duration, no clock time", place=f"--budget {budget}")
+        raise ConfigError("a search takes a duration, no clock time", place=place, hint=hint)
     folder = Path(output)
     flags = flag_overrides(model=model, data=data, output=None)
 

@@ -38,27 +38,17 @@ def without(
 
     lorafit without runs/mine --rows 17,40 --output runs/cleaner
     """
-    from lorafit.errors import RunError
     from lorafit.observe.console import note, side_by_side
-    from lorafit.observe.units import count
     from lorafit.report.rows_of_run import data_of, numbers_of
     from lorafit.run_dir import RunDirectory
-    from lorafit.training.without import both_answers, cost_from_start, plan_removal, train_without
+    from lorafit.training.without import both_answers, plan_removal, train_without
 
     directory = RunDirectory.open(run)
     data = data_of(directory, quiet=as_json)
     removal = plan_removal(directory, data, numbers_of(data, rows, ids or []))
-    seen = f"the rows were first seen in step {removal.untouched + 1}"
-    if removal.checkpoint is None and not from_start:
-        raise RunError(
-            f"{seen}, and no checkpoint before it is kept: from the start it takes {cost_from_start(directory)}",
-            place=str(directory.path),
-            hint="add --from-start; more checkpoints are kept with train.save_every and train.keep",
-        )
+    told = removal.told(directory, from_start=from_start, option="--from-start")
     if not as_json:
-        note(
-            f"{seen}: continuing from step {removal.checkpoint or 0} without {count(len(removal.ids), 'row')}"
-        )
+        note(told)
     result = train_without(directory, removal, output or Path(f"{directory.path}-without"), quiet=as_json)
     answers = both_answers(directory, RunDirectory.open(result.path))
     if as_json:

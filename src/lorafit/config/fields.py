@@ -67,8 +67,10 @@ def budget_seconds(text: str) -> float | None:
     seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
     if _CLOCK.fullmatch(text):
         return None
-    if not parts or _DURATION.sub("", text) or not 0 < seconds <= 365 * _UNITS["d"]:
+    if not parts or _DURATION.sub("", text):
         raise ValueError("a time budget is a duration (`20min`, `1h30m`, seconds) or a clock time (`18:00`)")
+    if not 0 < seconds <= 365 * _UNITS["d"]:
+        raise ValueError("a time budget is more than 0 seconds and at most 365 days")
     return seconds
 
 

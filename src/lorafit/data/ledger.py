@@ -206,8 +206,10 @@ class Ledger:
         return [f"{name}: {listed(keys)}" for name, keys in parts if keys]
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """As JSON values; without `pairs` where there are none."""
         values: dict[str, Any] = _LEDGER.dump_python(self, mode="json")
+        if not self.pairs:
+            del values["pairs"]
         return values
 
     @classmethod

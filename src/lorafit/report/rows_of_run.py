@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -21,6 +21,15 @@ from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import read_facts
 
 MOST_LISTED = 20  # rows on the page
+
+
+class _Numbered(Protocol):
+    """A dataclass about one row."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def number(self) -> int: ...
 
 
 def data_of(run: RunDirectory, quiet: bool) -> TrainingData:
@@ -58,7 +67,7 @@ def rows_of(run: RunDirectory, data: TrainingData) -> list[RowStory]:
     return found
 
 
-def described(data: TrainingData, listed: Sequence[RowStory]) -> list[dict[str, Any]]:
+def described(data: TrainingData, listed: Sequence[_Numbered]) -> list[dict[str, Any]]:
     """Rows as JSON values with their ids, places and texts; `row` counts from 1 over all sources."""
     contents = Contents.of(data.encoded.flat.numbers, data.encoded.flat.hashes)
     texts = {row.number: row.content for row in data.index.read(sorted(story.number for story in listed))}

@@ -33,6 +33,19 @@ class Removal:
     untouched: int
     checkpoint: int | None
 
+    def told(self, run: RunDirectory, *, from_start: bool, option: str) -> str:
+        """Where the run without the rows begins. Raises RunError where it is the start, without `from_start`, which
+        `option` sets.
+        """
+        seen = f"the rows were first seen in step {self.untouched + 1}"
+        if self.checkpoint is not None:
+            return f"{seen}: continuing from step {self.checkpoint} without {count(len(self.ids), 'row')}"
+        what = f"{seen}, and no checkpoint before it is kept: from the start it takes {cost_from_start(run)}"
+        if not from_start:
+            hint = f"add {option}; more checkpoints are kept with train.save_every and train.keep"
+            raise RunError(what, place=str(run.path), hint=hint)
+        return what
+
 
 def plan_removal(run: RunDirectory, data: TrainingData, numbers: Sequence[int]) -> Removal:
     """How the rows with `numbers` (from 0 over all sources) are removed from `run`. Raises a LorafitError."""
