@@ -181,6 +181,7 @@ def test_a_place_that_cannot_be_written_is_an_error_of_the_user(
         ["serve", MODEL, "--port", "-1"],
         ["serve", MODEL, "--port", "x"],
         ["serve", MODEL, "--context", "1"],
+        ["serve", MODEL, "--kept-prompts", "-1"],
         ["serve", MODEL, "--context", "999999999", "--port", "0"],
         ["generate", MODEL, "Hi", "--max-tokens", "0"],
         ["generate", MODEL, "Hi", "--temperature", "-1"],

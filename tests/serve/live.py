@@ -16,6 +16,7 @@ from tests.tiny_models import random_network, write_adapter, write_model
 from tests.waiting import HANGS, until
 
 from lorafit.infer.continuous_batch import ContinuousBatch
+from lorafit.infer.kept_prompts import KeptPrompts
 from lorafit.infer.multi_adapter import Models, load_many
 from lorafit.model.lora import LoraSpec
 from lorafit.serve import jobs
@@ -104,7 +105,7 @@ def live(
 
     It makes no pause after a long request that it refuses.
     """
-    batch = ContinuousBatch(models.network, slots, context, models.adapters)
+    batch = ContinuousBatch(models.network, slots, context, models.adapters, KeptPrompts(10**8))
     place = Address("127.0.0.1", 0, hosts)
     listening = listen(place)
     if send_buffer:

@@ -361,9 +361,10 @@ def test_a_signal_ends_the_process_well_and_answers_under_way_are_finished(
 ) -> None:
     write_models(tmp_path)
     given = {"LORAFIT_SERVE_TOKEN": "0123456789abcdef-secret"} if number == signal.SIGTERM else {}
-    with process(tmp_path, "one", "two=two", **given) as (server, url):
+    with process(tmp_path, "one", "two=two", "--kept-prompts", "3", **given) as (server, url):
         assert server.stderr is not None
         lines = list(iter(server.stderr.readline, "stop     Ctrl-C\n"))
+        assert [line for line in lines if line.startswith("memory")][0].endswith("3 MB of kept prompts\n")
         (shown,) = [line.split(maxsplit=1)[1].strip() for line in lines if line.startswith("token")]
         token = next(iter(given.values()), shown)
         headers = {"Authorization": f"Bearer {token}"}

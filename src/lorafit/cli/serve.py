@@ -39,6 +39,14 @@ def serve(
     timeout: Annotated[
         float, typer.Option(min=1, max=86_400, help="Most seconds of a request, with its time in the queue.")
     ] = 300.0,
+    kept_prompts: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=1_000_000,
+            help="MB of memory for beginnings of prompts that are read once; 0 keeps none.",
+        ),
+    ] = 256,
     device: options.DeviceOption = "auto",
     quantize: options.QuantizeOption = None,
     offline: options.OfflineOption = False,
@@ -61,10 +69,12 @@ def serve(
     token = find_token()
     with contextlib.closing(listen(address)) as listening:
         from lorafit.infer.continuous_batch import ContinuousBatch
+        from lorafit.infer.kept_prompts import KeptPrompts
         from lorafit.infer.multi_adapter import check_context, load_many
         from lorafit.infer.scheduler import Ticket
 
         models = load_many(sources, device=device, offline=offline, quantize=quantize, other_base=other_base)
         context = check_context(context, models.network)
-        batch = ContinuousBatch[Ticket](models.network, slots, context, models.adapters)
+        kept = KeptPrompts(kept_prompts * 10**6)
+        batch = ContinuousBatch[Ticket](models.network, slots, context, models.adapters, kept)
         serve(models, batch, address, listening, token, max_waiting=queue, timeout=timeout)

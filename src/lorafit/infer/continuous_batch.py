@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lorafit.data.packing import share_prefixes
-from lorafit.infer.engine import Decode, KeyValueCache, Prefill
+from lorafit.infer.engine import Decode, Extend, KeyValueCache, Prefill
+from lorafit.infer.kept_prompts import KeptPrompts, cuts
 from lorafit.infer.sampling import Sampling, next_tokens
 from lorafit.model.llama import Llama
 from lorafit.model.multi_lora import Adapters
@@ -70,12 +71,22 @@ class _Row(Generic[K]):
 
 
 class ContinuousBatch(Generic[K]):
-    """The rows that are being answered. Keys are the caller's names for rows."""
+    """The rows that are being answered. Keys are the caller's names for rows.
+
+    With `kept`, prompts are read one after the other, in pieces, and beginnings that were read before are not read
+    again. A network with other mixers than attention reads every prompt as a whole.
+    """
 
     def __init__(
-        self, network: Llama, num_slots: int, context: int | None = None, adapters: Adapters | None = None
+        self,
+        network: Llama,
+        num_slots: int,
+        context: int | None = None,
+        adapters: Adapters | None = None,
+        kept: KeptPrompts | None = None,
     ) -> None:
         self.network, self.num_slots, self.adapters = network, num_slots, adapters
+        self.kept = kept if len(network.arch.attention_layers) == network.arch.num_hidden_layers else None
         longest = network.arch.max_position_embeddings
         self.context = min(context or longest, longest)
         self._rows: list[_Row[K]] = []
@@ -83,6 +94,11 @@ class ContinuousBatch(Generic[K]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """Most bytes of keys and values of one answer with its prompt."""
+        return self.context * self._cache.bytes_per_token
 
     @torch.inference_mode()
     def add(self, requests: Sequence[tuple[K, Request]]) -> list[tuple[K, GeneratedToken]]:
@@ -99,16 +115,11 @@ class ContinuousBatch(Generic[K]):
         assert len({request.adapter for _, request in requests}) == 1
         self._make_room(max(lengths), [request for _, request in requests])
         self._use_adapters([requests[0][1].adapter])
-        fixed = self.network.arch.fixed_up_to
-        ids, paths = share_prefixes(
-            [np.array(request.prompt, np.uint32) for _, request in requests],
-            may_share=fixed is None or max(lengths) <= fixed,
-        )
-        device = self._cache.lengths.device
-        last = torch.tensor([path[-1] for path in paths], device=device)
         try:
-            prefill = Prefill(lengths, self._cache, first, torch.from_numpy(np.concatenate(paths)))
-            logits = self.network.logits(self.network.hidden(torch.from_numpy(ids).to(device), prefill, last))
+            if self.kept is None:
+                logits = self._read([request for _, request in requests])
+            else:
+                logits = torch.cat([self._read_pieces(request, self.kept) for _, request in requests])
         except BaseException:
             self._cache.lengths = self._cache.lengths[:first]
             raise
@@ -144,6 +155,36 @@ class ContinuousBatch(Generic[K]):
         self._rows = []
         self._cache = self._new_cache()
         return keys
+
+    def _read(self, requests: Sequence[Request]) -> Tensor:
+        """The logits after each prompt, in one pass that reads shared beginnings once."""
+        lengths = [len(request.prompt) for request in requests]
+        fixed = self.network.arch.fixed_up_to
+        ids, paths = share_prefixes(
+            [np.array(request.prompt, np.uint32) for request in requests],
+            may_share=fixed is None or max(lengths) <= fixed,
+        )
+        cache = self._cache
+        device = cache.lengths.device
+        last = torch.tensor([path[-1] for path in paths], device=device)
+        prefill = Prefill(lengths, cache, len(cache.lengths), torch.from_numpy(np.concatenate(paths)))
+        return self.network.logits(self.network.hidden(torch.from_numpy(ids).to(device), prefill, last))
+
+    def _read_pieces(self, request: Request, kept: KeptPrompts) -> Tensor:
+        """The logits after a prompt, whose beginning may be kept."""
+        cache, prompt = self._cache, request.prompt
+        fixed = self.network.arch.fixed_up_to
+        if fixed is not None and len(prompt) > fixed:  # the angles depend on the length of the prompt
+            return self._read([request])
+        row, ids = len(cache.lengths), torch.tensor(prompt, device=cache.lengths.device)
+        start = kept.read(request.adapter, prompt, cache, row)
+        cache.lengths = torch.cat([cache.lengths, cache.lengths.new_tensor([start])])
+        for end in [*(cut for cut in cuts(len(prompt)) if cut > start), len(prompt)]:
+            last = torch.tensor([end - start - 1], device=ids.device)
+            hidden = self.network.hidden(ids[start:end], Extend(cache, end - start), last)
+            start = end
+        kept.keep(request.adapter, prompt, cache, row)
+        return self.network.logits(hidden)
 
     def _new_cache(self) -> KeyValueCache:
         return KeyValueCache(

@@ -1,6 +1,7 @@
-"""The two passes of generation, and their cache: prefill reads prompts, decode adds a token per row.
+"""The passes of generation, and their cache: prefill reads prompts, decode adds a token per row.
 
 Prompts of any mix of lengths are read in one packed pass, without padding, and a prefix that they share is read once.
+Where beginnings of prompts are kept (infer/kept_prompts.py), `Extend` reads the tokens that follow in a row.
 On the CPU a decode pass runs on compiled kernels (model/decode_linear.py, model/native/decode.cpp): it is limited by
 the reading of weights and by the operations around the products.
 """
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafit.model.architecture import Architecture
-from lorafit.model.attention import PackedDocuments, Rotary, capped_attention, rotate
+from lorafit.model.attention import PackedDocuments, Rotary, attend_kernel, capped_attention, rotate
 from lorafit.model.convolution import latest
 from lorafit.model.delta_rule import delta_step
 from lorafit.model.mixer_shapes import DeltaHeads
@@ -45,6 +46,7 @@ class KeyValueCache:
             ]
             for layer in range(arch.num_hidden_layers)
         }
+        self.bytes_per_token = 2 * len(self.k) * shape[1] * shape[3] * like.itemsize
         self.slots = torch.arange(num_slots, device=like.device)
         self.lengths = torch.zeros_like(self.slots)[:0]
 
@@ -117,6 +119,64 @@ class Prefill(PackedDocuments):
         out, states = self.delta_and_states(qkv, g, beta, heads)
         self.cache.states[layer][1][self.first : self.first + len(states)] = states
         return out
+
+
+class Extend:
+    """Attention of a pass over the next `count` tokens of the last row, which see what the row holds already.
+
+    Only for networks whose layers all attend: a convolution and a state would have to begin in the middle of a text.
+    """
+
+    def __init__(self, cache: KeyValueCache, count: int) -> None:
+        self.cache, self.row = cache, len(cache.lengths) - 1
+        self.start = int(cache.lengths[-1])
+        self.end = self.start + count
+        self.positions = torch.arange(self.start, self.end, device=cache.lengths.device)
+        cache.lengths = torch.cat([cache.lengths[:-1], cache.lengths.new_tensor([self.end])])
+
+    def lengths_seen(self) -> Tensor:
+        return torch.full_like(self.positions, self.end)
+
+    def __call__(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: Rotary,
+        window: int | None,
+        cap: float = 0.0,
+    ) -> Tensor:
+        start, end = self.start, self.end
+        k_seen, v_seen = (layers[layer][self.row, :, :end] for layers in (self.cache.k, self.cache.v))
+        k_seen[:, start:] = rotate(k, rotary).transpose(0, 1)
+        v_seen[:, start:] = v.transpose(0, 1)
+        if q.shape[-1] % 16 == 0 and fits(q, k, v):
+            k_all = torch.cat([k_seen[:, :start].transpose(0, 1), k])
+            v_all = v_seen.transpose(0, 1).contiguous()
+            q_all = torch.cat([q.new_zeros(start, *q.shape[1:]), q])
+            cosine = F.pad(rotary[0], (0, 0, start, 0), value=1.0)  # what the row held is rotated
+            sine = F.pad(rotary[1], (0, 0, start, 0))
+            places = torch.tensor([0, end]), torch.arange(end), start
+            out, _ = attend_kernel(*places, window or 0, cap, q_all, k_all, v_all, cosine, sine)
+            return out[start:]
+        columns = torch.arange(end, device=q.device)
+        mask = columns <= self.positions[:, None]  # (count, end)
+        if window is not None:
+            mask &= columns > self.positions[:, None] - window
+        queries = rotate(q, rotary).transpose(0, 1)  # (heads, count, head_dim)
+        if cap:
+            return capped_attention(queries, k_seen, v_seen, mask, cap).transpose(0, 1)
+        groups = len(queries) // len(k_seen)
+        k_all, v_all = k_seen.repeat_interleave(groups, 0), v_seen.repeat_interleave(groups, 0)
+        out = F.scaled_dot_product_attention(queries[None], k_all[None], v_all[None], attn_mask=mask)
+        return out[0].transpose(0, 1)
+
+    def convolve(self, layer: int, x: Tensor, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def delta(self, layer: int, qkv: Tensor, g: Tensor, beta: Tensor, heads: DeltaHeads) -> Tensor:
+        raise NotImplementedError
 
 
 class Decode:

@@ -312,8 +312,7 @@ class _Attention(torch.autograd.Function):
         window: int,
         cap: float,
     ) -> Tensor:
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-        _call("attend", starts, index, window, cap, q, k, v, cosine, sine, out, lse)
+        out, lse = attend_kernel(starts, index, 0, window, cap, q, k, v, cosine, sine)
         ctx.save_for_backward(q, k, v, lse, cosine, sine, starts, index)
         ctx.window, ctx.cap = window, cap
         return out
@@ -325,17 +324,36 @@ class _Attention(torch.autograd.Function):
         into = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         grad_output = grad_outputs[0].contiguous()
         tensors = q, k, v, grad_output, lse, cosine, sine, *into
-        _call("attend_backward", starts, index, ctx.window, ctx.cap, *tensors)
+        shape = q.shape[1], k.shape[1], q.shape[2], ctx.window, ctx.cap
+        compiled = kernels()
+        assert compiled is not None
+        compiled.call("attend_backward", q.dtype, len(starts) - 1, starts, index, *shape, *tensors)
         return (*into, *[None] * 6)
 
 
-def _call(
-    name: str, starts: Tensor, index: Tensor, window: int, cap: float, q: Tensor, k: Tensor, *tensors: Tensor
-) -> None:
+def attend_kernel(
+    starts: Tensor,
+    index: Tensor,
+    known: int,
+    window: int,
+    cap: float,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The attention of model/native/attention.cpp, and the logarithms of its sums (tokens, heads).
+
+    The first `known` tokens are keys and values only: their rows of the results have any content.
+    """
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+    shape = q.shape[1], k.shape[1], q.shape[2], window, cap
     compiled = kernels()
     assert compiled is not None
-    shape = len(starts) - 1, starts, index, q.shape[1], k.shape[1], q.shape[2], window, cap
-    compiled.call(name, q.dtype, *shape, q, k, *tensors)
+    tensors = q, k, v, cosine, sine, out, lse
+    compiled.call("attend", q.dtype, len(starts) - 1, starts, index, known, *shape, *tensors)
+    return out, lse
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:

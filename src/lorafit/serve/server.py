@@ -13,6 +13,7 @@ from collections.abc import Callable
 from lorafit.infer.continuous_batch import ContinuousBatch, Request
 from lorafit.infer.multi_adapter import Models
 from lorafit.infer.scheduler import Ticket
+from lorafit.observe.units import memory_size
 from lorafit.redact import line
 from lorafit.serve.app import make_app
 from lorafit.serve.auth import Guard
@@ -82,6 +83,10 @@ def _announce(
     names = [f"{named.name} ({'adapter' if named.adapter else 'base'})" for named in models.named.values()]
     _log(f"models   {', '.join(names)}")
     _log(f"batch    {batch.num_slots} answers at a time, each {batch.context:,} tokens with its prompt")
+    most = batch.num_slots * batch.bytes_per_slot
+    kept = batch.kept.limit if batch.kept is not None else 0
+    parts = f"{memory_size(most)} of these answers, {memory_size(kept)} of kept prompts"
+    _log(f"memory   keys and values take at most {memory_size(most + kept)}: {parts}")
     if address.host not in LOOPBACK:
         _log("warning  the network can reach this server, and its traffic is not encrypted: put TLS in front")
     if token.is_new:

@@ -198,11 +198,11 @@ static void attend_one_backward(const Shape &shape, const Document &document, in
 }
 
 template <class T>
-static void attend(int64_t count, const int64_t *starts, const int64_t *index, int64_t heads, int64_t kv_heads, int64_t size,
-                   int64_t window, float cap, const T *q, const T *k, const T *v, const float *cosine, const float *sine, T *o,
+static void attend(int64_t count, const int64_t *starts, const int64_t *index, int64_t known, int64_t heads, int64_t kv_heads,
+                   int64_t size, int64_t window, float cap, const T *q, const T *k, const T *v, const float *cosine, const float *sine, T *o,
                    float *lse, int threads) {
   const Shape shape{heads, kv_heads, size, window, 1.0f / std::sqrt(float(size)), cap};
-  const auto documents = costliest_first(documents_of(count, starts, index));
+  const auto documents = costliest_first(documents_of(count, starts, index, known));
   [[maybe_unused]] const bool on_tiles = may_use_tiles();
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t item = 0; item < count * kv_heads; item++) {
@@ -218,8 +218,8 @@ static void attend(int64_t count, const int64_t *starts, const int64_t *index, i
     attend_one(shape, document, item % kv_heads, q, k, v, cosine, sine, o, lse);
   }
 }
-#define PARAMETERS(T) (int64_t count, const int64_t *starts, const int64_t *index, int64_t heads, int64_t kv_heads, int64_t size, int64_t window, float cap, const T *q, const T *k, const T *v, const float *cosine, const float *sine, T *o, float *lse, int threads)
-FOR_BOTH_TYPES(attend, (count, starts, index, heads, kv_heads, size, window, cap, q, k, v, cosine, sine, o, lse, threads))
+#define PARAMETERS(T) (int64_t count, const int64_t *starts, const int64_t *index, int64_t known, int64_t heads, int64_t kv_heads, int64_t size, int64_t window, float cap, const T *q, const T *k, const T *v, const float *cosine, const float *sine, T *o, float *lse, int threads)
+FOR_BOTH_TYPES(attend, (count, starts, index, known, heads, kv_heads, size, window, cap, q, k, v, cosine, sine, o, lse, threads))
 #undef PARAMETERS
 
 template <class T>

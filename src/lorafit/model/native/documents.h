@@ -15,9 +15,10 @@ struct Document {
   int64_t length, first_own, first_unshared, slot;
 };
 
-static std::vector<Document> documents_of(int64_t count, const int64_t *starts, const int64_t *index) {
+// The first `known` tokens of the pass are keys and values only: no document owns them.
+static std::vector<Document> documents_of(int64_t count, const int64_t *starts, const int64_t *index, int64_t known = 0) {
   std::vector<Document> documents(count);
-  std::vector<int64_t> num_users;  // number of documents per token
+  std::vector<int64_t> num_users(known);  // number of documents per token
   for (int64_t d = 0; d < count; d++) {
     Document &document = documents[d] = {index + starts[d], starts[d + 1] - starts[d], 0, 0, 0};
     const int64_t num_known = num_users.size();
