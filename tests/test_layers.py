@@ -242,7 +242,7 @@ def test_training_and_answering_on_a_cpu_load_no_compiler_of_torch(tmp_path: Pat
 import contextlib, sys
 from lorafit.cli.main import main
 for words in (["train", "--model", {str(model)!r}, "--data", {str(rows)!r}, *{settings!r}],
-              ["generate", {str(run)!r}, "hello", "--max-tokens", "2"]):
+              ["generate", {str(run)!r}, "hello", "--max-tokens", "6"]):
     sys.argv = ["lorafit", *words]
     try:
         main()

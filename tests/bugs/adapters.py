@@ -86,7 +86,7 @@ def small_updates_of_a_16_bit_model_are_kept(lab: Lab) -> None:
 @probe(
     19,
     Plant(
-        "model.llama:Llama.through",
+        "model.llama:Llama.through_with",
         "inputs = (x, rotary",
         "inputs = (x.detach() if self.recompute else x, rotary",
     ),

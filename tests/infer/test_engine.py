@@ -77,13 +77,13 @@ def test_a_cached_batch_equals_each_prompt_alone_without_cache(family: str) -> N
 def test_what_prompts_begin_alike_with_is_read_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network = random_network(family)
     passes: list[int] = []
-    hidden = network.hidden
+    embedded = network.embedded
 
     def counted(ids: Tensor, *rest: Any) -> Tensor:
         passes.append(len(ids))
-        return hidden(ids, *rest)
+        return embedded(ids, *rest)
 
-    monkeypatch.setattr(network, "hidden", counted)
+    monkeypatch.setattr(network, "embedded", counted)
     system = list(range(40))
     prompts = [[*system, 50, 51], [*system, 60], system, [*system, 50, 51]]
     together = ids(generated(network, prompts, max_tokens=3))

@@ -243,7 +243,7 @@ def test_longrope_changes_its_factors_beyond_the_original_length(folders: Folder
             ids = IDS[:length]
             mine = network.logits(network.hidden(ids, PackedDocuments([length])))
             torch.testing.assert_close(mine, model(input_ids=ids[None]).logits[0], rtol=1e-5, atol=1e-5)
-    short, long = (network._rotary(PackedDocuments([length]), torch.float32)[0][0][19] for length in (20, 21))
+    short, long = (network.rotary(PackedDocuments([length]), torch.float32)[0][0][19] for length in (20, 21))
     assert not torch.equal(short, long)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from lorafit.data.packing import share_prefixes
 from lorafit.infer.engine import Decode, Extend, KeyValueCache, Prefill
 from lorafit.infer.kept_prompts import KeptPrompts, cuts
+from lorafit.infer.recorded_pass import RecordedPass
 from lorafit.infer.sampling import Sampling, next_tokens
 from lorafit.model.llama import Llama
 from lorafit.model.multi_lora import Adapters
@@ -91,6 +92,8 @@ class ContinuousBatch(Generic[K]):
         self.context = min(context or longest, longest)
         self._rows: list[_Row[K]] = []
         self._cache = self._new_cache()
+        self._form: tuple[object, ...] = ()  # what a recorded pass depends on
+        self._recorded: RecordedPass | None = None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -137,7 +140,7 @@ class ContinuousBatch(Generic[K]):
         self._make_room(int(self._cache.lengths.max()) + 1, [row.request for row in rows])
         self._use_adapters([row.request.adapter for row in rows])
         latest = torch.tensor([row.latest for row in rows], device=self._cache.lengths.device)
-        return self._choose_next(self.network.logits(self.network.hidden(latest, Decode(self._cache))), rows)
+        return self._choose_next(self.network.logits(self._decode(latest)), rows)
 
     def drop(self, key: K) -> None:
         """Remove the row of `key`, if it is still there."""
@@ -153,7 +156,7 @@ class ContinuousBatch(Generic[K]):
         """Remove all rows and free their memory, to continue after an error. Returns their keys."""
         keys = [row.key for row in self._rows]
         self._rows = []
-        self._cache = self._new_cache()
+        self._cache, self._form, self._recorded = self._new_cache(), (), None
         return keys
 
     def _read(self, requests: Sequence[Request]) -> Tensor:
@@ -185,6 +188,20 @@ class ContinuousBatch(Generic[K]):
             start = end
         kept.keep(request.adapter, prompt, cache, row)
         return self.network.logits(hidden)
+
+    def _decode(self, latest: Tensor) -> Tensor:
+        """The stream after the last layer. Passes that follow one of the same form repeat its kernel calls."""
+        cache = self._cache
+        attend = Decode(cache)
+        x = self.network.embedded(latest)
+        form = (len(latest), cache.capacity, tuple(row.request.adapter for row in self._rows))
+        if self._form != form:
+            self._form, self._recorded = form, None
+            return self.network.through(x, attend, 0, self.network.arch.num_hidden_layers)
+        if self._recorded is None:
+            self._recorded = RecordedPass(self.network, x, attend)
+            return self._recorded.out
+        return self._recorded.run(x, attend)
 
     def _new_cache(self) -> KeyValueCache:
         return KeyValueCache(

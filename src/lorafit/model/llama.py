@@ -7,6 +7,7 @@ or more consecutive documents; `attend` defines which tokens attend to which (mo
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from lorafit.model.decode_linear import head
 from lorafit.model.lora_linear import GegluInput, Identity, InputOp, RmsNormInput, SwigluInput, project
 from lorafit.model.memory import MUCH_FREE, release_free_memory
 from lorafit.model.mixers import MIXERS, RMSNorm, add_linears, linears_of
-from lorafit.model.ops import wide
+from lorafit.model.ops import add_scaled, wide
 from lorafit.model.rope import Rope
 
 
@@ -94,7 +95,7 @@ class Layer(nn.Module):
         """The residual stream with the output of a branch."""
         if self.after:
             out = getattr(self, self.after[branch])(out)
-        return torch.add(x, out, alpha=self.multiplier)
+        return add_scaled(x, out, self.multiplier)
 
 
 # Names of the norms before attention and MLP, and of those after them.
@@ -212,7 +213,19 @@ class Llama(nn.Module):
         keys: Tensor | None = None,
     ) -> Tensor:
         """The stream x (tokens, hidden_size) before layer `first` -> that before layer `end`, or `rows` of it."""
-        rotary = self._rotary(attend, x.dtype)
+        return self.through_with(self.rotary(attend, x.dtype), x, attend, first, end, rows, keys)
+
+    def through_with(
+        self,
+        rotary: Sequence[Rotary],
+        x: Tensor,
+        attend: Attend,
+        first: int,
+        end: int,
+        rows: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> Tensor:
+        """`through` with the angles of all layers, those of `rotary`."""
         for number, layer in enumerate(self.decoder.layers[first:end], first):
             inputs = (x, rotary[number], attend, rows if number == end - 1 else None, keys)
             x = checkpoint(layer, *inputs, use_reentrant=False) if self.recompute else layer(*inputs)
@@ -245,7 +258,7 @@ class Llama(nn.Module):
         rows, ids = trained
         return rows.to(weight.dtype) if ids is None else weight.index_copy(0, ids, rows.to(weight.dtype))
 
-    def _rotary(self, attend: Attend, dtype: torch.dtype) -> list[Rotary]:
+    def rotary(self, attend: Attend, dtype: torch.dtype) -> list[Rotary]:
         """The angles of each layer; layers with the same Rope share a table."""
         arch = self.arch
         lengths = None if arch.fixed_up_to is None else attend.lengths_seen()

@@ -137,6 +137,17 @@ def _geglu_backward(grad_output: Tensor, gate: Tensor, up: Tensor) -> tuple[Tens
     return d_gate.to(gate.dtype), (grad_output_wide * gate_wide * sigmoid).to(up.dtype)
 
 
+def add_scaled(x: Tensor, y: Tensor, factor: float) -> Tensor:
+    """x + factor * y."""
+    if torch.is_inference_mode_enabled() and fits(
+        x, y
+    ):  # a decode pass is kernels alone (infer/recorded_pass.py)
+        out = torch.empty_like(x)
+        _call("add_scaled", x, *x.shape, float(factor), x, y, out)
+        return out
+    return torch.add(x, y, alpha=factor)
+
+
 def _gated(kernel: str, definition: Callable[[Tensor, Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
     if fits(gate, up):
         out = torch.empty_like(gate)

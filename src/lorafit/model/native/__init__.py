@@ -18,11 +18,13 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lorafit.model.native.recording import Recording, active, recording
 from lorafit.redact import logger_of, one_line
 from lorafit.storage.atomic import sha256_file
 from lorafit.storage.cache_dir import cache_folder, cache_home
@@ -61,9 +63,14 @@ class Kernels:
 
     def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | int | float | None) -> None:
         """Run the kernel `name` of `dtype` on all of torch's threads. Scalars are int64 or float32."""
-        getattr(self._library, name + _SUFFIX[dtype])(
-            *(_as_c(argument) for argument in arguments), ctypes.c_int(torch.get_num_threads())
-        )
+        kernel = name + _SUFFIX[dtype]
+        getattr(self._library, kernel)(*map(_as_c, arguments), ctypes.c_int(torch.get_num_threads()))
+        if (record := active()) is not None:
+            record.add(kernel, arguments)
+
+    def recording(self) -> AbstractContextManager[Recording]:
+        """Record the kernel calls of a block, to run them again in one call."""
+        return recording(self._library)
 
     def _flag(self, name: str) -> bool:
         answer = ctypes.c_int64(0)

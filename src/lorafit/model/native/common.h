@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 struct bf16 {
   uint16_t bits;
@@ -63,7 +65,32 @@ inline float fast_tanh(float x) {
 
 inline float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 
+// An argument as a 64-bit word: an integer, the bits of a float, or an address.
+template <class P>
+inline P argument(int64_t word) {
+  if constexpr (std::is_pointer_v<P>) {
+    return reinterpret_cast<P>(word);
+  } else if constexpr (std::is_same_v<P, float>) {
+    float value;
+    std::memcpy(&value, &word, 4);
+    return value;
+  } else {
+    return P(word);
+  }
+}
+template <class... P, size_t... I>
+inline void call_with(void (*kernel)(P...), const int64_t *words, std::index_sequence<I...>, int threads) {
+  kernel(argument<P>(I + 1 < sizeof...(P) ? words[I] : threads)...);  // the number of threads is the last argument
+}
+template <class... P>
+inline void call_with(void (*kernel)(P...), const int64_t *words, int threads) {
+  call_with(kernel, words, std::index_sequence_for<P...>(), threads);
+}
+
 // Defines NAME_f32 and NAME_bf16, C functions that call the template NAME. PARAMETERS(T) is their parameter list.
-#define FOR_BOTH_TYPES(NAME, ARGUMENTS)                              \
-  extern "C" void NAME##_f32 PARAMETERS(float) { NAME<float> ARGUMENTS; } \
-  extern "C" void NAME##_bf16 PARAMETERS(bf16) { NAME<bf16> ARGUMENTS; }
+// NAME_f32_words and NAME_bf16_words take the arguments as words (run_recorded in decode.cpp).
+#define FOR_BOTH_TYPES(NAME, ARGUMENTS)                                                                        \
+  extern "C" void NAME##_f32 PARAMETERS(float) { NAME<float> ARGUMENTS; }                                      \
+  extern "C" void NAME##_bf16 PARAMETERS(bf16) { NAME<bf16> ARGUMENTS; }                                       \
+  extern "C" void NAME##_f32_words(const int64_t *words, int threads) { call_with(NAME##_f32, words, threads); } \
+  extern "C" void NAME##_bf16_words(const int64_t *words, int threads) { call_with(NAME##_bf16, words, threads); }

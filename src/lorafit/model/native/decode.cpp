@@ -121,3 +121,8 @@ static void attend_cache(int64_t rows, int64_t heads, int64_t kv_heads, int64_t 
 #define PARAMETERS(T) (int64_t rows, int64_t heads, int64_t kv_heads, int64_t size, int64_t capacity, int64_t window, float cap, const int64_t *slots, const int64_t *positions, const T *q, const T *k, const T *v, const float *cosine, const float *sine, T *k_cache, T *v_cache, T *out, int threads)
 FOR_BOTH_TYPES(attend_cache, (rows, heads, kv_heads, size, capacity, window, cap, slots, positions, q, k, v, cosine, sine, k_cache, v_cache, out, threads))
 #undef PARAMETERS
+
+// Runs `count` recorded calls (model/native/recording.py): NAME_TYPE_words of each kernel, and its arguments.
+extern "C" void run_recorded(int64_t count, void (*const *kernels)(const int64_t *, int), const int64_t *const *words, int threads) {
+  for (int64_t i = 0; i < count; i++) kernels[i](words[i], threads);
+}
