@@ -364,7 +364,7 @@ def test_a_signal_ends_the_process_well_and_answers_under_way_are_finished(
     with process(tmp_path, "one", "two=two", "--kept-prompts", "3", **given) as (server, url):
         assert server.stderr is not None
         lines = list(iter(server.stderr.readline, "stop     Ctrl-C\n"))
-        assert [line for line in lines if line.startswith("memory")][0].endswith("3 MB of kept prompts\n")
+        assert next(line for line in lines if line.startswith("memory")).endswith("3 MB of kept prompts\n")
         (shown,) = [line.split(maxsplit=1)[1].strip() for line in lines if line.startswith("token")]
         token = next(iter(given.values()), shown)
         headers = {"Authorization": f"Bearer {token}"}
