@@ -341,12 +341,10 @@ def test_a_value_of_dotenv_in_several_lines_is_a_secret(
     assert redact('a -----BEGIN\nabcdef\n-----END b it\'s "me" c') == "a *** b *** c"
 
 
-@given(
-    st.sampled_from(["hf_-", "sk-a_", "\x1b]", " ", "\t", "://a@", "://", "\\n", "xoxb-"]), st.integers(1, 4)
-)
-def test_long_texts_take_no_long_time(part: str, more: int) -> None:
-    """A pattern that begins everywhere and looks far ahead takes the square of the length: minutes for this."""
-    text = f"a{part * (100_000 // len(part))}b" * more
+@pytest.mark.parametrize("part", ["hf_-", "sk-a_", "\x1b]", " ", "\t", "://a@", "://", "\\n", "xoxb-"])
+def test_long_texts_take_no_long_time(part: str) -> None:
+    """A pattern that begins everywhere and looks far ahead takes the square of the length: a minute for this."""
+    text = f"a{part * (50_000 // len(part))}b"
     started = time.process_time()
     for change in (redact, one_line, printable, visible):
         change(text)

@@ -55,7 +55,7 @@ def test_a_freed_block_is_used_again_and_keeps_no_hold_on_values() -> None:
 def test_what_is_held_stays_near_what_was_once_in_use() -> None:
     run("""
         most = 0.0
-        for number in range(200):
+        for number in range(40):
             size = 20 + 7 * (number % 13)
             kept = [torch.ones(size * MB, dtype=torch.uint8) for _ in range(2)]
             del kept
