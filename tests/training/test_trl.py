@@ -80,7 +80,7 @@ def ours(folder: Path, *words: str) -> Any:
     network.train()
     loss = sum(compute(network, pack)[0] for pack in batch.packs) / batch.weight
     loss.backward()
-    job.loss, job.told = float(loss.detach()), compute.told(job, 1)  # type: ignore[arg-type]
+    job.loss, job.event = float(loss.detach()), compute.event(job, 1)  # type: ignore[arg-type]
     job.gradients = {name: parameter.grad for name, parameter in adapter_parameters(network).items()}
     job.flat, job.others = rows, others
     return job
@@ -154,8 +154,8 @@ def compare(job: Any, loss: Tensor, model: Any) -> None:
 
 
 def rewards(job: Any, metrics: dict[str, list[float]]) -> None:
-    assert job.told.chosen_reward == pytest.approx(metrics["rewards/chosen"][-1], abs=1e-5)
-    assert job.told.rejected_reward == pytest.approx(metrics["rewards/rejected"][-1], abs=1e-5)
+    assert job.event.chosen_reward == pytest.approx(metrics["rewards/chosen"][-1], abs=1e-5)
+    assert job.event.rejected_reward == pytest.approx(metrics["rewards/rejected"][-1], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_kto_is_that_of_trl(folder: Path) -> None:
     batch["label"] = torch.tensor([True] * len(chosen) + [False] * len(rejected))
     compare(job, theirs.compute_loss(theirs.model, batch), theirs.model)
     rewards(job, theirs._metrics["train"])
-    assert job.told.kl == pytest.approx(theirs._metrics["train"]["kl"][-1], abs=1e-5)
+    assert job.event.kl == pytest.approx(theirs._metrics["train"]["kl"][-1], abs=1e-5)
 
 
 def means(model: Any, rows: list[Any]) -> tuple[Tensor, Tensor]:

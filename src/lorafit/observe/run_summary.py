@@ -151,7 +151,7 @@ def summarize(run: RunDirectory, metrics: Overview | None = None) -> Summary:
         model = run.model_name()
         state = RunState.of(run, metrics)
     found = metrics or Overview()
-    told = found.newest.get("learned", {}).get("level")
+    stored_level = found.newest.get("learned", {}).get("level")
     return Summary(
         model=model,
         state=state,
@@ -161,6 +161,6 @@ def summarize(run: RunDirectory, metrics: Overview | None = None) -> Summary:
         loss=found.number("step", "loss"),
         heldout_loss=found.best,
         base_loss=found.number("heldout", "base_loss"),
-        learned=next((level for level in get_args(LearnedLevel) if level == told), ""),
+        learned=next((level for level in get_args(LearnedLevel) if level == stored_level), ""),
         started=datetime.fromtimestamp(run.started()).isoformat(" ", "minutes"),
     )

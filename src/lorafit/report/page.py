@@ -111,12 +111,12 @@ def tiles(facts: Facts) -> list[dict[str, str]]:
         changed = number(drift.get("changed")) or 0.0
         after = f"{100 * changed:.3g} % of greedy tokens"
         found.append(_tile("drift from the base", f"{divergence:.3g} nats", after=after))
-    told = facts.last("preferences")
-    if (in_order := number(told.get("accuracy"))) is not None and told.get("rows") == "heldout":
+    preferences = facts.last("preferences")
+    if (in_order := number(preferences.get("accuracy"))) is not None and preferences.get("rows") == "heldout":
         found.append(_tile("held-out pairs in order", f"{in_order:.0%}"))
-        if (margin := number(told.get("margin"))) is not None:
+        if (margin := number(preferences.get("margin"))) is not None:
             found.append(_tile("reward margin", f"{margin:.2f}"))
-        if (moved := number(told.get("drift"))) is not None:
+        if (moved := number(preferences.get("drift"))) is not None:
             found.append(_tile("drift from the start", f"{moved:.3f}", after="nats per token"))
     for check in facts.proof.get("checks", ()) if isinstance(facts.proof.get("checks"), list) else ():
         values = check.get("values") if isinstance(check, dict) and check.get("name") == "stop" else None

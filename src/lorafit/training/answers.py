@@ -77,8 +77,8 @@ def mismatched(row: TokenRow, other: TokenRow, longest: int) -> TokenRow:
     text, trained = preferred(other[0], marks_of(others))
     start = int(np.count_nonzero((marks_of(others) & (CHOSEN | REJECTED)) == 0))
     joined = np.concatenate([ids[prompt], text[start:]])[:longest]
-    told = np.concatenate([np.zeros(int(prompt.sum()), np.bool_), trained[start:]])[:longest]
-    return joined, told
+    loss_mask = np.concatenate([np.zeros(int(prompt.sum()), np.bool_), trained[start:]])[:longest]
+    return joined, loss_mask
 
 
 def drift(network: Llama, packs: Sequence[Pack], start: Mapping[str, Tensor]) -> float | None:

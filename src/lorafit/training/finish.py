@@ -109,11 +109,11 @@ def observe_early_end(job: TrainContext, state: TrainState, outcome: Outcome) ->
         job.observe(Message(f"ended early: {count} held-out measurements in a row were no better"))
 
 
-def observe_drift(job: TrainContext, told: Mapping[str, Any]) -> None:
-    """Report `told`, the last event of held-out preferences, once more with the drift of the final adapter."""
-    if job.reference is None or told.get("rows") != "heldout":
+def observe_drift(job: TrainContext, last: Mapping[str, Any]) -> None:
+    """Report `last`, the last event of held-out preferences, once more with the drift of the final adapter."""
+    if job.reference is None or last.get("rows") != "heldout":
         return
-    fields = {name: value for name, value in told.items() if name in Preferences.__dataclass_fields__}
+    fields = {name: value for name, value in last.items() if name in Preferences.__dataclass_fields__}
     job.observe(Preferences(**fields | {"drift": drift(job.network, job.heldout, job.reference.adapter)}))
 
 
@@ -197,19 +197,19 @@ def _last(run: RunDirectory, step: int, kind: str) -> Mapping[str, Any]:
     return last
 
 
-def preferences_learned(step: int, told: Mapping[str, Any]) -> Learned:
+def preferences_learned(step: int, last: Mapping[str, Any]) -> Learned:
     """What the held-out pairs say, measured after `step`."""
-    if told.get("rows") != "heldout":
+    if last.get("rows") != "heldout":
         return Learned(step, "unknown", "What it learned is not known: no pair was held out", {})
-    share = told["accuracy"]
+    share = last["accuracy"]
     level: LearnedLevel = "learned" if share >= _MOST else "partly" if share >= _MORE else "nothing"
     how = {"learned": "It learned the preference", "partly": "It learned a part of the preference"}
     text = (
         f"{how.get(level, 'It did not learn the preference')}: {share:.0%} of the held-out rows are in order"
     )
-    if told.get("margin") is not None:
-        text += f", with a mean margin of {told['margin']:.2f}"
-    before, now = told.get("prefers") or (None, None)
+    if last.get("margin") is not None:
+        text += f", with a mean margin of {last['margin']:.2f}"
+    before, now = last.get("prefers") or (None, None)
     if before is not None and now is not None:
         text += f"; the chosen answer is the more probable one per token in {now:.0%} ({before:.0%} before)"
     if level == "nothing":

@@ -266,7 +266,7 @@ def _gradients(
         norm = float(clip_grad_norm_(job.optimizer.parameters, job.config.train.max_grad_norm or math.inf))
         if math.isfinite(mean) and math.isfinite(norm):
             if isinstance(compute, Passes):
-                job.observe(compute.told(job, step))
+                job.observe(compute.event(job, step))
             return mean, norm, _of_rows(np.reshape(row_losses, each.shape))
         job.optimizer.zero_grad()
         if not state.scale.active or not math.isfinite(mean):

@@ -88,7 +88,7 @@ def with_reference(job: TrainContext) -> TrainContext:
 
 
 class Passes:
-    """The loss of the packs of one step; to be called with network and pack. It collects what the step is told by."""
+    """The loss of the packs of one step; called with network and pack. It collects the sums for the step's event."""
 
     def __init__(self, job: TrainContext, batch: Batch) -> None:
         objective = OBJECTIVES[job.config.train.method]
@@ -97,7 +97,7 @@ class Passes:
         self._loss, self._settings = objective.loss, Settings.of(job.config.train)
         self._rows, self._indices, self._reference = job.rows, batch.indices, job.reference
         self.step = _step(job, job.rows, batch.indices, divergence=objective.mismatched)
-        self._told: list[Tensor] = []
+        self._sums: list[Tensor] = []
 
     def __call__(self, network: Llama, pack: Pack) -> tuple[Tensor, Tensor]:
         """The sum of the losses, and a vector of the targets which has each row's loss at its first target."""
@@ -108,14 +108,14 @@ class Passes:
         start = self._reference.of(self._rows, self._indices[numbers])
         answers = _answers(logps, everything, pack, slot, start)
         judged = self._loss(answers, self._settings, self.step)
-        self._told.append(_told(judged).detach())
+        self._sums.append(_preference_sums(judged).detach())
         _, first = np.unique(np.repeat(pack.rows, pack.counts), return_index=True)
         each = torch.zeros(len(pack.targets), dtype=judged.loss.dtype, device=judged.loss.device)
         return judged.loss.sum(), each.index_copy(0, torch.from_numpy(first).to(each.device), judged.loss)
 
-    def told(self, job: TrainContext, step: int) -> Preferences:
+    def event(self, job: TrainContext, step: int) -> Preferences:
         """The means of all ranks over the step's rows, as they were before its change."""
-        sums = torch.stack(self._told).sum(0).tolist() if self._told else [0.0] * 6
+        sums = torch.stack(self._sums).sum(0).tolist() if self._sums else [0.0] * 6
         return _event(step, "train", job.ranks.all_reduce_sum(sums), kl=self.step.kl)
 
 
@@ -150,8 +150,7 @@ def measure(job: TrainContext, step: int, advance: Advance) -> tuple[float, floa
         return objective.loss(replace(answers, nll=answers.nll.nan_to_num()), settings, step)
 
     before, after = judge(start, replace(constants, kl=0.0)), judge(now, constants)
-    told = _told(after)
-    event = _event(step, "heldout", told.tolist(), kl=constants.kl)
+    event = _event(step, "heldout", _preference_sums(after).tolist(), kl=constants.kl)
     longer = counts[:, 0] - counts[:, 1]
     paired = np.isfinite(longer)
 
@@ -178,9 +177,9 @@ def _step(job: TrainContext, rows: TokenDataset, indices: NDArray[np.int64], *, 
         bool((marks_of(marks) & side).any()) for _, marks in all_rows for side in (CHOSEN, REJECTED)
     )
     tokens = sum(
-        int(np.count_nonzero(told[1:] >= OF_PROMPT))
+        int(np.count_nonzero(document_marks[1:] >= OF_PROMPT))
         for row in all_rows
-        for is_rejected, _, told in documents_of(*row)
+        for is_rejected, _, document_marks in documents_of(*row)
         if not is_rejected
     )
     kl = 0.0
@@ -215,7 +214,7 @@ def _answers(
     return Answers(values[:, 0], values[:, 1], counts[:, 0], counts[:, 1], first[:, 0], first[:, 1], nll)
 
 
-def _told(judged: Judged) -> Tensor:
+def _preference_sums(judged: Judged) -> Tensor:
     """(6,): rows of two answers, those in order, good answers, their rewards, bad answers, their rewards.
 
     A single answer is in order where the reward of a good one is above 0, or that of a bad one below.
