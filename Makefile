@@ -10,7 +10,7 @@ SUITE = PYTHONHASHSEED=0 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loads
 SEEDS ?= 20
 TORCHES ?= 2.11.0 2.12.0 2.13.0
 
-.PHONY: demo test quick slow seeds lint format docs config-docs types bench bugs masks crash gpu gpu-fake gpu-torch fuzz fuzz-templates fuzz-serve hostile hosts scale release dist clean
+.PHONY: demo test quick rest seeds lint format docs config-docs types bench bugs masks crash gpu gpu-fake gpu-torch fuzz fuzz-templates fuzz-serve hostile hosts scale release dist clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -42,11 +42,11 @@ demo: $(VENV)/installed  ## fine-tune the small model that ships with the projec
 test: $(VENV)/installed-dev  ## the whole test suite; part of it: make test T=tests/data
 	$(SUITE)
 
-quick: $(VENV)/installed-dev  ## the tests of single parts, within a minute
-	$(SUITE) -m 'not slow'
+quick: $(VENV)/installed-dev  ## the tests of the layers below the model, within a minute
+	$(SUITE) -m quick
 
-slow: $(VENV)/installed-dev  ## the tests that `make quick` leaves out
-	$(SUITE) -m slow
+rest: $(VENV)/installed-dev  ## the tests that `make quick` leaves out
+	$(SUITE) -m 'not quick'
 
 seeds: $(VENV)/installed-dev  ## the property tests with SEEDS fresh seeds; each one that fails is named
 	$(BIN)/python -m tests.seeds --count $(SEEDS) $(T)

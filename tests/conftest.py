@@ -45,6 +45,21 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("fixed" if seed_of(config) is None else "seed")
 
 
+# What `make quick` runs, without the tests that are marked slow: the layers below the model, and the files themselves.
+QUICK = {
+    "bugs", "check", "config", "data", "demo", "docs", "gguf_file", "hub", "observe", "plan", "report", "storage",
+    "studio", "sweep", "test_layers.py", "test_redact.py", "test_sources.py",
+}  # fmt: skip
+TESTS = Path(__file__).parent
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark what `make quick` runs."""
+    if item.path.relative_to(TESTS).parts[0] in QUICK and item.get_closest_marker("slow") is None:
+        item.add_marker("quick")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With several workers, files with slow tests come first: at the end, no worker waits for a long file."""
