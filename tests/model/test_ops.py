@@ -51,6 +51,16 @@ def rows(dtype: torch.dtype, *shape: int, scale: float = 1.0) -> Tensor:
 
 @needs_compiler
 @DTYPES
+@torch.inference_mode()
+def test_a_scaled_sum_is_that_of_torch(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, y = rows(dtype, 5, 70), rows(dtype, 5, 70, scale=3)
+    assert torch.equal(ops.add_scaled(x, y, 1), x + y)
+    close(ops.add_scaled(x, y, 0.22), x.double() + 0.22 * y.double(), dtype)
+
+
+@needs_compiler
+@DTYPES
 @pytest.mark.parametrize("shape", [(1, 9), (3, 7), (5, 64), (37, 200)])
 def test_row_kernels_equal_their_definition(
     dtype: torch.dtype, shape: tuple[int, int], by_torch: Callable[..., object]

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorafit.model.architecture import Architecture
 from lorafit.model.attention import Attend, Rotary
-from lorafit.model.decode_linear import head
+from lorafit.model.decode_linear import MOST_ROWS, head
 from lorafit.model.lora_linear import GegluInput, Identity, InputOp, RmsNormInput, SwigluInput, project
 from lorafit.model.memory import MUCH_FREE, release_free_memory
 from lorafit.model.mixers import MIXERS, RMSNorm, add_linears, linears_of
@@ -95,7 +95,9 @@ class Layer(nn.Module):
         """The residual stream with the output of a branch."""
         if self.after:
             out = getattr(self, self.after[branch])(out)
-        return add_scaled(x, out, self.multiplier)
+        if x.shape[0] <= MOST_ROWS:
+            return add_scaled(x, out, self.multiplier)
+        return torch.add(x, out, alpha=self.multiplier)
 
 
 # Names of the norms before attention and MLP, and of those after them.
