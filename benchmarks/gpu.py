@@ -92,6 +92,7 @@ def parts(results: Results, work: Path, simulated: bool, short: bool) -> list[tu
         ("operations", call(gpu_checks.operations, results, simulated), False),
         ("attention", call(gpu_checks.attention, results, simulated), False),
         ("families", call(gpu_checks.families, results, short), False),
+        ("kernels", call(gpu_checks.kernels, results, simulated), False),
         ("passes", call(gpu_checks.passes, results, short), False),
         ("quantised", call(gpu_checks.quantised, results, simulated), False),
         ("loss", call(gpu_checks.loss, results), False),

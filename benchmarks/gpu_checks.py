@@ -17,8 +17,9 @@ from lorafit.forward import pack_loss
 from lorafit.infer.continuous_batch import Request, generate_tokens
 from lorafit.infer.sampling import Sampling
 from lorafit.model import compile as compiling
-from lorafit.model import ops
+from lorafit.model import gpu_ops, ops
 from lorafit.model.attention import PackedDocuments, causal_attention, has_flash, rotate
+from lorafit.model.fused_layer import fuse_layers
 from lorafit.model.loss import loss_sum
 from lorafit.model.quant import QUANTIZERS, Quantize
 
@@ -137,6 +138,26 @@ def families(results: Results, short: bool) -> None:
             )
             results.at_most(f"{name}: loss", found[0], most)
             results.at_most(f"{name}: largest difference of a gradient", found[1], most_of_gradients)
+
+
+def kernels(results: Results, simulated: bool) -> None:
+    """Steps with Triton's kernels and merged products, with and without flash attention, beside the CPU's."""
+    device = torch.device("cuda")
+    why = "the device is simulated" if simulated else gpu_ops.enable(device)
+    if why:
+        results.skip("Triton's kernels", why)
+        return
+    try:
+        for family in ("llama", "qwen3"):
+            exact = measure(network_on("cpu", family, EXACT))
+            for dtype, most in ((EXACT, 1e-9), (SINGLE, 1e-4), (torch.bfloat16, 8e-2), (torch.float16, 2e-2)):
+                network = network_on("cuda", family, dtype)
+                fuse_layers(network)
+                scale = 65536.0 if dtype == torch.float16 else 1.0
+                found = difference(measure(network, scale=scale), exact)
+                results.at_most(f"{family} with Triton's kernels, {short_name(dtype)}", max(found), most)
+    finally:
+        gpu_ops.enable(torch.device("cpu"))
 
 
 def passes(results: Results, short: bool) -> None:

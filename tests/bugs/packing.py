@@ -77,8 +77,8 @@ def _packed(network: Llama, lengths: Sequence[int], neighbour: int) -> tuple[flo
     ),
     Plant(
         "model.attention:PackedDocuments._batched",
-        "_groups(self.starts,",
-        "_groups(self.starts[[0, -1]],",
+        "groups_on(self.starts,",
+        "groups_on(self.starts[[0, -1]],",
     ),
 )
 def a_row_does_not_depend_on_its_pack(lab: Lab) -> None:

@@ -15,10 +15,11 @@ from lorafit.data.packing import Pack, Packer, TokenRow
 from lorafit.forward import pack_loss
 from lorafit.model.adamw import AdamW
 from lorafit.model.architecture import Architecture, parse_architecture
-from lorafit.model.attention import GROUP, way_on_device
+from lorafit.model.attention import way_on_device
 from lorafit.model.linear import Frozen, Linear, replace_module
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, attach
+from lorafit.model.places import GROUP
 from lorafit.model.quant import QUANTIZERS, Quantize
 from lorafit.plan.cost_model import (
     PassCost,
@@ -65,6 +66,7 @@ def network_on(
     dropout: float = 0.0,
     *,
     dequantized: bool = False,
+    targets: tuple[str, ...] = ("all-linear",),
 ) -> Llama:
     """The same small adapted network on any device, with B not zero.
 
@@ -89,7 +91,7 @@ def network_on(
                 quantized = QUANTIZERS[quantize](module.weight.detach())
                 quantized.bias = module.bias
                 replace_module(network, name, quantized)
-    attach(network, LoraSpec(4, 8, dropout, ("all-linear",), False), 0)
+    attach(network, LoraSpec(4, 8, dropout, targets, False), 0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in network.named_parameters():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,7 +15,8 @@ import pytest
 import torch
 from benchmarks.gpu_results import FAILED, Results
 from tests.gpu.device import A100, H100, T4
-from tests.gpu.fake import fake_cuda
+from tests.gpu.fake import compiled_as_one, fake_cuda
+from tests.gpu.kernels import counted, fused, installed
 from tests.gpu.networks import (
     TINYLLAMA,
     empty_network,
@@ -29,6 +32,7 @@ from tests.runs import events, interrupt_after
 from benchmarks import gpu_runs, gpu_speed
 from lorafit.data.packing import Packer
 from lorafit.export.run import export_run
+from lorafit.forward import pack_loss
 from lorafit.infer.continuous_batch import ContinuousBatch, Request
 from lorafit.infer.engine import decode_attention
 from lorafit.infer.model import load
@@ -82,7 +86,8 @@ def test_everything_that_a_run_and_its_adapter_do(
     quantize: str,
     more: tuple[str, ...],
 ) -> None:
-    with fake_cuda(CHIPS[chip]) as gpu:
+    has_triton = chip == "h100"
+    with fake_cuda(CHIPS[chip]) as gpu, installed(gpu) if has_triton else nullcontext():
         interrupt_after(1, monkeypatch)
         stopped = train(tmp_path, "run", f"model.quantize={quantize}", *more)
         assert not stopped.finished
@@ -92,6 +97,11 @@ def test_everything_that_a_run_and_its_adapter_do(
         assert result.step == 2
         shows_every_part(result)
         answers_and_serves(result, quantize)
+    kernels = {record.name for record in gpu.records if record.name.startswith("triton")}
+    assert ("triton rms_norm_backward" in kernels) == has_triton
+    assert ("triton fill" in kernels) == (has_triton and quantize == "none")  # merged products
+    said = [event["text"] for event in events(result, "note") if "between" in event["text"]]
+    assert len(said) == 2  # of each process
     assert "math" not in gpu.chosen  # it keeps all scores in float32
     assert gpu.chosen["efficient"] or gpu.chosen["flash"]
 
@@ -171,6 +181,41 @@ def test_the_parts_of_the_acceptance_that_only_a_device_runs(tmp_path: Path) -> 
     assert [speed.name.partition(",")[0] for speed in results.speeds] == ["lorafit", "generation"]
     assert results.checks[0].name == "passes were made smaller"
     assert [check.name for check in results.checks if check.verdict == FAILED] == []
+
+
+MOST = {"forward": 19, "backward": 29}  # launches of a layer that computes all tokens
+MOST_BYTES = 1.25e9  # of it, both passes over 2,048 tokens
+
+
+def test_a_layer_needs_few_launches_and_moves_few_bytes() -> None:
+    """With Triton's kernels, rows that share tokens: the difference of a step of three layers and one of two."""
+    found = []
+    for layers in (2, 3):
+        with fake_cuda(H100) as gpu, compiled_as_one(gpu), counted(gpu):
+            network = fused(empty_network({**TINYLLAMA, "num_hidden_layers": layers}, torch.bfloat16))
+            optimizer = AdamW(trainable(network), 0.0)
+            (pack,) = Packer(2048).packs(rows_of(2048, prefix=60))
+            train_step(network, optimizer, [pack])  # it makes the optimizer's state
+            shape = shape_of(network.arch, torch.bfloat16)
+            gpu.records.clear()
+            gpu.memory.peak = gpu.memory.now
+            gpu.phase = "forward"
+            loss = pack_loss(network, pack)
+            gpu.phase = "backward"
+            loss.backward()
+            planned, waits = planned_bytes(shape, pack), gpu.waits()
+        assert (
+            0.75 * planned < gpu.memory.peak < planned
+        )  # it counts copies in float32, which kernels do not make
+        assert waits == {"upload": 1}
+        found.append(
+            Counter({phase: sum(r.launches for r in gpu.records if r.phase == phase) for phase in MOST})
+        )
+        found[-1]["bytes"] = sum(record.num_bytes for record in gpu.records)
+    two, three = found
+    for phase, most in MOST.items():
+        assert 0.8 * most <= three[phase] - two[phase] <= most
+    assert three["bytes"] - two["bytes"] <= MOST_BYTES
 
 
 # The most launches, bytes moved and pageable uploads in a step of 2,048 tokens with three layers of TinyLlama's shape,

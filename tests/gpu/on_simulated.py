@@ -24,7 +24,7 @@ from lorafit.evaluate import samples
 from lorafit.infer.model import load
 from lorafit.model import attention
 from lorafit.model import compile as compiling
-from lorafit.model.lora_linear import _summed
+from lorafit.model.linear import summed
 from lorafit.model.memory import is_out_of_memory
 from lorafit.model.quant import QUANTIZERS
 from lorafit.plan import planner
@@ -69,7 +69,7 @@ def test_rocm_takes_what_both_kinds_of_chips_have(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(torch.version, "hip", "7.0")
         assert_close(measure(network_on("cuda", "llama", torch.float64)), exact, 1e-12)
         big = torch.ones(32, 4, dtype=torch.bfloat16).to("cuda")
-        assert _summed(big, big).dtype == torch.bfloat16
+        assert summed(big, big).dtype == torch.bfloat16
         assert_close(measure(network_on("cuda", "llama", torch.bfloat16)), exact, 5e-2)
         assert set(chosen) == {"efficient"}
 
@@ -95,7 +95,7 @@ def test_sums_over_tokens_do_not_overflow_float16() -> None:
     """As with the loss scale: 2,048 products of 40 x 40 are more than float16 holds; B's master is float32."""
     big = torch.full((2048, 4), 40.0, dtype=torch.float16)
     with simulated_cuda(T4):
-        total = _summed(big.to("cuda"), big.to("cuda"))
+        total = summed(big.to("cuda"), big.to("cuda"))
     assert total.dtype == torch.float32
     assert bool((numbers(total) == 2048 * 1600).all())
 

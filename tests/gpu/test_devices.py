@@ -7,6 +7,7 @@ that runs the files `on_*.py`. One of them alone:
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -36,6 +37,8 @@ pytestmark = pytest.mark.skipif(
 )
 def test_on_a_device_without_a_gpu(file: str, marks: str) -> None:
     device = file.removeprefix("on_").removesuffix(".py")
+    if device == "interpreted" and importlib.util.find_spec("triton") is None:
+        pytest.skip("needs the package triton")
     plugins = ["-p", "tests.gpu.guard", "-p", f"tests.gpu.{device}"]
     command = [sys.executable, "-m", "pytest", *plugins, f"tests/gpu/{file}", "-m", marks]
     done = subprocess.run(

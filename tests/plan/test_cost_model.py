@@ -14,10 +14,11 @@ from lorafit.config.load import load_config
 from lorafit.data.packing import build_pack
 from lorafit.forward import pack_loss
 from lorafit.model.architecture import parse_architecture
-from lorafit.model.attention import GROUP, Way
+from lorafit.model.attention import Way
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, adapted, attach
 from lorafit.model.native import kernels
+from lorafit.model.places import GROUP
 from lorafit.model.tables import attach_tables, table_rows
 from lorafit.plan.cost_model import (
     PassCost,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -12,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorafit.model import gpu_ops
 from lorafit.model.compile import compilable
 from lorafit.model.convolution import convolution
 from lorafit.model.delta_rule import delta_rule
 from lorafit.model.mixer_shapes import DeltaHeads
 from lorafit.model.native import fits, kernels
+from lorafit.model.places import Apart, First, Layout, Places, group_rows, groups_on, placed, places_of
 
 # How documents attend: in the CPU's compiled kernel, all in one call of flash attention, in batches of documents of
 # similar length, or one after another.
@@ -58,8 +59,6 @@ class Attend(Protocol):
         ...
 
 
-GROUP = 64  # documents whose lengths round up to the same multiple of it form a batch
-
 Rotary = tuple[Tensor, Tensor]  # cosine and sine of each token's angles, float32 (tokens, head_dim / 2)
 
 
@@ -86,13 +85,14 @@ class PackedDocuments:
         self._first = first
         self.starts = torch.tensor([0, *self.lengths]).cumsum(0)  # int64 (documents + 1,)
         shares_tokens = len(first) < len(positions)
-        places = (first, *_places(self.index)) if shares_tokens else ()
+        places = (first, *places_of(self.index)) if shares_tokens else ()
         tables = placed([positions[first], self.starts, *places, *also], torch.device(device))
         self.positions, starts, *tables = tables
         self._starts_there = starts.to(torch.int32)  # the type that flash attention needs
-        self._shared = _Shared(*tables[: len(places)]) if shares_tokens else None
+        self.shared = Places(*tables[: len(places)]) if shares_tokens else None
         self.also = tables[len(places) :]
         self._groups: list[Tensor] | None = None
+        self._padded: Layout | None = None
         self._places: Tensor | None = None
 
     def __call__(
@@ -112,13 +112,45 @@ class PackedDocuments:
         q, k = rotate(q, rotary), rotate(k, rotary)
         apart = self.apart(q), self.apart(k), self.apart(v)
         out = self._capped(*apart, window, cap) if cap else self._attend(*apart, window)
-        return out if self._shared is None else out.index_select(0, self._shared.first)
+        return out if self.shared is None else out.index_select(0, self.shared.first)
+
+    def layout(self, q: Tensor, cap: float) -> Layout:
+        """Where the tokens lie for the attention of such queries (tokens, heads, head_dim) on a GPU."""
+        if cap or has_flash(q):
+            return Layout(self.shared, ())
+        if self._padded is None:
+            rows, index_of = group_rows(self.starts)
+            index = self.index[torch.cat([group.flatten() for group in rows])]
+            tables = placed([index_of[self._first], *places_of(index)], q.device)
+            self._padded = Layout(Places(*tables), tuple((len(group), group.shape[1]) for group in rows))
+        return self._padded
+
+    def attend_laid_out(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, window: int | None, cap: float
+    ) -> Tensor:
+        """The same of rotated tokens that lie as in `layout`; the gradients by model/gpu_ops.py."""
+        if cap:
+            out = self._capped(q, k, v, window, cap)
+        elif layout.batches:
+            sizes = [documents * length for documents, length in layout.batches]
+            groups = zip(layout.batches, q.split(sizes), k.split(sizes), v.split(sizes), strict=True)
+            outs = []
+            for shape, q_group, k_group, v_group in groups:
+                batch = [x.unflatten(0, shape) for x in (q_group, k_group, v_group)]
+                outs.append(_dot_product_attention(batch[0], batch[1], batch[2], window).flatten(0, 1))
+            out = torch.cat(outs)
+        else:
+            out = self._attend(q, k, v, window)
+        if layout.places is None:
+            return out
+        first: Tensor = First.apply(out, layout.places.index, layout.places.first)  # type: ignore[no-untyped-call]
+        return first
 
     def convolve(self, layer: int, x: Tensor, weight: Tensor) -> Tensor:
         if self._places is None:  # positions of each token of each document
             self._places = self.apart(self.positions)
         out = convolution(self.apart(x), weight, self._places)
-        return out if self._shared is None else out.index_select(0, self._shared.first)
+        return out if self.shared is None else out.index_select(0, self.shared.first)
 
     def delta(self, layer: int, qkv: Tensor, g: Tensor, beta: Tensor, heads: DeltaHeads) -> Tensor:
         out, _ = self.delta_and_states(qkv, g, beta, heads)
@@ -129,7 +161,7 @@ class PackedDocuments:
     ) -> tuple[Tensor, Tensor]:
         """The outputs of the rule, and the state at the end of each document."""
         out, states = delta_rule(self.apart(qkv), self.apart(g), self.apart(beta), heads, self.lengths)
-        return (out if self._shared is None else out.index_select(0, self._shared.first)), states
+        return (out if self.shared is None else out.index_select(0, self.shared.first)), states
 
     def lengths_seen(self) -> Tensor:
         lengths = torch.tensor(self.lengths)
@@ -137,10 +169,10 @@ class PackedDocuments:
 
     def apart(self, x: Tensor) -> Tensor:
         """x (tokens of the pass, ...) for every token of every document: shared tokens are repeated."""
-        if self._shared is None:
+        if self.shared is None:
             return x
-        shared = self._shared
-        apart: Tensor = _Apart.apply(x, shared.index, shared.in_order, shared.begins)  # type: ignore[no-untyped-call]
+        shared = self.shared
+        apart: Tensor = Apart.apply(x, shared.index, shared.in_order, shared.begins)  # type: ignore[no-untyped-call]
         return apart
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
@@ -174,74 +206,13 @@ class PackedDocuments:
     def _batched(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """One call per group of documents of similar length, padded at their ends: no token attends to padding."""
         if self._groups is None:
-            self._groups = _groups(self.starts, q.device)
+            self._groups = groups_on(self.starts, q.device)
         outs = []
         if k.shape[1] != q.shape[1]:  # torch's memory-efficient attention takes equal numbers of heads only
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         for rows in self._groups[:-1]:  # (documents, length)
             outs.append(_dot_product_attention(q[rows], k[rows], v[rows], window).flatten(0, 1))
         return torch.cat(outs)[self._groups[-1]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Shared:
-    """Where the tokens of a pass lie in its documents, on the device of the pass, if documents share tokens."""
-
-    first: Tensor  # the first place of each token, int64 (tokens,)
-    index: Tensor  # the token of each place, int64 (places,)
-    in_order: Tensor  # the places in the order of their tokens, int64 (places,)
-    begins: Tensor  # where a token's places begin in them, int64 (tokens,)
-
-
-def _places(index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The last three of _Shared."""
-    counts = index.bincount()
-    return index, index.argsort(stable=True), counts.cumsum(0) - counts
-
-
-def placed(tables: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """int64 tensors of the CPU on `device`, in one copy: each copy of pageable memory waits for the device."""
-    if device.type == "cpu":
-        return list(tables)
-    whole = torch.cat([table.flatten() for table in tables]).to(device)
-    parts = whole.split([table.numel() for table in tables])
-    return [part.view(table.shape) for part, table in zip(parts, tables, strict=True)]
-
-
-class _Apart(torch.autograd.Function):
-    """The token of each place. The gradients of a shared token are added in float32 and in the order of its places:
-    index_select's own backward pass rounds each sum of 16-bit numbers, and on a GPU its order differs between runs.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, in_order: Tensor, begins: Tensor) -> Tensor:
-        ctx.save_for_backward(in_order, begins)
-        return x.index_select(0, index)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
-        in_order, begins = ctx.saved_tensors
-        total = F.embedding_bag(in_order, grad_outputs[0].flatten(1), begins, mode="sum")
-        return total.unflatten(1, grad_outputs[0].shape[1:]), None, None, None
-
-
-def _groups(starts: Tensor, device: torch.device) -> list[Tensor]:
-    """Groups of documents by rounded length: the tokens of each, int64 (documents, length). Padding repeats a
-    document's last token. The last tensor is the index of each token in the concatenated groups, int64 (tokens,).
-    """
-    lengths = starts.diff()
-    rounded = (lengths + GROUP - 1) // GROUP * GROUP
-    groups, before, index_of = [], 0, torch.empty(int(starts[-1]), dtype=torch.int64)
-    for length in rounded.unique().tolist():
-        documents = (rounded == length).nonzero()
-        offsets = torch.arange(length).expand(len(documents), length)
-        rows = starts[documents] + offsets.minimum(lengths[documents] - 1)
-        inside = offsets < lengths[documents]
-        index_of[rows[inside]] = before + torch.arange(rows.numel()).view_as(rows)[inside]
-        before += rows.numel()
-        groups.append(rows)
-    return placed([*groups, index_of], device)
 
 
 def has_flash(q: Tensor) -> bool:
@@ -377,8 +348,14 @@ class _Rotate(torch.autograd.Function):
         return _rotated(grad_outputs[0], (cosine, -sine)), None, None
 
 
-@compilable
 def _rotated(x: Tensor, rotary: Rotary) -> Tensor:
+    if gpu_ops.ready(x):
+        return gpu_ops.rotate_apart(x.flatten(1).contiguous(), rotary, x.shape[1], 0, None).view(x.shape)
+    return _rotated_halves(x, rotary)
+
+
+@compilable
+def _rotated_halves(x: Tensor, rotary: Rotary) -> Tensor:
     cosine, sine = rotary[0][:, None], rotary[1][:, None]
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)

@@ -89,6 +89,13 @@ def matmul(
     return start.addmm_(x, factor) if own else torch.addmm(start, x, factor)
 
 
+def summed(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b, a sum over all tokens. On CUDA that of 16-bit numbers stays float32: float16 could overflow."""
+    if a.is_cuda and a.itemsize == 2 and torch.version.hip is None:
+        return torch.mm(a.t(), b, out_dtype=torch.float32)
+    return a.t() @ b
+
+
 def with_low_rank(
     addend: Tensor | None, low: LowRank | None, *, transposed: bool, in_place: bool
 ) -> Tensor | None:

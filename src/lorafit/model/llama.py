@@ -63,6 +63,7 @@ class Layer(nn.Module):
         self.is_plain = not self.after and self.multiplier == 1  # a branch is added by its last product
         for name in (*self.before, *self.after):
             self.add_module(name, RMSNorm(arch.hidden_size, arch))
+        self.fused: Any = None  # the same on a GPU, if model/fused_layer.py has merged its linears
 
     def forward(
         self,
@@ -73,6 +74,9 @@ class Layer(nn.Module):
         keys: Tensor | None = None,
     ) -> Tensor:
         """x (tokens, hidden_size) -> the same, or only `rows` of it, which are mixed with all tokens."""
+        if self.fused is not None and self.fused.runs(x, attend):
+            fused: Tensor = self.fused(x, rotary, attend, rows)
+            return fused
         mixer = getattr(self, self.mixer_name)
         mixed = mixer(x, self._before(0), rotary, attend, keys)
         if rows is not None:

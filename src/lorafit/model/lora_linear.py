@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lorafit.model.decode_linear import are_few, decode_linear
-from lorafit.model.linear import Frozen
+from lorafit.model.linear import Frozen, summed
 from lorafit.model.memory import MUCH_FREE, release_free_memory
 from lorafit.model.ops import (
     dropout,
@@ -237,7 +237,7 @@ class _Project(torch.autograd.Function):
             grad_output, pair = grad_output.contiguous(), None
             if linear is not None:
                 part, a, b = next(lows)
-                d_b.append(_summed(grad_output, part).to(b.dtype))
+                d_b.append(summed(grad_output, part).to(b.dtype))
                 d_lows.append((grad_output @ b.to(grad_output.dtype)).mul_(linear.scale))
                 if drop is None:
                     pair = d_lows[-1], a.to(grad_output.dtype)
@@ -247,7 +247,7 @@ class _Project(torch.autograd.Function):
         if adapted:
             d_low = torch.cat(d_lows, dim=1)  # (tokens, all ranks)
             y = group.source.make(*inputs)
-            d_a = _summed(d_low, y if drop is None else drop.make(y)).to(adapter_parameters[0].dtype)
+            d_a = summed(d_low, y if drop is None else drop.make(y)).to(adapter_parameters[0].dtype)
             del y
             if dy is not None and drop is not None:
                 dy += drop.make(d_low @ torch.cat(adapter_parameters[::2]).to(dy.dtype))
@@ -258,13 +258,6 @@ class _Project(torch.autograd.Function):
             d_inputs = group.source.backward(dy, *inputs)
         residual = grad_outputs[0] if ctx.needs_input_grad[1] else None
         return (None, residual, None, None, *d_inputs, *d_parameters)
-
-
-def _summed(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b, a sum over all tokens. On CUDA that of 16-bit numbers stays float32: float16 could overflow."""
-    if a.is_cuda and a.itemsize == 2 and torch.version.hip is None:
-        return torch.mm(a.t(), b, out_dtype=torch.float32)
-    return a.t() @ b
 
 
 def _scale(adapted: Sequence[LowRank], like: Tensor) -> Tensor | float:

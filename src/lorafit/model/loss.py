@@ -140,10 +140,8 @@ def _chunks(
             ratio = logits.div_(cap).tanh_()
             slope = 1 - ratio.to(wide(ratio.dtype)).square() if has_gradient else None
             logits.mul_(cap)
-        losses = cross_entropy(logits, targets[chunk], grad_output=has_gradient)
-        if weights is not None:
-            losses = losses * weights[chunk]
-            logits.mul_(weights[chunk, None])
+        weight = None if weights is None else weights[chunk]
+        losses = cross_entropy(logits, targets[chunk], has_gradient, weight)
         if slope is not None:
             logits.mul_(slope)
         yield chunk, losses, logits

@@ -1,8 +1,8 @@
 """Row-wise operations of training, with their gradients: compiled kernels on the CPU if available, else torch.
 
-The torch expressions are the definition (on a GPU each is compiled into one kernel); tests compare the CPU's kernels
-(model/native) with them. All tensors are (rows, width) and contiguous; sums and exponentials are float32, or float64
-for float64 tensors.
+The torch expressions are the definition (on a GPU each is one kernel, by model/gpu_ops.py or compiled); tests
+compare the kernels of the CPU (model/native) and of the GPU with them. All tensors are (rows, width) and contiguous;
+sums and exponentials are float32, or float64 for float64 tensors.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorafit.model import gpu_ops
 from lorafit.model.compile import compilable
 from lorafit.model.native import fits, kernels
 
@@ -33,6 +34,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> tupl
         y, rstd = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
         _call("rms_norm", x, *x.shape, eps, offset, x, weight, y, rstd)
         return y, rstd
+    if gpu_ops.ready(x):
+        return gpu_ops.rms_norm(x, weight, eps, offset)
     return _rms_norm(x, weight, eps, offset)
 
 
@@ -51,6 +54,8 @@ def rms_norm_backward(
         into = torch.empty_like(x)
         _call("rms_norm_backward", x, *x.shape, offset, grad_output, x, weight, rstd, into)
         return into
+    if gpu_ops.ready(x):
+        return gpu_ops.rms_norm_backward(grad_output, x, weight, rstd, offset)
     return _rms_norm_backward(grad_output, x, weight, rstd, offset)
 
 
@@ -92,7 +97,7 @@ def norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
-    return _gated("swiglu", _swiglu, gate, up)
+    return gpu_ops.swiglu(gate, up) if gpu_ops.ready(gate) else _gated("swiglu", _swiglu, gate, up)
 
 
 @compilable
@@ -102,6 +107,8 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 def swiglu_backward(grad_output: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up. `grad_output` may be overwritten."""
+    if gpu_ops.ready(gate):
+        return gpu_ops.swiglu_backward(grad_output, gate, up)
     return _gated_backward("swiglu_backward", _swiglu_backward, grad_output, gate, up)
 
 
@@ -213,7 +220,7 @@ def dropout(x: Tensor, probability: float, seed: int, keys: Tensor | None = None
 
     So no mask is saved: the backward pass computes the same one again. `keys` int64 (rows,) make the mask of a token
     independent of its position; by default they are the row numbers. On devices other than the CPU the mask is a
-    function of `seed` and the shape alone.
+    function of `seed` and the shape alone, another with Triton's kernels than without them.
     """
     scale = 1 / (1 - probability)
     threshold = round(probability * 2**32)
@@ -224,6 +231,8 @@ def dropout(x: Tensor, probability: float, seed: int, keys: Tensor | None = None
     if x.device.type == "cpu":
         keys = torch.arange(x.shape[0]) if keys is None else keys
         return (x * (_hashes(seed, keys, x.shape[1]) >= threshold)).mul_(scale)
+    if gpu_ops.ready(x):
+        return gpu_ops.dropout(x, probability, seed)
     generator = torch.Generator(x.device).manual_seed(seed)
     keep = torch.rand(x.shape, generator=generator, device=x.device) >= probability
     return (x * keep).mul_(scale)
@@ -256,8 +265,22 @@ def _hashes(seed: int, keys: Tensor, width: int) -> Tensor:
     return h ^ (h >> 16)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor, grad_output: bool) -> Tensor:
-    """The cross-entropy of each row, (rows,) in the wide type. Overwrites `logits`, with the gradient if requested."""
+def cross_entropy(
+    logits: Tensor, targets: Tensor, grad_output: bool, weights: Tensor | None = None
+) -> Tensor:
+    """The cross-entropy of each row, times its weight if given, (rows,) in the wide type. Overwrites `logits`, with the
+    gradient if requested.
+    """
+    if gpu_ops.enabled() and logits.is_cuda:
+        return gpu_ops.cross_entropy(logits, targets, grad_output, weights)
+    losses = _cross_entropy(logits, targets, grad_output)
+    if weights is not None:
+        losses = losses * weights
+        logits.mul_(weights[:, None])
+    return losses
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, grad_output: bool) -> Tensor:
     if fits(logits):
         losses = logits.new_empty(len(targets), dtype=torch.float32)
         _call("cross_entropy", logits, *logits.shape, logits, targets, losses, int(grad_output))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from lorafit.data.packing import Pack, Packer, build_pack
 from lorafit.data.row_order import RowOrder
 from lorafit.data.token_dataset import TokenDataset
-from lorafit.model.attention import GROUP
+from lorafit.model.places import GROUP
 from lorafit.plan.cost_model import PassCost
 
 _SAMPLED_STEPS = 2000  # evenly spread steps of a longer run stand for all of it, because packing takes time

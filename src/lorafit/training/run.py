@@ -28,6 +28,7 @@ from lorafit.model.build import BaseModelCache
 from lorafit.model.compile import enable_compile
 from lorafit.model.device import describe, deterministic_kernels
 from lorafit.model.dtypes import dtype_name
+from lorafit.model.fused_layer import start_kernels
 from lorafit.model.lora import adapter_parameters
 from lorafit.model.memory import is_out_of_memory
 from lorafit.model.native import missing
@@ -328,6 +329,8 @@ def make_context(
     config, data, built = prepared.config, prepared.data, prepared.built
     network, rows = built.network, data.training_data
     num_steps = data.num_steps(config) if config.train.budget is None else 0  # time decides
+    if text := start_kernels(network, built.device, sharded=is_sharded(config, ranks)):
+        observe(Message(text))
     if reason := enable_compile(built.device, data.num_steps(config)):
         observe(Message(f"elementwise operations are not compiled, which is slower: {reason}", "warning"))
     network.recompute = config.train.recompute == "layers"

@@ -1,0 +1,254 @@
+"""Starts the Triton kernels of model/triton_kernels.py: whether they run here, and what each computes.
+
+Tensors are (rows, width). `y` and `into` may be columns of a wider tensor, so that a product can read or write beside
+them; all others are contiguous.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafit.redact import one_line
+
+_WIDEST = 16384  # columns of a row that one program holds
+_BLOCK = 1024  # columns, where several programs share a row
+_HEADS = 32  # heads that one program rotates
+_state = {"enabled": False}
+
+
+def enable(device: torch.device) -> str:
+    """Decide for the rest of the process whether the kernels run. Returns why they do not, although this is CUDA.
+
+    Triton needs a C compiler, which shows at the first kernel only.
+    """
+    _state["enabled"] = False
+    if device.type != "cuda" or torch.version.cuda is None:
+        return ""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    try:
+        rms_norm(torch.zeros(16, 16, device=device), torch.zeros(16, device=device), 1e-5)
+    except Exception as error:  # whatever a compiler raises, the definitions compute the same
+        return one_line(f"{type(error).__name__}: {error}")
+    _state["enabled"] = True
+    return ""
+
+
+def enabled() -> bool:
+    """Whether the kernels run in this process."""
+    return _state["enabled"]
+
+
+def ready(x: Tensor) -> bool:
+    """Whether the kernels compute the rows of x."""
+    return _state["enabled"] and x.is_cuda and x.shape[-1] <= _WIDEST
+
+
+def launch(name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Run one kernel, a program for each cell of the grid. `wide` is True where sums are float64."""
+    if "wide" in constants:
+        language = importlib.import_module("triton.language")
+        constants["wide"] = language.float64 if constants["wide"] else language.float32
+    kernel = getattr(importlib.import_module("lorafit.model.triton_kernels"), name)
+    kernel[grid](*arguments, enable_fp_fusion=True, **constants)  # said, as Triton's default changes
+
+
+def _row(width: int) -> dict[str, int]:
+    """Block and warps of a kernel that holds a whole row: 16 bytes per thread and reading."""
+    block = 1 << max(4, (width - 1).bit_length())
+    return {"block": block, "num_warps": min(16, max(1, block // 256))}
+
+
+def _is_wide(x: Tensor) -> bool:
+    return x.dtype == torch.float64
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, y: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As in model/ops.py; written to `y` if there is one."""
+    rows, width = x.shape
+    y = torch.empty_like(x) if y is None else y
+    rstd = x.new_empty(rows, dtype=torch.float64 if _is_wide(x) else torch.float32)
+    constants = {"eps": eps, "offset": offset, "wide": _is_wide(x), **_row(width)}
+    launch("rms_norm", (rows,), x, weight, y, rstd, y.stride(0), width=width, **constants)
+    return y, rstd
+
+
+def rms_norm_backward(
+    grad_output: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    offset: float = 0.0,
+    residual: Tensor | None = None,
+    into: Tensor | None = None,
+    y: Tensor | None = None,
+) -> Tensor:
+    """As in model/ops.py, plus `residual` (its rows may be apart); `y` gets the norm of x again."""
+    rows, width = x.shape
+    into = torch.empty_like(x) if into is None else into
+    if residual is not None and residual.stride(1) != 1:  # an expanded gradient
+        residual = residual.contiguous()
+    strides = 0 if residual is None else residual.stride(0), into.stride(0)
+    flags = {"has_residual": residual is not None, "has_y": y is not None}
+    constants = {"offset": offset, "wide": _is_wide(x), **flags, **_row(width)}
+    tensors = grad_output, x, weight, rstd, residual, y, into
+    launch("rms_norm_backward", (rows,), *tensors, *strides, width=width, **constants)
+    return into
+
+
+def swiglu(gate: Tensor, up: Tensor, y: Tensor | None = None) -> Tensor:
+    """silu(gate) * up; the rows of both have the same distance."""
+    rows, width = gate.shape
+    y = gate.new_empty(rows, width) if y is None else y
+    constants = {"width": width, "wide": _is_wide(gate), "block": _BLOCK, "num_warps": 4}
+    launch("swiglu", (rows, -(-width // _BLOCK)), gate, up, y, gate.stride(0), y.stride(0), **constants)
+    return y
+
+
+def swiglu_backward(
+    grad_output: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    d_gate: Tensor | None = None,
+    d_up: Tensor | None = None,
+    y: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up; `y` (it may be `grad_output`) gets silu(gate) * up again."""
+    rows, width = gate.shape
+    d_gate = gate.new_empty(rows, width) if d_gate is None else d_gate
+    d_up = gate.new_empty(rows, width) if d_up is None else d_up
+    tensors = grad_output, gate, up, y, d_gate, d_up
+    constants = {"width": width, "has_y": y is not None, "wide": _is_wide(gate)}
+    grid = (rows, -(-width // _BLOCK))
+    strides = gate.stride(0), d_gate.stride(0)
+    launch("swiglu_backward", grid, *tensors, *strides, **constants, block=_BLOCK, num_warps=4)
+    return d_gate, d_up
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """The norms of the heads of queries and keys."""
+
+    weights: tuple[Tensor, Tensor]  # (head_dim,) each
+    eps: float
+    offset: float
+
+    @staticmethod
+    def constants(norms: HeadNorms | None) -> dict[str, Any]:
+        """What a kernel must know of them when it is compiled."""
+        given = (0.0, 0.0) if norms is None else (norms.eps, norms.offset)
+        return {"has_norm": norms is not None, **dict(zip(("eps", "offset"), given, strict=True))}
+
+
+def rotate_apart(
+    qkv: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    queries: int,
+    keys: int,
+    index: Tensor | None,
+    norms: HeadNorms | None = None,
+    repeats: int = 1,
+) -> Tensor:
+    """qkv (tokens, (queries + 2 keys) * head_dim) -> the same of each place, queries and keys normed and rotated.
+
+    `index` int64 (places,) is the token of each place, None if each token has one. Each head of keys and values stands
+    `repeats` times in the result.
+    """
+    heads = queries + 2 * keys * repeats
+    places = len(qkv) if index is None else len(index)
+    half = qkv.shape[1] // (queries + 2 * keys) // 2
+    out = qkv.new_empty(places, heads * 2 * half)
+    counts = {"queries": queries, "keys": keys, "repeats": repeats}
+    counts |= {"half": half, "shared": index is not None}
+    grid = (places, -(-heads // _HEADS))
+    weights = (None, None) if norms is None else norms.weights
+    constants = {**counts, **HeadNorms.constants(norms), **_tile(half, qkv)}
+    launch("rotate_apart", grid, qkv, *rotary, index, *weights, out, **constants)
+    return out
+
+
+def rotate_together(
+    gradients: Sequence[Tensor],
+    rotary: tuple[Tensor, Tensor],
+    order: tuple[Tensor, Tensor] | None,
+    into: Tensor,
+    norms: HeadNorms | None = None,
+    qkv: Tensor | None = None,
+    repeats: int = 1,
+) -> None:
+    """The gradient of `rotate_apart` (tokens, ...), of those of q, k, v (places, heads, head_dim).
+
+    `order` are the places in the order of their tokens, and where each token's begin, if tokens have several. With
+    `norms` it needs `qkv`.
+    """
+    q, k, _ = gradients
+    queries, keys, half = q.shape[1], k.shape[1] // repeats, q.shape[2] // 2
+    counts = {"queries": queries, "keys": keys, "repeats": repeats}
+    counts |= {"half": half, "shared": order is not None}
+    grid = (len(into), -(-(queries + 2 * keys) // _HEADS))
+    tables = (None, None) if order is None else order
+    weights = (None, None) if norms is None else norms.weights
+    arguments = *gradients, *rotary, *tables, qkv, *weights, into, into.stride(0), len(into), len(q)
+    launch("rotate_together", grid, *arguments, **counts, **HeadNorms.constants(norms), **_tile(half, q))
+
+
+def _tile(half: int, like: Tensor) -> dict[str, Any]:
+    block = 1 << max(1, (half - 1).bit_length())
+    return {"wide": _is_wide(like), "block_heads": _HEADS, "block": block, "num_warps": max(4, block // 8)}
+
+
+def spread(grad_output: Tensor, index: Tensor, first: Tensor) -> Tensor:
+    """The gradient of x[first] for x (places, width): `index` int64 (places,), `first` int64 (tokens,)."""
+    width = grad_output.shape[1]
+    into = grad_output.new_empty(len(index), width)
+    launch("spread", (len(index),), grad_output, index, first, into, width=width, **_row(width))
+    return into
+
+
+def dropout(x: Tensor, probability: float, seed: int, added_to: Tensor | None = None) -> Tensor:
+    """As in model/ops.py, or that added to a tensor in place; the rows of x may be apart."""
+    rows, width = x.shape
+    into = x.new_empty(rows, width) if added_to is None else added_to
+    constants = {"width": width, "probability": probability, "adds": added_to is not None}
+    grid = (rows, -(-width // _BLOCK))
+    more = {"wide": _is_wide(x), "block": _BLOCK, "num_warps": 4}
+    launch("dropout", grid, x, into, seed, x.stride(0), **constants, **more)
+    return into
+
+
+def fill(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
+    """Copy each source to its target, which may be a part of a larger matrix, in one launch."""
+    block, few = 128, 16
+    tiles = 0
+    for rows, columns in (source.shape for source in sources):
+        high, wide = (few, block) if rows <= columns else (block, few)
+        tiles = max(tiles, -(-rows // high) * -(-columns // wide))
+    pairs = zip(sources, targets, strict=True)
+    shapes = tuple((*source.shape, target.stride(0)) for source, target in pairs)
+    launch("fill", (tiles,), tuple(sources), tuple(targets), shapes=shapes, block=block, few=few, num_warps=4)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, grad_output: bool, weights: Tensor | None) -> Tensor:
+    """As in model/ops.py."""
+    rows, vocab = logits.shape
+    losses = logits.new_empty(rows, dtype=torch.float64 if _is_wide(logits) else torch.float32)
+    flags = {"has_weights": weights is not None, "has_slope": grad_output, "wide": _is_wide(logits)}
+    launch(
+        "cross_entropy",
+        (rows,),
+        *(logits, targets, weights, losses),
+        vocab=vocab,
+        **flags,
+        block=4096,
+        num_warps=8,
+    )
+    return losses
