@@ -27,6 +27,9 @@ from lorafit.errors import ConfigError, DataError
 from lorafit.forward import pack_loss
 from lorafit.hub.client import model_folder
 from lorafit.model.lora import LoraSpec, adapted, attach
+from lorafit.report.page import tiles
+from lorafit.report.run_data import read_facts
+from lorafit.run_dir import RunDirectory
 from lorafit.training.answers import measured, mismatched
 from lorafit.training.objective import OBJECTIVES, Passes
 from lorafit.training.preferences import Settings
@@ -221,6 +224,16 @@ def test_a_run_starts_at_log_two_and_leaves_its_reference(dpo_run: Any) -> None:
     measured_at = events(dpo_run, "heldout")
     assert [event["base_loss"] for event in measured_at] == [pytest.approx(math.log(2))] * 2
     assert dpo_run.heldout_loss == min(event["loss"] for event in measured_at)
+
+
+def test_the_page_shows_margin_order_and_drift(dpo_run: Any) -> None:
+    """Each figure is that of the last held-out measurement; the drift is from the starting point."""
+    told = [event for event in events(dpo_run, "preferences") if event["rows"] == "heldout"][-1]
+    shown = {tile["label"]: tile["value"] for tile in tiles(read_facts(RunDirectory.open(dpo_run.path)))}
+    assert shown["held-out pairs in order"] == f"{told['accuracy']:.0%}"
+    assert shown["reward margin"] == f"{told['margin']:.2f}"
+    assert told["drift"] > 0
+    assert shown["drift from the start"] == f"{told['drift']:.3f}"
 
 
 def test_a_run_from_an_adapter_has_that_adapter_as_its_reference(folder: Path, dpo_run: Any) -> None:
