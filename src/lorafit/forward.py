@@ -57,6 +57,23 @@ def document_sums(values: Tensor, pack: Pack) -> Tensor:
     return torch.stack([part.sum() for part in wide.split(pack.counts.tolist())])
 
 
+def answer_logps(network: Llama, pack: Pack) -> tuple[Tensor, Tensor]:
+    """(log-probability of each answer, negative log-probability of all that is supervised), both (documents,)."""
+    _, parts = pack_losses(network, pack)
+    everything = document_sums(parts, pack)
+    if pack.in_answer is None or pack.in_answer.all():
+        return -everything, everything
+    in_answer = torch.from_numpy(pack.in_answer).to(parts.device)
+    return -document_sums(parts * in_answer, pack), everything
+
+
+def answer_tokens(pack: Pack) -> NDArray[np.int64]:
+    """The supervised tokens of each answer, (documents,)."""
+    in_answer = np.ones(len(pack.targets), np.bool_) if pack.in_answer is None else pack.in_answer
+    ends = np.cumsum(pack.counts)
+    return np.array([in_answer[end - size : end].sum() for end, size in zip(ends, pack.counts, strict=True)])
+
+
 def pack_predictions(network: Llama, pack: Pack) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """(cross-entropy of each target, whether it is the most probable token), both (targets,), without weights."""
     losses, is_first = [], []

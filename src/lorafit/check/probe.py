@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorafit.check.model_checks import answer_verdicts, stop_token_verdicts
 from lorafit.check.verdict import of_error, refuse_failed
 from lorafit.config.schema import Config
 from lorafit.data.build import TrainingData
@@ -202,19 +203,25 @@ def model_verdicts(config: Config, data: RunInputs, machine: Machine, quiet: boo
             return [CheckResult("memory", "fail", message, "train.micro_batch_tokens", hint)]
         packs = probe_packs(data.training_data, PROBE_ROWS, config)
         rate = config.train.learning_rate
-        return [*probe_verdicts(probe(built.network, packs, rate), rate), memory]
+        return [
+            *probe_verdicts(probe(built.network, packs, rate), rate),
+            *stop_token_verdicts(config, data.training_data, built.network),
+            *answer_verdicts(config, data.training_data, built.network),
+            memory,
+        ]
 
 
 def trial_before_training(config: Config, data: RunInputs, network: Llama) -> list[CheckResult]:
-    """The results of the probe on one row before a run, none where it would take a large part of the run.
+    """The results of the stop token, and of the probe on one row where that takes no large part of the run.
 
     Raises DataError with all that fails, unless `run.check` is not `error`.
     """
+    stop = stop_token_verdicts(config, data.training_data, network)
     packs = probe_packs(data.training_data, 1, config)
     tokens = _PASSES * sum(pack.num_tokens for pack in packs)
     flops = _FLOPS_PER_PARAMETER * tokens * network.arch.num_parameters
     if flops > _FEW_FLOPS and tokens > _MOST_SHARE * data.workload(config).tokens:
-        return []
+        return stop
     network.recompute = config.train.recompute == "layers"
     rate = config.train.learning_rate
     try:
@@ -225,10 +232,10 @@ def trial_before_training(config: Config, data: RunInputs, network: Llama) -> li
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return [CheckResult("memory", "warn", "not enough for the trial step, which is left out")]
+        return [*stop, CheckResult("memory", "warn", "not enough for the trial step, which is left out")]
     if config.run.check == "error":
         refuse_failed(verdicts)
-    return verdicts
+    return [*verdicts, *stop]
 
 
 def probe_packs(training_data: TrainingData, count: int, config: Config) -> list[Pack]:

@@ -14,7 +14,7 @@ from lorafit.data.batch import balance
 from lorafit.data.packing import Pack, TokenRow
 from lorafit.data.pair_marks import CHOSEN, REJECTED, marks_of, preferred
 from lorafit.distributed.ranks import Ranks
-from lorafit.forward import document_sums, next_logps, pack_losses
+from lorafit.forward import answer_logps, next_logps
 from lorafit.model.adapter_file import adapter_tensors, fill_adapter
 from lorafit.model.llama import Llama
 from lorafit.model.lora import evaluating
@@ -22,23 +22,6 @@ from lorafit.model.lora import evaluating
 MOST_DRIFT = 512  # positions whose distributions are compared
 Values = NDArray[np.float64]
 Advance = Callable[[int, int], None]
-
-
-def answer_logps(network: Llama, pack: Pack) -> tuple[Tensor, Tensor]:
-    """(log-probability of each answer, negative log-probability of all that is supervised), both (documents,)."""
-    _, parts = pack_losses(network, pack)
-    everything = document_sums(parts, pack)
-    if pack.in_answer is None or pack.in_answer.all():
-        return -everything, everything
-    in_answer = torch.from_numpy(pack.in_answer).to(parts.device)
-    return -document_sums(parts * in_answer, pack), everything
-
-
-def answer_tokens(pack: Pack) -> NDArray[np.int64]:
-    """The supervised tokens of each answer, (documents,)."""
-    in_answer = np.ones(len(pack.targets), np.bool_) if pack.in_answer is None else pack.in_answer
-    ends = np.cumsum(pack.counts)
-    return np.array([in_answer[end - size : end].sum() for end, size in zip(ends, pack.counts, strict=True)])
 
 
 def measured(

@@ -19,10 +19,10 @@ from lorafit.data.batch import Batch
 from lorafit.data.packing import Pack
 from lorafit.data.pair_marks import CHOSEN, OF_PROMPT, REJECTED, documents_of, marks_of
 from lorafit.data.token_dataset import TokenDataset
-from lorafit.forward import pack_losses
+from lorafit.forward import answer_logps, answer_tokens, pack_losses
 from lorafit.model.llama import Llama
 from lorafit.observe.events import Preferences, Progress
-from lorafit.training.answers import Advance, Values, answer_logps, answer_tokens, measured, mismatched
+from lorafit.training.answers import Advance, Values, measured, mismatched
 from lorafit.training.preferences import LOSSES, Answers, Judged, Loss, Settings, Step
 from lorafit.training.reference import read_reference
 
