@@ -5,8 +5,8 @@
 
 Takes the first rows of about --longest tokens at most. Each variant is one run of the same length, batch of 4, rate
 and seed; a start that moves more per step runs with a fifth of the rate too. Prints a Markdown table: the held-out loss
-before and after, the loss against plain LoRA, and the seconds per step. One seed: a difference of a few thousandths
-says nothing.
+before and after, the loss against plain LoRA, and the seconds per step. A variant whose result is in --json is not run
+again. One seed: a difference of a few thousandths says nothing.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ VARIANTS: dict[str, list[str]] = {
     "`lora.dora=true`": ["lora.dora=true"],
     "`lora.init=pissa`": ["lora.init=pissa"],
     "`lora.init=pissa`, a fifth of the rate": ["lora.init=pissa", "train.learning_rate=2e-4"],
+    "`lora.init=eva`": ["lora.init=eva"],
     "`lora.init=olora`": ["lora.init=olora"],
     "`lora.init=olora`, a fifth of the rate": ["lora.init=olora", "train.learning_rate=2e-4"],
     "`train.neftune=5`": ["train.neftune=5"],
@@ -68,6 +69,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     results: dict[str, dict[str, Any]] = {}
+    if given.json and given.json.exists():
+        results = json.loads(given.json.read_text())
     with tempfile.TemporaryDirectory() as folder:
         rows = [
             row
@@ -77,6 +80,8 @@ def main() -> None:
         chosen = rows[: given.num_rows + given.heldout]
         (Path(folder) / "rows.json").write_text(json.dumps(chosen))
         for number, (name, words) in enumerate(VARIANTS.items()):
+            if name in results:
+                continue
             settings = [
                 f"model.name={given.model}",
                 f"data.path={folder}/rows.json",

@@ -207,7 +207,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "lora.rslora": st.booleans(),
     "lora.ranks": st.dictionaries(TEXT, st.integers(1, 1024), max_size=2),
     "lora.alphas": st.dictionaries(TEXT, st.floats(0, 1e300, exclude_min=True), max_size=2),
-    "lora.init": st.sampled_from(["default", "pissa", "olora"]),
+    "lora.init": st.sampled_from(["default", "pissa", "olora", "eva"]),
     "lora.dora": st.just(False),  # true goes with no lora.init
     "lora.b_rate": st.floats(0, 1000, exclude_min=True),
     "lora.layers": st.none() | st.integers(1, 200),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorafit.cli import options
-from lorafit.cli.output import put_json, put_line
+from lorafit.cli.output import put_json, put_line, put_text
 
 if TYPE_CHECKING:
     from lorafit.evaluate.why import Why
@@ -57,7 +57,7 @@ def why(
         for rank, row in enumerate(listed, 1):
             put_json({"rank": rank, **row})
     else:
-        put_line(f"answer: {found.answer}")
+        put_text(f"answer: {found.answer}")
         put_line(f"loss {found.loss:.3f} per token; {len(found.pushes):,} rows compared")
         cells = [[f"{row['score']:+.3f}", f"{row['loss']:.2f}", row["place"], _short(row)] for row in listed]
         table(["score", "loss", "row", "text"], cells)

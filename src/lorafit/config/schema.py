@@ -71,10 +71,11 @@ class LoraSection(Section):
     alphas: Annotated[dict[str, Annotated[float, Field(gt=0)]], BeforeValidator(as_mapping)] = Field(
         {}, description="The same for `lora.alpha`."
     )
-    init: Literal["default", "pissa", "olora"] = Field(
+    init: Literal["default", "pissa", "olora", "eva"] = Field(
         "default",
-        description="Where A and B start: `default` at no change, `pissa` and `olora` at a part of the base's weight "
-        "(docs/variants.md). The folder is plain LoRA of twice the rank then, and the base stays as it is.",
+        description="Where A and B start: `default` at no change, `eva` too, with A at the directions in which the "
+        "inputs of the first rows vary most; `pissa` and `olora` at a part of the base's weight (docs/variants.md). "
+        "Their folder is plain LoRA of twice the rank, and the base stays as it is.",
     )
     dora: bool = Field(
         False,

@@ -110,6 +110,13 @@ class Ranks:
         numbers = [float(byte) for byte in (*digest, *(-byte for byte in digest))]
         return self.all_reduce_max(numbers) == numbers
 
+    def broadcast(self, tensor: torch.Tensor) -> None:
+        """Set `tensor` to that of rank 0."""
+        if not self.is_single_process:
+            received = tensor.cpu()
+            dist.broadcast(received, 0, self._on_cpu)
+            tensor.copy_(received)
+
     def broadcast_files(self, folder: Path, names: Sequence[str]) -> Mapping[str, bytes]:
         """The content of files that rank 0 reads, by name, on every rank."""
         files = {name: (folder / name).read_bytes() for name in names} if self.is_main else {}

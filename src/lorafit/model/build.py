@@ -16,7 +16,7 @@ from lorafit.model.architecture import read_architecture
 from lorafit.model.base_check import check_base
 from lorafit.model.device import pick_device, pick_dtype
 from lorafit.model.llama import Llama
-from lorafit.model.lora import LoraSpec, attach, detach
+from lorafit.model.lora import VARIANTS, LoraSpec, attach, detach
 from lorafit.model.memory import limit_onednn_cache, use_caching_allocator
 from lorafit.model.quant import Quantize, check_quantize
 from lorafit.model.saved_adapter import put_on, read_adapter, read_spec
@@ -89,6 +89,9 @@ def build(
     spec = attach(network, spec, config.train.seed)
     if initial is not None:
         load_adapter(network, initial)
+    if on_host and config.lora.init == "eva":
+        message = "`lora.init=eva` needs the whole base on each rank"
+        raise ConfigError(message, place="distributed.strategy", hint="distributed.strategy=ddp")
     if tokens or config.lora.save_modules:
         if on_host:
             message = "`lora.tokens` and `lora.save_modules` need whole tables on each rank"
@@ -143,7 +146,7 @@ def wanted_adapter(config: Config) -> tuple[LoraSpec, Path | None]:
         dropout=lora.dropout,
         targets=lora.targets,
         rslora=lora.rslora,
-        variant="dora" if lora.dora else "lora" if lora.init == "default" else lora.init,
+        variant="dora" if lora.dora else lora.init if lora.init in VARIANTS else "lora",
         ranks=lora.ranks,
         alphas=lora.alphas,
         layers=lora.layers,

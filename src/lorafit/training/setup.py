@@ -30,6 +30,7 @@ from lorafit.plan.machine import Machine
 from lorafit.plan.planner import Fit, RunInputs, fit
 from lorafit.redact import redact, without_secrets
 from lorafit.run_dir import RunDirectory
+from lorafit.training.eva import start_at_inputs
 from lorafit.version import __version__
 
 
@@ -79,6 +80,8 @@ def prepare(
     facts = run_fingerprint(config, data)
     # longer than the watchdog's timeout, which says which rank is stuck
     ranks.connect(device, 2 * config.distributed.timeout)
+    if config.lora.init == "eva":
+        start_at_inputs(built.network, data.training_data.training, data.order, ranks)
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
     if not ranks.is_single_process and not ranks.all_equal(digest):
         raise RunError(

@@ -20,6 +20,7 @@ from lorafit.observe.visits import truncate_visits
 from lorafit.redact import shell
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import make_folder, read_facts, verify_folder
+from lorafit.training.eva import first_rows
 from lorafit.training.run import Result, resume_run, start_run
 
 
@@ -118,6 +119,8 @@ def _first_step(run: RunDirectory, config: Config, data: TrainingData, wanted: N
         last = min([last, *(step - 1 for step in steps.get("heldout", []))])
     order = row_order(config, data)
     indices = np.flatnonzero(np.isin(data.training.numbers, wanted))
+    if config.lora.init == "eva" and np.isin(first_rows(data.training, order), indices).any():
+        return 0  # the start has seen them
     return next((step for step in range(last) if np.isin(order.rows(step), indices).any()), last)
 
 
