@@ -21,6 +21,7 @@ READERS: dict[str, dict[str, tuple[str, ...]]] = {
     "data": {
         "train": ("train", "--model", "{model}", "--data", "{it}", "--output", "{out}", *SETTINGS),
         "plan": ("plan", "--model", "{model}", "--data", "{it}", *SETTINGS),
+        "studio": ("studio", "data", "{it}", "{model}", "{rows}"),
     },
     "template": {
         "train": ("train", *START, "data.template={it}"),
@@ -40,6 +41,7 @@ READERS: dict[str, dict[str, tuple[str, ...]]] = {
         "generate": ("generate", "{it}", "hi", *ASK),
         "runs": ("runs", "{it}"),
         "report": ("report", "{it}"),
+        "studio": ("studio", "run", "{it}"),
     },
     "prompts": {
         "generate": ("generate", "{model}", *ASK),
@@ -70,10 +72,12 @@ MORE_READERS: dict[str, dict[str, tuple[str, ...]]] = {
     "template": {
         "check": ("check", *WITHOUT_RUN, "data.template={it}", "--json"),
         "show": ("show", *WITHOUT_RUN, "data.template={it}", "--row", "1"),
+        "studio": ("studio", "template", "{it}", "{model}", "{rows}"),
     },
     "model": {
         "check": ("check", "--model", "{it}", "--data", "{rows}", *SETTINGS, "--json"),
         "chat": ("chat", "{it}", *ASK),
+        "studio": ("studio", "model", "{it}", "{model}", "{rows}"),
     },
     "adapter": {
         "chat": ("chat", "{it}", *ASK),
@@ -91,7 +95,7 @@ LIKE = {
 }  # fmt: skip
 
 # These show of a run what they can, and need not refuse one that is damaged.
-SHOWING = frozenset({"runs", "report"})
+SHOWING = frozenset({"runs", "report", "studio"})
 # These end well where nothing is asked, or a question or a part is left out; `show` shows one row of many.
 PATIENT = frozenset({"chat", "show", "eval"})
 # These say what is wrong with what they could begin with on standard output.

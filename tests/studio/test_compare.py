@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
@@ -15,6 +16,7 @@ from tests.studio.pages import Studio
 
 from lorafit.cli.export import export
 from lorafit.studio import take_away, talk
+from lorafit.studio.setting_charts import Trial, setting_charts
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,49 @@ def test_chosen_runs_are_over_each_other_with_what_differs(studio: Studio) -> No
     assert "1.900" in page
     empty = studio.ask("/compare").text
     assert f'value="{ids["plain"]}"' in empty
+
+
+def test_three_runs_are_a_picture_of_what_differs(studio: Studio) -> None:
+    ids = studio.ids()
+    three = [ids["plain"], ids["sweep/trial-001"], ids["sweep/trial-002"]]
+    page = studio.ask("/compare", params={"run": three}).text
+    picture = page.partition('id="settings"')[2].partition("</section>")[0]
+    assert picture.count("<figure") == 1
+    assert re.findall(r'<text class="x" [^>]*>([^<]*)<', picture) == ["4", "16"]
+    assert picture.count('<path class="dots c') == 3
+    two = studio.ask("/compare", params={"run": three[:2]}).text
+    assert 'id="settings"' not in two
+
+
+def test_values_stand_in_order_and_the_line_joins_the_lowest() -> None:
+    values = ["1e-3", "2e-4", "16", "auto", "2e-4"]
+    losses = [3.0, 2.0, 1.0, 4.0, 9.0]
+    trials = [
+        Trial(str(index), "c0", loss, {"k": value, "same": f"x{value}"})
+        for index, (value, loss) in enumerate(zip(values, losses, strict=True))
+    ]
+    (chart,) = setting_charts(trials, ["k", "none", "same"])
+    assert [text for _, text in chart.x_labels] == ["2e-4", "1e-3", "16", "auto"]
+    heights = [float(point.split()[1]) for point in chart.paths[0][1][1:].split("L")]
+    assert sorted(heights, reverse=True) == [heights[index] for index in (2, 0, 1, 3)]
+    assert len(chart.paths) == 6
+
+
+def test_an_export_says_whether_it_was_verified(studio: Studio) -> None:
+    exports = studio.folder / "plain" / "exports"
+    for name, parity in (
+        ("good", '{"verified": true}'),
+        ("bad", '{"verified": 1, "why": "<b>no"}'),
+        ("none", "["),
+    ):
+        (exports / name).mkdir(parents=True)
+        (exports / name / "parity.json").write_text(parity)
+    (exports / "good" / "README.md").write_text("# A card <script>")
+    page = studio.ask(f"/runs/{studio.ids()['plain']}/export").text.partition('id="kinds"')[0]
+    assert page.count(">verified<") == page.count(">not verified<") == 1
+    assert "&lt;b&gt;no" in page
+    assert "# A card &lt;script&gt;" in page
+    assert "good verified, none" in " ".join(studio.ask(f"/compare?run={studio.ids()['plain']}").text.split())
 
 
 def test_a_sweep_is_compared_by_its_name(studio: Studio) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -171,3 +172,31 @@ def test_a_run_goes_to_the_bin_whole_and_not_while_it_trains(tmp_path: Path) -> 
     assert folder.scan() == {}
     with pytest.raises(RunError, match="no such run"):
         folder.run(name)
+
+
+def test_chosen_runs_go_to_the_bin_together_or_none_does(tmp_path: Path) -> None:
+    for name in ("one", "two", "three"):
+        write_run(tmp_path / name, 5)
+    studio = Studio(tmp_path)
+    ids = studio.ids()
+    with lock(tmp_path / "two" / "run.lock"):
+        refused = studio.ask("/bin", "POST", content=f"run={ids['one']}&run={ids['two']}")
+    assert (refused.status_code, sorted(studio.ids())) == (400, ["one", "three", "two"])
+    assert "is being trained" in refused.text
+    moved = studio.ask("/bin", "POST", content=f"run={ids['one']}&run={ids['three']}")
+    assert (moved.status_code, list(studio.ids())) == (200, ["two"])
+    assert len(list((tmp_path / ".studio" / "bin").iterdir())) == 2
+    assert studio.ask("/bin", "POST").status_code == 400
+
+
+def test_a_note_is_written_where_one_compares_and_leads_back_there(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 5)
+    studio = Studio(tmp_path)
+    (name,) = studio.ids().values()
+    studio.send(f"/runs/{name}/note", note="first <b>\nsecond")
+    page = studio.ask("/compare", params={"run": name}).text
+    (address,) = re.findall(r'action="(/runs/[^"]+/note[^"]*)"', page)
+    assert ">first &lt;b&gt;\nsecond</textarea>" in page
+    reply = studio.send(address.replace("&amp;", "&"), note="other")
+    assert reply.headers["location"] == f"/compare?run={name}"
+    assert studio.send(f"/runs/{name}/note?back=//evil.example", note="").headers["location"] == "/"

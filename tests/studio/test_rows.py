@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ from tests.tiny_models import write_model
 
 from lorafit.data.sources import find_sources
 from lorafit.studio import row_pages
-from lorafit.studio.row_pages import RowPages
+from lorafit.studio.row_pages import RowPages, make_room
+from lorafit.studio.row_turns import divided
 
 
 def write(path: Path, count: int, start: int = 0) -> Path:
@@ -76,6 +79,87 @@ def test_rows_are_shown_as_the_model_reads_them_and_found(tmp_path: Path) -> Non
     assert ("answer 2 " in chosen, "answer 58" in chosen, "answer 4 " in chosen) == (True, True, False)
 
 
+def test_the_next_studio_takes_the_rows_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = write(tmp_path / "rows.jsonl", 30)
+    first = pages_of(rows)
+    monkeypatch.setattr(row_pages, "read_file", lambda *_, **__: pytest.fail("the file is read again"))
+    again = pages_of(rows)
+    assert (again.num_rows, again.layouts, again.problems) == (30, first.layouts, [])
+    assert again.page(10, 5) == first.page(10, 5)
+    first.path.joinpath("000000.arrow").unlink()  # a part is lost: all are read
+    assert not again._is_known()
+
+
+def test_the_cache_keeps_what_was_looked_at_last(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("oldest", "used", "newer", "newest")]
+    for age, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / "000000.arrow").write_bytes(b"x" * 100)
+        os.utime(folder, (age, age))
+    make_room(tmp_path / "used", most=300)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["newer", "newest", "used"]
+    make_room(tmp_path / "used", most=10)
+    assert [path.name for path in tmp_path.iterdir()] == ["used"]
+
+
+def test_rows_of_no_format_are_shown_with_the_reason_and_their_columns(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"frage": "Wer?", "wort": ["Ich."]}\n')
+    page = Studio(tmp_path).ask("/data", params={"data.path": str(rows)}).text
+    assert "no format fits" in page
+    assert "[&#34;Ich.&#34;]" in page
+    assert page.count("<option>frage</option>") == page.count("data-column=") > 5
+
+
+THINKS = {
+    "messages": [
+        {"role": "user", "content": "<think> is no thought here"},
+        {
+            "role": "assistant",
+            "reasoning_content": "first",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {"a": 1}}}],
+        },
+        {"role": "tool", "name": "look", "content": "found"},
+        {"role": "assistant", "content": "second</think>It is <b>."},
+    ]
+}
+
+
+def test_thoughts_calls_and_results_stand_apart(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps(THINKS) + "\n")
+    page = Studio(tmp_path).ask("/data", params={"data.path": str(rows)}).text
+    parts = re.findall(r'<div class="part (\w+)">(?:<span[^>]*>[^<]*</span> )?([^<]*)</div>', page)
+    assert parts == [
+        ("text", "&lt;think&gt; is no thought here"),
+        ("thought", "first"),
+        ("call", "look({&#34;a&#34;: 1})"),
+        ("result", "look: found"),
+        ("thought", "second"),
+        ("text", "It is &lt;b&gt;."),
+    ]
+
+
+@given(text=st.lists(st.sampled_from(["<think>", "</think>", "<tool_call>", "</tool_call>", "x", " ", "\n"])))
+def test_a_divided_text_loses_nothing_but_marks_and_blanks(text: list[str]) -> None:
+    whole = "".join(text)
+    kept = "".join(part for _, part in divided(whole))
+    assert kept.count("x") == whole.count("x")
+
+
+def test_both_answers_of_a_preference_are_shown(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "which?", "chosen": "good", "rejected": "bad"}) + "\n")
+    studio, asked = Studio(tmp_path), {"data.path": str(rows)}
+    assert "train.method=dpo" in studio.ask("/data", params=asked).text
+    page = studio.ask("/data", params={**asked, "train.method": "dpo"}).text
+    turns = page.partition('<dl class="turns">')[2].partition("</dl>")[0]
+    assert re.findall(r"<dt>(\w+)</dt>", turns) == ["prompt", "chosen", "rejected"]
+
+
 def test_columns_can_be_given_by_hand(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"frage": "Wer?", "wort": "Ich."}\n')
@@ -105,6 +189,16 @@ def test_hostile_rows_are_text(tmp_path: Path) -> None:
     assert Structure.of(pages[0]).tags == Structure.of(pages[1]).tags
 
 
+_NONE = {"rows": 0, "total": 0, "trained": 0, "masked": 0, "truncated": 0}
+LEDGER = {
+    "num_rows": 20,
+    "trained": {"rows": 20, "total": 300, "trained": 100, "masked": 200, "truncated": 0},
+    "held_out": _NONE,
+    "dropped": {},
+    "lengths": {"mean": 15.0, "p50": 15, "p90": 19, "max": 19},
+}
+
+
 def test_verdicts_link_to_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lorafit.studio import data_page
 
@@ -120,13 +214,17 @@ def test_verdicts_link_to_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     async def only_one(request: object, kind: str, words: list[str]) -> tuple[int, str]:
         asked.append(words)
-        return 0, json.dumps({"verdicts": [verdict], "failed": False, "ledger": {"num_rows": 20}}) + "\n"
+        lengths = {"edges": [0, 10, 20], "training": [2, 18]}
+        checked = {"verdicts": [verdict], "failed": False, "ledger": LEDGER, "lengths": lengths}
+        return 0, json.dumps(checked) + "\n"
 
     monkeypatch.setattr(data_page, "only_one", only_one)
     rows = write(tmp_path / "rows.jsonl", 3)
     page = Studio(tmp_path).ask("/data/check", params={"data.path": str(rows)}).text
     assert "rows=3,17#rows" in page
     assert "2 &lt;b&gt;rows" in page
+    assert page.count('<rect class="train"') == 4, "rows, tokens, and two lengths"
+    assert "Rows by their length in tokens: 20 rows" in page
     assert asked == [["check", "--data-only", "--json", "--data", str(rows)]]
 
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 import string
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 import lorafit.studio
+from lorafit.config.guide import GUIDE
+from lorafit.config.schema import keys
+from lorafit.studio.schema_form import FIRST
 from lorafit.studio.texts import LANGUAGES, chosen, table
 
 FOLDER = Path(lorafit.studio.__file__).parent
@@ -23,10 +27,27 @@ def test_all_languages_have_the_same_keys_and_values() -> None:
     tables = {language: table(language) for language in LANGUAGES}
     assert list(tables) == ["en", "ko"]
     for language, texts in tables.items():
-        assert texts.keys() == tables["en"].keys(), language
+        assert texts.keys() - of_schema(texts) == tables["en"].keys() - of_schema(tables["en"]), language
         for key, text in texts.items():
             assert text.strip(), (language, key)
-            assert values_of(text) == values_of(tables["en"][key]), (language, key)
+            assert values_of(text) == values_of(tables["en"].get(key, key)) or key in of_schema(texts), (
+                language,
+                key,
+            )
+
+
+def of_schema(texts: Mapping[str, str]) -> set[str]:
+    """The texts about keys of the schema. Where one is missing, the page has the schema's own."""
+    return {key for key in texts if key.startswith(("help ", "usual ", "field "))}
+
+
+def test_the_keys_that_matter_first_have_their_texts_in_each_language() -> None:
+    for language in LANGUAGES:
+        texts = table(language)
+        known = {name.partition(" ")[2] for name in of_schema(texts)}
+        assert known <= set(keys()), language
+        assert {f"field {key}" for key in FIRST} <= of_schema(texts)
+    assert {f"help {key}" for key in FIRST} | {f"usual {key}" for key in GUIDE} <= of_schema(table("ko"))
 
 
 def test_every_text_that_a_page_asks_for_exists_and_each_is_asked_for() -> None:
@@ -36,9 +57,9 @@ def test_every_text_that_a_page_asks_for_exists_and_each_is_asked_for() -> None:
         re.findall(r'"(nav\.\w+)"', pages)
     )
     starts = set(re.findall(r't\("([\w.]+\.)" ~', pages))
-    keys = {key for key in table("en") if not key.startswith("= ")}
-    assert whole - keys == set()
-    assert {key for key in keys - whole if not key.startswith(tuple(starts))} == set()
+    listed = {key for key in table("en") if not key.startswith("= ")} - of_schema(table("en"))
+    assert whole - listed == set()
+    assert {key for key in listed - whole if not key.startswith(tuple(starts))} == set()
 
 
 def test_names_of_the_report_are_translated() -> None:

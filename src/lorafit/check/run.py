@@ -18,6 +18,7 @@ from lorafit.config.schema import Config
 from lorafit.data.build import TrainingData, build_data, row_order, sizes_of, sources_of
 from lorafit.data.ledger import Ledger
 from lorafit.data.row_index import RowIndex
+from lorafit.data.row_preview import histogram
 from lorafit.errors import CheckResult
 from lorafit.hub.client import PICKLES, tokenizer_folder
 from lorafit.model.architecture import read_architecture
@@ -41,6 +42,7 @@ class Checked:
             "verdicts": [verdict.as_dict() for verdict in self.verdicts],
             "failed": any(verdict.verdict == "fail" for verdict in self.verdicts),
             "ledger": self.ledger.to_json() if self.ledger else None,
+            "lengths": None if self.lengths is None else histogram({"training": self.lengths}),
         }
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from lorafit.data.token_dataset import RowFacts, TokenDataset
+if TYPE_CHECKING:  # a page that shows a ledger renders no rows
+    from lorafit.data.token_dataset import RowFacts, TokenDataset
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,8 @@ class Ledger:
 
         An AssertionError means that a row is in no bucket or in two: a bug of ours.
         """
+        from lorafit.data.token_dataset import RowFacts
+
         held_out = trained.take(np.array([], dtype=np.int64)) if held_out is None else held_out
         dropped = trained.dropped if dropped is None else dropped
         parts = [np.unique(trained.numbers), np.unique(held_out.numbers), *dropped.values()]

@@ -216,17 +216,19 @@ def excerpt(
     """
     order = np.argsort(training.lengths, kind="stable")
     chosen = dict.fromkeys([*range(min(2, len(order))), int(order[len(order) // 2]), int(order[-1])])
-    lengths = {"training": training.lengths, "heldout": heldout.lengths}
-    longest = max(int(values.max(initial=0)) for values in lengths.values())
     return {
-        "lengths": histogram(lengths, -(-(longest + 1) // NUM_BINS)),
+        "lengths": histogram({"training": training.lengths, "heldout": heldout.lengths}),
         "rows": [shown_row(training, index, tokenizer, place(index)) for index in chosen],
     }
 
 
-def histogram(lengths: Mapping[str, NDArray[np.int32]], width: int) -> dict[str, list[int]]:
-    """Rows in bins of equal width: bin i holds lengths from `edges[i]` to below `edges[i + 1]`."""
+def histogram(lengths: Mapping[str, NDArray[np.int32]], width: int = 0) -> dict[str, list[int]]:
+    """Rows in bins of equal width: bin i holds lengths from `edges[i]` to below `edges[i + 1]`.
+
+    Without a width there are about NUM_BINS.
+    """
     longest = max(int(values.max(initial=0)) for values in lengths.values())
+    width = width or -(-(longest + 1) // NUM_BINS)
     edges = np.arange(0, longest + 1 + width, width)
     counts = {name: np.histogram(values, edges)[0].tolist() for name, values in lengths.items()}
     return {"edges": edges.tolist(), **counts}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorafit.data.contract import begins_with
-from lorafit.data.ledger import Tokens
+from lorafit.data.ledger import Ledger, Tokens
 from lorafit.observe.metrics_file import number, series
 from lorafit.observe.units import memory_size
 from lorafit.redact import shell, without_secrets
@@ -130,8 +130,13 @@ def answers(facts: Facts) -> list[dict[str, Any]]:
 
 def data(facts: Facts) -> dict[str, Any] | None:
     """The ledger, whose sums close, and a histogram of the rows' lengths."""
+    return account(facts.ledger, facts.rows.get("lengths"))
+
+
+def account(ledger: Ledger | None, lengths: object) -> dict[str, Any] | None:
+    """As `data`, of a ledger and of lengths in bins (`row_preview.histogram`)."""
     accounts, histogram = [], None
-    if (ledger := facts.ledger) is not None:
+    if ledger is not None:
         buckets = [
             ("trained", "train", ledger.trained.rows),
             ("held out", "held", ledger.held_out.rows),
@@ -149,13 +154,14 @@ def data(facts: Facts) -> dict[str, Any] | None:
         accounts.append(_token_account("Tokens of the trained rows", ledger.trained))
         if ledger.held_out.rows:
             accounts.append(_token_account("Tokens of the held-out rows", ledger.held_out))
-    lengths = facts.rows.get("lengths")
     if isinstance(lengths, Mapping):
-        edges, training, heldout = (_numbers(lengths.get(key)) for key in ("edges", "training", "heldout"))
+        parts = (("trained", "train", "training"), ("held out", "held", "heldout"))
         counts = [
-            ("trained", "train", [int(count) for count in training]),
-            ("held out", "held", [int(count) for count in heldout]),
+            (name, style, [int(count) for count in _numbers(lengths[key])])
+            for name, style, key in parts
+            if key in lengths
         ]
+        edges = _numbers(lengths.get("edges"))
         histogram = plot.histogram("Rows by their length in tokens", edges, counts)
     return {"accounts": accounts, "lengths": histogram} if accounts or histogram else None
 

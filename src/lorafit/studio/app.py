@@ -26,7 +26,7 @@ from lorafit.studio.jobs import Jobs
 from lorafit.studio.live import LiveRuns, Summaries
 from lorafit.studio.texts import LANGUAGES
 from lorafit.studio.watch import Watcher
-from lorafit.studio.web import HEADERS, HERE, LANGUAGE_COOKIE, html, problems_page, seen
+from lorafit.studio.web import HEADERS, HERE, LANGUAGE_COOKIE, html, local, problems_page, seen
 
 OPEN = "/open"  # the one address that takes the token itself, and gives the cookie
 _BUG = Problem(
@@ -122,8 +122,7 @@ async def _static(request: Request) -> Response:
 
 async def _language(request: Request) -> Response:
     to = request.query_params.get("to", "")
-    back = request.query_params.get("back", "/")
-    reply = seen(back if back.startswith("/") and not back.startswith(("//", "/\\")) else "/")
+    reply = seen(local(request.query_params.get("back", "/")))
     if to in LANGUAGES:
         reply.set_cookie(LANGUAGE_COOKIE, to, max_age=_YEAR, httponly=True, samesite="strict", path="/")
     return reply

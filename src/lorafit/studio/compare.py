@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,11 +16,11 @@ from starlette.routing import Route
 
 from lorafit.errors import LorafitError
 from lorafit.run_dir import RunDirectory
-from lorafit.storage.safe_read import read_json
-from lorafit.studio.folder import Folder
+from lorafit.storage.safe_read import read_json, read_text
+from lorafit.studio.folder import Folder, note_of
 from lorafit.studio.web import html
 
-MOST_RUNS, MOST_PROMPTS, COLOURS = 24, 20, 9
+MOST_RUNS, MOST_PROMPTS, MOST_EXPORTS, COLOURS = 24, 20, 20, 9
 SWEEP = "sweep.json"
 _MAX_JSON = 2_000_000
 
@@ -33,7 +34,24 @@ class Compared:
     style: str
     facts: Any
     keys: Mapping[str, str]
-    exports: Sequence[tuple[str, str]]  # (name, verdict of its parity)
+    exports: Sequence[Exported]
+    note: str
+
+    @property
+    def loss(self) -> float | None:
+        """The lowest held-out loss, else the last training loss."""
+        summary = self.facts.summary
+        return summary.loss if summary.heldout_loss is None else summary.heldout_loss  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """An export of a run: whether its file of parity says verified (None: no file), why not, and its card."""
+
+    name: str
+    verified: bool | None = None
+    text: str = ""
+    card: str = ""
 
 
 def keys_of(run: RunDirectory) -> dict[str, str]:
@@ -41,9 +59,17 @@ def keys_of(run: RunDirectory) -> dict[str, str]:
     with suppress(LorafitError):
         config = run.config().model_dump(mode="json")
         return {
-            f"{section}.{key}": str(value) for section, held in config.items() for key, value in held.items()
+            f"{section}.{key}": _text(value)
+            for section, held in config.items()
+            for key, value in held.items()
         }
     return {}
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def differing(runs: Sequence[Compared]) -> list[tuple[str, list[str]]]:
@@ -54,7 +80,7 @@ def differing(runs: Sequence[Compared]) -> list[tuple[str, list[str]]]:
 
 
 def answers(runs: Sequence[Compared]) -> list[dict[str, Any]]:
-    """The prompts of all runs, each with its right answer, the base's, and the answer of each run ("" for none)."""
+    """The prompts of all runs, each with its right answer, the base's, and the answer of each run (None: not asked)."""
     found: dict[str, dict[str, Any]] = {}
     for index, run in enumerate(runs):
         for sample in run.facts.samples:
@@ -65,20 +91,24 @@ def answers(runs: Sequence[Compared]) -> list[dict[str, Any]]:
             )
             entry["base"] = entry["base"] or (str(base.get("text", "")) if isinstance(base, dict) else "")
             tuned = sample.get("tuned")
-            entry.setdefault("runs", [""] * len(runs))[index] = (
+            entry.setdefault("runs", [None] * len(runs))[index] = (
                 str(tuned.get("text", "")) if isinstance(tuned, dict) else ""
             )
     return list(found.values())[:MOST_PROMPTS]
 
 
-def exports_of(run: RunDirectory) -> list[tuple[str, str]]:
-    """(name, verdict) of the exports in a run directory."""
+def exports_of(run: RunDirectory) -> list[Exported]:
+    """The exports in a run directory, at most MOST_EXPORTS."""
     found = []
-    for path in sorted(run.exports.glob("*/"))[:20]:
-        verdict = ""
-        with suppress(OSError, ValueError, AttributeError):
-            verdict = str(read_json(path / "parity.json", _MAX_JSON).get("verdict", ""))
-        found.append((path.name, verdict))
+    for path in sorted(run.exports.glob("*/"))[:MOST_EXPORTS]:
+        verified, text, card = None, "", ""
+        with suppress(OSError, ValueError):
+            parity = read_json(path / "parity.json", _MAX_JSON)
+            if isinstance(parity, dict):
+                verified, text = parity.get("verified") is True, str(parity.get("why", ""))
+        with suppress(OSError, ValueError):
+            card = read_text(path / "README.md", _MAX_JSON)
+        found.append(Exported(path.name, verified, text, card))
     return found
 
 
@@ -92,12 +122,19 @@ def sweeps_of(folder: Folder) -> dict[str, tuple[str, list[str]]]:
     return found
 
 
+def _heldout(facts: Any) -> list[tuple[float, float]]:
+    """The held-out losses; that of the base comes first."""
+    base, points = facts.summary.base_loss, facts.series("heldout", "loss")
+    return points if base is None or not points or points[0][0] == 0 else [(0, base), *points]
+
+
 async def _compare(request: Request) -> Response:
     return html(request, "compare.html", **await asyncio.to_thread(_content, request))
 
 
 def _content(request: Request) -> dict[str, Any]:
     from lorafit.report.plot import Line, line_chart, smoothed
+    from lorafit.studio.setting_charts import Trial, setting_charts
 
     state = request.app.state
     folder: Folder = state.folder
@@ -111,10 +148,12 @@ def _content(request: Request) -> dict[str, Any]:
         run = folder.run(name)
         facts = state.live.of(run).facts()
         shown = folder.name_of(run)
-        runs.append(Compared(name, shown, f"c{index % COLOURS}", facts, keys_of(run), exports_of(run)))
+        runs.append(
+            Compared(name, shown, f"c{index % COLOURS}", facts, keys_of(run), exports_of(run), note_of(run))
+        )
     charts = []
     for title, points in (
-        ("Held-out loss", lambda facts: facts.series("heldout", "loss")),
+        ("Held-out loss", _heldout),
         ("Training loss, smoothed", lambda facts: smoothed(facts.steps.curves["loss"].means(), 20)),
         ("Gradient norm", lambda facts: smoothed(facts.steps.curves["grad_norm"].means(), 20)),
         ("Learning rate", lambda facts: facts.steps.curves["learning_rate"].points()),
@@ -124,11 +163,14 @@ def _content(request: Request) -> dict[str, Any]:
         if chart := line_chart(title, lines, lambda value: f"{value:.3g}", tall=dots):
             charts.append(chart)
     known = [(name, folder.name_of(run)) for name, run in folder.known().items()]
+    differ = differing(runs)
+    trials = [Trial(run.name, run.style, run.loss, run.keys) for run in runs if run.loss is not None]
     return {
         "runs": runs,
         "known": known,
         "charts": charts,
-        "differing": differing(runs),
+        "differing": differ,
+        "settings": setting_charts(trials, [key for key, _ in differ]),
         "answers": answers(runs),
         "sweeps": sweeps,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import secrets
 from collections import OrderedDict
@@ -20,12 +21,12 @@ from lorafit.errors import ConfigError, LorafitError
 from lorafit.redact import shell
 from lorafit.storage.atomic import make_folder
 from lorafit.storage.safe_read import parse_json
-from lorafit.studio.schema_form import overrides_of
+from lorafit.studio.schema_form import field_of, overrides_of
 from lorafit.studio.start import only_one
 from lorafit.studio.web import html, number_in
 
 PER_PAGE, MOST_OPEN, FIRST_SECONDS = 20, 4, 5.0
-KEYS = (
+KEYS = (  # after the format, fields of the form as they are
     "model.name",
     "data.path",
     "data.format",
@@ -33,6 +34,7 @@ KEYS = (
     "data.split",
     "data.template",
     "data.train_on",
+    "train.method",
 )
 UPLOADS = "uploads"
 _FILE = re.compile(r"[\w][\w. -]{0,120}\.(json|jsonl|ndjson|csv|tsv|parquet|arrow|txt|md)(\.gz|\.zst)?")
@@ -54,7 +56,8 @@ async def _data(request: Request) -> Response:
         except LorafitError as error:
             shown["problems"] = error.problems
     values = {key: query.get(key, "") for key in KEYS}
-    return html(request, "data.html", values=values, query=query, formats=_formats(), **shown)
+    fields = [field_of(key) for key in KEYS[3:]]
+    return html(request, "data.html", values=values, query=query, formats=_formats(), fields=fields, **shown)
 
 
 def _formats() -> list[str]:
@@ -65,6 +68,8 @@ def _formats() -> list[str]:
 
 def _content(request: Request) -> dict[str, Any]:
     from lorafit.data.build import sources_of
+    from lorafit.data.columns import TEXT_FIELDS
+    from lorafit.data.row_fields import CONVERSATIONS
 
     query, state = request.query_params, request.app.state
     config = _config(query)
@@ -79,13 +84,17 @@ def _content(request: Request) -> dict[str, Any]:
     elif query.get("rows"):
         found = [int(number) - 1 for number in re.findall(r"\d{1,12}", query["rows"])[:1000]]
     raw = pages.page(first, PER_PAGE) if found is None else pages.rows(found[first : first + PER_PAGE])
+    rows = _views(config, pages, raw)
     return {
         "pages": pages,
         "layouts": [(sources.files[index].name, layout) for index, layout in sorted(pages.layouts.items())][
             :20
         ],
         "left_out": sources.left_out,
-        "rows": _views(config, pages, raw),
+        "rows": rows,
+        "columns": list(dict.fromkeys(name for row in rows for name, _ in row["fields"] if name))[:50],
+        "by_hand": config.data.columns,
+        "fields": (*TEXT_FIELDS, *CONVERSATIONS[:1], "chosen", "rejected"),
         "has_model": config.model.name != "none",
         "found": found,
         "first": first,
@@ -98,7 +107,7 @@ def _open_pages(known: OrderedDict[str, Any], sources: Any) -> Any:
     from lorafit.studio.row_pages import RowPages, digest_of
 
     key = digest_of(sources)
-    if key not in known:
+    if key not in known or not known[key].path.is_dir():
         known[key] = RowPages(sources)
     known.move_to_end(key)
     while len(known) > MOST_OPEN:
@@ -107,7 +116,9 @@ def _open_pages(known: OrderedDict[str, Any], sources: Any) -> Any:
 
 
 def _views(config: Config, pages: Any, raw: list[Any]) -> list[dict[str, Any]]:
-    """Each row with its text by the model where there is one, its fields, and what is wrong with it."""
+    """Each row with its text by the model where there is one, its turns, its fields, and what is wrong with it."""
+    from lorafit.studio.row_turns import is_divided, turns_of
+
     renderer = None
     if config.model.name != "none":
         from lorafit.data.build import make_renderer
@@ -117,27 +128,42 @@ def _views(config: Config, pages: Any, raw: list[Any]) -> list[dict[str, Any]]:
         model = config.model
         base = tokenizer_folder(model.name, revision=model.revision, offline=config.run.offline)
         renderer = make_renderer(config, Tokenizer.from_folder(base.path))
-    views = []
+    views: list[dict[str, Any]] = []
     for row in raw:
-        view: dict[str, Any] = {
-            "number": row.number + 1,
-            "place": row.place,
-            "view": None,
-            "problem": "",
-            "fields": [],
-        }
-        value = {} if row.fault else parse_json(row.text)
-        view["fields"] = list(value.items())[:50] if isinstance(value, dict) else [("", value)]
+        views.append(
+            view := {
+                "number": row.number + 1,
+                "place": row.place,
+                "view": None,
+                "problem": "",
+                "fields": _fields(row),
+                "turns": [],
+                "is_divided": False,
+            }
+        )
         try:
+            if row.file not in pages.layouts and not row.fault:
+                continue  # the page says why it has no layout
             read = pages.row(row)
+            view["turns"] = turns_of(read.content)
+            view["is_divided"] = is_divided(view["turns"])
             if renderer is not None:
                 from lorafit.data.row_preview import view_row
 
                 view["view"] = view_row(renderer, read)
         except LorafitError as error:
             view["problem"] = str(error.problems[0].message)
-        views.append(view)
     return views
+
+
+def _fields(row: Any) -> list[tuple[str, str]]:
+    """The fields of a raw row, texts as they are and the rest as JSON."""
+    value = {} if row.fault else parse_json(row.text)
+    pairs = list(value.items())[:50] if isinstance(value, dict) else [("", value)]
+    return [
+        (name, item if isinstance(item, str) else json.dumps(item, ensure_ascii=False))
+        for name, item in pairs
+    ]
 
 
 async def _check(request: Request) -> Response:
@@ -156,11 +182,20 @@ async def _check(request: Request) -> Response:
     line = next((line for line in text.splitlines() if line.startswith("{")), "")
     try:
         checked = parse_json(line)
-        verdicts, ledger = checked["verdicts"], checked.get("ledger")
+        verdicts, shown = checked["verdicts"], _account(checked)
     except (ValueError, KeyError, TypeError):
         return html(request, "plan.html", code=2, text=text)
     command = shell("lorafit", *(word for word in words if word != "--json"))
-    return html(request, "verdicts.html", verdicts=verdicts, ledger=ledger, command=command, query=query)
+    return html(request, "verdicts.html", verdicts=verdicts, account=shown, command=command, query=query)
+
+
+def _account(checked: Mapping[str, Any]) -> Any:
+    """The ledger and the lengths of checked rows as the report shows them, None without a model."""
+    from lorafit.data.ledger import Ledger
+    from lorafit.report.sections import account
+
+    ledger = checked.get("ledger")
+    return account(Ledger.from_json(ledger) if ledger else None, checked.get("lengths"))
 
 
 async def _upload(request: Request) -> Response:

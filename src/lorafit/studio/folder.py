@@ -54,12 +54,16 @@ class Folder:
             return visible(str(run.path.relative_to(self.path)))
         return visible(str(run.path))
 
-    def bin(self, run: RunDirectory) -> Path:
-        """Move a run that no process writes to the bin, below the folder; returns its new place. Raises RunError."""
+    def check_free(self, run: RunDirectory) -> None:
+        """Raise RunError where a run cannot go to the bin."""
         if is_locked(run.lock_file):
             raise RunError("the run is being trained", place=str(run.path), hint="stop it first")
         if run.path == self.path:
             raise RunError("the folder of the studio is this run itself", place=str(run.path))
+
+    def bin(self, run: RunDirectory) -> Path:
+        """Move a run that no process writes to the bin, below the folder; returns its new place. Raises RunError."""
+        self.check_free(run)
         target = self.path / OWN / "bin" / f"{run.path.name}-{time.time_ns()}"
         with run_error("cannot move the run to the bin", run.path):
             make_folder(target.parent)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from lorafit.observe.metrics_file import number
 from lorafit.observe.run_summary import Overview, Summary, summarize
-from lorafit.report.run_data import Facts, Metrics, read_facts
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import identity
 from lorafit.storage.safe_read import read_new
+
+if TYPE_CHECKING:  # the report's modules load with the first page of a run
+    from lorafit.report.run_data import Facts
 
 MOST_LIVE = 16  # runs whose curves stay in memory
 
@@ -25,12 +28,16 @@ class LiveRun:
         self._begin()
 
     def _begin(self) -> None:
+        from lorafit.report.run_data import Metrics
+
         self._file: tuple[int, int] | None = None
         self._read = 0
         self._metrics, self._overview = Metrics(), Overview()
 
     def facts(self) -> Facts:
         """The facts of the run now. Raises RunError."""
+        from lorafit.report.run_data import read_facts
+
         with self._lock:
             self._refresh()
             return read_facts(self.run, self._metrics, summarize(self.run, self._overview))

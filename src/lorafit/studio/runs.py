@@ -16,7 +16,7 @@ from lorafit.redact import shell
 from lorafit.run_dir import RunDirectory
 from lorafit.studio.folder import Folder, note_of, signs, write_note
 from lorafit.studio.jobs import Jobs, stop_run
-from lorafit.studio.web import form, html, number_in, seen
+from lorafit.studio.web import form, html, listed, local, number_in, seen
 
 SMOOTH = {"none": 0, "little": 90, "usual": 30, "much": 10}  # parts of a line; 0 draws the points alone
 DEMO = "demo"
@@ -75,6 +75,7 @@ async def _run(request: Request) -> Response:
             "report": ("report", run.path),
             "eval": ("eval", run.path),
             "serve": ("serve", run.path),
+            "rows": ("rows", run.path),
         }.items()
     }
     return html(
@@ -146,13 +147,19 @@ async def _resume(request: Request) -> Response:
 async def _note(request: Request) -> Response:
     fields = await form(request)
     await asyncio.to_thread(write_note, run_of(request), fields.get("note", ""))
-    return seen(f"/runs/{request.path_params['run']}")
+    return seen(local(request.query_params.get("back", f"/runs/{request.path_params['run']}")))
 
 
 async def _bin(request: Request) -> Response:
+    """Move the runs of the form to the bin, each or none: one that trains is refused before."""
     folder: Folder = request.app.state.folder
-    target = await asyncio.to_thread(folder.bin, run_of(request))
-    return html(request, "binned.html", target=str(target))
+    runs = [folder.run(name) for name in dict.fromkeys(await listed(request, "run"))]
+    if not runs:
+        raise RunError("no run is chosen", hint="choose the runs to move")
+    for run in runs:
+        folder.check_free(run)
+    targets = [await asyncio.to_thread(folder.bin, run) for run in runs]
+    return html(request, "binned.html", targets=targets)
 
 
 async def _job(request: Request) -> Response:
@@ -186,7 +193,7 @@ ROUTES = [
     Route("/runs/{run}/stop", _stop, methods=["POST"]),
     Route("/runs/{run}/resume", _resume, methods=["POST"]),
     Route("/runs/{run}/note", _note, methods=["POST"]),
-    Route("/runs/{run}/bin", _bin, methods=["POST"]),
+    Route("/bin", _bin, methods=["POST"]),
     Route("/jobs/{job}", _job),
     Route("/jobs/{job}/stop", _stop_job, methods=["POST"]),
     Route("/jobs/{job}/forget", _forget_job, methods=["POST"]),

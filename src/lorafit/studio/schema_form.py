@@ -48,6 +48,11 @@ def form_fields() -> dict[str, list[FormField]]:
     return groups
 
 
+def field_of(key: str) -> FormField:
+    """The field of a key."""
+    return next(field for field in _fields() if field.key == key)
+
+
 def texts_of(values: Mapping[str, Any]) -> dict[str, str]:
     """Nested values of a recipe as the texts of the form's inputs, by key; what it does not have is left out."""
     texts = {}
@@ -144,5 +149,11 @@ def _input(kind: str, choices: tuple[str, ...]) -> Input:
 
 def _bounds(schema: Mapping[str, Any]) -> str:
     parts = [schema, *schema.get("anyOf", ())]
-    found = [f"{sign} {part[name]:g}" for part in parts for name, sign in _BOUNDS.items() if name in part]
+    found = [
+        f"{sign} {_number(part[name])}" for part in parts for name, sign in _BOUNDS.items() if name in part
+    ]
     return ", ".join(dict.fromkeys(found))
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else f"{value:g}"

@@ -11,9 +11,8 @@ import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import httpx
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -24,7 +23,10 @@ from lorafit.run_dir import RunDirectory
 from lorafit.serve.listening import TOKEN_VARIABLE
 from lorafit.storage.safe_read import parse_json
 from lorafit.studio.folder import Folder
-from lorafit.studio.web import form, html, seen
+from lorafit.studio.web import form, html, listed, seen
+
+if TYPE_CHECKING:
+    import httpx
 
 MOST_RUNS = 8
 TASKS = "tasks.jsonl"
@@ -77,9 +79,7 @@ def _with_adapter(folder: Folder) -> list[tuple[str, str]]:
 
 async def _open(request: Request) -> Response:
     state = request.app.state
-    body = (await request.body()).decode(errors="replace")
-    names = [part.partition("=")[2] for part in body.split("&") if part.startswith("run=")]
-    names = list(dict.fromkeys(names))[:MOST_RUNS]
+    names = list(dict.fromkeys(await listed(request, "run")))[:MOST_RUNS]
     if not names:
         raise ConfigError("no run is chosen", hint="choose one or more runs of the same base model")
     runs: list[RunDirectory] = [state.folder.run(name) for name in names]
@@ -100,6 +100,8 @@ async def _open(request: Request) -> Response:
 
 async def _read(server: Server) -> None:
     """Read what the server prints: its address, and why it ends."""
+    import httpx
+
     assert server.process.stdout is not None
     while line := await server.process.stdout.readline():
         text = printable(line.decode(errors="replace"))
@@ -117,6 +119,8 @@ async def _read(server: Server) -> None:
 
 
 def _client(server: Server) -> httpx.AsyncClient:
+    import httpx
+
     headers = {"Authorization": f"Bearer {server.token}"}
     return httpx.AsyncClient(base_url=server.url, headers=headers, timeout=600, trust_env=False)
 
@@ -153,6 +157,8 @@ async def _answer(request: Request) -> Response:
 
 
 async def _stream(server: Server, asked: dict[str, Any]) -> AsyncIterator[bytes]:
+    import httpx
+
     try:
         async with _client(server) as client, client.stream("POST", "/chat/completions", json=asked) as reply:
             if reply.status_code != 200:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from jinja2 import Environment
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
@@ -45,9 +46,17 @@ def _environment(language: str) -> Environment:
     def named(name: object) -> str:
         return texts.get(f"= {name}", str(name))
 
-    made = environment(HERE / "templates", t=text, _=named, language=language, languages=LANGUAGES)
-    made.filters["duration"] = duration
+    def told(kind: str, key: str, english: str) -> str:
+        return texts.get(f"{kind} {key}", english)
+
+    made = environment(HERE / "templates", t=text, _=named, told=told, language=language, languages=LANGUAGES)
+    made.filters |= {"duration": duration, "ticks": _ticks}
     return made
+
+
+def _ticks(text: str) -> Markup:
+    """What stands between backticks as code."""
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704 (it is escaped)
 
 
 def language_of(request: Request) -> str:
@@ -84,9 +93,20 @@ async def form(request: Request) -> Fields:
     return dict(parse_qsl(body, keep_blank_values=True, max_num_fields=1000))
 
 
+async def listed(request: Request, name: str) -> list[str]:
+    """The values of a field of a form that may have several."""
+    body = (await request.body()).decode(errors="replace")
+    return [value for key, value in parse_qsl(body, max_num_fields=1000) if key == name]
+
+
 def seen(target: str) -> RedirectResponse:
     """To another page after a change, so that a reload does not repeat it."""
     return RedirectResponse(target, 303)
+
+
+def local(address: str) -> str:
+    """An address of the studio itself, its first page where `address` is none."""
+    return address if address.startswith("/") and not address.startswith(("//", "/\\")) else "/"
 
 
 def number_in(values: Mapping[str, str], name: str, default: float) -> float:

@@ -109,10 +109,10 @@
     document.addEventListener("dblclick", (event) => { if (event.target.closest?.(".plot")) whole(); });
   }
 
-  // Tables: sort and filter.
+  // Tables: sort and filter; lists of choices: filter.
   const filter = (input) => {
     const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
-    for (const row of all("tbody tr", one(input.dataset.filter) ?? document.createElement("table"))) {
+    for (const row of all("tbody tr, label", one(input.dataset.filter) ?? document.createElement("table"))) {
       const text = row.textContent.toLowerCase();
       row.hidden = !words.every((word) => text.includes(word));
     }
@@ -195,6 +195,19 @@
     if (one("#recipe").textContent) plan(one("#recipe").textContent);
   }
 
+  // A form whose answer may take long says so. Columns that are chosen become the text that the form sends.
+  document.addEventListener("submit", (event) => {
+    const place = event.target.dataset.busy && one("[role=status]", event.target);
+    if (place) { place.textContent = event.target.dataset.busy; place.hidden = false; }
+  });
+  document.addEventListener("change", (event) => {
+    const columns = event.target.closest?.("[data-columns]");
+    if (!columns) return;
+    const chosen = all("select", columns).filter((select) => select.value);
+    const pairs = chosen.map((select) => select.dataset.column + ": " + JSON.stringify(select.value));
+    document.getElementsByName("data.columns")[0].value = pairs.length ? "{" + pairs.join(", ") + "}" : "";
+  });
+
   // Data: a dropped file goes in parts that the studio accepts.
   const drop = one("[data-drop]");
   if (drop) {
@@ -225,6 +238,31 @@
 
   // Talk: one column per model, each with its own conversation.
   const threads = new Map();
+  const MARKED = /<think>([^]*?)(?:<\/think>|$)|<tool_call>([^]*?)(?:<\/tool_call>|$)/g; // as in row_turns.py
+  const show = (place, whole, names) => {
+    const text = whole.includes("</think>") && !whole.split("</think>")[0].includes("<think>") ? "<think>" + whole : whole;
+    const put = (kind, said) => {
+      if (!said.trim()) return;
+      const part = document.createElement("div");
+      part.className = "part " + kind;
+      if (kind !== "text") {
+        const badge = part.appendChild(document.createElement("span"));
+        badge.className = "badge small";
+        badge.textContent = names[kind];
+        part.append(" ");
+      }
+      part.append(said.trim());
+      place.append(part);
+    };
+    place.replaceChildren();
+    let start = 0;
+    for (const match of text.matchAll(MARKED)) {
+      put("text", text.slice(start, match.index));
+      if (match[1] === undefined) put("call", match[2]); else put("thought", match[1]);
+      start = match.index + match[0].length;
+    }
+    put("text", text.slice(start));
+  };
   const answer = async (model, form, place) => {
     const thread = threads.get(model) ?? [];
     const system = form.system.value.trim();
@@ -247,10 +285,11 @@
         const event = JSON.parse(line.slice(6));
         if (event.error) { failed(event.error.message); return; }
         text += event.choices?.[0]?.delta?.content ?? "";
-        place.textContent = text;
+        show(place, text, form.dataset);
       }
     }
     place.classList.remove("busy");
+    if (!text.trim()) { place.className = "empty"; place.textContent = form.dataset.nothing; }
     threads.set(model, [...thread, question, { role: "assistant", content: text }]);
   };
   document.addEventListener("submit", async (event) => {
