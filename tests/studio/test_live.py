@@ -58,8 +58,8 @@ def test_only_new_lines_are_read_and_a_replaced_file_from_its_start(
     run, reads = RunDirectory(whole), []
     original = live.read_new
 
-    def read_new(path: Path, start: int) -> bytes:
-        block = original(path, start)
+    def read_new(path: Path, start: int, most: int) -> bytes:
+        block = original(path, start, most)
         reads.append((start, len(block)))
         return block
 
@@ -143,12 +143,47 @@ def test_a_million_steps_stay_quick(tmp_path: Path) -> None:
     run = RunDirectory(write_run(tmp_path / "run", 9_000))
     reader = LiveRun(run)
     reader.facts()
-    before = reader._read
+    before = reader._growing._read
     with run.metrics_file.open("ab") as file:
         file.write(run.metrics_file.read_bytes().splitlines(keepends=True)[-5])
     facts = reader.facts()
-    assert reader._read > before
+    assert reader._growing._read > before
     assert len(facts.steps.curves["loss"].points()) <= 2 * 8192 + 2
+
+
+def test_the_list_reads_only_the_new_lines_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDirectory(write_run(tmp_path / "run", 50))
+    summaries, starts = live.Summaries(), []
+    original = live.read_new
+    monkeypatch.setattr(
+        live, "read_new", lambda path, start, most: starts.append(start) or original(path, start, most)
+    )
+    assert summaries.of(run) == summarize(run)
+    size = run.metrics_file.stat().st_size
+    starts.clear()
+    summaries.of(run)
+    assert starts == [], "nothing has changed"
+    for line in (b'{"event": "step", "step": 51, "loss": 0.25}\n', b'{"event": "step", "step\n', b"\xff\n"):
+        with run.metrics_file.open("ab") as file:
+            file.write(line)
+        assert summaries.of(run) == summarize(run), line
+    assert starts[0] == size
+
+
+def test_a_long_run_is_shown_before_all_its_steps_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "_BLOCK", 4096)
+    monkeypatch.setattr(live, "FIRST_SECONDS", -1.0)  # a block per request
+    write_run(tmp_path / "run", 300)
+    studio = Studio(tmp_path)
+    address = f"/runs/{studio.ids()['run']}/live"
+    pages = [studio.ask(address).text for _ in range(30)]
+    assert "data-more" in pages[0]
+    assert ">finished</span>" in pages[0], "what is known at once is the whole run's"
+    assert "data-more" not in pages[-1]
+    monkeypatch.undo()
+    assert Studio(tmp_path).ask(address).text == pages[-1]
 
 
 def test_the_page_shows_the_view_that_is_asked_for(tmp_path: Path) -> None:

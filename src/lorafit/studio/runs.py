@@ -14,7 +14,7 @@ from lorafit.errors import RunError
 from lorafit.observe.run_summary import Summary
 from lorafit.redact import shell
 from lorafit.run_dir import RunDirectory
-from lorafit.studio.folder import Folder, note_of, signs, write_note
+from lorafit.studio.folder import Folder, note_of, write_note
 from lorafit.studio.jobs import Jobs, stop_run
 from lorafit.studio.web import form, html, listed, local, number_in, seen
 
@@ -37,7 +37,7 @@ def list_runs(request: Request) -> list[Listed]:
     state = request.app.state
     folder: Folder = state.folder
     return [
-        Listed(name, folder.name_of(run), state.summaries.of(run, signs(run)), note_of(run))
+        Listed(name, folder.name_of(run), state.summaries.of(run), note_of(run))
         for name, run in folder.scan().items()
     ]
 
@@ -97,17 +97,19 @@ async def _live(request: Request) -> Response:
 def _content(request: Request) -> dict[str, Any]:
     """What the page of a run shows of it. The report's modules load with the first such page."""
     from lorafit.report import page, sections
-    from lorafit.studio.live import ranks, seconds_left
+    from lorafit.studio.live import FIRST_SECONDS, ranks, seconds_left
     from lorafit.studio.tables import files_of, tables_of
 
     run, query = run_of(request), request.query_params
-    facts = request.app.state.live.of(run).facts()
+    live = request.app.state.live.of(run)
+    facts = live.facts(FIRST_SECONDS, request.app.state.summaries.of)
     first, last = number_in(query, "from", -1), number_in(query, "to", -1)
     smooth = query.get("smooth", "usual") if query.get("smooth") in SMOOTH else "usual"
     view = sections.View((first, last) if 0 <= first < last else None, SMOOTH[smooth])
     state = facts.summary.state
     return {
         "facts": facts,
+        "is_read": live.is_read,
         "badges": page.badges(facts),
         "details": page.details(facts),
         "tiles": page.tiles(facts),

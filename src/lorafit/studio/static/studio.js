@@ -43,7 +43,10 @@
     } catch { live.classList.add("stale"); }
     loading = false;
     if (again) { again = false; setTimeout(refresh, 200); }
+    more();
   };
+  const more = () => { if (live && one("[data-more]", live)) setTimeout(refresh, 100); };  // steps are still being read
+  more();
   // One stream for all pages of a browser: the page that holds the lock listens and tells the others. A browser opens
   // few connections to one server, and ten streams would leave none for anything else.
   if (live?.dataset.watch && "locks" in navigator) {
