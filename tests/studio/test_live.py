@@ -94,13 +94,14 @@ def first_events(watcher: Watcher, count: int, act: Any) -> list[list[bytes]]:
         return got
 
     async def all_pages() -> list[list[bytes]]:
+        watcher._listeners.add(asyncio.Queue())
+        watcher._look(True)  # what the next look is compared with
+        watcher._listeners.clear()
         looking = asyncio.create_task(watcher.run())
         listening = [asyncio.Event() for _ in range(count)]
         pages = [asyncio.create_task(page(one)) for one in listening]
         for one in listening:
             await one.wait()
-        while not watcher._seen:  # the look that others are compared with
-            await asyncio.sleep(0.001)
         act()
         got = await asyncio.gather(*pages)
         looking.cancel()
@@ -132,6 +133,23 @@ def test_ten_pages_hear_of_a_new_line_and_one_watcher_looks(
     assert len(looks) < 10, "each page would look by itself"
     assert watch.PERIOD < 1
     assert not watcher._listeners
+
+
+def test_a_change_while_nobody_listens_is_told_to_the_next_page(tmp_path: Path) -> None:
+    """A page that takes the stream over tells the other pages, which heard nothing meanwhile."""
+    run = RunDirectory(write_run(tmp_path / "run", 10))
+    watcher = Watcher(Folder(tmp_path), lambda: False)
+    name = watcher._folder.id_of(run.path)
+    page: asyncio.Queue[list[str]] = asyncio.Queue()
+    watcher._listeners.add(page)
+    assert name in watcher._look(True), "the first page may be older than the first look"
+    assert watcher._look(True) == []
+    watcher._listeners.clear()
+    with run.metrics_file.open("a") as file:
+        file.write("{}\n")
+    assert watcher._look(True) == []
+    watcher._listeners.add(page)
+    assert watcher._look(True) == [name, LIST]
 
 
 def test_the_period_shows_a_line_within_a_second() -> None:

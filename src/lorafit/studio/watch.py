@@ -43,18 +43,16 @@ class Watcher:
 
     def _look(self, scans: bool) -> list[str]:
         changed = [LIST] if self._advance() else []
-        if not self._listeners:
-            self._seen = {}
+        if not self._listeners:  # the next one hears of what changes until then
             return changed
         known = self._folder.known()
         now: dict[str, object] = dict.fromkeys(self._folder.scan() if scans else known)
         for name in now:
             run = self._folder.known().get(name)
             now[name] = signs(run) if run else None
-        if self._seen:
-            changed += [name for name, sign in now.items() if self._seen.get(name, ...) != sign]
-            if changed or now.keys() != self._seen.keys():
-                changed.append(LIST)
+        changed += [name for name, sign in now.items() if self._seen.get(name, ...) != sign]
+        if changed or now.keys() != self._seen.keys():
+            changed.append(LIST)
         self._seen = now
         return list(dict.fromkeys(changed))
 
