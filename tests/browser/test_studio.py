@@ -177,7 +177,9 @@ def test_problems_stand_at_their_fields_while_one_types(browser: Any, studio: Li
     page.goto(f"{studio.base}/new?model.name=m&data.path=rows.json")
     page.get_by_label("Rank of the adapter lora.rank", exact=True).fill("0")
     page.locator("#e-lora-rank", has_text="greater than or equal to 1").wait_for()
-    assert page.get_by_label("Rank of the adapter lora.rank", exact=True).get_attribute("aria-invalid") == "true"
+    assert (
+        page.get_by_label("Rank of the adapter lora.rank", exact=True).get_attribute("aria-invalid") == "true"
+    )
     page.get_by_label("Rank of the adapter lora.rank", exact=True).fill("4")
     page.locator("aside .command pre", has_text="lorafit train").wait_for()
     assert "rank: 4" in page.locator("#recipe").text_content()

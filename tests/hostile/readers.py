@@ -21,7 +21,6 @@ READERS: dict[str, dict[str, tuple[str, ...]]] = {
     "data": {
         "train": ("train", "--model", "{model}", "--data", "{it}", "--output", "{out}", *SETTINGS),
         "plan": ("plan", "--model", "{model}", "--data", "{it}", *SETTINGS),
-        "studio": ("studio", "data", "{it}", "{model}", "{rows}"),
     },
     "template": {
         "train": ("train", *START, "data.template={it}"),
@@ -41,7 +40,6 @@ READERS: dict[str, dict[str, tuple[str, ...]]] = {
         "generate": ("generate", "{it}", "hi", *ASK),
         "runs": ("runs", "{it}"),
         "report": ("report", "{it}"),
-        "studio": ("studio", "run", "{it}"),
     },
     "prompts": {
         "generate": ("generate", "{model}", *ASK),
@@ -68,6 +66,7 @@ MORE_READERS: dict[str, dict[str, tuple[str, ...]]] = {
     "data": {
         "check": ("check", "--model", "{model}", "--data", "{it}", *SETTINGS, "--json"),
         "show": ("show", "--model", "{model}", "--data", "{it}", "--row", "1"),
+        "studio": ("studio", "data", "{it}", "{model}", "{rows}"),
     },
     "template": {
         "check": ("check", *WITHOUT_RUN, "data.template={it}", "--json"),
@@ -86,6 +85,7 @@ MORE_READERS: dict[str, dict[str, tuple[str, ...]]] = {
         "export": ("export", "{it}", "merged", "--output", "{out}", "--no-verify", "--offline"),
         "export gguf": ("export", "{it}", "gguf", "--output", "{out}", "--no-verify", "--offline"),
         "eval": ("eval", "{it}", "--offline"),
+        "studio": ("studio", "run", "{it}"),
         "chat": ("chat", "{it}", *ASK),
     },
 }  # fmt: skip

@@ -20,6 +20,7 @@ def main() -> None:
         reply = Studio(Path(name)).ask(path, params=query)
         if reply.status_code not in (200, 400):
             raise AssertionError(f"{path} {query}: {reply.status_code}")
+    sys.exit(0)
 
 
 def _of_run(it: Path, *_: str) -> list[tuple[str, str, Mapping[str, Any]]]:
