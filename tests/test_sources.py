@@ -36,6 +36,8 @@ MAY_COMPARE = {
     "benchmarks/hybrid_layer.py": "times transformers and peft beside lorafit, on random weights of its own",
     "benchmarks/leak.py": "packs documents with transformers too, on random weights of its own",
     "benchmarks/preferences.py": "trains with TRL beside lorafit, on models that it was given",
+    "benchmarks/neighbours.py": "trains and answers with transformers and peft, with a model that it was given",
+    "benchmarks/time_to_quality.py": "trains with TRL and judges with transformers and peft, as it was given",
     "benchmarks/generation.py": "measures transformers and peft beside lorafit, on models that it was given",
 }
 

@@ -6,6 +6,7 @@ The import of the package is fast: the first call that needs torch imports it.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from lorafit.version import __version__ as __version__
@@ -22,6 +23,11 @@ __all__ = [
     "load",
     "train",
 ]
+
+# Before torch loads libgomp, which reads it. Its threads wait for each other in a loop of this many turns (a tenth of a
+# millisecond or some) and then asleep. By default they loop 300,000 times: beside another program, most of their time.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "10000"
 
 if TYPE_CHECKING:
     from lorafit.api import generate, load, train

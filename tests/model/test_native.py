@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,3 +106,25 @@ def test_sources_with_dot_products_compile_for_processors_that_have_them(process
         [*known, "-std=c++17", "-fopenmp", *sources], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("given", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
+def test_threads_that_wait_sleep_soon_unless_the_user_has_chosen(given: dict[str, str]) -> None:
+    """libgomp says at its start what it has read. It is loaded without torch, which takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    library = (
+        next((Path(spec.origin).parent / "lib").glob("libgomp*"), None) if spec and spec.origin else None
+    )
+    if library is None:
+        pytest.skip("torch has no libgomp")
+    kept = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    code = f"import lorafit, ctypes; ctypes.CDLL({str(library)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**kept, "OMP_DISPLAY_ENV": "verbose", **given},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    turns = {"": "10000", "GOMP_SPINCOUNT": "7", "OMP_WAIT_POLICY": "30000000000"}["".join(given)]
+    assert f"GOMP_SPINCOUNT = '{turns}'" in done.stderr
