@@ -80,6 +80,17 @@ def test_smoothing_follows_without_lag() -> None:
     assert max(abs(y) for _, y in smoothed(noisy)[50:-50]) < 0.2
 
 
+def test_no_line_and_no_mean_reaches_over_a_new_beginning() -> None:
+    """The second phase of a run begins with the untrained adapter: its first losses are not those of the first one."""
+    points = [(float(step), 1.0 if step <= 150 else 9.0) for step in range(1, 301)]
+    assert smoothed(points, 30, [150.0]) == points
+    chart = line_chart("Loss", [Line("training", "train", points)], str, phases=[150.0])
+    assert chart is not None
+    (path,) = (path for style, path in chart.paths if style == "line train")
+    heights = [{pair.split()[1] for pair in part.split("L")} for part in path.split("M")[1:]]
+    assert [len(part) for part in heights] == [1, 1]
+
+
 @pytest.mark.parametrize("count", [1, 2, 5, 700])
 def test_a_chart_of_any_number_of_points(count: int) -> None:
     points = [(float(step), 2.0) for step in range(count)]

@@ -131,7 +131,7 @@ def tiles(facts: Facts) -> list[dict[str, str]]:
     if seconds:
         after = f"of {short_count(tokens)}"
         found.append(_tile("trained of all tokens", short_count(supervised), after=after))
-        found.append(_tile(f"at {tokens / seconds:,.0f} tokens/s", duration(seconds)))
+        found.append(_tile(f"of steps, at {tokens / seconds:,.0f} tokens/s", duration(seconds)))
     if memory := max((value for _, value in facts.steps.curves["memory_bytes"].points()), default=0.0):
         found.append(_tile("peak memory", memory_size(memory)))
     return found

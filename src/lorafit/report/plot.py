@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -79,9 +79,11 @@ def line_chart(
     tall: bool = False,
     zero: bool = False,
     span: tuple[float, float] | None = None,
+    phases: Sequence[float] = (),
 ) -> Chart | None:
     """A figure with `lines` over steps from 0 on, None without points; `show` writes a value, `zero` begins the values
-    at 0. With `span` only the steps from its first to its second are shown.
+    at 0. With `span` only the steps from its first to its second are shown. After each step of `phases` lines begin
+    anew.
     """
     if span is not None:
         inside = [[point for point in line.points if span[0] <= point[0] <= span[1]] for line in lines]
@@ -101,7 +103,8 @@ def line_chart(
     for line in lines:
         if len(line.points) > 1:
             drawn = extremes(line.points, x_axis.low, x_axis.high)
-            paths.append((f"line {line.style}", "M" + "L".join(map(place, drawn))))
+            parts = ("L".join(map(place, part)) for part in divided(drawn, phases) if part)
+            paths.append((f"line {line.style}", "".join(f"M{part}" for part in parts)))
         if line.dots or len(line.points) == 1:
             dots = "".join(f"M{place(point)}h0" for point in thinned(line.points, 60))
             paths.append((f"dots {line.style}", dots))
@@ -186,10 +189,20 @@ def thinned(points: Sequence[T], most: int) -> list[T]:
     return [points[round(index * (len(points) - 1) / (most - 1))] for index in range(most)]
 
 
-def smoothed(points: Points, parts: int = 30) -> list[tuple[float, float]]:
-    """Centred means over one of `parts` of the points, of fewer points towards the ends; 0 leaves them."""
+def divided(points: Points, phases: Sequence[float]) -> list[Points]:
+    """The points up to each step of `phases`, and those after the last one."""
+    ends = [-math.inf, *phases, math.inf]
+    return [[point for point in points if low < point[0] <= high] for low, high in pairwise(ends)]
+
+
+def smoothed(points: Points, parts: int = 30, phases: Sequence[float] = ()) -> list[tuple[float, float]]:
+    """Centred means over one of `parts` of the points, of fewer points towards the ends; 0 leaves them. No mean reaches
+    over a step of `phases`.
+    """
     if not parts:
         return list(points)
+    if phases:
+        return [point for part in divided(points, phases) for point in smoothed(part, parts)]
     half = max(1, min(len(points) // (2 * parts), 6000 // parts))
     sums = list(accumulate((y for _, y in points), initial=0.0))
     line = []

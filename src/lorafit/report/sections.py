@@ -53,11 +53,11 @@ class View:
 def loss(facts: Facts, view: View = View()) -> plot.Chart | None:
     """Training loss, held-out loss and the base's, over the steps."""
     losses, held, base = facts.steps.curves["loss"], facts.series("heldout", "loss"), facts.summary.base_loss
-    raw = losses.points()
+    raw, phases = losses.points(), _phases(facts)
     if len(raw) >= plot.SMOOTHED_FROM:
         lines = [
             plot.Line("each step", "raw", raw),
-            plot.Line("training, smoothed", "train", plot.smoothed(losses.means(), view.parts)),
+            plot.Line("training, smoothed", "train", plot.smoothed(losses.means(), view.parts, phases)),
         ]
     else:
         lines = [plot.Line("training", "train", raw, dots=True)]
@@ -66,9 +66,18 @@ def loss(facts: Facts, view: View = View()) -> plot.Chart | None:
         ends = (min(steps), max(steps))
         lines.append(plot.Line("held out, base", "base", [(step, base) for step in ends]))
     lines.append(plot.Line("held out", "held", held, dots=True))
+    title = "Loss, mean over supervised tokens"
+    if phases:
+        title += f"; after step {phases[0]:.0f} the run begins again, on all rows"
     return plot.line_chart(
-        "Loss, mean over supervised tokens", lines, lambda value: f"{value:.3g}", tall=True, span=view.span
+        title, lines, lambda value: f"{value:.3g}", tall=True, span=view.span, phases=phases
     )
+
+
+def _phases(facts: Facts) -> list[float]:
+    """The last step of the first phase, of a run with a second one (`train.refit`)."""
+    step = number(facts.last("refit").get("step"))
+    return [] if step is None else [step]
 
 
 def progress(facts: Facts, view: View = View()) -> list[plot.Chart]:
@@ -77,9 +86,18 @@ def progress(facts: Facts, view: View = View()) -> list[plot.Chart]:
     rates, norms, speed = (curves[name] for name in ("learning_rate", "grad_norm", "tokens_per_second"))
     memory = plot.Line("value", "one", curves["memory_bytes"].points())
     drift = plot.Line("value", "one", facts.series("drift", "divergence"), dots=True)
+    phases = _phases(facts)
+    rate = plot.Line("value", "one", rates.points())
     charts = [
-        plot.line_chart("Learning rate", [plot.Line("value", "one", rates.points())], _short, span=view.span),
-        plot.line_chart("Gradient norm", _smooth(norms, view.parts), _short, log=True, span=view.span),
+        plot.line_chart("Learning rate", [rate], _short, span=view.span, phases=phases),
+        plot.line_chart(
+            "Gradient norm",
+            _smooth(norms, view.parts, phases),
+            _short,
+            log=True,
+            span=view.span,
+            phases=phases,
+        ),
         plot.line_chart(
             "Tokens per second",
             _smooth(speed, view.parts),
@@ -288,13 +306,13 @@ def _row_numbers(first: Sequence[int], count: int, most: int = 8) -> str:
     return f"rows {named}" + (" ..." if count > most else "")
 
 
-def _smooth(curve: Curve, parts: int) -> list[plot.Line]:
+def _smooth(curve: Curve, parts: int, phases: Sequence[float] = ()) -> list[plot.Line]:
     points = curve.points()
     if len(points) < plot.SMOOTHED_FROM:
         return [plot.Line("value", "one", points)]
     return [
         plot.Line("each step", "raw", points),
-        plot.Line("smoothed", "train", plot.smoothed(curve.means(), parts)),
+        plot.Line("smoothed", "train", plot.smoothed(curve.means(), parts, phases)),
     ]
 
 
