@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
+import re
 from contextlib import closing
 from itertools import pairwise
 
@@ -12,7 +15,7 @@ from rich.console import Console
 from tests.waiting import Clock, until
 
 from lorafit.observe import terminal
-from lorafit.observe.console import print_verdicts, side_by_side, table
+from lorafit.observe.console import LiveLine, console_of, print_line, print_verdicts, side_by_side, table
 from lorafit.observe.events import Answers, Event, Heldout, Message, Proved, RunEnded, RunStarted, Saved, Step
 from lorafit.observe.progress import progress
 from lorafit.observe.terminal import Terminal
@@ -105,6 +108,45 @@ def test_a_terminal_has_a_live_line_and_the_permanent_ones_above(monkeypatch: py
     assert all(colored.index(a) < colored.index(b) for a, b in pairwise(order))
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b[33m" not in shown_run(Screen())
+
+
+def test_a_later_measurement_that_is_preferred_is_not_called_the_best() -> None:
+    """With `train.tolerance`, a loss near the lowest one counts as better, because it is later."""
+    stream = io.StringIO()
+    observe = Terminal(stream)
+    for step, loss, best in ((10, 2.0, True), (20, 2.1, True), (30, 1.9, True), (40, 9.9, False)):
+        observe(Heldout(step, loss, 4.0, best))
+    assert [line.partition("(base 4.000)")[2].strip() for line in stream.getvalue().splitlines()] == [
+        "best so far",
+        "near the lowest, 2.000: preferred, as it is later",
+        "best so far",
+        "",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("after", "other", "rows"),
+    [(50, "", 2), (40, "", 3), (99, "", 2), (100, "", 1), (120, "", 1), (40, "XTERM_VERSION", 1)],
+)
+def test_all_rows_of_a_wrapped_line_are_erased(
+    after: int, other: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A terminal that becomes narrower wraps the line on its screen: the next drawing starts at its first row."""
+    for name in ("TMUX", "XTERM_VERSION", "STY"):
+        monkeypatch.delenv(name, raising=False)
+    if other:
+        monkeypatch.setenv(other, "1")
+    screen = Screen()
+    console = Console(file=screen, width=100, force_terminal=True)
+    live = LiveLine(console, lambda: "-" * console.width)
+    live.start(refresh=True)
+    before, console.width = len(screen.getvalue()), after
+    live.refresh()
+    drawn = screen.getvalue()[before:]
+    live.stop()
+    assert drawn.count("\x1b[2K") == rows
+    assert drawn.count("\x1b[1A") == rows - 1
+    assert drawn.index("-" * after) > drawn.rindex("\x1b[2K")
 
 
 def test_an_error_leaves_the_terminal_in_order() -> None:
@@ -202,13 +244,36 @@ def test_table_in_a_pipe_has_whole_rows() -> None:
     assert [line.split() for line in lines[2:]] == [["a" * 300, "1.8"], ["[red]b\\u001b[31m"]]
 
 
-def test_table_on_a_terminal_folds_and_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "60")
+@pytest.mark.parametrize("width", [30, 60, 80, 200])
+def test_a_table_on_a_terminal_cuts_no_word(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns where all words fit, else a list for each row, as for the nine columns of `lorafit runs` in 80."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("NO_COLOR", "1")
+    headers = ["run", "model", "state", "held-out", "started", "learned"]
+    row = ["runs/a-run-of-mine", "/some/where/model", "finished", "1.290", "2026-11-30 17:48", ""]
     screen = Screen()
-    table(["run", "loss"], [["a" * 300, "1.8"]], stream=screen)
-    lines = printable(screen.getvalue()).splitlines()
-    assert sum(line.count("a") for line in lines) == 300
-    assert max(cell_len(line) for line in lines) <= 60
+    table(headers, [row, row], stream=screen)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", screen.getvalue())
+    words = [word for cell in row for word in cell.split()]
+    assert sorted(word for word in text.split() if word in words) == sorted(2 * words)
+    assert ("held-out  1.290" in text) == (width < 80)
+    assert ("learned" in text) == (width >= 80)  # an empty cell is left out of a list
+    assert max(cell_len(line.rstrip()) for line in text.splitlines()) <= width
+
+
+def test_a_closed_pipe_ends_no_run_and_is_told_to_a_command() -> None:
+    """As under `lorafit train 2>&1 | head`: rich would end the process."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w", buffering=1) as pipe:
+        observe = Terminal(pipe)
+        for _ in range(3):
+            observe(Message("a line"))
+        observe.close()
+        with pytest.raises(BrokenPipeError):
+            print_line(console_of(pipe), "a line")
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120])

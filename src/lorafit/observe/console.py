@@ -7,6 +7,7 @@ lines, `clean_line` for all others.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +16,11 @@ from typing import TextIO
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleRenderable, Group, RenderableType
+from rich.control import Control
 from rich.live import Live
 from rich.padding import Padding
+from rich.segment import ControlType
 from rich.table import Table
 from rich.text import Text
 
@@ -29,25 +32,38 @@ INDENT = "  "  # of the lines after the first of a wrapped text
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, stream: TextIO | None = None) -> None:
-    """Print rows of text in columns. Long cells are wrapped between words: at the width of the terminal, which cuts a
-    word that is longer, or at PIPE_WIDTH in a pipe, which gets whole words.
+    """Print rows of text in columns, wrapped between words to the width of the terminal, or to PIPE_WIDTH in a pipe. A
+    terminal that is too narrow for the longest word of each column gets a list for each row. No word is cut.
     """
     console = console_of(stream or sys.stdout)
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     cells = iter(lines(cell for row in (headers, *rows) for cell in row))  # the secrets are looked up once
     headers, *rows = [[_encodable(next(cells), console) for _ in row] for row in (headers, *rows)]
-    longest = [0] * len(headers)
+    columns = zip(headers, *rows, strict=True)
+    longest = [
+        max((cell_len(word) for cell in column for word in cell.split()), default=0) for column in columns
+    ]
+    least = sum(longest) + 3 * len(longest)
     if not console.is_terminal:
-        columns = zip(headers, *rows, strict=True)
-        longest = [
-            max((cell_len(word) for cell in column for word in cell.split()), default=0) for column in columns
-        ]
-        console.width = max(PIPE_WIDTH, sum(longest) + 3 * len(longest))
+        console.width = max(PIPE_WIDTH, least)
+    elif least > console.width:
+        for row in rows:
+            _print_as_list(console, headers, row)
+        return
     for header, width in zip(headers, longest, strict=True):
         grid.add_column(Text(header), overflow="fold", min_width=width)
     for row in rows:
         grid.add_row(*map(Text, row))
     console.print(grid)
+
+
+def _print_as_list(console: Console, headers: Sequence[str], row: Sequence[str]) -> None:
+    """Print a row of a table: its first cell, and below it each other cell that has a text, with its header."""
+    width = max(map(len, headers))
+    _print_wrapped(console, Text(row[0], style="bold"))
+    for header, cell in zip(headers[1:], row[1:], strict=True):
+        if cell.strip():
+            _print_wrapped(console, Text(f"{INDENT}{header:<{width}}  {cell}"))
 
 
 STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
@@ -111,14 +127,46 @@ def _two_answers(
     return answers
 
 
+class _Console(Console):
+    """A console that leaves a closed pipe to its caller: rich ends the process there, also a run that trains."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # the BrokenPipeError that rich is handling
+
+
 def console_of(stream: TextIO) -> Console:
-    """A console that prints text as it is."""
-    return Console(file=stream, highlight=False, markup=False, emoji=False)
+    """A console that prints text as it is. Raises BrokenPipeError where the reader has closed the pipe."""
+    return _Console(file=stream, highlight=False, markup=False, emoji=False)
 
 
 def can_redraw(console: Console) -> bool:
     """Whether the console can move its cursor, so that a line can be drawn again."""
     return console.is_terminal and not console.is_dumb_terminal
+
+
+class LiveLine(Live):
+    """A line of the terminal's width that is drawn again in its place, also after the terminal became narrower: all
+    rows are erased into which the terminal has wrapped it. stdout is not redirected: it may be a pipe with results.
+    """
+
+    def __init__(self, console: Console, get_renderable: Callable[[], RenderableType]) -> None:
+        super().__init__(
+            console=console, transient=True, redirect_stdout=False, get_renderable=get_renderable
+        )
+        self._drawn = 0  # columns of the line on the screen
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        """Erase the rows above the last one of a wrapped line; the parent erases that one and draws the line."""
+        width = self.console.width
+        above = max(0, -(-self._drawn // width) - 1) if _wraps_old_lines() else 0
+        self._drawn = width
+        erase = Control(*[(ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1)] * above)
+        return super().process_renderables([erase, *renderables])
+
+
+def _wraps_old_lines() -> bool:
+    """Whether the terminal wraps the lines on its screen when it becomes narrower; xterm and GNU screen cut them."""
+    return "TMUX" in os.environ or not {"XTERM_VERSION", "STY"} & os.environ.keys()
 
 
 def print_line(console: Console, text: str, style: str = "") -> None:

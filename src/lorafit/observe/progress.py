@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from lorafit.observe.console import can_redraw, clean_line, console_of, print_line
+from lorafit.observe.console import LiveLine, can_redraw, clean_line, console_of, print_line
 from lorafit.observe.units import duration
 
 QUIET_SECONDS = 0.5  # faster work shows no progress
@@ -49,14 +49,14 @@ def progress(
     title = clean_line(title, console)
     bar = Progress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        BarColumn(bar_width=None),
         TaskProgressColumn(),
         TimeElapsedColumn(),
         _Eta(compact=True),
         console=console,
-        transient=True,
-        redirect_stdout=False,
+        expand=True,
     )
+    bar.live = LiveLine(console, bar.get_renderable)
     task = bar.add_task(title, total=None)
     started = time.monotonic()
     is_shown, has_bar = threading.Event(), can_redraw(console)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -10,12 +11,11 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lorafit.observe.console import can_redraw, clean_line, console_of, print_line, side_by_side
+from lorafit.observe.console import LiveLine, can_redraw, clean_line, console_of, print_line, side_by_side
 from lorafit.observe.events import (
     Answers,
     Diagnosis,
@@ -53,12 +53,14 @@ class Terminal:
     def __init__(self, stream: TextIO | None = None, *, log_every: int = 10) -> None:
         self._stream = stream or sys.stderr
         self._console = console_of(self._stream)
-        self._live: Live | None = None
+        self._live: LiveLine | None = None
+        self._line: _Line | None = None
         self._is_closed = False
         self._log_every = log_every
         self._meter = Meter()
         self._started = time.monotonic()
         self._answer: str | None = None  # the last that was printed
+        self._lowest = math.inf  # held-out loss
 
     def __call__(self, event: Event) -> None:
         if self._is_closed:
@@ -81,8 +83,7 @@ class Terminal:
                 self._step(event)
             case Heldout():
                 base = "" if event.base_loss is None else f" (base {event.base_loss:.3f})"
-                best = "  best so far" if event.best else ""
-                self._print(f"step {event.step}  held-out loss {event.loss:.3f}{base}{best}")
+                self._print(f"step {event.step}  held-out loss {event.loss:.3f}{base}{self._rank(event)}")
             case Preferences(drift=float(drift)):
                 self._print(f"drift from the starting point {drift:.4f} nats per token of held-out answers")
             case Preferences(rows="heldout"):
@@ -139,14 +140,23 @@ class Terminal:
         elif event.step % self._log_every == 0 or event.step == event.num_steps:
             self._print("  ".join(_parts(event, eta).values()))
 
+    def _rank(self, event: Heldout) -> str:
+        """What a measurement means for the choice of the step (`train.tolerance`)."""
+        is_lowest, self._lowest = event.loss <= self._lowest, min(self._lowest, event.loss)
+        if not event.best:
+            return ""
+        return (
+            "  best so far"
+            if is_lowest
+            else f"  near the lowest, {self._lowest:.3f}: preferred, as it is later"
+        )
+
     def _draw(self, line: _Line) -> None:
         """Draw `line` in place of the live line."""
+        self._line = line
         if self._live is None:
-            # stdout is not redirected: it may be a pipe, and it carries results
-            self._live = Live(line, console=self._console, transient=True, redirect_stdout=False)
-            self._live.start()
-        else:
-            self._live.update(line)
+            self._live = LiveLine(self._console, lambda: self._line or "")
+            self._live.start(refresh=True)
 
     def _sample(self, event: Sample) -> None:
         self.close()
