@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lorafit.cli import options
-from lorafit.cli.output import put_json, put_line
+from lorafit.cli.output import load_torch, put_json, put_line
 
 
 def audit(
@@ -26,6 +26,8 @@ def audit(
 
     from lorafit.check.verdict import summary
     from lorafit.observe.console import print_verdicts
+
+    load_torch()
     from lorafit.training.audit import audit as recompute
 
     chosen = secrets.randbelow(10**6) if seed is None else seed

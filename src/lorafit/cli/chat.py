@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lorafit.cli import options
-from lorafit.cli.output import put_line, put_text
+from lorafit.cli.output import load_torch, put_line, put_text
 from lorafit.storage.safe_read import read_stdin_lines
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def chat(
 
     echo "What is a llama?" | lorafit chat runs/tinyllama
     """
+    load_torch()
     from lorafit.infer.conversation import Conversation
     from lorafit.infer.model import load
     from lorafit.infer.sampling import Sampling

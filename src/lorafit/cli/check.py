@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lorafit.cli import options
-from lorafit.cli.output import put_json, put_line
+from lorafit.cli.output import load_torch, put_json, put_line
 
 
 def check(
@@ -39,6 +39,8 @@ def check(
         try:
             config = config_from_args(words, recipe, flags)
             without_model = data_only or not run.has_weights(config)
+            if not without_model:
+                load_torch()
             checked = run.check_data(config) if without_model else run.check_run(config)
         except ConfigError as error:
             if [problem.message for problem in error.problems] != ["`model.name` is missing"]:

@@ -12,12 +12,16 @@ from lorafit.cli.output import put_text
 
 def config(
     key: Annotated[
-        str | None, typer.Argument(help="A key or section, such as lora.rank.", show_default=False)
+        str | None,
+        typer.Argument(metavar="KEY", help="A key or section, such as lora.rank.", show_default=False),
     ] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a recipe.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference as Markdown.")] = False,
 ) -> None:
-    """List the configuration keys, or explain one."""
+    """List the configuration keys, or explain one.
+
+    lorafit config lora.rank
+    """
     import json
 
     from lorafit.config import reference

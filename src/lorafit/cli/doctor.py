@@ -12,6 +12,8 @@ def doctor(as_json: options.JsonOption = False) -> None:
     """Show what this machine has and lacks: Python, torch, device, kernels, memory, disk, caches, hub, proxies.
 
     No connection is opened and no secret is shown. A bug report needs this text. The exit code is 1 if a line fails.
+
+    lorafit doctor
     """
     from lorafit.check.doctor import examine
     from lorafit.observe.console import print_verdicts

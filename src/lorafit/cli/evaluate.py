@@ -7,18 +7,25 @@ from typing import Annotated
 import typer
 
 from lorafit.cli import options
-from lorafit.cli.output import put_json
+from lorafit.cli.output import load_torch, put_json
 
 
 def evaluate(
     run: options.RunArgument,
     exports: Annotated[
         list[str] | None,
-        typer.Option("--export", help="Merged export to measure too. Can be repeated.", show_default=False),
+        typer.Option(
+            "--export",
+            metavar="FOLDER",
+            help="Merged export to measure too. Can be repeated.",
+            show_default=False,
+        ),
     ] = None,
     tasks: Annotated[
         list[str] | None,
-        typer.Option(help="JSONL file of prompts with answers. Can be repeated.", show_default=False),
+        typer.Option(
+            metavar="FILE", help="JSONL file of prompts with answers. Can be repeated.", show_default=False
+        ),
     ] = None,
     max_tokens: options.MaxTokensOption = 256,
     quantize: options.QuantizeOption = None,
@@ -31,6 +38,7 @@ def evaluate(
     lorafit eval runs/demo --tasks questions.jsonl --export runs/demo/exports/merged-bf16
     """
 
+    load_torch()
     from lorafit.evaluate.run import evaluate_run, table_of
     from lorafit.observe.console import table
 

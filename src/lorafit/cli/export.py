@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from lorafit.cli import options
-from lorafit.cli.output import put_json, put_line
+from lorafit.cli.output import load_torch, put_json, put_line
 
 
 def export(
@@ -21,12 +21,17 @@ def export(
     ],
     output: Annotated[
         str | None,
-        typer.Option(help="Folder to write. The default is in the run's exports/.", show_default=False),
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder to write. The default is in the run's exports/.",
+            show_default=False,
+        ),
     ] = None,
     type_name: Annotated[
         str | None,
         typer.Option(
             "--type",
+            metavar="TYPE",
             help="merged: auto (the base's), f32, bf16, f16. gguf, ollama: q8_0 (default), q6_k, q4_k_m and more.",
             show_default=False,
         ),
@@ -39,11 +44,16 @@ def export(
     ] = False,
     max_loss: Annotated[
         str | None,
-        typer.Option(help="With --fit: most rise of the held-out loss. 1% if not given.", show_default=False),
+        typer.Option(
+            metavar="PERCENT",
+            help="With --fit: most rise of the held-out loss. 1% if not given.",
+            show_default=False,
+        ),
     ] = None,
     tasks: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="FILE",
             help="With --fit: JSONL file of prompts with answers that must stay right. Can be repeated.",
             show_default=False,
         ),
@@ -51,6 +61,7 @@ def export(
     check_for: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="SERVER",
             help="adapter: vllm or sglang; refuse what it would not load. Can be repeated.",
             show_default=False,
         ),
@@ -88,6 +99,7 @@ def export(
     if check_for and kind != "adapter":
         raise ConfigError("--check-for is for adapters", hint="lorafit export RUN adapter --check-for vllm")
 
+    load_torch()
     from lorafit.export.parity import sentence
     from lorafit.export.run import export_run
     from lorafit.observe.units import memory_size

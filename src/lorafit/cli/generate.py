@@ -8,14 +8,18 @@ from typing import Annotated
 import typer
 
 from lorafit.cli import options
-from lorafit.cli.output import put_json, put_line, put_text
+from lorafit.cli.output import load_torch, put_json, put_line, put_text
 
 
 def generate(
     source: options.SourceArgument,
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(help="Prompts; without any, one per line of standard input.", show_default=False),
+        typer.Argument(
+            metavar="PROMPT",
+            help="Prompts; without any, one per line of standard input.",
+            show_default=False,
+        ),
     ] = None,
     adapter: options.AdapterOption = None,
     base: options.BaseOption = False,
@@ -33,11 +37,19 @@ def generate(
     as_json: options.JsonOption = False,
     file: Annotated[
         Path | None,
-        typer.Option(help="Prompts from a file: JSONL, JSON, or text with one per line.", show_default=False),
+        typer.Option(
+            metavar="FILE",
+            help="Prompts from a file: JSONL, JSON, or text with one per line.",
+            show_default=False,
+        ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="JSONL file for the answers to --file, not standard output.", show_default=False),
+        typer.Option(
+            metavar="FILE",
+            help="JSONL file for the answers to --file, not standard output.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Answer prompts. A single answer is printed while it is generated.
@@ -61,6 +73,7 @@ def generate(
         if not prompts:
             raise ConfigError("there is no prompt", hint='lorafit generate RUN "What is a llama?"')
 
+    load_torch()
     from lorafit.infer.model import load
     from lorafit.infer.sampling import Sampling
     from lorafit.observe.console import side_by_side

@@ -50,32 +50,40 @@ COLLECT = (700, 10, 100)
 app = typer.Typer(
     name="lorafit",
     help="Fine-tune Llama-family models with LoRA on instruction data.",
+    epilog="To begin: lorafit train --model MODEL --data rows.json, then lorafit chat with the run directory it names.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("train")(train.train)
-app.command("check")(check.check)
-app.command("show")(show.show)
-app.command("plan")(plan.plan)
-app.command("generate")(generate.generate)
-app.command("report")(report.report)
-app.command("rows")(rows.rows)
-app.command("why")(why.why)
-app.command("without")(without.without)
-app.command("chat")(chat.chat)
-app.command("serve")(serve.serve)
-app.command("export")(export.export)
-app.command("eval")(evaluate.evaluate)
-app.command("audit")(audit.audit)
-app.command("runs")(runs.runs)
-app.command("studio")(studio.studio)
-app.command("sweep")(sweep.sweep)
-app.command("tune")(tune.tune)
-app.command("models")(models.models)
-app.command("config")(config.config)
-app.command("doctor")(doctor.doctor)
+for _panel, _commands in {
+    "Train": {"train": train.train, "sweep": sweep.sweep, "tune": tune.tune, "without": without.without},
+    "Before a run": {
+        "check": check.check,
+        "show": show.show,
+        "plan": plan.plan,
+        "models": models.models,
+        "config": config.config,
+        "doctor": doctor.doctor,
+    },
+    "Look at runs": {
+        "runs": runs.runs,
+        "report": report.report,
+        "rows": rows.rows,
+        "why": why.why,
+        "eval": evaluate.evaluate,
+        "audit": audit.audit,
+        "studio": studio.studio,
+    },
+    "Use the result": {
+        "generate": generate.generate,
+        "chat": chat.chat,
+        "serve": serve.serve,
+        "export": export.export,
+    },
+}.items():
+    for _name, _command in _commands.items():
+        app.command(_name, rich_help_panel=_panel)(_command)
 
 
 def _version(is_set: bool) -> None:

@@ -12,12 +12,15 @@ from lorafit.cli.output import put_json, put_text
 
 def models(
     name: Annotated[
-        str | None, typer.Argument(help="A model, such as SmolLM3-3B.", show_default=False)
+        str | None, typer.Argument(metavar="NAME", help="A model, such as SmolLM3-3B.", show_default=False)
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the page of the table.")] = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """List the models, or explain one: whether it fits here, its memory, and the time of 1,000 rows."""
+    """List the models, or explain one: whether it fits here, its memory, and the time of 1,000 rows.
+
+    lorafit models SmolLM2-135M-Instruct
+    """
     from lorafit.observe.console import table
     from lorafit.plan import model_table
     from lorafit.plan.known_models import KNOWN, find_model

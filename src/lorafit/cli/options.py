@@ -40,20 +40,32 @@ Overrides = Annotated[
     ),
 ]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", help="Base model: hub id, folder or GGUF file.", show_default=False)
+    str | None,
+    typer.Option(
+        "--model", metavar="MODEL", help="Base model: hub id, folder or GGUF file.", show_default=False
+    ),
 ]
 DataOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--data", help="Rows: a file, a folder or a hub data set. Can be repeated.", show_default=False
+        "--data",
+        metavar="ROWS",
+        help="Rows: a file, a folder or a hub data set. Can be repeated.",
+        show_default=False,
     ),
 ]
 OutputOption = Annotated[
     str | None,
-    typer.Option("--output", help="Run directory that `lorafit train` creates.", show_default=False),
+    typer.Option(
+        "--output",
+        metavar="FOLDER",
+        help="Run directory that `lorafit train` creates. The default is runs/MODEL-DATE-TIME.",
+        show_default=False,
+    ),
 ]
 RecipeOption = Annotated[
-    str | None, typer.Option("--recipe", help="Recipe file or shipped name.", show_default=False)
+    str | None,
+    typer.Option("--recipe", metavar="RECIPE", help="Recipe file or shipped name.", show_default=False),
 ]
 AutoOption = Annotated[
     bool,
@@ -70,7 +82,9 @@ SourceArgument = Annotated[
 ]
 AdapterOption = Annotated[
     str | None,
-    typer.Option("--adapter", help="PEFT adapter to attach to a base model.", show_default=False),
+    typer.Option(
+        "--adapter", metavar="FOLDER", help="PEFT adapter to attach to a base model.", show_default=False
+    ),
 ]
 OtherBaseOption = Annotated[
     bool, typer.Option("--other-base", help="Accept an adapter that was made on another base model.")
@@ -79,7 +93,7 @@ BaseOption = Annotated[bool, typer.Option("--base", help="Disable the adapter.")
 CompareOption = Annotated[bool, typer.Option("--compare", help="Show base and tuned answers side by side.")]
 SystemOption = Annotated[
     str | None,
-    typer.Option("--system", help="System prompt in place of the run's.", show_default=False),
+    typer.Option("--system", metavar="TEXT", help="System prompt in place of the run's.", show_default=False),
 ]
 DeviceOption = Annotated[
     str, typer.Option("--device", parser=_device, metavar="NAME", help="auto, cpu, gpu, cuda, cuda:N or mps.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import typer
@@ -22,3 +23,12 @@ def put_text(text: str, *, end: str = "\n") -> None:
 def put_json(value: Any) -> None:
     """Print a value as one line of JSON."""
     typer.echo(json_line(value))
+
+
+def load_torch() -> None:
+    """Import torch, which takes seconds; a terminal shows it."""
+    from lorafit.observe.console import can_redraw, console_of
+    from lorafit.observe.progress import progress
+
+    with progress("loading torch", quiet=not can_redraw(console_of(sys.stderr))):
+        import torch  # noqa: F401

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lorafit.cli import options
-from lorafit.cli.output import put_json, put_line
+from lorafit.cli.output import load_torch, put_json, put_line
 
 
 def plan(
@@ -25,6 +25,7 @@ def plan(
     flags = flag_overrides(model=model, data=data, output=output, auto=auto)
     config = config_from_args(settings or [], recipe, flags)
 
+    load_torch()
     from lorafit.observe.console import table
     from lorafit.plan.planner import plan_run
     from lorafit.plan.table import table_rows

@@ -19,7 +19,10 @@ def report(
     ] = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Write a run's report: one HTML page for offline use, with curves, answers, ledger and proof."""
+    """Write a run's report: one HTML page for offline use, with curves, answers, ledger and proof.
+
+    lorafit report runs/demo
+    """
     from lorafit.observe.run_summary import summarize
     from lorafit.report.page import write_report
     from lorafit.run_dir import RunDirectory

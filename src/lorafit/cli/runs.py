@@ -12,10 +12,15 @@ from lorafit.cli.output import put_json, put_line
 
 
 def runs(
-    folder: Annotated[Path, typer.Argument(help="Folder that contains runs.")] = Path("runs"),
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder that contains runs.")] = Path(
+        "runs"
+    ),
     as_json: options.JsonOption = False,
 ) -> None:
-    """List runs: state, steps, loss, held-out loss."""
+    """List runs: state, steps, loss, held-out loss.
+
+    lorafit runs
+    """
 
     from lorafit.errors import RunError
     from lorafit.observe.console import table

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lorafit.cli import options
+from lorafit.cli.output import load_torch
 
 
 def serve(
@@ -60,6 +61,7 @@ def serve(
     """
     from lorafit.errors import ConfigError
 
+    load_torch()
     try:
         from lorafit.serve.listening import Address, find_token, listen
         from lorafit.serve.server import serve

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorafit.cli import options
-from lorafit.cli.output import put_json, put_line
+from lorafit.cli.output import load_torch, put_json, put_line
 
 if TYPE_CHECKING:
     from lorafit.sweep.trials import Trial
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 def sweep(
     settings: options.Overrides = None,
+    model: options.ModelOption = None,
+    data: options.DataOption = None,
+    recipe: options.RecipeOption = None,
     vary: Annotated[
         list[str] | None,
         typer.Option(
@@ -36,12 +39,9 @@ def sweep(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random points.")] = 0,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at the same time, each in a process.")] = 1,
-    model: options.ModelOption = None,
-    data: options.DataOption = None,
-    output: Annotated[str, typer.Option(help="Folder of the sweep.")] = "runs/sweep",
-    recipe: options.RecipeOption = None,
+    output: Annotated[str, typer.Option(metavar="FOLDER", help="Folder of the sweep.")] = "runs/sweep",
     resume: Annotated[
-        Path | None, typer.Option(metavar="SWEEP", help="Go on with a sweep.", show_default=False)
+        Path | None, typer.Option(metavar="SWEEP", help="Resume a sweep.", show_default=False)
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show which run begins, and no progress.")] = False,
     as_json: options.JsonOption = False,
@@ -50,12 +50,14 @@ def sweep(
 
     Runs of one base load it once. Their results are not verified (run.verify=true does, and loads the base again).
 
-    lorafit sweep --model MODEL --data rows.json --vary lora.rank=8,16 --vary train.learning_rate=1e-4,3e-4
+    lorafit sweep recipe.yaml --vary lora.rank=8,16 --vary lora.dropout=0,0.1
 
-    lorafit sweep --model MODEL --data rows.json --vary train.learning_rate=1e-5..1e-3 --random 12 --jobs 2
+    lorafit sweep recipe.yaml --vary train.learning_rate=1e-5..1e-3 --random 12
     """
     from lorafit.config.load import flag_overrides
     from lorafit.errors import ConfigError
+
+    load_torch()
     from lorafit.sweep.run import draw_curves, plan_points, run_sweep
 
     if resume is None:

@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from lorafit.cli import options
-from lorafit.cli.output import put_line
+from lorafit.cli.output import load_torch, put_line
 
 
 def train(
@@ -60,6 +60,7 @@ def train(
             )
         if nproc is not None:
             _launch(nproc, "--resume", resume, *overrides, *(["--accept-changes"] if accept_changes else []))
+        load_torch()
         from lorafit.training.run import resume_run
 
         result = resume_run(resume, overrides, accept_changes=accept_changes)
@@ -73,6 +74,7 @@ def train(
             words = [*(settings or []), *override_words(flags), *recipes, "--output", str(run.path)]
             with run.removed_on_failure() if config.run.output is None else contextlib.nullcontext():
                 _launch(nproc, *words)
+        load_torch()
         from lorafit.training.run import start_run
 
         result = start_run(config)

@@ -9,11 +9,14 @@ from typing import Annotated
 import typer
 
 from lorafit.cli import options
-from lorafit.cli.output import put_json, put_line
+from lorafit.cli.output import load_torch, put_json, put_line
 
 
 def tune(
     settings: options.Overrides = None,
+    model: options.ModelOption = None,
+    data: options.DataOption = None,
+    recipe: options.RecipeOption = None,
     vary: Annotated[
         list[str] | None,
         typer.Option(
@@ -24,14 +27,12 @@ def tune(
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option(help="Time for the whole search, such as 20min.", show_default=False),
+        typer.Option(metavar="TIME", help="Time for the whole search, such as 20min.", show_default=False),
     ] = None,
-    model: options.ModelOption = None,
-    data: options.DataOption = None,
     output: Annotated[
-        str, typer.Option(help="Folder of the search. The same command again goes on.")
+        str,
+        typer.Option(metavar="FOLDER", help="Folder of the search. The same command again resumes it."),
     ] = "runs/tune",
-    recipe: options.RecipeOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -43,6 +44,8 @@ def tune(
     from lorafit.config.load import flag_overrides
     from lorafit.errors import ConfigError
     from lorafit.observe.units import duration
+
+    load_torch()
     from lorafit.sweep.halving import tune as search
     from lorafit.sweep.run import draw_curves
 
