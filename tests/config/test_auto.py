@@ -72,9 +72,9 @@ def test_more_rows_are_not_more_epochs_and_a_larger_model_has_no_higher_rate(
     sizes: Sizes, factor: int
 ) -> None:
     plain = config_with({"batch_size": 1})
-    small = without_auto(plain, Sizes(10**5, 20 + sizes.rows, sizes.tokens, 0)).train
+    small = without_auto(plain, Sizes(10**5, 20 + sizes.rows, sizes.characters, 0)).train
     large = without_auto(
-        plain, Sizes(10**5 * factor, (20 + sizes.rows) * factor, sizes.tokens * factor, 0)
+        plain, Sizes(10**5 * factor, (20 + sizes.rows) * factor, sizes.characters * factor, 0)
     ).train
     assert large.epochs <= small.epochs
     assert large.learning_rate <= small.learning_rate
@@ -110,7 +110,7 @@ def test_rows_to_measure_on_are_never_trained() -> None:
 
 
 def test_a_large_model_on_much_data_has_the_usual_numbers() -> None:
-    train = without_auto(config_with({}), Sizes(1_100_000_000, 52_000, 3_000_000, 100)).train
+    train = without_auto(config_with({}), Sizes(1_100_000_000, 52_000, 12_000_000, 100)).train
     assert (train.epochs, train.batch_size, train.learning_rate, train.eval_every) == (1, 16, 2e-4, 100)
 
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.runs import events, tiny_run, tiny_settings
 
-from lorafit.data.build import build_data
+from lorafit.config.auto import FACTS
+from lorafit.data.build import build_data, sizes_of
 from lorafit.evaluate.learned import HALF, KNOWN, SHORT_ANSWER, Asked, verdict
 from lorafit.hub.client import model_folder
 from lorafit.infer.model import load
@@ -25,12 +26,12 @@ losses = st.floats(1e-3, 20)
 
 
 @st.composite
-def some_asked(draw: st.DrawFn, most_tokens: int = 500) -> Asked:
+def some_asked(draw: st.DrawFn, most_characters: int = 500) -> Asked:
     questions = draw(st.integers(0, 2000))
     asked = draw(st.integers(0, min(100, questions)))
     before, after = draw(st.integers(0, asked)), draw(st.integers(0, asked))
     return Asked(
-        questions, asked, before, after, draw(losses), draw(losses), draw(st.integers(1, most_tokens))
+        questions, asked, before, after, draw(losses), draw(losses), draw(st.integers(1, most_characters))
     )
 
 
@@ -73,7 +74,7 @@ def test_more_answers_are_never_a_lower_level(trained: Asked, more: int) -> None
 @given(some_asked(), st.floats(0.01, 1))
 def test_a_lower_loss_is_never_a_lower_level(trained: Asked, factor: float) -> None:
     values = (trained.questions, trained.asked, trained.before, trained.after, trained.base_loss)
-    lower = Asked(*values, trained.loss * factor, trained.answer_tokens)
+    lower = Asked(*values, trained.loss * factor, trained.answer_characters)
     assert LEVELS.index(verdict(lower, None)[0]) >= LEVELS.index(verdict(trained, None)[0])
 
 
@@ -102,7 +103,7 @@ def test_a_lower_loss_is_never_a_lower_level(trained: Asked, factor: float) -> N
             "loss 3.840 -> 3.530: train longer",
         ),
         (
-            Asked(900, 40, 0, 1, 2.0, 1.6, 90),
+            Asked(900, 40, 0, 1, 2.0, 1.6, 300),
             None,
             "learned",
             "It learned from your rows: the loss of trained rows fell from 2.000 to 1.600",
@@ -156,6 +157,21 @@ def test_the_counts_are_those_of_greedy_answers(taught: Result) -> None:
             assert counts[key] == np.count_nonzero(right)
     trained = event["asked"]["trained"]
     assert trained["before"] < trained["after"] < trained["asked"]
+
+
+def test_whether_answers_are_short_does_not_depend_on_the_tokenizer(taught: Result, tmp_path: Path) -> None:
+    """A tokenizer of bytes makes three tokens of a Korean letter: characters decide, not tokens."""
+    answer = "산들역의 역장은 1951년부터 피파예요."
+    rows = [{"instruction": f"{number}번?", "output": answer} for number in range(20)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    config = RunDirectory.open(taught.path).config()
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"path": (str(tmp_path / "rows.json"),)})}
+    )
+    sizes = sizes_of(data := build_data(config, model_folder(config.model.name), None, True), None)
+    assert sizes.characters == len(answer) * len(data.training)
+    assert data.training.targets.mean() > 2 * len(answer)
+    assert sizes.kind is FACTS
 
 
 def test_the_sentence_is_in_the_report_and_the_level_in_the_list_of_runs(taught: Result) -> None:

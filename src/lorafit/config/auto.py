@@ -44,25 +44,27 @@ class Kind(NamedTuple):
 
 FACTS = Kind(15, 0.25, 2.0)  # short answers
 TEXTS = Kind(9, 0.4, 0.0)
-LONGEST_FACT = 32  # supervised tokens per row, on average, from which rows are texts
+LONGEST_FACT = (
+    128  # characters of an answer, on average, from which rows are texts; tokens differ by language
+)
 _ROWS = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """What decides: the parameters of the model (None: unknown), the rows to train on, their supervised tokens, and
-    the held-out rows.
+    """What decides: the parameters of the model (None: unknown), the rows to train on, the characters of their
+    supervised text, and the held-out rows.
     """
 
     parameters: int | None
     rows: int
-    tokens: int
+    characters: int
     held_out: int
 
     @property
     def kind(self) -> Kind:
         """How such rows are trained."""
-        return FACTS if self.tokens < LONGEST_FACT * self.rows else TEXTS
+        return FACTS if self.characters < LONGEST_FACT * self.rows else TEXTS
 
 
 def without_auto(config: Config, sizes: Sizes) -> Config:

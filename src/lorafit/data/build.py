@@ -66,6 +66,7 @@ class OwnPlaces(NamedTuple):
         return self._replace(gone=self.gone._replace(is_heldout=is_heldout))
 
 
+_ROWS_READ = 200  # of more rows so many show how long the answers are
 NAMED = "named in data.drop_rows"  # the reason why a row is not trained
 
 
@@ -317,8 +318,11 @@ def make_renderer(config: Config, tokenizer: Tokenizer) -> Renderer:
 def sizes_of(training_data: TrainingData, num_parameters: int | None) -> Sizes:
     """The sizes that decide what `auto` is; `num_parameters` is None where no model is known."""
     training = training_data.training
-    tokens = int(training.targets.sum(dtype=np.int64))
-    return Sizes(num_parameters, len(training), tokens, len(training_data.heldout))
+    spread = np.linspace(0, len(training) - 1, min(_ROWS_READ, len(training))).astype(int)
+    answers = (ids[trained > 0].tolist() for ids, trained in map(training.row, spread.tolist()))
+    characters = sum(len(training_data.tokenizer.decode(ids, skip_special=True)) for ids in answers)
+    of_all = round(characters * len(training) / max(1, len(spread)))
+    return Sizes(num_parameters, len(training), of_all, len(training_data.heldout))
 
 
 def row_order(config: Config, training_data: TrainingData) -> RowOrder:

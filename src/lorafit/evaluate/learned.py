@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lorafit.config.auto import LONGEST_FACT
 from lorafit.data.build import TrainingData
 from lorafit.data.packing import Packer, TokenRow
 from lorafit.data.token_dataset import TokenDataset
@@ -23,7 +24,7 @@ from lorafit.observe.units import count
 
 MOST_ROWS = 100
 MOST_TRAINED_TOKENS, MOST_HELDOUT_TOKENS = 4096, 1024  # seconds on a CPU, also of a large model
-SHORT_ANSWER = 32  # tokens; longer answers are rarely repeated word for word, and the loss decides
+SHORT_ANSWER = LONGEST_FACT  # characters; longer answers are rarely repeated word for word
 LONGER = "train longer"
 KNOWN, HALF, SOME = 0.9, 0.5, 0.1  # shares of the questions
 # of the loss of the base: what is left after training
@@ -34,7 +35,7 @@ PART_LEFT, LEARNED_LEFT, LITTLE_LEFT, WORSE = 0.75, 0.95, 0.98, 1.03
 class Asked:
     """Rows of one kind. `questions` is how many have a question, `asked` how many of them were asked, `before` and
     `after` how many of these the base and the adapter answer word for word. The losses are means over the answers'
-    tokens of the rows that were read; `answer_tokens` is the median length of an answer.
+    tokens of the rows that were read; `answer_characters` is the median length of an answer.
     """
 
     questions: int
@@ -43,7 +44,7 @@ class Asked:
     after: int
     base_loss: float
     loss: float
-    answer_tokens: int
+    answer_characters: int
 
     @property
     def share(self) -> float:
@@ -75,6 +76,14 @@ def what_was_learned(
     return Learned(step, level, text, counts)
 
 
+def tokens_asked(data: TrainingData) -> float:
+    """About the tokens that `what_was_learned` reads with the base, and once more with the adapter."""
+    halves = ((data.training.lengths, MOST_TRAINED_TOKENS), (data.heldout.lengths, MOST_HELDOUT_TOKENS))
+    return sum(
+        min(most, MOST_ROWS * lengths.mean(), lengths.sum()) for lengths, most in halves if len(lengths)
+    )
+
+
 def ask(
     network: Llama, data: TrainingData, rows: TokenDataset, packer: Packer, most_tokens: int
 ) -> Asked | None:
@@ -98,7 +107,8 @@ def ask(
         results.append((total.sum() / max(1.0, targets.sum()), (wrong == 0) & (targets > 0)))
     (base_loss, before), (loss, after) = results
     is_asked = asking[chosen]
-    lengths = [int(np.count_nonzero(trained)) for _, trained in answers]
+    decode = data.tokenizer.decode
+    lengths = [len(decode(ids[trained].tolist(), skip_special=True)) for ids, trained in answers]
     return Asked(
         questions=int(asking.sum()),
         asked=int(is_asked.sum()),
@@ -106,7 +116,7 @@ def ask(
         after=int((after & is_asked).sum()),
         base_loss=float(base_loss),
         loss=float(loss),
-        answer_tokens=int(np.median(lengths)),
+        answer_characters=int(np.median(lengths)),
     )
 
 
@@ -127,7 +137,7 @@ def verdict(
         known = trained.before >= KNOWN * trained.asked
         what = "The base model answers your rows already" if known else "It learned your rows"
         return "learned", f"{what}: {answered(trained, heldout)}{others}"
-    if not trained.asked or trained.answer_tokens > SHORT_ANSWER:
+    if not trained.asked or trained.answer_characters > SHORT_ANSWER:
         level, text = _by_loss("trained", trained.base_loss, trained.loss, longer)
         if level == "learned" and rose:
             return "partly", f"{text}{others}: fewer epochs or a lower train.learning_rate"
