@@ -21,6 +21,7 @@ from lorafit.data.packing import Packer
 from lorafit.data.row_order import RowOrder
 from lorafit.distributed.env import ProcessEnv, command
 from lorafit.errors import ConfigError, RunError
+from lorafit.evaluate.learned import tokens_asked
 from lorafit.evaluate.samples import SAMPLE_TOKENS, Prompt, prompts_of
 from lorafit.hub.client import ModelFolder
 from lorafit.infer.continuous_batch import AT_ONCE
@@ -33,7 +34,7 @@ from lorafit.model.dtypes import dtype_name
 from lorafit.model.llama import Llama
 from lorafit.model.lora import layer_number, match_targets, with_exceptions
 from lorafit.model.memory import is_out_of_memory
-from lorafit.model.native import kernels
+from lorafit.model.native import blocks, kernels
 from lorafit.model.quant import check_quantize
 from lorafit.model.tables import EMBEDDING, HEAD
 from lorafit.observe.meters import Meter
@@ -94,7 +95,9 @@ class RunInputs:
         base_note = check_initial(config, base)
         training_data = build_data(config, base, arch, quiet)
         if pick_device(config.model.device).type == "cpu":
-            kernels()
+            with progress("compiling the CPU kernels, once on this machine", quiet=quiet):
+                kernels()
+                blocks()
         given, config = config, without_auto(config, sizes_of(training_data, arch.num_parameters))
         order = row_order(config, training_data)
         own = Path(config.run.prompts).expanduser() if config.run.prompts else None
@@ -414,5 +417,6 @@ def _schedule(config: Config, data: RunInputs, work: Workload) -> Schedule:
         heldout_tokens=heldout_tokens(rows.heldout, _packer(config)),
         saves=saves,
         answers=answers,
+        asked_tokens=tokens_asked(rows) if config.train.method == "sft" else 0.0,
         proof_tokens=proof_tokens,
     )

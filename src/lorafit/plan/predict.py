@@ -63,7 +63,8 @@ class Times:
     steps: float
     measuring: float
     saving: float
-    answering: float  # held-out prompts, also those of the proof; at most
+    answering: float  # prompts, also those of the proof; at most
+    asking: float  # passes over trained and held-out rows, which show what was learned
     proving: float  # a new process that loads the run, and the passes that it computes
 
     @property
@@ -94,13 +95,15 @@ class Schedule:
     """How often a run measures and saves, and what it generates and proves.
 
     `heldout_tokens` are of one measurement. `answers` are batches of prompts: their rows, and the most tokens of one
-    answer. `proof_tokens` is the pass whose logits the proof compares, None without a proof.
+    answer. `asked_tokens` are of the rows that base and adapter read at the end. `proof_tokens` is the pass whose
+    logits the proof compares, None without a proof.
     """
 
     measurements: int
     heldout_tokens: float
     saves: int
     answers: Sequence[tuple[int, int]]
+    asked_tokens: float
     proof_tokens: int | None
 
 
@@ -227,6 +230,7 @@ def predict_times(
         answering=sum(
             tokens * (rates.token_seconds + (rows - 1) * forward) for rows, tokens in schedule.answers
         ),
+        asking=2 * schedule.asked_tokens * forward,
         proving=proving,
     )
 

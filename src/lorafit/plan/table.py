@@ -9,7 +9,12 @@ from lorafit.observe.units import count, duration, memory_size, short_count
 from lorafit.plan.predict import Plan, Times
 
 _NAMES = {"adapter": "adapter and optimizer", "spare": "spare blocks", "rest": "the rest"}
-_NAMES |= {"measuring": "held-out rows", "answering": "answers, at most", "proving": "the proof"}
+_NAMES |= {
+    "measuring": "held-out rows",
+    "answering": "answers, at most",
+    "asking": "asking rows",
+    "proving": "the proof",
+}
 
 
 def table_rows(plan: Plan) -> list[list[str]]:

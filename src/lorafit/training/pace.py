@@ -75,18 +75,16 @@ class Budget:
         return left - self.ending - self.measuring - self.saving
 
 
-def begin(budget: Budget, plan: Plan, elapsed: float, asked_tokens: int) -> str:
+def begin(budget: Budget, plan: Plan, elapsed: float) -> str:
     """Set what a new run has used and what its end needs, by its measured plan; returns a line about it.
 
-    `asked_tokens` are those of the rows that are asked at the end what was learned. Raises RunError where no time is
-    left for a step.
+    Raises RunError where no time is left for a step.
     """
     budget.used = elapsed
     budget.saving = save_seconds(4 * plan.trainable)
     budget.ending = ENDS_SECONDS
-    if plan.times is not None and plan.rates is not None:
-        passes = asked_tokens * plan.rates.seconds_per_token  # with and without the adapter, forward only
-        budget.ending += plan.times.answering + plan.times.proving + passes
+    if plan.times is not None:
+        budget.ending += plan.times.answering + plan.times.asking + plan.times.proving
     left = budget.left
     if left <= 0:
         needed = f"loading took {duration(elapsed)}, and the end needs about {duration(budget.ending)}"

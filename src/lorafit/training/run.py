@@ -19,7 +19,6 @@ from lorafit.distributed.parallel import Engine, ReplicatedEngine
 from lorafit.distributed.ranks import Ranks, check_strategy, init_process_group
 from lorafit.distributed.watchdog import Heartbeat
 from lorafit.errors import RunError
-from lorafit.evaluate.learned import MOST_HELDOUT_TOKENS, MOST_TRAINED_TOKENS
 from lorafit.evaluate.samples import SampleGenerator
 from lorafit.infer.model import Model
 from lorafit.model.adapter_file import adapter_tensors
@@ -33,7 +32,7 @@ from lorafit.model.lora import adapter_parameters
 from lorafit.model.memory import is_out_of_memory
 from lorafit.model.native import missing
 from lorafit.observe.curve_monitor import CurveMonitor, diagnosing
-from lorafit.observe.events import Message, Observer, RunStarted, fan_out
+from lorafit.observe.events import Message, Observer, Progress, RunStarted, fan_out
 from lorafit.observe.metrics_file import Record, read_metrics, truncate_after
 from lorafit.observe.run_summary import RunState
 from lorafit.observe.terminal import Terminal
@@ -412,13 +411,13 @@ def announce_start(job: loop.TrainContext, state: TrainState, *, show_plan: bool
         )
     )
     if show_plan and ranks.is_main:
+        job.observe(Progress("measuring one pass", 0, 1))
         plan = _plan(job)
         for line in short_lines(plan):
             job.observe(Message(line))
         if state.budget is not None:
-            asked = min(MOST_TRAINED_TOKENS, plan.tokens_per_epoch) + MOST_HELDOUT_TOKENS
             elapsed = job.prepared.data.elapsed()
-            job.observe(Message(pace.begin(state.budget, plan, elapsed, asked)))
+            job.observe(Message(pace.begin(state.budget, plan, elapsed)))
 
 
 def _plan(job: loop.TrainContext) -> Plan:

@@ -76,7 +76,8 @@ def prepare(
         tokens = data.training_data.tokenizer.trained
         built = build(config, data.base.path, device, advance, sharded, base, tokens)
     if checked and not sharded:  # one rank alone cannot compute with its part of the base
-        checks += trial_before_training(config, data, built.network)
+        with progress("a trial step", quiet=quiet):
+            checks += trial_before_training(config, data, built.network)
     facts = run_fingerprint(config, data)
     # longer than the watchdog's timeout, which says which rank is stuck
     ranks.connect(device, 2 * config.distributed.timeout)
