@@ -73,9 +73,7 @@ def test_short_memory_is_said_once_and_the_run_goes_on(
     assert result.finished
     assert events(result, "answers") == []
     notes = [event["text"] for event in events(result, "note") if event["level"] == "warning"]
-    assert [note for note in notes if "no memory" in note] == [
-        "no memory to answer held-out prompts: not tried again"
-    ]
+    assert [note for note in notes if "no memory" in note] == ["no memory to answer prompts: not tried again"]
 
 
 def test_own_prompts_are_answered_beside_those_of_rows(material: list[str], tmp_path: Path) -> None:

@@ -100,21 +100,21 @@ class SampleGenerator:
         if not self._prompts or self._is_disabled:
             return None
         try:
-            return self._base_answers(), self._answer("answering held-out prompts", base=False)
+            return self._base_answers(), self._answer("answering prompts", base=False)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
         self._is_disabled = True
-        self._observe(Message("no memory to answer held-out prompts: not tried again", "warning"))
+        self._observe(Message("no memory to answer prompts: not tried again", "warning"))
         return None
 
     def tuned(self) -> list[Answer]:
         """The answers of the adapter that the network has now."""
-        return self._answer("answering held-out prompts", base=False)
+        return self._answer("answering prompts", base=False)
 
     def _base_answers(self) -> list[Answer]:
         if self._base is None:
-            self._base = self._answer("answering held-out prompts with the base model", base=True)
+            self._base = self._answer("answering prompts with the base model", base=True)
         return self._base
 
     def _answer(self, activity: str, *, base: bool) -> list[Answer]:

@@ -177,6 +177,7 @@ def _prove(job: TrainContext, initial: Mapping[str, str], step: int, measured: i
         continued=job.config.lora.init_from is not None,
         rows=job.data.fixed_rows(PROBE_ROWS),
         prompts=prompts,
+        trained=not job.heldout,
         losses=_losses(job.run, measured),
         observe=job.observe,
     )

@@ -97,24 +97,25 @@ def prove(
     continued: bool,
     rows: Sequence[TokenRow],
     prompts: Sequence[Row],
+    trained: bool,
     losses: tuple[float | None, float | None],
     observe: Observer,
 ) -> Proof:
     """Check the finished `run`, whose final adapter, of `step`, is on `model` too; frees the model's memory.
 
     `initial` are the digests before the first step; `continued` says that the adapter was not fresh. `rows` are fixed
-    texts, held out if there are such rows. `prompts` are the held-out rows of the stop check. `losses` are the
-    held-out losses of base and tuned. A failed check is in the result, and raises nothing.
+    texts, held out if there are such rows. `prompts` are the rows of the stop check, held-out ones unless all are
+    `trained`. `losses` are the held-out losses of base and tuned. A failed check is in the result, and raises nothing.
     """
     started = time.perf_counter()
     weights = run.adapter / WEIGHTS
     observe(Progress("verifying the adapter", 0, 4))
     changed_check = changed(weights, model.network, initial, only_b=step == 1 and not continued)
     observe(Progress("verifying the adapter", 1, 4))
-    stop_check = _with_memory("stop", lambda: stop(model, prompts))
+    stop_check = _with_memory("stop", lambda: stop(model, prompts, trained=trained))
     observe(Progress("verifying the adapter", 2, 4))
     reload_check = _with_memory("reload", lambda: reload(run, model.network, rows))
-    checks = [changed_check, reload_check, stop_check, heldout(*losses)]
+    checks = [changed_check, reload_check, stop_check, heldout(*losses, trained=trained)]
     observe(Progress("verifying the adapter", 4, 4))
     digest = sha256_file(weights) if weights.is_file() else None
     return Proof(step, round(time.perf_counter() - started, 3), digest, checks)
@@ -222,8 +223,12 @@ def compare_logits(
     return Check("reload", "pass", text, values)
 
 
-def stop(model: Model, prompts: Sequence[Row]) -> Check:
-    """How many greedy answers to held-out prompts end by themselves within twice the tokens of a right answer."""
+def stop(model: Model, prompts: Sequence[Row], *, trained: bool = False) -> Check:
+    """How many greedy answers to prompts end by themselves within twice the tokens of a right answer.
+
+    `trained` is whether the prompts are of trained rows.
+    """
+    kind = "trained" if trained else "held-out"
     answers = [row.content.answers()[-1] for row in prompts]
     lengths = [len(ids) for ids, _ in model.renderer.tokenizer.encode_batch(answers)]
     fair = [row for row, length in zip(prompts, lengths, strict=True) if _is_fair(length)]
@@ -234,7 +239,7 @@ def stop(model: Model, prompts: Sequence[Row]) -> Check:
     generated = model.generate([row.content for row in fair], max_tokens=limit)
     going = [row.place for row, answer in zip(fair, generated, strict=True) if not answer.stopped]
     ended = len(fair) - len(going)
-    text = f"{ended} of {len(fair)} held-out prompts ended by themselves"
+    text = f"{ended} of {len(fair)} {kind} prompts ended by themselves"
     values = {"prompts": len(fair), "ended": ended, "max_tokens": limit, "going_on": going}
     if ended < STOP_SHARE * len(fair):
         return Check("stop", "warn", f"only {text} within {limit} tokens", values)
@@ -252,11 +257,11 @@ def _is_fair(length: int) -> bool:
     return 2 * length <= MOST_ANSWER
 
 
-def heldout(base: float | None, tuned: float | None) -> Check:
-    """Whether the held-out loss is lower than the base's."""
+def heldout(base: float | None, tuned: float | None, *, trained: bool = False) -> Check:
+    """Whether the held-out loss is lower than the base's; it is of the time before all rows were `trained`."""
     if base is None or tuned is None:
         return Check("heldout", "skip", "the held-out loss is not measured")
-    text = f"held-out loss {base:.3f} -> {tuned:.3f}"
+    text = f"held-out loss {base:.3f} -> {tuned:.3f}" + ", before all rows were trained" * trained
     values = {"base": base, "tuned": tuned}
     if not tuned < base:
         return Check("heldout", "warn", f"{text}: the adapter is no better than the base", values)
