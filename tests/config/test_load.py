@@ -84,6 +84,10 @@ def test_a_slip_in_any_key_is_answered_with_the_key(key: str) -> None:
 def test_a_key_in_the_wrong_section_is_found(recipe: Callable[[str], Path]) -> None:
     (problem,) = problems(recipe("train:\n  rank: 8\n"), *NEEDED)
     assert (problem.message, problem.hint) == ("unknown key `train.rank`", "did you mean `lora.rank`?")
+    (problem,) = problems(recipe("trainn:\n  epochs: 3\n"), *NEEDED)
+    assert (problem.message, problem.hint) == ("unknown key `trainn.epochs`", "did you mean `train.epochs`?")
+    (problem,) = problems(recipe("optimizer:\n  name: sgd\n"), *NEEDED)
+    assert problem.hint == "not offered, the optimizer is AdamW"
     (problem,) = problems(recipe("learning_rate: 1\n"), *NEEDED)
     assert problem.hint == "did you mean `train.learning_rate`?"
 

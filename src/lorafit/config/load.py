@@ -340,6 +340,11 @@ def _problem(detail: Mapping[str, Any], places: Mapping[KeyPath, str], near: boo
     where = tuple(str(part) for part in detail["loc"])
     place, name = _place(where, places), ".".join(where)
     if detail["type"] == "extra_forbidden":
+        inside = detail.get("input")
+        if (
+            isinstance(inside, Mapping) and len(inside) == 1 and not answer(where[-1])
+        ):  # of a section that is unknown
+            name = ".".join((*where, *map(str, inside)))
         known = [*keys(), *Config.model_fields]
         hint = _nearest(name, known) if near else answer(where[-1])
         return Problem(f"unknown key `{name}`", place, hint)
@@ -350,7 +355,8 @@ def _problem(detail: Mapping[str, Any], places: Mapping[KeyPath, str], near: boo
         return Problem(
             f"`{'.'.join(key)}` is missing", place, f"give `{flag}` or set it in the recipe" if flag else ""
         )
-    message = detail["msg"].removeprefix("Value error, ")
+    message = detail["msg"].removeprefix("Value error, ").partition(", unable to")[0]
+    message = message.replace("a valid boolean", "true or false")
     if not where:
         return Problem(message, hint="see `lorafit config`")
     message = message[:1].lower() + message[1:]

@@ -56,7 +56,9 @@ MODEL_FILES = (
 )
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
-_WHAT_TO_GIVE = "give a folder with safetensors weights, a GGUF file, or a hub id (owner/name)"
+_WHAT_TO_GIVE = (
+    "give a folder with safetensors weights, a GGUF file, or a hub id (owner/name; see `lorafit models`)"
+)
 
 logger = logger_of(__name__)
 
@@ -296,7 +298,7 @@ def _list(repository: Repository, offline: bool) -> _Listing:
     if not HUB_ID.fullmatch(repository.name):
         raise repository.error(
             f"`{repository.name}` is neither a folder here nor an id of the hub (owner/name)",
-            similar_folder(repository.name),
+            similar_folder(repository.name) or (_WHAT_TO_GIVE if repository.kind == "model" else ""),
         )
     if repository.revision is not None and not is_revision(repository.revision):
         message = f"`{repository.revision}` is no revision: a branch, a tag or a full commit"
