@@ -35,6 +35,7 @@ from lorafit.training import loop
 from lorafit.training.run import start_run
 
 STEPS = 6
+REFIT = ("train.refit=true", "data.holdout=8")
 
 
 @dataclass
@@ -87,6 +88,7 @@ def one(bench: Bench) -> Path:
     bench.one_process("stopped-1", stop=4)
     bench.one_process("few-1", "train.batch_size=1")
     bench.one_process("dropped-1", "lora.dropout=0.2")
+    bench.one_process("refit-1", *REFIT)
     return bench.one_process("one")
 
 
@@ -99,6 +101,9 @@ def two(bench: Bench, one: Path) -> list[dict[str, Any]]:
             bench.job("stopped-2", stop=[1, 4]),
             {"resume": str(bench["stopped-1"])},
             bench.job("few-2", "train.batch_size=1"),  # a rank without rows
+            bench.job("refit-2", *REFIT),
+            bench.job("stopped-refit-2", *REFIT, stop=[1, STEPS + 2]),
+            {"resume": str(bench["stopped-refit-2"])},
             bench.job("dropped-2", "lora.dropout=0.2", "train.micro_batch_tokens=200"),
             bench.job("sharded", "distributed.strategy=fsdp"),
             bench.job(
@@ -153,6 +158,20 @@ def test_the_held_out_loss_of_the_same_adapter_has_the_same_bits(
 @pytest.mark.slow
 def test_a_rank_without_rows_takes_part(bench: Bench, one: Path, two: list[dict[str, Any]]) -> None:
     assert_same(bench["few-2"], bench["few-1"])
+
+
+@pytest.mark.slow
+def test_the_second_phase_is_the_same_on_all_rows_also_when_interrupted(
+    bench: Bench, one: Path, two: list[dict[str, Any]]
+) -> None:
+    (refit,) = events(bench["refit-1"], "refit")
+    assert refit["num_rows"] == 60
+    assert refit["step"] == STEPS < refit["num_steps"]
+    for name in ("refit-2", "stopped-refit-2"):
+        assert events(bench[name], "refit") == [
+            {**refit, "heldout_loss": pytest.approx(refit["heldout_loss"])}
+        ]
+        assert_same(bench[name], bench["refit-1"])
 
 
 @pytest.mark.slow
