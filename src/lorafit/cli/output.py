@@ -31,4 +31,4 @@ def load_torch() -> None:
     from lorafit.observe.progress import progress
 
     with progress("loading torch", quiet=not can_redraw(console_of(sys.stderr))):
-        import torch  # noqa: F401
+        from lorafit.model import dtypes  # noqa: F401  (it imports torch)
