@@ -13,7 +13,7 @@ from lorafit.config.fields import AUTO
 from lorafit.config.schema import Config
 
 # The peak rate: the usual one for models of a billion parameters or more, and more for a smaller one.
-_LARGE_MODEL, _LARGE_RATE, _RATE_POWER, _HIGHEST_RATE = 1e9, 2e-4, 0.8, 3e-3
+_LARGE_MODEL, _LARGE_RATE, _RATE_POWER, _HIGHEST_RATE = 1e9, 2e-4, 0.8, 1e-2
 
 # Rows per step: the larger number where an epoch then has so many steps, else half of it, down to the smaller one.
 _LARGE_BATCH, _SMALL_BATCH, _STEPS_PER_EPOCH = 16, 4, 64
