@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -56,7 +57,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _panel, _commands in {
+_COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Train": {"train": train.train, "sweep": sweep.sweep, "tune": tune.tune, "without": without.without},
     "Before a run": {
         "check": check.check,
@@ -81,7 +82,8 @@ for _panel, _commands in {
         "serve": serve.serve,
         "export": export.export,
     },
-}.items():
+}
+for _panel, _commands in _COMMANDS.items():
     for _name, _command in _commands.items():
         app.command(_name, rich_help_panel=_panel)(_command)
 
