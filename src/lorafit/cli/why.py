@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorafit.cli import options
-from lorafit.cli.output import put_json, put_line, put_text
+from lorafit.cli.output import load_torch, put_json, put_line, put_text
 
 if TYPE_CHECKING:
     from lorafit.evaluate.why import Why
@@ -44,6 +44,7 @@ def why(
 
     lorafit why runs/mine "What is the capital of Atlantis?" --verify
     """
+    load_torch()
     from lorafit.evaluate.why import explain
     from lorafit.observe.console import table
     from lorafit.report.rows_of_run import described
