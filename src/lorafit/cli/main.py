@@ -57,7 +57,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
+_COMMANDS: dict[str, dict[str, Callable[..., object]]] = {
     "Train": {"train": train.train, "sweep": sweep.sweep, "tune": tune.tune, "without": without.without},
     "Before a run": {
         "check": check.check,

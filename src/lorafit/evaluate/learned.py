@@ -79,11 +79,12 @@ def what_was_learned(
 def tokens_asked(data: TrainingData) -> float:
     """About the tokens that `what_was_learned` reads with the base, and once more with the adapter."""
     halves = ((data.training.lengths, MOST_TRAINED_TOKENS), (data.heldout.lengths, MOST_HELDOUT_TOKENS))
-    return sum(
+    tokens: float = sum(
         min(float(most), float(lengths.mean()) * min(MOST_ROWS, len(lengths)))
         for lengths, most in halves
         if len(lengths)
     )
+    return tokens
 
 
 def ask(
