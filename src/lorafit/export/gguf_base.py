@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorafit.export.chat_template import WRITTEN_BOS, chat_template
@@ -15,10 +16,12 @@ from lorafit.export.number_types import TYPES, NumberType
 from lorafit.export.reference import Reference, Rounding
 from lorafit.export.run_source import RunSource
 from lorafit.gguf_file.folder import gguf_file_of
+from lorafit.model.lora_linear import GegluInput
 from lorafit.model.stored_tensor import GgufTensor
 
 TEMPLATE = "chat_template.jinja"
 _K_BLOCK, _BLOCK = 256, 32
+_TABLE = 10.0  # the table of GELU has the numbers up to this one
 
 
 def base_file(source: RunSource) -> Path | None:
@@ -35,13 +38,16 @@ def own_template(source: RunSource) -> str | None:
 
 
 def rounding_of_base(source: RunSource) -> Rounding:
-    """llama.cpp computes the products of this file exactly, but for their inputs: it rounds them for each type."""
+    """llama.cpp computes this file and the adapter exactly but for two things: the inputs of products, which it rounds
+    for each type, and GELU.
+    """
     inputs = {
         name: function
         for name, stored in source.weights.items()
         if isinstance(stored, GgufTensor) and (function := _inputs_of(stored.info.type)) is not None
     }
-    return Rounding(by_weight=inputs)
+    is_gelu = source.arch.family.activation == "gelu_pytorch_tanh"
+    return Rounding(by_weight=inputs, is_merged=False, activation=HalfGeglu() if is_gelu else None)
 
 
 def record_of_base(reference: Reference) -> NumberType:
@@ -67,6 +73,15 @@ def _inputs_of(kind: str) -> Callable[[Tensor], Tensor] | None:
         _K_BLOCK if kind.endswith("_K") or kind.startswith(("IQ1", "IQ2", "IQ3", "IQ4_XS", "TQ")) else _BLOCK
     )
     return lambda x: in_8_bits(x, block)
+
+
+class HalfGeglu(GegluInput):
+    """y = gelu(gate) * up as llama.cpp's `ggml_vec_geglu_f32` computes it: GELU by a table of float16 numbers."""
+
+    def make(self, *inputs: Tensor) -> Tensor:
+        gate, up = inputs
+        gelu = F.gelu(gate.half().float(), approximate="tanh").half().to(gate.dtype)
+        return torch.where(gate.abs() < _TABLE, gelu, gate.clamp(min=0)) * up
 
 
 def in_8_bits(x: Tensor, block: int) -> Tensor:

@@ -22,8 +22,9 @@ from lorafit.infer.continuous_batch import Request, generate_tokens
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.build import build_saved
 from lorafit.model.linear import Frozen, LowRank, replace_module, with_low_rank
-from lorafit.model.llama import Llama, capped
+from lorafit.model.llama import MLP, Llama, capped
 from lorafit.model.lora import LoraLinear
+from lorafit.model.lora_linear import InputOp
 from lorafit.model.memory import available_bytes
 from lorafit.model.saved_adapter import HEAD
 from lorafit.verify.logits import largest
@@ -55,14 +56,17 @@ class Prompt(Question):
 class Rounding:
     """How a program rounds: `weights(name, merged weight)`, and the `inputs` of each product (None: not rounded).
 
-    `by_weight` has other roundings of inputs, by the name of the weight. `most` is the largest relative change of a
-    weight, in root mean squares; more is an error.
+    `by_weight` has other roundings of inputs, by the name of the weight. If not `is_merged`, the adapter is added to
+    products, and what it reads is not rounded. `activation` is computed in the place of the network's own. `most` is
+    the largest relative change of a weight, in root mean squares; more is an error.
     """
 
     weights: Callable[[str, Tensor], Tensor] = lambda name, weight: weight.float()
     inputs: Callable[[Tensor], Tensor] | None = None
     most: float = 0.0
     by_weight: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    is_merged: bool = True
+    activation: InputOp | None = None
 
     def inputs_of(self, name: str) -> Callable[[Tensor], Tensor] | None:
         """How the inputs of the products with the weight `name` are rounded."""
@@ -225,7 +229,7 @@ def _round(
     progress: Callable[[int], None],
     inputs_of: Callable[[str], Callable[[Tensor], Tensor] | None] | None = None,
 ) -> None:
-    """Replace the network's weights by rounded ones, with the adapter merged into them.
+    """Replace the network's weights by rounded ones, with the adapter merged into them unless the program adds it.
 
     They are computed from the live network alone, so that an error of the export is not in them too.
     """
@@ -233,9 +237,12 @@ def _round(
         module_name, _, part = name.rpartition(".")
         module = network.get_submodule(module_name)
         weight = None
-        if isinstance(module, LoraLinear) and part == "weight":
-            weight = module.base.dequantize().float() + module.delta()
-        module = getattr(module, "base", module)
+        if isinstance(module, LoraLinear):
+            if not rounding.is_merged:
+                module_name += ".base"
+            elif part == "weight":
+                weight = module.base.dequantize().float() + module.delta()
+            module = module.base
         exact: Tensor = getattr(module, part).float() if weight is None else weight
         weight = rounding.weights(name, exact)
         if (change := float((weight - exact).norm() / exact.norm().clamp(min=1e-30))) > rounding.most:
@@ -247,6 +254,9 @@ def _round(
         else:
             setattr(module, part, nn.Parameter(weight, requires_grad=False))
         progress(done)
+    if rounding.activation is not None:
+        for mlp in (module for module in network.modules() if isinstance(module, MLP)):
+            mlp.activation = rounding.activation
     if source.arch.tie_word_embeddings:
         network.lm_head.weight = network.decoder.embed_tokens.weight
 
