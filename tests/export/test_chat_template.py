@@ -97,16 +97,46 @@ def test_a_template_that_cannot_be_brought_to_it_is_refused(folders: dict[str, P
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "llama2"])
 @pytest.mark.parametrize("system", ["", "Be {{ brief }}."])
-def test_ollama_renders_one_turn_as_it_was_trained(name: str, system: str, folders: dict[str, Path]) -> None:
+@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    texts=st.lists(st.text('{}"\n a\u3131', max_size=9).map(lambda text: f"a{text}b"), min_size=1, max_size=5)
+)
+def test_ollama_renders_each_turn_as_it_was_trained(
+    name: str, system: str, texts: list[str], folders: dict[str, Path]
+) -> None:
+    """The same text as the prompt of the contract, so the same tokens; a system message of the user's too."""
     renderer = renderer_of(folders[name], system=system)
     template = go_template(renderer)
     bos = (renderer.contract.bos or "") if renderer.contract.add_bos else ""
-    for question in ("What is {{ this }}?", "라마가 뭐야?\n\nSay."):
-        asked = [Message("user", question)]
-        assert bos + render_go(template, system, question) == written_prompt(renderer, asked)
-        told = [Message("system", "Be long."), *asked]
-        if written_prompt(renderer, told).count("Be long.") == 1:
-            assert bos + render_go(template, "Be long.", question) == written_prompt(renderer, told)
-    assert "{{ .Response }}" in template
-    closing = template.partition("{{ .Response }}")[2]
-    assert all("{{" not in part or part.startswith('{{ "') for part in [closing])
+    told = [Message("system", "Be long.")]
+    for before in ([], told):
+        talk = [*before]
+        if before and written_prompt(renderer, [*told, Message("user", "a")]).count("Be long.") != 1:
+            continue
+        for text in texts:
+            talk.append(Message("user", text))
+            assert bos + render_go(template, talk) == written_prompt(renderer, talk)
+            talk.append(Message("assistant", f"{text}."))
+        assert not render_go(template, talk).endswith(
+            renderer.contract.eos or "\n"
+        )  # the answer is continued
+
+
+def test_a_template_of_one_turn_has_one_in_ollama(folders: dict[str, Path]) -> None:
+    plain = renderer_of(folders["zephyr"])
+    raw = Renderer(plain.contract.as_raw(plain.tokenizer), plain.tokenizer)
+    for renderer in (renderer_of(folders["zephyr"], "alpaca"), raw):
+        bos = (renderer.contract.bos or "") if renderer.contract.add_bos else ""
+        talk = [Message("user", "one")]
+        assert bos + render_go(go_template(renderer), talk) == written_prompt(renderer, talk)
+
+
+def test_later_turns_of_another_form_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    odd = tmp_path / "odd.jinja"
+    odd.write_text(
+        "{% for m in messages %}{{ loop.index if loop.index > 2 }}{{ m.role + ': ' + m.content + eos_token }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    with pytest.raises(ModelError, match="later turns otherwise"):
+        go_template(renderer_of(folders["zephyr"], str(odd)))

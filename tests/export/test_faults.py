@@ -169,7 +169,16 @@ def stop_left_out_of_the_modelfile(patch: pytest.MonkeyPatch) -> None:
 
 
 def template_of_another_model(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(ollama, "go_template", lambda renderer: "[INST] {{ .Prompt }} [/INST]{{ .Response }}")
+    other = "{{ range $i, $_ := .Messages }}[INST] {{ .Content }} [/INST]{{ end }}"
+    patch.setattr(ollama, "go_template", lambda renderer: other)
+
+
+def no_end_of_answers(patch: pytest.MonkeyPatch) -> None:
+    """The first turn is right, the second one follows the answer without its end."""
+    right = ollama.go_template
+    patch.setattr(
+        ollama, "go_template", lambda renderer: right(renderer).replace("{{ else }}</s>", "{{ else }}")
+    )
 
 
 FAULTS: list[tuple[Plant, str, str, str]] = [
@@ -194,6 +203,7 @@ FAULTS: list[tuple[Plant, str, str, str]] = [
     (head_tied_to_the_embedding, "gguf", "q4_0", "the loss rises from"),
     (stop_left_out_of_the_modelfile, "ollama", "f16", "'</s>' is not among the Modelfile's"),
     (template_of_another_model, "ollama", "f16", "is rendered otherwise by the Modelfile"),
+    (no_end_of_answers, "ollama", "f16", "turn 2 of a conversation is rendered otherwise"),
 ]
 
 

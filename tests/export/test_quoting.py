@@ -18,6 +18,7 @@ from tests.hostile.foreign import (
     steering,
 )
 
+from lorafit.data.formats import Message
 from lorafit.errors import ModelError
 from lorafit.export.merge import write_json
 from lorafit.export.ollama import quoted, render_go, to_go_template
@@ -76,12 +77,10 @@ def test_a_value_of_a_modelfile_is_the_text(text: str) -> None:
 @given(texts | st.text('{}"\n a', max_size=12))
 def test_a_template_of_go_renders_the_text(text: str) -> None:
     escaped = to_go_template(text)
-    template = f"{escaped}{{{{ .Prompt }}}}{escaped}{{{{ .Response }}}}"
-    assert render_go(template, "", "question") == f"{text}question{text}"
+    template = f"{escaped}{{{{ .System }}}}{escaped}{{{{ .System }}}}"
+    assert render_go(template, [Message("system", "be")]) == f"{text}be{text}be"
     assert '"""' not in escaped
-    rest = re.sub(
-        r'\{\{ ("(?:\\.|[^"\\])*"|\.Prompt|\.Response) \}\}', "", template
-    )  # Go reads from left to right
+    rest = re.sub(r'\{\{ ("(?:\\.|[^"\\])*"|\.System) \}\}', "", template)  # Go reads from left to right
     assert "{{" not in rest
     assert modelfile_of(f'TEMPLATE """{template}"""\n') == [("TEMPLATE", template)]
 

@@ -1,32 +1,35 @@
 """Writes and checks the Modelfile of a folder for `ollama create`, from the prompt contract.
 
-Ollama renders prompts by a template in Go's syntax, and adds BOS itself. The template is a rendered turn of the
-contract in which actions replace the system prompt, the question and the answer.
+Ollama renders a conversation by a template in Go's syntax, and adds BOS itself. Messages with the role `system` are
+joined as `.System` (https://github.com/ollama/ollama/blob/main/template/template.go). The template has the texts that
+the exported chat template puts around the messages of a rendered conversation.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lorafit.data.formats import Chat, Message, Row
 from lorafit.data.formats import Instruction as InstructionRow
 from lorafit.data.prompt import Renderer
 from lorafit.errors import DataError, ModelError
-from lorafit.export.chat_template import written_prompt
+from lorafit.export.chat_template import chat_template, render
 from lorafit.export.reference import Question
 from lorafit.export.run_source import RunSource
 
 FILE, MODEL = "Modelfile", "model.gguf"
-_SYSTEM, _QUESTION, _ANSWER = "the-system-prompt", "the-question", "the-answer"
+_SYSTEM, _ANSWER = "the-system-prompt", "the-answer"
+_TALK = ("the-question", _ANSWER, "second-question", "second-answer", "third-question")
 _QUOTES = '"""'
 _BRACES_OR_QUOTES = re.compile(
     r'\{{2,}|\{(?="""|\Z)|"""'
 )  # what begins an action, alone or with one that follows
 _ACTION = re.compile(r"\{\{ (.*?) \}\}", re.DOTALL)
-_CONDITION = re.compile(r"\{\{ if \.System \}\}(.*?)\{\{ else \}\}(.*?)\{\{ end \}\}", re.DOTALL)
+_IS_LAST = "eq (len (slice $.Messages $i)) 1"
+_EACH = "range $i, $_ := .Messages"
 
 
 def write_modelfile(source: RunSource, staging: Path) -> None:
@@ -41,24 +44,32 @@ def write_modelfile(source: RunSource, staging: Path) -> None:
 
 
 def go_template(renderer: Renderer) -> str:
-    """The template of one turn; Ollama concatenates turns."""
-    before, end = _cut(_prompt(renderer, [Message("user", _QUESTION)]), _QUESTION)
-    opening = to_go_template(before)
+    """The template of a conversation. Raises ModelError if the chat template has no counterpart in Go's syntax."""
+    opening, asked, answered, *later, end = _around(renderer, _TALK)
+    if later != [asked, answered]:
+        raise ModelError("the chat template writes later turns otherwise: Ollama has no counterpart of it")
+    opening = to_go_template(opening)
     try:
-        prompt = _prompt(renderer, [Message("system", _SYSTEM), Message("user", _QUESTION)])
-        before_system, rest = _cut(prompt, _SYSTEM)
-        between, same_end = _cut(rest, _QUESTION)
-        if same_end == end:
-            with_system = f"{to_go_template(before_system)}{{{{ .System }}}}{to_go_template(between)}"
+        before, between, *same = _around(renderer, _TALK, system=True)
+        if same == [asked, answered, *later, end]:
+            with_system = f"{to_go_template(before)}{{{{ .System }}}}{to_go_template(between)}"
             opening = f"{{{{ if .System }}}}{with_system}{{{{ else }}}}{opening}{{{{ end }}}}"
     except DataError:  # the chat template has no system prompt
         pass
-    _, closing = _cut(_answered(renderer), _ANSWER)
-    return f"{opening}{{{{ .Prompt }}}}{to_go_template(end)}{{{{ .Response }}}}{to_go_template(closing)}"
+    asked, answered, end = map(to_go_template, (asked, answered, end))
+    if end != asked:
+        asked = f"{{{{ if {_IS_LAST} }}}}{end}{{{{ else }}}}{asked}{{{{ end }}}}"
+    answered = f"{{{{ if {_IS_LAST} }}}}{{{{ else }}}}{answered}{{{{ end }}}}"
+    return (
+        f'{opening}{{{{ {_EACH} }}}}{{{{ if eq .Role "user" }}}}{{{{ .Content }}}}{asked}'
+        f'{{{{ else if eq .Role "assistant" }}}}{{{{ .Content }}}}{answered}{{{{ end }}}}{{{{ end }}}}'
+    )
 
 
 def check_modelfile(source: RunSource, prompts: Sequence[Question], folder: Path) -> list[str]:
-    """Each difference of the written Modelfile from the contract: rendered prompts and stop tokens."""
+    """Each difference of the written Modelfile from the contract: stop tokens, prompts, and one conversation of all
+    prompts, turn by turn.
+    """
     text = (folder / FILE).read_text(encoding="utf-8")
     template = re.search(r'^TEMPLATE """(.*?)"""$', text, re.MULTILINE | re.DOTALL)
     system = re.search(r'^SYSTEM ("""|")(.*?)\1$', text, re.MULTILINE | re.DOTALL)
@@ -71,38 +82,92 @@ def check_modelfile(source: RunSource, prompts: Sequence[Question], folder: Path
     for token in source.contract.stop_ids:
         if (name := source.renderer.tokenizer.decode([token])) not in stops:
             faults.append(f"the stop token {name!r} is not among the Modelfile's")
+    first = [Message("system", system[2])] if system else []
     bos = (source.contract.bos or "") if source.contract.add_bos else ""
     for number, prompt in enumerate(prompts, 1):
-        question = prompt.messages[-1].content
-        text = bos + render_go(template[1], system[2] if system else "", question)
+        text = bos + render_go(template[1], [*first, *prompt.messages])
         if text != prompt.text:
             faults.append(f"prompt {number} is rendered otherwise by the Modelfile: {text!r}")
+    talk: list[Message] = []
+    for turn, prompt in enumerate(prompts, 1):
+        talk += prompt.messages
+        try:
+            expected = render(source.renderer, chat_template(source.renderer), talk)
+        except DataError:  # it was trained for one turn alone
+            break
+        text = bos + render_go(template[1], [*first, *talk])
+        if turn > 1 and text != expected:
+            faults.append(f"turn {turn} of a conversation is rendered otherwise by the Modelfile: {text!r}")
+            break
+        talk.append(Message("assistant", _ANSWER))
     return faults
 
 
-def render_go(template: str, system: str, question: str) -> str:
-    """The prompt that Ollama renders of a question, up to the answer: the few actions that `go_template` writes."""
-    template = _CONDITION.sub(
-        lambda match: match[1 if system else 2], template.partition("{{ .Response }}")[0]
-    )
-    values = {".System": system, ".Prompt": question}
-    return _ACTION.sub(
-        lambda match: values[match[1]] if match[1] in values else json.loads(match[1]), template
-    )
+def render_go(template: str, messages: Sequence[Message]) -> str:
+    """The text that Ollama renders of a conversation, by the few actions that `go_template` writes."""
+    system = "\n\n".join(message.content for message in messages if message.role == "system")
+    return _block(_ACTION.split(template), 0, messages, {".System": system, "else": True})[0]
 
 
-def _prompt(renderer: Renderer, messages: Sequence[Message]) -> str:
-    """The written prompt without the BOS that Ollama adds."""
-    text = written_prompt(renderer, messages)
-    return text.removeprefix(renderer.contract.bos or "") if renderer.contract.add_bos else text
+def _block(
+    parts: Sequence[str], at: int, messages: Sequence[Message], values: Mapping[str, str | bool]
+) -> tuple[str, int]:
+    """(the text of the block that begins at part `at`, the part of its `else` or `end`): odd parts are actions."""
+    text = parts[at]
+    while at + 1 < len(parts) and not (action := parts[at + 1]).startswith(("else", "end")):
+        at += 2
+        if action.startswith("if "):
+            branches = []
+            while action != "end":
+                inner, end = _block(parts, at, messages, values)
+                branches += [inner] * bool(values[action.removeprefix("else ").removeprefix("if ")])
+                action, at = parts[end], end + 1
+            text += branches[0] if branches else ""
+        elif action == _EACH:
+            for number, message in enumerate(messages, 1):
+                own = {f'eq .Role "{role}"': message.role == role for role in ("user", "assistant")}
+                is_last = {_IS_LAST: number == len(messages), ".Content": message.content}
+                inner, end = _block(parts, at, messages, {**values, **own, **is_last})
+                text += inner
+            at = end + 1
+        else:
+            text += str(values[action]) if action in values else json.loads(action)
+        text += parts[at]
+    return text, at + 1
+
+
+def _around(renderer: Renderer, texts: Sequence[str], *, system: bool = False) -> list[str]:
+    """What the exported chat template puts before each message of a conversation, and after the last one.
+
+    BOS is left out, which Ollama adds. A template of one turn is continued with another such turn.
+    """
+    roles = ("user", "assistant")
+    talk = [Message(roles[at % 2], text) for at, text in enumerate(texts)]
+    if system:
+        talk.insert(0, Message("system", _SYSTEM))
+    try:
+        rest = render(renderer, chat_template(renderer), talk)
+    except DataError:
+        if len(texts) == 1:
+            raise
+        *before, asked = _around(renderer, texts[:1], system=system)
+        answered = _cut(_answered(renderer), _ANSWER)[1] + before[0]
+        return [*before, asked, answered, asked, answered, asked]
+    if renderer.contract.add_bos:
+        rest = rest.removeprefix(renderer.contract.bos or "")
+    parts = []
+    for message in talk:
+        before_it, rest = _cut(rest, message.content)
+        parts.append(before_it)
+    return [*parts, rest]
 
 
 def _answered(renderer: Renderer) -> str:
     """A whole turn, question and answer, as in training."""
     content = (
-        Chat((Message("user", _QUESTION), Message("assistant", _ANSWER)))
+        Chat((Message("user", _TALK[0]), Message("assistant", _ANSWER)))
         if renderer.contract.template == "chat"
-        else InstructionRow(_QUESTION, "", _ANSWER)
+        else InstructionRow(_TALK[0], "", _ANSWER)
     )
     return "".join(span.text for span in renderer.text(Row(0, "", content)))
 
