@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from lorafit.model.lora import LoraSpec
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def adapter(folder: Path, rank: int = 4, rslora: bool = False, **config: Any) -> Path:
+def adapter(
+    folder: Path, rank: int = 4, rslora: bool = False, targets: Sequence[str] = ALL, **config: Any
+) -> Path:
     """An adapter of a tiny model, with other keys in its config."""
     base = write_model(folder / "base")
-    spec = LoraSpec(rank=rank, alpha=8, dropout=0.0, targets=ALL, rslora=rslora)
+    spec = LoraSpec(rank=rank, alpha=8, dropout=0.0, targets=tuple(targets), rslora=rslora)
     path = write_adapter(folder / "adapter", random_network(), spec, base=str(base))
     (path / CONFIG).write_text(json.dumps(json.loads((path / CONFIG).read_text()) | config))
     return path
@@ -51,12 +54,35 @@ def test_a_larger_rank_needs_an_option_of_vllm(tmp_path: Path) -> None:
     [
         ({"use_rslora": True}, "sglang", "divides alpha by the rank"),
         ({"alpha_pattern": {"q_proj": 16}}, "vllm", "scale 2 of 14 modules wrongly"),
-        ({"alpha_pattern": {"q_proj": 16}}, "sglang", "scale 2 of 14 modules wrongly"),
+        ({"alpha_pattern": {"q_proj": 16}}, "sglang", "refuses .* which 2 of 14 modules have"),
     ],
 )
 def test_another_scale_is_refused(changes: dict[str, Any], server: str, said: str, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=f"{SERVERS[server].title} .*{said}"):
         check_servers(adapter(tmp_path, **changes), [server], offline=True)
+
+
+@pytest.mark.parametrize(
+    "targets", [("q_proj", "k_proj", "v_proj"), ("q_proj", "v_proj"), ("gate_proj",), ("o_proj",)]
+)
+def test_linears_that_sglang_fuses_may_be_these(targets: tuple[str, ...], tmp_path: Path) -> None:
+    assert check_servers(adapter(tmp_path, targets=targets), ["sglang"], offline=True)
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (("q_proj", "k_proj"), "`q_proj` without `v_proj`: 2 of 4"),
+        (("k_proj",), "`k_proj` without `q_proj`: 2 of 2"),
+        (("v_proj", "up_proj"), "`v_proj` without `q_proj`: 2 of 4"),
+        (("v_proj", "up_proj"), "`up_proj` without `gate_proj`: 2 of 4"),
+    ],
+)
+def test_a_part_that_sglang_does_not_load_alone(targets: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    path = adapter(tmp_path, targets=targets)
+    with pytest.raises(RunError, match=f"SGLang does not load {said}"):
+        check_servers(path, ["sglang"], offline=True)
+    assert check_servers(path, ["vllm"], offline=True)
 
 
 def test_rslora_is_scaled_by_vllm(tmp_path: Path) -> None:

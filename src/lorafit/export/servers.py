@@ -5,7 +5,7 @@ The rules are those of the servers' sources, which docs/export.md names. The ser
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,17 +26,34 @@ class Server:
 
     `ranks` are the values of its option `--max-lora-rank`, of which `rank` is the default; () if it takes any rank.
     `has_rslora`: it divides alpha by the root of the rank where the config says so, else always by the rank.
+    `refuses_patterns`: ranks and alphas of single modules are an error, else they are ignored. `together` are pairs of
+    linears: it fuses both, and loads no adapter with the first one alone.
     """
 
     title: str
     ranks: tuple[int, ...] = ()
     rank: int = 0
     has_rslora: bool = False
+    refuses_patterns: bool = False
+    together: tuple[tuple[str, str], ...] = ()
 
 
 SERVERS = {
     "vllm": Server("vLLM", (1, 8, 16, 32, 64, 128, 256, 320, 512), 16, has_rslora=True),
-    "sglang": Server("SGLang"),
+    "sglang": Server(
+        "SGLang",
+        refuses_patterns=True,
+        together=(
+            ("q_proj", "v_proj"),
+            ("k_proj", "q_proj"),
+            ("v_proj", "q_proj"),
+            ("up_proj", "gate_proj"),
+            ("in_proj_qkv", "in_proj_z"),
+            ("in_proj_z", "in_proj_qkv"),
+            ("in_proj_a", "in_proj_b"),
+            ("in_proj_b", "in_proj_a"),
+        ),
+    ),
 }
 
 
@@ -77,7 +94,13 @@ def faults_of(saved: SavedAdapter, server: Server) -> Iterator[str]:
     if server.ranks and largest > server.ranks[-1]:
         yield f"takes ranks up to {server.ranks[-1]}, and this adapter has rank {largest}"
     if own := [module for module in spec.targets if _differs(saved, module)]:
-        yield f"would scale {len(own)} of {total} modules wrongly: it ignores `rank_pattern` and `alpha_pattern`"
+        if server.refuses_patterns:
+            yield f"refuses `rank_pattern` and `alpha_pattern`, which {len(own)} of {total} modules have"
+        else:
+            yield f"would scale {len(own)} of {total} modules wrongly: it ignores `rank_pattern` and `alpha_pattern`"
+    for name, other in server.together:
+        if alone := [module for module in spec.targets if _is_alone(module, name, other, spec.targets)]:
+            yield f"does not load `{name}` without `{other}`: {len(alone)} of {total} modules"
     if unknown := [module for module in spec.targets if not _is_known(module, saved.parts[module])]:
         yield f"would load {total - len(unknown)} of {total} modules: not {several(unknown)}"
 
@@ -86,6 +109,11 @@ def _differs(saved: SavedAdapter, module: str) -> bool:
     """Whether a module has another rank or scale than the config's one."""
     own = saved.spec.of(module)
     return (own.rank, own.scale) != (saved.spec.rank, saved.spec.scale)
+
+
+def _is_alone(module: str, name: str, other: str, targets: Iterable[str]) -> bool:
+    """Whether a module is a linear `name` of a layer that adapts no linear `other`."""
+    return module.endswith(f".{name}") and f"{module.removesuffix(name)}{other}" not in targets
 
 
 def _is_known(module: str, parts: Mapping[str, str]) -> bool:
