@@ -58,6 +58,15 @@ def export(
             show_default=False,
         ),
     ] = None,
+    others: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="RUN",
+            help="gguf-lora: another run on the same base, whose adapter is put into the folder. Can be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     check_for: Annotated[
         list[str] | None,
         typer.Option(
@@ -116,11 +125,19 @@ def export(
         done = fit_or_fail(run, kind, output=output, most_loss=bound, tasks=tasks or [], offline=offline)
     else:
         done = export_run(
-            run, kind, output=output, type_name=type_name, verify=not no_verify, offline=offline
+            run,
+            kind,
+            output=output,
+            type_name=type_name,
+            verify=not no_verify,
+            offline=offline,
+            others=others or [],
         )
     parity = done.parity
     if parity["verified"]:
         put_line(f"verified by {parity['program']}: {sentence(parity)}", err=True)
+        for name, other in parity.get("others", {}).items():
+            put_line(f"{name}: {sentence(other)}", err=True)
     else:
         put_line(f"warning: not verified: {parity['why']}", err=True)
     if "other_types" in parity:

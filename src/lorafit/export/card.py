@@ -32,8 +32,15 @@ MOST_ROWS = 10
 _BARS = "▁▂▃▄▅▆▇█"
 
 
-def card(source: RunSource, export: Export, type_name: str, folder: Path, parity: Mapping[str, Any]) -> str:
-    """The model card of the export in `folder`, whose weights are `type_name`."""
+def card(
+    source: RunSource,
+    export: Export,
+    type_name: str,
+    folder: Path,
+    parity: Mapping[str, Any],
+    usage: str = "",
+) -> str:
+    """The model card of the export in `folder`, whose weights are `type_name`; `usage` replaces that of its kind."""
     header: dict[str, Any] = {"library_name": export.library, "tags": ["lora", "lorafit"]}
     if source.base.revision is not None:
         header["base_model"] = source.base_name
@@ -46,7 +53,8 @@ def card(source: RunSource, export: Export, type_name: str, folder: Path, parity
         type_name=type_name,
         version=__version__,
         front=yaml_text(header),
-        usage=export.usage.format(
+        usage=usage
+        or export.usage.format(
             base=code(source.base_name),
             base_literal=json_line(source.base_name),  # in JSON and in Python
             name=shell(source.name.lower()),

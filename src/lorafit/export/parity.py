@@ -86,6 +86,7 @@ def read_back(
     request = {
         "reader": export.reader,
         "folder": str(folder),
+        "name": source.name,
         "is_adapter": export.is_adapter,
         "base": str(base or source.base.path),
         "template": own_template(source) if export.base_of is not None else None,

@@ -101,9 +101,11 @@ def by_transformers(request: dict[str, Any]) -> Answer:
 
 def by_llama_cpp(request: dict[str, Any]) -> Answer:
     """A GGUF file, or an adapter on the GGUF file of its base."""
-    path, lora = next(Path(request["folder"]).glob("*.gguf")), None
+    folder = Path(request["folder"])
     if request["is_adapter"]:
-        path, lora = Path(request["base"]), path
+        path, lora = Path(request["base"]), folder / f"{request['name']}-lora.gguf"
+    else:
+        path, lora = next(folder.glob("*.gguf")), None
     asked, most = request["ask"]
     longest = max(len(ids) for ids, _ in request["texts"])
     longest = max(longest + _TIMED, *(len(ids) + most for ids in asked), 0)

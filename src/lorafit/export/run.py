@@ -6,7 +6,7 @@ import importlib.util
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from lorafit.export.readback import READERS
 from lorafit.export.reference import Reference, importance_of, make_reference, questions_of
 from lorafit.export.rows import rows_of
 from lorafit.export.run_source import RunSource, open_source
+from lorafit.export.several import open_others, usage
 from lorafit.export.target import refuse_foreign, target_folder
 from lorafit.model.adapter_file import WEIGHTS
 from lorafit.model.weights import fingerprint
@@ -61,19 +62,24 @@ def export_run(
     type_name: str | None = None,
     verify: bool = True,
     offline: bool = False,
+    others: Sequence[str | Path] = (),
 ) -> Exported:
     """Write an export of `run`; without `output` into the run's `exports/`. An earlier export there is replaced.
+    A folder of adapters in GGUF has those of the runs `others` too.
 
     Raises a LorafitError, and leaves nothing, if a file cannot be written, if the folder holds files that lorafit did
     not write, or if the export does not answer as the live adapter does. If `verify` is False there is no comparison,
     and the export records that.
     """
     export, source = prepare(run, kind, type_name, offline=offline)
+    beside = open_others(source, kind, others, offline=offline)
     type_name = type_name or export.types[0]
     if type_name == "auto":
         type_name = base_type(source)
     folder = _target(source, kind, type_name, output)
     facts = _facts(source, kind, type_name)
+    if beside:
+        facts["others"] = {one.name: sha256_file(one.adapter / WEIGHTS) for one in beside}
     if kind == "ollama" and verify and (made := _made_before(source, type_name, facts)) is not None:
         return commit(source, kind, type_name, output, (made, _outcome_of(made)))
     reference = None
@@ -85,11 +91,15 @@ def export_run(
     sums: dict[str, str] = {}
     with _staged(source, export, folder, facts, sums) as staging:
         with progress(f"writing {kind}") as advance:
-            sums.update(export.write(source, staging, type_name, advance))
+            for one in (source, *beside):
+                sums.update(export.write(one, staging, type_name, advance))
         outcome: dict[str, Any] = parity.unverified("--no-verify")
         if reference is not None:
             outcome = _verify(source, reference, export, type_name, staging)
-        _describe(source, export, type_name, staging, outcome)
+            for one in beside:
+                own = _verify(one, reference_of(one, export, type_name), export, type_name, staging)
+                outcome.setdefault("others", {})[one.name] = own
+        _describe(source, export, type_name, staging, outcome, usage(source, beside) if beside else "")
         refuse_foreign(folder)  # once more: comparing takes minutes
     return _exported(folder, kind, type_name, outcome)
 
@@ -147,9 +157,9 @@ def _staged(
 
 
 def _describe(
-    source: RunSource, export: Export, type_name: str, staging: Path, outcome: dict[str, Any]
+    source: RunSource, export: Export, type_name: str, staging: Path, outcome: dict[str, Any], used: str = ""
 ) -> None:
-    """Write the prompt contract, the result of the comparison and the model card."""
+    """Write the prompt contract, the result of the comparison and the model card, with another usage if `used`."""
     if export.reader == "llama.cpp" and not export.is_adapter:
         from lorafit.export.gguf_types import fallbacks
 
@@ -160,7 +170,7 @@ def _describe(
         prompt = replace(prompt, tokenizer_sha256=Tokenizer.from_folder(staging).sha256)
     write_json(staging / PROMPT, prompt.to_json())
     write_json(staging / parity.FILE, outcome)
-    (staging / CARD).write_text(card(source, export, type_name, staging, outcome), encoding="utf-8")
+    (staging / CARD).write_text(card(source, export, type_name, staging, outcome, used), encoding="utf-8")
 
 
 def _exported(folder: Path, kind: str, type_name: str, outcome: Mapping[str, Any]) -> Exported:
