@@ -45,6 +45,7 @@ def test_llama_cpp_computes_every_family_as_we_do(family: str, tmp_path: Path) -
         ("olmo2", {"hidden_size": 64}),  # llama.cpp has norms of q and k of the width of the network
         ("hunyuan", {}),
         ("lfm2", {"hidden_size": 64}),  # and LFM2 too
+        ("qwen3_5", {"linear_value_head_dim": 8}),
     ],
 )
 def test_llama_cpp_computes_the_published_types_as_we_do(
@@ -61,6 +62,7 @@ def test_llama_cpp_computes_the_published_types_as_we_do(
     [
         ("gemma3", "`gemma3_text` networks are not supported"),
         ("smollm3", "the layers without rotary positions"),
+        ("qwen3_5", "keys and values of other widths"),
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_refused(family: str, message: str, tmp_path: Path) -> None:
@@ -73,6 +75,15 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(family: str, message:
 def test_llama_cpp_adds_the_adapter_as_we_do(family: str, tmp_path: Path) -> None:
     run = run_to_export(tmp_path, "lora.rslora=true", family=family)
     done = export_run(run, "gguf-lora", output=tmp_path / "lora", offline=True)
+    assert done.parity["largest_difference"] < 2e-4
+
+
+def test_llama_cpp_adds_the_adapter_of_a_delta_rule_as_we_do(tmp_path: Path) -> None:
+    """Columns of A and rows of B are in the order of its value heads."""
+    base = write_published(tmp_path / "model", "qwen3_5", linear_value_head_dim=8)
+    done = export_run(
+        run_to_export(tmp_path, model=base), "gguf-lora", output=tmp_path / "lora", offline=True
+    )
     assert done.parity["largest_difference"] < 2e-4
 
 

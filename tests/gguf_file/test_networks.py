@@ -82,7 +82,7 @@ def test_every_architecture_that_exports_write_is_read() -> None:
     written = {
         record.gguf: name
         for name, record in RECORDS.items()
-        if record.gguf and name not in ("mistral", "lfm2")
+        if record.gguf and name not in ("mistral", "lfm2", "qwen3_5_text")
     }
     assert {name: READINGS[name].model_type for name in written} == written
 

@@ -22,6 +22,7 @@ from lorafit.model.architecture import Architecture
 from lorafit.model.families import FAMILIES
 from lorafit.model.llama import inverse_frequencies
 from lorafit.model.lora import VARIANTS
+from lorafit.model.mixer_shapes import DeltaHeads
 from lorafit.model.rope import Rope
 
 
@@ -59,9 +60,9 @@ def write_gguf(
         for factors in extra.values():
             writer.write_tensor_data(factors)
         for done, (name, dtype) in enumerate(types.items(), 1):
-            tensor = permuted(source.tensor(name, merged=merged), name, arch)
+            tensor = _as_stored(source.tensor(name, merged=merged), name, arch)
             columns = source.importance.get(name)
-            weights = None if columns is None else columns.numpy()
+            weights = None if columns is None else permuted_columns(columns, name, arch).numpy()
             writer.write_tensor_data(quantized(tensor.float().numpy(), dtype, weights))
             progress(done, len(source.weights))
     finally:
@@ -87,12 +88,13 @@ def write_lora(source: RunSource, path: Path) -> None:
             if name in source.saved.changes:
                 module = name.removesuffix(".weight")
                 factors = source.saved.tensors(module)
+                a = permuted_columns(factors["lora_A"], name, arch)
                 b = permuted(factors["lora_B"], name, arch)
                 if (
                     own := spec.of(module)
                 ) != spec:  # llama.cpp divides the one alpha by the rank of the module
                     b = b * (own.scale * own.rank / (spec.scale * spec.rank))
-                writer.add_tensor(f"{gguf_name}.lora_a", factors["lora_A"].contiguous().numpy())
+                writer.add_tensor(f"{gguf_name}.lora_a", a.contiguous().numpy())
                 writer.add_tensor(f"{gguf_name}.lora_b", b.contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -132,9 +134,21 @@ def _differing_layers(arch: Architecture) -> str | None:
     regular = [bool((layer + 1) % period) for layer in range(arch.num_hidden_layers)] if period else []
     if None in arch.ropes and [rope is not None for rope in arch.ropes] != regular:
         return "the layers without rotary positions"
+    if arch.delta is not None and _interval(arch) == 0:
+        return "this order of attention and linear attention"
+    if arch.delta is not None and arch.delta.key_dim != arch.delta.value_dim:
+        return "keys and values of other widths"
     if arch.attention_scale is not None and not _has_scales(arch):
         return "this scale of scores"
     return None
+
+
+def _interval(arch: Architecture) -> int:
+    """The number by which attention is the last of so many layers, and all others are of another kind; 0 if none."""
+    layers = arch.num_hidden_layers
+    return next(
+        (n for n in range(1, layers + 1) if [*arch.attention_layers] == [*range(n - 1, layers, n)]), 0
+    )
 
 
 def _has_scales(arch: Architecture) -> bool:
@@ -146,16 +160,35 @@ def gguf_names(source: RunSource, architecture: str) -> dict[str, str]:
     """The name of each weight in llama.cpp's `architecture`."""
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(kinds[architecture], source.arch.num_hidden_layers)
-    parts = {name: name.replace(source.arch.prefix, "model.", 1).rpartition(".") for name in source.weights}
-    return {name: f"{table[module]}.{part}" for name, (module, _, part) in parts.items()}
+    names = {}
+    for name in source.weights:
+        full = name.replace(source.arch.prefix, "model.", 1).replace(".dt_bias", ".dt_proj.bias")
+        module, _, part = full.rpartition(".")
+        names[name] = f"{table[module]}.{part}" if part in ("weight", "bias") else table[full]
+    return names
+
+
+def _as_stored(weight: Tensor, name: str, arch: Architecture) -> Tensor:
+    """A weight as llama.cpp multiplies by it: rows and columns in its order, norms with their offset, the decay."""
+    weight = permuted_columns(permuted(weight, name, arch), name, arch)
+    if name.endswith(".A_log"):
+        return -weight.float().exp()
+    has_offset = name.endswith("norm.weight") and not name.endswith(".linear_attn.norm.weight")
+    return weight.float() + arch.family.norm_offset if has_offset and arch.family.norm_offset else weight
 
 
 def permuted(weight: Tensor, name: str, arch: Architecture) -> Tensor:
     """A weight, bias or B of a q or k projection in the row order of llama.cpp, anything else as it is.
 
-    Hugging Face rotates the halves of a head, llama.cpp neighbouring rows for some architectures (see Family).
+    Hugging Face rotates the halves of a head, llama.cpp neighbouring rows for some architectures (see Family). Rows of
+    value heads of a delta rule are in llama.cpp's order too.
     """
     module = name.rpartition(".")[0]
+    if ".linear_attn." in name and not module.endswith((".norm", ".out_proj")):
+        assert arch.delta is not None
+        has_keys = module.endswith((".in_proj_qkv", ".conv1d"))
+        start = 2 * arch.delta.keys * arch.delta.key_dim if has_keys else 0
+        return torch.cat([weight[:start], _tiled(weight[start:], 0, arch.delta)])
     interleaved = FAMILIES[arch.model_type].gguf_interleaved_rope
     if not interleaved or not module.endswith((".q_proj", ".k_proj")):
         return weight
@@ -163,6 +196,22 @@ def permuted(weight: Tensor, name: str, arch: Architecture) -> Tensor:
     rows = weight.unflatten(0, (heads, 2, arch.head_dim // 2))
     reordered: Tensor = rows.transpose(1, 2).flatten(0, 2)
     return reordered
+
+
+def permuted_columns(weight: Tensor, name: str, arch: Architecture) -> Tensor:
+    """A weight or A (rows, width), or a number per column (width,), with columns in the order of llama.cpp."""
+    if not name.endswith(".linear_attn.out_proj.weight"):
+        return weight
+    assert arch.delta is not None
+    return _tiled(weight, -1, arch.delta)
+
+
+def _tiled(weight: Tensor, axis: int, heads: DeltaHeads) -> Tensor:
+    """Value heads in llama.cpp's order: the first one of each key head, then the second ones."""
+    axis %= weight.dim()
+    shares = weight.unflatten(axis, (heads.keys, heads.values // heads.keys, -1))
+    tiled: Tensor = shares.transpose(axis, axis + 1).flatten(axis, axis + 2)
+    return tiled
 
 
 def _add_shape(writer: gguf.GGUFWriter, arch: Architecture) -> None:
@@ -175,16 +224,25 @@ def _add_shape(writer: gguf.GGUFWriter, arch: Architecture) -> None:
     writer.add_block_count(arch.num_hidden_layers)
     writer.add_feed_forward_length(arch.intermediate_size)
     writer.add_head_count(arch.num_attention_heads)
-    if arch.mixers:  # a layer without attention has no heads
-        attends, heads = arch.attention_layers, arch.num_key_value_heads
-        writer.add_head_count_kv([heads * (layer in attends) for layer in range(arch.num_hidden_layers)])
+    if (heads := arch.delta) is not None:
+        writer.add_full_attention_interval(_interval(arch))
+        writer.add_ssm_conv_kernel(arch.conv_width)
+        writer.add_ssm_state_size(heads.key_dim)
+        writer.add_ssm_group_count(heads.keys)
+        writer.add_ssm_time_step_rank(heads.values)
+        writer.add_ssm_inner_size(heads.values * heads.value_dim)
+        pairs = (arch.rotary_dim or arch.head_dim) // 2  # a text has one position in the place of three
+        writer.add_rope_dimension_sections([*((pairs + 2 - part) // 3 for part in range(3)), 0])
+    if arch.mixers and arch.delta is None:  # a layer without attention has no heads
+        attends, count = arch.attention_layers, arch.num_key_value_heads
+        writer.add_head_count_kv([count * (layer in attends) for layer in range(arch.num_hidden_layers)])
         writer.add_shortconv_l_cache(arch.conv_width)
     else:
         writer.add_head_count_kv(arch.num_key_value_heads)
     writer.add_key_length(arch.head_dim)
     writer.add_value_length(arch.head_dim)
     writer.add_layer_norm_rms_eps(arch.rms_norm_eps)
-    writer.add_rope_dimension_count(arch.head_dim)
+    writer.add_rope_dimension_count(arch.rotary_dim or arch.head_dim)
     writer.add_rope_freq_base(arch.rope.theta)
     writer.add_vocab_size(arch.vocab_size)
     if _has_scales(arch):

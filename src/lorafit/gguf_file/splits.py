@@ -13,13 +13,15 @@ _LLAMA_3 = (
     r"|\s+(?!\S)|\s+"
 )
 _QWEN_2 = _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}")
+# letters with their marks
+_QWEN_35 = _QWEN_2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]")
 _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # The regular expression of a split, by the name that exports give it. Two more splits have steps of their own.
-SPLITS = {"llama-bpe": _LLAMA_3, "qwen2": _QWEN_2, "tekken": _TEKKEN}
+SPLITS = {"llama-bpe": _LLAMA_3, "qwen2": _QWEN_2, "qwen35": _QWEN_35, "tekken": _TEKKEN}
 GPT_2, DIGITS = "gpt-2", "smollm"  # the second has each digit apart
 
 
@@ -67,5 +69,6 @@ BY_NAME = {
         name: Split("qwen2")
         for name in ("qwen2", "deepseek-r1-qwen", "kormo", "stablelm2", "hunyuan", "megrez", "solar-open")
     },
+    "qwen35": Split("qwen35"),
     "tekken": Split("tekken", **_WHOLE),
 }

@@ -296,6 +296,8 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "qwen3_5_text": Family(
+        gguf="qwen35",
+        gguf_qkv_bias=False,
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         qk_norm="head",
