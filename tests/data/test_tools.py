@@ -16,6 +16,7 @@ from tests.data.masks import trained_stretches
 from tests.data.toy_tokenizers import CHATML, QWEN_3, hostile_text, qwen_like
 from tokenizers import normalizers
 
+from lorafit.data.chat_template import ChatTemplate
 from lorafit.data.formats import Chat, Message, parse
 from lorafit.data.prompt import Rendered, Renderer
 from lorafit.data.tokenizer import Tokenizer
@@ -225,6 +226,22 @@ def test_reasoning_reaches_the_template(renderer: Callable[..., Renderer], first
     assert text == reference(HERMES, expected)
     thought = f"<think>\n{second.strip(chr(10))}\n</think>\n\n" if second else ""
     assert trained == ["It is 5.<|im_end|>", NFC(f"{thought}It is 5.<|im_end|>")]
+
+
+def test_a_thought_after_an_empty_one_is_refused(tmp_path: Path) -> None:
+    """A template that takes thoughts from `reasoning_content` alone writes an empty one before that of a content."""
+    source = (
+        "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}{%- if m.role == 'assistant' %}"
+        "{{- '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}{%- endif %}"
+        "{{- m.content + '<|im_end|>\\n' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"
+    )
+    template = ChatTemplate(source, bos=None, eos=None, date="2024-07-26")
+    asked = Message("user", "a")
+    with pytest.raises(DataError, match="empty thought before the one in the content of turn 2"):
+        template.parts([asked, Message("assistant", "<think>\nI muse.\n</think>\n\nb")])
+    told = template.parts([asked, Message("assistant", "b", reasoning="I muse.")])
+    assert "<think>\nI muse.\n</think>\n\nb" in "".join(part.text for part in told)
 
 
 def test_reasoning_where_the_template_reads_it_in_the_content(renderer: Callable[..., Renderer]) -> None:

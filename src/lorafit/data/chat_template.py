@@ -201,6 +201,8 @@ class ChatTemplate:
                 before = before[: len(before) - len(thought)]
                 if hole.with_thinking and self._asks_without_thought:
                     raise self._thinks(turn)
+                if hole.with_thinking and thought:
+                    raise self._thinks_twice(turn)
             parts.append(_between(before[start:], answering))
             position += len(before)
             if turn is None:
@@ -361,6 +363,15 @@ class ChatTemplate:
     def _thinks(turn: int) -> DataError:
         hint = "take the thinking out of the answer, or give a template that asks for it with data.template"
         return DataError(f"turn {turn + 1} thinks, but the chat template asks without a thought", hint=hint)
+
+    @staticmethod
+    def _thinks_twice(turn: int) -> DataError:
+        message = (
+            f"the chat template writes an empty thought before the one in the content of turn {turn + 1}"
+        )
+        return DataError(
+            message, hint="write the thought as `reasoning_content` of the turn, without <think>"
+        )
 
     @staticmethod
     def _unclear(turn: int, reason: str) -> DataError:
