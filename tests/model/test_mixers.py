@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +20,7 @@ from lorafit.model import mixer_shapes, mixers, native
 from lorafit.model.architecture import Architecture
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.convolution import convolution
+from lorafit.model.delta_rule import by_package, delta_rule, installed_rule
 from lorafit.model.lora import LoraSpec, adapter_parameters, attach
 from lorafit.model.lora_linear import Identity, project
 from lorafit.model.mixer_shapes import DeltaHeads, MixerShape
@@ -128,6 +133,43 @@ def test_a_document_of_the_delta_rule_has_the_bits_that_it_has_alone(
         packed = ruled([lengths[at] for at in order], joined, slopes)
     for side, result in enumerate(packed):
         assert torch.equal(result, torch.cat([alone[at][side] for at in order]))
+
+
+def stand_in(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, *, cu_seqlens: Tensor, **options: bool
+) -> tuple[Tensor, Tensor]:
+    """flash-linear-attention's function, token by token: outputs (1, tokens, heads, value_dim), and states."""
+    assert options == {"output_final_state": True, "use_qk_l2norm_in_kernel": True}
+    q, k = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (q[0], k[0]))
+    outs, states = [], []
+    for start, end in pairwise(cu_seqlens.tolist()):
+        state = q.new_zeros(v.shape[2], q.shape[-1], v.shape[-1])
+        for at in range(start, end):
+            state = state * g[0, at].exp()[:, None, None]
+            wrong = v[0, at] - torch.einsum("hkv,hk->hv", state, k[at])
+            state = state + torch.einsum("hk,hv->hkv", k[at], beta[0, at, :, None] * wrong)
+            outs.append(torch.einsum("hkv,hk->hv", state, q[at]) * q.shape[-1] ** -0.5)
+        states.append(state)
+    return torch.stack(outs)[None], torch.stack(states)
+
+
+def test_the_package_gets_what_the_rule_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with the package's signature gives the outputs, states and gradients of our own rule."""
+    lengths = [3, 70, 1]
+    inputs, slopes = of_rule(sum(lengths), torch.float64)
+    results = []
+    for rule in (delta_rule, partial(by_package, stand_in)):
+        own = [x.detach().requires_grad_() for x in inputs]
+        out, states = rule(*own, HEADS, lengths)
+        results.append([out.detach(), states, *torch.autograd.grad(out, own, slopes)])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(theirs, ours, rtol=1e-9, atol=1e-9)
+    assert installed_rule.__wrapped__() is None
+    monkeypatch.setitem(sys.modules, "fla", ModuleType("fla"))
+    monkeypatch.setitem(sys.modules, "fla.ops", ModuleType("fla.ops"))
+    module = SimpleNamespace(chunk_gated_delta_rule=stand_in)
+    monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", module)
+    assert installed_rule.__wrapped__() is stand_in
 
 
 @pytest.mark.skipif(native.kernels() is None, reason="no compiled kernels")

@@ -8,12 +8,14 @@ it says for the key k towards the value v, and reads it with the query q:
 Keys and queries have the length 1, queries are divided by the root of key_dim. Documents are computed one by one in
 chunks that begin with the document, so that each has the bits that it has alone. The backward pass keeps the inputs
 only. Numbers are float32, or float64 for float64. On the CPU a compiled kernel computes it
-(model/native/delta_rule.cpp), else torch.
+(model/native/delta_rule.cpp), on CUDA in 16 bits the package flash-linear-attention where it is installed, else torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import importlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from lorafit.model.mixer_shapes import DeltaHeads
 from lorafit.model.native import fits, kernels
 from lorafit.model.ops import wide
 
+Rule = Callable[..., tuple[Tensor, Tensor]]
 CHUNK = 64
 _EPS = 1e-6
 
@@ -37,9 +40,33 @@ def delta_rule(
     qkv (tokens, heads.channels) has queries, keys and values side by side; g and beta (tokens, value heads) are the
     logarithm of the decay and the step. States are (documents, value heads, key_dim, value_dim), without gradients.
     """
+    if qkv.is_cuda and qkv.dtype.itemsize == 2 and (rule := installed_rule()) is not None:
+        return by_package(rule, qkv, g, beta, heads, lengths)
     inputs = qkv.contiguous(), g.to(wide(g.dtype)).contiguous(), beta.to(qkv.dtype).contiguous()
     out, states = _DeltaRule.apply(*inputs, heads, tuple(lengths))  # type: ignore[no-untyped-call]
     return out, states
+
+
+@functools.cache
+def installed_rule() -> Rule | None:
+    """`chunk_gated_delta_rule` of flash-linear-attention (extra `fla`); None without the package."""
+    try:
+        rule: Rule = importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
+    except ImportError:
+        return None
+    return rule
+
+
+def by_package(
+    rule: Rule, qkv: Tensor, g: Tensor, beta: Tensor, heads: DeltaHeads, lengths: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """`delta_rule` by the package's function: it norms queries and keys, and reads documents by their borders."""
+    q, k, v = _parts(qkv, heads)
+    q, k = (part.repeat_interleave(heads.values // heads.keys, 1) for part in (q, k))
+    borders = torch.tensor([0, *lengths], device=qkv.device).cumsum(0)
+    tensors = (x[None] for x in (q, k, v, g.to(wide(g.dtype)), beta.to(qkv.dtype)))  # one row of a batch
+    out, states = rule(*tensors, output_final_state=True, cu_seqlens=borders, use_qk_l2norm_in_kernel=True)
+    return out[0].flatten(1), states.detach()
 
 
 def delta_step(qkv: Tensor, g: Tensor, beta: Tensor, heads: DeltaHeads, states: Tensor) -> Tensor:
@@ -55,14 +82,20 @@ def delta_step(qkv: Tensor, g: Tensor, beta: Tensor, heads: DeltaHeads, states: 
 
 def split_heads(qkv: Tensor, heads: DeltaHeads, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Normed queries and keys and the values, (value heads, tokens, numbers): some heads share a key."""
-    widths = heads.keys * heads.key_dim, heads.keys * heads.key_dim, heads.values * heads.value_dim
-    q, k, v = (part.to(dtype) for part in qkv.split(widths, -1))
-    q, k = (part.unflatten(-1, (heads.keys, heads.key_dim)).transpose(0, 1) for part in (q, k))
+    q, k, v = (part.to(dtype).transpose(0, 1) for part in _parts(qkv, heads))
     q, k = (part * torch.rsqrt(part.square().sum(-1, keepdim=True) + _EPS) for part in (q, k))
     shared = heads.values // heads.keys
     if shared > 1:
         q, k = (part.repeat_interleave(shared, 0) for part in (q, k))
-    return q * heads.key_dim**-0.5, k, v.unflatten(-1, (heads.values, heads.value_dim)).transpose(0, 1)
+    return q * heads.key_dim**-0.5, k, v
+
+
+def _parts(qkv: Tensor, heads: DeltaHeads) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, (tokens, heads, numbers)."""
+    widths = heads.keys * heads.key_dim, heads.keys * heads.key_dim, heads.values * heads.value_dim
+    q, k, v = qkv.split(widths, -1)
+    q, k = (part.unflatten(-1, (heads.keys, heads.key_dim)) for part in (q, k))
+    return q, k, v.unflatten(-1, (heads.values, heads.value_dim))
 
 
 class _DeltaRule(torch.autograd.Function):
