@@ -332,6 +332,12 @@ def test_the_head_of_a_run_is_short_and_the_table_closes(material: list[str]) ->
     assert len(short_lines(plan)) == 1
     assert "about" in short_lines(plan)[0]
     assert {len(row) for row in table_rows(plan)} == {3}
+    for mixes_by_row in (True, False):  # of a hybrid, and of other networks
+        shared = dataclasses.replace(plan, shared_tokens=plan.tokens // 2, mixes_by_row=mixes_by_row)
+        said = {row[0]: row[2] for row in table_rows(shared)}["tokens"]
+        assert said.startswith("about 50")
+        assert said.endswith("convolutions and states for each row") == mixes_by_row
+    assert not plan.mixes_by_row
     memory = plan.memory
     assert memory.total == round(sum(dataclasses.asdict(memory).values())) == plan.peak_bytes
     assert memory.kernels == 0  # float32

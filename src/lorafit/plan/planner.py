@@ -269,6 +269,7 @@ def make_plan(
         tokens=work.tokens,
         supervised_tokens=work.supervised,
         shared_tokens=round(work.shared),
+        mixes_by_row=bool(data.arch.mixers),
         longest_pack_tokens=int(work.at(heaviest(shape, work)).tokens),
         device=describe(machine.device),
         dtype=dtype_name(pick_dtype(config.model.dtype, machine.device, data.arch.family.fits_float16)),

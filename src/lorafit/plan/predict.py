@@ -111,7 +111,8 @@ class Schedule:
 class Plan:
     """What a run needs. Tokens and steps are exact; memory and time are predicted.
 
-    `shared_tokens` estimates the tokens of prefixes that rows of a pass share; each is computed once per pass.
+    `shared_tokens` estimates the tokens of prefixes that rows of a pass share; each is computed once per pass, but for
+    the mixers of a hybrid (`mixes_by_row`), which have states that end with the row.
     `peak_bytes` is the peak of the process's resident memory (on CUDA the device's), loading included.
     `available_bytes` is None where unknown. `choice` are the settings that decide the memory. `picked` names those
     that were chosen: in place of `auto`, and to make the run fit. `refit_steps` are at most those of a second phase, on
@@ -130,6 +131,7 @@ class Plan:
     tokens: int
     supervised_tokens: int
     shared_tokens: int
+    mixes_by_row: bool
     longest_pack_tokens: int
     device: str
     dtype: str

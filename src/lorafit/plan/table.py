@@ -58,7 +58,8 @@ def _epochs(plan: Plan) -> str:
 
 def _shared(plan: Plan) -> str:
     percent = 100 * plan.shared_tokens / max(plan.tokens, 1)
-    return f"about {percent:.1f} % in shared prefixes: computed once per pass" if percent >= 0.05 else ""
+    but = ", convolutions and states for each row" if plan.mixes_by_row else ""
+    return f"about {percent:.1f} % in shared prefixes: computed once per pass{but}" if percent >= 0.05 else ""
 
 
 def _is_measured(plan: Plan) -> bool:
