@@ -449,6 +449,8 @@ LEAVING: dict[str, dict[str, str]] = {
     "export/merge.py write_json": {"write_bytes": EXPORTED, "dumps": EXPORTED},
     "export/ollama.py write_modelfile": {"write_text": EXPORTED},
     "export/ollama.py to_go_template": {"dumps": EXPORTED},
+    "export/ollama.py check_modelfile": {"render": DATA},
+    "export/ollama.py _around": {"render": DATA},
     "export/parity.py _in_process": {"write_text": DATA, "dumps": DATA},
     "export/quoting.py yaml_text": {"safe_dump": EXPORTED},
     "export/readback.py main": {"print": "an_error", "write_text": DATA, "dumps": DATA},
