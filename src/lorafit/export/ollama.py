@@ -126,8 +126,10 @@ def _block(
         elif action == _EACH:
             for number, message in enumerate(messages, 1):
                 own = {f'eq .Role "{role}"': message.role == role for role in ("user", "assistant")}
-                is_last = {_IS_LAST: number == len(messages), ".Content": message.content}
-                inner, end = _block(parts, at, messages, {**values, **own, **is_last})
+                is_last = {_IS_LAST: number == len(messages)}
+                inner, end = _block(
+                    parts, at, messages, {**values, **own, **is_last, ".Content": message.content}
+                )
                 text += inner
             at = end + 1
         else:
@@ -141,8 +143,7 @@ def _around(renderer: Renderer, texts: Sequence[str], *, system: bool = False) -
 
     BOS is left out, which Ollama adds. A template of one turn is continued with another such turn.
     """
-    roles = ("user", "assistant")
-    talk = [Message(roles[at % 2], text) for at, text in enumerate(texts)]
+    talk = [Message("assistant" if at % 2 else "user", text) for at, text in enumerate(texts)]
     if system:
         talk.insert(0, Message("system", _SYSTEM))
     try:

@@ -24,7 +24,7 @@ from lorafit.model.build import build_saved
 from lorafit.model.linear import Frozen, LowRank, replace_module, with_low_rank
 from lorafit.model.llama import MLP, Llama, capped
 from lorafit.model.lora import LoraLinear
-from lorafit.model.lora_linear import InputOp
+from lorafit.model.lora_linear import GegluInput
 from lorafit.model.memory import available_bytes
 from lorafit.model.saved_adapter import HEAD
 from lorafit.verify.logits import largest
@@ -66,7 +66,7 @@ class Rounding:
     most: float = 0.0
     by_weight: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     is_merged: bool = True
-    activation: InputOp | None = None
+    activation: GegluInput | None = None
 
     def inputs_of(self, name: str) -> Callable[[Tensor], Tensor] | None:
         """How the inputs of the products with the weight `name` are rounded."""
