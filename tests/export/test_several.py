@@ -56,7 +56,7 @@ def test_all_that_does_not_fit_is_named(runs: tuple[Path, Path], base: Path, tmp
     for name in ("a", "c"):
         (tmp_path / name).mkdir()
     elsewhere = run_to_export(tmp_path / "a", *SHORT, model=write_gguf_model(tmp_path / "b.gguf", seed=1))
-    asked = run_to_export(tmp_path / "c", *SHORT, "data.template=alpaca", model=base)
+    asked = run_to_export(tmp_path / "c", *SHORT, "data.system=Be brief.", model=base)
     twin = shutil.copytree(runs[0], tmp_path / "polite")
     others = [elsewhere.rename(tmp_path / "other"), asked.rename(tmp_path / "asked"), twin]
     with pytest.raises(ConfigError) as caught:
