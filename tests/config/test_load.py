@@ -204,6 +204,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "model.device": st.sampled_from(["auto", "cpu", "mps", "cuda", "cuda:3"]),
     "model.dtype": st.sampled_from(["auto", "float32", "bfloat16", "float16", "float64"]),
     "model.quantize": st.sampled_from(["none", "int8", "nf4", "fp8"]),
+    "model.offload": st.sampled_from(["none", "layers"]),
     "lora.rank": st.integers(1, 1024),
     "lora.alpha": st.floats(0, 1e300, exclude_min=True),
     "lora.dropout": SHARES,

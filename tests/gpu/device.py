@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 from tests.gpu import guard
+from tests.gpu.streams import PATCHES, pinned, streams
 
 T4, A100, H100 = (7, 5), (8, 0), (9, 0)
 NAMES = {T4: "Tesla T4", A100: "NVIDIA A100", H100: "NVIDIA H100"}
@@ -81,11 +82,14 @@ def present(capability: tuple[int, int], memory: Memory) -> Iterator[None]:
         "set_rng_state": lambda new, device="cuda": None,
         "manual_seed_all": lambda seed: None,
         "_lazy_init": lambda: None,
+        **PATCHES,
     }
+    streams.reset()
     with ExitStack() as stack:
         for name, patch in patches.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, patch))
         stack.enter_context(mock.patch.object(torch.version, "cuda", torch.version.cuda or "13.0"))
+        stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", pinned))
         guard.install()
         # torch.tensor(..., device="cuda") is made on the CPU and moved
         stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())

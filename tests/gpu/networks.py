@@ -20,6 +20,7 @@ from lorafit.model.linear import Frozen, Linear, replace_module
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, attach
 from lorafit.model.places import GROUP
+from lorafit.model.offload import LayerStream, move_to_host
 from lorafit.model.quant import QUANTIZERS, Quantize
 from lorafit.plan.cost_model import (
     PassCost,
@@ -67,12 +68,15 @@ def network_on(
     *,
     dequantized: bool = False,
     targets: tuple[str, ...] = ("all-linear",),
+    offload: bool = False,
+    variant: str = "lora",
+    **changes: Any,
 ) -> Llama:
-    """The same small adapted network on any device, with B not zero.
+    """The same small adapted network on any device, with B not zero; `changes` are of its config.
 
     With `dequantized`, weights are what the quantised ones stand for, in `dtype`.
     """
-    network = random_network(family, dtype=dtype)
+    network = random_network(family, dtype=dtype, **changes)
     if dequantized:
         for module in network.modules():
             if isinstance(module, Linear):
@@ -91,7 +95,9 @@ def network_on(
                 quantized = QUANTIZERS[quantize](module.weight.detach())
                 quantized.bias = module.bias
                 replace_module(network, name, quantized)
-    attach(network, LoraSpec(4, 8, dropout, targets, False), 0)
+    if offload:
+        leave_on_host(network)
+    attach(network, LoraSpec(4, 8, dropout, targets, False, variant), 0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -99,6 +105,13 @@ def network_on(
                 noise = torch.randn(parameter.shape, generator=generator) * 0.05
                 parameter.copy_(noise.to(parameter.device))
     return network.train()
+
+
+def leave_on_host(network: Llama) -> None:
+    """Offload the layers of a network on CUDA."""
+    for module in network.modules():
+        move_to_host(module)
+    network.streamed = LayerStream(list(network.decoder.layers), network.lm_head.weight.device)
 
 
 def small_packs(capacity: int = 90) -> Sequence[Pack]:
@@ -139,7 +152,12 @@ def difference(one: tuple[float, Gradients], other: tuple[float, Gradients]) -> 
 
 
 def empty_network(
-    config: dict[str, Any], dtype: torch.dtype, quantize: Quantize = "none", dropout: float = 0.0
+    config: dict[str, Any],
+    dtype: torch.dtype,
+    quantize: Quantize = "none",
+    dropout: float = 0.0,
+    *,
+    offload: bool = False,
 ) -> Llama:
     """An adapted network with random weights, made on CUDA."""
     with torch.device("meta"):
@@ -153,6 +171,8 @@ def empty_network(
             replace_module(network, parent, QUANTIZERS[quantize](weight))
         else:
             setattr(module, child, torch.nn.Parameter(weight, requires_grad=False))
+    if offload:
+        leave_on_host(network)
     attach(network.requires_grad_(False), LoraSpec(RANK, 32, dropout, ("all-linear",), False), 0)
     return network.train()
 

@@ -18,11 +18,11 @@ from lorafit.verify import proof
 SHAPE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 
 
-def settings(folder: Path, *more: str, family: str = "llama") -> list[str]:
+def settings(folder: Path, *more: str, family: str = "llama", **shape: int) -> list[str]:
     """Settings of a run with everything that a run does: measurements, answers, checks, a proof."""
     model = folder / "model"
     if not model.exists():
-        write_model(model, family, **SHAPE)
+        write_model(model, family, **SHAPE, **shape)
     full = ("run.samples=1", "run.samples_every=1", "run.verify=true", "run.check=warn", "train.save_every=1")
     counts = ("data.holdout=2", "train.max_steps=2", "train.eval_every=1", "train.micro_batch_tokens=256")
     return tiny_settings(

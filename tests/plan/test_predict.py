@@ -215,10 +215,11 @@ def test_choices_go_from_cheap_to_dear_and_int8_says_that_numbers_change(
     assert settings[:3] == sizes
     assert settings[3:6] == [f"{size} train.recompute=layers".strip() for size in sizes]
     assert settings[6:9] == [f"{size} model.quantize=int8".strip() for size in sizes]
-    assert settings[-1] == "train.micro_batch_tokens=300 train.recompute=layers model.quantize=int8"
+    assert settings[11] == "train.micro_batch_tokens=300 train.recompute=layers model.quantize=int8"
+    assert settings[12:] == [f"{choice} model.offload=layers".strip() for choice in settings[:12]]
     machine = Short(monkeypatch, 2**60)
     longest = inputs(config)[0].workload(config).longest_row
-    made = planner.candidates(config, longest)
+    made = [each for each in planner.candidates(config, longest) if each.model.offload == "none"]
     without = min(needed(candidate) for candidate in made if candidate.model.quantize == "none")
     machine.free = without - 1
     data, free = inputs(config)

@@ -24,6 +24,7 @@ from lorafit.config.fields import (
 from lorafit.config.methods import Method, method_fault
 
 Quantize = Literal["none", "int8", "nf4", "fp8"]  # "none" and the names of model/quant.py's QUANTIZERS
+Offload = Literal["none", "layers"]
 
 
 class ModelSection(Section):
@@ -47,6 +48,11 @@ class ModelSection(Section):
         "none",
         description="Type of the frozen linears: `int8` is faster than 16 bits and half as large, `nf4` is the "
         "smallest and slower (extra `nf4`), `fp8` is for CUDA chips of capability 8.9 or more.",
+    )
+    offload: Offload = resumable(
+        "none",
+        description="For a base larger than the GPU: `layers` keeps the frozen layers in the host's memory and copies "
+        "each to the GPU while another one computes (docs/gpu.md). It costs time and does not change the result.",
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorafit.config.schema import Offload
 from lorafit.data.contract import RAW
 from lorafit.data.formats import Content, Instruction, Message, as_messages
 from lorafit.data.prompt import PromptContract, Renderer, contract
@@ -214,7 +215,9 @@ def load(
             logger.warning("note: the system prompt of the training is replaced: %r", trained)
         renderer = Renderer(dataclasses.replace(renderer.contract, system=system), renderer.tokenizer)
     with progress("loading the model") as advance:
-        network, _ = build_saved(base, found.adapter, device, found.dtype, advance, found.quantize)
+        network, _ = build_saved(
+            base, found.adapter, device, found.dtype, advance, found.quantize, found.offload
+        )
     return Model(network, renderer)
 
 
@@ -224,7 +227,8 @@ class ModelSource:
 
     `base` and `revision` name the base model. `adapter` is the adapter's folder and `prompt` the contract of its
     training, None where there is none. `is_named` is True when the user named the base (or the run) and the adapter
-    apart. `offline` is True when connections are forbidden here, or were in the training.
+    apart. `offline` is True when connections are forbidden here, or were in the training. `offload` is that of
+    the training.
     """
 
     base: str
@@ -235,6 +239,7 @@ class ModelSource:
     quantize: Quantize
     offline: bool
     is_named: bool = False
+    offload: Offload = "none"
 
     def base_folder(self) -> Path:
         """The folder of the base model, downloaded where needed. Raises ModelError."""
@@ -303,6 +308,7 @@ def find_source(
 ) -> ModelSource:
     """Find out what `source` is. No file of a base model is read. Raises ModelError or RunError."""
     name, revision, prompt = str(source), None, None
+    offload: Offload = "none"
     adapter_path = adapter_folder(str(adapter), offline=offline).path if adapter is not None else None
     folder = Path(source).expanduser()
     if (folder / "config.yaml").is_file():
@@ -315,7 +321,7 @@ def find_source(
         else:
             prompt = contract_in(adapter_path) or PromptContract.from_json(run.read_json(run.prompt_file))
         dtype = config.model.dtype if dtype == "auto" else dtype
-        quantize = quantize or config.model.quantize
+        quantize, offload = quantize or config.model.quantize, config.model.offload
     elif (folder / ADAPTER_CONFIG).is_file() and not any(
         (folder / file).is_file() for file in (SINGLE, INDEX)
     ):
@@ -329,7 +335,8 @@ def find_source(
     if adapter_path is not None:
         check_manifest(adapter_path, "the adapter", ModelError)
     is_named = adapter is not None
-    return ModelSource(name, revision, adapter_path, prompt, dtype, quantize or "none", offline, is_named)
+    quantize = quantize or "none"
+    return ModelSource(name, revision, adapter_path, prompt, dtype, quantize, offline, is_named, offload)
 
 
 def default_contract(tokenizer: Tokenizer) -> PromptContract:

@@ -92,7 +92,7 @@ def load_many(
         alone = dataclasses.replace(first, adapter=None, prompt=None)
         named.setdefault(name, ServedModel(name, None, alone.renderer(base)))
     with progress("loading the model") as advance:
-        network, _ = build_saved(base, None, device, first.dtype, advance, first.quantize)
+        network, _ = build_saved(base, None, device, first.dtype, advance, first.quantize, first.offload)
         adapters = Adapters(network, folders)
     return Models(network, adapters, named)
 

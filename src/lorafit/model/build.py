@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lorafit.config.schema import Config
+from lorafit.config.schema import Config, Offload
 from lorafit.errors import ConfigError, ModelError, Problem
 from lorafit.hub.client import ModelFolder, adapter_folder, model_folder
 from lorafit.model.adapter_file import load_adapter
@@ -18,6 +18,7 @@ from lorafit.model.device import pick_device, pick_dtype
 from lorafit.model.llama import Llama
 from lorafit.model.lora import VARIANTS, LoraSpec, attach, detach
 from lorafit.model.memory import limit_onednn_cache, use_caching_allocator
+from lorafit.model.offload import check_offload
 from lorafit.model.quant import Quantize, check_quantize
 from lorafit.model.saved_adapter import put_on, read_adapter, read_spec
 from lorafit.model.tables import attach_tables, without_gaps
@@ -78,13 +79,14 @@ def build(
     arch = read_architecture(folder)
     dtype = pick_dtype(config.model.dtype, device, arch.family.fits_float16)
     check_quantize(config.model.quantize, device, dtype)
+    check_offload(config.model.offload, device, config.distributed.strategy)
     spec, initial = wanted_adapter(config)
     limit_onednn_cache()
     where = torch.device("cpu") if on_host else device
-    quantize = config.model.quantize
+    quantize, offload = config.model.quantize, config.model.offload == "layers"
     network = (base or BaseModelCache()).get(
-        (folder.resolve(), fingerprint(folder), dtype, where, quantize),
-        lambda: load_network(folder, arch, dtype, where, progress, quantize),
+        (folder.resolve(), fingerprint(folder), dtype, where, quantize, offload),
+        lambda: load_network(folder, arch, dtype, where, progress, quantize, offload=offload),
     )
     spec = attach(network, spec, config.train.seed)
     if initial is not None:
@@ -111,15 +113,19 @@ def build_saved(
     dtype: str,
     progress: Callable[[int, int], None] | None = None,
     quantize: Quantize = "none",
+    offload: Offload = "none",
 ) -> tuple[Llama, torch.device]:
-    """The base model in `folder` with a saved adapter (or none), for inference, and its device."""
+    """The base model in `folder` with a saved adapter (or none), for inference, and its device. `offload` is that of
+    the training, for CUDA devices.
+    """
     arch = read_architecture(folder)
     there = pick_device(device)
     saved = read_adapter(adapter) if adapter is not None else None
     number = pick_dtype(dtype, there, arch.family.fits_float16)
     check_quantize(quantize, there, number)
     limit_onednn_cache()
-    network = load_network(folder, arch, number, there, progress, quantize)
+    on_host = offload == "layers" and there.type == "cuda"
+    network = load_network(folder, arch, number, there, progress, quantize, offload=on_host)
     if saved is not None:
         put_on(network, saved)
     return network.eval(), there

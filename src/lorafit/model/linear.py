@@ -5,6 +5,8 @@ A frozen linear has no weight gradient. model/quant.py has the same interface fo
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,8 @@ LowRank = tuple[Tensor, Tensor]  # two factors, contiguous, in the type of the t
 
 class Frozen(nn.Module):
     """A frozen linear of `in_features` to `out_features`, y = x W^T + b, for x (tokens, in_features)."""
+
+    streamed: ClassVar[tuple[str, ...]] = ("weight",)  # the large tensors, which model/offload.py moves
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()

@@ -21,6 +21,7 @@ from lorafit.model.decode_linear import MOST_ROWS, head
 from lorafit.model.lora_linear import GegluInput, Identity, InputOp, RmsNormInput, SwigluInput, project
 from lorafit.model.memory import MUCH_FREE, release_free_memory
 from lorafit.model.mixers import MIXERS, RMSNorm, add_linears, linears_of
+from lorafit.model.offload import LayerStream
 from lorafit.model.ops import add_scaled, wide
 from lorafit.model.rope import Rope
 
@@ -165,6 +166,7 @@ class Llama(nn.Module):
         self.model: Any = _Wrapper(arch) if arch.is_wrapped else Decoder(arch)
         self.lm_head = _Head(arch.hidden_size, arch.vocab_size, bias=False)
         self.recompute = False
+        self.streamed: LayerStream | None = None  # the layers' weights, if they are not all on the device
         self._frequencies: dict[Rope, Tensor] = {}  # on the device of the last pass
         self.neftune = 0.0
         self.changed: dict[
@@ -234,7 +236,11 @@ class Llama(nn.Module):
         """`through` with the angles of all layers, those of `rotary`."""
         for number, layer in enumerate(self.decoder.layers[first:end], first):
             inputs = (x, rotary[number], attend, rows if number == end - 1 else None, keys)
+            if self.streamed is not None:
+                self.streamed.load(number, number + 1)
             x = checkpoint(layer, *inputs, use_reentrant=False) if self.recompute else layer(*inputs)
+            if self.streamed is not None:
+                self.streamed.load_before_backward(number, x)
             if torch.is_grad_enabled():  # saved tensors lie between freed ones: the peak would grow
                 release_free_memory(MUCH_FREE)
         return x

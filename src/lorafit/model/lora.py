@@ -245,6 +245,8 @@ def attach(network: Llama, spec: LoraSpec, seed: int) -> LoraSpec:
     for name in names:
         base = network.get_submodule(name)
         assert isinstance(base, Frozen)
+        if network.streamed is not None and not VARIANTS[spec.variant].is_plain:  # it reads the base
+            network.streamed.load(layer_number(name), layer_number(name) + 1)
         linear = VARIANTS[spec.variant](base, spec.of(name), generator, like=network.lm_head.weight)
         replace_module(network, name, linear)
     return replace(spec, targets=targets)

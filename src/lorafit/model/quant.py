@@ -40,6 +40,9 @@ class QuantizedLinear(Frozen):
     """
 
     bytes_per_weight: ClassVar[float]
+    scale_bytes_per_weight: ClassVar = (
+        0.0  # the part of it that stays on the device where layers are offloaded
+    )
     shards: ClassVar = False  # whether FSDP can divide its buffers among the ranks
 
     def __init__(self, weight: Tensor) -> None:
@@ -50,7 +53,7 @@ class QuantizedLinear(Frozen):
         """Raise ConfigError if it cannot run on `device`."""
 
     @staticmethod
-    def working_bytes(rows: float, out_features: int, in_features: int, width: int) -> float:
+    def working_bytes(rows: float, out_features: int, in_features: int, width: int, on_gpu: bool) -> float:
         """Temporary bytes of `input_gradient` for `rows` tokens; `width` is bytes per number of the compute type."""
         return 0.0
 
@@ -97,7 +100,7 @@ class Int8Linear(QuantizedLinear):
             raise ConfigError(f"int8 has no product on {device.type}", place=_PLACE, hint="use none")
 
     @staticmethod
-    def working_bytes(rows: float, out_features: int, in_features: int, width: int) -> float:
+    def working_bytes(rows: float, out_features: int, in_features: int, width: int, on_gpu: bool) -> float:
         return rows * (4 * in_features + out_features)  # int32 sums, the quantised gradient
 
     def decode_operands(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None] | None:
@@ -182,6 +185,7 @@ class Fp8Linear(QuantizedLinear):
     """e4m3 weights with a scale per row, and one copy per direction, as the hardware requires."""
 
     bytes_per_weight: ClassVar = 2.0
+    streamed: ClassVar = ("weight", "transposed")
 
     weight: Tensor  # e4m3 (out_features, in_features)
     scale: Tensor  # float32 (out_features, 1)
@@ -234,6 +238,7 @@ class Nf4Linear(QuantizedLinear):
     """4-bit NormalFloat with double quantisation (QLoRA, Dettmers et al., 2023), dequantised for every product."""
 
     bytes_per_weight: ClassVar = 0.516  # 4 bits, and a scale for every 64 weights, itself in 8 bits
+    scale_bytes_per_weight: ClassVar = 0.016
 
     weight: Tensor  # packed, uint8
 
@@ -249,8 +254,8 @@ class Nf4Linear(QuantizedLinear):
         _bitsandbytes()
 
     @staticmethod
-    def working_bytes(rows: float, out_features: int, in_features: int, width: int) -> float:
-        return in_features * out_features * (width + 4)  # a dequantised weight
+    def working_bytes(rows: float, out_features: int, in_features: int, width: int, on_gpu: bool) -> float:
+        return in_features * out_features * (width + 4 * (not on_gpu))  # a dequantised weight
 
     def product(self, x: Tensor, addend: Tensor | None = None, low: LowRank | None = None) -> Tensor:
         out = matmul(x, self.dequantize().to(x.dtype), addend, low)

@@ -24,6 +24,7 @@ from lorafit.model.architecture import Architecture
 from lorafit.model.dtypes import dtype_names
 from lorafit.model.linear import Frozen, replace_module
 from lorafit.model.llama import Llama
+from lorafit.model.offload import LayerStream, move_to_host
 from lorafit.model.quant import QUANTIZERS, Quantize
 from lorafit.model.stored_tensor import GgufTensor, StoredTensor
 from lorafit.redact import logger_of
@@ -152,8 +153,11 @@ def load_network(
     device: torch.device,
     progress: Callable[[int, int], None] | None = None,
     quantize: Quantize = "none",
+    *,
+    offload: bool = False,
 ) -> Llama:
-    """The network of a model folder with its weights, frozen; `quantize` applies to all linears but the head.
+    """The network of a model folder with its weights, frozen; `quantize` applies to all linears but the head. With
+    `offload` the layers stay in the host's memory (model/offload.py).
 
     If type and device match the file, tensors stay mapped to it and need no memory of their own. `progress` receives
     (tensors done, tensors in all). Raises ModelError naming every tensor that is missing, unexpected or of another
@@ -193,10 +197,14 @@ def load_network(
             if not tensor.is_floating_point():
                 raise ModelError(f"weight `{name}` is {tensor.dtype}, not floating point", place=str(folder))
             _set_weight(network, name, tensor.to(device=device, dtype=dtype), quantize)
+            if offload:
+                move_to_host(network.get_submodule(name.rpartition(".")[0]))
             if progress is not None:
                 progress(done, len(parameters))
     if arch.tie_word_embeddings:
         network.lm_head.weight = network.decoder.embed_tokens.weight
+    if offload:
+        network.streamed = LayerStream(list(network.decoder.layers), device)
     return network.requires_grad_(False).eval()
 
 

@@ -26,7 +26,7 @@ class Shape:
 
     `width` is bytes per number of the compute type, `adapted` the short names of the adapted linears of each layer,
     `attention` how documents attend. `rank` is a mean where linears differ. `tables` are the trained numbers of
-    embedding and head, and the numbers of their copies.
+    embedding and head, and the numbers of their copies. With `offload` two layers are on the device at a time.
     """
 
     arch: Architecture
@@ -39,6 +39,7 @@ class Shape:
     attention: Way
     variant: str = "lora"
     tables: tuple[int, int] = (0, 0)
+    offload: bool = False
 
     @property
     def on_gpu(self) -> bool:
@@ -179,27 +180,63 @@ def _layer_working_bytes(shape: Shape, work: PassCost, layer: int) -> float:
     rows = _rows(arch, work, layer)
     # down_proj: the gradients of its output, of the residual stream and of its input, the recomputed input, one of up's
     total = rows * width * (2 * arch.hidden_size + 3 * arch.intermediate_size)
-    if shape.on_gpu:  # one gradient of the residual stream less, but operations make copies
+    quantized = 0.0
+    if shape.quantize != "none":
+        down = arch.mlp_linears[arch.mlp_groups[1][0]]
+        quantized = QUANTIZERS[shape.quantize].working_bytes(rows, *down, width, shape.on_gpu)
+    if (
+        shape.on_gpu
+    ):  # one gradient of the residual stream less, but operations make copies, after the product
         numbers = rows * arch.intermediate_size
         blocks = num_blocks(round(numbers))
-        total += numbers / blocks * (_COPIES * shape.wide + (2 * width if blocks > 1 else 0))
-        total -= rows * width * arch.hidden_size
+        copies = numbers / blocks * (_COPIES * shape.wide + (2 * width if blocks > 1 else 0))
+        total += max(copies, quantized) - rows * width * arch.hidden_size
+    else:
+        total += quantized
     if shape.dropout:
         total += rows * width * arch.intermediate_size  # the input with what is left of it
     if arch.family.fused_mlp:
         total += rows * width * arch.intermediate_size  # the gradient of both halves in one
-    if shape.quantize != "none":
-        total += QUANTIZERS[shape.quantize].working_bytes(
-            rows, *arch.mlp_linears[arch.mlp_groups[1][0]], width
-        )
     return total
 
 
 def base_bytes(shape: Shape) -> float:
-    """Bytes of the frozen base in memory."""
-    linears = shape.arch.num_linear_weights
-    width = shape.width if shape.quantize == "none" else QUANTIZERS[shape.quantize].bytes_per_weight
-    return linears * width + (shape.arch.num_parameters - linears + shape.tables[1]) * shape.width
+    """Bytes of the frozen base on the device."""
+    linears, scale_width = shape.arch.num_linear_weights, 0.0
+    rest = (shape.arch.num_parameters - linears + shape.tables[1]) * shape.width
+    if not shape.offload:
+        return linears * _weight_width(shape) + rest
+    if shape.quantize != "none":
+        scale_width = QUANTIZERS[shape.quantize].scale_bytes_per_weight
+    layers = streamed_bytes(shape)
+    return max(layers[::2]) + max(layers[1::2], default=0.0) + linears * scale_width + rest
+
+
+def streamed_bytes(shape: Shape) -> list[float]:
+    """Bytes of each layer that model/offload.py keeps in the host's memory."""
+    width = _weight_width(shape)
+    if shape.quantize != "none":
+        width -= QUANTIZERS[shape.quantize].scale_bytes_per_weight
+    layers = range(shape.arch.num_hidden_layers)
+    return [width * sum(math.prod(sizes) for _, sizes in shape.arch.linears(layer)) for layer in layers]
+
+
+def copied_bytes(shape: Shape) -> float:
+    """Bytes that a pass, forward and backward, copies to the device with `offload`: what the buffers hold at the turn,
+    and at the end of the pass before, is not copied again.
+    """
+    layers = streamed_bytes(shape)
+    last = len(layers) - 1
+    # the backward pass ends there
+    lowest = next((layer for layer, names in enumerate(shape.adapted) if names), len(layers))
+    kept = {lowest, lowest - 1 if lowest else 1}
+    forward = [size for layer, size in enumerate(layers) if not (layer < 2 and layer in kept)]
+    backward = [size for layer, size in enumerate(layers) if max(0, lowest - 1) <= layer < last - 1]
+    return sum(forward) + sum(backward)
+
+
+def _weight_width(shape: Shape) -> float:
+    return shape.width if shape.quantize == "none" else QUANTIZERS[shape.quantize].bytes_per_weight
 
 
 def num_trainable(shape: Shape) -> int:

@@ -23,21 +23,24 @@ class Machine:
     """Where one process of a run computes.
 
     `available_bytes` is what this process may use in all on `device`, None where unknown. `resident_bytes` is what it
-    holds before the network is loaded. `ranks` processes share the work.
+    holds before the network is loaded. `ranks` processes share the work. `host_bytes` is what this process may use of
+    the host's memory, where the device has its own.
     """
 
     device: torch.device
     available_bytes: int | None
     resident_bytes: int
     ranks: int = 1
+    host_bytes: int | None = None
 
     @classmethod
     def read(cls, device: torch.device, env: ProcessEnv) -> Machine:
         """This machine as it is now. The processes of one host share its memory."""
-        available = available_bytes(device)
-        if available is not None and device.type == "cpu":
-            available //= env.local_world_size
-        return cls(device, available, resident_bytes(), env.world_size)
+        available, host = (available_bytes(where) for where in (device, torch.device("cpu")))
+        host = None if host is None else host // env.local_world_size
+        if device.type == "cpu":
+            return cls(device, host, resident_bytes(), env.world_size)
+        return cls(device, available, resident_bytes(), env.world_size, host)
 
 
 def process_seconds() -> float:

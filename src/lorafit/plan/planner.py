@@ -35,6 +35,7 @@ from lorafit.model.llama import Llama
 from lorafit.model.lora import layer_number, match_targets, with_exceptions
 from lorafit.model.memory import is_out_of_memory
 from lorafit.model.native import blocks, kernels
+from lorafit.model.offload import check_offload
 from lorafit.model.quant import check_quantize
 from lorafit.model.tables import EMBEDDING, HEAD
 from lorafit.observe.meters import Meter
@@ -42,10 +43,11 @@ from lorafit.observe.progress import progress
 from lorafit.observe.units import memory_size
 from lorafit.plan.cadence import Cadence
 from lorafit.plan.calibrate import calibrate, quick_rates
-from lorafit.plan.cost_model import Shape, num_trainable
+from lorafit.plan.cost_model import Shape, num_trainable, streamed_bytes
 from lorafit.plan.machine import Machine, process_seconds
 from lorafit.plan.predict import (
     Memory,
+    Offloaded,
     Plan,
     Schedule,
     Throughput,
@@ -152,18 +154,24 @@ def fit(config: Config, data: RunInputs, machine: Machine, beyond: float = 0.0) 
     def needed(candidate: Config) -> int:
         return round(_memory(candidate, data, machine).total + beyond)
 
-    if needed(config) <= available:
+    def missing(candidate: Config) -> str:
+        if (num_bytes := needed(candidate)) > available:
+            numbers = f"about {memory_size(num_bytes)}, but only {memory_size(available)}"
+            return f"training needs {numbers} are available"
+        on_host, there = _host_bytes(candidate, data, machine), machine.host_bytes
+        if there is None or on_host <= there:
+            return ""
+        numbers = f"{memory_size(on_host)} in the host's memory, but only {memory_size(there)}"
+        return f"model.offload=layers keeps {numbers} are available there"
+
+    if not (problem := missing(config)):
         return Fit(config, "")
-    problem = (
-        f"training needs about {memory_size(needed(config))}, but only {memory_size(available)} are available"
-    )
     for candidate in candidates(config, data.workload(config).longest_row):
         try:
-            num_bytes = needed(candidate)
-        except ConfigError:  # the device or the number type has no int8
+            if not missing(candidate):
+                break
+        except ConfigError:  # the device or the number type has no int8, or cannot offload
             continue
-        if num_bytes <= available:
-            break
     else:
         raise RunError(
             f"{problem}, and no setting makes it fit",
@@ -171,7 +179,7 @@ def fit(config: Config, data: RunInputs, machine: Machine, beyond: float = 0.0) 
             hint="use a smaller model, shorter rows (data.max_length) or a lower lora.rank; "
             "run.too_large=try starts in spite of it",
         )
-    settings = settings_of(candidate, config)
+    settings, num_bytes = settings_of(candidate, config), needed(candidate)
     if config.run.too_large == "error":
         raise RunError(
             problem,
@@ -187,7 +195,8 @@ def fit(config: Config, data: RunInputs, machine: Machine, beyond: float = 0.0) 
 def candidates(config: Config, longest_row: int) -> Iterator[Config]:
     """`config` itself, then with settings that need less memory, the cheapest first.
 
-    Smaller passes cost almost nothing, recomputing a third of the time; only int8 changes numbers.
+    Smaller passes cost almost nothing, recomputing a third of the time, int8 changes numbers. Layers in the host's
+    memory cost the most: each pass copies all of them.
     """
     train, model = config.train, config.model
     sizes = [train.micro_batch_tokens]
@@ -195,16 +204,21 @@ def candidates(config: Config, longest_row: int) -> Iterator[Config]:
     while sizes[-1] > least:
         sizes.append(max(least, sizes[-1] // 2))
     bases = ["none", "int8"] if model.quantize == "none" else [model.quantize]
-    for quantize, recompute, size in product(bases, dict.fromkeys([train.recompute, "layers"]), sizes):
+    offloads, recomputes = (
+        dict.fromkeys([model.offload, "layers"]),
+        dict.fromkeys([train.recompute, "layers"]),
+    )
+    for offload, quantize, recompute, size in product(offloads, bases, recomputes, sizes):
         changed = train.model_copy(update={"micro_batch_tokens": size, "recompute": recompute})
-        base = model.model_copy(update={"quantize": quantize})
+        base = model.model_copy(update={"quantize": quantize, "offload": offload})
         yield config.model_copy(update={"train": changed, "model": base})
 
 
 def settings_of(candidate: Config, config: Config) -> str:
     """The settings that lead from `config` to `candidate`, as on the command line."""
     getters = {
-        key: attrgetter(key) for key in ("train.micro_batch_tokens", "train.recompute", "model.quantize")
+        key: attrgetter(key)
+        for key in ("train.micro_batch_tokens", "train.recompute", "model.quantize", "model.offload")
     }
     pairs = ((key, get(candidate)) for key, get in getters.items() if get(candidate) != get(config))
     return " ".join(f"{key}={value}" for key, value in pairs)
@@ -277,6 +291,7 @@ def make_plan(
             "micro_batch_tokens": config.train.micro_batch_tokens,
             "recompute": shape.recompute,
             "quantize": shape.quantize,
+            "offload": config.model.offload,
         },
         memory=memory,
         peak_bytes=max(memory.total, loading_peak) if on_cpu else memory.total,
@@ -284,6 +299,7 @@ def make_plan(
         times=times,
         rates=rates,
         picked="; ".join(filter(None, [data.picked, fitted.note])),
+        offloaded=Offloaded.of(shape, work),
     )
 
 
@@ -340,9 +356,17 @@ def _memory(config: Config, data: RunInputs, machine: Machine, measured_bytes: i
     return replace(memory, base=memory.base * (1 / machine.ranks + 1 / data.arch.num_hidden_layers))
 
 
+def _host_bytes(config: Config, data: RunInputs, machine: Machine) -> float:
+    """Bytes of the layers that stay in the host's memory."""
+    if config.model.offload == "none":
+        return 0.0
+    return sum(streamed_bytes(_shape(config, data.arch, machine.device)))
+
+
 def _shape(config: Config, arch: Architecture, device: torch.device) -> Shape:
     dtype = pick_dtype(config.model.dtype, device, arch.family.fits_float16)
     check_quantize(config.model.quantize, device, dtype)
+    check_offload(config.model.offload, device, config.distributed.strategy)
     with torch.device("meta"):
         network = Llama(arch)
     spec, _ = wanted_adapter(config)
@@ -371,6 +395,7 @@ def _shape(config: Config, arch: Architecture, device: torch.device) -> Shape:
         dropout=config.lora.dropout > 0,
         recompute=config.train.recompute == "layers",
         attention="kernel" if has_kernel else way_on_device(device, dtype, arch.head_dim),
+        offload=config.model.offload == "layers",
     )
 
 

@@ -15,7 +15,15 @@ import torch
 
 from lorafit.model.memory import MOST_KERNELS, SPARE_BYTES
 from lorafit.model.native import blocks
-from lorafit.plan.cost_model import Shape, base_bytes, num_trainable, saved_bytes, working_bytes
+from lorafit.plan.cost_model import (
+    Shape,
+    base_bytes,
+    copied_bytes,
+    num_trainable,
+    saved_bytes,
+    streamed_bytes,
+    working_bytes,
+)
 from lorafit.plan.workload import Workload
 
 _STEP_SECONDS = 6e-3  # per optimizer step: AdamW's calls, clipping, packing, recording
@@ -23,6 +31,9 @@ ENDS_SECONDS = 1.0  # making the run directory, digests, exporting the adapter, 
 _OPTIMIZER_SECONDS = 8e-9  # AdamW and clipping, per parameter of the adapter
 _SAVE_SECONDS, _SAVED_BYTES_PER_SECOND = 0.05, 2.5e8  # a checkpoint is synced, then read back
 _PROOF_PASSES = 4  # base and tuned, trained and loaded
+BUS_BYTES_PER_SECOND = (
+    12e9  # pinned memory over PCIe 3.0 x 16, as a T4 has it; newer ones are twice as fast or more
+)
 # What torch loads and allocates once at the first products. On CUDA the context itself is there before the free memory
 # is read (Machine.read).
 _LIBRARIES_BYTES = 80 * 10**6
@@ -91,6 +102,26 @@ class Throughput:
 
 
 @dataclass(frozen=True, slots=True)
+class Offloaded:
+    """What `model.offload=layers` costs: the layers in pinned host memory, and what a step copies, in bytes.
+
+    `seconds_per_step` is the time of these copies at BUS_BYTES_PER_SECOND. A step takes at least that.
+    """
+
+    host_bytes: float
+    bytes_per_step: float
+    seconds_per_step: float
+
+    @classmethod
+    def of(cls, shape: Shape, work: Workload) -> Offloaded | None:
+        """That of a workload; None where all layers are on the device."""
+        if not shape.offload:
+            return None
+        num_bytes = copied_bytes(shape) * work.num_passes / work.steps
+        return cls(sum(streamed_bytes(shape)), num_bytes, num_bytes / BUS_BYTES_PER_SECOND)
+
+
+@dataclass(frozen=True, slots=True)
 class Schedule:
     """How often a run measures and saves, and what it generates and proves.
 
@@ -142,6 +173,7 @@ class Plan:
     times: Times | None
     rates: Throughput | None
     picked: str = ""
+    offloaded: Offloaded | None = None
 
     @property
     def fits(self) -> bool:
@@ -220,13 +252,15 @@ def predict_times(
     # a forward pass makes one product per weight, training one more, and with recompute a third
     forward = rates.seconds_per_token / (3 if shape.recompute else 2)
     one_save = save_seconds(trainable * _adapter_width(shape))
+    computing = work.computed_tokens * rates.seconds_per_token / ranks
+    if (offloaded := Offloaded.of(shape, work)) is not None and not rates.measured:
+        computing = max(computing, work.steps * offloaded.seconds_per_step)
     proving = 0.0
     if schedule.proof_tokens is not None:
         proving = new_process + _PROOF_PASSES * schedule.proof_tokens * forward
     return Times(
         start=start + ENDS_SECONDS,
-        steps=work.computed_tokens * rates.seconds_per_token / ranks
-        + work.steps * (_STEP_SECONDS + trainable * _OPTIMIZER_SECONDS),
+        steps=computing + work.steps * (_STEP_SECONDS + trainable * _OPTIMIZER_SECONDS),
         measuring=schedule.measurements * schedule.heldout_tokens * forward / ranks,
         saving=schedule.saves * one_save,
         answering=sum(

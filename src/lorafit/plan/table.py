@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from lorafit.observe.units import count, duration, memory_size, short_count
-from lorafit.plan.predict import Plan, Times
+from lorafit.plan.predict import BUS_BYTES_PER_SECOND, Plan, Times
 
 _NAMES = {"adapter": "adapter and optimizer", "spare": "spare blocks", "rest": "the rest"}
 _NAMES |= {
@@ -33,6 +33,10 @@ def table_rows(plan: Plan) -> list[list[str]]:
         ["peak memory", memory_size(plan.peak_bytes), _memory(plan)],
         ["", "", _available(plan)],
     ]
+    if (away := plan.offloaded) is not None:
+        each = f"copied to the device per step, {memory_size(away.bytes_per_step)}"
+        copies = f"{each}: at least {away.seconds_per_step:.2g} s at {BUS_BYTES_PER_SECOND / 1e9:.0f} GB/s"
+        rows.append(["layers on the host", memory_size(away.host_bytes), copies])
     if plan.times is not None:
         rows.append(["time", duration(plan.times.total), _time(plan, plan.times)])
     return rows

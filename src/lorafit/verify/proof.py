@@ -171,6 +171,7 @@ def reload(run: RunDirectory, network: Llama, rows: Sequence[TokenRow]) -> Check
     dtype = network.lm_head.weight.dtype
     probe = Probe.of(rows)
     live, live_base = (probe_logits(network, probe, base=base) for base in (False, True))
+    network.streamed = None
     network.to("meta")
     release_free_memory()
     if torch.cuda.is_available():
