@@ -1,12 +1,13 @@
-// A CUDA device guard and hooks that do nothing: autograd then works on `cuda` tensors that no device stands behind,
+// Guards of CUDA and MPS devices, and hooks that do nothing: autograd then works on `cuda` tensors that no device stands behind,
 // in a torch for the CPU alone and in one for CUDA without a driver. Load it before torch (tests/gpu/guard.py).
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 namespace {
-struct Guard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
-  c10::Device exchangeDevice(c10::Device) const override { return {c10::DeviceType::CUDA, 0}; }
-  c10::Device getDevice() const override { return {c10::DeviceType::CUDA, 0}; }
+template <c10::DeviceType type>
+struct Guard final : c10::impl::NoOpDeviceGuardImpl<type> {
+  c10::Device exchangeDevice(c10::Device) const override { return {type, 0}; }
+  c10::Device getDevice() const override { return {type, 0}; }
   c10::Stream getStream(c10::Device) const noexcept override { return stream(); }
   c10::Stream getDefaultStream(c10::Device) const override { return stream(); }
   c10::Stream getNewStream(c10::Device, int) const override { return stream(); }
@@ -14,7 +15,7 @@ struct Guard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
   void record(void **, const c10::Stream &, const c10::DeviceIndex, const c10::EventFlag) const override {}
   void block(void *, const c10::Stream &) const override {}
   bool queryEvent(void *) const override { return true; }
-  static c10::Stream stream() { return c10::Stream(c10::Stream::DEFAULT, c10::Device(c10::DeviceType::CUDA, 0)); }
+  static c10::Stream stream() { return c10::Stream(c10::Stream::DEFAULT, c10::Device(type, 0)); }
 };
 
 struct Hooks final : at::CUDAHooksInterface {
@@ -37,8 +38,10 @@ struct Hooks final : at::CUDAHooksInterface {
 }  // namespace
 
 extern "C" void install_guard() {  // once torch is loaded; it replaces the guard of a build for CUDA
-  static Guard guard;
-  c10::impl::DeviceGuardImplRegistrar(c10::DeviceType::CUDA, &guard);
+  static Guard<c10::DeviceType::CUDA> cuda;
+  static Guard<c10::DeviceType::MPS> mps;
+  c10::impl::DeviceGuardImplRegistrar(c10::DeviceType::CUDA, &cuda);
+  c10::impl::DeviceGuardImplRegistrar(c10::DeviceType::MPS, &mps);
 }
 
 namespace at {

@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 from tests.gpu.device import GIGABYTES, H100, Memory, present
+from tests.gpu.streams import streams, waits_for_host, written_by
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -131,9 +132,10 @@ class FakeCuda(TorchDispatchMode):
         if name in ("nonzero", "_unique2", "unique_dim", "masked_select"):
             raise RefusedError(f"{name} on the device: its size is known only after a wait")
         if name == "copy_" and args[0].device != args[1].device:
-            self._add_copy(args[1], args[0].device)
+            host = args[0] if args[0].device.type == "cpu" else args[1]
+            self._add_copy(args[1], args[0].device, waits_for_host(name, args, kwargs, host))
             if args[0].device.type == "cpu":
-                return args[0]
+                return args[0].fill_(1)
         if name in ("_to_copy", "to"):
             device = kwargs.get("device")
             if device is not None and device.type not in (args[0].device.type, "meta"):
@@ -150,6 +152,8 @@ class FakeCuda(TorchDispatchMode):
         self._refuse(name, args, kwargs)
         with self._fake:
             out = func(*args, **kwargs)
+        touched = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, FakeTensor) and x.is_cuda]
+        streams.touch(func, touched, written_by(func, args, kwargs))
         self._allocate(out)
         if not self.in_kernel and name not in _NO_KERNEL:
             self._count(name, args, kwargs, out)
@@ -173,14 +177,14 @@ class FakeCuda(TorchDispatchMode):
         self._storages.discard(key)
         self.memory.free(num_bytes)
 
-    def _add_copy(self, source: Tensor, to: torch.device, is_pinned: bool = False) -> None:
-        wait = "read" if to.type == "cpu" else "" if is_pinned else "upload"
+    def _add_copy(self, source: Tensor, to: torch.device, waits: bool) -> None:
+        wait = "" if not waits else "read" if to.type == "cpu" else "upload"
         num_bytes = source.numel() * source.element_size()
         self.add(f"copy to {to.type}", 1, num_bytes, wait=wait, shapes=(tuple(source.shape),))
 
     def _moved(self, source: Tensor, device: torch.device, kwargs: Any) -> Tensor:
         dtype = kwargs.get("dtype") or source.dtype
-        self._add_copy(source, device, bool(kwargs.get("non_blocking")) and is_pinned(source))
+        self._add_copy(source, device, waits_for_host("to", (), kwargs, source))
         if device.type == "cpu":
             return torch.ones(source.shape, dtype=dtype)
         like = torch.empty_like(source, device="meta")
@@ -236,15 +240,10 @@ class FakeCuda(TorchDispatchMode):
         if name in ("embedding", "index", "index_select", "gather"):  # they read only what they write
             num_bytes = 2 * written + sum(_bytes(x) for x in inputs.values() if x.dtype == torch.int64)
         launches = _LAUNCHES.get(name, 1)
-        if name.startswith("_foreach"):
+        if name.startswith(("_foreach", "_fused_adamw")):
             launches = max(1, -(-len(args[0]) // _TENSORS_PER_LAUNCH))
         shapes = tuple(tuple(x.shape) for x in inputs.values())
         self.add(name, launches, num_bytes, flops=_flops(name, args), shapes=shapes)
-
-
-def is_pinned(x: Tensor) -> bool:
-    """Whether a tensor of the CPU is marked as pinned (a fake device pins nothing)."""
-    return getattr(x, "_is_pinned_here", False)
 
 
 def _bytes(x: Tensor) -> int:

@@ -19,8 +19,8 @@ from lorafit.model.attention import way_on_device
 from lorafit.model.linear import Frozen, Linear, replace_module
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, attach
-from lorafit.model.places import GROUP
 from lorafit.model.offload import LayerStream, move_to_host
+from lorafit.model.places import GROUP
 from lorafit.model.quant import QUANTIZERS, Quantize
 from lorafit.plan.cost_model import (
     PassCost,

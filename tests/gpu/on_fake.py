@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import torch
 from benchmarks.gpu_results import FAILED, Results
 from tests.gpu.device import A100, H100, T4
-from tests.gpu.fake import compiled_as_one, fake_cuda
+from tests.gpu.fake import FakeCuda, compiled_as_one, fake_cuda
 from tests.gpu.kernels import counted, fused, installed
 from tests.gpu.networks import (
     TINYLLAMA,
@@ -26,11 +27,14 @@ from tests.gpu.networks import (
     train_step,
     trainable,
 )
-from tests.gpu.runs_here import short_proof, train
+from tests.gpu.runs_here import settings, short_proof, train
+from tests.gpu.streams import streams
 from tests.runs import events, interrupt_after
 
 from benchmarks import gpu_runs, gpu_speed
-from lorafit.data.packing import Packer
+from lorafit.config.load import load_config
+from lorafit.data.packing import Pack, Packer
+from lorafit.errors import ConfigError, RunError
 from lorafit.export.run import export_run
 from lorafit.forward import pack_loss
 from lorafit.infer.continuous_batch import ContinuousBatch, Request
@@ -39,12 +43,27 @@ from lorafit.infer.model import load
 from lorafit.infer.sampling import Sampling
 from lorafit.model import native
 from lorafit.model.adamw import AdamW
+from lorafit.model.architecture import parse_architecture
 from lorafit.model.build import build_saved
+from lorafit.model.llama import Llama
 from lorafit.model.multi_lora import Adapters
+from lorafit.model.offload import check_offload
+from lorafit.plan import planner
+from lorafit.plan.cost_model import copied_bytes
+from lorafit.plan.machine import Machine
+from lorafit.plan.table import table_rows
 from lorafit.run_dir import RunDirectory
 from lorafit.training import loop
 from lorafit.training.run import Result, resume_run
 
+EIGHT_BILLION: dict[str, Any] = {
+    **TINYLLAMA,
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+}
 ALL = ("lora.dropout=0.1", "train.recompute=layers")
 GRADIENTS = loop._gradients
 CHIPS = {"t4": T4, "h100": H100}
@@ -72,7 +91,7 @@ def compiles_nothing() -> Iterator[None]:
         ("h100", "none", ("train.deterministic=true",)),
         pytest.param("t4", "int8", ALL, marks=slow),
         pytest.param("t4", "nf4", (), marks=slow),
-        pytest.param("h100", "int8", (), marks=slow),
+        pytest.param("h100", "int8", ("model.offload=layers",), marks=slow),
         pytest.param("h100", "fp8", ALL, marks=slow),
         pytest.param("h100", "nf4", ALL, marks=slow),
     ],
@@ -166,6 +185,99 @@ def test_an_answers_attention_never_takes_the_kernel_that_copies_the_cache(
         assert dict(gpu.chosen) == {"efficient": 1}
 
 
+def peak_of_a_step(gpu: FakeCuda, network: Llama, packs: Sequence[Pack]) -> int:
+    """The bytes at the peak of a step that is not the first; `gpu` has its records."""
+    optimizer = AdamW(trainable(network), 0.0)
+    train_step(network, optimizer, packs)  # it makes the optimizer's state
+    gpu.records.clear()
+    gpu.memory.peak = gpu.memory.now
+    train_step(network, optimizer, packs)
+    return gpu.memory.peak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("mean", [100, 1000])
+@pytest.mark.parametrize("capability", [T4, H100])
+def test_the_plan_has_the_memory_of_short_and_long_documents(
+    capability: tuple[int, int], mean: int, recompute: bool
+) -> None:
+    dtype = torch.float16 if capability == T4 else torch.bfloat16
+    with fake_cuda(capability) as gpu:
+        network = empty_network({**TINYLLAMA, "num_hidden_layers": 3}, dtype)
+        network.recompute = recompute
+        packs = Packer(2048).packs(rows_of(2048, mean=mean))
+        peak = peak_of_a_step(gpu, network, packs)
+        planned = planned_bytes(shape_of(network.arch, dtype, recompute=recompute), packs[0])
+    assert peak == pytest.approx(planned, rel=0.05)
+
+
+@pytest.mark.parametrize("quantize", [pytest.param("int8", marks=slow), "nf4"])
+def test_eight_billion_parameters_fit_into_6_gb_with_the_layers_on_the_host(quantize: Any) -> None:
+    """The plan's formula is measured with three of the 32 layers: memory, and what the bus carries."""
+    with fake_cuda(H100) as gpu:
+        network = empty_network(
+            {**EIGHT_BILLION, "num_hidden_layers": 3}, torch.bfloat16, quantize, offload=True
+        )
+        network.recompute = True
+        packs = Packer(2048).packs(rows_of(2048))
+        peak, waits = peak_of_a_step(gpu, network, packs), gpu.waits()
+        copied = sum(record.num_bytes for record in gpu.records if record.name == "copy to cuda")
+        shape = shape_of(network.arch, torch.bfloat16, quantize, recompute=True, offload=True)
+        whole = dataclasses.replace(
+            shape,
+            arch=parse_architecture(EIGHT_BILLION, "test"),
+            adapted=shape.adapted[:1] * EIGHT_BILLION["num_hidden_layers"],
+        )
+    assert waits == {"upload": 1}
+    assert copied == pytest.approx(copied_bytes(shape), rel=0.001)
+    assert peak == pytest.approx(planned_bytes(shape, packs[0]), rel=0.05)
+    assert planned_bytes(whole, packs[0]) < 5.8e9
+
+
+def test_a_base_that_does_not_fit_is_offered_a_place_on_the_host(tmp_path: Path) -> None:
+    with fake_cuda(H100):
+        config = load_config(None, settings(tmp_path, "lora.targets=[q_proj]", num_hidden_layers=12))
+        data = planner.RunInputs.read(config, quiet=True)
+        machine = Machine(torch.device("cuda"), 10**10, 0, host_bytes=10**9)
+
+        def with_memory(available: int, host: int = 10**9, **changes: Any) -> Any:
+            run = data.config.run.model_copy(update=changes)
+            there = dataclasses.replace(machine, available_bytes=available, host_bytes=host)
+            return planner.fit(data.config.model_copy(update={"run": run}), data, there)
+
+        away = data.config.model.model_copy(update={"offload": "layers"})
+        small = data.config.train.model_copy(update={"recompute": "layers", "micro_batch_tokens": 128})
+        least = planner._memory(
+            data.config.model_copy(update={"model": away, "train": small}), data, machine
+        ).total
+        picked = with_memory(least, too_large="auto")
+        assert picked.config.model.offload == "layers"
+        assert (picked.config.model.quantize, picked.config.train.recompute) == ("none", "layers")
+        assert "the result does not change" in picked.note
+        with pytest.raises(RunError) as refused:
+            with_memory(least)
+        assert "model.offload=layers needs" in refused.value.problems[0].hint
+        with pytest.raises(RunError, match="no setting makes it fit"):
+            with_memory(least, host=1000)
+        plan = planner.make_plan(picked, data, machine, None)
+    assert plan.offloaded is not None
+    assert plan.choice["offload"] == "layers"
+    copied = plan.offloaded.bytes_per_step * plan.steps / plan.passes
+    assert copied == pytest.approx(plan.offloaded.host_bytes * (2 * 12 - 4) / 12)
+    row = next(row for row in table_rows(plan) if row[0] == "layers on the host")
+    assert "copied to the device per step" in row[2]
+
+
+def test_layers_are_offloaded_to_the_host_of_a_gpu_only() -> None:
+    with pytest.raises(ConfigError, match="this run computes on cpu"):
+        check_offload("layers", torch.device("cpu"), "auto")
+    with pytest.raises(ConfigError, match="sharded"):
+        check_offload("layers", torch.device("cuda"), "fsdp")
+    check_offload("layers", torch.device("cuda"), "ddp")
+    check_offload("none", torch.device("cpu"), "fsdp")
+
+
 @pytest.mark.slow
 def test_the_parts_of_the_acceptance_that_only_a_device_runs(tmp_path: Path) -> None:
     """On a small model: `--simulate` leaves them out, because they measure memory and speed."""
@@ -218,6 +330,34 @@ def test_a_layer_needs_few_launches_and_moves_few_bytes() -> None:
     assert three["bytes"] - two["bytes"] <= MOST_BYTES
 
 
+def test_the_device_never_waits_for_the_host_within_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step has one upload, nothing is read, and the numbers of the step before are there when they are asked for."""
+    stalls: dict[int, int] = {}
+
+    def watched(job: loop.TrainContext, state: Any, *rest: Any) -> Any:
+        gpu.phase = f"step {state.step + 1}"
+        stalls[state.step + 1] = streams.stalls
+        return GRADIENTS(job, state, *rest)
+
+    monkeypatch.setattr(loop, "_gradients", watched)
+    rare = (
+        "train.max_steps=6",
+        "train.eval_every=6",
+        "train.save_every=6",
+        "run.check=none",
+        "run.samples=0",
+    )
+    with fake_cuda(H100) as gpu:
+        result = train(tmp_path, "run", *rare, "run.verify=false", "train.micro_batch_tokens=2048")
+    assert [event["step"] for event in events(result, "step")] == [1, 2, 3, 4, 5, 6]
+    for step in (2, 3, 4, 5):
+        waits = [record.wait for record in gpu.records if record.phase == f"step {step}" and record.wait]
+        assert waits == ["upload"]
+    assert stalls[6] == stalls[2]
+
+
 # The most launches, bytes moved and pageable uploads in a step of 2,048 tokens with three layers of TinyLlama's shape,
 # without compiled kernels. Lower them as they fall.
 BUDGETS = {(H100, False): (900, 14e9, 1), (H100, True): (1350, 24.5e9, 1), (T4, False): (1440, 22e9, 2)}
@@ -238,14 +378,10 @@ def test_a_step_needs_the_memory_of_the_plan_and_stays_within_its_budgets(
     with fake_cuda(capability) as gpu:
         network = empty_network({**TINYLLAMA, "num_hidden_layers": 3}, dtype)
         network.recompute = recompute
-        optimizer = AdamW(trainable(network), 0.0)
         packs = Packer(2048).packs(rows_of(2048, prefix=prefix))
-        train_step(network, optimizer, packs)  # it makes the optimizer's state
-        gpu.records.clear()
-        gpu.memory.peak = gpu.memory.now
-        train_step(network, optimizer, packs)
+        peak = peak_of_a_step(gpu, network, packs)
         planned = planned_bytes(shape_of(network.arch, dtype, recompute=recompute), packs[0])
-        waits, peak = gpu.waits(), gpu.memory.peak
+        waits = gpu.waits()
     assert peak == pytest.approx(planned, rel=0.05)
     assert "math" not in gpu.chosen
     most_launches, most_bytes, most_uploads = BUDGETS[capability, recompute]

@@ -8,18 +8,20 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes  # noqa: F401  (it reads what torch.cuda says: before there is a simulated device)
 import pytest
 import torch
 from tests.gpu.device import A100, H100, T4
-from tests.gpu.networks import Gradients, difference, measure, network_on, numbers
+from tests.gpu.networks import Gradients, difference, measure, network_on, numbers, small_packs
 from tests.gpu.runs_here import settings, short_proof
-from tests.gpu.simulated import Simulated, chosen, memory, simulated_cuda
-from tests.runs import digest, events, interrupt_after, tiny_run
+from tests.gpu.simulated import Simulated, chosen, memory, simulated_cuda, simulated_mps
+from tests.gpu.streams import RaceError, Stream
+from tests.runs import digest, events, interrupt_after, tiny_run, without_clock
 from tests.tiny_models import FAMILIES
 from torch import Tensor
 
 from lorafit.check import probe
-from lorafit.errors import RunError
+from lorafit.errors import ConfigError, RunError, TrainingError
 from lorafit.evaluate import samples
 from lorafit.infer.model import load
 from lorafit.model import attention
@@ -61,6 +63,44 @@ def test_recomputing_layers_changes_nothing(dtype: torch.dtype, capability: tupl
         assert_close(measure(network), whole, 1e-6)
 
 
+@pytest.mark.parametrize(("quantize", "recompute"), [("none", False), ("int8", True), ("nf4", False)])
+def test_layers_on_the_host_change_nothing(quantize: Any, recompute: bool) -> None:
+    """To the bit, also in a second pass, whose first layers are still there."""
+    with simulated_cuda(H100):
+        resident, offloaded = (
+            network_on("cuda", "llama", torch.bfloat16, quantize, 0.3, offload=offload, num_hidden_layers=4)
+            for offload in (False, True)
+        )
+        resident.recompute = offloaded.recompute = recompute
+        packs = small_packs()
+        for pack in packs:
+            assert_close(measure(offloaded, [pack]), measure(resident, [pack]), 0.0)
+
+
+@pytest.mark.parametrize("variant", ["dora", "pissa"])
+def test_variants_that_read_the_base_read_it_from_the_host(variant: Any) -> None:
+    """Of layers of several sizes: those of a hybrid network."""
+    shape = {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]}
+    with simulated_cuda(H100):
+        whole, other = (
+            measure(
+                network_on("cuda", "lfm2", torch.bfloat16, offload=offload, variant=variant, **shape),
+                small_packs()[1:],
+            )
+            for offload in (False, True)
+        )
+        assert_close(other, whole, 0.0)
+
+
+@pytest.mark.parametrize("forgotten", ["wait_event", "wait_stream"])
+def test_a_copy_without_order_is_an_error(forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with simulated_cuda(H100):
+        network = network_on("cuda", "llama", torch.bfloat16, offload=True, num_hidden_layers=3)
+        monkeypatch.setattr(Stream, forgotten, lambda self, other: None)
+        with pytest.raises(RaceError):
+            measure(network)
+
+
 def test_rocm_takes_what_both_kinds_of_chips_have(monkeypatch: pytest.MonkeyPatch) -> None:
     """AMD's chips are `cuda` in torch too, without torch's flash operators and float32 outputs of 16-bit products."""
     exact = measure(network_on("cpu", "llama", torch.float64))
@@ -72,6 +112,43 @@ def test_rocm_takes_what_both_kinds_of_chips_have(monkeypatch: pytest.MonkeyPatc
         assert summed(big, big).dtype == torch.bfloat16
         assert_close(measure(network_on("cuda", "llama", torch.bfloat16)), exact, 5e-2)
         assert set(chosen) == {"efficient"}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral-window"])
+def test_mps_computes_the_plain_definitions(family: str) -> None:
+    exact = measure(network_on("cpu", family, torch.float32))
+    with simulated_mps():
+        network = network_on("mps", family, torch.float32)
+        assert_close(measure(network), exact, 1e-5)
+        network.recompute = True
+        network.zero_grad()
+        assert_close(measure(network), exact, 1e-5)
+    assert "flash" not in chosen
+
+
+def test_a_run_on_mps_learns_and_resumes_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet = ("run.samples=1", "run.verify=false", "train.eval_every=4", "train.save_every=10")
+    with simulated_mps():
+        given = settings(
+            tmp_path, "model.device=mps", "train.max_steps=4", "train.learning_rate=0.02", *quiet
+        )
+        whole = tiny_run(given, tmp_path / "whole")
+        losses = [event["loss"] for event in events(whole, "step")]
+        assert losses[-1] < 0.97 * losses[0]
+        interrupt_after(2, monkeypatch)
+        stopped = tiny_run(given, tmp_path / "stopped")
+        monkeypatch.undo()
+        assert digest(resume_run(stopped.path, quiet=True)) == digest(whole)
+        for refused in (
+            "model.quantize=int8",
+            "model.quantize=fp8",
+            "model.dtype=float64",
+            "model.offload=layers",
+        ):
+            with pytest.raises(ConfigError):
+                tiny_run([*given, refused], tmp_path / "refused")
 
 
 def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,6 +249,102 @@ def test_a_run_learns_is_proven_and_resumes_to_the_same_bytes(
             stopped = tiny_run(given, tmp_path / "stopped")
         assert (stopped.step, stopped.finished) == (2, False)
         assert digest(resume_run(stopped.path, quiet=True)) == digest(whole)
+
+
+def test_a_run_with_layers_on_the_host_ends_with_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the two take turns. The answers at the end come from such a model too."""
+    quiet = (
+        "run.samples=0",
+        "run.verify=false",
+        "run.check=none",
+        "train.save_every=10",
+        "train.max_steps=3",
+    )
+    with simulated_cuda(A100):
+        given = settings(tmp_path, *quiet, num_hidden_layers=3)
+        whole = tiny_run(given, tmp_path / "whole")
+        interrupt_after(2, monkeypatch)
+        stopped = tiny_run([*given, "model.offload=layers"], tmp_path / "stopped")
+        monkeypatch.undo()
+        assert stopped.step == 2
+        offloaded = load(stopped.path, device="cuda")
+        assert offloaded.network.streamed is not None
+        answers = offloaded.generate(["Say it"], max_tokens=2)
+        assert digest(resume_run(stopped.path, ["model.offload=none"], quiet=True)) == digest(whole)
+        assert (
+            load(whole.path, device="cuda", adapter=stopped.adapter).generate(["Say it"], max_tokens=2)
+            == answers
+        )
+
+
+def changed_in(step: int, factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiply the loss of the rows of a step, whenever it is computed, and remember nothing else."""
+    real, gradients, rows = loop.pack_losses, loop._gradients, set[bytes]()
+
+    def watched(job: loop.TrainContext, state: Any, batch: Any) -> Any:
+        if state.step + 1 == step:
+            rows.update(pack.ids.tobytes() for pack in batch.packs)
+        return gradients(job, state, batch)
+
+    def pack_losses(network: Any, pack: Any, **more: Any) -> Any:
+        loss, each = real(network, pack, **more)
+        return (loss * factor if pack.ids.tobytes() in rows else loss), each
+
+    monkeypatch.setattr(loop, "_gradients", watched)
+    monkeypatch.setattr(loop, "pack_losses", pack_losses)
+
+
+@pytest.mark.parametrize("step", [None, 1, 3])
+def test_numbers_that_are_read_late_give_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int | None
+) -> None:
+    """The same metrics and bytes as with a read in each step; in one of the steps float16 overflows twice."""
+    quiet = (
+        "run.samples=0",
+        "run.verify=false",
+        "run.check=none",
+        "train.save_every=4",
+        "train.eval_every=5",
+    )
+    runs = []
+    with simulated_cuda(T4):
+        given = settings(tmp_path, *quiet, "train.max_steps=5", "lora.dropout=0.2", "model.dtype=float16")
+        if step is not None:
+            changed_in(step, 4e4, monkeypatch)
+        for name in ("late", "immediate"):
+            runs.append(tiny_run(given, tmp_path / name))
+            monkeypatch.setattr(loop, "_may_be_late", lambda job: False)
+    kinds = ("step", "heldout", "saved", "digest")
+    late, immediate = (
+        [
+            {key: value for key, value in without_clock(event).items() if key != "path"}
+            for kind in kinds
+            for event in events(run, kind)
+        ]
+        for run in runs
+    )
+    assert late == immediate
+    assert digest(runs[0]) == digest(runs[1])
+    states = [json.loads((run.path / "checkpoints/step-000004/state.json").read_text()) for run in runs]
+    assert states[0] == states[1]
+    assert (states[0]["scale"]["factor"] < 2**16) == (step is not None)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_what_was_saved_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quiet = ("run.samples=0", "run.verify=false", "run.check=none", "train.save_every=2", "data.holdout=0")
+    with simulated_cuda(H100):
+        given = settings(tmp_path, *quiet, "train.max_steps=5")
+        changed_in(4, float("nan"), monkeypatch)
+        with pytest.raises(TrainingError, match="step 4: the loss is not finite.*no weight was changed"):
+            tiny_run(given, tmp_path / "run")
+        assert [event["step"] for event in events(tmp_path / "run", "step")] == [1, 2, 3]
+        monkeypatch.undo()
+        resumed = resume_run(tmp_path / "run", quiet=True)
+        assert digest(resumed) == digest(tiny_run(given, tmp_path / "whole"))
 
 
 def short_in(monkeypatch: pytest.MonkeyPatch, where: tuple[Any, str], calls: range = range(1000)) -> None:

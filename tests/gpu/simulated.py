@@ -1,4 +1,5 @@
 """A CUDA device that computes on the processor: tensors say `cuda`, and their numbers can be compared with the CPU's.
+Apple's MPS is simulated in the same way.
 
 A program takes the same branches as on a GPU. Mixing devices raises. No build for the CPU has torch's flash attention,
 so its definition stands in for it. Import it before lorafit (`-p tests.gpu.simulated`).
@@ -14,6 +15,7 @@ from unittest import mock
 
 import torch
 from tests.gpu.device import GIGABYTES, H100, Memory, present
+from tests.gpu.streams import streams, waits_for_host, written_by
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
@@ -31,6 +33,7 @@ _INDEXING = (
 )  # indices may be on the CPU
 _READING = ("nonzero", "_unique2", "masked_select", "equal", "is_nonzero")
 memory = Memory(GIGABYTES[H100] * 10**9)  # it counts no bytes; `memory.short()` lets allocations fail
+_kind = ["cuda"]  # what tensors say
 waits: Counter[str] = Counter()
 chosen: Counter[str] = Counter()
 
@@ -48,7 +51,7 @@ class Simulated(torch.Tensor):
             strides=inner.stride(),
             storage_offset=inner.storage_offset(),
             dtype=inner.dtype,
-            device="cuda:0",
+            device=f"{_kind[0]}:0",
         )
 
     def __init__(self, inner: Tensor) -> None:
@@ -80,7 +83,10 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         return _moved(func, args[0], device or args[0].device, kwargs)
     if name == "copy_":
         if isinstance(args[0], Simulated) != isinstance(args[1], Simulated):
-            waits["upload" if isinstance(args[0], Simulated) else "read"] += 1
+            host = args[1] if isinstance(args[0], Simulated) else args[0]
+            kind = "upload" if isinstance(args[0], Simulated) else "read"
+            waits[kind] += waits_for_host(name, args, kwargs, host)
+        streams.touch(func, [x.inner for x in here], [_inner(args[0])])
         _inner(args[0]).copy_(_inner(args[1]))
         return args[0]
     on_cpu = [
@@ -91,8 +97,14 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
         raise RuntimeError(f"{name}: tensors on cuda and on the CPU: {shapes}")
     if here and name in _READING:
         waits["read"] += 1
-    out = _computed(name, func, *tree_map_only(Simulated, _inner, (args, kwargs)))
-    if not (here or (device is not None and device.type == "cuda")):
+    inner_args, inner_kwargs = tree_map_only(Simulated, _inner, (args, kwargs))
+    written = written_by(func, inner_args, inner_kwargs)
+    if _kind[0] == "mps" and any(x.dtype == torch.float64 for x in here):
+        raise TypeError(f"{name}: MPS has no float64")
+    out = _computed(name, func, inner_args, inner_kwargs)
+    made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+    streams.touch(func, [*(x.inner for x in here), *made], written)
+    if not (here or (device is not None and device.type == _kind[0])):
         return out
     if not isinstance(out, Tensor | tuple | list):
         return out
@@ -127,8 +139,8 @@ def _moved(func: Any, source: Tensor, to: torch.device, kwargs: Any) -> Tensor:
         return func(_inner(source), **kwargs)
     rest = {key: value for key, value in kwargs.items() if key not in ("device", "non_blocking")}
     out = func(_inner(source), **rest)
-    if to.type == "cuda":
-        waits["upload"] += not isinstance(source, Simulated)
+    if to.type == _kind[0]:
+        waits["upload"] += not isinstance(source, Simulated) and waits_for_host("to", (), kwargs, source)
         return Simulated(out)
     waits["read"] += isinstance(source, Simulated)
     return out.clone() if out is _inner(source) else out
@@ -222,7 +234,7 @@ class _Mode(TorchDispatchMode):
         kwargs = kwargs or {}
         leaves = tree_leaves((args, kwargs))
         if not any(
-            isinstance(x, Simulated) or (isinstance(x, torch.device) and x.type == "cuda") for x in leaves
+            isinstance(x, Simulated) or (isinstance(x, torch.device) and x.type == _kind[0]) for x in leaves
         ):
             return func(*args, **kwargs)
         composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
@@ -266,5 +278,20 @@ def simulated_cuda(capability: tuple[int, int] = H100) -> Iterator[None]:
         functional = torch.nn.functional
         attention = _attention(functional.scaled_dot_product_attention)
         stack.enter_context(mock.patch.object(functional, "scaled_dot_product_attention", attention))
+        stack.enter_context(_Mode())
+        yield
+
+
+@contextmanager
+def simulated_mps() -> Iterator[None]:
+    """A simulated MPS device while the block runs: without float64, and with torch's attention of its own choice."""
+    waits.clear()
+    chosen.clear()
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch.backends.mps, "is_available", return_value=True))
+        attention = _attention(torch.nn.functional.scaled_dot_product_attention)
+        stack.enter_context(mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention))
+        stack.callback(_kind.__setitem__, 0, "cuda")
+        _kind[0] = "mps"
         stack.enter_context(_Mode())
         yield

@@ -38,7 +38,9 @@ def start_kernels(network: Any, device: torch.device, *, sharded: bool) -> str:
 
 
 def fuse_layers(network: Any) -> int:
-    """Merge the linears of all layers that allow it; returns their number."""
+    """Merge the linears of all layers that allow it; returns their number. Layers on the host keep their own."""
+    if network.streamed is not None:
+        return 0
     fused = [layer for layer in network.decoder.layers if _permits(layer)]
     for layer in fused:
         layer.fused = FusedLayer(layer)

@@ -188,6 +188,7 @@ def _step(
     gradients = loop._gradients(job, state, loop._batch(job, state, state.step))
     if gradients is None:
         return CheckResult(name, "fail", "out of memory")
+    assert isinstance(gradients, tuple)  # the job reads them at once
     rate = number(recorded.get("learning_rate"))
     planned = Pace(job.config.train, job.num_steps, job.first_step)
     faults: list[str] = []

@@ -217,10 +217,7 @@ def _restore_optimizer(network: Llama, optimizer: AdamW, tensors: Mapping[str, T
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         if any(value.ndim and value.shape != parameter.shape for value in state.values()):
             raise ValueError(name)
-        optimizer.state[parameter] = {
-            key: value.to(value.device if value.ndim == 0 else parameter.device)
-            for key, value in state.items()
-        }
+        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
 
 
 def seed_random(seed: int) -> None:

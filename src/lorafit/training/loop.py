@@ -13,7 +13,6 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
@@ -32,12 +31,10 @@ from lorafit.evaluate.heldout import heldout_loss
 from lorafit.evaluate.samples import SampleGenerator
 from lorafit.forward import divergences, pack_losses
 from lorafit.model.adamw import AdamW
-from lorafit.model.device import device_memory_bytes
 from lorafit.model.llama import Llama
 from lorafit.model.lora import disable_adapter
 from lorafit.model.memory import MUCH_FREE, is_out_of_memory, release_free_memory
-from lorafit.observe.events import Digest, Drift, Heldout, Message, Observer, Progress, Step
-from lorafit.observe.meters import Meter
+from lorafit.observe.events import Digest, Drift, Heldout, Message, Observer, Progress
 from lorafit.observe.visits import VisitLog
 from lorafit.plan.cadence import Cadence
 from lorafit.redact import shell
@@ -49,11 +46,12 @@ from lorafit.training.objective import OBJECTIVES, Objective, Passes, measure
 from lorafit.training.reference import Reference
 from lorafit.training.setup import Prepared
 from lorafit.training.signals import Requests
+from lorafit.training.step_numbers import Launched, Numbers, Trail, Unread, by_rows, not_finite, of_rows
 from lorafit.training.stream_cache import StreamCache
 
 Outcome = Literal["finished", "ended early", "interrupted"]
 SAME_RESULT = "this needs less memory and does not change the result"
-_NO_ROWS = (0.0, 0.0, np.empty((2, 0)))  # loss, norm and losses of the rows of a step that has none
+_NO_ROWS: Numbers = (0.0, 0.0, np.empty((2, 0)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +86,7 @@ class TrainContext:
     neutral: Neutral | None = None
     first_step: int = 0
     reference: Reference | None = None
+    is_late: bool = False  # whether the numbers of a step are read one step later
 
     @property
     def objective(self) -> Objective:
@@ -151,8 +150,9 @@ def _steps(
     timing: pace.Pace,
 ) -> Outcome:
     """The steps. The thread `ahead` packs the rows of the next one while the device works."""
-    settings, meter = job.config.train, Meter()
-    device, is_first = job.prepared.built.device, True  # since the last save
+    settings, is_first = job.config.train, True  # since the last save
+    job = replace(job, is_late=_may_be_late(job))
+    trail = Trail(job, state)
     upcoming = ahead.submit(_batch, job, state, state.step)
     while state.step < timing.num_steps and not state.early_stopped(settings.patience):
         started = time.perf_counter()
@@ -162,50 +162,36 @@ def _steps(
         upcoming = ahead.submit(_batch, job, state, state.step + 1)
 
         updates = len(batch.indices) > 0  # not where all its rows are left out
-        gradients = _gradients(job, state, batch) if updates else _NO_ROWS
-        if gradients is None:
+        before = torch.get_rng_state(), replace(state.scale)
+        numbers = _gradients(job, state, batch) if updates else _NO_ROWS
+        if isinstance(numbers, Unread):
+            job.optimizer.step(rate, trail.stopped_by(numbers))
+        elif numbers is not None and updates:
+            job.optimizer.step(rate)
+        job.optimizer.zero_grad()
+        if not trail.settle():  # the step before was not taken, so neither was this one
+            upcoming = ahead.submit(_batch, job, state, state.step)
+            continue
+        if numbers is None:
             _reduce_micro_batch(job, writer, state, batch)
             upcoming = ahead.submit(_batch, job, state, state.step)
             continue
-        loss, norm, row_losses = gradients
-        if updates:
-            job.optimizer.step(rate)
-        job.optimizer.zero_grad()
         state.step += 1
-        done = state.step - job.first_step
-        due = timing.count(state.step, job.cadence.at(done), writer.seconds)
+        due = timing.count(state.step, job.cadence.at(state.step - job.first_step), writer.seconds)
         job.heartbeat.at(state.step, BETWEEN)
-        if job.visits is not None:
-            job.visits.add(state.step, job.rows.numbers_at(batch.indices), row_losses)
-        state.last_loss = loss if updates else state.last_loss
         state.scale.went_well()
         release_free_memory(MUCH_FREE)
-
-        seconds = time.perf_counter() - started
-        if updates:
-            job.observe(
-                Step(
-                    step=state.step,
-                    num_steps=timing.num_steps,
-                    epoch=round(job.order.epoch_at(done), 4),
-                    loss=loss,
-                    learning_rate=rate,
-                    grad_norm=norm,
-                    supervised_tokens=batch.supervised,
-                    tokens=batch.tokens,
-                    rows=len(batch.indices),
-                    tokens_per_second=meter.update(batch.tokens, seconds),
-                    seconds=seconds,
-                    memory_bytes=device_memory_bytes(device) or Meter.memory_bytes(),
-                    ranks=job.ranks.world_size,
-                    imbalance=round(batch.imbalance, 4),
-                )
-            )
+        trail.follow(Launched(state.step, batch, rate, timing.num_steps, started, numbers, *before))
+        ended = state.step == timing.num_steps
+        writer.wait(block=False)
+        if isinstance(numbers, Unread) and not (is_first or ended or any(due) or requests.any()):
+            continue
+        if not trail.settle():
+            upcoming = ahead.submit(_batch, job, state, state.step)
+            continue
         if is_first and job.ranks.is_main:
             job.observe(Digest(state.step, adapter_digest(job.network).hex()))
         is_first = False
-        writer.wait(block=False)
-        ended = state.step == timing.num_steps
         state.too_far = due.measure and _is_too_far(job, state)
         state.measuring_due = due.measure and bool(job.heldout) and not state.too_far
         stopping = state.measuring_due and job.ranks.any(requests.stop())[0]
@@ -226,6 +212,12 @@ def _steps(
     return "finished" if state.step == timing.num_steps else "ended early"
 
 
+def _may_be_late(job: TrainContext) -> bool:
+    """Whether a step can end on the device alone. Several ranks, and the methods of preferences, read numbers in it."""
+    is_alone = job.ranks.is_single_process and job.objective.loss is None
+    return is_alone and job.prepared.built.device.type == "cuda"
+
+
 def _batch(job: TrainContext, state: TrainState, step: int) -> Batch:
     """The packed rows of a step: a function of the step, so another thread can prepare the next one."""
     packer = replace(job.packer, capacity=state.micro_batch_tokens or job.packer.capacity)
@@ -233,10 +225,9 @@ def _batch(job: TrainContext, state: TrainState, step: int) -> Batch:
     return job.share.of(job.rows.to_pack, job.order.rows(step), packer)
 
 
-def _gradients(
-    job: TrainContext, state: TrainState, batch: Batch
-) -> tuple[float, float, NDArray[np.float64]] | None:
-    """Accumulate the step's gradient, clipped; returns (mean loss, norm before clipping, losses of each row).
+def _gradients(job: TrainContext, state: TrainState, batch: Batch) -> Numbers | Unread | None:
+    """Accumulate the step's gradient, clipped; returns (mean loss, norm before clipping, losses of each row), or
+    what the device will know of these.
 
     The sum of losses over all packs of all ranks is divided once by the weight of the step's supervised tokens (their
     number, where the rows have no weights), so the gradient does not depend on the packing. A float16 overflow is
@@ -253,37 +244,39 @@ def _gradients(
             compute = Passes(job, batch)
         elif job.kept is not None:
             compute = partial(pack_losses, below=job.kept.of(batch.indices))
-        total, each, short = _passes(job, state, batch, compute)
-        total, any_short, *row_losses = job.ranks.all_reduce_sum([total, float(short), *each.flat])
+        losses, of_targets, short = _passes(job, state, batch, compute)
+        total, any_short, each, row_losses = 0.0, float(short), np.zeros((4, len(batch.indices))), [0.0]
+        if not job.is_late:  # only here, so that the device is waited for once
+            if not short:
+                total, each = sum(map(float, losses)), by_rows(batch, torch.cat(of_targets).cpu().numpy())
+            total, any_short, *row_losses = job.ranks.all_reduce_sum([total, any_short, *each.flat])
         if any_short:
             job.optimizer.zero_grad()
             torch.set_rng_state(random)
             return None
-        mean = total / batch.weight
         if state.scale.active:
             gradients = [m.grad for m in job.optimizer.parameters if m.grad is not None]
             torch._foreach_mul_(gradients, 1 / state.scale.factor)
-        norm = float(clip_grad_norm_(job.optimizer.parameters, job.config.train.max_grad_norm or math.inf))
+        length = clip_grad_norm_(job.optimizer.parameters, job.config.train.max_grad_norm or math.inf)
+        if job.is_late:
+            return Unread(losses, of_targets, length)
+        mean = total / batch.weight
+        norm = float(length)
         if math.isfinite(mean) and math.isfinite(norm):
             if isinstance(compute, Passes):
                 job.observe(compute.event(job, step))
-            return mean, norm, _of_rows(np.reshape(row_losses, each.shape))
+            return mean, norm, of_rows(np.reshape(row_losses, each.shape))
         job.optimizer.zero_grad()
         if not state.scale.active or not math.isfinite(mean):
-            what = "loss" if not math.isfinite(mean) else "gradient"
-            raise TrainingError(
-                f"step {step}: the {what} is not finite (loss {mean}, gradient norm {norm}); no weight was changed",
-                place=job.places(batch),
-                hint="lower train.learning_rate, or look at these rows; the last checkpoint can be resumed",
-            )
+            raise not_finite(job, step, batch, mean, norm)
         state.scale.overflowed(step)
         torch.set_rng_state(random)
 
 
 def _passes(
     job: TrainContext, state: TrainState, batch: Batch, compute: Compute
-) -> tuple[float, NDArray[np.float64], bool]:
-    """This rank's passes: (sum of their losses, `_by_rows`, whether memory ran out). The last one all-reduces the
+) -> tuple[list[Tensor], list[Tensor], bool]:
+    """This rank's passes: (their losses, those of their targets, whether memory ran out). The last one all-reduces the
     gradients.
 
     All passes of all ranks start from the same random state. The dropout of a row is a function of the step and of
@@ -321,36 +314,8 @@ def _passes(
                     hint=f"set train.micro_batch_tokens below {packs[last].num_tokens}: {SAME_RESULT}",
                 ) from None
             job.engine.loss(pack_losses, EMPTY_PACK)[0].backward()
-        return 0.0, np.zeros((4, len(batch.indices))), True
-    # read only here, so that the device is waited for once
-    return sum(map(float, losses)), _by_rows(batch, torch.cat(row_losses).cpu().numpy()), False
-
-
-def _by_rows(batch: Batch, losses: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """Of each row of the step (4, rows): the sums of the losses and of the weights of its targets, and both of its last
-    target. All are 0 for the rows of other ranks.
-    """
-    sums, at = np.zeros((4, len(batch.indices))), 0
-    for pack in batch.packs:
-        if not len(pack.rows):  # an empty pack has a loss that is of no row
-            continue
-        found = losses[at : at + len(pack.targets)]
-        weights = np.ones(len(found)) if pack.weights is None else pack.weights
-        ends = np.cumsum(pack.counts)[pack.counts > 0] - 1
-        owners, last = np.repeat(pack.rows, pack.counts), pack.rows[pack.counts > 0]
-        if pack.sides is not None:  # the loss of two answers stands at the first target of their row
-            weights = np.isin(np.arange(len(found)), np.unique(owners, return_index=True)[1]).astype(float)
-        for of_row, values in zip(sums, (found, weights, found[ends], weights[ends]), strict=True):
-            np.add.at(of_row, owners if len(values) == len(owners) else last, values)
-        at += len(found)
-    return sums
-
-
-def _of_rows(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(2, rows): the mean loss of the targets of each row, and the loss of the last one; NaN for a row without one."""
-    losses = np.full((2, sums.shape[1]), np.nan)
-    np.divide(sums[::2], sums[1::2], out=losses, where=sums[1::2] > 0)
-    return losses
+        return [], [], True
+    return losses, row_losses, False
 
 
 def _is_too_far(job: TrainContext, state: TrainState) -> bool:

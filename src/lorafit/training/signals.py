@@ -59,6 +59,10 @@ class Requests:
             self._observe(Message("the agent of this process has ended: saving after this step", "warning"))
         return self._stop
 
+    def any(self) -> bool:
+        """Whether a stop or a checkpoint is requested."""
+        return self.stop() or self._save
+
     def save(self) -> bool:
         """Whether a checkpoint was requested since the last call."""
         requested, self._save = self._save, False
