@@ -161,13 +161,19 @@ def kernels(results: Results, simulated: bool) -> None:
 
 
 def passes(results: Results, short: bool) -> None:
-    """What must not change a step: recomputing layers, and other passes."""
+    """What must not change a step: recomputing layers, layers on the host, and other passes."""
     for dtype in SIXTEEN[: 1 if short else 2]:
         network = network_on("cuda", "llama", dtype, dropout=0.3)
         whole = measure(network)
         network.recompute = True
         found = difference(measure(network), whole)
         results.at_most(f"recomputed layers with dropout, {short_name(dtype)}", max(found), 1e-6)
+        several = {"num_hidden_layers": 5, "hidden_size": 64 if short else 1024}
+        resident, offloaded = (
+            network_on("cuda", "llama", dtype, offload=offload, **several) for offload in (False, True)
+        )
+        found = difference(measure(offloaded), measure(resident))
+        results.at_most(f"layers on the host, {short_name(dtype)}", max(found), 1e-6)
         network = network_on("cuda", "llama", dtype)
         found = difference(measure(network), measure(network, small_packs(45)))
         results.at_most(f"four passes or two, {short_name(dtype)}", max(found), 3e-2)

@@ -1,9 +1,12 @@
-// Guards of CUDA and MPS devices, and hooks that do nothing: autograd then works on `cuda` tensors that no device stands behind,
-// in a torch for the CPU alone and in one for CUDA without a driver. Load it before torch (tests/gpu/guard.py).
+// Guards of CUDA and MPS devices, and hooks that do nothing: autograd then works on tensors that no device stands
+// behind, in a torch for the CPU alone and in one for CUDA without a driver. Load it before torch (tests/gpu/guard.py).
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <ATen/detail/MPSHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 namespace {
+bool is_mps = false;  // whether MPS is the accelerator, in the place of CUDA
+
 template <c10::DeviceType type>
 struct Guard final : c10::impl::NoOpDeviceGuardImpl<type> {
   c10::Device exchangeDevice(c10::Device) const override { return {type, 0}; }
@@ -21,9 +24,9 @@ struct Guard final : c10::impl::NoOpDeviceGuardImpl<type> {
 struct Hooks final : at::CUDAHooksInterface {
   explicit Hooks(at::CUDAHooksArgs) {}
   void init() const override {}
-  bool hasCUDA() const override { return true; }
-  bool isBuilt() const override { return true; }
-  bool isAvailable() const override { return true; }
+  bool hasCUDA() const override { return !is_mps; }
+  bool isBuilt() const override { return !is_mps; }
+  bool isAvailable() const override { return !is_mps; }
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
   c10::DeviceIndex deviceCount() const override { return 1; }
   c10::DeviceIndex getCurrentDevice() const override { return 0; }
@@ -35,7 +38,20 @@ struct Hooks final : at::CUDAHooksInterface {
   bool isPinnedPtr(const void *) const override { return false; }
   at::Generator getNewGenerator(c10::DeviceIndex) const override { return at::detail::createCPUGenerator(); }
 };
+
+struct MpsHooks final : at::MPSHooksInterface {
+  template <typename... Words>
+  explicit MpsHooks(Words...) {}  // older versions of torch give it an argument
+  void init() const override {}
+  bool hasMPS() const override { return is_mps; }
+  bool isBuilt() const override { return is_mps; }
+  bool isAvailable() const override { return is_mps; }
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
+  bool isPinnedPtr(const void *) const override { return false; }
+};
 }  // namespace
+
+extern "C" void simulate_mps(bool wanted) { is_mps = wanted; }
 
 extern "C" void install_guard() {  // once torch is loaded; it replaces the guard of a build for CUDA
   static Guard<c10::DeviceType::CUDA> cuda;
@@ -46,4 +62,5 @@ extern "C" void install_guard() {  // once torch is loaded; it replaces the guar
 
 namespace at {
 C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, Hooks)
+C10_REGISTER_CLASS_WITH_PRIORITY(MPSHooksRegistry, MPSHooks, c10::REGISTRY_PREFERRED, MpsHooks)
 }

@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from tests.gpu import guard
 from tests.gpu.device import GIGABYTES, H100, Memory, present
 from tests.gpu.streams import streams, waits_for_host, written_by
 from torch import Tensor
@@ -291,6 +292,11 @@ def simulated_mps() -> Iterator[None]:
         stack.enter_context(mock.patch.object(torch.backends.mps, "is_available", return_value=True))
         attention = _attention(torch.nn.functional.scaled_dot_product_attention)
         stack.enter_context(mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention))
+        guard.install()
+        stack.callback(guard.LIBRARY.simulate_mps, False)
+        guard.LIBRARY.simulate_mps(True)
+        stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
+        torch._C._set_only_lift_cpu_tensors(True)
         stack.callback(_kind.__setitem__, 0, "cuda")
         _kind[0] = "mps"
         stack.enter_context(_Mode())
