@@ -62,7 +62,7 @@ def _never_trained(table: Tensor, token: int) -> str | None:
     usual = table[:: max(1, len(table) // 256)].abs().amax(1).float().median()
     if float(row.abs().max()) <= _FEW * float(usual):
         return "is zero"
-    alike = (table[:, :_FIRST] == row[:_FIRST]).all(1).nonzero()[:, 0].tolist()
+    alike = (table[:, :_FIRST] == row[:_FIRST]).all(1).cpu().nonzero()[:, 0].tolist()
     other = next((one for one in alike if one != token and torch.equal(table[one], row)), None)
     return None if other is None else f"equals that of token {other}"
 
