@@ -7,7 +7,7 @@ Each program saves its adapter every few steps. Afterwards one judge (transforme
 of each saved adapter on the same held-out answers, so no program measures itself, and measuring takes none of its time.
 The mark of a set is the loss that TRL's packed bfloat16 has after one epoch, at its defaults and at the best of its
 grid. The result of each run is a file in DIR/results: an interrupted benchmark goes on with the same command. `--quick`
-trains the small model of shared/models on few rows, in minutes.
+tries the programs: the small model of shared/models, few rows, few steps of lorafit.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from benchmarks.report import table
 from benchmarks.speed import shared_folder
 
 ADAPTER, SAVED_EVERY = "adapter_model.safetensors", 5
-HELD_OUT, MOST_HELD_OUT, LONGEST = 0.1, 64, 1024  # of the rows; rows; tokens
+HELD_OUT, MOST_HELD_OUT = 0.1, 64  # of the rows; rows
 DEFAULTS, BEST = "TRL", "TRL, best"
 GOALS = {
     ("lorafit", DEFAULTS): 5,
@@ -143,25 +143,33 @@ def report(runs: Sequence[Run]) -> str:
     return table(["rows", "mark", "program", "seconds", "faster", "goal"], lines)
 
 
-def command(program: Program, model: Path, rows: Path, out: Path, seed: int) -> list[str]:
+def longest(model: Path) -> int:
+    """Tokens of a row and of a pack: longer rows are truncated."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    return min(1024, int(config["max_position_embeddings"]))
+
+
+def command(program: Program, model: Path, rows: Path, out: Path, seed: int, quick: bool) -> list[str]:
     """The command of a run that saves adapters below `out`."""
     if not program.ours:
         words = ["--worker", json.dumps(dict(program.settings)), str(seed), str(rows), str(out)]
         return [sys.executable, "-m", "benchmarks.time_to_quality", "--model", str(model), *words]
-    fixed = {"run.samples": 0, "run.offline": "true", "run.seed": seed, "train.save_every": SAVED_EVERY,
-             "train.keep": 100_000, "data.format": "completion", "data.max_length": LONGEST}  # fmt: skip
-    settings = [f"{key}={value}" for key, value in {**fixed, **program.settings}.items()]
+    fixed = {"run.samples": 0, "run.offline": "true", "train.seed": seed, "train.save_every": SAVED_EVERY,
+             "train.keep": 100_000, "data.format": "completion", "data.max_length": longest(model),
+             "data.too_long": "truncate"}  # fmt: skip
+    short = {"train.max_steps": 3 * SAVED_EVERY} if quick else {}
+    settings = [f"{key}={value}" for key, value in {**fixed, **program.settings, **short}.items()]
     paths = ["--model", str(model), "--data", str(rows), "--output", str(out)]
     return [sys.executable, "-m", "lorafit", "train", *paths, *settings]
 
 
-def run_once(program: Program, model: Path, rows: str, seed: int, work: Path) -> Run:
+def run_once(program: Program, model: Path, rows: str, seed: int, work: Path, quick: bool) -> Run:
     """Train, then judge each saved adapter."""
     out = work / "run"
     shutil.rmtree(out, ignore_errors=True)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     started = time.time()
-    words = command(program, model, work / f"{rows}-train.json", out, seed)
+    words = command(program, model, work / f"{rows}-train.json", out, seed, quick)
     with (work / "output.txt").open("wb") as output:
         done = subprocess.run(words, env=environment, stdout=output, stderr=output, check=False)
     if done.returncode:
@@ -201,8 +209,9 @@ def train_trl(model: str, settings: Mapping[str, Any], seed: int, rows: Path, ou
         peft_config=LoraConfig(task_type="CAUSAL_LM", **({"target_modules": spec} if spec else {})),
         args=SFTConfig(
             output_dir=str(out), num_train_epochs=1, per_device_train_batch_size=1, packing=True, padding_free=True,
-            max_length=LONGEST, use_cpu=True, bf16=True, seed=seed, save_strategy="steps", save_steps=SAVED_EVERY,
-            save_only_model=True, report_to="none", disable_tqdm=True, gradient_checkpointing=False, **settings,
+            max_length=longest(Path(model)), use_cpu=True, bf16=True, seed=seed, save_strategy="steps",
+            save_steps=SAVED_EVERY, save_only_model=True, report_to="none", disable_tqdm=True,
+            gradient_checkpointing=False, **settings,
         ),
     ).train()  # fmt: skip
 
@@ -218,7 +227,7 @@ def judge(model: str, rows: Path, folders: Sequence[str]) -> list[float]:
     for row in json.loads(rows.read_text(encoding="utf-8")):
         prompt = tokenizer(row["prompt"])["input_ids"]
         answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
-        ids = torch.tensor([[*prompt, *answer, tokenizer.eos_token_id][:LONGEST]])
+        ids = torch.tensor([[*prompt, *answer, tokenizer.eos_token_id][: longest(Path(model))]])
         examples.append((ids, len(prompt)))
     found = []
     for folder in folders:
@@ -268,7 +277,7 @@ def main() -> None:
             for program in [program for program in PROGRAMS if names is None or program.name in names]:
                 file = work / "results" / f"{rows}-{program.name}-{seed}.json".replace(" ", "_")
                 if not file.exists():
-                    done = run_once(program, model, rows, seed, work)
+                    done = run_once(program, model, rows, seed, work, given.quick)
                     file.write_text(json.dumps(asdict(done)), encoding="utf-8")
                 runs.append(Run(**json.loads(file.read_text(encoding="utf-8"))))
                 print(f"{rows}, {program.name}, seed {seed}: {runs[-1].losses}", file=sys.stderr, flush=True)

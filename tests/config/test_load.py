@@ -56,7 +56,7 @@ def test_every_mistake_is_reported_at_once_with_its_line(recipe: Callable[[str],
     assert found[f"{path}:4"].message == "`lora.rank`: input should be greater than or equal to 1, not 0"
     assert found[f"{path}:5"].hint == "did you mean `lora.dropout`?"
     assert found[f"{path}:9"].hint == "did you mean `data.max_length`?"
-    assert found[f"{path}:10"].hint == "did you mean `train`?"
+    assert found[f"{path}:10"].hint == "did you mean `train.epochs`?"
     assert found["`train.epochs=-1` on the command line"].message.startswith(
         "`train.epochs`: input should be"
     )
@@ -441,5 +441,5 @@ def test_encodings_are_those_of_text(name: str) -> None:
 
 @pytest.mark.parametrize("key", ["train.epochs", "train.batch_size", "train.eval_every", "train.refit"])
 def test_a_wrong_value_of_a_key_with_auto_names_auto(key: str) -> None:
-    with pytest.raises(ConfigError, match="`auto` or a valid"):
+    with pytest.raises(ConfigError, match="input should be `auto` or "):
         load_config(None, ["model.name=m", "data.path=a", f"{key}=banana"])
