@@ -31,7 +31,7 @@ _PATIENCE, _SECOND_LOOK = 0.6, 0.2
 
 
 class Heartbeat:
-    """A context manager around the steps of a run. Without a store (a single process) it does nothing."""
+    """A context manager around the steps of each phase of a run. Without a store (a single process) it does nothing."""
 
     def __init__(self, ranks: Ranks, timeout: float, file: Path) -> None:
         """`timeout` in seconds; the report goes to `file`."""
@@ -39,7 +39,7 @@ class Heartbeat:
         self._timeout, self._file = timeout, file
         self._at, self._since, self._beats = (0, BETWEEN), time.monotonic(), 0
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+        self._thread: threading.Thread | None = None
 
     def at(self, step: int, phase: int) -> None:
         """Training has reached `phase` of `step`."""
@@ -48,12 +48,14 @@ class Heartbeat:
     def __enter__(self) -> Heartbeat:
         self._since = time.monotonic()
         if self._store is not None:
+            self._ended.clear()
+            self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        if self._store is not None:
+        if self._thread is not None:
             self._thread.join()
 
     def _watch(self) -> None:
