@@ -51,16 +51,14 @@
   // few connections to one server, and ten streams would leave none for anything else.
   if (live?.dataset.watch && "locks" in navigator) {
     const channel = new BroadcastChannel("lorafit-studio");
-    const take = (changed) => { if (changed.includes(live.dataset.watch)) refresh(); };
+    // `null`: a new stream. What changed before it opened went to a stream that no page read any more.
+    const take = (changed) => { if (!changed || changed.includes(live.dataset.watch)) refresh(); };
     channel.onmessage = (event) => take(event.data);
     navigator.locks.request("lorafit-studio-events", () => new Promise(() => {
       const source = new EventSource("/events");
-      source.onmessage = (event) => {
-        const changed = JSON.parse(event.data);
-        channel.postMessage(changed);
-        take(changed);
-      };
-      source.onopen = () => refresh();
+      const tell = (changed) => { channel.postMessage(changed); take(changed); };
+      source.onmessage = (event) => tell(JSON.parse(event.data));
+      source.onopen = () => tell(null);
       source.onerror = () => live.classList.add("stale");
     }));
     document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); });
