@@ -56,7 +56,8 @@ TESTS = Path(__file__).parent
 @pytest.hookimpl(tryfirst=True)
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Mark what `make quick` runs."""
-    if item.path.relative_to(TESTS).parts[0] in QUICK and item.get_closest_marker("slow") is None:
+    is_ours = item.path.is_relative_to(TESTS)
+    if is_ours and item.path.relative_to(TESTS).parts[0] in QUICK and not item.get_closest_marker("slow"):
         item.add_marker("quick")
 
 

@@ -74,7 +74,7 @@ def test_every_way_to_ask_gives_the_prompt_as_it_is(trained: Path, model: Model,
 
 def test_exports_ask_it_as_it_is(model: Model) -> None:
     template = go_template(model.renderer)
-    assert render_go(template, "", PROMPT).strip() == PROMPT
+    assert render_go(template, [Message("user", PROMPT)]).strip() == PROMPT
     source = chat_template(model.renderer)
     assert render(model.renderer, source, [Message("user", PROMPT)]).removeprefix("<s>") == PROMPT
     for wrong in ([Message("system", "s"), Message("user", "x")], [Message("user", "x")] * 2):

@@ -55,9 +55,9 @@ def test_a_grid_loads_its_base_once_and_its_runs_are_those_of_train(
     loads: list[Path] = []
     load = build.load_network
 
-    def counted(folder: Path, *rest: Any) -> Any:
+    def counted(folder: Path, *rest: Any, **more: Any) -> Any:
         loads.append(folder)
-        return load(folder, *rest)
+        return load(folder, *rest, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(build, "load_network", counted)
