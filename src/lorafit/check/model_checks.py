@@ -20,12 +20,12 @@ from lorafit.forward import answer_logps, answer_tokens
 from lorafit.model.llama import Llama
 from lorafit.model.lora import evaluating
 from lorafit.redact import shell
-from lorafit.report.row_list import LEAST_SPREAD
+from lorafit.report.row_list import robust_deviations
 
 _NUM_ROWS = 64  # that are looked at
 _FEW = 1e-6  # of the usual size of a row's largest number: below, a row is zero
 _FIRST = 8  # columns that are compared before the whole rows
-_FAR = 3.5 / 0.6745  # median absolute deviations (Iglewicz and Hoaglin, 1993)
+_FAR = 3.5  # robust standard deviations
 
 
 def stop_token_verdicts(config: Config, training_data: TrainingData, network: Llama) -> list[CheckResult]:
@@ -98,5 +98,4 @@ def never_given(losses: NDArray[np.float64]) -> NDArray[np.bool_]:
     token is 180 times less likely than those of the usual answer.
     """
     above = losses - np.median(losses)
-    spread = max(float(np.median(np.abs(above))), LEAST_SPREAD)
-    return above > _FAR * spread
+    return robust_deviations(above, np.median(np.abs(above))) > _FAR

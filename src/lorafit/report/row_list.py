@@ -118,8 +118,16 @@ def outstanding(values: Values, lengths: NDArray[np.int64]) -> tuple[Values, Val
     spreads = np.median(np.abs(windows - middles[:, None]), axis=1)
     window = np.clip(np.arange(len(values)) - NEIGHBOURS, 0, len(windows) - 1)
     usual[order] = middles[window]
-    apart[order] = 0.6745 * (ordered - middles[window]) / np.maximum(spreads[window], LEAST_SPREAD)
+    apart[order] = robust_deviations(ordered - middles[window], spreads[window])
     return apart, usual
+
+
+def robust_deviations(above: Values, spread: Values) -> Values:
+    """Distances from a median in robust standard deviations. `spread` is the median absolute deviation.
+
+    Iglewicz and Hoaglin, How to Detect and Handle Outliers (1993): beyond 3.5 a value is an outlier.
+    """
+    return 0.6745 * above / np.maximum(spread, LEAST_SPREAD)
 
 
 def counts_of(listed: Sequence[RowStory]) -> dict[str, int]:
