@@ -24,8 +24,8 @@ __all__ = [
     "train",
 ]
 
-# Before torch loads libgomp, which reads it. Its threads wait for each other in a loop of this many turns (a tenth of a
-# millisecond or some) and then asleep. By default they loop 300,000 times: beside another program, most of their time.
+# Before torch loads libgomp, which reads it. Its threads wait for each other in a loop of this many turns, 300,000 by
+# default, and then sleep. A loop takes time from the thread that it waits for, if another program runs too.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "10000"
 

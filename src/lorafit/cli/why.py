@@ -85,9 +85,9 @@ def _verify(
     if not numbers:
         raise RunError("no row pushes the answer", place=str(run.path), hint="leave out --verify")
     removal = plan_removal(run, found.data, numbers)
-    told = removal.told(run, from_start=yes, option="--yes")
+    beginning = removal.beginning(run, from_start=yes, option="--yes")
     if not as_json:
-        note(told)
+        note(beginning)
     result = train_without(run, removal, output or Path(f"{run.path}-without"), quiet=as_json)
     model = load(result.path)
     (after,) = model.generate([prompt], max_tokens=max_tokens)

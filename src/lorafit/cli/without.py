@@ -46,9 +46,9 @@ def without(
     directory = RunDirectory.open(run)
     data = data_of(directory, quiet=as_json)
     removal = plan_removal(directory, data, numbers_of(data, rows, ids or []))
-    told = removal.told(directory, from_start=from_start, option="--from-start")
+    beginning = removal.beginning(directory, from_start=from_start, option="--from-start")
     if not as_json:
-        note(told)
+        note(beginning)
     result = train_without(directory, removal, output or Path(f"{directory.path}-without"), quiet=as_json)
     answers = both_answers(directory, RunDirectory.open(result.path))
     if as_json:

@@ -40,11 +40,11 @@ def documents_of(
             continue
         kept = (trained & other) == 0
         marks = trained[kept]
-        told = (marks & SUPERVISED) * np.where(marks & side, OF_ANSWER, OF_PROMPT * (side == CHOSEN))
-        yield side == REJECTED, ids[kept], told.astype(np.uint8)
+        supervised = (marks & SUPERVISED) * np.where(marks & side, OF_ANSWER, OF_PROMPT * (side == CHOSEN))
+        yield side == REJECTED, ids[kept], supervised.astype(np.uint8)
 
 
 def preferred(ids: NDArray[Any], marks: Marked) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     """The row of the chosen answer, or of the only one: its ids, and which are supervised."""
-    _, text, told = next(documents_of(ids, marks))
-    return text, told > 0
+    _, text, supervised = next(documents_of(ids, marks))
+    return text, supervised > 0

@@ -128,7 +128,7 @@ def outcome(
     if faults:
         raise RunError.of(Problem(fault, place_of(export), _hint(export, record)) for fault in faults)
     rows = reference.rows
-    told = {
+    content = {
         "verified": True,
         "program": result["program"],
         "prompts": len(reference.prompts),
@@ -148,11 +148,11 @@ def outcome(
         "arithmetic": reference.arithmetic,
     }
     if not rows.texts:
-        told["no_rows"] = rows.name
+        content["no_rows"] = rows.name
     if distance is not None:
-        told["largest_difference"] = round(distance.size, 6)
-        told["most_difference"] = round(distance.bound, 6)
-    return told
+        content["largest_difference"] = round(distance.size, 6)
+        content["most_difference"] = round(distance.bound, 6)
+    return content
 
 
 def unverified(why: str) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class ContinuousBatch(Generic[K]):
 
     @torch.inference_mode()
     def add(self, requests: Sequence[tuple[K, Request]]) -> list[tuple[K, GeneratedToken]]:
-        """Read the prompts in one pass and give the first token of each. Rows that have not ended stay.
+        """Read the prompts and give the first token of each. Rows that have not ended stay.
 
         There must be a free slot for each, and all must have the same adapter. Raises ValueError where a prompt has no
         token, or not fewer than `context`.

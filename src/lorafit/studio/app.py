@@ -83,7 +83,7 @@ def make_app(folder: Path, token: str, cookie: str, is_ending: Callable[[], bool
             *take_away.ROUTES,
         ],
         lifespan=lifespan,
-        exception_handlers={LorafitError: _told, 404: _not_found, Exception: _failed},
+        exception_handlers={LorafitError: _refused, 404: _not_found, Exception: _failed},
     )
     app.router.redirect_slashes = False
     state = app.state
@@ -132,7 +132,7 @@ async def _events(request: Request) -> Response:
     return StreamingResponse(request.app.state.watcher.events(), media_type="text/event-stream")
 
 
-async def _told(request: Request, error: Exception) -> Response:
+async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, LorafitError)
     return problems_page(request, error)
 

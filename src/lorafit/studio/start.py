@@ -133,8 +133,10 @@ async def _new(request: Request) -> Response:
     return await _page(request, _prefilled(request))
 
 
-async def _page(request: Request, texts: Fields, status: int = 200, *, told: bool = False) -> Response:
-    outcome = _outcome(texts, request.app.state.folder) if told or texts.get("model.name") else None
+async def _page(
+    request: Request, texts: Fields, status: int = 200, *, with_problems: bool = False
+) -> Response:
+    outcome = _outcome(texts, request.app.state.folder) if with_problems or texts.get("model.name") else None
     return html(
         request,
         "new.html",
@@ -155,7 +157,7 @@ async def _start(request: Request) -> Response:
     texts, folder, jobs = await form(request), request.app.state.folder, request.app.state.jobs
     config, problems = _checked(texts, folder)
     if problems or config is None:
-        return await _page(request, texts, 422, told=True)
+        return await _page(request, texts, 422, with_problems=True)
     run, recipe = _parts(texts[NAME].strip(), folder)
     with run_error("cannot write the recipe", recipe):
         await asyncio.to_thread(make_folder, recipe.parent)

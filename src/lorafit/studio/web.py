@@ -46,10 +46,12 @@ def _environment(language: str) -> Environment:
     def named(name: object) -> str:
         return texts.get(f"= {name}", str(name))
 
-    def told(kind: str, key: str, english: str) -> str:
+    def translated(kind: str, key: str, english: str) -> str:
         return texts.get(f"{kind} {key}", english)
 
-    made = environment(HERE / "templates", t=text, _=named, told=told, language=language, languages=LANGUAGES)
+    made = environment(
+        HERE / "templates", t=text, _=named, translated=translated, language=language, languages=LANGUAGES
+    )
     made.filters |= {"duration": duration, "ticks": _ticks}
     return made
 

@@ -34,7 +34,7 @@ class Removal:
     untouched: int
     checkpoint: int | None
 
-    def told(self, run: RunDirectory, *, from_start: bool, option: str) -> str:
+    def beginning(self, run: RunDirectory, *, from_start: bool, option: str) -> str:
         """Where the run without the rows begins. Raises RunError where it is the start, without `from_start`, which
         `option` sets.
         """
