@@ -3,14 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := runs/demo
-# Files or folders of tests, all without any: make test T=tests/data
+# Files, folders or single tests, with their slow tests: make test T=tests/data
 T ?=
 # Two files of tests at a time, each on one thread, long ones first; the order of sets is always the same.
 SUITE = PYTHONHASHSEED=0 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(T)
 SEEDS ?= 20
 TORCHES ?= 2.11.0 2.12.0 2.13.0
 
-.PHONY: demo test quick rest seeds lint format docs config-docs types bench bugs masks crash gpu gpu-fake gpu-torch fuzz fuzz-templates fuzz-serve hostile hosts scale release dist clean
+.PHONY: demo test quick slow seeds lint format docs config-docs types bench bugs masks crash gpu gpu-fake gpu-torch fuzz fuzz-templates fuzz-serve hostile hosts scale release dist clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is
@@ -39,14 +39,14 @@ demo: $(VENV)/installed  ## fine-tune the small model that ships with the projec
 	rm -rf $(DEMO)
 	$(BIN)/lorafit train demo/recipe.yaml --output $(DEMO)
 
-test: $(VENV)/installed-dev  ## the whole test suite; part of it: make test T=tests/data
-	$(SUITE)
+test: $(VENV)/installed-dev  ## all tests but the slow ones, within five minutes; a part with all its tests: make test T=tests/data
+	$(SUITE) $(if $(T),,-m 'not slow')
 
 quick: $(VENV)/installed-dev  ## the tests of the layers below the model, within a minute
 	$(SUITE) -m quick
 
-rest: $(VENV)/installed-dev  ## the tests that `make quick` leaves out
-	$(SUITE) -m 'not quick'
+slow: $(VENV)/installed-dev  ## the slow tests, which `make test` leaves out
+	$(SUITE) -m slow
 
 seeds: $(VENV)/installed-dev  ## the property tests with SEEDS fresh seeds; each one that fails is named
 	$(BIN)/python -m tests.seeds --count $(SEEDS) $(T)

@@ -11,7 +11,10 @@ from tests.waiting import HANGS
 
 from lorafit.model.native import blocks
 
-pytestmark = pytest.mark.skipif(blocks() is None, reason="no blocks without a C++ compiler and Linux")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(blocks() is None, reason="no blocks without a C++ compiler and Linux"),
+]
 
 START = """
 import resource
