@@ -3,12 +3,12 @@
 // A thread computes a document and a head, in chunks of tokens from the document's first one on. Within a chunk the
 // corrections D of the state solve a triangular system. The backward pass computes states and corrections again.
 #include "common.h"
+#include "vectors.h"
 
 #include <vector>
 
-typedef float Lanes __attribute__((vector_size(64), aligned(4)));
-
-static const int64_t CHUNK = 64, ROWS = 8, COLUMNS = 32, LANES = 16;
+// The sums of a tile of ROWS by COLUMNS numbers stay in registers: 16 of 32 with AVX-512, else 8 of 16.
+static const int64_t CHUNK = 64, ROWS = LANES / 2, COLUMNS = 2 * LANES;
 static const float EPS = 1e-6f;
 
 // c (rows, columns) += a b. a[i][k] is at a[i * a_row + k * a_column]; rows of b and c are contiguous. Rows are a multiple
@@ -17,15 +17,15 @@ static void multiply(int64_t rows, int64_t columns, int64_t depth, const float *
                      const float *b, int64_t b_row, float *c, int64_t c_row) {
   for (int64_t n = 0; n < columns; n += COLUMNS)
     for (int64_t i = 0; i < rows; i += ROWS) {
-      Lanes sums[ROWS][2];
+      vec sums[ROWS][2];
       float *to = c + i * c_row + n;
 #pragma GCC unroll 8
       for (int64_t r = 0; r < ROWS; r++) {
-        sums[r][0] = *(const Lanes *)(to + r * c_row);
-        sums[r][1] = *(const Lanes *)(to + r * c_row + LANES);
+        sums[r][0] = *(const vec *)(to + r * c_row);
+        sums[r][1] = *(const vec *)(to + r * c_row + LANES);
       }
       for (int64_t k = 0; k < depth; k++) {
-        const Lanes left = *(const Lanes *)(b + k * b_row + n), right = *(const Lanes *)(b + k * b_row + n + LANES);
+        const vec left = *(const vec *)(b + k * b_row + n), right = *(const vec *)(b + k * b_row + n + LANES);
         const float *from = a + i * a_row + k * a_column;
 #pragma GCC unroll 8
         for (int64_t r = 0; r < ROWS; r++) {
@@ -35,8 +35,8 @@ static void multiply(int64_t rows, int64_t columns, int64_t depth, const float *
       }
 #pragma GCC unroll 8
       for (int64_t r = 0; r < ROWS; r++) {
-        *(Lanes *)(to + r * c_row) = sums[r][0];
-        *(Lanes *)(to + r * c_row + LANES) = sums[r][1];
+        *(vec *)(to + r * c_row) = sums[r][0];
+        *(vec *)(to + r * c_row + LANES) = sums[r][1];
       }
     }
 }
@@ -60,6 +60,17 @@ static void transpose(int64_t rows, int64_t columns, const float *from, float *t
     for (int64_t j = 0; j < columns; j++) to[j * to_row + i] = from[i * columns + j];
 }
 
+// Numbers that begin at a cache line, so that no vector crosses one.
+struct Memory {
+  std::vector<float> numbers;
+
+  void resize(int64_t count) { numbers.resize(count + LINE); }
+  float *data() { return (float *)((uintptr_t(numbers.data()) + 4 * LINE - 1) / (4 * LINE) * (4 * LINE)); }
+
+ private:
+  static constexpr int64_t LINE = 16;
+};
+
 struct Heads {
   int64_t keys, values, key_dim, value_dim, channels;
   int64_t K, V;  // key_dim and value_dim, padded with zeros to COLUMNS
@@ -72,7 +83,7 @@ struct Heads {
 // The inputs of a chunk for one value head, and what follows from them without the state.
 struct Chunk {
   const Heads &heads;
-  std::vector<float> memory;
+  Memory memory;
   float *q, *k, *v, *kt;                    // normed, (CHUNK, K) and (CHUNK, V); kt (K, CHUNK)
   float *said, *missing, *d;                // of the state: k S; v - decay * k S; the corrections. (CHUNK, V)
   float *decay, *similar, *system, *scores;  // (CHUNK, CHUNK): system is minus the triangular one
@@ -80,8 +91,8 @@ struct Chunk {
   float end;                                                                  // decay of the whole chunk
   int64_t count, rows;                                                        // tokens, and rows with padding
 
-  explicit Chunk(const Heads &heads)
-      : heads(heads), memory(CHUNK * (3 * heads.K + 4 * heads.V) + 4 * CHUNK * CHUNK) {
+  explicit Chunk(const Heads &heads) : heads(heads) {
+    memory.resize(CHUNK * (3 * heads.K + 4 * heads.V) + 4 * CHUNK * CHUNK);
     float *at = memory.data();
     for (float **part : {&q, &k, &kt}) *part = at, at += CHUNK * heads.K;
     for (float **part : {&v, &said, &missing, &d}) *part = at, at += CHUNK * heads.V;
@@ -188,22 +199,24 @@ static void delta_rule(int64_t documents, const int64_t *starts, int64_t keys, i
 #pragma omp parallel num_threads(threads)
   {
     Chunk chunk(heads);
-    std::vector<float> state(K * V), result(CHUNK * V), scratch(CHUNK * K);
+    Memory memory;
+    memory.resize(K * V + CHUNK * V + CHUNK * K);
+    float *state = memory.data(), *result = state + K * V, *scratch = result + CHUNK * V;
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < documents * values; task++) {
       const int64_t document = task / values, head = task % values;
-      std::fill(state.begin(), state.end(), 0.0f);
+      std::fill(state, state + K * V, 0.0f);
       for (int64_t first = starts[document]; first < starts[document + 1]; first += CHUNK) {
         chunk.load(first, std::min(CHUNK, starts[document + 1] - first), head, qkv, g, beta);
-        chunk.correct(state.data());
-        std::fill(result.begin(), result.end(), 0.0f);
-        multiply(chunk.rows, V, K, chunk.q, K, 1, state.data(), V, result.data(), V);
-        scale_rows(CHUNK, V, chunk.start, result.data(), result.data());
-        multiply(chunk.rows, V, chunk.rows, chunk.scores, CHUNK, 1, chunk.d, V, result.data(), V);
+        chunk.correct(state);
+        std::fill(result, result + CHUNK * V, 0.0f);
+        multiply(chunk.rows, V, K, chunk.q, K, 1, state, V, result, V);
+        scale_rows(CHUNK, V, chunk.start, result, result);
+        multiply(chunk.rows, V, chunk.rows, chunk.scores, CHUNK, 1, chunk.d, V, result, V);
         for (int64_t t = 0; t < chunk.count; t++)
           for (int64_t i = 0; i < value_dim; i++)
             put(result[t * V + i], out[((first + t) * values + head) * value_dim + i]);
-        chunk.advance(state.data(), scratch.data());
+        chunk.advance(state, scratch);
       }
       for (int64_t i = 0; i < key_dim; i++)
         for (int64_t j = 0; j < value_dim; j++)
@@ -215,15 +228,15 @@ static void delta_rule(int64_t documents, const int64_t *starts, int64_t keys, i
 // The gradients of one chunk for one value head.
 struct Slopes {
   const Heads &heads;
-  std::vector<float> memory;
+  Memory memory;
   float *out, *y, *turned, *weighed;        // (CHUNK, V): of the outputs; of the corrections; y and d times factors
   float *q, *k, *scratch;                   // (CHUNK, K)
   float *dt, *scores, *similar;             // (V, CHUNK), (CHUNK, CHUNK)
   float *state, *state_t, *of_state_t;      // the slope of the state (K, V); state and slope transposed (V, K)
   float beta[CHUNK], total[CHUNK], negative[CHUNK];
 
-  explicit Slopes(const Heads &heads)
-      : heads(heads), memory(5 * CHUNK * heads.V + 3 * CHUNK * heads.K + 2 * CHUNK * CHUNK + 3 * heads.K * heads.V) {
+  explicit Slopes(const Heads &heads) : heads(heads) {
+    memory.resize(5 * CHUNK * heads.V + 3 * CHUNK * heads.K + 2 * CHUNK * CHUNK + 3 * heads.K * heads.V);
     float *at = memory.data();
     for (float **part : {&out, &y, &turned, &weighed, &dt}) *part = at, at += CHUNK * heads.V;
     for (float **part : {&q, &k, &scratch}) *part = at, at += CHUNK * heads.K;
@@ -306,7 +319,8 @@ static void delta_rule_backward(int64_t documents, const int64_t *starts, int64_
   {
     Chunk chunk(heads);
     Slopes slopes(heads);
-    std::vector<float> states, d_q, d_k;
+    Memory states;
+    std::vector<float> d_q, d_k;
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < documents * keys; task++) {
       const int64_t document = task / keys, key = task % keys, begin = starts[document];
@@ -314,7 +328,7 @@ static void delta_rule_backward(int64_t documents, const int64_t *starts, int64_
       states.resize((chunks + 1) * K * V);
       d_q.assign(chunks * CHUNK * K, 0.0f), d_k.assign(chunks * CHUNK * K, 0.0f);
       for (int64_t head = key * shared; head < (key + 1) * shared; head++) {
-        std::fill(states.begin(), states.begin() + K * V, 0.0f);
+        std::fill(states.data(), states.data() + K * V, 0.0f);
         for (int64_t number = 0; number < chunks; number++) {
           float *state = states.data() + number * K * V;
           chunk.load(begin + number * CHUNK, std::min(CHUNK, length - number * CHUNK), head, qkv, g, beta);
