@@ -4,8 +4,9 @@
 
 Layers have the width 1,024, LoRA of rank 16 on every linear, and random weights; one text is read on one thread, and
 seconds are the processor's. The first figure is a layer with a gated delta rule, forward and backward: transformers
-runs on the CPU in its own torch code. The second is a step of four layers, three with the rule and one with attention,
-beside four layers of Qwen3 whose MLP is as wide as the same number of parameters needs. The third are the bytes that
+runs on the CPU in its own torch code. The second is the rule alone, without the products around it, which are the same
+on both sides. The third is a step of four layers, three with the rule and one with attention,
+beside four layers of Qwen3 whose MLP is as wide as the same number of parameters needs. The fourth are the bytes that
 both keep per token for the backward pass. It prints a table in Markdown and takes two or three minutes.
 """
 
@@ -23,10 +24,12 @@ from torch import Tensor
 
 from lorafit.model.architecture import read_architecture
 from lorafit.model.attention import PackedDocuments
+from lorafit.model.delta_rule import delta_rule
 from lorafit.model.dtypes import DTYPES
 from lorafit.model.llama import Llama
 from lorafit.model.lora import LoraSpec, attach
 from lorafit.model.memory import use_caching_allocator
+from lorafit.model.mixer_shapes import DeltaHeads
 from lorafit.model.weights import load_network
 
 SHAPE = {
@@ -90,6 +93,25 @@ def seconds(work: Callable[[], object], times: int) -> float:
     return min(found)
 
 
+def rules(tokens: int, dtype: torch.dtype) -> tuple[Callable[[], None], Callable[[], None]]:
+    """The rule alone, forward and backward, with the heads of that layer: lorafit's and transformers'."""
+    from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
+
+    heads = DeltaHeads(16, 16, 128, 128)
+    qkv = torch.randn(tokens, heads.channels, dtype=dtype, requires_grad=True)
+    g, beta = (-torch.rand(tokens, 16)).requires_grad_(), torch.rand(tokens, 16).to(dtype).requires_grad_()
+
+    def ours() -> None:
+        delta_rule(qkv, g, beta, heads, [tokens])[0].float().square().mean().backward()
+
+    def theirs() -> None:
+        parts = (part.unflatten(-1, (16, 128))[None] for part in qkv.split(16 * 128, -1))
+        out = torch_chunk_gated_delta_rule(*parts, g[None], beta[None], use_qk_l2norm_in_kernel=True)[0]
+        out.float().square().mean().backward()
+
+    return ours, theirs
+
+
 def kept_bytes(network: Llama, ids: Tensor) -> int:
     """The bytes of all tensors that a forward pass keeps for the backward pass, beside the weights."""
     own = {weight.untyped_storage().data_ptr() for weight in network.parameters()}
@@ -133,6 +155,8 @@ def main() -> None:
     use_caching_allocator()
     fast = seconds(lambda: outs.append(step(network, ids)), 3)
     difference = float((outs[0] - outs[-1]).abs().max())
+    rule, their_rule = rules(wanted.tokens, dtype)
+    slow_rule, fast_rule = seconds(their_rule, 1), seconds(rule, 3)
     both = hybrid([DELTA, DELTA, DELTA, ATTENTION])
     networks = {"hybrid": adapted(both, dtype), "Qwen3": adapted(dense(both.num_parameters(), 4), dtype)}
     times = {name: seconds(lambda one=one: step(one, ids), 3) for name, one in networks.items()}  # type: ignore[misc]
@@ -142,6 +166,10 @@ def main() -> None:
     print(
         f"| a layer, forward and backward | {fast:.2f} s | transformers {slow:.2f} s | "
         f"{slow / fast:.1f} times as fast |"
+    )
+    print(
+        f"| the rule alone | {fast_rule:.2f} s | transformers {slow_rule:.2f} s | "
+        f"{slow_rule / fast_rule:.1f} times as fast |"
     )
     print(
         f"| a step of four layers | {times['hybrid']:.2f} s | Qwen3 {times['Qwen3']:.2f} s | "
