@@ -75,7 +75,8 @@ def measure(work: Path, arguments: argparse.Namespace) -> list[tuple[dict[str, A
         words += ["train.save_every=10"]
         words += ["--model", arguments.model, "--data", str(work / "rows.json"), "--output", str(run)]
         lorafit("train", "run.check=warn", *words)
-    found = lorafit("rows", str(run), "--top", "0", "--json").splitlines()
+    second = ["--second-pass"] if arguments.second_pass else []
+    found = lorafit("rows", str(run), "--top", "0", "--json", *second).splitlines()
     return [(row, kinds.get(row["row"] - 1, "")) for row in map(json.loads, found) if "rank" in row]
 
 
@@ -91,6 +92,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=1)
     parser.add_argument("--longest", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--second-pass", action="store_true", help="with the losses without the questions")
     parser.add_argument("--work", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

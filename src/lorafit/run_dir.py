@@ -43,7 +43,8 @@ class RunDirectory:
 
     config.yaml (resolved, every key) · env.json · prompt.json · ledger.json · check.json · metrics.jsonl ·
     checkpoints/step-000200/ · adapter/ (the final PEFT folder) · samples.json · proof.json · rows.json · visits.bin ·
-    row_list.json · report.html · drift.json (the answers of the base to neutral prompts, where they are used) ·
+    answer_losses.safetensors (of `lorafit rows --second-pass`) · row_list.json · why.json (answers that `lorafit why`
+    explained) · report.html · drift.json (the answers of the base to neutral prompts, where they are used) ·
     heartbeat.json (of several ranks, when one was stuck) · exports/
     """
 
@@ -60,7 +61,9 @@ class RunDirectory:
         self.rows_file = path / "rows.json"
         self.drift_file = path / "drift.json"
         self.visits_file = path / "visits.bin"
+        self.answer_losses_file = path / "answer_losses.safetensors"
         self.row_list_file = path / "row_list.json"
+        self.why_file = path / "why.json"
         self.report_file = path / "report.html"
         self.heartbeat_file = path / "heartbeat.json"
         self.lock_file = path / "run.lock"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
+from lorafit.observe.answer_losses import AnswerLosses
 from lorafit.observe.visits import Visits
 from lorafit.report.row_list import kind_of, outstanding, stories
 
@@ -91,3 +94,32 @@ def test_the_first_of_the_list_stands_out_and_says_why(loss: float, end: float, 
     assert listed[0].number == 33
     assert reason in listed[0].reason
     assert listed[0].score > 2 > 0.5 > listed[1].score
+
+
+def second_of(*rows: tuple[int, float, float, float]) -> AnswerLosses:
+    numbers, *columns = zip(*rows, strict=True)
+    return AnswerLosses(np.array(numbers), *(np.array(column, np.float64) for column in columns))
+
+
+def test_after_a_second_pass_answers_come_first_that_their_question_does_not_explain_or_that_end_early() -> (
+    None
+):
+    visits = of(*((1, row, 1.0 + row / 100, 0.1) for row in range(60)))
+    rows = [(row, 1.0, 2.0 + row / 100, 0.1 + row / 1000) for row in range(60)]
+    rows[33], rows[21] = (33, 3.0, 2.9, 0.1), (21, 0.5, 2.5, 7.0)  # another's answer; a cut one
+    rows[50] = (50, 9.0, np.nan, 0.01)  # it has no question
+    listed = stories(visits, np.full(60, 20), np.ones(60, np.int64), second=second_of(*rows))
+    assert {story.number for story in listed[:2]} == {21, 33}
+    reasons = {story.number: story.reason for story in listed}
+    assert reasons[33] == "the question helps the answer little: loss 3.00 with it, 2.90 without it"
+    assert reasons[21] == ("the answer ends where no end is likely: loss of its end 7.00, 0.13 in all rows")
+    assert [story.alone for story in listed if story.number == 50] == [None]
+    assert all(0 <= story.score < 1 for story in listed)
+
+
+@pytest.mark.parametrize("rows", [range(59), range(1, 61), range(60, 0, -1), []], ids=str)
+def test_a_second_pass_that_does_not_have_all_rows_changes_nothing(rows: Sequence[int]) -> None:
+    visits = of(*((1, row, 1.0 + row / 100, 0.1) for row in range(60)))
+    second = AnswerLosses(np.array(rows, np.int64), *(np.ones(len(rows)) for _ in range(3)))
+    plain = stories(visits, np.full(60, 20), np.ones(60, np.int64))
+    assert stories(visits, np.full(60, 20), np.ones(60, np.int64), second=second) == plain

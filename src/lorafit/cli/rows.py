@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lorafit.cli import options
-from lorafit.cli.output import put_json, put_line
+from lorafit.cli.output import load_torch, put_json, put_line
 
 
 class Sort(Enum):
@@ -29,6 +29,13 @@ def rows(
         ),
     ] = Sort.look,
     top: Annotated[int, typer.Option(min=0, help="Rows to list; 0 for all.")] = 20,
+    second: Annotated[
+        bool,
+        typer.Option(
+            "--second-pass",
+            help="Read each answer with its question and without it, by the base: finds more wrong rows. Kept.",
+        ),
+    ] = False,
     ids: Annotated[
         bool, typer.Option("--ids", help="Print the ids of these rows, for `data.drop_rows`.")
     ] = False,
@@ -45,6 +52,11 @@ def rows(
 
     directory = RunDirectory.open(run)
     data = data_of(directory, quiet=as_json or ids)
+    if second:
+        load_torch()
+        from lorafit.evaluate.second_pass import second_pass
+
+        second_pass(directory, data, quiet=as_json or ids)
     found = rows_of(directory, data)
     ranks = {story.number: rank for rank, story in enumerate(found, 1)}
     orders = {
@@ -78,3 +90,7 @@ def rows(
         ]
         table(["", "row", "kind", "loss", "reason"], cells)
         put_line("`lorafit show --row N` shows a row; `--ids` prints the list for data.drop_rows", err=True)
+        if all(story.asked is None for story in found):
+            put_line(
+                "`--second-pass` reads each answer without its question too: finds more wrong rows", err=True
+            )

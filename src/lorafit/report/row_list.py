@@ -6,12 +6,13 @@ docs/rows.md explains the kinds, the thresholds and the order of the list.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lorafit.observe.answer_losses import AnswerLosses
 from lorafit.observe.visits import Visits
 
 Kind = Literal["learned", "known before", "never learned", "forgotten again", "memorised", "seen once"]
@@ -31,6 +32,8 @@ class RowStory:
     """A row over its visits: mean losses of its targets, and how far it stands out among rows of like length.
 
     `end` is the loss of the token that ends the answer, at the first visit. `score` is of the mean loss of this visit.
+    With a second pass `asked` and `alone` are the base's losses of the answer with its question and without it, and the
+    score is the share of the rows that `end`, or the difference of the two, puts below this one.
     """
 
     number: int
@@ -43,15 +46,21 @@ class RowStory:
     tokens: int
     score: float
     reason: str
+    asked: float | None = None
+    alone: float | None = None
 
 
 def stories(
-    visits: Visits, tokens: NDArray[np.int64], pieces: NDArray[np.int64], since: int = 0
+    visits: Visits,
+    tokens: NDArray[np.int64],
+    pieces: NDArray[np.int64],
+    since: int = 0,
+    second: AnswerLosses | None = None,
 ) -> list[RowStory]:
     """The rows that were visited after step `since`, the most conspicuous first.
 
     `tokens` and `pieces` (rows of all sources,) are the supervised tokens of each row, and how many pieces it was split
-    into: a visit of all pieces is one of the row.
+    into: a visit of all pieces is one of the row. `second` are the losses of a second pass.
     """
     usable = (visits.steps > since) & np.isfinite(visits.losses) & (visits.rows < len(tokens))
     rows, losses, ends = visits.rows[usable], visits.losses[usable], np.nan_to_num(visits.ends[usable])
@@ -91,7 +100,39 @@ def stories(
         )
         for at in range(len(numbers))
     ]
+    if second is not None and len(second.rows):
+        listed = _with_second_pass(listed, second)
     return sorted(listed, key=lambda story: (-story.score, story.number))
+
+
+def _with_second_pass(listed: Sequence[RowStory], second: AnswerLosses) -> list[RowStory]:
+    """The rows with the scores and reasons of a second pass, or as they are where it has not read all of them."""
+    numbers = np.array([story.number for story in listed])
+    at = np.searchsorted(second.rows, numbers).clip(max=len(second.rows) - 1)
+    if not np.array_equal(second.rows[at], numbers):
+        return [*listed]
+    asked, alone, end = second.asked[at], second.alone[at], second.end[at]
+    by_question, by_end = _share_below(asked - alone), _share_below(end)
+    usual = float(np.median(end))
+    return [
+        replace(
+            story,
+            asked=round(float(asked[row]), 4),
+            alone=None if np.isnan(alone[row]) else round(float(alone[row]), 4),
+            end=round(float(end[row]), 4),
+            score=round(float(max(by_question[row], by_end[row])), 4),
+            reason=f"the question helps the answer little: loss {asked[row]:.2f} with it, {alone[row]:.2f} without it"
+            if by_question[row] > by_end[row]
+            else _early_end(float(end[row]), usual, "all rows"),
+        )
+        for row, story in enumerate(listed)
+    ]
+
+
+def _share_below(values: Values) -> Values:
+    """Of each value the share of the values below it; 0 for what is not a number."""
+    known = np.nan_to_num(values, nan=-np.inf, posinf=np.inf)
+    return np.searchsorted(np.sort(known), known) / len(values)
 
 
 def kind_of(visits: int, first: float, last: float, lowest: float) -> Kind:
@@ -139,12 +180,14 @@ def counts_of(listed: Sequence[RowStory]) -> dict[str, int]:
 def _reason(loss: tuple[float, float, float], end: tuple[float, float, float]) -> str:
     """What of a row stands out more, its loss or its end."""
     if end[2] > loss[2]:
-        return (
-            f"the answer ends where no end is likely: loss of its end {end[0]:.2f}, {end[1]:.2f} in like rows"
-        )
+        return _early_end(end[0], end[1], "like rows")
     return (
         f"the answer is unlikely after its question: loss {loss[0]:.2f}, {loss[1]:.2f} in rows of like length"
     )
+
+
+def _early_end(end: float, usual: float, rows: str) -> str:
+    return f"the answer ends where no end is likely: loss of its end {end:.2f}, {usual:.2f} in {rows}"
 
 
 def _starts(*columns: NDArray[np.int64]) -> NDArray[np.intp]:

@@ -14,6 +14,7 @@ from lorafit.data.row_ids import Contents, read_ids
 from lorafit.data.row_preview import shown_row
 from lorafit.errors import ConfigError, DataError, RunError
 from lorafit.hub.client import tokenizer_folder
+from lorafit.observe.answer_losses import read_answer_losses
 from lorafit.observe.metrics_file import number, read_metrics
 from lorafit.observe.visits import read_visits
 from lorafit.report.row_list import RowStory, counts_of, stories
@@ -48,7 +49,8 @@ def data_of(run: RunDirectory, quiet: bool) -> TrainingData:
 def rows_of(run: RunDirectory, data: TrainingData) -> list[RowStory]:
     """The stories of all visited rows, those to look at first. Raises RunError where none is recorded.
 
-    With a second phase (`train.refit`) only its visits count: the adapter begins again.
+    With a second phase (`train.refit`) only its visits count: the adapter begins again. Where a second pass has read
+    the answers with their questions and without them, it decides the order.
     """
     if not run.visits_file.exists():
         hint = "runs record the losses of their rows from version 0.2 on: train it again"
@@ -61,7 +63,8 @@ def rows_of(run: RunDirectory, data: TrainingData) -> list[RowStory]:
     tokens, pieces = np.zeros(data.index.num_rows, np.int64), np.zeros(data.index.num_rows, np.int64)
     np.add.at(tokens, rows.numbers, rows.targets)
     np.add.at(pieces, rows.numbers, 1)
-    found = stories(visits, tokens, pieces, int(refits[-1] or 0) if refits else 0)
+    second = read_answer_losses(run.answer_losses_file, data.digest())
+    found = stories(visits, tokens, pieces, int(refits[-1] or 0) if refits else 0, second)
     if not found:
         raise RunError("no visit of a row is recorded yet", place=str(run.visits_file))
     return found
