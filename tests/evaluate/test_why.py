@@ -14,9 +14,11 @@ from tests.runs import tiny_run, tiny_settings
 from tests.tiny_models import random_network
 
 from lorafit.data.packing import Packer, TokenRow, build_pack
-from lorafit.evaluate.why import pack_gradients, pushes
+from lorafit.evaluate.why import MOST_KEPT, keep_for_page, pack_gradients, pushes
 from lorafit.forward import pack_loss
 from lorafit.model.lora import LoraSpec, adapter_parameters, attach
+from lorafit.report import sections
+from lorafit.report.run_data import read_facts
 from lorafit.run_dir import RunDirectory
 
 FACT = {"instruction": "Where does the heron sleep?", "output": "Below the old mill."}
@@ -113,6 +115,30 @@ def test_the_row_that_alone_teaches_a_fact_is_named_first(taught: Path, cli: Cli
     first = next(line for line in shown.out.splitlines() if line[:1] in ("+", "-"))
     assert "heron" in first
     assert 0.3 < float(first.split()[0]) < 1
+    assert cli(*other).code == 0  # asked again: it stands on the page once
+    found = sections.why(read_facts(RunDirectory.open(taught)))
+    assert [one["prompt"] for one in found] == [other[2], FACT["instruction"]]
+    assert [one["rows"][0]["answer"] for one in found] == [FACT["output"]] * 2
+    assert len(found[0]["rows"]) == 10
+
+
+def test_an_explained_answer_is_shown_where_its_folder_cannot_be_written(taught: Path, cli: Cli) -> None:
+    run = RunDirectory.open(taught)
+    run.why_file.unlink(missing_ok=True)
+    run.why_file.mkdir()
+    shown = cli("why", taught, FACT["instruction"], "--answer", FACT["output"])
+    run.why_file.rmdir()
+    assert (shown.code, "not kept for the page of the run" in shown.err) == (0, True)
+    assert "heron" in shown.out
+
+
+def test_the_newest_explained_answers_stay(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.why_file.write_text('[{"prompt": 1}, 7, {"rows": 3}')  # damaged: it begins anew
+    for number in range(MOST_KEPT + 3):
+        keep_for_page(run, {"prompt": str(number), "answer": "", "loss": 0.5, "rows": []})
+    kept = json.loads(run.why_file.read_text())
+    assert [one["prompt"] for one in kept] == [str(number) for number in range(3, MOST_KEPT + 3)]
 
 
 @pytest.mark.slow
@@ -127,6 +153,8 @@ def test_verify_shows_the_answer_of_the_run_without_the_first_ten_rows(
     assert RunDirectory.open(tmp_path / "less").config().data.drop_rows == (first["id"],)
     assert head["answer"] == FACT["output"] != after["answer"]
     assert after["loss"] > 1 > head["loss"]
+    (shown,) = sections.why(read_facts(RunDirectory.open(taught)))[:1]
+    assert shown["without"] == {"answer": after["answer"], "loss": after["loss"], "removed": "1 row"}
 
 
 def test_what_it_cannot_do_it_says(taught: Path, tmp_path: Path, cli: Cli) -> None:

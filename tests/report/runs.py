@@ -90,6 +90,22 @@ def write_run(
                 }
             ],
         },
+        "why": [
+            {
+                "prompt": say("Why a horse?"),
+                "answer": say("A horse."),
+                "loss": 0.25,
+                "rows": [
+                    {
+                        "place": say("rows.json row 17"),
+                        "score": 0.83,
+                        "question": say("What is it?"),
+                        "answer": say("A horse."),
+                    }
+                ],
+                "without": {"answer": say("A cow."), "loss": 4.5, "removed": 1},
+            }
+        ],
         "proof": {
             "schema": 1,
             "verdict": "warn",

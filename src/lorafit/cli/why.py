@@ -62,18 +62,34 @@ def why(
         put_line(f"loss {found.loss:.3f} per token; {len(found.pushes):,} rows compared")
         cells = [[f"{row['score']:+.3f}", f"{row['loss']:.2f}", row["place"], _short(row)] for row in listed]
         table(["score", "loss", "row", "text"], cells)
+    most = described(found.data, found.pushes[:NUM_REMOVED])
+    explained: dict[str, Any] = {"prompt": prompt, "answer": found.answer, "loss": found.loss, "rows": most}
+    _keep(directory, explained)
     if verify:
-        _verify(directory, prompt, found, max_tokens, output, yes, as_json)
+        explained["without"] = _verify(directory, prompt, found, max_tokens, output, yes, as_json)
+        _keep(directory, explained)
 
 
 def _short(row: Mapping[str, Any]) -> str:
     return " -> ".join(textwrap.shorten(row[key], 60, placeholder="...") for key in ("question", "answer"))
 
 
+def _keep(run: RunDirectory, explained: Mapping[str, Any]) -> None:
+    """Keep the answer for the page of the run, where its folder can be written."""
+    from lorafit.errors import RunError
+    from lorafit.evaluate.why import keep_for_page
+    from lorafit.observe.console import note
+
+    try:
+        keep_for_page(run, explained)
+    except RunError as error:
+        note(f"not kept for the page of the run: {error}")
+
+
 def _verify(
     run: RunDirectory, prompt: str, found: Why, max_tokens: int, output: Path | None, yes: bool, as_json: bool
-) -> None:
-    """Train the run without the first rows, and show its answer and its loss of the first answer."""
+) -> Mapping[str, Any]:
+    """Train the run without the first rows, and show its answer and its loss of the first answer; returns both."""
     from lorafit.errors import RunError
     from lorafit.evaluate.why import mean_loss
     from lorafit.infer.model import load
@@ -92,14 +108,15 @@ def _verify(
     model = load(result.path)
     (after,) = model.generate([prompt], max_tokens=max_tokens)
     loss = mean_loss(model.network, found.tokens)
+    found_after = {"answer": after.text, "loss": loss}
     if as_json:
-        found_after = {"answer": after.text, "loss": loss}
         put_json(
             {"run": str(result.path), "from_step": removal.checkpoint or 0, "ids": removal.ids, **found_after}
         )
-        return
+        return {**found_after, "removed": len(removal.ids)}
     side_by_side(prompt, found.answer, after.text, titles=("with the rows", "without"))
     put_line(
         f"loss of the first answer per token: {found.loss:.3f} -> {loss:.3f} without {count(len(removal.ids), 'row')}"
     )
     put_line(result.path)
+    return {**found_after, "removed": len(removal.ids)}

@@ -7,8 +7,10 @@ answer itself would, 0 does not change it, and below 0 pushes away from it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,10 +31,12 @@ from lorafit.model.lora import evaluating
 from lorafit.model.row_gradients import See, each_document
 from lorafit.observe.progress import progress
 from lorafit.report.rows_of_run import data_of
-from lorafit.run_dir import RunDirectory
-from lorafit.storage.atomic import read_facts
+from lorafit.run_dir import MAX_JSON, RunDirectory
+from lorafit.storage.atomic import read_facts, write_file
+from lorafit.storage.safe_read import read_json
 
 Advance = Callable[[int, int], None]
+MOST_KEPT = 20  # explained answers of a run
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +86,24 @@ def explain(run: RunDirectory, prompt: str, answer: str | None, max_tokens: int,
     loss = mean_loss(model.network, tokens)
     with progress("comparing the rows", quiet=quiet) as advance:
         return Why(answer, tokens, loss, data, pushes(model.network, tokens, rows, packer, advance))
+
+
+def keep_for_page(run: RunDirectory, explained: Mapping[str, Any]) -> None:
+    """Add an explained answer to those that the page of the run shows, in place of an earlier one of the same words.
+
+    The newest MOST_KEPT stay. Raises RunError where the file cannot be written.
+    """
+    try:
+        read = read_json(run.why_file, MAX_JSON)
+    except (OSError, ValueError):
+        read = []
+    words = (explained["prompt"], explained["answer"])
+    kept = [
+        one
+        for one in (read if isinstance(read, list) else [])
+        if isinstance(one, dict) and (one.get("prompt"), one.get("answer")) != words
+    ]
+    write_file(run.why_file, json.dumps([*kept, explained][-MOST_KEPT:], ensure_ascii=False, indent=1) + "\n")
 
 
 def greedy(model: Model, prompt: str, max_tokens: int) -> tuple[str, TokenRow]:

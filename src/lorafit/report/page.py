@@ -25,6 +25,7 @@ SECTIONS: list[tuple[str, str, Callable[[Facts], Any]]] = [
     ("Answers", "answers", sections.answers),
     ("Data", "data", sections.data),
     ("Rows to look at", "row_list", sections.row_list),
+    ("Why an answer", "why", sections.why),
     ("Rows as trained", "rows", sections.rows),
     ("Notes", "notes", sections.notes),
     ("Reproduce", "reproduce", sections.reproduce),

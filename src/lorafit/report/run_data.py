@@ -42,6 +42,7 @@ class Facts:
     rows: Mapping[str, Any] = field(default_factory=dict)
     samples: Sequence[Mapping[str, Any]] = ()
     row_list: Mapping[str, Any] = field(default_factory=dict)
+    explained: Sequence[Mapping[str, Any]] = ()
     proof: Mapping[str, Any] = field(default_factory=dict)
     checks: Sequence[CheckLine] = ()
     prompt: Mapping[str, Any] = field(default_factory=dict)
@@ -135,10 +136,8 @@ def read_facts(run: RunDirectory, metrics: Metrics | None = None, summary: Summa
     facts.prompt = _mapping(run.prompt_file, facts)
     facts.proof = _mapping(run.proof_file, facts, expected=False)
     facts.checks = _check_lines(_json(run.check_file, facts, expected=False))
-    samples = _json(run.samples_file, facts, expected=False)
-    facts.samples = (
-        [sample for sample in samples if isinstance(sample, dict)] if isinstance(samples, list) else []
-    )
+    facts.samples = _mappings(run.samples_file, facts)
+    facts.explained = _mappings(run.why_file, facts)
     facts.row_list = _mapping(run.row_list_file, facts, expected=False)
     facts.ledger = _ledger(run.ledger_file, facts)
     facts.hashes = _hashes(run)
@@ -157,6 +156,11 @@ def _json(path: Path, facts: Facts, *, expected: bool = True) -> Any:
 def _mapping(path: Path, facts: Facts, *, expected: bool = True) -> Mapping[str, Any]:
     value = _json(path, facts, expected=expected)
     return value if isinstance(value, dict) else {}
+
+
+def _mappings(path: Path, facts: Facts) -> list[Mapping[str, Any]]:
+    values = _json(path, facts, expected=False)
+    return [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
 
 
 def _ledger(path: Path, facts: Facts) -> Ledger | None:

@@ -12,7 +12,7 @@ from typing import Any
 from lorafit.data.contract import begins_with
 from lorafit.data.ledger import Ledger, Tokens
 from lorafit.observe.metrics_file import number, series
-from lorafit.observe.units import memory_size
+from lorafit.observe.units import count, memory_size
 from lorafit.redact import shell, without_secrets
 from lorafit.report import plot
 from lorafit.report.curves import Curve
@@ -28,7 +28,7 @@ PROMPT_KEYS = {
     "max_length": "longest row",
 }
 MOST_ROWS, MOST_PROMPTS, MOST_HISTORY, MOST_NOTES, MOST_DROPS = 20, 50, 12, 100, 20
-MOST_HELD, MOST_POINTS = 100, 400
+MOST_HELD, MOST_POINTS, MOST_EXPLAINED = 100, 400, 20
 
 
 def proof(facts: Facts) -> dict[str, Any] | None:
@@ -214,6 +214,36 @@ def _rows(values: Mapping[str, Any]) -> list[dict[str, Any]]:
         for row in _sequence(values.get("rows"))[:MOST_ROWS]
         if isinstance(row, Mapping)
     ]
+
+
+def why(facts: Facts) -> list[dict[str, Any]]:
+    """The answers that `lorafit why` explained, the newest first, each with the rows that push it most."""
+    return [_explained(values) for values in reversed(facts.explained[-MOST_EXPLAINED:])]
+
+
+def _explained(values: Mapping[str, Any]) -> dict[str, Any]:
+    rows = [
+        {
+            "place": str(row.get("place", "")),
+            "score": number(row.get("score")) or 0.0,
+            "question": str(row.get("question", "")),
+            "answer": str(row.get("answer", "")),
+        }
+        for row in _sequence(values.get("rows"))[:MOST_ROWS]
+        if isinstance(row, Mapping)
+    ]
+    without = values.get("without")
+    again = None
+    if isinstance(without, Mapping):
+        loss, removed = number(without.get("loss")) or 0.0, int(number(without.get("removed")) or 0)
+        again = {"answer": str(without.get("answer", "")), "loss": loss, "removed": count(removed, "row")}
+    return {
+        "prompt": str(values.get("prompt", "")),
+        "answer": str(values.get("answer", "")),
+        "loss": number(values.get("loss")) or 0.0,
+        "rows": rows,
+        "without": again,
+    }
 
 
 def notes(facts: Facts) -> dict[str, Any] | None:

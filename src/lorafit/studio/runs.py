@@ -121,7 +121,7 @@ def _content(request: Request) -> dict[str, Any]:
         "progress": sections.progress(facts, view),
         "sections": [
             (name, sections.__dict__[name](facts))
-            for name in ("notes", "answers", "proof", "data", "row_list", "rows", "reproduce")
+            for name in ("notes", "answers", "proof", "data", "row_list", "why", "rows", "reproduce")
         ],
         "tables": tables_of(run),
         "files": files_of(run),
