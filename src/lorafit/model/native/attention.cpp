@@ -13,7 +13,6 @@
 
 #include <cstdlib>
 #include <type_traits>
-#include <vector>
 
 constexpr int ROWS = LANES / 2;
 constexpr int64_t QUERIES = 64;      // queries of one block
@@ -90,7 +89,7 @@ static void attend_one(const Shape &shape, const Document &document, int64_t kv_
   const int64_t length = document.length, *const rows_of = document.rows;
   const int64_t size = shape.size, padded = round_up(length, PAD), kv_groups = shape.heads / shape.kv_heads;
   const int64_t q_row = shape.heads * size, kv_row = shape.kv_heads * size;
-  std::vector<float> keys(padded * size), keys_t(padded * size), values(padded * size), queries(QUERIES * size),
+  Floats keys(padded * size), keys_t(padded * size), values(padded * size), queries(QUERIES * size),
       scores(QUERIES * padded), weighted(QUERIES * size);
   load(length, size, rows_of, k + kv_head * size, kv_row, cosine, sine, 1.0f, keys.data());
   transpose(length, size, keys.data(), keys_t.data(), padded);
@@ -137,7 +136,7 @@ static void attend_one_backward(const Shape &shape, const Document &document, in
   const int64_t length = document.length, *const rows_of = document.rows;
   const int64_t size = shape.size, padded = round_up(length, PAD), kv_groups = shape.heads / shape.kv_heads;
   const int64_t q_row = shape.heads * size, kv_row = shape.kv_heads * size;
-  std::vector<float> keys(padded * size), keys_t(padded * size), values(padded * size), values_t(padded * size),
+  Floats keys(padded * size), keys_t(padded * size), values(padded * size), values_t(padded * size),
       d_keys(padded * size),
       d_values(padded * size), queries(QUERIES * size), grad_output(QUERIES * size), d_queries(QUERIES * size),
       scores(QUERIES * padded), d_scores(QUERIES * padded), slopes(shape.cap ? padded : 0);
@@ -229,7 +228,7 @@ static void attend_backward(int64_t count, const int64_t *starts, const int64_t 
   const Shape shape{heads, kv_heads, size, window, 1.0f / std::sqrt(float(size)), cap};
   const auto in_pack_order = documents_of(count, starts, index), documents = costliest_first(in_pack_order);
   const int64_t slots = (in_pack_order.back().slot + in_pack_order.back().first_unshared) * kv_heads * size;
-  std::vector<float> slots_k(slots), slots_v(slots);
+  Floats slots_k(slots), slots_v(slots);
   [[maybe_unused]] const bool on_tiles = may_use_tiles();
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t item = 0; item < count * kv_heads; item++) {

@@ -7,8 +7,6 @@
 // one row and one key-value head: results depend neither on the number of threads nor on the other rows.
 #include "vectors.h"
 
-#include <vector>
-
 constexpr int64_t TOKEN_BLOCK = 16;  // cached tokens per block
 
 template <class T>
@@ -97,7 +95,7 @@ static void attend_cache(int64_t rows, int64_t heads, int64_t kv_heads, int64_t 
   const float scale = 1.0f / std::sqrt(float(size));
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (int64_t task = 0; task < rows * kv_heads; task++) {
-    static thread_local std::vector<float> workspace;
+    static thread_local Floats workspace;
     const int64_t row = task / kv_heads, last = positions[row] + 1;
     const int64_t first = window ? std::max<int64_t>(0, last - window) : 0, pitch = round_up(last - first, TOKEN_BLOCK);
     const int64_t num_floats = (2 * kv_groups + TOKEN_BLOCK) * padded_size + kv_groups * pitch;

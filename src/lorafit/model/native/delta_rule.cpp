@@ -5,8 +5,6 @@
 #include "common.h"
 #include "vectors.h"
 
-#include <vector>
-
 // The sums of a tile of ROWS by COLUMNS numbers stay in registers: 16 of 32 with AVX-512, else 8 of 16.
 static const int64_t CHUNK = 64, ROWS = LANES / 2, COLUMNS = 2 * LANES;
 static const float EPS = 1e-6f;
@@ -60,17 +58,6 @@ static void transpose(int64_t rows, int64_t columns, const float *from, float *t
     for (int64_t j = 0; j < columns; j++) to[j * to_row + i] = from[i * columns + j];
 }
 
-// Numbers that begin at a cache line, so that no vector crosses one.
-struct Memory {
-  std::vector<float> numbers;
-
-  void resize(int64_t count) { numbers.resize(count + LINE); }
-  float *data() { return (float *)((uintptr_t(numbers.data()) + 4 * LINE - 1) / (4 * LINE) * (4 * LINE)); }
-
- private:
-  static constexpr int64_t LINE = 16;
-};
-
 struct Heads {
   int64_t keys, values, key_dim, value_dim, channels;
   int64_t K, V;  // key_dim and value_dim, padded with zeros to COLUMNS
@@ -83,7 +70,7 @@ struct Heads {
 // The inputs of a chunk for one value head, and what follows from them without the state.
 struct Chunk {
   const Heads &heads;
-  Memory memory;
+  Floats memory;
   float *q, *k, *v, *kt;                    // normed, (CHUNK, K) and (CHUNK, V); kt (K, CHUNK)
   float *said, *missing, *d;                // of the state: k S; v - decay * k S; the corrections. (CHUNK, V)
   float *decay, *similar, *system, *scores;  // (CHUNK, CHUNK): system is minus the triangular one
@@ -91,8 +78,8 @@ struct Chunk {
   float end;                                                                  // decay of the whole chunk
   int64_t count, rows;                                                        // tokens, and rows with padding
 
-  explicit Chunk(const Heads &heads) : heads(heads) {
-    memory.resize(CHUNK * (3 * heads.K + 4 * heads.V) + 4 * CHUNK * CHUNK);
+  explicit Chunk(const Heads &heads)
+      : heads(heads), memory(CHUNK * (3 * heads.K + 4 * heads.V) + 4 * CHUNK * CHUNK) {
     float *at = memory.data();
     for (float **part : {&q, &k, &kt}) *part = at, at += CHUNK * heads.K;
     for (float **part : {&v, &said, &missing, &d}) *part = at, at += CHUNK * heads.V;
@@ -199,24 +186,22 @@ static void delta_rule(int64_t documents, const int64_t *starts, int64_t keys, i
 #pragma omp parallel num_threads(threads)
   {
     Chunk chunk(heads);
-    Memory memory;
-    memory.resize(K * V + CHUNK * V + CHUNK * K);
-    float *state = memory.data(), *result = state + K * V, *scratch = result + CHUNK * V;
+    Floats state(K * V), result(CHUNK * V), scratch(CHUNK * K);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < documents * values; task++) {
       const int64_t document = task / values, head = task % values;
-      std::fill(state, state + K * V, 0.0f);
+      std::fill(state.begin(), state.end(), 0.0f);
       for (int64_t first = starts[document]; first < starts[document + 1]; first += CHUNK) {
         chunk.load(first, std::min(CHUNK, starts[document + 1] - first), head, qkv, g, beta);
-        chunk.correct(state);
-        std::fill(result, result + CHUNK * V, 0.0f);
-        multiply(chunk.rows, V, K, chunk.q, K, 1, state, V, result, V);
-        scale_rows(CHUNK, V, chunk.start, result, result);
-        multiply(chunk.rows, V, chunk.rows, chunk.scores, CHUNK, 1, chunk.d, V, result, V);
+        chunk.correct(state.data());
+        std::fill(result.begin(), result.end(), 0.0f);
+        multiply(chunk.rows, V, K, chunk.q, K, 1, state.data(), V, result.data(), V);
+        scale_rows(CHUNK, V, chunk.start, result.data(), result.data());
+        multiply(chunk.rows, V, chunk.rows, chunk.scores, CHUNK, 1, chunk.d, V, result.data(), V);
         for (int64_t t = 0; t < chunk.count; t++)
           for (int64_t i = 0; i < value_dim; i++)
             put(result[t * V + i], out[((first + t) * values + head) * value_dim + i]);
-        chunk.advance(state, scratch);
+        chunk.advance(state.data(), scratch.data());
       }
       for (int64_t i = 0; i < key_dim; i++)
         for (int64_t j = 0; j < value_dim; j++)
@@ -228,15 +213,15 @@ static void delta_rule(int64_t documents, const int64_t *starts, int64_t keys, i
 // The gradients of one chunk for one value head.
 struct Slopes {
   const Heads &heads;
-  Memory memory;
+  Floats memory;
   float *out, *y, *turned, *weighed;        // (CHUNK, V): of the outputs; of the corrections; y and d times factors
   float *q, *k, *scratch;                   // (CHUNK, K)
   float *dt, *scores, *similar;             // (V, CHUNK), (CHUNK, CHUNK)
   float *state, *state_t, *of_state_t;      // the slope of the state (K, V); state and slope transposed (V, K)
   float beta[CHUNK], total[CHUNK], negative[CHUNK];
 
-  explicit Slopes(const Heads &heads) : heads(heads) {
-    memory.resize(5 * CHUNK * heads.V + 3 * CHUNK * heads.K + 2 * CHUNK * CHUNK + 3 * heads.K * heads.V);
+  explicit Slopes(const Heads &heads)
+      : heads(heads), memory(5 * CHUNK * heads.V + 3 * CHUNK * heads.K + 2 * CHUNK * CHUNK + 3 * heads.K * heads.V) {
     float *at = memory.data();
     for (float **part : {&out, &y, &turned, &weighed, &dt}) *part = at, at += CHUNK * heads.V;
     for (float **part : {&q, &k, &scratch}) *part = at, at += CHUNK * heads.K;
@@ -319,8 +304,7 @@ static void delta_rule_backward(int64_t documents, const int64_t *starts, int64_
   {
     Chunk chunk(heads);
     Slopes slopes(heads);
-    Memory states;
-    std::vector<float> d_q, d_k;
+    Floats states, d_q, d_k;
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < documents * keys; task++) {
       const int64_t document = task / keys, key = task % keys, begin = starts[document];

@@ -1,6 +1,9 @@
 // Vectors of float32 with the width of the processor's registers, and the sums of their lanes.
 #pragma once
 #include "common.h"
+
+#include <new>
+#include <vector>
 #ifdef __AVX512F__
 #include <immintrin.h>
 constexpr int LANES = 16;
@@ -8,6 +11,20 @@ constexpr int LANES = 16;
 constexpr int LANES = 8;
 #endif
 typedef float vec __attribute__((vector_size(LANES * 4), aligned(4)));
+
+// Numbers that begin at a cache line: where rows are as long as vectors, no vector crosses a line.
+template <class T>
+struct LineAllocator {
+  typedef T value_type;
+  LineAllocator() = default;
+  template <class U>
+  LineAllocator(const LineAllocator<U> &) {}
+  T *allocate(size_t count) { return (T *)::operator new(count * sizeof(T), std::align_val_t(64)); }
+  void deallocate(T *numbers, size_t) { ::operator delete(numbers, std::align_val_t(64)); }
+  bool operator==(const LineAllocator &) const { return true; }
+  bool operator!=(const LineAllocator &) const { return false; }
+};
+typedef std::vector<float, LineAllocator<float>> Floats;
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
