@@ -46,6 +46,7 @@ def main() -> int:
     results = Results(end=time.monotonic() + given.seconds)
     with contextlib.ExitStack() as stack:
         if given.simulate:
+            os.environ["TRITON_INTERPRET"] = "1"
             importlib.import_module("tests.gpu.guard")  # before torch
             stack.enter_context(importlib.import_module("tests.gpu.simulated").simulated_cuda())
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lorafit-gpu-")))

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from benchmarks.gpu_results import Results
-from tests.gpu.networks import difference, measure, network_on, numbers, small_packs
+from tests.gpu.networks import difference, few_tokens, measure, network_on, numbers, small_packs
 from tests.tiny_models import FAMILIES, PUBLISHED
 from torch import Tensor
 
+from lorafit.data.packing import Pack
 from lorafit.forward import pack_loss
 from lorafit.infer.continuous_batch import Request, generate_tokens
 from lorafit.infer.sampling import Sampling
 from lorafit.model import compile as compiling
 from lorafit.model import gpu_ops, ops
 from lorafit.model.attention import PackedDocuments, causal_attention, has_flash, rotate
+from lorafit.model.definitions import wide
 from lorafit.model.fused_layer import fuse_layers
 from lorafit.model.loss import loss_sum
 from lorafit.model.quant import QUANTIZERS, Quantize
@@ -72,7 +75,7 @@ def _worst_operation(dtype: torch.dtype, rows: int) -> float:
     for given in (exact, here):
         a, b, c, w = given
         normed, rstd = ops.rms_norm(a, w, 1e-5)
-        rotary = tuple(t.to(a.device, ops.wide(a.dtype)) for t in (angles.cos(), angles.sin()))
+        rotary = tuple(t.to(a.device, wide(a.dtype)) for t in (angles.cos(), angles.sin()))
         backward = ops.rms_norm_backward(b, a, w, rstd)
         gates = (ops.swiglu(a, b), ops.geglu(a, b))
         slopes = (*ops.swiglu_backward(c.clone(), a, b), *ops.geglu_backward(c.clone(), a, b))
@@ -142,22 +145,32 @@ def families(results: Results, short: bool) -> None:
 
 def kernels(results: Results, simulated: bool) -> None:
     """Steps with Triton's kernels and merged products, with and without flash attention, beside the CPU's."""
-    device = torch.device("cuda")
-    why = "the device is simulated" if simulated else gpu_ops.enable(device)
-    if why:
+    if simulated and importlib.util.find_spec("triton") is None:
+        results.skip("Triton's kernels", "triton is not installed")
+    elif simulated:  # the interpreter is slow: few tokens
+        from tests.gpu.interpreted import kernels_interpreted
+
+        with kernels_interpreted():
+            _steps_with_kernels(results, few_tokens(2))
+    elif why := gpu_ops.enable(torch.device("cuda")):
         results.skip("Triton's kernels", why)
-        return
-    try:
-        for family in ("llama", "qwen3"):
-            exact = measure(network_on("cpu", family, EXACT))
-            for dtype, most in ((EXACT, 1e-9), (SINGLE, 1e-4), (torch.bfloat16, 8e-2), (torch.float16, 2e-2)):
-                network = network_on("cuda", family, dtype)
-                fuse_layers(network)
-                scale = 65536.0 if dtype == torch.float16 else 1.0
-                found = difference(measure(network, scale=scale), exact)
-                results.at_most(f"{family} with Triton's kernels, {short_name(dtype)}", max(found), most)
-    finally:
-        gpu_ops.enable(torch.device("cpu"))
+    else:
+        try:
+            _steps_with_kernels(results, small_packs())
+            results.holds("every kernel compiles", not gpu_ops.failed(), "; ".join(gpu_ops.failed().values()))
+        finally:
+            gpu_ops.enable(torch.device("cpu"))
+
+
+def _steps_with_kernels(results: Results, packs: Sequence[Pack]) -> None:
+    for family in ("llama", "qwen3"):
+        exact = measure(network_on("cpu", family, EXACT), packs)
+        for dtype, most in ((EXACT, 1e-9), (SINGLE, 1e-4), (torch.bfloat16, 8e-2), (torch.float16, 2e-2)):
+            network = network_on("cuda", family, dtype)
+            fuse_layers(network)
+            scale = 65536.0 if dtype == torch.float16 else 1.0
+            found = difference(measure(network, packs, scale), exact)
+            results.at_most(f"{family} with Triton's kernels, {short_name(dtype)}", max(found), most)
 
 
 def passes(results: Results, short: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -142,6 +143,7 @@ def out_of_memory(results: Results, work: Path) -> None:
     settings += [f"data.path={write_texts(work / 'rows.jsonl', 64, 400)}", "data.template=classic"]
     settings += ["train.max_steps=4", "train.batch_size=16", "train.micro_batch_tokens=8192"]
     total = torch.cuda.get_device_properties(0).total_memory
+    gc.collect()  # what an earlier run left is no part of the peak
     torch.cuda.reset_peak_memory_stats()
     train(settings, work / "enough")
     rest = 2 * parse_architecture({**TINYLLAMA, "num_hidden_layers": 4}, "TinyLlama").num_parameters

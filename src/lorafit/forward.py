@@ -13,10 +13,11 @@ from torch import Tensor
 
 from lorafit.data.packing import Pack
 from lorafit.model.attention import PackedDocuments
+from lorafit.model.definitions import wide
 from lorafit.model.llama import Llama, capped
 from lorafit.model.lora import disable_adapter, evaluating
 from lorafit.model.loss import loss_sum_and_parts
-from lorafit.model.ops import uniform, wide
+from lorafit.model.ops import uniform
 
 FILL = 16
 

@@ -9,7 +9,7 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,13 +28,22 @@ def _inner(x: Any) -> Any:
 
 
 @contextmanager
-def interpreted(capability: tuple[int, int]) -> Iterator[list[str]]:
-    """The device while the block runs. Gives the names of the kernels that ran."""
+def kernels_interpreted(failing: Collection[str] = ()) -> Iterator[list[str]]:
+    """The kernels on a simulated device while the block runs. Gives the names of those that ran."""
     names: list[str] = []
 
     def launch(name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         names.append(name)
         LAUNCH(name, grid, *map(_inner, arguments), **constants)
 
-    with simulated_cuda(capability), enabled(launch):
+    with enabled(launch, failing):
+        yield names
+
+
+@contextmanager
+def interpreted(capability: tuple[int, int], failing: Collection[str] = ()) -> Iterator[list[str]]:
+    """The device and its kernels while the block runs. Gives the names of the kernels that ran: not those that do not
+    compile.
+    """
+    with simulated_cuda(capability), kernels_interpreted(failing) as names:
         yield names

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -43,12 +43,28 @@ def installed(gpu: Any) -> Iterator[None]:
 
 
 @contextmanager
-def enabled(launch: Any) -> Iterator[None]:
-    """`launch` in the place of model/gpu_ops.py's, as if Triton were there."""
+def enabled(launch: Any, failing: Collection[str] = ()) -> Iterator[None]:
+    """`launch` in the place of model/gpu_ops.py's, as if Triton were there. The kernels `failing` do not compile; the
+    block must start each of them, and no other may raise.
+    """
+    raised: dict[str, Exception] = {}
+
+    def watched(name: str, *arguments: Any, **constants: Any) -> None:
+        try:
+            if name in failing:
+                raise RuntimeError("PassManager::run failed\nin ttgir")
+            launch(name, *arguments, **constants)
+        except Exception as error:
+            assert name not in raised, f"{name} is started again, although it raised {error}"
+            raised[name] = error
+            raise
+
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(gpu_ops, "launch", launch))
+        stack.enter_context(mock.patch.object(gpu_ops, "launch", watched))
+        stack.enter_context(mock.patch.object(gpu_ops, "_failed", {}))
         stack.enter_context(mock.patch.dict(gpu_ops._state, {"enabled": True}))
         yield
+    assert set(raised) == set(failing), raised
 
 
 def fused(network: Llama) -> Llama:

@@ -126,6 +126,17 @@ def small_packs(capacity: int = 90) -> Sequence[Pack]:
     return Packer(capacity).packs(rows)
 
 
+def few_tokens(shared: int, lengths: Sequence[int] = (6, 3, 4)) -> Sequence[Pack]:
+    """One pass of few tokens: the interpreter is slow. `shared` tokens begin its rows."""
+    random = np.random.default_rng(3)
+    head, rows = random.integers(0, 256, shared), []
+    for length in lengths:
+        ids = random.integers(0, 256, length)
+        ids[:shared] = head
+        rows.append((ids.astype(np.uint16), np.arange(length) >= shared))
+    return Packer(64).packs(rows)
+
+
 def measure(
     network: Llama, packs: Sequence[Pack] | None = None, scale: float = 1.0
 ) -> tuple[float, Gradients]:

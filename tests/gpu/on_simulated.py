@@ -411,6 +411,7 @@ def test_a_run_without_memory_for_training_ends_with_one_line_and_a_saved_state(
         "CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "Triton Error [CUDA]: out of memory",
     ],
 )
 def test_what_runs_out_of_memory_beside_tensors_counts_too(text: str) -> None:

@@ -20,12 +20,12 @@ from lorafit.model import mixer_shapes, mixers, native
 from lorafit.model.architecture import Architecture
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.convolution import convolution
+from lorafit.model.definitions import wide
 from lorafit.model.delta_rule import by_package, delta_rule, installed_rule
 from lorafit.model.lora import LoraSpec, adapter_parameters, attach
 from lorafit.model.lora_linear import Identity, project
 from lorafit.model.mixer_shapes import DeltaHeads, MixerShape
 from lorafit.model.mixers import add_linears, linears_of
-from lorafit.model.ops import wide
 
 CHANNELS = 7
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=5)

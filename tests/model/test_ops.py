@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -342,6 +343,7 @@ def test_short_runs_and_cpus_compile_nothing(monkeypatch: pytest.MonkeyPatch, ha
 
 def test_a_compiler_that_fails_leaves_the_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton needs a C compiler, which images without development tools do not have."""
+    importlib.import_module("torch._dynamo")  # it looks for packages itself
 
     def fails(definition: object, **options: object) -> Callable[..., object]:
         def call(*arguments: object) -> object:
@@ -356,6 +358,50 @@ def test_a_compiler_that_fails_leaves_the_definitions(monkeypatch: pytest.Monkey
     assert "Failed to find C compiler" in reason
     assert "\n" not in reason
     assert not compile_module._state["enabled"]
+
+
+def test_a_definition_that_does_not_compile_is_computed_and_that_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Others stay compiled. Memory that runs out is another matter: the step is repeated."""
+    raised: list[Exception] = [
+        RuntimeError("ptxas failed\nin line 3"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ]
+
+    def compile_as(definition: Callable[..., Tensor], **words: object) -> Callable[..., Tensor]:
+        def call(x: Tensor) -> Tensor:
+            if definition.__name__ == "fails":
+                raise raised[0]
+            return definition(x) + 1
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile_as)
+    monkeypatch.setattr(compile_module, "_failed", set())
+    monkeypatch.setitem(compile_module._state, "enabled", True)
+
+    @compile_module.compilable
+    def fails(x: Tensor) -> Tensor:
+        return x * 2
+
+    @compile_module.compilable
+    def runs(x: Tensor) -> Tensor:
+        return x * 2
+
+    x = torch.ones(2, 2)
+    for _ in range(2):
+        assert torch.equal(fails(x), x * 2)
+        assert torch.equal(runs(x), x * 2 + 1)
+    (record,) = caplog.records
+    assert (
+        record.getMessage()
+        == "fails is not compiled here, torch computes it: RuntimeError: ptxas failed in line 3"
+    )
+    compile_module._failed.clear()
+    del raised[0]
+    with pytest.raises(torch.OutOfMemoryError):
+        fails(x)
 
 
 def test_rows_vary_widths_do_not_and_many_variants_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,5 +50,5 @@ def test_every_tracker_is_an_extra() -> None:
 
 def test_tests_have_what_users_get_where_it_installs_everywhere() -> None:
     optional = PROJECT["optional-dependencies"]
-    for extra in ("nf4", "verify", "eval", "gguf", "tensorboard"):
+    for extra in ("gpu", "nf4", "verify", "eval", "gguf", "tensorboard"):
         assert set(optional[extra]) <= set(optional["test"]), extra

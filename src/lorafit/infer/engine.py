@@ -17,10 +17,10 @@ from torch import Tensor
 from lorafit.model.architecture import Architecture
 from lorafit.model.attention import PackedDocuments, Rotary, attend_kernel, capped_attention, rotate
 from lorafit.model.convolution import latest
+from lorafit.model.definitions import wide
 from lorafit.model.delta_rule import delta_step
 from lorafit.model.mixer_shapes import DeltaHeads
 from lorafit.model.native import fits, kernels
-from lorafit.model.ops import wide
 
 _FIRST_CAPACITY = 256  # tokens per slot before the cache grows
 _ROUNDED = 64  # on a GPU a pass sees a multiple of it

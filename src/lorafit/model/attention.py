@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafit.model import gpu_ops
-from lorafit.model.compile import compilable
+from lorafit.model import definitions, gpu_ops
 from lorafit.model.convolution import convolution
 from lorafit.model.delta_rule import delta_rule
 from lorafit.model.mixer_shapes import DeltaHeads
@@ -351,14 +350,7 @@ class _Rotate(torch.autograd.Function):
 def _rotated(x: Tensor, rotary: Rotary) -> Tensor:
     if gpu_ops.ready(x):
         return gpu_ops.rotate_apart(x.flatten(1).contiguous(), rotary, x.shape[1], 0, None).view(x.shape)
-    return _rotated_halves(x, rotary)
-
-
-@compilable
-def _rotated_halves(x: Tensor, rotary: Rotary) -> Tensor:
-    cosine, sine = rotary[0][:, None], rotary[1][:, None]
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1).to(x.dtype)
+    return definitions.rotated(x, rotary)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:

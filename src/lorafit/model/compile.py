@@ -11,10 +11,13 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from lorafit.redact import one_line
+from lorafit.model.memory import is_out_of_memory
+from lorafit.redact import logger_of, one_line
+
+logger = logger_of(__name__)
 
 LEAST_STEPS = 200  # compilation takes some seconds per process; a shorter run does not save as much
-# Widths, types and numbers of rows (one, several) that a process compiles a definition for; beyond it torch raises
+# Widths, types and numbers of rows (one, several) that a process compiles a definition for; a further one is not
 MOST_VARIANTS = 64
 BLOCK = (
     2**23
@@ -23,6 +26,7 @@ _PER_COLUMN = ("weight", "factor")  # names of arguments that have no rows
 P = ParamSpec("P")
 R = TypeVar("R")
 _state = {"enabled": False}
+_failed: set[str] = set()  # names of definitions that are not compiled here
 
 
 def enable_compile(device: torch.device, num_steps: int) -> str:
@@ -33,6 +37,7 @@ def enable_compile(device: torch.device, num_steps: int) -> str:
     """
     has_triton = device.type == "cuda" and importlib.util.find_spec("triton") is not None
     _state["enabled"] = False
+    _failed.clear()
     if not has_triton or num_steps < LEAST_STEPS:
         return ""
     try:
@@ -52,7 +57,8 @@ def compilable(definition: Callable[P, R]) -> Callable[P, R]:
     """`definition`, compiled once `enable_compile` allows it; else computed by blocks of rows on a GPU.
 
     Its first argument is a tensor with the rows first, and so is what it returns. The number of rows may vary; widths
-    are compiled in: Triton then knows that rows begin at multiples of 16 bytes and reads as many at a time.
+    are compiled in: Triton then knows that rows begin at multiples of 16 bytes and reads as many at a time. Where
+    compilation fails, that is said once, and the definition is computed.
     """
     names = tuple(inspect.signature(definition).parameters)
 
@@ -62,8 +68,15 @@ def compilable(definition: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(definition)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if _state["enabled"]:
-            return compiled()(*args, **kwargs)
+        if _state["enabled"] and definition.__name__ not in _failed:
+            try:
+                return compiled()(*args, **kwargs)
+            except Exception as error:  # whatever a compiler raises
+                if is_out_of_memory(error):
+                    raise
+                _failed.add(definition.__name__)
+                why = one_line(f"{type(error).__name__}: {error}")
+                logger.warning("%s is not compiled here, torch computes it: %s", definition.__name__, why)
         x: Any = args[0]
         count = num_blocks(x.numel()) if x.is_cuda else 1
         if count == 1:

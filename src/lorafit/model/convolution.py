@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorafit.model.definitions import wide
 from lorafit.model.native import fits, kernels
-from lorafit.model.ops import wide
 
 
 def convolution(x: Tensor, weight: Tensor, positions: Tensor) -> Tensor:

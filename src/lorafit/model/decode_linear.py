@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafit.model.definitions import wide
 from lorafit.model.native import Kernels, fits, kernels
-from lorafit.model.ops import wide
 
 MOST_ROWS = 16  # with more rows torch's products are as fast
 COLUMNS_AT_ONCE = 4096  # rows of a weight that are converted at a time

@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorafit.model.definitions import wide
 from lorafit.model.mixer_shapes import DeltaHeads
 from lorafit.model.native import fits, kernels
-from lorafit.model.ops import wide
 
 Rule = Callable[..., tuple[Tensor, Tensor]]
 CHUNK = 64

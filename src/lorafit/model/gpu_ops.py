@@ -1,26 +1,33 @@
 """Starts the Triton kernels of model/triton_kernels.py: whether they run here, and what each computes.
 
-Tensors are (rows, width). `y` and `into` may be columns of a wider tensor, so that a product can read or write beside
-them; all others are contiguous.
+A kernel that cannot be compiled or started here is not tried again: torch computes its definition into the same
+tensors. Tensors are (rows, width). `y` and `into` may be columns of a wider tensor, so that a product can read or write
+beside them; all others are contiguous.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lorafit.redact import one_line
+from lorafit.model import definitions
+from lorafit.model.memory import is_out_of_memory
+from lorafit.redact import logger_of, one_line
+
+logger = logger_of(__name__)
 
 _WIDEST = 16384  # columns of a row that one program holds
 _BLOCK = 1024  # columns, where several programs share a row
 _HEADS = 32  # heads that one program rotates
 _state = {"enabled": False}
+_failed: dict[str, str] = {}  # the kernels that do not run here, and why
 
 
 def enable(device: torch.device) -> str:
@@ -29,21 +36,24 @@ def enable(device: torch.device) -> str:
     Triton needs a C compiler, which shows at the first kernel only.
     """
     _state["enabled"] = False
+    _failed.clear()
     if device.type != "cuda" or torch.version.cuda is None:
         return ""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    try:
-        rms_norm(torch.zeros(16, 16, device=device), torch.zeros(16, device=device), 1e-5)
-    except Exception as error:  # whatever a compiler raises, the definitions compute the same
-        return one_line(f"{type(error).__name__}: {error}")
-    _state["enabled"] = True
-    return ""
+    rms_norm(torch.zeros(16, 16, device=device), torch.zeros(16, device=device), 1e-5)
+    _state["enabled"] = not _failed
+    return _failed.get("rms_norm", "")
 
 
 def enabled() -> bool:
     """Whether the kernels run in this process."""
     return _state["enabled"]
+
+
+def failed() -> Mapping[str, str]:
+    """Why kernels do not run in this process, by their names."""
+    return _failed
 
 
 def ready(x: Tensor) -> bool:
@@ -58,6 +68,27 @@ def launch(name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) 
         constants["wide"] = language.float64 if constants["wide"] else language.float32
     kernel = getattr(importlib.import_module("lorafit.model.triton_kernels"), name)
     kernel[grid](*arguments, enable_fp_fusion=True, **constants)  # said, as Triton's default changes
+
+
+def _ran(name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> bool:
+    """Run one kernel. False where it cannot be compiled, or needs more than the chip has: said once in a process.
+
+    Nothing is written then, as both show before a kernel starts.
+    """
+    if name in _failed:
+        return False
+    try:
+        launch(name, grid, *arguments, **constants)
+    except Exception as error:  # whatever a compiler raises, the definitions compute the same
+        if is_out_of_memory(error):
+            raise
+        _failed[name] = one_line(f"{type(error).__name__}: {error}")
+        if _state["enabled"]:
+            logger.warning(
+                "Triton's kernel %s does not run here, torch computes the same: %s", name, _failed[name]
+            )
+        return False
+    return True
 
 
 def _row(width: int) -> dict[str, int]:
@@ -78,7 +109,9 @@ def rms_norm(
     y = torch.empty_like(x) if y is None else y
     rstd = x.new_empty(rows, dtype=torch.float64 if _is_wide(x) else torch.float32)
     constants = {"eps": eps, "offset": offset, "wide": _is_wide(x), **_row(width)}
-    launch("rms_norm", (rows,), x, weight, y, rstd, y.stride(0), width=width, **constants)
+    if not _ran("rms_norm", (rows,), x, weight, y, rstd, y.stride(0), width=width, **constants):
+        for to, found in zip((y, rstd), definitions.rms_norm(x, weight, eps, offset), strict=True):
+            to.copy_(found)
     return y, rstd
 
 
@@ -101,7 +134,11 @@ def rms_norm_backward(
     flags = {"has_residual": residual is not None, "has_y": y is not None}
     constants = {"offset": offset, "wide": _is_wide(x), **flags, **_row(width)}
     tensors = grad_output, x, weight, rstd, residual, y, into
-    launch("rms_norm_backward", (rows,), *tensors, *strides, width=width, **constants)
+    if not _ran("rms_norm_backward", (rows,), *tensors, *strides, width=width, **constants):
+        gradient = definitions.rms_norm_backward(grad_output, x, weight, rstd, offset)
+        into.copy_(gradient if residual is None else gradient + residual)
+        if y is not None:
+            y.copy_(x * rstd[:, None] * definitions.shifted(weight, offset))
     return into
 
 
@@ -110,7 +147,9 @@ def swiglu(gate: Tensor, up: Tensor, y: Tensor | None = None) -> Tensor:
     rows, width = gate.shape
     y = gate.new_empty(rows, width) if y is None else y
     constants = {"width": width, "wide": _is_wide(gate), "block": _BLOCK, "num_warps": 4}
-    launch("swiglu", (rows, -(-width // _BLOCK)), gate, up, y, gate.stride(0), y.stride(0), **constants)
+    grid, strides = (rows, -(-width // _BLOCK)), (gate.stride(0), y.stride(0))
+    if not _ran("swiglu", grid, gate, up, y, *strides, **constants):
+        y.copy_(definitions.swiglu(gate, up))
     return y
 
 
@@ -130,7 +169,12 @@ def swiglu_backward(
     constants = {"width": width, "has_y": y is not None, "wide": _is_wide(gate)}
     grid = (rows, -(-width // _BLOCK))
     strides = gate.stride(0), d_gate.stride(0)
-    launch("swiglu_backward", grid, *tensors, *strides, **constants, block=_BLOCK, num_warps=4)
+    if not _ran("swiglu_backward", grid, *tensors, *strides, **constants, block=_BLOCK, num_warps=4):
+        found = definitions.swiglu_backward(grad_output, gate, up)
+        for to, gradient in zip((d_gate, d_up), found, strict=True):
+            to.copy_(gradient)
+        if y is not None:
+            y.copy_(definitions.swiglu(gate, up))
     return d_gate, d_up
 
 
@@ -172,7 +216,16 @@ def rotate_apart(
     grid = (places, -(-heads // _HEADS))
     weights = (None, None) if norms is None else norms.weights
     constants = {**counts, **HeadNorms.constants(norms), **_tile(half, qkv)}
-    launch("rotate_apart", grid, qkv, *rotary, index, *weights, out, **constants)
+    if not _ran("rotate_apart", grid, qkv, *rotary, index, *weights, out, **constants):
+        q, k, v = qkv.unflatten(1, (-1, 2 * half)).split((queries, keys, keys), 1)
+        if norms is not None:
+            q, k = (
+                definitions.rms_norm(part.flatten(0, 1), weight, norms.eps, norms.offset)[0].view(part.shape)
+                for part, weight in zip((q, k), norms.weights, strict=True)
+            )
+        q, k = (definitions.rotated(part, rotary) for part in (q, k))
+        whole = torch.cat([q, *(part.repeat_interleave(repeats, 1) for part in (k, v))], 1).flatten(1)
+        out.copy_(whole if index is None else whole.index_select(0, index))
     return out
 
 
@@ -198,7 +251,25 @@ def rotate_together(
     tables = (None, None) if order is None else order
     weights = (None, None) if norms is None else norms.weights
     arguments = *gradients, *rotary, *tables, qkv, *weights, into, into.stride(0), len(into), len(q)
-    launch("rotate_together", grid, *arguments, **counts, **HeadNorms.constants(norms), **_tile(half, q))
+    if _ran("rotate_together", grid, *arguments, **counts, **HeadNorms.constants(norms), **_tile(half, q)):
+        return
+    of_type = definitions.wide(q.dtype)
+    of_keys = [part.unflatten(1, (keys, repeats)).sum(2, dtype=of_type) for part in gradients[1:]]
+    whole = torch.cat([q.to(of_type), *of_keys], 1).flatten(1)
+    if order is not None:
+        whole = F.embedding_bag(order[0], whole, order[1], mode="sum")
+    parts = list(whole.unflatten(1, (-1, 2 * half)).split((queries, keys, keys), 1))
+    parts[:2] = [definitions.rotated(part, (rotary[0], -rotary[1])) for part in parts[:2]]
+    if norms is not None:
+        assert qkv is not None
+        heads = qkv.unflatten(1, (-1, 2 * half)).split((queries, keys, keys), 1)
+        for place, weight in enumerate(norms.weights):
+            x = heads[place].to(of_type).flatten(0, 1)
+            _, rstd = definitions.rms_norm(x, weight, norms.eps, norms.offset)
+            slope = parts[place].flatten(0, 1)
+            gradient = definitions.rms_norm_backward(slope, x, weight, rstd, norms.offset)
+            parts[place] = gradient.view(parts[place].shape)
+    into.copy_(torch.cat(parts, 1).flatten(1))
 
 
 def _tile(half: int, like: Tensor) -> dict[str, Any]:
@@ -210,18 +281,22 @@ def spread(grad_output: Tensor, index: Tensor, first: Tensor) -> Tensor:
     """The gradient of x[first] for x (places, width): `index` int64 (places,), `first` int64 (tokens,)."""
     width = grad_output.shape[1]
     into = grad_output.new_empty(len(index), width)
-    launch("spread", (len(index),), grad_output, index, first, into, width=width, **_row(width))
+    if not _ran("spread", (len(index),), grad_output, index, first, into, width=width, **_row(width)):
+        into.zero_().index_copy_(0, first, grad_output)
     return into
 
 
 def dropout(x: Tensor, probability: float, seed: int, added_to: Tensor | None = None) -> Tensor:
-    """As in model/ops.py, or that added to a tensor in place; the rows of x may be apart."""
+    """As in model/definitions.py, or that added to a tensor in place; the rows of x may be apart."""
     rows, width = x.shape
     into = x.new_empty(rows, width) if added_to is None else added_to
-    constants = {"width": width, "probability": probability, "adds": added_to is not None}
+    constants = {"width": width, "scale": 1 / (1 - probability), "adds": added_to is not None}
+    constants |= {"threshold": definitions.threshold(probability)}
     grid = (rows, -(-width // _BLOCK))
     more = {"wide": _is_wide(x), "block": _BLOCK, "num_warps": 4}
-    launch("dropout", grid, x, into, seed, x.stride(0), **constants, **more)
+    if not _ran("dropout", grid, x, into, seed, x.stride(0), **constants, **more):
+        found = definitions.dropout(x, probability, seed)
+        into.copy_(found if added_to is None else added_to + found)
     return into
 
 
@@ -234,7 +309,10 @@ def fill(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
         tiles = max(tiles, -(-rows // high) * -(-columns // wide))
     pairs = zip(sources, targets, strict=True)
     shapes = tuple((*source.shape, target.stride(0)) for source, target in pairs)
-    launch("fill", (tiles,), tuple(sources), tuple(targets), shapes=shapes, block=block, few=few, num_warps=4)
+    constants = {"shapes": shapes, "block": block, "few": few, "num_warps": 4}
+    if not _ran("fill", (tiles,), tuple(sources), tuple(targets), **constants):
+        for source, target in zip(sources, targets, strict=True):
+            target.copy_(source)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, grad_output: bool, weights: Tensor | None) -> Tensor:
@@ -242,13 +320,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, grad_output: bool, weights: T
     rows, vocab = logits.shape
     losses = logits.new_empty(rows, dtype=torch.float64 if _is_wide(logits) else torch.float32)
     flags = {"has_weights": weights is not None, "has_slope": grad_output, "wide": _is_wide(logits)}
-    launch(
-        "cross_entropy",
-        (rows,),
-        *(logits, targets, weights, losses),
-        vocab=vocab,
-        **flags,
-        block=4096,
-        num_warps=8,
-    )
+    tensors, constants = (logits, targets, weights, losses), {"vocab": vocab, "block": 4096, "num_warps": 8}
+    if not _ran("cross_entropy", (rows,), *tensors, **constants, **flags):
+        found = definitions.cross_entropy(logits, targets, grad_output)
+        return definitions.times_weights(found, logits, weights)
     return losses

@@ -18,11 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from lorafit.model.architecture import Architecture
 from lorafit.model.attention import Attend, Rotary
 from lorafit.model.decode_linear import MOST_ROWS, head
+from lorafit.model.definitions import wide
 from lorafit.model.lora_linear import GegluInput, Identity, InputOp, RmsNormInput, SwigluInput, project
 from lorafit.model.memory import MUCH_FREE, release_free_memory
 from lorafit.model.mixers import MIXERS, RMSNorm, add_linears, linears_of
 from lorafit.model.offload import LayerStream
-from lorafit.model.ops import add_scaled, wide
+from lorafit.model.ops import add_scaled
 from lorafit.model.rope import Rope
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorafit.model.definitions import wide
 from lorafit.model.linear import matmul
-from lorafit.model.ops import cross_entropy, wide
+from lorafit.model.ops import cross_entropy
 
 CHUNK_BYTES = 96 * 2**20  # of logits alive at a time, about as much as a layer's backward pass
 GPU_CHUNK_BYTES = 256 * 2**20  # a GPU needs more rows to be busy

@@ -110,6 +110,7 @@ class _Mallinfo(ctypes.Structure):
 _OUT_OF_MEMORY = (
     "can't allocate memory",
     "CUDA error: out of memory",
+    "Triton Error [CUDA]: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from lorafit.model.architecture import Architecture
 from lorafit.model.attention import Attend, Rotary, rotate
+from lorafit.model.definitions import wide
 from lorafit.model.linear import Linear
 from lorafit.model.lora_linear import Identity, InputOp, project
-from lorafit.model.ops import norm, rms_norm, rms_norm_backward, swiglu, swiglu_backward, wide
+from lorafit.model.ops import norm, rms_norm, rms_norm_backward, swiglu, swiglu_backward
 from lorafit.model.rope import Rope
 
 

@@ -1,31 +1,21 @@
 """Row-wise operations of training, with their gradients: compiled kernels on the CPU if available, else torch.
 
-The torch expressions are the definition (on a GPU each is one kernel, by model/gpu_ops.py or compiled); tests
-compare the kernels of the CPU (model/native) and of the GPU with them. All tensors are (rows, width) and contiguous;
-sums and exponentials are float32, or float64 for float64 tensors.
+model/definitions.py has the torch expressions (on a GPU each is one kernel, by model/gpu_ops.py or compiled); tests
+compare the kernels of the CPU (model/native) and of the GPU with them. All tensors are (rows, width) and contiguous.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafit.model import gpu_ops
-from lorafit.model.compile import compilable
+from lorafit.model import definitions, gpu_ops
+from lorafit.model.definitions import wide
 from lorafit.model.native import fits, kernels
-
-_GELU, _GELU_CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The type of sums."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -36,14 +26,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> tupl
         return y, rstd
     if gpu_ops.ready(x):
         return gpu_ops.rms_norm(x, weight, eps, offset)
-    return _rms_norm(x, weight, eps, offset)
-
-
-@compilable
-def _rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    x_wide = x.to(wide(x.dtype))
-    rstd = torch.rsqrt(x_wide.square().mean(-1) + eps)
-    return (x_wide * rstd[:, None] * _shifted(weight, offset)).to(x.dtype), rstd
+    return definitions.rms_norm(x, weight, eps, offset)
 
 
 def rms_norm_backward(
@@ -56,20 +39,7 @@ def rms_norm_backward(
         return into
     if gpu_ops.ready(x):
         return gpu_ops.rms_norm_backward(grad_output, x, weight, rstd, offset)
-    return _rms_norm_backward(grad_output, x, weight, rstd, offset)
-
-
-@compilable
-def _rms_norm_backward(grad_output: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, offset: float) -> Tensor:
-    normed = x.to(wide(x.dtype)) * rstd[:, None]
-    weighted = grad_output.to(normed.dtype) * _shifted(weight, offset)
-    projection = (weighted * normed).mean(-1, keepdim=True)
-    return ((weighted - normed * projection) * rstd[:, None]).to(x.dtype)
-
-
-def _shifted(weight: Tensor, offset: float) -> Tensor:
-    """weight + offset; a sum is made in the wide type, so that it is not rounded."""
-    return weight.to(wide(weight.dtype)) + offset if offset else weight
+    return definitions.rms_norm_backward(grad_output, x, weight, rstd, offset)
 
 
 class _Norm(torch.autograd.Function):
@@ -97,51 +67,24 @@ def norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
-    return gpu_ops.swiglu(gate, up) if gpu_ops.ready(gate) else _gated("swiglu", _swiglu, gate, up)
-
-
-@compilable
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return (F.silu(gate.to(wide(gate.dtype))) * up).to(gate.dtype)
+    return gpu_ops.swiglu(gate, up) if gpu_ops.ready(gate) else _gated("swiglu", definitions.swiglu, gate, up)
 
 
 def swiglu_backward(grad_output: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up. `grad_output` may be overwritten."""
     if gpu_ops.ready(gate):
         return gpu_ops.swiglu_backward(grad_output, gate, up)
-    return _gated_backward("swiglu_backward", _swiglu_backward, grad_output, gate, up)
-
-
-@compilable
-def _swiglu_backward(grad_output: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    grad_output_wide, gate_wide = grad_output.to(wide(grad_output.dtype)), gate.to(wide(gate.dtype))
-    sigmoid = torch.sigmoid(gate_wide)
-    d_gate = grad_output_wide * up * sigmoid * (1 + gate_wide * (1 - sigmoid))
-    return d_gate.to(gate.dtype), (grad_output_wide * gate_wide * sigmoid).to(up.dtype)
+    return _gated_backward("swiglu_backward", definitions.swiglu_backward, grad_output, gate, up)
 
 
 def geglu(gate: Tensor, up: Tensor) -> Tensor:
     """gelu(gate) * up, with the tanh form of GELU (Hendrycks and Gimpel, 2016)."""
-    return _gated("geglu", _geglu, gate, up)
-
-
-@compilable
-def _geglu(gate: Tensor, up: Tensor) -> Tensor:
-    return (F.gelu(gate.to(wide(gate.dtype)), approximate="tanh") * up).to(gate.dtype)
+    return _gated("geglu", definitions.geglu, gate, up)
 
 
 def geglu_backward(grad_output: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up. `grad_output` may be overwritten."""
-    return _gated_backward("geglu_backward", _geglu_backward, grad_output, gate, up)
-
-
-@compilable
-def _geglu_backward(grad_output: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    grad_output_wide, gate_wide = grad_output.to(wide(grad_output.dtype)), gate.to(wide(gate.dtype))
-    sigmoid = torch.sigmoid(_GELU * (gate_wide + _GELU_CUBE * gate_wide**3))
-    slope = _GELU * (1 + 3 * _GELU_CUBE * gate_wide.square())
-    d_gate = grad_output_wide * up * sigmoid * (1 + gate_wide * slope * (1 - sigmoid))
-    return d_gate.to(gate.dtype), (grad_output_wide * gate_wide * sigmoid).to(up.dtype)
+    return _gated_backward("geglu_backward", definitions.geglu_backward, grad_output, gate, up)
 
 
 def add_scaled(x: Tensor, y: Tensor, factor: float) -> Tensor:
@@ -194,14 +137,7 @@ def quantize_rows(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         q, scale = torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
         _call("quantize_rows", x, *x.shape, x, factor, q, scale)
         return q, scale
-    return _quantize_rows(x, factor)
-
-
-@compilable
-def _quantize_rows(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
-    scaled = x.to(torch.float32) * factor
-    scale = scaled.abs().amax(-1) / 127
-    return (scaled / scale.clamp(min=1e-30)[:, None]).round().to(torch.int8), scale
+    return definitions.quantize_rows(x, factor)
 
 
 def dequantize(
@@ -223,14 +159,12 @@ def dropout(x: Tensor, probability: float, seed: int, keys: Tensor | None = None
     function of `seed` and the shape alone, another with Triton's kernels than without them.
     """
     scale = 1 / (1 - probability)
-    threshold = round(probability * 2**32)
     if fits(x):
-        y = torch.empty_like(x)
+        y, threshold = torch.empty_like(x), definitions.threshold(probability)
         _call("dropout", x, *x.shape, seed, keys, threshold, scale, x, y)
         return y
     if x.device.type == "cpu":
-        keys = torch.arange(x.shape[0]) if keys is None else keys
-        return (x * (_hashes(seed, keys, x.shape[1]) >= threshold)).mul_(scale)
+        return definitions.dropout(x, probability, seed, keys)
     if gpu_ops.ready(x):
         return gpu_ops.dropout(x, probability, seed)
     generator = torch.Generator(x.device).manual_seed(seed)
@@ -242,27 +176,11 @@ def uniform(seed: int, keys: Tensor, width: int) -> Tensor:
     """Numbers from -1 to 1, float32 (tokens, width): a function of `seed`, the token's key int64 (tokens,) and the
     column, and the same on every device.
     """
-    rows = [_hashes(seed, part, width).to(torch.float32) for part in keys.split(_HASHED_ROWS)]
+    rows = [definitions.hashes(seed, part, width).to(torch.float32) for part in keys.split(_HASHED_ROWS)]
     return torch.cat(rows).mul_(2.0**-31).sub_(1)
 
 
 _HASHED_ROWS = 256  # at a time: a hash is 64 bits wide
-
-
-def _hashes(seed: int, keys: Tensor, width: int) -> Tensor:
-    """A number below 2**32 for each token and column, as in the compiled kernel: int64 products that wrap around."""
-
-    def signed(number: int) -> int:
-        return (number & (2**64 - 1)) - ((number & 2**63) << 1)
-
-    key = signed(seed) + (keys + 1) * signed(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        key = (key ^ ((key >> shift) & (2 ** (64 - shift) - 1))) * signed(factor)
-    low = 2**32 - 1
-    h = ((key[:, None] >> 32) + torch.arange(width, device=keys.device) * 0x9E3779B9) & low
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        h = ((h ^ (h >> shift)) * factor) & low
-    return h ^ (h >> 16)
 
 
 def cross_entropy(
@@ -273,27 +191,12 @@ def cross_entropy(
     """
     if gpu_ops.enabled() and logits.is_cuda:
         return gpu_ops.cross_entropy(logits, targets, grad_output, weights)
-    losses = _cross_entropy(logits, targets, grad_output)
-    if weights is not None:
-        losses = losses * weights
-        logits.mul_(weights[:, None])
-    return losses
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor, grad_output: bool) -> Tensor:
-    if fits(logits):
+    if not fits(logits):
+        losses = definitions.cross_entropy(logits, targets, grad_output)
+    else:
         losses = logits.new_empty(len(targets), dtype=torch.float32)
         _call("cross_entropy", logits, *logits.shape, logits, targets, losses, int(grad_output))
-        return losses
-    columns, numbers = targets[:, None], logits.to(wide(logits.dtype))
-    peak = numbers.amax(-1, keepdim=True)
-    of_targets = (numbers.gather(-1, columns) - peak)[:, 0]
-    numbers.sub_(peak).exp_()  # in place: on a GPU each copy in float32 is twice the logits
-    total = numbers.sum(-1, keepdim=True)
-    if grad_output:
-        probability = numbers.div_(total)
-        logits.copy_(probability.scatter_add_(-1, columns, probability.new_full((), -1).expand_as(columns)))
-    return total[:, 0].log() - of_targets
+    return definitions.times_weights(losses, logits, weights)
 
 
 def _call(name: str, like: Tensor, *arguments: Tensor | int | float | None) -> None:

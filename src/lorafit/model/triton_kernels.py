@@ -283,18 +283,27 @@ def dropout(
     seed,
     stride,
     width: tl.constexpr,
-    probability: tl.constexpr,
+    threshold: tl.constexpr,
+    scale: tl.constexpr,
     adds: tl.constexpr,
     wide: tl.constexpr,
     block: tl.constexpr,
 ):
-    """x with some elements zero and the others scaled, or that added to `into`: seed and place decide which."""
+    """x with some elements zero and the others scaled, or that added to `into`: seed and place decide which, by the
+    hash of model/definitions.py.
+    """
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * block + tl.arange(0, block)
     inside = at < width
     value = tl.load(x + row * stride + at, mask=inside, other=0.0).to(wide)
-    is_kept = tl.rand(seed, row * width + at) >= probability
-    value = tl.where(is_kept, value * (1 / (1 - probability)), 0.0)
+    key = seed.to(tl.uint64) + (row + 1).to(tl.uint64) * 0x9E3779B97F4A7C15
+    key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9
+    key = (key ^ (key >> 27)) * 0x94D049BB133111EB
+    h = (key >> 32).to(tl.uint32) + at.to(tl.uint32) * 0x9E3779B9
+    h = (h ^ (h >> 16)) * 0x7FEB352D
+    h = (h ^ (h >> 15)) * 0x846CA68B
+    h = h ^ (h >> 16)
+    value = tl.where(h.to(tl.int64) >= threshold, value * scale, 0.0)
     to = into + row * width + at
     if adds:
         value += tl.load(to, mask=inside, other=0.0).to(wide)
