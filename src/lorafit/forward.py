@@ -14,6 +14,7 @@ from torch import Tensor
 from lorafit.data.packing import Pack
 from lorafit.model.attention import PackedDocuments
 from lorafit.model.definitions import wide
+from lorafit.model.device import uploaded
 from lorafit.model.llama import Llama, capped
 from lorafit.model.lora import disable_adapter, evaluating
 from lorafit.model.loss import loss_sum_and_parts
@@ -44,7 +45,7 @@ def pack_loss(network: Llama, pack: Pack, below: Below | None = None) -> Tensor:
 def pack_losses(network: Llama, pack: Pack, below: Below | None = None) -> tuple[Tensor, Tensor]:
     """`pack_loss`, and its parts (targets,), the weighted cross-entropy of each target; both have a gradient."""
     supervised, targets = _supervised(network, pack, below)
-    weights = None if pack.weights is None else torch.from_numpy(pack.weights).to(supervised.device)
+    weights = None if pack.weights is None else uploaded(pack.weights, supervised.device)
     hidden, cap = network.normed(supervised), network.arch.logits_cap
     return loss_sum_and_parts(hidden, network.lm_head.weight, targets, weights, cap, network.trained_head)
 
@@ -64,7 +65,7 @@ def answer_logps(network: Llama, pack: Pack) -> tuple[Tensor, Tensor]:
     everything = document_sums(parts, pack)
     if pack.in_answer is None or pack.in_answer.all():
         return -everything, everything
-    in_answer = torch.from_numpy(pack.in_answer).to(parts.device)
+    in_answer = uploaded(pack.in_answer, parts.device)
     return -document_sums(parts * in_answer, pack), everything
 
 

@@ -27,13 +27,14 @@ from tests.gpu.networks import (
     train_step,
     trainable,
 )
-from tests.gpu.runs_here import settings, short_proof, train
+from tests.gpu.runs_here import FirstOfTwo, settings, short_proof, train, write_pairs
 from tests.gpu.streams import streams
 from tests.runs import events, interrupt_after
 
 from benchmarks import gpu_runs, gpu_speed
 from lorafit.config.load import load_config
 from lorafit.data.packing import Pack, Packer
+from lorafit.distributed.ranks import Ranks
 from lorafit.errors import ConfigError, RunError
 from lorafit.export.run import export_run
 from lorafit.forward import pack_loss
@@ -332,18 +333,40 @@ def test_a_layer_needs_few_launches_and_moves_few_bytes() -> None:
     assert three["bytes"] - two["bytes"] <= MOST_BYTES
 
 
+@pytest.mark.parametrize(
+    ("method", "is_alone"),
+    [
+        ("sft", True),
+        ("kto", False),
+        pytest.param("sft", False, marks=slow),
+        pytest.param("dpo", True, marks=slow),
+        pytest.param("orpo", True, marks=slow),
+    ],
+)
 def test_the_device_never_waits_for_the_host_within_a_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, is_alone: bool
 ) -> None:
     """A step has one upload, nothing is read, and the numbers of the step before are there when they are asked for."""
     stalls: dict[int, int] = {}
+    collectives: dict[int, tuple[int, int]] = {}
+    ranks = Ranks() if is_alone else FirstOfTwo()
+    steps = loop._steps
 
     def watched(job: loop.TrainContext, state: Any, *rest: Any) -> Any:
         gpu.phase = f"step {state.step + 1}"
         stalls[state.step + 1] = streams.stalls
+        if isinstance(ranks, FirstOfTwo):
+            collectives[state.step + 1] = ranks.on_host, ranks.on_device
         return GRADIENTS(job, state, *rest)
 
+    def with_ranks(job: loop.TrainContext, *rest: Any) -> Any:
+        return steps(dataclasses.replace(job, ranks=ranks), *rest)
+
     monkeypatch.setattr(loop, "_gradients", watched)
+    monkeypatch.setattr(loop, "_steps", with_ranks)
+    more = ["run.verify=false", "train.micro_batch_tokens=2048", f"train.method={method}"]
+    if method != "sft":
+        more.append(f"data.path={write_pairs(tmp_path / 'pairs.json')}")
     rare = (
         "train.max_steps=6",
         "train.eval_every=6",
@@ -352,12 +375,18 @@ def test_the_device_never_waits_for_the_host_within_a_step(
         "run.samples=0",
     )
     with fake_cuda(H100) as gpu:
-        result = train(tmp_path, "run", *rare, "run.verify=false", "train.micro_batch_tokens=2048")
+        result = train(tmp_path, "run", *rare, *more)
     assert [event["step"] for event in events(result, "step")] == [1, 2, 3, 4, 5, 6]
+    compared = [event for event in events(result, "preferences") if event["rows"] == "train"]
+    assert len(compared) == (0 if method == "sft" else 6)
+    passes = 1 if method != "kto" else 2  # that of the divergence
     for step in (2, 3, 4, 5):
         waits = [record.wait for record in gpu.records if record.phase == f"step {step}" and record.wait]
-        assert waits == ["upload"]
+        assert waits == ["upload"] * passes
     assert stalls[6] == stalls[2]
+    if not is_alone:  # of each step: whether memory ran out, the numbers of the step before, who has signals
+        assert collectives[5][0] - collectives[4][0] == (4 if method == "kto" else 3)
+        assert collectives[5][1] - collectives[4][1] == (2 if method == "kto" else 1)
 
 
 # The most launches, bytes moved and pageable uploads in a step of 2,048 tokens with three layers of TinyLlama's shape,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,7 +14,7 @@ import pytest
 import torch
 from tests.gpu.device import A100, H100, T4
 from tests.gpu.networks import Gradients, difference, measure, network_on, numbers, small_packs
-from tests.gpu.runs_here import settings, short_proof
+from tests.gpu.runs_here import FirstOfTwo, settings, short_proof, write_pairs
 from tests.gpu.simulated import Simulated, chosen, memory, simulated_cuda, simulated_mps
 from tests.gpu.streams import RaceError, Stream
 from tests.runs import digest, events, interrupt_after, tiny_run, without_clock
@@ -123,6 +124,32 @@ def test_mps_computes_the_plain_definitions(family: str) -> None:
         network.recompute = True
         network.zero_grad()
         assert_close(measure(network), exact, 1e-4)
+    assert "flash" not in chosen
+
+
+def test_a_run_on_mps_learns_resumes_and_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With measurements, answers, the trial step, a proof, and recomputed layers."""
+    steps = ("train.max_steps=3", "train.learning_rate=0.03", "train.save_every=10", "train.eval_every=3")
+    more = ("model.device=mps", "run.samples_every=10", "train.recompute=layers")
+
+    def ask(run: proof.RunDirectory, probe: Probe) -> tuple[Tensor, Tensor]:
+        network = load(run.path, device="mps", offline=True).network
+        tuned, base = (probe_logits(network, probe, base=base) for base in (False, True))
+        return tuned, base
+
+    with simulated_mps(), short_proof():
+        monkeypatch.setattr(proof, "logits_from_subprocess", ask)
+        given = settings(tmp_path, *steps, *more)
+        whole = tiny_run(given, tmp_path / "whole")
+        losses = [event["loss"] for event in events(whole, "step")]
+        assert losses[-1] < 0.95 * losses[0]
+        assert whole.proven
+        with pytest.MonkeyPatch.context() as stop:
+            interrupt_after(2, stop)
+            stopped = tiny_run(given, tmp_path / "stopped")
+        assert (stopped.step, stopped.finished) == (2, False)
+        assert digest(resume_run(stopped.path, quiet=True)) == digest(whole)
+        assert len(load(whole.path, device="mps").generate(["Say it", "What?"], max_tokens=3)) == 2
     assert "flash" not in chosen
 
 
@@ -303,6 +330,40 @@ def test_numbers_that_are_read_late_give_the_same_run(
     states = [json.loads((run.path / "checkpoints/step-000004/state.json").read_text()) for run in runs]
     assert states[0] == states[1]
     assert states[0]["scale"]["factor"] < 2**16
+
+
+@pytest.mark.parametrize("method", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
+def test_preferences_of_several_ranks_that_are_read_late_give_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """The second rank has no rows: its numbers are added as zeros."""
+    quiet = ("run.samples=0", "run.verify=false", "run.check=none", "train.eval_every=3", "train.max_steps=3")
+    steps, runs = loop._steps, []
+
+    def with_ranks(job: loop.TrainContext, *rest: Any) -> Any:
+        return steps(dataclasses.replace(job, ranks=FirstOfTwo()), *rest)
+
+    with simulated_cuda(H100):
+        pairs = f"data.path={write_pairs(tmp_path / 'pairs.json')}"
+        given = settings(tmp_path, *quiet, "model.dtype=float32", f"train.method={method}", pairs)
+        for name in ("late", "immediate"):
+            with monkeypatch.context() as patch:
+                if name == "late":
+                    patch.setattr(loop, "_steps", with_ranks)
+                else:
+                    patch.setattr(loop, "_may_be_late", lambda job: False)
+                runs.append(tiny_run(given, tmp_path / name))
+    if method == "dpo":
+        assert digest(runs[0]) == digest(runs[1])
+    for kind, name in (
+        ("step", "loss"),
+        ("step", "grad_norm"),
+        ("preferences", "margin"),
+        ("preferences", "kl"),
+    ):
+        late, immediate = ([event[name] for event in events(run, kind)] for run in runs)
+        assert late == pytest.approx(immediate, rel=1e-5, abs=1e-6)  # KTO's mean is added up on the device
+    assert len(events(runs[0], "step")) == 3
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_what_was_saved_before(

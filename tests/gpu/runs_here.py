@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 from tests.runs import tiny_run, tiny_settings
 from tests.tiny_models import write_model
 
+from lorafit.distributed.ranks import Ranks
 from lorafit.evaluate import samples
 from lorafit.training.run import Result
 from lorafit.verify import proof
@@ -36,6 +39,37 @@ def settings(folder: Path, *more: str, family: str = "llama", **shape: int) -> l
         model=model,
         num_rows=12,
     )
+
+
+class FirstOfTwo(Ranks):
+    """Rank 0 of two, of which the other one has no rows: nothing is added, and there is no group of processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_single_process = False
+        self.on_host = self.on_device = 0  # collectives
+
+    def _reduced(self, values: Sequence[float], how: Any) -> list[float]:
+        self.on_host += 1
+        return list(values)
+
+    def add_on_device(self, tensor: torch.Tensor) -> None:
+        assert tensor.is_cuda
+        self.on_device += 1
+
+
+def write_pairs(path: Path) -> Path:
+    """Twelve rows of two answers each."""
+    rows = [
+        {
+            "prompt": f"Number {n}? ",
+            "chosen": f"{n} it is.{'!' * (n % 4)}",
+            "rejected": f"{n}?{'.' * (n % 5)} No",
+        }
+        for n in range(12)
+    ]
+    path.write_text(json.dumps(rows))
+    return path
 
 
 @contextmanager

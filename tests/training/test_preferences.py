@@ -92,7 +92,7 @@ def jobs(folder: Path) -> dict[str, Any]:
         values[places, 3] = measured(network, packer.packs(others), len(rows), Ranks())[:, 0]
         made[method] = SimpleNamespace(
             config=config, data=data, rows=data.training, packer=packer, ranks=Ranks(), network=network,
-            reference=Reference(values, "", {}),
+            reference=Reference(values, "", {}), is_late=False,
         )  # fmt: skip
     adapter(network, 2)
     return made

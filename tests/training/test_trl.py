@@ -73,14 +73,15 @@ def ours(folder: Path, *words: str) -> Any:
     load_adapter(network, folder / "now")
     job = SimpleNamespace(
         config=config, data=data, rows=data.training, packer=packer, ranks=Ranks(), network=network,
-        reference=Reference(values, "", {}),
+        reference=Reference(values, "", {}), is_late=False,
     )  # fmt: skip
     batch = RankShare().of(data.training.to_pack, np.arange(count), packer)
     compute = Passes(job, batch)  # type: ignore[arg-type]
     network.train()
     loss = sum(compute(network, pack)[0] for pack in batch.packs) / batch.weight
     loss.backward()
-    job.loss, job.event = float(loss.detach()), compute.event(job, 1)  # type: ignore[arg-type]
+    job.loss = float(loss.detach())
+    job.event = compute.event(job, 1, compute.sums().tolist())  # type: ignore[arg-type]
     job.gradients = {name: parameter.grad for name, parameter in adapter_parameters(network).items()}
     job.flat, job.others = rows, others
     return job

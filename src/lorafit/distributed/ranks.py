@@ -101,6 +101,11 @@ class Ranks:
         """The largest of each of `values` over all ranks."""
         return self._reduced(values, dist.ReduceOp.MAX)
 
+    def add_on_device(self, tensor: torch.Tensor) -> None:
+        """Add up `tensor` over all ranks in place, where it is: on a GPU the host does not wait for it."""
+        if not self.is_single_process:
+            dist.all_reduce(tensor)
+
     def any(self, *flags: bool) -> list[bool]:
         """For each flag, whether it is set on any rank."""
         return [bool(value) for value in self.all_reduce_max([float(flag) for flag in flags])]

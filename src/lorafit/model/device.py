@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from lorafit.config.fields import device_name
 from lorafit.errors import ConfigError
@@ -111,6 +113,13 @@ def pick_dtype(name: str, device: torch.device, fits_float16: bool = True) -> to
         native = ("avx512_bf16", "amx_bf16", "avx10_2", "bf16")  # Arm reports "bf16"
         return torch.bfloat16 if any(capabilities.get(name) for name in native) else torch.float32
     return torch.float32
+
+
+def uploaded(values: NDArray[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of an array on a device. CUDA copies it from pinned memory, so that the host does not wait for it."""
+    tensor = torch.from_numpy(values).to(dtype)
+    is_cuda = device.type == "cuda"
+    return (tensor.pin_memory() if is_cuda else tensor).to(device, non_blocking=is_cuda)
 
 
 def describe(device: torch.device) -> str:

@@ -16,6 +16,7 @@ from lorafit.data.pair_marks import CHOSEN, REJECTED, marks_of, preferred
 from lorafit.distributed.ranks import Ranks
 from lorafit.forward import answer_logps, next_logps
 from lorafit.model.adapter_file import adapter_tensors, fill_adapter
+from lorafit.model.device import uploaded
 from lorafit.model.llama import Llama
 from lorafit.model.lora import evaluating
 
@@ -51,6 +52,20 @@ def measured(
         values = np.array(ranks.all_reduce_sum(values.ravel().tolist())).reshape(values.shape)
     values[known == 0] = np.nan
     return values
+
+
+def mean_log_ratio(network: Llama, packs: Sequence[Pack], start: Values, ranks: Ranks) -> Tensor:
+    """The mean over rows, on the network's device, of the log-probability of their answer minus `start` (rows,). The
+    host does not wait for it. Each rank computes some of the packs.
+    """
+    device = network.lm_head.weight.device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    with evaluating(network), torch.no_grad():
+        for index in balance([len(pack.ids) for pack in packs], ranks.world_size)[ranks.rank]:
+            logps, _ = answer_logps(network, packs[index])
+            total += (logps.double() - uploaded(start[packs[index].rows], device)).sum()
+    ranks.add_on_device(total)
+    return total / len(start)
 
 
 def mismatched(row: TokenRow, other: TokenRow, longest: int) -> TokenRow:

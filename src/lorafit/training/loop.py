@@ -184,7 +184,9 @@ def _steps(
         trail.follow(Launched(state.step, batch, rate, timing.num_steps, started, numbers, *before))
         ended = state.step == timing.num_steps
         writer.wait(block=False)
-        if isinstance(numbers, Unread) and not (is_first or ended or any(due) or requests.any()):
+        if isinstance(numbers, Unread) and not (
+            is_first or ended or any(due) or job.ranks.any(requests.any())[0]
+        ):
             continue
         if not trail.settle():
             upcoming = ahead.submit(_batch, job, state, state.step)
@@ -213,9 +215,8 @@ def _steps(
 
 
 def _may_be_late(job: TrainContext) -> bool:
-    """Whether a step can end on the device alone. Several ranks, and the methods of preferences, read numbers in it."""
-    is_alone = job.ranks.is_single_process and job.objective.loss is None
-    return is_alone and job.prepared.built.device.type == "cuda"
+    """Whether a step can end on the device alone."""
+    return job.prepared.built.device.type == "cuda"
 
 
 def _batch(job: TrainContext, state: TrainState, step: int) -> Batch:
@@ -246,7 +247,9 @@ def _gradients(job: TrainContext, state: TrainState, batch: Batch) -> Numbers | 
             compute = partial(pack_losses, below=job.kept.of(batch.indices))
         losses, of_targets, short = _passes(job, state, batch, compute)
         total, any_short, each, row_losses = 0.0, float(short), np.zeros((4, len(batch.indices))), [0.0]
-        if not job.is_late:  # only here, so that the device is waited for once
+        if job.is_late:
+            any_short = job.ranks.any(short)[0]  # of the hosts: no device is waited for
+        else:  # only here, so that the device is waited for once
             if not short:
                 total, each = sum(map(float, losses)), by_rows(batch, torch.cat(of_targets).cpu().numpy())
             total, any_short, *row_losses = job.ranks.all_reduce_sum([total, any_short, *each.flat])
@@ -259,12 +262,12 @@ def _gradients(job: TrainContext, state: TrainState, batch: Batch) -> Numbers | 
             torch._foreach_mul_(gradients, 1 / state.scale.factor)
         length = clip_grad_norm_(job.optimizer.parameters, job.config.train.max_grad_norm or math.inf)
         if job.is_late:
-            return Unread(losses, of_targets, length)
+            return Unread(losses, of_targets, length, compute if isinstance(compute, Passes) else None)
         mean = total / batch.weight
         norm = float(length)
         if math.isfinite(mean) and math.isfinite(norm):
             if isinstance(compute, Passes):
-                job.observe(compute.event(job, step))
+                job.observe(compute.event(job, step, compute.sums().tolist()))
             return mean, norm, of_rows(np.reshape(row_losses, each.shape))
         job.optimizer.zero_grad()
         if not state.scale.active or not math.isfinite(mean):

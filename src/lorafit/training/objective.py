@@ -20,9 +20,10 @@ from lorafit.data.packing import Pack
 from lorafit.data.pair_marks import CHOSEN, OF_PROMPT, REJECTED, documents_of, marks_of
 from lorafit.data.token_dataset import TokenDataset
 from lorafit.forward import answer_logps, answer_tokens, pack_losses
+from lorafit.model.device import uploaded
 from lorafit.model.llama import Llama
 from lorafit.observe.events import Preferences, Progress
-from lorafit.training.answers import Advance, Values, measured, mismatched
+from lorafit.training.answers import Advance, Values, mean_log_ratio, measured, mismatched
 from lorafit.training.preferences import LOSSES, Answers, Judged, Loss, Settings, Step
 from lorafit.training.reference import read_reference
 
@@ -96,8 +97,12 @@ class Passes:
         assert job.reference is not None
         self._loss, self._settings = objective.loss, Settings.of(job.config.train)
         self._rows, self._indices, self._reference = job.rows, batch.indices, job.reference
-        self.step = _step(job, job.rows, batch.indices, divergence=objective.mismatched)
+        self.step = _step(
+            job, job.rows, batch.indices, divergence=objective.mismatched, on_device=job.is_late
+        )
         self._sums: list[Tensor] = []
+        device = job.network.lm_head.weight.device
+        self._none = torch.zeros(6, device=device)  # the sums of a rank without a pack
 
     def __call__(self, network: Llama, pack: Pack) -> tuple[Tensor, Tensor]:
         """The sum of the losses, and a vector of the targets which has each row's loss at its first target."""
@@ -111,12 +116,18 @@ class Passes:
         self._sums.append(_preference_sums(judged).detach())
         _, first = np.unique(np.repeat(pack.rows, pack.counts), return_index=True)
         each = torch.zeros(len(pack.targets), dtype=judged.loss.dtype, device=judged.loss.device)
-        return judged.loss.sum(), each.index_copy(0, torch.from_numpy(first).to(each.device), judged.loss)
+        return judged.loss.sum(), each.index_copy(0, uploaded(first, each.device), judged.loss)
 
-    def event(self, job: TrainContext, step: int) -> Preferences:
+    def sums(self) -> Tensor:
+        """What `event` needs of the passes, (7,), where they were computed."""
+        sums = torch.stack(self._sums or [self._none]).sum(0)
+        kl = self.step.kl
+        last = kl.to(sums.dtype).view(1) if isinstance(kl, Tensor) else sums.new_full((1,), kl)
+        return torch.cat([sums, last])
+
+    def event(self, job: TrainContext, step: int, sums: Sequence[float]) -> Preferences:
         """The means of all ranks over the step's rows, as they were before its change."""
-        sums = torch.stack(self._sums).sum(0).tolist() if self._sums else [0.0] * 6
-        return _event(step, "train", job.ranks.all_reduce_sum(sums), kl=self.step.kl)
+        return _event(step, "train", job.ranks.all_reduce_sum(sums[:6]), kl=sums[6])
 
 
 def measure(job: TrainContext, step: int, advance: Advance) -> tuple[float, float]:
@@ -150,7 +161,7 @@ def measure(job: TrainContext, step: int, advance: Advance) -> tuple[float, floa
         return objective.loss(replace(answers, nll=answers.nll.nan_to_num()), settings, step)
 
     before, after = judge(start, replace(constants, kl=0.0)), judge(now, constants)
-    event = _event(step, "heldout", _preference_sums(after).tolist(), kl=constants.kl)
+    event = _event(step, "heldout", _preference_sums(after).tolist(), kl=float(constants.kl))
     longer = counts[:, 0] - counts[:, 1]
     paired = np.isfinite(longer)
 
@@ -169,8 +180,17 @@ def measure(job: TrainContext, step: int, advance: Advance) -> tuple[float, floa
     return float(before.loss.mean()), float(after.loss.mean())
 
 
-def _step(job: TrainContext, rows: TokenDataset, indices: NDArray[np.int64], *, divergence: bool) -> Step:
-    """What the losses of the rows at `indices` take from all of them. Every rank computes the same."""
+def _step(
+    job: TrainContext,
+    rows: TokenDataset,
+    indices: NDArray[np.int64],
+    *,
+    divergence: bool,
+    on_device: bool = False,
+) -> Step:
+    """What the losses of the rows at `indices` take from all of them. Every rank computes the same. The divergence
+    stays on the device, if `on_device`.
+    """
     stored = rows.to_pack
     all_rows = [stored.row(int(index)) for index in indices]
     answers = sum(
@@ -182,7 +202,7 @@ def _step(job: TrainContext, rows: TokenDataset, indices: NDArray[np.int64], *, 
         for is_rejected, _, document_marks in documents_of(*row)
         if not is_rejected
     )
-    kl = 0.0
+    kl: float | Tensor = 0.0
     if divergence:
         assert job.reference is not None
         flat, longest = rows.flat, job.data.renderer.contract.max_length
@@ -191,8 +211,12 @@ def _step(job: TrainContext, rows: TokenDataset, indices: NDArray[np.int64], *, 
         packs = job.packer.packs(
             [mismatched(row, other, longest) for row, other in zip(all_rows, others, strict=True)]
         )
-        now = measured(job.network, packs, len(indices), job.ranks)[:, 0]
-        kl = max(0.0, float((now - job.reference.values[places, 3]).mean()))
+        start = job.reference.values[places, 3]
+        if on_device:
+            kl = mean_log_ratio(job.network, packs, start, job.ranks).clamp(min=0)
+        else:
+            now = measured(job.network, packs, len(indices), job.ranks)[:, 0]
+            kl = max(0.0, float((now - start).mean()))
     return Step(kl, len(indices) / max(1, tokens), len(indices) / max(1, answers))
 
 
@@ -201,15 +225,13 @@ def _answers(
 ) -> Answers:
     """The answers of a pack by row; `slot` (documents,) is the row of each document, `start` (rows, ...)."""
     assert pack.sides is not None
-    where = (
-        torch.from_numpy(slot).to(logps.device),
-        torch.from_numpy(pack.sides.astype(np.int64)).to(logps.device),
-    )
+    device = logps.device
+    where = uploaded(slot, device), uploaded(pack.sides.astype(np.int64), device)
     size = (len(start), 2)
     values = torch.full(size, torch.nan, dtype=logps.dtype, device=logps.device).index_put(where, logps)
-    tokens = torch.from_numpy(answer_tokens(pack)).to(logps)
+    tokens = uploaded(answer_tokens(pack), device, logps.dtype)
     counts = torch.full_like(values, torch.nan).index_put(where, tokens)
-    first = torch.from_numpy(start).to(logps)
+    first = uploaded(start, device, logps.dtype)
     nll = torch.zeros_like(values).index_put(where, everything)[:, 0]
     return Answers(values[:, 0], values[:, 1], counts[:, 0], counts[:, 1], first[:, 0], first[:, 1], nll)
 

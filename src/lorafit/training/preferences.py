@@ -50,7 +50,7 @@ class Step:
     tokens of the chosen answers, `rows_per_answer` by the answers.
     """
 
-    kl: float = 0.0
+    kl: float | Tensor = 0.0
     rows_per_token: float = 1.0
     rows_per_answer: float = 1.0
 

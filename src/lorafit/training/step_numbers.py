@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lorafit.data.batch import Batch
+from lorafit.distributed.ranks import Ranks
 from lorafit.errors import TrainingError
 from lorafit.model.device import device_memory_bytes
 from lorafit.observe.events import Step
@@ -28,6 +29,7 @@ from lorafit.training.loss_scale import LossScale
 
 if TYPE_CHECKING:
     from lorafit.training.loop import TrainContext
+    from lorafit.training.objective import Passes
 
 Numbers = tuple[
     float, float, NDArray[np.float64]
@@ -37,22 +39,34 @@ Numbers = tuple[
 class Unread:
     """The losses and the norm of a step on the device, and their copy in pinned memory."""
 
-    def __init__(self, losses: Sequence[Tensor], of_targets: Sequence[Tensor], norm: Tensor) -> None:
-        """`losses` () are the sums of the passes, `of_targets` (targets,) the losses of each target of a pass."""
-        numbers = torch.cat([torch.stack(list(losses)), norm.reshape(1), *of_targets])
-        self._num_losses = len(losses)
+    def __init__(
+        self,
+        losses: Sequence[Tensor],
+        of_targets: Sequence[Tensor],
+        norm: Tensor,
+        passes: Passes | None = None,
+    ) -> None:
+        """`losses` () are the sums of the passes, `of_targets` (targets,) the losses of each target of a pass. `passes`
+        are those of a method that compares answers.
+        """
+        self.passes = passes
+        sums = norm.new_empty(0) if passes is None else passes.sums()
+        numbers = torch.cat([torch.stack(list(losses)), norm.reshape(1), sums, *of_targets])
+        self._sizes = len(losses), 1, len(sums), numbers.numel() - len(losses) - 1 - len(sums)
         self.is_finite = torch.isfinite(numbers[: len(losses) + 1]).all()
         self._host = torch.empty(numbers.shape, dtype=numbers.dtype).pin_memory()
         self._host.copy_(numbers, non_blocking=True)
         self._copied = torch.cuda.Event()
         self._copied.record()
 
-    def read(self, batch: Batch) -> Numbers:
-        """The numbers, when the device has computed them."""
+    def read(self, batch: Batch, ranks: Ranks) -> tuple[Numbers, list[float]]:
+        """The numbers of all ranks, and the sums of this rank's `passes`, when the device has computed them."""
         self._copied.synchronize()
-        losses, norm, of_targets = self._host.tensor_split([self._num_losses, self._num_losses + 1])
-        rows = of_rows(by_rows(batch, of_targets.numpy()))
-        return sum(losses.tolist()) / batch.weight, norm.item(), rows
+        losses, norm, sums, of_targets = self._host.split(self._sizes)
+        each = by_rows(batch, of_targets.numpy())
+        total, *row_losses = ranks.all_reduce_sum([sum(losses.tolist()), *each.flat])
+        rows = of_rows(np.reshape(row_losses, each.shape))
+        return (total / batch.weight, norm.item(), rows), sums.tolist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +95,10 @@ class Trail:
         )  # 1 from a step on that is not taken
 
     def stopped_by(self, numbers: Unread) -> Tensor:
-        """Whether this step is not taken, or one before it was not: 1.0 or 0.0, on the device."""
-        self._stopped = torch.maximum(self._stopped, 1 - numbers.is_finite.float())
+        """1.0 if this step is not taken or one before it was not, else 0.0: on the device, the same on all ranks."""
+        stopped = 1 - numbers.is_finite.float()
+        self._job.ranks.add_on_device(stopped)
+        self._stopped = torch.maximum(self._stopped, stopped.clamp(max=1))
         return self._stopped
 
     def follow(self, launched: Launched) -> None:
@@ -98,7 +114,8 @@ class Trail:
             return True
         numbers = last.numbers
         if isinstance(numbers, Unread):
-            numbers = mean, norm, _ = numbers.read(last.batch)
+            passes = numbers.passes
+            (mean, norm, rows), sums = numbers.read(last.batch, self._job.ranks)
             if not (math.isfinite(mean) and math.isfinite(norm)):
                 if not last.scale.active or not math.isfinite(mean):
                     raise not_finite(self._job, last.step, last.batch, mean, norm)
@@ -107,6 +124,9 @@ class Trail:
                 torch.set_rng_state(last.random)
                 self._stopped = torch.zeros_like(self._stopped)
                 return False
+            if passes is not None:
+                self._job.observe(passes.event(self._job, last.step, sums))
+            numbers = mean, norm, rows
         self._report(last, *numbers)
         return True
 
