@@ -309,7 +309,7 @@ def test_a_kernel_without_memory_to_be_loaded_is_no_kernel_that_fails(
     assert gpu_ops._failed == {}
 
 
-@pytest.mark.parametrize("family", ["gemma2", "olmo2"])
+@pytest.mark.parametrize("family", ["gemma2", pytest.param("olmo2", marks=pytest.mark.slow)])
 def test_other_layers_take_the_kernels_alone(family: str) -> None:
     exact = measure(network_on("cpu", family, torch.float64), FEW)
     with interpreted(T4) as names:
