@@ -18,7 +18,7 @@ from tests.gpu.runs_here import FirstOfTwo, settings, short_proof, write_pairs
 from tests.gpu.simulated import Simulated, chosen, memory, simulated_cuda, simulated_mps
 from tests.gpu.streams import RaceError, Stream
 from tests.runs import digest, events, interrupt_after, tiny_run, without_clock
-from tests.tiny_models import FAMILIES
+from tests.tiny_models import FAMILIES, HYBRIDS
 from torch import Tensor
 
 from lorafit.check import probe
@@ -42,7 +42,7 @@ def assert_close(one: tuple[float, Gradients], other: tuple[float, Gradients], m
     assert max(difference(one, other)) <= most
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *HYBRIDS])
 def test_loss_and_every_gradient_are_the_cpus(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = measure(network_on("cpu", family, torch.float64))
     with simulated_cuda(T4):

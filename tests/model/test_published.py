@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from tests.model.published import exact, theirs, with_adapters, write_published
-from tests.tiny_models import PUBLISHED, config_of
+from tests.tiny_models import HYBRIDS, PUBLISHED, config_of
 from torch import Tensor
 
 from lorafit.data.packing import Packer
@@ -160,6 +160,10 @@ def test_peft_reads_the_adapter_and_its_model_answers_alike(
 def test_greedy_answers_equal_those_of_transformers(family: str, folders: Folders) -> None:
     network, model = ours(folders(family)), theirs(folders(family))
     prompts = [IDS[:2].tolist(), IDS[2:14].tolist()]
+    if family in HYBRIDS:  # states end with their prompt, and slots are used again
+        random = torch.Generator().manual_seed(0)
+        lengths = torch.randint(1, 20, (48,), generator=random).tolist()
+        prompts += [torch.randint(0, 250, (length,), generator=random).tolist() for length in lengths]
     answers: list[list[int]] = [[] for _ in prompts]
     requests = [Request(prompt, frozenset({-1}), 8) for prompt in prompts]
     for row, token in generate_tokens(network, requests):
