@@ -21,7 +21,7 @@ PICTURES = ROOT / "docs" / "pictures"
 
 
 def main(folder: Path) -> None:
-    """Take one picture per page, 1100 x 760."""
+    """Take one picture per page, 1100 pixels wide."""
     shown: list[str] = []
     threading.Thread(target=run_studio, args=(folder, 0), kwargs={"show": shown.append}, daemon=True).start()
     while not shown:
@@ -32,14 +32,16 @@ def main(folder: Path) -> None:
     chromium = os.environ.get("LORAFIT_CHROMIUM") or next(filter(None, map(shutil.which, names)))
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1100, "height": 760})
+        page = browser.new_page()
         page.goto(shown[0])
         page.wait_for_url(f"{base}/")
         run = page.locator("#run-table a").first.get_attribute("href")
         rows = "/data?data.path=demo/rows.json&model.name=demo/model#rows"
-        for name, path in (("watch", f"{run}#loss"), ("data", rows)):
+        for name, path, height in (("watch", f"{run}#state", 860), ("data", rows, 760)):
+            page.set_viewport_size({"width": 1100, "height": height})
             page.goto(f"{base}{path}")
-            page.wait_for_load_state("load")
+            page.locator(".tile, article").first.wait_for()
+            page.evaluate("document.querySelector(location.hash).scrollIntoView()")
             page.screenshot(path=PICTURES / f"studio-{name}.png")
         browser.close()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.report.runs import HOSTILE, write_run
 from tests.waiting import HANGS, until
 
 from lorafit.serve.listening import Server
+from lorafit.storage.locks import lock
 from lorafit.studio.server import TOKEN_VARIABLE, run_studio
 
 __all__ = ["browser"]
@@ -24,16 +26,25 @@ TOKEN = "a-token-of-the-tests"
 class Live:
     """A studio that listens, with its address."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, port: int = 0, token: str = TOKEN) -> None:
         self.folder, started, shown = folder, [], []
         self.servers: list[Server] = started
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(TOKEN_VARIABLE, TOKEN)
+            patch.setenv(TOKEN_VARIABLE, token)
             options = {"show": shown.append, "ready": started.append}
-            threading.Thread(target=run_studio, args=(folder, 0), kwargs=options, daemon=True).start()
+            self.thread = threading.Thread(
+                target=run_studio, args=(folder, port), kwargs=options, daemon=True
+            )
+            self.thread.start()
             until(lambda: shown)
         self.url = shown[0]
         self.base = self.url.partition("/open")[0]
+
+    def end(self) -> int:
+        """End it; its port."""
+        self.servers[0].should_exit = True
+        self.thread.join(HANGS)
+        return int(self.base.rpartition(":")[2])
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +54,7 @@ def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     write_run(folder / "hostile", 60, lambda text: text + "".join(HOSTILE) + "longwordwithoutanyblank" * 12)
     live = Live(folder)
     yield live
-    live.servers[0].should_exit = True
+    live.end()
 
 
 def opened(browser: Any, studio: Live, width: int = 1300, scheme: str = "light", language: str = "en") -> Any:
@@ -183,4 +194,96 @@ def test_problems_stand_at_their_fields_while_one_types(browser: Any, studio: Li
     page.get_by_label("Rank of the adapter lora.rank", exact=True).fill("4")
     page.locator("aside .command pre", has_text="lorafit train").wait_for()
     assert "rank: 4" in page.locator("#recipe").text_content()
+    context.close()
+
+
+def say(run: Path, text: str) -> None:
+    """Append a diagnosis to the metrics of a run."""
+    note = {"event": "diagnosis", "step": 120, "what": "x", "text": text, "hint": "wake it"}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(note) + "\n")
+
+
+def test_a_list_keeps_what_the_reader_has_done_to_it(browser: Any, studio: Live) -> None:
+    other, _ = (write_run(studio.folder / name, 20) for name in ("xylo-1", "xylo-2"))
+    context = opened(browser, studio)
+    page = context.first
+    page.get_by_label("Filter").fill("xylo")
+    page.locator('#run-table [data-sort="1"]').dblclick()
+    page.locator('#run-table [data-sort="1"]').click()
+    page.get_by_label("xylo-1").check()
+    page.get_by_role("button", name="step", exact=True).focus()
+    with (other / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "step", "step": 5555, "loss": 0.5}) + "\n")
+    page.get_by_role("cell", name="5,555").wait_for()
+    assert page.get_by_label("Filter").input_value() == "xylo"
+    assert page.locator("th[aria-sort=ascending]").text_content() == "run"
+    assert page.locator("#run-table tbody tr:visible a").all_text_contents() == ["xylo-1", "xylo-2"]
+    assert page.get_by_label("xylo-1").is_checked()
+    assert page.evaluate("document.activeElement.textContent") == "step"
+    context.close()
+
+
+def test_a_watched_run_changes_its_buttons_and_its_end_is_told(browser: Any, studio: Live) -> None:
+    run = write_run(studio.folder / "going", 20, ended="nothing")
+    context = opened(browser, studio)
+    page = context.first
+    with lock(run / "run.lock"):
+        page.goto(studio.base + page.get_by_role("link", name="going").get_attribute("href"))
+        page.get_by_role("button", name="Stop and save").wait_for()
+        page.get_by_label("From step").fill("3")
+        page.get_by_label("Note").fill("typed")
+    page.get_by_role("button", name="Resume").wait_for()
+    assert page.get_by_role("button", name="Stop and save").count() == 0
+    assert page.get_by_label("From step").input_value() == "3"
+    shutil.rmtree(run)
+    page.get_by_text("there is no such run").wait_for()
+    assert page.locator("#loss").count() == 0
+    assert page.get_by_label("Note").input_value() == "typed"
+    page.go_back()
+    page.get_by_role("link", name="plain").wait_for()
+    context.close()
+
+
+def test_a_page_says_that_its_studio_has_ended_and_goes_on_with_the_next(
+    browser: Any, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "run", 20)
+    first = Live(tmp_path)
+    context = opened(browser, first)
+    page = context.first
+    page.goto(first.base + page.get_by_role("link", name="run", exact=True).get_attribute("href"))
+    page.locator("#loss .plot").wait_for()
+    port = first.end()
+    lost = page.locator("#lost")
+    lost.filter(has_text="does not answer").wait_for()
+    say(run, "the loss fell asleep")
+    second = Live(tmp_path, port)
+    page.get_by_text("the loss fell asleep").wait_for()
+    lost.filter(has_not_text="answer").wait_for(state="hidden")
+    second.end()
+    third = Live(tmp_path, port, "another-token-of-the-tests")
+    lost.filter(has_text="another token").wait_for()
+    assert page.get_by_text("the loss fell asleep").count() == 1, "what was there is still shown"
+    say(run, "the loss woke up")
+    other = context.new_page()
+    other.goto(third.url)
+    page.get_by_text("the loss woke up").wait_for()
+    third.end()
+    context.close()
+
+
+def test_a_file_of_the_wrong_kind_is_told_where_it_was_dropped(browser: Any, studio: Live) -> None:
+    context = opened(browser, studio)
+    page = context.first
+    page.goto(f"{studio.base}/data")
+    file = {"name": "rows.docx", "mimeType": "text/plain", "buffer": b"x"}
+    page.locator("[data-pick-file]").set_input_files(file)
+    page.locator("[data-drop] .wrong", has_text="rows.docx is no data file").wait_for()
+    rows = json.dumps([{"instruction": "a", "output": "b"}]).encode()
+    page.locator("[data-pick-file]").set_input_files(
+        {"name": "내 행 (1).json", "mimeType": "", "buffer": rows}
+    )
+    page.get_by_text("Row 1").wait_for()
+    assert page.locator("#d-path").input_value().endswith("/uploads/내 행 (1).json")
     context.close()

@@ -11,9 +11,12 @@ from urllib.parse import unquote
 import httpx
 from starlette.applications import Starlette
 from starlette.types import Message
+from tests.waiting import HANGS
 
+from lorafit.studio import data_page
 from lorafit.studio.server import guarded_app
 
+data_page.FIRST_SECONDS = HANGS  # how long a page waits for its rows: no test is about a slow machine
 TOKEN, PORT = "a-token-of-the-tests", 8765
 URL = f"http://127.0.0.1:{PORT}"
 

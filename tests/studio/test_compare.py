@@ -124,6 +124,7 @@ class Process:
 
     def __init__(self, lines: list[bytes]) -> None:
         self.returncode: int | None = None
+        self.pid = 2**22 + 1  # of no process
         self.lines = [*lines, b""]
         self.stdout = SimpleNamespace(readline=self.readline)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import socket
+import threading
+import webbrowser
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from tests.report.runs import HOSTILE, write_run
 from tests.report.test_report import Structure
 from tests.studio.pages import PORT, TOKEN, URL, Studio
 
+from lorafit.errors import ConfigError
 from lorafit.studio.server import TOKEN_VARIABLE, run_studio
 
 OTHER = "http://evil.example"
@@ -53,7 +56,9 @@ def test_no_address_answers_another_site_or_host(studio: Studio) -> None:
             {"host": "evil.example"},
             {"host": f"{URL}.x"},
         ):
-            assert studio.ask(path, method, headers=headers).status_code == 403, (method, path, headers)
+            reply = studio.ask(path, method, headers=headers)
+            assert reply.status_code == 403, (method, path, headers)
+            assert "--allow-host" not in reply.text, "the studio has no such option"
 
 
 def test_the_cookie_serves_the_studios_own_pages_only(studio: Studio) -> None:
@@ -158,6 +163,19 @@ def test_a_run_that_is_no_run_is_told_and_breaks_no_page(tmp_path: Path) -> None
     assert "unreadable" in page.text
 
 
+def test_a_disk_that_fails_is_told_and_is_no_internal_error(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scan() -> None:
+        raise OSError(28, "No space left on device", "<b>folder")
+
+    monkeypatch.setattr(studio.app.state.folder, "scan", scan)
+    reply = studio.ask("/")
+    assert reply.status_code == 400
+    assert "No space left on device" in reply.text
+    assert "&lt;b&gt;folder" in reply.text
+
+
 def test_nothing_but_loopback_is_listened_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, int]] = []
 
@@ -167,6 +185,30 @@ def test_nothing_but_loopback_is_listened_on(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(socket, "create_server", create_server)
     monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
-    with pytest.raises(ValueError, match=r"cannot listen on 127\.0\.0\.1:8765"):
+    with pytest.raises(ConfigError, match=r"cannot listen on 127\.0\.0\.1:8765") as refused:
         run_studio(tmp_path, PORT, show=lambda url: None)
+    assert "--port 0" in refused.value.problems[0].hint
+    assert "--host" not in refused.value.problems[0].hint, "the studio has no such option"
     assert asked == [("127.0.0.1", PORT)]
+
+
+def test_a_browser_with_a_window_is_opened_and_none_in_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lorafit.cli.studio import _open
+
+    def opened(browser: webbrowser.BaseBrowser) -> bool:
+        called = threading.Event()
+        monkeypatch.setattr(browser, "open", lambda url: called.set())
+        monkeypatch.setattr(webbrowser, "get", lambda: browser)
+        before = threading.enumerate()
+        _open(URL)
+        for thread in set(threading.enumerate()) - set(before):
+            thread.join()
+        return called.is_set()
+
+    monkeypatch.delenv("BROWSER", raising=False)
+    assert opened(webbrowser.BackgroundBrowser("x-www-browser"))
+    assert not opened(webbrowser.GenericBrowser("w3m"))
+    monkeypatch.setenv("BROWSER", "w3m")
+    assert opened(webbrowser.GenericBrowser("w3m")), "somebody wants this one"
+    monkeypatch.setattr(webbrowser, "get", lambda: (_ for _ in ()).throw(webbrowser.Error("none")))
+    _open(URL)

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.waiting import HANGS, until
 
 from lorafit.errors import RunError
 from lorafit.run_dir import RunDirectory
+from lorafit.storage.atomic import write_file
 from lorafit.storage.locks import lock
 from lorafit.studio import jobs as jobs_file
 from lorafit.studio.folder import Folder
@@ -85,6 +87,94 @@ def test_another_studio_knows_the_jobs_and_goes_on_with_the_queue(
     assert second.job(running.id).state == "ended"
     assert second.job(waiting.id).state == "running"
     assert Jobs(tmp_path / "other").listed() == []
+
+
+def test_two_studios_of_one_folder_have_one_queue(tmp_path: Path, started: list[Fake]) -> None:
+    first, second = Jobs(tmp_path), Jobs(tmp_path)
+    names = [jobs.start(["train", name], waits=True).id for jobs, name in ((first, "one"), (second, "two"))]
+    assert [job.id for job in first.listed()] == [job.id for job in second.listed()] == names[::-1]
+    born = psutil.Process().create_time()
+    for fake in (first, second, first, second):
+        fake.advance()
+        for job in [job for job in fake.listed() if job.state == "running"]:
+            alive = replace(job, pid=os.getpid(), born=born)  # as the system sees a process that runs
+            write_file(fake.path / f"{job.id}.json", json.dumps(asdict(alive)))
+    assert [fake.arguments[-1] for fake in started] == ["one"], (
+        "each command starts once, one after the other"
+    )
+    started[0].returncode = 0
+    assert first.advance()
+    assert second.advance(), "what another studio has changed is a change"
+    assert {first.job(names[0]).state, second.job(names[0]).state} == {"done"}
+    assert [fake.arguments[-1] for fake in started] == ["one", "two"]
+    second.stop(second.job(names[1]))
+    first.forget(first.job(names[0]))
+    assert [job.id for job in second.listed()] == [names[1]]
+
+
+@pytest.mark.parametrize(("code", "state"), [(0, "done"), (2, "failed"), (130, "ended"), (-15, "ended")])
+def test_a_command_that_somebody_stopped_has_not_failed(
+    tmp_path: Path, started: list[Fake], code: int, state: str
+) -> None:
+    jobs = Jobs(tmp_path)
+    running, waiting = jobs.start(["train", "a"]), jobs.start(["train", "b"], waits=True)
+    jobs.stop(waiting)
+    assert jobs.job(waiting.id).state == "ended"
+    started[0].returncode = code
+    jobs.advance()
+    assert (jobs.job(running.id).state, jobs.job(running.id).code) == (state, code)
+    assert len(started) == 1
+
+
+def test_what_a_killed_studio_has_left_ends_with_the_next_one(tmp_path: Path) -> None:
+    """The server of the talk holds a model in memory, and nobody could reach it any more."""
+    jobs = Jobs(tmp_path)
+    left = subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({HANGS})"])
+    try:
+        jobs.tie(left.pid)
+        Jobs(tmp_path).end_left()
+        assert left.poll() is None, "its studio lives: it is this process"
+        (file,) = jobs.path.glob("*.tied")
+        file.write_text(file.read_text().replace(f"[{os.getpid()}, ", f"[{2**22 + 1}, "))
+        (jobs.path / "0.tied").write_text("[")
+        Jobs(tmp_path).end_left()
+        assert left.wait(HANGS) == -signal.SIGTERM
+        assert not file.exists()
+    finally:
+        left.kill()
+        left.wait()
+
+
+def test_a_failed_training_leads_back_to_its_form(tmp_path: Path, started: list[Fake]) -> None:
+    studio = Studio(tmp_path)
+    fields = {
+        "name": "mine",
+        "model.name": "m",
+        "data.path": "a.json",
+        "data.max_length": "16",
+        "act": "start",
+    }
+    address = studio.send("/new", **fields).headers["location"]
+    started[0].returncode = 2
+    studio.app.state.jobs.advance()
+    (form,) = re.findall(r'href="(/new\?job=\w+)"', studio.ask(address).text)
+    page = studio.ask(form).text
+    for name, value in (("name", "mine"), ("model.name", "m"), ("data.max_length", "16")):
+        assert f'name="{name}" value="{value}"' in page
+    (tmp_path / "recipes" / "mine.yaml").write_text("model: [")
+    assert studio.ask(form).status_code == 400
+    export = studio.app.state.jobs.start(["export", "x", "merged"], output=str(tmp_path / "x"))
+    assert "/new?job" not in studio.ask(f"/jobs/{export.id}").text
+
+
+def test_an_export_is_listed_beside_its_run(tmp_path: Path, started: list[Fake]) -> None:
+    run = write_run(tmp_path / "run", 5)
+    studio = Studio(tmp_path)
+    for words in (["export", str(run), "merged"], ["train", "--resume", str(run)]):
+        studio.app.state.jobs.start(words, output=str(run))
+    page = studio.ask("/").text
+    assert f"lorafit export {run} merged" in page
+    assert "--resume" not in page, "the list of runs shows it"
 
 
 def test_a_folder_of_runs_starts_nothing(tmp_path: Path, started: list[Fake]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from tests.report.runs import write_run
 from tests.studio.pages import Studio
 
+from lorafit.errors import RunError
 from lorafit.observe.run_summary import summarize
 from lorafit.report.run_data import read_facts
 from lorafit.run_dir import RunDirectory
@@ -81,25 +83,24 @@ def test_only_new_lines_are_read_and_a_replaced_file_from_its_start(
         run.metrics_file.write_bytes(content)
 
 
-def first_events(watcher: Watcher, count: int, act: Any) -> list[list[bytes]]:
-    """The first event that each of `count` pages gets after `act`."""
+def heard(watcher: Watcher, count: int, act: Any) -> list[tuple[list[str], list[str]]]:
+    """What each of `count` pages hears: first, and after `act`."""
 
-    async def page(is_listening: asyncio.Event) -> list[bytes]:
+    async def page(is_listening: asyncio.Event) -> list[list[str]]:
         got = []
         async for event in watcher.events():
-            is_listening.set()
-            got.append(event)
+            if event.startswith(b"data: "):
+                got.append(json.loads(event.removeprefix(b"data: ")))
+                is_listening.set()
             if len(got) == 2:
                 break
         return got
 
-    async def all_pages() -> list[list[bytes]]:
-        watcher._listeners.add(asyncio.Queue())
-        watcher._look(True)  # what the next look is compared with
-        watcher._listeners.clear()
-        looking = asyncio.create_task(watcher.run())
+    async def all_pages() -> list[Any]:
         listening = [asyncio.Event() for _ in range(count)]
         pages = [asyncio.create_task(page(one)) for one in listening]
+        await asyncio.sleep(0)  # all have begun: they hear of the same first look
+        looking = asyncio.create_task(watcher.run())
         for one in listening:
             await one.wait()
         act()
@@ -127,29 +128,43 @@ def test_ten_pages_hear_of_a_new_line_and_one_watcher_looks(
         with run.metrics_file.open("a") as file:
             file.write('{"event": "note", "text": "x", "level": "info"}\n')
 
-    got = first_events(watcher, 10, append)
-    named = folder.id_of(run.path).encode()
-    assert all(named in events[1] and LIST.encode() in events[1] for events in got)
+    name = folder.id_of(run.path)
+    for first, second in heard(watcher, 10, append):
+        assert {*first} == {*second} == {name, LIST}, "a new stream hears of all runs, then of what changes"
     assert len(looks) < 10, "each page would look by itself"
     assert watch.PERIOD < 1
     assert not watcher._listeners
 
 
-def test_a_change_while_nobody_listens_is_told_to_the_next_page(tmp_path: Path) -> None:
-    """A page that takes the stream over tells the other pages, which heard nothing meanwhile."""
-    run = RunDirectory(write_run(tmp_path / "run", 10))
-    watcher = Watcher(Folder(tmp_path), lambda: False)
-    name = watcher._folder.id_of(run.path)
-    page: asyncio.Queue[list[str]] = asyncio.Queue()
-    watcher._listeners.add(page)
-    assert name in watcher._look(True), "the first page may be older than the first look"
-    assert watcher._look(True) == []
-    watcher._listeners.clear()
-    with run.metrics_file.open("a") as file:
-        file.write("{}\n")
-    assert watcher._look(True) == []
-    watcher._listeners.add(page)
-    assert watcher._look(True) == [name, LIST]
+def test_a_stream_of_an_empty_folder_hears_of_the_list_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page that had no answer for a while hears that the studio is there again."""
+    monkeypatch.setattr(watch, "PERIOD", 0.01)
+    watcher = Watcher(Folder(tmp_path / "none"), lambda: False)
+    ((first, second),) = heard(watcher, 1, lambda: write_run(tmp_path / "none" / "run", 2))
+    assert first == [LIST]
+    assert LIST in second
+    assert len(second) == 2
+
+
+def test_a_look_that_fails_is_not_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(watch, "PERIOD", 0.01)
+    fails = [RunError("no space left"), OSError(5, "input/output error")]
+
+    def advance() -> bool:
+        if fails:
+            raise fails.pop()
+        return False
+
+    watcher = Watcher(Folder(tmp_path), advance)
+    ((_, second),) = heard(watcher, 1, lambda: write_run(tmp_path / "run", 2))
+    assert LIST in second
+    said = capsys.readouterr().err
+    assert "no space left" in said
+    assert "input/output error" in said
 
 
 def test_the_period_shows_a_line_within_a_second() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -65,7 +67,8 @@ def test_a_page_of_a_large_file_reads_one_block(tmp_path: Path, monkeypatch: pyt
 
 
 def test_rows_are_shown_as_the_model_reads_them_and_found(tmp_path: Path) -> None:
-    model, rows = write_model(tmp_path / "model"), write(tmp_path / "rows.jsonl", 60)
+    model = write_model(tmp_path / "내 모델 (1) & more")
+    rows = write(tmp_path / "내 행 [1] %41+.jsonl", 60)
     studio = Studio(tmp_path)
     page = studio.ask("/data", params={"data.path": str(rows), "model.name": str(model)}).text
     assert '<span class="trained">answer 3 Ünï</span>' in page
@@ -77,6 +80,33 @@ def test_rows_are_shown_as_the_model_reads_them_and_found(tmp_path: Path) -> Non
     assert "answer 5 " not in found
     chosen = studio.ask("/data", params={"data.path": str(rows), "rows": "3,59"}).text
     assert ("answer 2 " in chosen, "answer 58" in chosen, "answer 4 " in chosen) == (True, True, False)
+
+
+def test_rows_that_are_still_being_read_come_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorafit.studio import data_page
+
+    goes_on, original = threading.Event(), row_pages.read_file
+
+    def read_file(*args: Any, **options: Any) -> Any:
+        goes_on.wait()
+        return original(*args, **options)
+
+    monkeypatch.setattr(row_pages, "read_file", read_file)
+    monkeypatch.setattr(data_page, "FIRST_SECONDS", 0.0)
+    studio, asked = Studio(tmp_path), {"data.path": str(write(tmp_path / "rows.jsonl", 2))}
+    page = studio.ask("/data", params=asked).text
+    assert "data-every" in page
+    assert "data-over" not in page
+    assert "No row fits" not in page, "it is not known yet"
+    goes_on.set()
+    (pages,) = studio.app.state.row_pages.values()
+    pages.wait(2**60, 600)
+    page = studio.ask("/data", params=asked).text
+    assert "data-every" not in page
+    assert "data-over" in page
+    assert "answer 1" in page
 
 
 def test_the_next_studio_takes_the_rows_from_the_cache(
@@ -234,7 +264,12 @@ def test_a_dropped_file_arrives_whole_and_replaces_none(tmp_path: Path) -> None:
     def put(name: str, part: str, pieces: list[bytes]) -> dict[str, str]:
         offset = 0
         for index, piece in enumerate(pieces):
-            params = {"name": name, "id": part * 32, "offset": offset, "last": int(index == len(pieces) - 1)}
+            params = {
+                "name": name,
+                "id": (part * 32)[:32],
+                "offset": offset,
+                "last": int(index == len(pieces) - 1),
+            }
             reply = studio.ask("/data/upload", "POST", params=params, content=piece)
             offset += len(piece)
         assert reply.status_code == 200, reply.text
@@ -246,11 +281,27 @@ def test_a_dropped_file_arrives_whole_and_replaces_none(tmp_path: Path) -> None:
     second = Path(put("rows.jsonl", "b", [b"other"])["path"])
     assert second != first
     assert first.read_bytes() == b"onetwothree"
-    for name in ("../x.json", "x.py", "a/b.json", ".json", "x.json\0", "config.yaml"):
+    for name in (
+        "../x.json",
+        "x.py",
+        "a/b.json",
+        ".json",
+        "x.json\0",
+        "config.yaml",
+        "a\\b.json",
+        "x" * 300 + ".json",
+    ):
         params = {"name": name, "id": "c" * 32, "offset": 0, "last": 1}
-        assert studio.ask("/data/upload", "POST", params=params, content=b"x").status_code == 400
+        refused = studio.ask("/data/upload", "POST", params=params, content=b"x")
+        assert refused.status_code == 400
+        assert 'class="card problem"' in refused.text, "the page shows why"
+    for name in (
+        "rows (1).json",
+        "데이터 셋+2.jsonl.zst",
+        "a, b & c's.feather",
+        "X.JSON",
+    ):  # as browsers name downloads
+        assert Path(put(name, f"{len(name):02x}", [b"x"])["path"]).name == name
     params = {"name": "x.json", "id": "d" * 32, "offset": 5, "last": 1}
     assert studio.ask("/data/upload", "POST", params=params, content=b"x").status_code == 400
-    assert sorted(path.name for path in (tmp_path / "uploads").iterdir() if path.suffix) == sorted(
-        [first.name, second.name]
-    )
+    assert {first.name, second.name} < {path.name for path in (tmp_path / "uploads").iterdir()}

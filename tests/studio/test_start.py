@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.requests import Request
 from tests.config.test_load import VALUES
 from tests.report.runs import write_run
 from tests.studio.pages import Studio
@@ -98,6 +102,24 @@ def test_a_name_is_one_folder_below_the_studios(tmp_path: Path, name: str) -> No
     assert [key for key, _, _ in told["errors"]] == ["name"]
 
 
+def test_a_name_that_waits_in_the_queue_or_is_the_studios_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second run of that name would replace the recipe of the first."""
+    studio = Studio(tmp_path)
+    monkeypatch.setattr(studio.app.state.jobs, "_spawn", lambda job: job)
+    assert studio.send("/new", **GOOD, act="queue").headers["location"] == "/"
+    assert studio.send("/new", **{**GOOD, "lora.rank": "3"}, act="queue").status_code == 422
+    assert "rank" not in (tmp_path / "recipes" / "mine.yaml").read_text()
+    for name in ("recipes", "uploads", "tasks.jsonl"):
+        told = Studio(tmp_path / "new").send("/new/check", **{**GOOD, "name": name}).json()
+        assert [key for key, _, _ in told["errors"]] == ["name"]
+    for expected in ("demo", "demo-2"):
+        (name,) = re.findall(r'id="f-name" name="name" value="([^"]+)"', studio.ask("/new?demo=1").text)
+        assert name == expected
+        studio.send("/new", **{**GOOD, "name": name}, act="queue")
+
+
 def test_a_start_writes_the_recipe_that_its_command_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,7 +129,8 @@ def test_a_start_writes_the_recipe_that_its_command_runs(
     monkeypatch.setattr(jobs, "_spawn", lambda job: started.append(list(job.words)) or job)
     fields = {
         **GOOD,
-        "data.path": "a.json\nb.json",
+        "model.name": "내 모델/a: #b",
+        "data.path": "a.json\n한 글 & [1].json",
         "lora.rank": "8",
         "train.schedule": "",
         "lora.targets": "q_proj",
@@ -121,7 +144,8 @@ def test_a_start_writes_the_recipe_that_its_command_runs(
     assert recipe.read_text() == told["recipe"]
     assert set(yaml.safe_load(told["recipe"])["lora"]) == {"rank", "targets"}, "defaults are left out"
     config = load_config(recipe)
-    assert (config.lora.rank, config.data.path) == (8, ("a.json", "b.json"))
+    assert (config.lora.rank, config.data.path) == (8, ("a.json", "한 글 & [1].json"))
+    assert config.model.name == "내 모델/a: #b"
     assert config.run.output == str(tmp_path / "mine")
 
 
@@ -158,6 +182,63 @@ def test_a_shipped_recipe_fills_the_form_and_no_other_file_does(tmp_path: Path) 
     assert re.search(r'name="train.learning_rate" value="[^"]+"', page)
     for name in ("../../pyproject", "/etc/passwd", "nothing"):
         assert studio.ask(f"/new?recipe={name}").status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("printed", "key"),
+    [
+        ("error: 3 rows are longer than data.max_length=128; the longest has 153", "data.max_length"),
+        ("error: it does not fit\n hint: train.micro_batch_tokens=512", "train.micro_batch_tokens"),
+        ("error: no such model: a.b=c", None),
+        ("error: nothing", None),
+    ],
+)
+def test_what_the_plan_refuses_names_its_field(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: str, key: str | None
+) -> None:
+    from lorafit.studio import start
+
+    async def only_one(request: object, kind: str, words: list[str]) -> tuple[int, str]:
+        return 2, printed
+
+    monkeypatch.setattr(start, "only_one", only_one)
+    page = Studio(tmp_path).send("/new/plan", **GOOD).text
+    assert re.findall(r'data-key="([^"]*)"', page) == ([key] if key else [])
+
+
+def test_a_plan_ends_when_its_page_is_left_and_when_the_run_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorafit.studio import start
+
+    studio = Studio(tmp_path)
+    state = studio.app.state
+    monkeypatch.setattr(state.jobs, "_spawn", lambda job: job)
+    monkeypatch.setattr(start, "WORDS", (sys.executable, "-c", "import time; time.sleep(600)"))
+
+    async def leave_then_start() -> list[int | None]:
+        messages = [{"type": "http.disconnect"}]
+
+        async def receive() -> Any:
+            return messages.pop() if messages else await asyncio.Event().wait()
+
+        request = Request({"type": "http", "app": studio.app}, receive)
+        left, _ = await start.only_one(request, "plan", [])
+        waiting = asyncio.create_task(start.only_one(request, "plan", []))
+        while state.processes["plan"].returncode is not None:
+            await asyncio.sleep(0)
+        await start.end(state.processes["plan"])
+        return [left, (await waiting)[0]]
+
+    assert asyncio.run(leave_then_start()) == [-signal.SIGKILL, -signal.SIGKILL]
+    ended: list[object] = []
+
+    async def end(process: object) -> None:
+        ended.append(process)
+
+    monkeypatch.setattr(start, "end", end)
+    studio.send("/new", **GOOD, act="start")
+    assert ended == [state.processes["plan"]]
 
 
 def test_the_plan_and_the_models_come_from_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
 from pathlib import Path
 from typing import Annotated
 
@@ -29,8 +32,16 @@ def studio(
         from lorafit.studio.server import run_studio
     except ImportError as error:
         raise ConfigError(f"`{error.name}` is missing", hint="pip install 'lorafit[studio]'") from None
-    import webbrowser
-
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"`{folder}` is no folder", hint="give the folder that contains the runs")
-    run_studio(folder, port, show=(lambda url: None) if no_browser else webbrowser.open)
+    run_studio(folder, port, show=(lambda url: None) if no_browser else _open)
+
+
+def _open(url: str) -> None:
+    """Open `url` in a browser with a window: one in the terminal would take the terminal from the studio."""
+    import webbrowser
+
+    with contextlib.suppress(webbrowser.Error):
+        browser = webbrowser.get()
+        if os.environ.get("BROWSER") or type(browser) is not webbrowser.GenericBrowser:
+            threading.Thread(target=browser.open, args=(url,), daemon=True).start()

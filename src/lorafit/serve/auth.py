@@ -28,7 +28,8 @@ class Guard:
     A page of another site can make a browser send requests here. With DNS rebinding it can also read the replies. Host
     and Origin reveal both. `hosts` are the names of this server. With `any_address`, all plain IP addresses are
     allowed too, because no site can use them for DNS rebinding. A browser may send the token in `cookie`, which is no
-    cookie where it is "". `open_paths` need no token and take no body. `refuse` makes the reply to other requests.
+    cookie where it is "". `open_paths` need no token and take no body. `allow` says how a host `{name}` is allowed.
+    `refuse` makes the reply to other requests.
     """
 
     def __init__(
@@ -41,10 +42,11 @@ class Guard:
         limits: Limits,
         cookie: str = "",
         open_paths: Collection[str] = OPEN_PATHS,
+        allow: str = ": start it with `lorafit serve ... --allow-host {name}` to allow `{name}`",
         refuse: Callable[[ApiError], Response] = ApiError.response,
     ) -> None:
         self.app = app
-        self._cookie, self._open_paths, self._refuse = cookie, open_paths, refuse
+        self._cookie, self._open_paths, self._allow, self._refuse = cookie, open_paths, allow, refuse
         self._token = token.encode()
         self._hosts = {host.lower() for host in hosts}
         self._any_address = any_address
@@ -71,7 +73,7 @@ class Guard:
             message = "the host name is not one of this server"
             if len(hosts) == 1 and (match := _HOST.fullmatch(hosts[0])):
                 name = match[1] or match[2]
-                message += f": start it with `lorafit serve ... --allow-host {name}` to allow `{name}`"
+                message += self._allow.format(name=name)
             raise ApiError(403, message, code="host_not_allowed", param="Host")
         for name, value in headers:
             if name == b"origin" and value.decode("latin-1") not in (

@@ -56,8 +56,10 @@ def find_token(variable: str = TOKEN_VARIABLE) -> AccessToken:
     return AccessToken(value, is_new=False)
 
 
-def listen(address: Address) -> socket.socket:
-    """A socket that listens on `address`. Raises ConfigError where that is not possible."""
+def listen(
+    address: Address, hint: str = "give another --port (0 takes a free one) or --host"
+) -> socket.socket:
+    """A socket that listens on `address`. Raises ConfigError with `hint` where that is not possible."""
     try:
         family, _, _, _, resolved = socket.getaddrinfo(
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -66,7 +68,7 @@ def listen(address: Address) -> socket.socket:
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         message = f"cannot listen on {address.host}:{address.port}: {reason}"
-        raise ConfigError(message, hint="give another --port (0 takes a free one) or --host") from None
+        raise ConfigError(message, hint=hint) from None
 
 
 def settings_of(app: ASGIApp, limits: Limits, *, stop_seconds: int) -> uvicorn.Config:

@@ -83,11 +83,17 @@ def make_app(folder: Path, token: str, cookie: str, is_ending: Callable[[], bool
             *take_away.ROUTES,
         ],
         lifespan=lifespan,
-        exception_handlers={LorafitError: _refused, 404: _not_found, Exception: _failed},
+        exception_handlers={
+            LorafitError: _refused,
+            OSError: _not_possible,
+            404: _not_found,
+            Exception: _failed,
+        },
     )
     app.router.redirect_slashes = False
     state = app.state
     state.folder, state.jobs = Folder(folder), Jobs(folder.expanduser().resolve())
+    state.jobs.end_left()
     state.live, state.summaries = LiveRuns(), Summaries()
     state.processes, state.models = {}, None  # of start.py
     state.talk, state.row_pages = None, OrderedDict()  # of talk.py and data_page.py
@@ -135,6 +141,12 @@ async def _events(request: Request) -> Response:
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, LorafitError)
     return problems_page(request, error)
+
+
+async def _not_possible(request: Request, error: Exception) -> Response:
+    """A disk that is full, a file that went away, a folder that nobody may read."""
+    assert isinstance(error, OSError)
+    return problems_page(request, RunError(error.strerror or str(error), place=str(error.filename or "")))
 
 
 async def _failed(request: Request, error: Exception) -> Response:

@@ -18,6 +18,7 @@ from starlette.routing import Route
 from lorafit.config.load import load_form
 from lorafit.config.schema import Config
 from lorafit.errors import ConfigError, LorafitError
+from lorafit.hub.dataset_splits import KNOWN_FILES, suffix_of
 from lorafit.redact import shell
 from lorafit.storage.atomic import make_folder
 from lorafit.storage.safe_read import parse_json
@@ -37,7 +38,7 @@ KEYS = (  # after the format, fields of the form as they are
     "train.method",
 )
 UPLOADS = "uploads"
-_FILE = re.compile(r"[\w][\w. -]{0,120}\.(json|jsonl|ndjson|csv|tsv|parquet|arrow|txt|md)(\.gz|\.zst)?")
+_FILE = re.compile(r"[^/\\\0-\x1f\x7f]{1,200}")
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -202,8 +203,8 @@ async def _upload(request: Request) -> Response:
     """A part of a dropped file. The last part gives it its name below the folder; no file is replaced."""
     query = request.query_params
     name, part = query.get("name", ""), query.get("id", "")
-    if not _FILE.fullmatch(name) or not _ID.fullmatch(part):
-        raise ConfigError("this is no file of rows", hint="json, jsonl, csv, tsv, parquet, arrow or txt")
+    if not suffix_of(name) or not _FILE.fullmatch(name) or not _ID.fullmatch(part):
+        raise ConfigError(f"`{name}` is no data file", hint=f"data files end in {KNOWN_FILES}")
     folder: Path = request.app.state.folder.path / UPLOADS
     body, is_last = await request.body(), query.get("last") == "1"
 

@@ -60,8 +60,10 @@ async def _list_page(request: Request, template: str) -> Response:
     runs = await asyncio.to_thread(list_runs, request)
     jobs: Jobs = request.app.state.jobs
     known = {str(run.path) for run in request.app.state.folder.known().values()}
-    # a job whose run is in the list is shown there
-    shown = [job for job in jobs.listed() if not (job.output in known and job.state != "failed")]
+    # a training whose run is in the list is shown there
+    shown = [
+        job for job in jobs.listed() if not (job.trains and job.output in known and job.state != "failed")
+    ]
     return html(request, template, runs=runs, jobs=shown, folder=str(request.app.state.folder.path))
 
 
@@ -114,7 +116,7 @@ def _content(request: Request) -> dict[str, Any]:
         "details": page.details(facts),
         "tiles": page.tiles(facts),
         "ranks": ranks(facts),
-        "left": None if state.is_complete else seconds_left(facts),
+        "left": seconds_left(facts) if state == "running" else None,
         "is_running": state == "running",
         "is_complete": state.is_complete,
         "loss": sections.loss(facts, view),

@@ -18,6 +18,7 @@ from lorafit.studio.web import refusal
 TOKEN_VARIABLE = "LORAFIT_STUDIO_TOKEN"  # noqa: S105 (a name, not a token)
 HOST = "127.0.0.1"
 _LIMITS = Limits(connections=256)
+_OTHER_PORT = "a studio may run there already: open the address that it has printed, or give `--port 0`"
 _STOP_SECONDS = 2  # streams of events end at the watcher's next look
 
 
@@ -31,6 +32,7 @@ def guarded_app(folder: Path, port: int, token: str, is_ending: Callable[[], boo
         any_address=False,
         limits=_LIMITS,
         cookie=cookie,
+        allow=": open the address that the studio has printed, with 127.0.0.1 or localhost",
         open_paths=(OPEN, "/static/page.css", "/static/studio.css"),
         refuse=refusal,
     )
@@ -44,7 +46,7 @@ def run_studio(
     Only this machine can connect. Raises ConfigError where `port` is not free.
     """
     token = find_token(TOKEN_VARIABLE)
-    with contextlib.closing(listen(Address(HOST, port))) as listening:
+    with contextlib.closing(listen(Address(HOST, port), _OTHER_PORT)) as listening:
         port = listening.getsockname()[1]
         url = f"http://{HOST}:{port}{OPEN}?token={token.value}"
 

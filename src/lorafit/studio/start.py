@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from starlette.datastructures import State
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from lorafit.config.load import load_form, recipe_file, recipes_folder
-from lorafit.config.schema import Config
+from lorafit.config.load import load_config, load_form, recipe_file, recipes_folder
+from lorafit.config.schema import Config, keys
 from lorafit.errors import ConfigError, Problem
 from lorafit.redact import printable, redact, shell
 from lorafit.run_dir import RunDirectory
@@ -30,9 +31,11 @@ from lorafit.studio.schema_form import changed_texts, form_fields, overrides_of,
 from lorafit.studio.web import Fields, form, html, seen
 
 NAME = "name"  # the field of the run's name
+OWN_NAMES = ("recipes", "uploads", "tasks.jsonl")  # of the studio, in the folder of the runs
 _NAME = re.compile(r"[\w][\w.-]{0,99}")
 _KEY = re.compile(r"`([a-z]+\.[a-z_0-9]+)`")
 PLAN_SECONDS = 600.0
+WORDS = (sys.executable, "-m", "lorafit")
 _MAX_RECIPE = 100_000
 
 
@@ -64,6 +67,9 @@ def _prefilled(request: Request) -> Fields:
     elif "from" in query:
         run: RunDirectory = folder.run(query["from"])
         texts = {**changed_texts(run.config()), NAME: f"{run.path.name}-again"}
+    elif "job" in query:
+        job = request.app.state.jobs.job(query["job"])
+        texts = {**changed_texts(load_config(job.recipe)), NAME: Path(job.output).name}
     elif query.get("recipe"):
         if query["recipe"] not in _recipes():
             raise ConfigError(f"there is no recipe `{query['recipe']}`")
@@ -73,18 +79,25 @@ def _prefilled(request: Request) -> Fields:
     for key in ("model.name", "data.path"):
         if query.get(key):
             texts[key] = query[key]
-    return {**texts, NAME: _free_name(folder, texts.get(NAME, ""))}
+    return {**texts, NAME: _free_name(request.app.state, texts.get(NAME, ""))}
 
 
 def _recipes() -> list[str]:
     return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
 
 
-def _free_name(folder: Folder, wanted: str) -> str:
-    """`wanted`, or the time, with a number where that run exists."""
+def _is_taken(name: str, state: State) -> bool:
+    """Whether a run or a file has this name, or will have."""
+    path = state.folder.path / name
+    is_ordered = any(job.output == str(path) and not job.is_over for job in state.jobs.listed())
+    return is_ordered or name in OWN_NAMES or path.exists()
+
+
+def _free_name(state: State, wanted: str) -> str:
+    """`wanted`, or the time, with a number where that name is taken."""
     first = wanted or f"run-{time.strftime('%Y%m%d-%H%M%S')}"
     names = (first if number == 1 else f"{first}-{number}" for number in range(1, 10_000))
-    return next(name for name in names if not (folder.path / name).exists())
+    return next(name for name in names if not _is_taken(name, state))
 
 
 def _parts(name: str, folder: Folder) -> tuple[Path, Path]:
@@ -92,15 +105,15 @@ def _parts(name: str, folder: Folder) -> tuple[Path, Path]:
     return folder.path / name, folder.path / "recipes" / f"{name}.yaml"
 
 
-def _checked(texts: Mapping[str, str], folder: Folder) -> tuple[Config | None, list[tuple[str, Problem]]]:
+def _checked(texts: Mapping[str, str], state: State) -> tuple[Config | None, list[tuple[str, Problem]]]:
     """The config of the form and (key, problem) of what is wrong, "" for what belongs to no field."""
     problems: list[tuple[str, Problem]] = []
     name = texts.get(NAME, "").strip()
     if not _NAME.fullmatch(name):
         problems.append((NAME, Problem("a name has letters, digits, `-`, `_` and `.`")))
-    elif (folder.path / name).exists():
+    elif _is_taken(name, state):
         problems.append((NAME, Problem(f"`{name}` exists already", hint="choose another name")))
-    config, output = None, folder.path / ("NAME" if problems else name)
+    config, output = None, state.folder.path / ("NAME" if problems else name)
     parsed, taken = overrides_of(texts)
     try:
         config = load_form(parsed, {**taken, "run.output": str(output)})
@@ -119,9 +132,9 @@ def _recipe_text(texts: Mapping[str, str], config: Config | None) -> str:
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def _outcome(texts: Mapping[str, str], folder: Folder) -> dict[str, Any]:
-    config, problems = _checked(texts, folder)
-    recipe = _parts(texts.get(NAME, "").strip() or "NAME", folder)[1]
+def _outcome(texts: Mapping[str, str], state: State) -> dict[str, Any]:
+    config, problems = _checked(texts, state)
+    recipe = _parts(texts.get(NAME, "").strip() or "NAME", state.folder)[1]
     return {
         "errors": [(key, problem.message, problem.hint) for key, problem in problems],
         "recipe": _recipe_text(texts, config),
@@ -136,7 +149,7 @@ async def _new(request: Request) -> Response:
 async def _page(
     request: Request, texts: Fields, status: int = 200, *, with_problems: bool = False
 ) -> Response:
-    outcome = _outcome(texts, request.app.state.folder) if with_problems or texts.get("model.name") else None
+    outcome = _outcome(texts, request.app.state) if with_problems or texts.get("model.name") else None
     return html(
         request,
         "new.html",
@@ -150,18 +163,20 @@ async def _page(
 
 
 async def _check(request: Request) -> Response:
-    return JSONResponse(_outcome(await form(request), request.app.state.folder))
+    return JSONResponse(_outcome(await form(request), request.app.state))
 
 
 async def _start(request: Request) -> Response:
     texts, folder, jobs = await form(request), request.app.state.folder, request.app.state.jobs
-    config, problems = _checked(texts, folder)
+    config, problems = _checked(texts, request.app.state)
     if problems or config is None:
         return await _page(request, texts, 422, with_problems=True)
     run, recipe = _parts(texts[NAME].strip(), folder)
     with run_error("cannot write the recipe", recipe):
         await asyncio.to_thread(make_folder, recipe.parent)
     write_file(recipe, _recipe_text(texts, config))
+    if plan := request.app.state.processes.get("plan"):
+        await end(plan)  # it would take the run's processor time
     waits = texts.get("act") == "queue"
     job = await asyncio.to_thread(jobs.start, ["train", str(recipe)], output=str(run), waits=waits)
     return seen("/" if waits else f"/jobs/{job.id}")
@@ -169,14 +184,16 @@ async def _start(request: Request) -> Response:
 
 async def _plan(request: Request) -> Response:
     """What `lorafit plan` prints for the form, in a process of its own: it needs torch."""
-    texts, folder = await form(request), request.app.state.folder
-    config, problems = _checked(texts, folder)
+    texts = await form(request)
+    config, problems = _checked(texts, request.app.state)
     if config is None:
         return html(request, "problem_list.html", problems=[problem for _, problem in problems])
     recipe = request.app.state.jobs.path / "plan.yaml"
     write_file(recipe, _recipe_text(texts, config))
     code, text = await only_one(request, "plan", ["plan", str(recipe)])
-    return html(request, "plan.html", code=code, text=text)
+    named = re.search(r"\b[a-z]+\.[a-z_0-9]+\b(?==)", text) if code else None
+    key = named[0] if named and named[0] in keys() else ""
+    return html(request, "plan.html", code=code, text=text, key=key)
 
 
 async def _models(request: Request) -> Response:
@@ -191,14 +208,12 @@ async def _models(request: Request) -> Response:
 
 
 async def only_one(request: Request, kind: str, words: list[str]) -> tuple[int, str]:
-    """(exit code, output) of a command. A later request of the same `kind` ends the earlier one's process."""
+    """(exit code, output) of a command. Its process ends with a later request of the same `kind`, and with its page."""
     running: dict[str, asyncio.subprocess.Process] = request.app.state.processes
     if (earlier := running.get(kind)) is not None:
         await end(earlier)
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "lorafit",
+        *WORDS,
         *words,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
@@ -206,13 +221,22 @@ async def only_one(request: Request, kind: str, words: list[str]) -> tuple[int, 
         env={**os.environ, "NO_COLOR": "1", "COLUMNS": "100"},
     )
     running[kind] = process
+    printed, left = asyncio.create_task(process.communicate()), asyncio.create_task(_left(request))
     try:
-        output, _ = await asyncio.wait_for(process.communicate(), PLAN_SECONDS)
-    except TimeoutError:
-        raise ConfigError("the command took too long") from None
+        await asyncio.wait({printed, left}, timeout=PLAN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        if not printed.done() and not left.done():
+            raise ConfigError("the command took too long")
     finally:
+        left.cancel()
         await end(process)
+    output, _ = await printed
     return process.returncode or 0, redact(printable(output.decode(errors="replace")))
+
+
+async def _left(request: Request) -> None:
+    """Return when nobody waits for the reply any more."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def end(process: asyncio.subprocess.Process) -> None:

@@ -53,6 +53,11 @@ class Server:
             return "failed"
         return "ready" if self.models else "loading"
 
+    @property
+    def base(self) -> str:
+        """The name of the base, which comes after the runs; "" where it is not served."""
+        return self.models[-1] if len(self.models) > len(self.ids) else ""
+
 
 async def _talk(request: Request) -> Response:
     state = request.app.state
@@ -93,6 +98,7 @@ async def _open(request: Request) -> Response:
         stderr=asyncio.subprocess.STDOUT,
         env={**os.environ, TOKEN_VARIABLE: token, "NO_COLOR": "1"},
     )
+    await asyncio.to_thread(state.jobs.tie, process.pid)
     state.talk = Server(names, shell("lorafit", *words), process, token)
     state.talk_reader = asyncio.create_task(_read(state.talk))
     return seen("/talk?" + "&".join(f"run={name}" for name in names))

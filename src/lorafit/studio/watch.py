@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
+from lorafit.errors import LorafitError
+from lorafit.redact import line
 from lorafit.studio.folder import Folder, signs
 
 PERIOD = 0.4  # seconds between two looks
@@ -28,12 +31,22 @@ class Watcher:
         self._folder, self._advance, self._is_ending = folder, advance, is_ending
         self._listeners: set[asyncio.Queue[list[str]]] = set()
         self._seen: dict[str, object] = {}
+        self._is_new = False  # whether a page listens that has heard of no run yet
 
     async def run(self) -> None:
         """Look until cancelled. Without a listener only jobs advance."""
         looks = 0
         while True:
-            changed = await asyncio.to_thread(self._look, looks % SCAN_EVERY == 0)
+            is_new, self._is_new = self._is_new, False
+            if is_new:
+                self._seen = {}
+            try:
+                changed = await asyncio.to_thread(self._look, looks % SCAN_EVERY == 0)
+            except (OSError, LorafitError) as error:  # such as a full disk: the next look may do better
+                print(line(f"studio: {error}"), file=sys.stderr)
+                changed = []
+            if is_new:
+                changed.append(LIST)
             if changed or self._is_ending():
                 for queue in self._listeners:
                     with suppress(asyncio.QueueFull):  # a page that does not read gets the next one
@@ -43,7 +56,7 @@ class Watcher:
 
     def _look(self, scans: bool) -> list[str]:
         changed = [LIST] if self._advance() else []
-        if not self._listeners:  # the next one hears of what changes until then
+        if not self._listeners:
             return changed
         known = self._folder.known()
         now: dict[str, object] = dict.fromkeys(self._folder.scan() if scans else known)
@@ -57,11 +70,15 @@ class Watcher:
         return list(dict.fromkeys(changed))
 
     async def events(self) -> AsyncIterator[bytes]:
-        """Server-sent events: each the ids of what has changed, as a list of JSON."""
+        """Server-sent events: each the ids of what has changed, as a list of JSON. A new stream soon hears of all runs.
+
+        What changed before it went to a stream that no page read any more.
+        """
         if len(self._listeners) >= MOST_STREAMS:
             return
         queue: asyncio.Queue[list[str]] = asyncio.Queue(64)
         self._listeners.add(queue)
+        self._is_new = True
         try:
             yield b"retry: 1000\n\n"
             while True:

@@ -6,61 +6,104 @@
   const say = (text) => { one("#said").textContent = text; };
   const piece = async (address, options) => {
     const reply = await fetch(address, { credentials: "same-origin", ...options });
-    return new DOMParser().parseFromString(await reply.text(), "text/html");
+    const found = new DOMParser().parseFromString(await reply.text(), "text/html");
+    return { isGood: reply.ok, body: found.body };
+  };
+  const said = async (reply) => {  // why it was refused
+    const { body } = new DOMParser().parseFromString(await reply.text(), "text/html");
+    return all(".problem p", body).map((part) => part.textContent).join(". ") || lost.dataset.refused;
+  };
+  const lost = one("#lost");
+  const tell = (what = "") => {  // "gone": the studio does not answer; "refused": it has another token now; "": all is well
+    const text = lost.dataset[what] ?? "";
+    if (lost.textContent !== text) lost.textContent = text;
+    one("#live")?.classList.toggle("stale", text !== "");
   };
 
-  // Live pieces: sections that have changed take the place of the old ones.
+  // Live pieces: sections that have changed take the place of the old ones, and keep what the reader has done to them.
   const live = one("#live");
   const shown = new Map();
   for (const section of live ? all("section[id]", live) : []) shown.set(section.id, section.outerHTML);
-  let loading = false, again = false;
+  const FOCUSABLE = "a[href], button, input, select, textarea, summary, [tabindex]";
+  const isTyped = (element) => element?.matches("textarea, select, input:not([type=checkbox])");
+  const replace = (old, section) => {
+    const focused = old.contains(document.activeElement) ? all(FOCUSABLE, old).indexOf(document.activeElement) : -1;
+    const open = all("details", old).map((part) => part.open);
+    const chosen = new Set(all("input:checked", old).map((box) => box.value));
+    const texts = all("input[type=search]", old).map((input) => input.value);
+    const sorted = all("th[aria-sort]", old).map((head) => head.getAttribute("aria-sort"));
+    const scrolled = all(".scroll, .log", old).map((box) => [box.scrollLeft, box.scrollTop, box.scrollTop + box.clientHeight > box.scrollHeight - 4]);
+    old.replaceWith(section);
+    all("details", section).forEach((part, index) => { if (open[index]) part.open = true; });
+    for (const box of all("input[type=checkbox]", section)) box.checked = chosen.has(box.value);
+    all("input[type=search]", section).forEach((input, index) => { input.value = texts[index] ?? ""; });
+    all("th[aria-sort]", section).forEach((head, index) => { if ((sorted[index] ?? "none") !== "none") order(head, sorted[index]); });
+    all(".scroll, .log", section).forEach((box, index) => {
+      const [left, top, isAtEnd] = scrolled[index] ?? [0, 0, true];
+      box.scrollLeft = left;
+      box.scrollTop = isAtEnd && box.matches(".log") ? box.scrollHeight : top;
+    });
+    if (focused >= 0) all(FOCUSABLE, section)[focused]?.focus({ preventScroll: true });
+  };
+  let loading = false, again = false, waits = false;
   const refresh = async () => {
     if (!live || loading) { again = true; return; }
     loading = true;
     try {
-      const view = live.dataset.view ? "?" + new URLSearchParams(new FormData(one(live.dataset.view))) : "";
-      const found = await piece(live.dataset.live + (view || location.search));
-      const sections = all("section[id]", live.dataset.pick ? one(live.dataset.pick, found)?.parentElement ?? found : found);
-      const ids = new Set(sections.map((section) => section.id));
-      for (const old of all("section[id]", live)) if (!ids.has(old.id)) { old.remove(); shown.delete(old.id); }
-      let last = null;
-      for (const section of sections) {
-        const old = live.querySelector("#" + CSS.escape(section.id));
-        const text = section.outerHTML;
-        if (!old) { if (last) last.after(section); else live.prepend(section); }
-        else if (shown.get(section.id) !== text && !old.contains(document.activeElement?.closest?.("details, input, textarea, select"))) {
-          const open = all("details", old).map((part) => part.open);
-          const chosen = new Set(all("input:checked", old).map((box) => box.value));
-          old.replaceWith(section);
-          all("details", section).forEach((part, index) => { if (open[index]) part.open = true; });
-          for (const box of all("input[type=checkbox]", section)) box.checked = chosen.has(box.value);
+      const form = live.dataset.view && one(live.dataset.view);
+      const view = form ? "?" + new URLSearchParams(new FormData(form)) : "";
+      const { isGood, body } = await piece(live.dataset.live + (view || location.search));
+      const problems = all(".problem", body);
+      if (isGood) {
+        const sections = all("section[id]", live.dataset.pick ? one(live.dataset.pick, body).parentElement : body);
+        const ids = new Set(sections.map((section) => section.id));
+        for (const old of all(":scope > section[id], :scope > .problem", live)) if (!ids.has(old.id)) { old.remove(); shown.delete(old.id); }
+        let last = null;
+        for (const section of sections) {
+          const old = one("#" + CSS.escape(section.id), live), text = section.outerHTML;
+          const isSame = shown.get(section.id) === text, isBusy = isTyped(document.activeElement) && old?.contains(document.activeElement);
+          waits ||= isBusy && !isSame;
+          if (old && (isSame || isBusy)) { last = old; continue; }
+          if (old) replace(old, section); else if (last) (last.nextElementSibling?.matches("form") ? last.nextElementSibling : last).after(section); else live.prepend(section);
+          shown.set(section.id, text);
+          last = section;
         }
-        shown.set(section.id, text);
-        last = live.querySelector("#" + CSS.escape(section.id));
-      }
-      live.classList.remove("stale");
+        tell();
+      } else if (problems.length) {  // such as a run that is not there any more
+        live.replaceChildren(...problems);
+        shown.clear();
+        tell();
+      } else tell("refused");
       for (const input of all("[data-filter]")) filter(input);
-    } catch { live.classList.add("stale"); }
+    } catch { tell("gone"); }
     loading = false;
     if (again) { again = false; setTimeout(refresh, 200); }
     more();
   };
   const more = () => { if (live && one("[data-more]", live)) setTimeout(refresh, 100); };  // steps are still being read
   more();
+  live?.addEventListener("focusout", () => { if (waits) { waits = false; refresh(); } });  // what somebody typed into
   // One stream for all pages of a browser: the page that holds the lock listens and tells the others. A browser opens
   // few connections to one server, and ten streams would leave none for anything else.
   if (live?.dataset.watch && "locks" in navigator) {
     const channel = new BroadcastChannel("lorafit-studio");
-    // `null`: a new stream. What changed before it opened went to a stream that no page read any more.
-    const take = (changed) => { if (!changed || changed.includes(live.dataset.watch)) refresh(); };
+    // What is no list is why there is no stream. A new stream begins with all runs.
+    const take = (changed) => {
+      if (!Array.isArray(changed)) tell(changed);
+      else if (lost.textContent || changed.includes(live.dataset.watch)) refresh();
+    };
     channel.onmessage = (event) => take(event.data);
-    navigator.locks.request("lorafit-studio-events", () => new Promise(() => {
+    const pass = (changed) => { channel.postMessage(changed); take(changed); };
+    const listen = () => {
       const source = new EventSource("/events");
-      const tell = (changed) => { channel.postMessage(changed); take(changed); };
-      source.onmessage = (event) => tell(JSON.parse(event.data));
-      source.onopen = () => tell(null);
-      source.onerror = () => live.classList.add("stale");
-    }));
+      source.onmessage = (event) => pass(JSON.parse(event.data));
+      source.onerror = () => {
+        const isRefused = source.readyState === EventSource.CLOSED;  // else the browser tries again
+        pass(isRefused ? "refused" : "gone");
+        if (isRefused) setTimeout(listen, 5000);
+      };
+    };
+    navigator.locks.request("lorafit-studio-events", () => new Promise(listen));
     document.addEventListener("visibilitychange", () => { if (!document.hidden) refresh(); });
   }
   if (live?.dataset.every) {
@@ -111,6 +154,18 @@
   }
 
   // Tables: sort and filter; lists of choices: filter.
+  const order = (head, direction) => {
+    const table = head.closest("table"), column = head.cellIndex, isDown = direction === "descending";
+    for (const other of all("th[aria-sort]", table)) other.setAttribute("aria-sort", other === head ? direction : "none");
+    const value = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent.trim();
+    const rows = all("tbody tr", table).sort((a, b) => {
+      const [x, y] = [value(a), value(b)];
+      if (x === "" || y === "") return (x === "") - (y === "");
+      const sign = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
+      return isDown ? -sign : sign;
+    });
+    table.tBodies[0].append(...rows);
+  };
   const filter = (input) => {
     const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
     for (const row of all("tbody tr, label", one(input.dataset.filter) ?? document.createElement("table"))) {
@@ -120,21 +175,8 @@
   };
   document.addEventListener("input", (event) => { if (event.target.matches?.("[data-filter]")) filter(event.target); });
   document.addEventListener("click", async (event) => {
-    const sort = event.target.closest?.("[data-sort]");
-    if (sort) {
-      const head = sort.closest("th"), table = sort.closest("table"), column = head.cellIndex;
-      const down = head.getAttribute("aria-sort") === "ascending";
-      for (const other of all("th[aria-sort]", table)) other.setAttribute("aria-sort", "none");
-      head.setAttribute("aria-sort", down ? "descending" : "ascending");
-      const value = (row) => row.cells[column].dataset.value ?? row.cells[column].textContent.trim();
-      const rows = all("tbody tr", table).sort((a, b) => {
-        const [x, y] = [value(a), value(b)];
-        if (x === "" || y === "") return (x === "") - (y === "");
-        const order = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
-        return down ? -order : order;
-      });
-      table.tBodies[0].append(...rows);
-    }
+    const head = event.target.closest?.("[data-sort]")?.closest("th");
+    if (head) order(head, head.getAttribute("aria-sort") === "ascending" ? "descending" : "ascending");
     const copy = event.target.closest?.("[data-copy]");
     if (copy) {
       const text = one("pre", copy.parentElement).textContent;
@@ -155,45 +197,61 @@
       if (!details.open || place.childNodes.length) return;
       place.textContent = details.dataset.busy;
       place.className = "busy";
-      const found = await piece(details.dataset.load);
+      try {
+        const { isGood, body } = await piece(details.dataset.load);
+        place.replaceChildren(...(isGood ? body.childNodes : all(".problem", body)));
+      } catch { place.replaceChildren(); details.open = false; tell("gone"); }
       place.className = "";
-      place.replaceChildren(...found.body.childNodes);
     });
   }
 
   // A new run: problems at their fields and the plan, while one types.
   const fresh = one("#new-form");
   if (fresh) {
-    let timer = null, planned = "", number = 0;
+    let timer = null, planned = "", wrong = null, number = 0, checks = 0;
     const plan = async (recipe) => {
-      if (recipe === planned) return;
+      if (recipe === planned) { if (wrong) mark(...wrong); return; }
       planned = recipe;
+      wrong = null;
       const mine = ++number, place = one("#plan");
       place.innerHTML = "";
       const busy = place.appendChild(document.createElement("p"));
       busy.className = "busy";
       busy.textContent = place.dataset.busy;
-      const found = await piece("/new/plan", { method: "POST", body: new URLSearchParams(new FormData(fresh)) });
-      if (mine === number) place.replaceChildren(...found.body.childNodes);
+      const { body } = await piece("/new/plan", { method: "POST", body: new URLSearchParams(new FormData(fresh)) });
+      if (mine !== number) return;
+      const text = one("[data-key]", body);
+      if (text) mark(...(wrong = [text.dataset.key, text.textContent.split("\n")[0]]));
+      place.replaceChildren(...body.childNodes);
+    };
+    const mark = (key, text) => {
+      const input = key && document.getElementsByName(key)[0];
+      const place = input ? one("#e-" + CSS.escape(key.replace(".", "-"))) : one("#errors");
+      place.textContent += text + "\n";
+      input?.setAttribute("aria-invalid", "true");
+      const group = input?.closest("details");
+      if (group) group.open = true;
     };
     const check = async () => {
+      const mine = ++checks;
       const reply = await fetch("/new/check", { method: "POST", body: new URLSearchParams(new FormData(fresh)) });
+      if (!reply.ok) { tell("refused"); return; }
       const told = await reply.json();
+      if (mine !== checks) return;
+      tell();
       for (const place of all(".field .wrong", fresh)) place.textContent = "";
       for (const input of all("[aria-invalid]", fresh)) input.removeAttribute("aria-invalid");
       one("#errors").textContent = "";
-      for (const [key, message, hint] of told.errors) {
-        const input = key && document.getElementsByName(key)[0];
-        const place = input ? one("#e-" + CSS.escape(key.replace(".", "-"))) : one("#errors");
-        place.textContent += message + (hint ? ": " + hint : "") + "\n";
-        if (input) { input.setAttribute("aria-invalid", "true"); }
-      }
+      for (const [key, message, hint] of told.errors) mark(key, message + (hint ? ": " + hint : ""));
       one("aside .command pre", fresh).textContent = told.command;
       one("#recipe").textContent = told.recipe;
-      if (told.recipe) plan(told.recipe);
+      if (told.recipe) await plan(told.recipe);
     };
-    fresh.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(check, 500); });
-    if (one("#recipe").textContent) plan(one("#recipe").textContent);
+    fresh.addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(() => check().catch(() => tell("gone")), 500); });
+    // Also when one comes back to it: the browser has put in again what was typed.
+    addEventListener("pageshow", () => {
+      if (document.getElementsByName("model.name")[0].value) check().catch(() => tell("gone"));
+    });
   }
 
   // A form whose answer may take long says so. Columns that are chosen become the text that the form sends.
@@ -212,15 +270,17 @@
   // Data: a dropped file goes in parts that the studio accepts.
   const drop = one("[data-drop]");
   if (drop) {
-    const PART = 2 ** 21;
+    const PART = 2 ** 21, place = one("[role=alert]", drop);
+    const failed = (text) => { place.textContent = drop.dataset.error + ": " + text; };
     const take = async (file) => {
+      place.textContent = "";
       const id = [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
       let path = "";
       for (let offset = 0; offset === 0 || offset < file.size; offset += PART) {
         const last = offset + PART >= file.size ? 1 : 0;
         const query = new URLSearchParams({ name: file.name, id, offset, last });
         const reply = await fetch("/data/upload?" + query, { method: "POST", body: file.slice(offset, offset + PART) });
-        if (!reply.ok) { say(drop.dataset.error); drop.append(" " + drop.dataset.error); return; }
+        if (!reply.ok) { failed(await said(reply)); return; }
         path = (await reply.json()).path;
       }
       one("#d-path").value = path;
@@ -232,9 +292,13 @@
     drop.addEventListener("drop", (event) => {
       event.preventDefault();
       drop.classList.remove("over");
-      if (event.dataTransfer.files[0]) take(event.dataTransfer.files[0]);
+      const file = event.dataTransfer.files[0];
+      if (file) take(file).catch(() => failed(lost.dataset.gone));
     });
-    one("[data-pick-file]", drop).addEventListener("change", (event) => { if (event.target.files[0]) take(event.target.files[0]); });
+    one("[data-pick-file]", drop).addEventListener("change", (event) => {
+      const file = event.target.files[0];
+      if (file) take(file).catch(() => failed(lost.dataset.gone));
+    });
   }
 
   // Talk: one column per model, each with its own conversation.
@@ -305,12 +369,17 @@
       const row = turn.appendChild(document.createElement("div"));
       row.className = "chat";
       one("#turns").prepend(turn);
-      const answers = JSON.parse(form.dataset.models).map((model) => {
+      const { base, baseIs } = form.dataset;
+      const models = JSON.parse(form.dataset.models).sort((a, b) => (b === base) - (a === base));  // the base first
+      const answers = models.map((model) => {
         const column = row.appendChild(document.createElement("div"));
-        column.appendChild(document.createElement("h3")).textContent = model;
+        column.appendChild(document.createElement("h3")).textContent = model === base ? `${model} (${baseIs})` : model;
         const place = column.appendChild(document.createElement("div"));
         place.className = "say busy";
-        return answer(model, form, place);
+        return answer(model, form, place).catch(() => {
+          place.className = "wrong";
+          place.textContent += lost.dataset.gone;
+        });
       });
       one("#task-prompt").value = form.prompt.value;
       await Promise.all(answers);
@@ -319,8 +388,12 @@
     }
     if (form.id === "task-form") {
       event.preventDefault();
-      const reply = await fetch("/talk/task", { method: "POST", body: new URLSearchParams(new FormData(form)) });
-      one("[role=status]", form).textContent = reply.ok ? form.dataset.done : "";
+      const fields = new URLSearchParams(new FormData(form));
+      fields.set("system", one("#talk-system").value);
+      try {
+        const reply = await fetch("/talk/task", { method: "POST", body: fields });
+        one("[role=status]", form).textContent = reply.ok ? form.dataset.done : await said(reply);
+      } catch { one("[role=status]", form).textContent = lost.dataset.gone; }
     }
   });
   document.addEventListener("click", (event) => {
