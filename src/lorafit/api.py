@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.config.load import load_config, recipe_file, validate
-from lorafit.config.schema import Config
-from lorafit.data.memory_rows import rows_file
+from lorafit.config.schema import Config, DataSection
+from lorafit.data.memory_rows import rows_file, rows_in
 from lorafit.infer.model import Answer, Model, Question, load
 from lorafit.infer.sampling import Sampling
 from lorafit.training.run import Result, start_run
@@ -21,8 +21,9 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, quiet: bool = Fals
 
     Args:
         config: a Config, a mapping of sections such as `{"model": {"name": ...}, "data": {"path": ...}}`, a recipe
-            file, or the name of a recipe that lorafit contains. In a mapping, `data` or its `path` can be a list of
-            rows: `{"data": [{"instruction": ..., "output": ...}]}`. They are kept in the cache.
+            file, or the name of a recipe that lorafit contains. In a mapping, `data` or its `path` can be rows:
+            `{"data": [{"instruction": ..., "output": ...}]}`, a generator of them, a DataFrame of pandas or polars, or
+            a `datasets.Dataset`. They are kept in the cache.
         quiet: shows no progress; by default it is shown as `lorafit train` shows it, on stderr.
 
     Returns the Result: path, adapter and losses of the run. Raises a LorafitError, before the training, with all
@@ -36,13 +37,16 @@ def train(config: Config | Mapping[str, Any] | str | Path, *, quiet: bool = Fals
 
 
 def _with_files(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with the file of its rows where `data` or `data.path` is a list of rows."""
+    """`config` with the file of its rows where `data` or `data.path` has them in memory."""
     data = config.get("data")
-    section = dict(data) if isinstance(data, Mapping) else {"path": data}
-    rows = section.get("path")
-    if not isinstance(rows, Sequence) or not any(isinstance(row, Mapping) for row in rows):
-        return dict(config)
-    return {**config, "data": {**section, "path": [str(rows_file(rows))]}}
+    section: dict[str, Any] = {"path": data}
+    if isinstance(data, Mapping) and data.keys() & DataSection.model_fields.keys():
+        section = dict(data)
+    elif data is None or (isinstance(data, Mapping) and all(isinstance(one, str) for one in data.values())):
+        return dict(config)  # settings, none of which is known
+    if (rows := rows_in(section.get("path"))) is not None:
+        section["path"] = [str(rows_file(rows))]
+    return {**config, "data": section}
 
 
 def generate(

@@ -404,6 +404,7 @@ LEAVING: dict[str, dict[str, str]] = {
     "check/machine_probe.py": {"print": OWN, "dumps": OWN},
     "check/preflight.py find": {"dumps": DATA},
     "cli/config.py config": {"dumps": OWN},
+    "__main__.py run": {"print": OWN},
     "cli/main.py _print_error": {"print": "an_error"},
     "cli/output.py put_line": {"echo": "a_line_of_a_command"},
     "cli/output.py put_text": {"echo": "a_text_of_a_command"},

@@ -31,7 +31,8 @@ RUN: list[Event] = [
     Answers(
         20, ["Where is\nit?", "Who?"], ["In the " + "long " * 20 + "grass.", "I."], [True, True], None, 0.5
     ),
-    Saved(20, "runs/a/checkpoints/step-000020", "best"),
+    Saved(20, "runs/a/checkpoints/step-000020", "best"),  # has no line
+    Saved(20, "runs/a/checkpoints/step-000020", "stopped"),
     Message("[red]nearly full[/red]\x1b[2J", "warning"),
     RunEnded(20, "interrupted", 72.0, "runs/a/adapter", 1.8),
 ]
@@ -42,7 +43,7 @@ step 10/30  loss 1.900  lr 1.9e-04  312 tokens/s  eta 40s  1.2 GB
 step 20/30  loss 1.800  lr 1.9e-04  312 tokens/s  eta 20s  1.2 GB
 step 20  held-out loss 1.412 (base 1.905)  best so far
 step 20  Where is it? -> In the long long long long long long long long long long ...
-step 20  saved runs/a/checkpoints/step-000020 (best)
+step 20  saved runs/a/checkpoints/step-000020 (stopped)
 warning: [red]nearly full[/red]\\u001b[2J
 interrupted after 20 steps in 1m 12s
 adapter runs/a/adapter
@@ -101,7 +102,7 @@ def test_a_terminal_has_a_live_line_and_the_permanent_ones_above(monkeypatch: py
     assert SHOW_CURSOR in colored  # the cursor is back
     order = [
         "held-out loss 1.412",
-        "saved runs/a/checkpoints/step-000020 (best)",
+        "saved runs/a/checkpoints/step-000020 (stopped)",
         "[red]nearly full",
         "adapter runs",
     ]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from tests.tiny_models import write_model
 
 import lorafit
-from lorafit.data.memory_rows import rows_file
+from lorafit.data.memory_rows import rows_file, rows_in
 from lorafit.errors import DataError
 
 ROWS = [{"instruction": f"Say {number}.", "output": f"It is {number}."} for number in range(12)]
@@ -53,5 +55,48 @@ def test_a_row_that_json_cannot_hold_is_named() -> None:
     with pytest.raises(DataError) as caught:
         rows_file([*ROWS, {"instruction": object()}])
     assert caught.value.problems[0].place == "row 13"
-    with pytest.raises(DataError, match="empty"):
-        rows_file([])
+    with pytest.raises(DataError) as caught:
+        rows_file([ROWS[0], "x.json"])  # type: ignore[list-item]
+    assert caught.value.problems[0].place == "row 2"
+
+
+def test_tables_and_generators_are_read_as_the_list_of_their_rows() -> None:
+    pandas = pytest.importorskip("pandas")
+    datasets = pytest.importorskip("datasets")
+    frame = pandas.DataFrame(ROWS)
+    filtered = pandas.DataFrame([{"instruction": "x"}, *ROWS])[1:]  # its index does not begin at 0
+    for value in (
+        tuple(ROWS),
+        (row for row in ROWS),
+        frame,
+        filtered,
+        pyarrow.Table.from_pylist(ROWS),
+        datasets.Dataset.from_list(ROWS),
+    ):
+        rows = rows_in(value)
+        assert rows is not None
+        assert [{**row} for row in rows] == ROWS
+    when = datetime.date(2026, 1, 2)
+    dated = rows_in(pyarrow.table({"instruction": ["a"], "output": [None], "when": [when]}))
+    assert dated is not None
+    assert json.loads(rows_file(dated).read_text()) == {"instruction": "a", "output": None, "when": str(when)}
+
+
+@pytest.mark.parametrize("value", [None, 3, "rows.json", Path("rows.json"), ["a.json", "b.json"], b"x"])
+def test_names_of_files_and_settings_are_no_rows(value: object) -> None:
+    assert rows_in(value) is None
+
+
+@pytest.mark.parametrize(
+    "value", [[], (), iter([]), iter(["a.json"]), {"train": ROWS}, {1, 2}, pyarrow.array(["a"])]
+)
+def test_what_holds_no_rows_is_refused_with_the_form_of_rows(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(DataError) as caught:
+        lorafit.train(config(tmp_path, value))
+    assert '[{"instruction"' in caught.value.problems[0].hint
+
+
+def test_the_name_of_a_file_can_stand_for_the_section(tmp_path: Path) -> None:
+    for data in (name := str(tmp_path / "none.json"), [name], {"path": name}):
+        with pytest.raises(DataError, match="no such file"):
+            lorafit.train(config(tmp_path / "run", data))

@@ -119,10 +119,15 @@ def main() -> None:
     if (code := exit_code_of_previous_attempt(env)) is not None:
         sys.exit(code)
     try:
-        code = app(standalone_mode=False)
-    except KeyboardInterrupt:
+        # not `app()`, which ends by itself, without a message, after Ctrl-C and where a pipe is closed
+        with typer.main.get_command(app).make_context("lorafit", sys.argv[1:]) as context:
+            code = context.command.invoke(context)
+    except typer.Exit as ended:
+        code = ended.exit_code
+    except KeyboardInterrupt as stop:
         mark_no_restart(env, 130)
-        _print_error("interrupted")
+        if env.is_main:
+            _print_error(str(stop) or "interrupted")
         sys.exit(130)
     except BrokenPipeError:  # the reader of the output has closed it
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115

@@ -18,6 +18,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -91,7 +92,7 @@ def read_back(
         "base": str(base or source.base.path),
         "template": own_template(source) if export.base_of is not None else None,
         "arithmetic": reference.arithmetic,
-        "threads": min(8, os.cpu_count() or 1),
+        "threads": min(8, torch.get_num_threads()),
         "stop_ids": list(source.contract.stop_ids),
         "bos": source.contract.bos or "",
         "bos_id": source.contract.bos_id,

@@ -31,6 +31,7 @@ from lorafit.verify.logits import largest
 
 MAX_PROMPTS, MAX_TOKENS = 6, 16
 FIXED_PROMPTS = ("What is the capital of France?", "라마가 뭐야? 🦙", "Write  two lines:\n\n1. one\n2. two")
+_ROUNDED_IN = 2  # texts that are scored in the time in which all weights are rounded
 FLOOR = -60.0  # log-probabilities below count as this one
 
 Advance = Callable[[int, int], None]
@@ -136,22 +137,25 @@ def make_reference(
     questions = questions_of(source, longest)
     arithmetic = arithmetic_of(source)
     network, _ = build_saved(source.base.path, source.adapter, "cpu", arithmetic)
-    steps = len(questions) + 1 + len(source.weights) * (rounding is not None) + len(calibration)
-    prompts = []
-    for done, question in enumerate(questions, 1):
-        prompts.append(_answered(source, network, question))
-        progress(done, steps)
+    number = len(questions) + len(rows.texts)
+    roundings = _ROUNDED_IN * (rounding is not None)
+    steps = len(questions) + number + (number + roundings if roundings else 0) + len(calibration)
+
+    def after(start: int) -> Callable[[int], None]:
+        return lambda done: progress(start + done, steps)
+
+    prompts = _answered(source, network, questions, after(0))
     texts = [*map(_of_answer, prompts), *rows.texts]
     rounded = None
     with torch.no_grad():
-        live, spread = _scores(network, texts)
-        start = len(questions) + 1
-        progress(start, steps)
+        live, spread = _scores(network, texts, after(len(questions)))
         if rounding is not None:
-            _round(source, network, rounding, lambda done: progress(start + done, steps))
+            start, parts = len(questions) + number, len(source.weights)
+            _round(source, network, rounding, lambda done: after(start)(roundings * done // parts))
             head = HEAD if f"{HEAD}.weight" in source.weights else source.arch.embedding
-            rounded, _ = _scores(network, texts, rounding.inputs_of(f"{head}.weight"))
-    importance = _importance(source, network, calibration, lambda done: progress(start + done, steps))
+            inputs = rounding.inputs_of(f"{head}.weight")
+            rounded, _ = _scores(network, texts, after(start + roundings), inputs)
+    importance = _importance(source, network, calibration, after(steps - len(calibration)))
     rounds_inputs = rounding is None or rounding.inputs is not None or bool(rounding.by_weight)
     is_exact = not rounds_inputs and arithmetic == "float32"
     return Reference(prompts, rows, live, rounded, arithmetic, is_exact, spread, importance)
@@ -191,10 +195,22 @@ def questions_of(source: RunSource, longest: int) -> list[Question]:
     return questions
 
 
-def _answered(source: RunSource, network: Llama, question: Question) -> Prompt:
+def _answered(
+    source: RunSource, network: Llama, questions: Sequence[Question], progress: Callable[[int], None]
+) -> list[Prompt]:
+    """The questions with their greedy answers, which are generated together."""
     stops = frozenset(source.contract.stop_ids)
-    made = generate_tokens(network, [Request(question.ids, stops, MAX_TOKENS)])
-    return Prompt(question.messages, question.text, question.ids, [token.id for _, token in made])
+    answers: list[list[int]] = [[] for _ in questions]
+    ended = 0
+    requests = [Request(question.ids, stops, MAX_TOKENS) for question in questions]
+    for index, token in generate_tokens(network, requests):
+        answers[index].append(token.id)
+        if token.end:
+            progress(ended := ended + 1)
+    return [
+        Prompt(one.messages, one.text, one.ids, answer)
+        for one, answer in zip(questions, answers, strict=True)
+    ]
 
 
 def _of_answer(prompt: Prompt) -> Text:
@@ -203,12 +219,15 @@ def _of_answer(prompt: Prompt) -> Text:
 
 
 def _scores(
-    network: Llama, texts: Iterable[Text], inputs: Callable[[Tensor], Tensor] | None = None
+    network: Llama,
+    texts: Iterable[Text],
+    progress: Callable[[int], None],
+    inputs: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Scores, float]:
     """(the scores of `texts`, the spread of the logits)."""
     parts: list[tuple[Tensor, ...]] = []
     first, spread = torch.empty(0), 0.0
-    for text in texts:
+    for done, text in enumerate(texts, 1):
         ids, at = torch.tensor(text.ids), torch.tensor(text.positions)
         hidden = network.normed(network.hidden(ids[:-1], PackedDocuments([len(ids) - 1]), at - 1))
         logits = F.linear(hidden if inputs is None else inputs(hidden), network.lm_head.weight)
@@ -218,6 +237,7 @@ def _scores(
         parts.append((rows.gather(1, ids[at, None])[:, 0], best.indices, best.values))
         first = first if len(first) else rows[0].clone()
         spread = max(spread, float(logits.max() - logits.min()))
+        progress(done)
     scored, indices, values = (torch.cat(column) for column in zip(*parts, strict=True))
     return Scores(scored, indices, values, first), spread
 

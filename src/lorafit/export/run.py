@@ -6,8 +6,8 @@ import importlib.util
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -148,12 +148,15 @@ def _target(source: RunSource, kind: str, type_name: str, output: str | Path | N
     return target_folder(source.run, name, output)
 
 
+@contextmanager
 def _staged(
     source: RunSource, export: Export, folder: Path, facts: Mapping[str, Any], sums: dict[str, str]
-) -> AbstractContextManager[Path]:
+) -> Iterator[Path]:
     bits = TYPES[facts["type"]].bits
     size = None if export.is_adapter else round(bits / 8 * source.arch.num_parameters)
-    return staging_folder(folder, facts, sums, size, _HINT)
+    with ExitStack() as saving, staging_folder(folder, facts, sums, size, _HINT) as staging:
+        yield staging
+        saving.enter_context(progress("saving the export"))  # it ends after the commit of the folder
 
 
 def _describe(
@@ -238,9 +241,10 @@ def _verify(
 def _made_before(source: RunSource, type_name: str, facts: Mapping[str, Any]) -> Path | None:
     """The verified `gguf` export of this adapter in the run's own folder, whole as it was written; None if none."""
     folder = source.run.exports / f"gguf-{type_name}"
-    if source.config is None or not (folder / MANIFEST).is_file() or verify_folder(folder):
+    if source.config is None or not (folder / MANIFEST).is_file():
         return None
-    is_same = read_facts(folder) == {**facts, "export": "gguf"}
+    with progress("reading the GGUF file of an earlier export"):
+        is_same = not verify_folder(folder) and read_facts(folder) == {**facts, "export": "gguf"}
     return folder if is_same and _outcome_of(folder)["verified"] else None
 
 

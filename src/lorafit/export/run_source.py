@@ -23,6 +23,7 @@ from lorafit.model.saved_adapter import HEAD, SavedAdapter, read_adapter
 from lorafit.model.stored_tensor import StoredTensor
 from lorafit.model.tables import grown
 from lorafit.model.weights import stored_weights
+from lorafit.observe.progress import progress
 from lorafit.redact import logger_of
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import MANIFEST, read_facts
@@ -109,7 +110,8 @@ def open_source(path: str | Path, *, offline: bool = False) -> RunSource:
     arch = read_architecture(base.path)
     saved = read_adapter(adapter)
     arch = replace(arch, vocab_size=saved.vocabulary(arch))
-    renderer = found.renderer(base.path)
+    with progress("reading the tokenizer"):
+        renderer = found.renderer(base.path)
     prompt = renderer.contract
     if (largest := max(prompt.bos_id or 0, prompt.eos_id or 0, *prompt.stop_ids, 0)) >= arch.vocab_size:
         raise RunError(

@@ -99,6 +99,8 @@ class Terminal:
                     f"the held-out rows chose the length of step {event.chosen_step}{loss}: "
                     f"now {count(steps, 'step')} on all {count(event.num_rows, 'row')}, from the beginning"
                 )
+            case Saved(reason="best"):
+                pass  # the line of the measurement says it
             case Saved():
                 self._print(f"step {event.step}  saved {event.path} ({event.reason})")
             case Progress():

@@ -28,7 +28,7 @@ from lorafit.storage.locks import lock
 from lorafit.storage.safe_read import MB, read_json
 from lorafit.sweep.run import TrialResult
 from lorafit.sweep.space import Point, grid, parse_axes
-from lorafit.sweep.trials import Trial, plan_sweep
+from lorafit.sweep.trials import GOES_ON, Trial, plan_sweep
 from lorafit.training.optim import FALL
 from lorafit.training.run import resume_run, start_run
 
@@ -209,6 +209,8 @@ def _run(trial: Trial, steps: Sequence[int], rung: int, base: BaseModelCache, qu
                                 remove_folder(run.checkpoint(step))
                 words = [f"train.{key}={value}" for key, value in _rung(steps, rung).items()]
                 result = resume_run(run.path, words, accept_changes=True, quiet=True, base=base)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{trial.title}  {GOES_ON}") from None
     except LorafitError as error:
         write_file(trial.error_file, f"{error}\n")
         return Score(trial.name, length, math.inf, 0.0)

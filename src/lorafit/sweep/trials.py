@@ -31,6 +31,7 @@ from lorafit.sweep.space import Point
 from lorafit.training.run import resume_run, start_run
 
 _PLAN, _LOCK = "sweep.json", "sweep.lock"
+GOES_ON = "interrupted; the same command goes on"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +148,8 @@ def work(trials: Sequence[Trial], announce: Callable[[Trial, str], None], *, qui
                         result = resume_run(trial.run.path, quiet=True, base=base)
                     else:
                         result = start_run(trial.config, quiet=True, base=base)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(f"{trial.title}  {GOES_ON}") from None
             except LorafitError as error:
                 sweep.check()
                 write_file(trial.error_file, f"{error}\n")
@@ -155,7 +158,7 @@ def work(trials: Sequence[Trial], announce: Callable[[Trial, str], None], *, qui
             sweep.check()
             trial.error_file.unlink(missing_ok=True)
             if not result.finished:
-                announce(trial, "interrupted; the same command goes on")
+                announce(trial, GOES_ON)
                 return False
     return True
 

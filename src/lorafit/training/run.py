@@ -73,7 +73,7 @@ from lorafit.training.setup import (
     prepare,
     write_origin,
 )
-from lorafit.training.signals import Requests, outside_steps
+from lorafit.training.signals import Requests, outside_steps, with_way_back
 from lorafit.training.stream_cache import keep_streams
 from lorafit.verify.proof import tensor_digests
 
@@ -142,7 +142,8 @@ def start_run(config: Config, *, quiet: bool = False, base: BaseModelCache | Non
             write_origin(run, prepared)
             run.write_json(run.env_file, environment(env))
             run.write_config(prepared.config)  # last: this file makes the folder a run
-            return run_training(prepared, run, ranks, step=None, notes=[], quiet=quiet)
+            with with_way_back(run):
+                return run_training(prepared, run, ranks, step=None, notes=[], quiet=quiet)
 
 
 def resume_run(
@@ -174,7 +175,7 @@ def _resume(
     """`resume_run` in a process group. Only the first rank needs the run directory."""
     run = RunDirectory.open(path) if ranks.is_main else RunDirectory(Path(path).expanduser())
     wait_for_left()
-    with run.locked() if ranks.is_main else nullcontext():
+    with run.locked() if ranks.is_main else nullcontext(), with_way_back(run):
         resumption = ranks.broadcast_from_rank0(
             "resumption", Resumption, lambda: Resumption.of(run, overrides)
         )

@@ -10,6 +10,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from lorafit.observe.events import Message, Observer
+from lorafit.redact import shell
+from lorafit.run_dir import RunDirectory
 
 _STOP = ("SIGINT", "SIGTERM", "SIGHUP")  # keyboard, a scheduler's pre-emption, a closed terminal
 _SAVE = "SIGUSR1"
@@ -18,13 +20,12 @@ _Handler = Callable[[int, FrameType | None], None]
 
 @contextlib.contextmanager
 def outside_steps(observe: Observer) -> Iterator[None]:
-    """Before the first step and after the last there is nothing to save: a signal stops at once, USR1 gives a message.
-    By default all but SIGINT would end the process without a message.
+    """Before the first step and after the last there is nothing to save: a signal stops at once, by a KeyboardInterrupt
+    with its name; USR1 gives a message. By default all but SIGINT would end the process without a message.
     """
 
     def on_stop(number: int, frame: FrameType | None) -> None:
-        observe(Message(f"{_name(number)}: stopping; what was trained is saved", "warning"))
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt(f"{_name(number)}: stopped")
 
     def on_save(number: int, frame: FrameType | None) -> None:
         observe(Message("SIGUSR1: no step is under way; what was trained is saved"))
@@ -84,10 +85,20 @@ class Requests:
         if self._stop and self._patient:
             return
         if self._stop:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(f"{_name(number)}: stopped at once")
         self._stop = True
         once_more = "" if self._patient else "; once more stops at once"
         self._observe(Message(f"{_name(number)}: saving after this step{once_more}", "warning"))
+
+
+@contextlib.contextmanager
+def with_way_back(run: RunDirectory) -> Iterator[None]:
+    """Add how `run` continues to the message of a KeyboardInterrupt of the block."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        again = f"continue with: {shell('lorafit', 'train', '--resume', run.path)}"
+        raise KeyboardInterrupt(f"{stop or 'interrupted'}; {again}") from None
 
 
 def _name(number: int) -> str:
