@@ -91,9 +91,10 @@ def present(capability: tuple[int, int], memory: Memory) -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch.cuda, name, patch))
         stack.enter_context(mock.patch.object(torch.version, "cuda", torch.version.cuda or "13.0"))
         stack.enter_context(mock.patch.object(torch.Tensor, "pin_memory", pinned))
-        # bitsandbytes keeps the table of a type per device: one of an earlier device is not of this one
-        kept = getattr(sys.modules.get("bitsandbytes.backends.utils"), "_code_4bit_cache", {})
-        stack.enter_context(mock.patch.dict(kept, clear=True))
+        # bitsandbytes keeps its tables: those of an earlier device are not of this one
+        for module, name in (("backends.utils", "_code_4bit_cache"), ("functional", "name2qmap")):
+            kept = getattr(sys.modules.get(f"bitsandbytes.{module}"), name, {})
+            stack.enter_context(mock.patch.dict(kept, clear=True))
         guard.install()
         # torch.tensor(..., device="cuda") is made on the CPU and moved
         stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
