@@ -40,7 +40,15 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iter
     assert bool(gpu_ops._failed) == (request.param == "definition")
 
 
-@pytest.fixture(params=CLOSE, ids=str)
+@pytest.fixture(
+    params=[
+        torch.float64,
+        torch.bfloat16,
+        pytest.param(torch.float32, marks=pytest.mark.slow),
+        pytest.param(torch.float16, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def dtype(request: pytest.FixtureRequest, way: None) -> torch.dtype:
     kind: torch.dtype = request.param
     torch.manual_seed(0)
@@ -184,7 +192,9 @@ def test_sixteen_bits_are_the_cpus_within_rounding() -> None:
     assert max(difference(found, exact)) <= 5e-2
 
 
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("down_proj",)])
+@pytest.mark.parametrize(
+    "targets", [("q_proj", "v_proj"), pytest.param(("down_proj",), marks=pytest.mark.slow)]
+)
 def test_layers_of_which_some_linears_are_adapted(targets: tuple[str, ...]) -> None:
     exact = measure(network_on("cpu", "llama", torch.float64, targets=targets, **SMALL), FEW)
     with interpreted(H100):
