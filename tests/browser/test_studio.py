@@ -194,6 +194,10 @@ def test_problems_stand_at_their_fields_while_one_types(browser: Any, studio: Li
     page.get_by_label("Rank of the adapter lora.rank", exact=True).fill("4")
     page.locator("aside .command pre", has_text="lorafit train").wait_for()
     assert "rank: 4" in page.locator("#recipe").text_content()
+    page.get_by_role("link", name="Runs", exact=True).click()
+    page.wait_for_url(f"{studio.base}/")
+    page.go_back()
+    page.locator("#recipe", has_text="rank: 4").wait_for(state="attached")  # what was typed is still there
     context.close()
 
 
