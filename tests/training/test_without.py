@@ -95,7 +95,10 @@ def test_it_says_what_a_run_from_the_start_costs(whole: Result, tmp_path: Path, 
     assert "no checkpoint before it is kept: from the start it takes 7 steps" in done.err
     assert "--from-start" in done.err
     assert not (tmp_path / "less").exists()
-    assert cli("without", whole.path, "--rows", "99").code == 2
+    done = cli("without", whole.path, "--rows", "99")
+    assert (done.code, done.err.splitlines()[0]) == (2, "error: there is no row 99")
+    done = cli("without", whole.path, "--rows", "3-1")
+    assert (done.code, done.err.splitlines()[0]) == (2, "error: `3-1` names no row")
     assert cli("without", whole.path).code == 2
 
 

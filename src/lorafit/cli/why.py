@@ -21,7 +21,7 @@ NUM_REMOVED = 10
 
 def why(
     run: options.RunArgument,
-    prompt: Annotated[str, typer.Argument(help="The prompt.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The prompt.")],
     answer: Annotated[
         str | None,
         typer.Option(help="The answer to explain; by default the greedy one.", show_default=False),

@@ -16,6 +16,7 @@ from lorafit.errors import ConfigError, DataError, RunError
 from lorafit.hub.client import tokenizer_folder
 from lorafit.observe.answer_losses import read_answer_losses
 from lorafit.observe.metrics_file import number, read_metrics
+from lorafit.observe.units import count
 from lorafit.observe.visits import read_visits
 from lorafit.report.row_list import RowStory, counts_of, stories
 from lorafit.run_dir import RunDirectory
@@ -102,9 +103,12 @@ def numbers_of(data: TrainingData, rows: str | None, ids: Sequence[str]) -> list
     for part in filter(None, (rows or "").split(",")):
         match = re.fullmatch(r"\s*([1-9]\d{0,9})(?:-([1-9]\d{0,9}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if not first <= last <= data.index.num_rows:
-            hint = f"for example --rows 17,40-42; the run has {data.index.num_rows:,} rows"
-            raise ConfigError(f"--rows has numbers of rows, not `{part}`", hint=hint)
+        if not first <= last:
+            hint = "a number, or the first and the last of several: for example --rows 17,40-42"
+            raise ConfigError(f"`{part}` names no row", place="--rows", hint=hint)
+        if last > data.index.num_rows:
+            hint = f"the run has {count(data.index.num_rows, 'row')}, from 1"
+            raise ConfigError(f"there is no row {last}", place="--rows", hint=hint)
         numbers += range(first - 1, last)
     if wanted := read_ids(ids):
         contents = Contents.of(data.encoded.flat.numbers, data.encoded.flat.hashes)
