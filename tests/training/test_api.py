@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,13 @@ def test_a_row_that_json_cannot_hold_is_named() -> None:
     with pytest.raises(DataError) as caught:
         rows_file([ROWS[0], "x.json"])  # type: ignore[list-item]
     assert caught.value.problems[0].place == "row 2"
+
+
+def test_a_fault_is_named_by_its_row_and_not_by_the_file_of_the_cache(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        lorafit.train(config(tmp_path, [*ROWS, {"instruction": "no answer"}]))
+    place = caught.value.problems[0].place
+    assert re.fullmatch(rf"rows in memory \([0-9a-f]{{8}}\) row {len(ROWS) + 1}, .*", place)
 
 
 def test_tables_and_generators_are_read_as_the_list_of_their_rows() -> None:

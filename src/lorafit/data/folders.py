@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lorafit.data.columns import is_row
 from lorafit.data.json_rows import rows_of_object
+from lorafit.data.memory_rows import name_of
 from lorafit.errors import DataError, similar
 from lorafit.hub.dataset_splits import (
     HUB_ID,
@@ -91,7 +92,7 @@ def files_of(spec: str, wanted: Wanted) -> Found:
             return _hub(spec, wanted)
     if path.is_dir():
         return _folder(spec, path, wanted)
-    return Found([SourceFile(spec, str(path), path, "") for path in data_files(path)])
+    return Found([SourceFile(spec, name_of(path), path, "") for path in data_files(path)])
 
 
 def data_files(path: Path) -> list[Path]:

@@ -16,8 +16,9 @@ from typing import Any
 
 from lorafit.errors import DataError
 from lorafit.storage.atomic import write_lines
-from lorafit.storage.cache_dir import cache_folder
+from lorafit.storage.cache_dir import cache_folder, cache_home
 
+_FOLDER = "rows"  # of the cache
 _EXAMPLE = '[{"instruction": ..., "output": ...}]'
 _INDEX = "__index_level_"  # the columns in which Arrow has the index of a DataFrame
 
@@ -69,13 +70,19 @@ def rows_file(rows: Sequence[Mapping[str, Any]]) -> Path:
             raise DataError(f"a row is no JSON object: {error}", place=f"row {number}", hint=hint) from None
     digest = hashlib.sha256(b"".join(lines)).hexdigest()
     try:
-        path = cache_folder("rows") / f"{digest}.jsonl"
+        path = cache_folder(_FOLDER) / f"{digest}.jsonl"
     except OSError as error:
         hint = "set LORAFIT_CACHE to a folder of your own, or write the rows to a file"
         raise DataError(f"the rows cannot be kept: {error}", hint=hint) from None
     if not path.is_file():
         write_lines(path, lines, sum(map(len, lines)))
     return path
+
+
+def name_of(path: Path) -> str:
+    """What messages call the file at `path`: the path, or `rows in memory` with the beginning of their SHA-256."""
+    is_ours = path.parent == cache_home() / _FOLDER and len(path.stem) == 64
+    return f"rows in memory ({path.stem[:8]})" if is_ours else str(path)
 
 
 def _text(value: object) -> str:
