@@ -52,7 +52,8 @@ def why(
 
     directory = RunDirectory.open(run)
     found = explain(directory, prompt, answer, max_tokens, quiet=as_json)
-    listed = described(found.data, found.pushes[: rows or None])
+    most = described(found.data, found.pushes[: max(rows, NUM_REMOVED) if rows else None])
+    listed = most[: rows or None]
     if as_json:
         put_json({"prompt": prompt, "answer": found.answer, "loss": found.loss, "rows": len(found.pushes)})
         for rank, row in enumerate(listed, 1):
@@ -62,8 +63,8 @@ def why(
         put_line(f"loss {found.loss:.3f} per token; {len(found.pushes):,} rows compared")
         cells = [[f"{row['score']:+.3f}", f"{row['loss']:.2f}", row["place"], _short(row)] for row in listed]
         table(["score", "loss", "row", "text"], cells)
-    most = described(found.data, found.pushes[:NUM_REMOVED])
-    explained: dict[str, Any] = {"prompt": prompt, "answer": found.answer, "loss": found.loss, "rows": most}
+    explained: dict[str, Any] = {"prompt": prompt, "answer": found.answer, "loss": found.loss}
+    explained["rows"] = most[:NUM_REMOVED]
     _keep(directory, explained)
     if verify:
         explained["without"] = _verify(directory, prompt, found, max_tokens, output, yes, as_json)
