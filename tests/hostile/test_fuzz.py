@@ -69,7 +69,7 @@ def test_a_bug_is_found(name: str, scene: Scene, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("place", "source"),
     [
-        ("charge", "{{ ('a' * 100000).rfind('a' * 25000 ~ 'b' ~ 'a' * 25000) }}"),
+        ("charge", "{{ ('a' * 150000).rfind('a' * 40000 ~ 'b' ~ 'a' * 40000) }}"),
         ("charge", "{{ ('a' * 300000000)|length }}"),
         ("weighed", "{{ ('\\u4e2d' * 3000000)|list }}"),
     ],

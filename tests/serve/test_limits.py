@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.effort import is_slower
 from tests.serve.live import CONTEXT, Live, live, write_and_load
 from tests.serve.shapes import ask, longest_pause, pause_of, request
 from tests.waiting import HANGS, Clock
@@ -263,7 +264,7 @@ EXPENSIVE = {  # beside those that tests/serve/test_fuzz.py makes
 def test_a_request_holds_the_loop_less_than_50_ms_and_takes_less_than_50_mb(name: str, patient: Live) -> None:
     body = EXPENSIVE[name]
     assert ask(patient, "completions", body) == b"400"
-    assert min(pause_of(patient, "completions", body) for _ in range(3)) < 0.05
+    assert not is_slower(min(pause_of(patient, "completions", body) for _ in range(3)), 0.05)
     tracemalloc.start()
     try:
         ask(patient, "completions", body)
@@ -291,7 +292,7 @@ def test_a_long_answer_does_not_hold_the_loop(patient: Live) -> None:
             content = reply.result(HANGS)
         pauses += pause
     assert len(json.loads(content)["choices"][0]["logprobs"]["content"]) == LongAnswer.num_tokens
-    assert min(pauses) < 0.05
+    assert not is_slower(min(pauses), 0.05)
 
 
 @pytest.mark.parametrize("token", [True, False])
@@ -304,7 +305,7 @@ def test_small_chunks_and_trailers_do_not_hold_the_loop(patient: Live, token: bo
             with longest_pause(patient) as pause, patient.connect(start + rest) as connection:
                 assert connection.recv(9) == b"HTTP/1.1 "
             pauses += pause
-        assert min(pauses) < 0.05
+        assert not is_slower(min(pauses), 0.05)
 
 
 def test_a_text_that_cannot_fit_is_refused_before_it_is_rendered(
