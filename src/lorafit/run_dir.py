@@ -126,18 +126,15 @@ class RunDirectory:
         if self.path.exists() and not is_vacant:
             raise RunError(f"`{self.path}` is not empty", hint="give an --output that does not exist yet")
 
-    def create(self, num_bytes: int = 0) -> None:
-        """Make the directory. Raises RunError when it cannot be written, with the `num_bytes` that a run needs."""
+    def create(self) -> None:
+        """Make the directory. Raises RunError when it cannot be written."""
         try:
             make_folder(self.path)
         except OSError as error:
-            raise self._not_made(error, num_bytes) from None
+            raise self._not_made(error) from None
 
-    def _not_made(self, error: OSError, num_bytes: int = 0) -> RunError:
-        needed = f" ({num_bytes:,} bytes are needed for its checkpoints)" if num_bytes else ""
-        return RunError(
-            f"cannot make the run directory: {error.strerror or error}{needed}", place=str(self.path)
-        )
+    def _not_made(self, error: OSError) -> RunError:
+        return RunError(f"cannot make the run directory: {error.strerror or error}", place=str(self.path))
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

@@ -25,6 +25,7 @@ from packaging.requirements import Requirement  # a dependency of huggingface_hu
 
 from lorafit.errors import CheckResult, LorafitError, Outcome
 from lorafit.observe.units import memory_size
+from lorafit.storage.atomic import existing
 from lorafit.storage.cache_dir import cache_home
 from lorafit.version import __version__
 
@@ -180,7 +181,7 @@ def _disks() -> Iterator[CheckResult]:
 
 def _folder(name: str, folder: Path, hint: str) -> CheckResult:
     try:
-        there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        there = existing(folder)
         with tempfile.TemporaryFile(dir=there):
             pass
         free = shutil.disk_usage(there).free

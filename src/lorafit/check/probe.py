@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lorafit.check.disk import disk_verdicts
 from lorafit.check.model_checks import answer_verdicts, stop_token_verdicts
 from lorafit.check.verdict import of_error, refuse_failed
 from lorafit.config.schema import Config
@@ -208,6 +209,7 @@ def model_verdicts(config: Config, data: RunInputs, machine: Machine, quiet: boo
             *stop_token_verdicts(config, data.training_data, built.network),
             *answer_verdicts(config, data.training_data, built.network),
             memory,
+            *disk_verdicts(config, data, built.network),
         ]
 
 

@@ -206,6 +206,11 @@ def identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+
+
 def make_folder(folder: Path) -> None:
     """Make `folder` and its missing parents, each synced into its parent. Raises OSError.
 

@@ -28,7 +28,6 @@ from lorafit.model.compile import enable_compile
 from lorafit.model.device import describe, deterministic_kernels
 from lorafit.model.dtypes import dtype_name
 from lorafit.model.fused_layer import start_kernels
-from lorafit.model.lora import adapter_parameters
 from lorafit.model.memory import is_out_of_memory
 from lorafit.model.native import missing
 from lorafit.observe.curve_monitor import CurveMonitor, diagnosing
@@ -134,9 +133,7 @@ def start_run(config: Config, *, quiet: bool = False, base: BaseModelCache | Non
             prepared = prepare(config, ranks, quiet, base)
         if not ranks.is_main:
             return run_training(prepared, run, ranks, step=None, notes=[], quiet=quiet)
-        parameters = adapter_parameters(prepared.built.network).values()
-        num_bytes = 3 * sum(parameter.nbytes for parameter in parameters)  # with AdamW's two moments of each
-        run.create(num_bytes * (config.train.keep + 2))
+        run.create()
         with run.locked():
             run.check_vacant()  # another process may have used the folder while this one read the rows
             write_origin(run, prepared)

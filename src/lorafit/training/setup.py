@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
+from lorafit.check.disk import disk_verdicts
 from lorafit.check.probe import trial_before_training
 from lorafit.check.run import check_rows
+from lorafit.check.verdict import refuse_failed
 from lorafit.config.schema import Config, keys_that_change_results
 from lorafit.data.row_preview import excerpt
 from lorafit.distributed.env import ProcessEnv
@@ -23,6 +25,7 @@ from lorafit.distributed.ranks import Ranks, share_cores
 from lorafit.errors import CheckResult, RunError
 from lorafit.model.build import BaseModelCache, LoadedModel, build
 from lorafit.model.device import describe, pick_device
+from lorafit.model.llama import Llama
 from lorafit.model.weights import fingerprint
 from lorafit.observe.events import Message, Observer
 from lorafit.observe.progress import progress
@@ -78,6 +81,7 @@ def prepare(
     if checked and not sharded:  # one rank alone cannot compute with its part of the base
         with progress("a trial step", quiet=quiet):
             checks += trial_before_training(config, data, built.network)
+        checks += _room(config, data, built.network)
     facts = run_fingerprint(config, data)
     # longer than the watchdog's timeout, which says which rank is stuck
     ranks.connect(device, 2 * config.distributed.timeout)
@@ -91,6 +95,14 @@ def prepare(
             hint="every machine needs the same model and data files",
         )
     return Prepared(fitted, data, machine, built, checks, facts)
+
+
+def _room(config: Config, data: RunInputs, network: Llama) -> list[CheckResult]:
+    """The result for the disk of the run. Raises DataError where it fails, unless `run.check` is not `error`."""
+    verdicts = disk_verdicts(config, data, network)
+    if config.run.check == "error":
+        refuse_failed(verdicts)
+    return verdicts
 
 
 def is_sharded(config: Config, ranks: Ranks) -> bool:
