@@ -167,6 +167,23 @@ def test_a_failed_training_leads_back_to_its_form(tmp_path: Path, started: list[
     assert "/new?job" not in studio.ask(f"/jobs/{export.id}").text
 
 
+def test_a_failed_training_does_not_lead_to_the_run_that_took_its_name(
+    tmp_path: Path, started: list[Fake]
+) -> None:
+    studio = Studio(tmp_path)
+    jobs, run = studio.app.state.jobs, tmp_path / "run"
+    first = jobs.start(["train", "recipe.yaml"], output=str(run))
+    started[0].returncode = 2
+    jobs.advance()
+    write_run(run, 5)
+    assert "/runs/" in studio.ask(f"/jobs/{first.id}").text
+    resumed = jobs.start(["train", "--resume", str(run)], output=str(run))
+    assert "/runs/" in studio.ask(f"/jobs/{first.id}").text, "it is the same run"
+    later = jobs.start(["train", "recipe.yaml"], output=str(run))
+    assert "/runs/" not in studio.ask(f"/jobs/{first.id}").text
+    assert all("/runs/" in studio.ask(f"/jobs/{job.id}").text for job in (resumed, later))
+
+
 def test_an_export_is_listed_beside_its_run(tmp_path: Path, started: list[Fake]) -> None:
     run = write_run(tmp_path / "run", 5)
     studio = Studio(tmp_path)

@@ -111,6 +111,11 @@ class Jobs:
             self._remember(job)
             return job if waits else self._spawn(job)
 
+    def was_replaced(self, job: Job) -> bool:
+        """Whether a later command has started a new run in the folder that a failed one was to make."""
+        later = [one for one in self.listed() if one.at > job.at and one.output == job.output]
+        return job.state == "failed" and any(one.recipe for one in later)
+
     def log(self, job: Job) -> str:
         """The end of what a job has printed, without secrets and escape sequences."""
         try:

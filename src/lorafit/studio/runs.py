@@ -19,7 +19,6 @@ from lorafit.studio.jobs import Jobs, stop_run
 from lorafit.studio.web import form, html, listed, local, number_in, seen
 
 SMOOTH = {"none": 0, "little": 90, "usual": 30, "much": 10}  # parts of a line; 0 draws the points alone
-DEMO = "demo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +169,8 @@ async def _job(request: Request) -> Response:
     jobs: Jobs = request.app.state.jobs
     job = jobs.job(request.path_params["job"])
     folder: Folder = request.app.state.folder
-    run = next((name for name, run in folder.scan().items() if str(run.path) == job.output), "")
+    runs = {} if jobs.was_replaced(job) else folder.scan()
+    run = next((name for name, run in runs.items() if str(run.path) == job.output), "")
     return html(request, "job.html", job=job, log=await asyncio.to_thread(jobs.log, job), run_id=run)
 
 
