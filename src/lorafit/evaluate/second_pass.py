@@ -16,14 +16,13 @@ from lorafit.data.build import TrainingData
 from lorafit.data.contract import RAW
 from lorafit.data.packing import Packer, TokenRow
 from lorafit.data.token_dataset import TokenDataset
-from lorafit.errors import RunError
 from lorafit.forward import pack_losses
 from lorafit.infer.model import Model, load
 from lorafit.model.llama import Llama
 from lorafit.model.lora import disable_adapter, evaluating
 from lorafit.observe.answer_losses import AnswerLosses, Losses, write_answer_losses
 from lorafit.observe.progress import progress
-from lorafit.report.rows_of_run import page_values
+from lorafit.report.rows_of_run import config_of_answers, page_values
 from lorafit.run_dir import RunDirectory
 
 AT_ONCE = 1024  # rows that are packed together
@@ -34,12 +33,8 @@ def second_pass(run: RunDirectory, data: TrainingData, quiet: bool = False) -> A
 
     Raises a LorafitError.
     """
-    config = run.config()
-    if config.train.method != "sft":
-        hint = "`lorafit rows RUN` without --second-pass shows the loss of each row"
-        raise RunError(
-            f"the run compares answers (train.method={config.train.method})", place=str(run.path), hint=hint
-        )
+    hint = "`lorafit rows RUN` without --second-pass shows the loss of each row"
+    config = config_of_answers(run, hint)
     model = load(run.path)
     packer = Packer(config.train.micro_batch_tokens, config.data.packing)
     losses = answer_losses(model.network, data.encoded, before_answers(model), packer, quiet)

@@ -22,7 +22,7 @@ from lorafit.data.formats import Row
 from lorafit.data.packing import Pack, Packer, TokenRow, build_pack
 from lorafit.data.prompt import Rendered
 from lorafit.data.token_dataset import TokenDataset
-from lorafit.errors import DataError, Problem, RunError
+from lorafit.errors import DataError, Problem
 from lorafit.forward import document_sums, pack_losses
 from lorafit.infer.model import Model, load
 from lorafit.infer.sampling import Sampling
@@ -30,7 +30,7 @@ from lorafit.model.llama import Llama
 from lorafit.model.lora import evaluating
 from lorafit.model.row_gradients import See, each_document
 from lorafit.observe.progress import progress
-from lorafit.report.rows_of_run import data_of
+from lorafit.report.rows_of_run import config_of_answers, data_of
 from lorafit.run_dir import MAX_JSON, RunDirectory
 from lorafit.storage.atomic import read_facts, write_file
 from lorafit.storage.safe_read import read_json
@@ -67,11 +67,8 @@ def explain(run: RunDirectory, prompt: str, answer: str | None, max_tokens: int,
 
     Raises a LorafitError.
     """
-    config = run.config()
-    if config.train.method != "sft":
-        message = f"the run compares answers (train.method={config.train.method})"
-        hint = "`lorafit why` reads runs that learn answers; `lorafit rows RUN` shows the loss of each row"
-        raise RunError(message, place=str(run.path), hint=hint)
+    hint = "`lorafit why` reads runs that learn answers; `lorafit rows RUN` shows the loss of each row"
+    config = config_of_answers(run, hint)
     data = data_of(run, quiet)
     rows = data.training
     if read_facts(run.newest_adapter()).get("trained_rows", 0) > len(rows):

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
+from lorafit.config.schema import Config
 from lorafit.data.build import TrainingData, build_data
 from lorafit.data.row_ids import Contents, read_ids
 from lorafit.data.row_preview import shown_row
@@ -32,6 +33,15 @@ class _Numbered(Protocol):
 
     @property
     def number(self) -> int: ...
+
+
+def config_of_answers(run: RunDirectory, hint: str) -> Config:
+    """The config of a run that learns answers. Raises RunError with `hint` for one that compares them."""
+    config = run.config()
+    if config.train.method != "sft":
+        message = f"the run compares answers (train.method={config.train.method})"
+        raise RunError(message, place=str(run.path), hint=hint)
+    return config
 
 
 def data_of(run: RunDirectory, quiet: bool) -> TrainingData:
