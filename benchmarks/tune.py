@@ -1,5 +1,7 @@
 """Compares `lorafit tune` with the full grid of its points: the held-out loss of its pick, and the time of the steps.
 
+The seconds of a step are the median of its point in the grid, so that a program beside a part of the runs counts less.
+
 python benchmarks/tune.py --model MODEL --data ROWS [--steps 64] [--work FOLDER] [section.key=value ...]
 
 What is in --work already is not computed again: the same command goes on after a stop.
@@ -8,14 +10,17 @@ What is in --work already is not computed again: the same command goes on after 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import statistics
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from lorafit.config.auto import auto_learning_rate
 from lorafit.observe.metrics_file import read_metrics
-from lorafit.sweep.halving import points_around, tune
-from lorafit.sweep.run import plan_points, run_sweep
+from lorafit.sweep.halving import Tuned, hold, tune
+from lorafit.sweep.run import TrialResult, plan_points, run_sweep
 
 
 def main() -> None:
@@ -24,13 +29,11 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--parameters", type=float, help="of the model, for the rates", default=1e9)
     parser.add_argument("--work", type=Path)
     parser.add_argument("settings", nargs="*")
     given = parser.parse_args()
     words = [f"model.name={given.model}", f"data.path={given.data}", f"train.max_steps={given.steps}"]
     words += ["run.check=warn", *given.settings]
-    points = points_around(auto_learning_rate(int(given.parameters)))
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.work or Path(temporary)
         tuned = tune(folder / "tune", [], words, None, {}, None, print, True)
@@ -41,32 +44,51 @@ def main() -> None:
         planned = None
         if not (folder / "grid").exists():
             planned = []
-            for point in points:
-                vary = [f"{key}={value}" for key, value in point.items()]
+            for result in tuned.results:
+                vary = [f"{key}={value}" for key, value in result.trial.point.items()]
                 planned += plan_points(vary, None, 0, own, None, {})
         grid, code = run_sweep(folder / "grid", planned, 1, lambda trial, what: None, True)
         if code:
             raise SystemExit(code)
-        losses = {tuple(result.trial.point.values()): result.loss for result in grid}
-        pick = losses[tuple(tuned.results[0].trial.point.values())]
-        best = grid[0]
-        assert pick is not None
-        assert best.loss is not None
-        seconds = sum(
-            event["seconds"]
-            for result in grid
-            for event in read_metrics(result.trial.run.metrics_file)
-            if event["event"] == "step"
-        )
-        result = {
-            "pick": tuned.results[0].trial.point,
-            "best": best.trial.point,
-            "loss_of_pick": pick,
-            "loss_of_best": best.loss,
-            "above_best": pick / best.loss - 1,
-        }
-        times = {"seconds": tuned.seconds, "grid_seconds": seconds, "part": tuned.seconds / seconds}
-        print(json.dumps({**result, **times}))
+        print(json.dumps(compare(tuned, grid, given.steps)))
+
+
+def compare(tuned: Tuned, grid: Sequence[TrialResult], steps: int) -> dict[str, Any]:
+    """The pick of the search beside the best point of the grid, whose runs have `steps` steps, and what both took."""
+    losses = {_key(trial): trial.loss for trial in grid}
+    per_step = {_key(trial): _seconds_per_step(trial) for trial in grid}
+    keys = {result.trial.name: _key(result) for result in tuned.results}
+    shorter = {b: a for a, b in itertools.pairwise(sorted({score.steps for score in tuned.scores}))}
+    computed = [
+        (score.steps - (hold(shorter[score.steps]) if score.steps in shorter else 0), keys[score.trial])
+        for score in tuned.scores
+    ]
+    pick, best = losses[_key(tuned.results[0])], grid[0].loss
+    assert pick is not None
+    assert best is not None
+    seconds = sum(num_steps * per_step[key] for num_steps, key in computed)
+    grid_seconds = steps * sum(per_step.values())
+    return {
+        "pick": tuned.results[0].trial.point,
+        "best": grid[0].trial.point,
+        "loss_of_pick": pick,
+        "loss_of_best": best,
+        "above_best": pick / best - 1,
+        "steps": sum(num_steps for num_steps, _ in computed),
+        "grid_steps": steps * len(grid),
+        "seconds": seconds,
+        "grid_seconds": grid_seconds,
+        "part": seconds / grid_seconds,
+    }
+
+
+def _key(result: TrialResult) -> tuple[Any, ...]:
+    return tuple(result.trial.point.values())
+
+
+def _seconds_per_step(result: TrialResult) -> float:
+    steps = [event for event in read_metrics(result.trial.run.metrics_file) if event["event"] == "step"]
+    return float(statistics.median(event["seconds"] for event in steps))
 
 
 if __name__ == "__main__":
