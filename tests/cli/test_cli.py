@@ -194,10 +194,38 @@ def test_a_mistake_exits_2_with_what_where_and_what_to_do(
     assert not (tmp_path / "new").exists()
 
 
-def test_an_unknown_option_exits_2(cli: Cli) -> None:
-    done = cli("train", "--modle", "x")
-    assert done.code == 2
-    assert "--model" in done.err
+@pytest.mark.parametrize(
+    ("words", "message", "hint"),
+    [
+        (["train", "--modle", "x"], "there is no option `--modle`", "did you mean `--model`?"),
+        (["rows", "x", "--srt", "loss"], "there is no option `--srt`", "did you mean `--sort`?"),
+        (["chat", "--zzz"], "there is no option `--zzz`", "see `lorafit chat --help`"),
+        (["train", "--lr", "3"], "there is no option `--lr`", "in lorafit: train.learning_rate"),
+        (["trian"], "there is no command `trian`", "did you mean `lorafit train`?"),
+        (["zzz"], "there is no command `zzz`", "see `lorafit --help`"),
+        (["export"], "`RUN` is missing", "see `lorafit export --help`"),
+        (["rows", "x", "y"], "unexpected `y`", "see `lorafit rows --help`"),
+        (
+            ["rows", "x", "--top", "y"],
+            "`--top`: ",
+            "see `lorafit rows --help`",
+        ),
+        (
+            ["rows", "x", "--sort", "y"],
+            "`--sort`: 'y' is ",
+            "see `lorafit rows --help`",
+        ),
+        (["rows", "x", "--top"], "option '--top' ", "see `lorafit --help`"),
+    ],
+)
+def test_a_slip_on_the_command_line_is_one_problem_with_a_hint(
+    words: list[str], message: str, hint: str, cli: Cli
+) -> None:
+    done = cli(*words)
+    assert (done.code, done.out) == (2, "")
+    said, *rest = done.err.splitlines()
+    assert said.startswith(f"error: {message}")  # typer's own words may follow
+    assert rest == [f" hint: {hint}"]
 
 
 @pytest.mark.parametrize("name", ["cuda:x", "xpu", "meta", "cuda:99"])

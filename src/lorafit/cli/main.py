@@ -38,6 +38,7 @@ from lorafit.cli import (
     without,
 )
 from lorafit.cli.output import put_line
+from lorafit.cli.usage import usage_problem
 from lorafit.distributed.env import ProcessEnv, command, exit_code_of_previous_attempt, mark_no_restart
 from lorafit.errors import LorafitError, Problem
 from lorafit.redact import redact, visible
@@ -158,13 +159,7 @@ def _explained(error: Exception) -> tuple[int, str]:
         case _ if type(error).__name__ == "NoArgsIsHelpError":
             return 2, str(error)
         case _ if hasattr(error, "format_message"):  # click's errors, which typer contains a copy of
-            context = getattr(error, "ctx", None)
-            hint = f"see `{context.command_path} --help`" if context else ""
-            if option := getattr(error, "option_name", ""):
-                from lorafit.config.load import option_hint
-
-                hint = option_hint(option) or hint
-            return 2, str(Problem(error.format_message(), hint=hint))
+            return 2, str(usage_problem(error))
     hint = "this is a bug in lorafit; run it with `lorafit --debug ...` and report it with the text of `lorafit doctor`"
     return 1, str(Problem(f"{type(error).__name__}: {error}", hint=hint))
 
