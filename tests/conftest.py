@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +42,14 @@ providers._get_local_constants = lambda: NO_CONSTANTS  # test_same_examples.py s
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The profile of this session: settings that are made in a test module are derived from it."""
+    """The profile of this session: settings that are made in a test module are derived from it.
+
+    Below nohup and in the background of a script some signals are ignored, and children inherit that. Tests that stop a
+    run would wait for ever.
+    """
+    for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+        if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) == signal.SIG_IGN:
+            signal.signal(getattr(signal, name), handler)
     settings.load_profile("fixed" if seed_of(config) is None else "seed")
 
 
