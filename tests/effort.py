@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-REFERENCE = (
-    0.66e-3  # processor seconds of the fixed work on the machine for which limits in seconds are stated
-)
+# Processor seconds of the fixed work on the machine for which limits in seconds are stated.
+REFERENCE = 0.66e-3
 
 
 def num_calls(work: Callable[[], object]) -> int:

@@ -42,6 +42,7 @@ from lorafit.hub.errors import MORE_SPACE, TOKENS_PAGE, Repository, explained, s
 from lorafit.hub.waits import watched_waits
 from lorafit.observe.progress import progress
 from lorafit.redact import dotenv, logger_of, one_line
+from lorafit.storage.atomic import existing
 
 MODEL_FILES = (
     "config.json",
@@ -403,8 +404,7 @@ def _check_room(repository: Repository, num_bytes: int) -> None:
     cache, blobs = Path(constants.HF_HUB_CACHE), _storage(repository) / "blobs"
     try:
         begun = sum(file.stat().st_size for file in blobs.glob("*.incomplete"))  # they are continued
-        disk = next(folder for folder in (cache, *cache.absolute().parents) if folder.is_dir())
-        free = shutil.disk_usage(disk).free
+        free = shutil.disk_usage(existing(cache)).free
     except OSError:
         return  # the download tells what is wrong
     if num_bytes - begun > free:
