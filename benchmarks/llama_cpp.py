@@ -1,8 +1,8 @@
-"""Compares reading and answering with llama.cpp: the same weights, threads and prompts, in turn in one process.
+"""Compares reading and answering with llama.cpp: the same weights, threads and prompts, in turn.
 
     python -m benchmarks.llama_cpp [--model DIR | --layers 22] [--work DIR] [--quick] [--json FILE]
 
-llama.cpp runs as its own server inside this process (package xllamacpp), lorafit as its engine. The GGUF files, in f16
+llama.cpp runs as its own server in another process (package xllamacpp), lorafit as its engine. The GGUF files, in f16
 and q8_0, are written by lorafit's export from the base in DIR, or from TinyLlama's shape with random weights. lorafit
 holds the same base in bfloat16 and int8. Prompts are random ids, decoding is greedy.
 
@@ -15,8 +15,10 @@ token reads, times the tokens of one stream per second, divided by the measured 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
+import multiprocessing
 import random
 import secrets
 import shlex
@@ -28,6 +30,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 # For a start as a file: makes `benchmarks.x` importable, and keeps profile.py from hiding the standard module.
@@ -58,23 +61,28 @@ class Timing:
 
 
 class LlamaCpp:
-    """llama.cpp's server with its own defaults for a cache and attention, on the loopback interface."""
+    """llama.cpp's server with its own defaults for a cache and attention, on the loopback interface.
+
+    It has a process of its own: in one process, the threads of both programs would wait for each other in other ways
+    than alone.
+    """
 
     def __init__(self, path: Path, context: int) -> None:
-        import xllamacpp
-
         self._key = secrets.token_hex(16)
-        params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.api_keys = [self._key]
-        params.n_parallel = max(STREAMS)
-        params.n_ctx = context * max(STREAMS)
-        params.n_gpu_layers = 0
-        params.fit_params = False
-        params.cache_ram_mib = 0
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = THREADS
-        self._server = xllamacpp.Server(params)
+        processes = multiprocessing.get_context("spawn")
+        self._pipe, theirs = processes.Pipe()
+        self._process = processes.Process(
+            target=_serve, args=(theirs, str(path), context, self._key), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self._address: str = self._pipe.recv()
         self._threads = ThreadPoolExecutor(max(STREAMS))
+
+    def close(self) -> None:
+        """End the server."""
+        self._pipe.close()
+        self._process.join()
 
     def __call__(self, prompts: Prompts, tokens: int) -> list[list[int]]:
         """The greedy answers of `tokens` tokens each."""
@@ -84,11 +92,28 @@ class LlamaCpp:
         settings = {"temperature": 0, "samplers": ["temperature"], "ignore_eos": True, "return_tokens": True}
         body = json.dumps({"prompt": list(prompt), "n_predict": tokens, "cache_prompt": False, **settings})
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
-        request = urllib.request.Request(
-            self._server.listening_address + "/completion", body.encode(), headers
-        )
+        request = urllib.request.Request(self._address + "/completion", body.encode(), headers)
         with urllib.request.urlopen(request) as response:
             return [int(token) for token in json.loads(response.read())["tokens"]]
+
+
+def _serve(pipe: Connection, path: str, context: int, key: str) -> None:
+    """Runs the server, sends its address, and ends with the pipe."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = path
+    params.api_keys = [key]
+    params.n_parallel = max(STREAMS)
+    params.n_ctx = context * max(STREAMS)
+    params.n_gpu_layers = 0
+    params.fit_params = False
+    params.cache_ram_mib = 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = THREADS
+    server = xllamacpp.Server(params)
+    pipe.send(server.listening_address)
+    with contextlib.suppress(EOFError):
+        pipe.recv()
 
 
 def write_file(model: Path, kind: str, work: Path) -> Path:
@@ -128,7 +153,8 @@ def measure_kind(
     path = write_file(model, file_type, work)
     network = build_saved(model, None, "cpu", "bfloat16", quantize=quantize)[0].eval()
     arch, order = network.arch, random.Random(0)
-    programs: dict[str, Generate] = {THEIRS: LlamaCpp(path, READ + tokens), OURS: ours(network)}
+    server = LlamaCpp(path, READ + tokens)
+    programs: dict[str, Generate] = {THEIRS: server, OURS: ours(network)}
     held = sum(part.nbytes for part in (*network.parameters(), *network.buffers()))
     table_bytes = network.decoder.embed_tokens.weight.nbytes
     untied = 0 if arch.tie_word_embeddings else 1
@@ -154,6 +180,7 @@ def measure_kind(
                 assert [len(answer) for answer in answers] == [most] * streams
                 timings.append(Timing(kind, program, streams, length, most, seconds))
         print(f"{kind}: turn {turn + 1} of {turns}", file=sys.stderr, flush=True)
+    server.close()
     return timings, read
 
 

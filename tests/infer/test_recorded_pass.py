@@ -138,3 +138,29 @@ def test_rows_of_several_adapters(tmp_path: Path, runs: list[int]) -> None:
     ]
     assert said(network, requests, adapters) == one_by_one(network, requests, adapters)
     assert runs
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_any_number_of_threads(threads: int, runs: list[int]) -> None:
+    requests = asked([[5, 6, 9], [40] * 30, [8]])
+    before = torch.get_num_threads()
+    expected = one_by_one(NETWORK, requests)
+    torch.set_num_threads(threads)
+    try:
+        assert said(NETWORK, requests) == expected
+    finally:
+        torch.set_num_threads(before)
+    assert runs
+
+
+def test_passes_are_kept_for_rows_that_come_again(runs: list[int]) -> None:
+    """Buffers of at most twice as many rows as there are slots are kept."""
+    batch = ContinuousBatch[int](NETWORK, 2)
+    for key in range(4):  # one row, two rows, one row, ...
+        batch.add([(key, Request([5, 6], frozenset(), 9))])
+        batch.step()
+        batch.step()
+        if key % 2:
+            batch.drop(key)
+            batch.drop(key - 1)
+    assert len(runs) == 8 - 2

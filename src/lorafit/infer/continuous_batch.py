@@ -92,8 +92,10 @@ class ContinuousBatch(Generic[K]):
         self.context = min(context or longest, longest)
         self._rows: list[_Row[K]] = []
         self._cache = self._new_cache()
-        self._form: tuple[object, ...] = ()  # what a recorded pass depends on
-        self._recorded: RecordedPass | None = None
+        self._passes: dict[
+            tuple[str | None, ...], RecordedPass
+        ] = {}  # by the adapters of the rows, latest last
+        self._capacity = 0  # of the cache when they were recorded
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -140,7 +142,7 @@ class ContinuousBatch(Generic[K]):
         self._make_room(int(self._cache.lengths.max()) + 1, [row.request for row in rows])
         self._use_adapters([row.request.adapter for row in rows])
         latest = torch.tensor([row.latest for row in rows], device=self._cache.lengths.device)
-        return self._choose_next(self.network.logits(self._decode(latest)), rows)
+        return self._choose_next(self._decode(latest), rows)
 
     def drop(self, key: K) -> None:
         """Remove the row of `key`, if it is still there."""
@@ -156,7 +158,7 @@ class ContinuousBatch(Generic[K]):
         """Remove all rows and free their memory, to continue after an error. Returns their keys."""
         keys = [row.key for row in self._rows]
         self._rows = []
-        self._cache, self._form, self._recorded = self._new_cache(), (), None
+        self._cache, self._passes = self._new_cache(), {}
         return keys
 
     def _read(self, requests: Sequence[Request]) -> Tensor:
@@ -190,18 +192,22 @@ class ContinuousBatch(Generic[K]):
         return self.network.logits(hidden)
 
     def _decode(self, latest: Tensor) -> Tensor:
-        """The stream after the last layer. Passes that follow one of the same form repeat its kernel calls."""
+        """The logits after the tokens `latest`, one per row. Later passes of such rows repeat the kernel calls."""
         cache = self._cache
         attend = Decode(cache)
         x = self.network.embedded(latest)
-        form = (len(latest), cache.capacity, tuple(row.request.adapter for row in self._rows))
-        if self._form != form:
-            self._form, self._recorded = form, None
-            return self.network.through(x, attend, 0, self.network.arch.num_hidden_layers)
-        if self._recorded is None:
-            self._recorded = RecordedPass(self.network, x, attend)
-            return self._recorded.out
-        return self._recorded.run(x, attend)
+        if self._capacity != cache.capacity:  # the cache has other memory
+            self._capacity, self._passes = cache.capacity, {}
+        form = tuple(row.request.adapter for row in self._rows)
+        recorded = self._passes.pop(form, None)
+        if recorded is not None:
+            self._passes[form] = recorded
+            return recorded.run(x, attend)
+        # their buffers take memory: they have at most twice as many rows as there are slots
+        while self._passes and sum(map(len, self._passes)) + len(form) > 2 * self.num_slots:
+            del self._passes[next(iter(self._passes))]
+        recorded = self._passes[form] = RecordedPass(self.network, x, attend)
+        return recorded.logits
 
     def _new_cache(self) -> KeyValueCache:
         return KeyValueCache(

@@ -1,11 +1,13 @@
-"""Decode passes whose layers run in one native call: the kernel calls of a pass are recorded once and run again.
+"""Decode passes that run in one native call: the kernel calls of a pass are recorded once and run again.
 
 Between the kernels of a small network, the operations of Python take longer than the kernels. There is no list of
-networks: a pass can be repeated where its layers are nothing but kernel calls (model/native/recording.py). Other passes
-are computed as always.
+networks: layers can be repeated where they are nothing but kernel calls (model/native/recording.py), and so can the
+head after them. What cannot is computed as always.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from lorafit.model.native.recording import Recording
 
 
 class RecordedPass:
-    """The layers of a decode pass. Making it computes the pass: `out` is the stream after the last layer.
+    """A decode pass from the stream before the first layer to the logits. Making it computes the pass: `logits`.
 
     It can `run` for other tokens in the same rows of the same cache as long as the cache has the same capacity and the
     rows the same adapters.
@@ -25,20 +27,20 @@ class RecordedPass:
     def __init__(self, network: Llama, x: Tensor, attend: Decode) -> None:
         self._network, self._x, self._positions = network, x, attend.positions
         self._rotary = network.rotary(attend, x.dtype)
-        self._recording: Recording | None = None
         layers = (0, network.arch.num_hidden_layers)
-        compiled = kernels() if x.device.type == "cpu" else None
-        if compiled is None:
-            self.out = network.through_with(self._rotary, x, attend, *layers)
-            return
-        with compiled.recording() as record:
-            self.out = network.through_with(self._rotary, x, attend, *layers)
-        self._recording = None if record.other else record
+        self._recording, self._stream = _recorded(
+            lambda: network.through_with(self._rotary, x, attend, *layers)
+        )
+        head, self.logits = _recorded(lambda: network.logits(self._stream))
+        self._has_head = self._recording is not None and head is not None
+        if self._recording is not None and head is not None:
+            self._recording.extend(head)
 
     def run(self, x: Tensor, attend: Decode) -> Tensor:
-        """The stream after the last layer for x (rows, hidden_size). The next run overwrites it."""
+        """The logits for x (rows, hidden_size). The next run overwrites them."""
         if self._recording is None:
-            return self._network.through(x, attend, 0, self._network.arch.num_hidden_layers)
+            stream = self._network.through(x, attend, 0, self._network.arch.num_hidden_layers)
+            return self._network.logits(stream)
         rotary = self._network.rotary(attend, x.dtype)
         self._x.copy_(x)
         self._positions.copy_(attend.positions)
@@ -51,4 +53,14 @@ class RecordedPass:
         for old, new in tables.values():
             old.copy_(new)
         self._recording.run()
-        return self.out
+        return self.logits if self._has_head else self._network.logits(self._stream)
+
+
+def _recorded(compute: Callable[[], Tensor]) -> tuple[Recording | None, Tensor]:
+    """What `compute` returns, and its kernel calls; None if it did more, or if there are no kernels for it."""
+    compiled = kernels()
+    if compiled is None:
+        return None, compute()
+    with compiled.recording() as record:
+        out = compute()
+    return (None if record.other or out.device.type != "cpu" else record), out

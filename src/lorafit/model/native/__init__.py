@@ -43,7 +43,7 @@ _SOURCES = (
     "decode.cpp",
     "products.cpp",
 )
-_HEADERS = ("common.h", "vectors.h", "dots.h", "documents.h", "attention_dots.h")
+_HEADERS = ("team.h", "common.h", "vectors.h", "dots.h", "documents.h", "attention_dots.h")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 _X86_FLAGS = ("-mprefer-vector-width=512",)  # if the processor has them; the default is 256
 _DIGEST = ".sha256"  # the suffix of the file with the digest of a library

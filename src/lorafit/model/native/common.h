@@ -7,6 +7,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "team.h"
+
 struct bf16 {
   uint16_t bits;
 };
@@ -88,9 +90,19 @@ inline void call_with(void (*kernel)(P...), const int64_t *words, int threads) {
 }
 
 // Defines NAME_f32 and NAME_bf16, C functions that call the template NAME. PARAMETERS(T) is their parameter list.
-// NAME_f32_words and NAME_bf16_words take the arguments as words (run_recorded in decode.cpp).
-#define FOR_BOTH_TYPES(NAME, ARGUMENTS)                                                                        \
-  extern "C" void NAME##_f32 PARAMETERS(float) { NAME<float> ARGUMENTS; }                                      \
-  extern "C" void NAME##_bf16 PARAMETERS(bf16) { NAME<bf16> ARGUMENTS; }                                       \
-  extern "C" void NAME##_f32_words(const int64_t *words, int threads) { call_with(NAME##_f32, words, threads); } \
-  extern "C" void NAME##_bf16_words(const int64_t *words, int threads) { call_with(NAME##_bf16, words, threads); }
+// NAME_f32_words and NAME_bf16_words take the arguments as words: run_recorded in decode.cpp calls them on each thread of
+// its team. Kernels that begin regions of their own run on the first of them.
+#define FOR_BOTH_TYPES(NAME, ARGUMENTS) DEFINE_FOR_BOTH_TYPES(NAME, ARGUMENTS, !member || member->number == 0)
+
+// The same for a kernel whose threads all come from `together`: all threads of the team compute it.
+#define FOR_BOTH_TYPES_TOGETHER(NAME, ARGUMENTS) DEFINE_FOR_BOTH_TYPES(NAME, ARGUMENTS, true)
+
+#define DEFINE_FOR_BOTH_TYPES(NAME, ARGUMENTS, RUNS)                            \
+  extern "C" void NAME##_f32 PARAMETERS(float) { NAME<float> ARGUMENTS; }       \
+  extern "C" void NAME##_bf16 PARAMETERS(bf16) { NAME<bf16> ARGUMENTS; }        \
+  extern "C" void NAME##_f32_words(const int64_t *words, int threads) {         \
+    if (RUNS) call_with(NAME##_f32, words, threads);                            \
+  }                                                                             \
+  extern "C" void NAME##_bf16_words(const int64_t *words, int threads) {        \
+    if (RUNS) call_with(NAME##_bf16, words, threads);                           \
+  }

@@ -93,8 +93,7 @@ static void attend_cache(int64_t rows, int64_t heads, int64_t kv_heads, int64_t 
                          const float *cosine, const float *sine, T *k_cache, T *v_cache, T *out, int threads) {
   const int64_t kv_groups = heads / kv_heads, half = size / 2, padded_size = round_up(size, LANES);
   const float scale = 1.0f / std::sqrt(float(size));
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t task = 0; task < rows * kv_heads; task++) {
+  const auto attend = [&](int64_t task) {
     static thread_local Floats workspace;
     const int64_t row = task / kv_heads, last = positions[row] + 1;
     const int64_t first = window ? std::max<int64_t>(0, last - window) : 0, pitch = round_up(last - first, TOKEN_BLOCK);
@@ -114,13 +113,21 @@ static void attend_cache(int64_t rows, int64_t heads, int64_t kv_heads, int64_t 
                                                             queries + head * padded_size);
     attend_one(kv_groups, size, last - first, pitch, cap, queries, keys + first * size, values + first * size, scores, widened,
                weighted, out + from);
-  }
+  };
+  together(threads, [&](Member &me) { me.take_each(rows * kv_heads, attend); });
 }
 #define PARAMETERS(T) (int64_t rows, int64_t heads, int64_t kv_heads, int64_t size, int64_t capacity, int64_t window, float cap, const int64_t *slots, const int64_t *positions, const T *q, const T *k, const T *v, const float *cosine, const float *sine, T *k_cache, T *v_cache, T *out, int threads)
-FOR_BOTH_TYPES(attend_cache, (rows, heads, kv_heads, size, capacity, window, cap, slots, positions, q, k, v, cosine, sine, k_cache, v_cache, out, threads))
+FOR_BOTH_TYPES_TOGETHER(attend_cache, (rows, heads, kv_heads, size, capacity, window, cap, slots, positions, q, k, v, cosine, sine, k_cache, v_cache, out, threads))
 #undef PARAMETERS
 
 // Runs `count` recorded calls (model/native/recording.py): NAME_TYPE_words of each kernel, and its arguments.
 extern "C" void run_recorded(int64_t count, void (*const *kernels)(const int64_t *, int), const int64_t *const *words, int threads) {
-  for (int64_t i = 0; i < count; i++) kernels[i](words[i], threads);
+  in_new_team(threads, [&](Member &me) {
+    member = &me;
+    for (int64_t i = 0; i < count; i++) {
+      kernels[i](words[i], threads);
+      me.team.wait();
+    }
+    member = nullptr;
+  });
 }

@@ -244,32 +244,8 @@ static void linear(int64_t rows, int64_t width, int64_t columns, const T *x, con
   }
   const float *x_float32 = total_rank ? interleave<T, float>(rows, width, x, nullptr) : nullptr;
   const int64_t x_row = round_up(width, Dot<T, W>::STEP);
-  float *low = space.of<float>(rows * total_rank);
+  float *const own_low = space.of<float>(rows * total_rank);
   const int64_t *low_offsets = offsets.data();
-  const auto finish = [&](int64_t row, int64_t first, int64_t count, float *sums) {  // `count` columns from `first` on
-    const T *const addend_row = addend ? addend + row * columns + first : nullptr;
-    if (column_scale)
-#pragma omp simd
-      for (int64_t n = 0; n < count; n++) sums[n] *= column_scale[first + n];
-    if (bias)
-#pragma omp simd
-      for (int64_t n = 0; n < count; n++) sums[n] += get(bias[first + n]);
-    if (addend_row)
-#pragma omp simd
-      for (int64_t n = 0; n < count; n++) sums[n] += get(addend_row[n]);
-    const int64_t adapter = adapters.of(row), rank = adapter < 0 ? 0 : adapters.ranks[adapter];
-    if (rank)
-      for (int64_t n = 0; n < count; n++) {
-        const float *from = low + row * total_rank + low_offsets[adapter], *b = adapters.b[adapter] + (first + n) * rank;
-        float low_rank_sum = 0;
-#pragma omp simd reduction(+ : low_rank_sum)
-        for (int64_t j = 0; j < rank; j++) low_rank_sum += from[j] * b[j];
-        sums[n] += low_rank_sum * adapters.scales[adapter];
-      }
-    Out *const to = out + row * columns + first;
-#pragma omp simd
-    for (int64_t n = 0; n < count; n++) put(sums[n], to[n]);
-  };
   int64_t tiled_columns = 0;  // columns that are computed on tiles
   const uint8_t *x_tiles = nullptr;
 #ifdef HAS_TILES
@@ -284,31 +260,55 @@ static void linear(int64_t rows, int64_t width, int64_t columns, const T *x, con
   constexpr int columns_of_few_rows = ACCUMULATORS / 4, columns_of_many_rows = ACCUMULATORS / ROWS<W>;
   const int64_t tile_columns = rows <= 4 ? columns_of_few_rows : columns_of_many_rows;
   const int64_t blocks = (columns - tiled_columns + COLUMN_BLOCK - 1) / COLUMN_BLOCK;
-#pragma omp parallel num_threads(threads)
-  {
+  together(threads, [&](Member &me) {
+    float *const low = total_rank ? me.shared(own_low) : nullptr;
+    const auto finish = [&](int64_t row, int64_t first, int64_t count, float *sums) {  // `count` columns from `first` on
+      const T *const addend_row = addend ? addend + row * columns + first : nullptr;
+      if (column_scale)
+#pragma omp simd
+        for (int64_t n = 0; n < count; n++) sums[n] *= column_scale[first + n];
+      if (bias)
+#pragma omp simd
+        for (int64_t n = 0; n < count; n++) sums[n] += get(bias[first + n]);
+      if (addend_row)
+#pragma omp simd
+        for (int64_t n = 0; n < count; n++) sums[n] += get(addend_row[n]);
+      const int64_t adapter = adapters.of(row), rank = adapter < 0 ? 0 : adapters.ranks[adapter];
+      if (rank)
+        for (int64_t n = 0; n < count; n++) {
+          const float *from = low + row * total_rank + low_offsets[adapter], *b = adapters.b[adapter] + (first + n) * rank;
+          float low_rank_sum = 0;
+#pragma omp simd reduction(+ : low_rank_sum)
+          for (int64_t j = 0; j < rank; j++) low_rank_sum += from[j] * b[j];
+          sums[n] += low_rank_sum * adapters.scales[adapter];
+        }
+      Out *const to = out + row * columns + first;
+#pragma omp simd
+      for (int64_t n = 0; n < count; n++) put(sums[n], to[n]);
+    };
     for (int64_t adapter = 0; adapter < adapters.count; adapter++) {
       if (low_offsets[adapter] < 0) continue;
-#pragma omp for schedule(static)
-      for (int64_t j = 0; j < adapters.ranks[adapter]; j++)
+      me.each(adapters.ranks[adapter], [&](int64_t j) {
         tiles<T, float, 1>(rows, width, x_float32, adapters.a[adapter] + j * width, low + low_offsets[adapter] + j, total_rank);
+      });
     }
+    if (total_rank) me.team.wait();
 #ifdef HAS_TILES
     if constexpr (std::is_same<T, bf16>::value) if (x_tiles) {
       const Tiles shapes(true);
       alignas(64) float sums[TILE_ROWS * TILE_ROWS];
-#pragma omp for schedule(static)
-      for (int64_t first = 0; first < tiled_columns; first += TILE_ROWS) {
+      me.each(tiled_columns / TILE_ROWS, [&](int64_t block) {
+        const int64_t first = block * TILE_ROWS;
         multiply_tiles(width, x_tiles, weight + first * width, sums);
         for (int64_t row = 0; row < rows; row++) {
           float row_sums[TILE_ROWS];
           for (int64_t n = 0; n < TILE_ROWS; n++) row_sums[n] = sums[n * TILE_ROWS + row];
           finish(row, first, TILE_ROWS, row_sums);
         }
-      }
+      });
     }
 #endif
-#pragma omp for schedule(static)
-    for (int64_t block = 0; block < blocks; block++) {
+    me.each(blocks, [&](int64_t block) {
       const int64_t first = tiled_columns + block * COLUMN_BLOCK, count = std::min(COLUMN_BLOCK, columns - first);
       float sums[ROW_BLOCK * COLUMN_BLOCK];
       for (int64_t first_row = 0; first_row < rows; first_row += ROW_BLOCK) {
@@ -326,8 +326,8 @@ static void linear(int64_t rows, int64_t width, int64_t columns, const T *x, con
         }
         for (int64_t m = 0; m < num_rows; m++) finish(first_row + m, first, count, sums + m * COLUMN_BLOCK);
       }
-    }
-  }
+    });
+  });
 }
 
 template <class T>
@@ -343,7 +343,7 @@ static void decode_linear_pairs(int64_t rows, int64_t width, int64_t columns, co
     linear(rows, width, columns, x, (const T *)weight, column_scale, input_scale, bias, addend, adapters, out, threads);
 }
 #define PARAMETERS(T) (int64_t rows, int64_t width, int64_t columns, const T *x, const void *weight, const float *column_scale, const float *input_scale, const T *bias, const T *addend, int64_t count, const int64_t *adapter_of_row, const int64_t *ranks, const float *const *a, const float *const *b, const float *scales, T *out, int threads)
-FOR_BOTH_TYPES(decode_linear_pairs, (rows, width, columns, x, weight, column_scale, input_scale, bias, addend, count, adapter_of_row, ranks, a, b, scales, out, threads))
+FOR_BOTH_TYPES_TOGETHER(decode_linear_pairs, (rows, width, columns, x, weight, column_scale, input_scale, bias, addend, count, adapter_of_row, ranks, a, b, scales, out, threads))
 #undef PARAMETERS
 
 template <class T>
@@ -353,7 +353,7 @@ static void decode_linear(int64_t rows, int64_t width, int64_t columns, const T 
   decode_linear_pairs(rows, width, columns, x, weight, column_scale, input_scale, bias, addend, rank ? 1 : 0, nullptr, &rank, &a, &b, &scale, out, threads);
 }
 #define PARAMETERS(T) (int64_t rows, int64_t width, int64_t columns, const T *x, const void *weight, const float *column_scale, const float *input_scale, const T *bias, const T *addend, int64_t rank, const float *a, const float *b, float scale, T *out, int threads)
-FOR_BOTH_TYPES(decode_linear, (rows, width, columns, x, weight, column_scale, input_scale, bias, addend, rank, a, b, scale, out, threads))
+FOR_BOTH_TYPES_TOGETHER(decode_linear, (rows, width, columns, x, weight, column_scale, input_scale, bias, addend, rank, a, b, scale, out, threads))
 #undef PARAMETERS
 
 // The sums of the head stay float32: rounded to bfloat16, the two best logits are often equal.
@@ -363,5 +363,5 @@ static void head(int64_t rows, int64_t width, int64_t columns, const T *x, const
   linear(rows, width, columns, x, weight, nullptr, nullptr, (const T *)nullptr, (const T *)nullptr, none, out, threads);
 }
 #define PARAMETERS(T) (int64_t rows, int64_t width, int64_t columns, const T *x, const T *weight, float *out, int threads)
-FOR_BOTH_TYPES(head, (rows, width, columns, x, weight, out, threads))
+FOR_BOTH_TYPES_TOGETHER(head, (rows, width, columns, x, weight, out, threads))
 #undef PARAMETERS

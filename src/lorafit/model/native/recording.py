@@ -41,6 +41,12 @@ class Recording:
         self._words.append((ctypes.c_int64 * len(arguments))(*map(_word, arguments)))
         self._tensors += [argument for argument in arguments if isinstance(argument, Tensor)]
 
+    def extend(self, other: Recording) -> None:
+        """Add the calls of `other`, which follow."""
+        self._kernels += other._kernels
+        self._words += other._words
+        self._tensors += other._tensors
+
     def run(self) -> None:
         """Run all calls again, on all of torch's threads."""
         if not self._call:
@@ -82,15 +88,20 @@ class _Operations(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        memory = _storages(out)  # `contiguous` and others give a view or a copy
-        is_view = bool(memory) and memory <= _storages((args, kwargs)) and not func._schema.is_mutable
-        if not is_view and func.overloadpacket not in _NEW_MEMORY:
+        if func.overloadpacket not in _NEW_MEMORY and not _is_view(func, out, args, kwargs):
             self._record.other = str(func)
         return out
 
 
-def _storages(tensors: object) -> set[int]:
-    return {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(tensors) if isinstance(leaf, Tensor)}
+def _is_view(func: Any, out: Any, *inputs: Any) -> bool:
+    """Whether `out` is memory of the inputs: `contiguous` and others give a view or a copy."""
+    memory = _storages(out)
+    return bool(memory) and memory <= _storages(inputs) and not func._schema.is_mutable
+
+
+def _storages(tensors: Any) -> set[int]:
+    leaves = (tensors,) if isinstance(tensors, Tensor) else tree_leaves(tensors)
+    return {leaf.untyped_storage().data_ptr() for leaf in leaves if isinstance(leaf, Tensor)}
 
 
 _NEW_MEMORY = (torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty)

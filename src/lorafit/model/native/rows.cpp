@@ -8,8 +8,7 @@
 template <class T>
 static void rms_norm(int64_t rows, int64_t width, float eps, float offset, const T *x, const T *w, T *y, float *rstd,
                      int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows > 1)
-  for (int64_t row = 0; row < rows; row++) {
+  for_each(threads, rows, [&](int64_t row) {
     const T *in = x + row * width;
     T *out = y + row * width;
     float sum = 0;
@@ -19,10 +18,10 @@ static void rms_norm(int64_t rows, int64_t width, float eps, float offset, const
     rstd[row] = scale;
 #pragma omp simd
     for (int64_t i = 0; i < width; i++) put(get(in[i]) * scale * (get(w[i]) + offset), out[i]);
-  }
+  });
 }
 #define PARAMETERS(T) (int64_t rows, int64_t width, float eps, float offset, const T *x, const T *w, T *y, float *rstd, int threads)
-FOR_BOTH_TYPES(rms_norm, (rows, width, eps, offset, x, w, y, rstd, threads))
+FOR_BOTH_TYPES_TOGETHER(rms_norm, (rows, width, eps, offset, x, w, y, rstd, threads))
 #undef PARAMETERS
 
 // dx = rstd * (dy w - x rstd^2 mean(dy w x)), with w + offset in place of w
@@ -62,13 +61,12 @@ struct Gelu {
 // out = activation(gate) * up
 template <class Activation, class T>
 static void gated(int64_t rows, int64_t width, const T *gate, const T *up, T *out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows > 1)
-  for (int64_t row = 0; row < rows; row++) {
+  for_each(threads, rows, [&](int64_t row) {
     const T *g = gate + row * width, *u = up + row * width;
     T *o = out + row * width;
 #pragma omp simd
     for (int64_t i = 0; i < width; i++) put(get(g[i]) * sigmoid(Activation::argument(get(g[i]))) * get(u[i]), o[i]);
-  }
+  });
 }
 template <class T>
 static void swiglu(int64_t rows, int64_t width, const T *gate, const T *up, T *out, int threads) {
@@ -79,20 +77,20 @@ static void geglu(int64_t rows, int64_t width, const T *gate, const T *up, T *ou
   gated<Gelu>(rows, width, gate, up, out, threads);
 }
 #define PARAMETERS(T) (int64_t rows, int64_t width, const T *gate, const T *up, T *out, int threads)
-FOR_BOTH_TYPES(swiglu, (rows, width, gate, up, out, threads))
-FOR_BOTH_TYPES(geglu, (rows, width, gate, up, out, threads))
+FOR_BOTH_TYPES_TOGETHER(swiglu, (rows, width, gate, up, out, threads))
+FOR_BOTH_TYPES_TOGETHER(geglu, (rows, width, gate, up, out, threads))
 #undef PARAMETERS
 
 // out = x + factor * y
 template <class T>
 static void add_scaled(int64_t rows, int64_t width, float factor, const T *x, const T *y, T *out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows > 1)
-  for (int64_t row = 0; row < rows; row++)
+  for_each(threads, rows, [&](int64_t row) {
 #pragma omp simd
     for (int64_t i = row * width; i < (row + 1) * width; i++) put(get(x[i]) + factor * get(y[i]), out[i]);
+  });
 }
 #define PARAMETERS(T) (int64_t rows, int64_t width, float factor, const T *x, const T *y, T *out, int threads)
-FOR_BOTH_TYPES(add_scaled, (rows, width, factor, x, y, out, threads))
+FOR_BOTH_TYPES_TOGETHER(add_scaled, (rows, width, factor, x, y, out, threads))
 #undef PARAMETERS
 
 // The gradients of gate and up from the gradient of the product; dgate can be the memory of dout.
