@@ -22,6 +22,7 @@ constexpr int ACCUMULATORS = 24;
 template <class W>
 constexpr int ROWS = sizeof(W) == 1 ? 8 : 4;
 constexpr int64_t CACHE_LINE = 64;  // bytes of a cache line
+constexpr int64_t PREFETCH_AHEAD = 16384;  // least bytes between a weight in use and the one that is prefetched
 constexpr int64_t ROW_BLOCK = 32, COLUMN_BLOCK = 2 * ACCUMULATORS;  // rows and columns per block of sums
 typedef uint32_t words __attribute__((vector_size(LANES * 4)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(2)));
@@ -141,13 +142,14 @@ static inline void row_groups(int64_t rows, int64_t width, const typename Dot<T,
     }
 }
 
-// out (rows, N) of N rows of w. Prefetches the next N rows, because the hardware prefetcher stops at the end of a page.
+// out (rows, N) of N rows of w. Prefetches as many rows further on: the next N, or where rows are short later ones, which
+// have time to arrive. The hardware prefetcher stops at the end of a page.
 template <class T, class W, int N>
 static inline void tiles(int64_t rows, int64_t width, const typename Dot<T, W>::Input *x, const W *w, float *out,
                          int64_t stride) {
   constexpr int64_t step_lines = (N * Dot<T, W>::STEP * sizeof(W) + CACHE_LINE - 1) / CACHE_LINE;
   const int64_t num_groups = (rows + ROWS<W> - 1) / ROWS<W>, lines = (step_lines + num_groups - 1) / num_groups;
-  const char *const prefetch_from = (const char *)(w + N * width);
+  const char *const prefetch_from = (const char *)w + std::max<int64_t>(N * width * sizeof(W), PREFETCH_AHEAD);
   row_groups<T, W, N>(rows, width, x, w, out, stride, prefetch_from, lines);
 }
 
