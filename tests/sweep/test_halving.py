@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lorafit.config.load import load_config
 from lorafit.errors import LorafitError
 from lorafit.storage.atomic import sha256_file
 from lorafit.sweep import halving
-from lorafit.sweep.halving import cost, hold, lengths, points_around, survivors
+from lorafit.sweep.halving import cost, going_on, hold, lengths, points_around, survivors
 from lorafit.training.run import Result, start_run
 
 
@@ -29,6 +30,28 @@ def test_a_search_is_short(num_points: int, steps: int) -> None:
     assert survivors(num_points, 0) == num_points
     if num_points >= 16 and steps >= 8 * 4**3:
         assert cost(num_points, steps) <= 0.25 * num_points * steps
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["a", "b", "c"]), st.one_of(st.floats(1, 9), st.just(math.inf))), min_size=1
+    ),
+    st.data(),
+)
+def test_the_best_of_each_kind_of_targets_goes_on(runs: list[tuple[str, float]], data: st.DataObject) -> None:
+    losses = {str(number): loss for number, (_, loss) in enumerate(runs)}
+    points = {str(number): {"lora.targets": targets} for number, (targets, _) in enumerate(runs)}
+    count = data.draw(st.integers(1, len(runs)))
+    chosen = going_on(losses, points, count)
+    assert len(chosen) == count
+    assert [losses[name] for name in chosen] == sorted(losses[name] for name in chosen)
+    assert losses[chosen[0]] == min(losses.values())
+    kinds = {targets for targets, loss in runs if loss < math.inf}
+    if count >= len(kinds):
+        assert kinds <= {points[name]["lora.targets"] for name in chosen}
+    for name in chosen:  # none stays behind a worse one of its kind
+        for other, loss in losses.items():
+            assert other in chosen or points[other] != points[name] or loss >= losses[name]
 
 
 def test_the_usual_points_take_a_fifth_of_their_grid() -> None:

@@ -1,7 +1,8 @@
 """Successive halving: short runs of many points, and longer ones of the best quarter, by held-out loss.
 
-A run of a rung ends with the fall of the rate (schedule `wsd`), so that runs of one length compare. A winner goes on
-from its checkpoint before the fall: it ends with the bytes of a run that had the longer length from the beginning.
+This is the method of Jamieson and Talwalkar (2016), but for `going_on`. A run of a rung ends with the fall of the rate
+(schedule `wsd`), so that runs of one length compare. A winner goes on from its checkpoint before the fall: it ends with
+the bytes of a run that had the longer length from the beginning.
 """
 
 from __future__ import annotations
@@ -96,6 +97,21 @@ def survivors(num_points: int, rung: int) -> int:
     return -(-num_points // int(SHARE**rung))
 
 
+def going_on(losses: Mapping[str, float], points: Mapping[str, Point], count: int) -> list[str]:
+    """The `count` runs that go on, of those in `losses`, best first.
+
+    Runs with other targets learn at another speed: those with fewer weights are behind in short runs and may be ahead
+    in long ones. So the best run of each value of `lora.targets` comes first, then the second best of each.
+    """
+    seen: dict[str, int] = {}
+    places = {}
+    for name in sorted(losses, key=losses.__getitem__):
+        targets = points[name].get("lora.targets", "")
+        places[name] = seen[targets] = seen.get(targets, -1) + 1
+    first = sorted(losses, key=lambda name: (math.isinf(losses[name]), places[name], losses[name]))[:count]
+    return sorted(first, key=losses.__getitem__)
+
+
 def cost(num_points: int, steps: int) -> float:
     """The steps that a search computes."""
     before, total = 0.0, 0.0
@@ -141,6 +157,7 @@ def tune(
     points, steps = stored["points"], stored["lengths"]
     planned = [(point, _of_rung(config_of(point, *_OWN), _rung(steps, 0))) for point in points]
     trials = {trial.name: trial for trial in plan_sweep(folder, planned)}
+    points_of = {trial.name: trial.point for trial in trials.values()}
     with lock(folder / "tune.lock", "search"):
         _write(folder, stored)
         scores = [Score(**{**score, "loss": score["loss"] or math.inf}) for score in stored["scores"]]
@@ -162,7 +179,7 @@ def tune(
                     place=str(folder),
                     hint="the error of each is beside its folder",
                 )
-            going = sorted(losses, key=losses.__getitem__)[: survivors(len(points), rung + 1)]
+            going = going_on(losses, points_of, survivors(len(points), rung + 1))
         best = trials[going[0]]
         path = _write_recipe(folder, best, config_of(best.point), scores, steps[-1])
     return _tuned(trials, scores, path)
