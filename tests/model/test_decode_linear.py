@@ -89,6 +89,20 @@ def test_a_row_has_the_same_bits_whatever_its_neighbours_and_the_threads() -> No
 
 
 @needs_kernels
+@torch.inference_mode()
+def test_a_large_weight_has_the_same_bits_on_any_number_of_threads() -> None:
+    """Its parts go to the thread that is free first; the last part is shorter."""
+    linear, x = plain(1024, 2600, torch.float32), torch.randn(2, 1024)
+    before, outs = torch.get_num_threads(), []
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        outs.append(decode_linear(linear, x))
+    torch.set_num_threads(before)
+    torch.testing.assert_close(outs[0].double(), exactly(linear, x), rtol=1e-4, atol=1e-3)
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+@needs_kernels
 def test_only_a_few_rows_that_nothing_is_learned_from_go_this_way() -> None:
     linear, x = adapted(plain(8, 8, torch.float32), torch.float32), torch.randn(2, 8)
     assert not are_few([linear], x)

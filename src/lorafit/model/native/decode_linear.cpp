@@ -23,6 +23,7 @@ template <class W>
 constexpr int ROWS = sizeof(W) == 1 ? 8 : 4;
 constexpr int64_t CACHE_LINE = 64;  // bytes of a cache line
 constexpr int64_t PREFETCH_AHEAD = 16384;  // least bytes between a weight in use and the one that is prefetched
+constexpr int64_t PART_BYTES = 1 << 19;  // of a weight, that a thread takes at a time
 constexpr int64_t ROW_BLOCK = 32, COLUMN_BLOCK = 2 * ACCUMULATORS;  // rows and columns per block of sums
 typedef uint32_t words __attribute__((vector_size(LANES * 4)));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(2)));
@@ -310,7 +311,7 @@ static void linear(int64_t rows, int64_t width, int64_t columns, const T *x, con
       });
     }
 #endif
-    me.each(blocks, [&](int64_t block) {
+    const auto compute = [&](int64_t block) {
       const int64_t first = tiled_columns + block * COLUMN_BLOCK, count = std::min(COLUMN_BLOCK, columns - first);
       float sums[ROW_BLOCK * COLUMN_BLOCK];
       for (int64_t first_row = 0; first_row < rows; first_row += ROW_BLOCK) {
@@ -328,7 +329,18 @@ static void linear(int64_t rows, int64_t width, int64_t columns, const T *x, con
         }
         for (int64_t m = 0; m < num_rows; m++) finish(first_row + m, first, count, sums + m * COLUMN_BLOCK);
       }
-    });
+    };
+    // Threads read memory at different rates: of a large weight, one that is ahead takes more. Parts are long, because each
+    // begins with what no prefetch has brought.
+    const int64_t block_bytes = COLUMN_BLOCK * width * int64_t(sizeof(W));
+    const int64_t part_blocks = std::max<int64_t>(1, PART_BYTES / block_bytes), parts = (blocks + part_blocks - 1) / part_blocks;
+    if (parts < 4 * me.team.size)
+      me.each(blocks, compute);
+    else
+      me.take_each(parts, [&](int64_t part) {
+        const int64_t end = std::min(blocks, (part + 1) * part_blocks);
+        for (int64_t block = part * part_blocks; block < end; block++) compute(block);
+      });
   });
 }
 
