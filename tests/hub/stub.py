@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import threading
@@ -11,6 +12,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 from urllib.parse import unquote, urlsplit
+
+from tests.waiting import HANGS
 
 GOOD_TOKEN = "hf_goodgoodgoodgood"
 STRANGER_TOKEN = "hf_strangerstranger"  # valid, but of an account that has accepted no licence
@@ -35,6 +38,9 @@ class Hub:
     lost: set[str] = field(default_factory=set)  # files that are listed but cannot be had
     prefix: str = ""  # of all paths, as a mirror below another site has
     failing_with: int = 503
+    stalled_on: str | None = None  # of such a file the first half is sent, and the rest when `goes_on` is set
+    has_stalled: threading.Event = field(default_factory=threading.Event)
+    goes_on: threading.Event = field(default_factory=threading.Event)
     failing_on: str | None = None  # requests with this in their path get the status above, to play an outage
 
     def __post_init__(self) -> None:
@@ -177,7 +183,22 @@ class _Handler(BaseHTTPRequestHandler):
         content = repository.commits.get(commit, {}).get(name)
         if content is None or name in self.stub.lost:
             return self._send(404, error="EntryNotFound")
-        return self._send(200, content, ETag=f'"{_etag(content)}"', **{"X-Repo-Commit": commit})
+        headers = {"ETag": f'"{_etag(content)}"', "X-Repo-Commit": commit}
+        if self.command == "GET" and name == self.stub.stalled_on:
+            return self._stall(content, headers)
+        return self._send(200, content, **headers)
+
+    def _stall(self, content: bytes, headers: Mapping[str, str]) -> None:
+        self.send_response(200)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        half = len(content) // 2
+        self.wfile.write(content[:half])
+        self.stub.has_stalled.set()
+        self.stub.goes_on.wait(HANGS)
+        with contextlib.suppress(OSError):  # the client has gone
+            self.wfile.write(content[half:])
 
     def _send(
         self, status: int, body: bytes = b"", *, error: str = "", message: str = "", **headers: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,22 +12,26 @@ from pathlib import Path
 import pytest
 from tests.hub.stub import GOOD_TOKEN, Hub
 from tests.tiny_models import write_model, write_rows
-from tests.waiting import HANGS
+from tests.waiting import HANGS, until
 
 from lorafit.model.adapter_file import CONFIG
 
 
-def lorafit(
-    folder: Path, hub: str, *words: str, token: str | None = None
-) -> subprocess.CompletedProcess[str]:
+def environment(folder: Path, hub: str) -> dict[str, str]:
     inherited = {name: os.environ[name] for name in ("PATH", "LANG", "PYTHONPATH") if name in os.environ}
-    env = {
+    return {
         **inherited,
         "HOME": str(folder),
         "HF_HOME": str(folder / "hf"),
         "HF_ENDPOINT": hub,
         "LORAFIT_NATIVE": "0",
     }
+
+
+def lorafit(
+    folder: Path, hub: str, *words: str, token: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    env = environment(folder, hub)
     if token:
         env["HF_TOKEN"] = token
     command = [sys.executable, "-m", "lorafit", "train", *words]
@@ -77,3 +82,27 @@ def test_train_by_id_gated_pinned_and_offline(tmp_path: Path) -> None:
     lost = lorafit(tmp_path, hub.url, "--model", "owner/other", "--data", "owner/rows", "run.offline=true")
     assert lost.returncode == 2
     assert "hf download owner/other" in lost.stderr
+
+
+@pytest.mark.slow
+def test_control_c_ends_a_download_that_stands_still(tmp_path: Path) -> None:
+    """And the same command downloads what is missing."""
+    hub = Hub()
+    model = write_model(tmp_path / "files")
+    hub.add("owner/tiny", {path.name: path.read_bytes() for path in model.iterdir()})
+    words = ["--model", "owner/tiny", "--data", str(write_rows(tmp_path / "rows.json")), "--output", "run"]
+    words += ["train.max_steps=2", "run.samples=0", "run.verify=false"]
+    env = {**environment(tmp_path, hub.url), "HF_HUB_DOWNLOAD_TIMEOUT": str(int(HANGS))}
+    hub.stalled_on = "model.safetensors"
+    command = [sys.executable, "-m", "lorafit", "train", *words]
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True) as process:
+        until(hub.has_stalled.is_set, process.poll)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=HANGS)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "Ctrl-C: stopped"
+    assert "Traceback" not in errors
+    hub.goes_on.set()
+    hub.stalled_on = None
+    assert lorafit(tmp_path, hub.url, *words).returncode == 0
+    hub.close()

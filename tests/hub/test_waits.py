@@ -1,17 +1,21 @@
-"""A download that another process holds up says which one, and ends where that process stands still."""
+"""Waits for a download: one for another process says for whom and has an end, and Ctrl-C ends all of them."""
 
 from __future__ import annotations
 
 import logging
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.hub.stub import Hub, _etag
 from tests.hub.test_hub import MODEL
+from tests.waiting import HANGS
 
 from lorafit.errors import ModelError
 from lorafit.hub import client, waits
@@ -82,3 +86,37 @@ def test_a_download_that_goes_on_is_waited_for(tmp_path: Path, monkeypatch: pyte
     now[0] += 1
     with pytest.raises(TimeoutError):
         watch.filter(record)
+
+
+def test_an_interrupted_download_ends_with_its_next_piece() -> None:
+    main, goes_on, ended = threading.main_thread().ident, threading.Event(), threading.Event()
+    assert main is not None
+    pieces: list[str] = []
+
+    def download(bars: type[Any]) -> str:
+        bar = bars(total=2, disable=True)
+        try:
+            for piece in ("first", "second"):
+                bar.update(1)
+                pieces.append(piece)
+                signal.pthread_kill(main, signal.SIGINT)
+                goes_on.wait(HANGS)
+            return "all"
+        finally:
+            ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        waits.interruptible(download)
+    goes_on.set()
+    assert ended.wait(HANGS)
+    assert pieces == ["first"]
+
+
+def test_a_download_gives_its_result_or_its_error() -> None:
+    assert waits.interruptible(lambda bars: bars.__name__) == "Bar"
+
+    def fails(bars: type[Any]) -> str:
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        waits.interruptible(fails)

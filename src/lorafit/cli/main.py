@@ -7,6 +7,7 @@ import gc
 import io
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -41,6 +42,7 @@ from lorafit.cli.output import put_line
 from lorafit.cli.usage import usage_problem
 from lorafit.distributed.env import ProcessEnv, command, exit_code_of_previous_attempt, mark_no_restart
 from lorafit.errors import LorafitError, Problem
+from lorafit.hub import DOWNLOAD
 from lorafit.redact import redact, visible
 from lorafit.version import __version__
 
@@ -129,6 +131,11 @@ def main() -> None:
         mark_no_restart(env, 130)
         if env.is_main:
             _print_error(str(stop) or "interrupted")
+        if any(
+            thread.name == DOWNLOAD for thread in threading.enumerate()
+        ):  # it may wait for the hub for long
+            sys.stdout.flush()
+            os._exit(130)
         sys.exit(130)
     except BrokenPipeError:  # the reader of the output has closed it
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115

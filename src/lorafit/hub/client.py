@@ -39,7 +39,7 @@ from lorafit.hub.dataset_splits import (
     splits_of,
 )
 from lorafit.hub.errors import MORE_SPACE, TOKENS_PAGE, Repository, explained, similar_folder
-from lorafit.hub.waits import watched_waits
+from lorafit.hub.waits import interruptible, watched_waits
 from lorafit.observe.progress import progress
 from lorafit.redact import dotenv, logger_of, one_line
 from lorafit.storage.atomic import existing
@@ -383,12 +383,15 @@ def _fetch(listing: _Listing, files: list[str]) -> Path:
     ):
         watch_answers()
         return Path(
-            huggingface_hub.snapshot_download(
-                repository.name,
-                repo_type=repository.kind,
-                revision=repository.revision,
-                allow_patterns=[glob.escape(file) for file in files],
-                token=access,
+            interruptible(
+                lambda bars: huggingface_hub.snapshot_download(
+                    repository.name,
+                    repo_type=repository.kind,
+                    revision=repository.revision,
+                    allow_patterns=[glob.escape(file) for file in files],
+                    token=access,
+                    tqdm_class=bars,
+                )
             )
         )
 

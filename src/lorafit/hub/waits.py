@@ -1,16 +1,19 @@
-"""A download that waits for another process: it says for whom, and ends where that process gives no sign of life."""
+"""Waits for a download: Ctrl-C ends them at once, and one for another process says for whom and has an end."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from huggingface_hub import constants
+from huggingface_hub.utils.tqdm import tqdm
 
+from lorafit.hub import DOWNLOAD
 from lorafit.redact import logger_of
 from lorafit.storage.locks import PATIENCE, WAITING_SECONDS
 
@@ -18,6 +21,41 @@ _LIBRARY = logging.getLogger(
     "huggingface_hub.utils._fixes"
 )  # it reports each time that it waits for a lock of a file
 logger = logger_of(__name__)
+
+
+def interruptible(download: Callable[[type[tqdm]], str]) -> str:
+    """What `download` returns, called with the class of its progress bars in a thread of its own.
+
+    The library's own wait for its threads lasts until they end, also after Ctrl-C. Here an interruption is raised at
+    once, and the threads end with the next piece that they receive.
+    """
+    found: list[str] = []
+    failed: list[BaseException] = []
+    stopped = threading.Event()
+
+    class Bar(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            if stopped.is_set():
+                raise InterruptedError
+            is_shown: bool | None = super().update(n)
+            return is_shown
+
+    def run() -> None:
+        try:
+            found.append(download(Bar))
+        except BaseException as error:  # raised below
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name=DOWNLOAD, daemon=True)
+    try:
+        thread.start()
+        thread.join()
+    except BaseException:
+        stopped.set()
+        raise
+    if failed:
+        raise failed[0]
+    return found[0]
 
 
 @contextlib.contextmanager
