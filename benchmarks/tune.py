@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.observe.metrics_file import read_metrics
-from lorafit.sweep.halving import Tuned, hold, tune
+from lorafit.sweep.halving import Tuned, hold, tune, warmup
 from lorafit.sweep.run import TrialResult, plan_points, run_sweep
 
 
@@ -41,6 +41,8 @@ def main() -> None:
             raise SystemExit(130)
         own = [*words, "run.samples=0", "train.patience=0", "train.schedule=wsd", "train.refit=false"]
         own += [f"train.eval_every={given.steps}", "run.verify=false", "train.keep_best=false"]
+        lengths = sorted({score.steps for score in tuned.scores})
+        own += [f"train.warmup={float(warmup(lengths))}"]  # the pick has the same loss in both
         planned = None
         if not (folder / "grid").exists():
             planned = []

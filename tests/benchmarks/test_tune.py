@@ -31,6 +31,8 @@ def test_a_search_is_compared_with_the_grid_of_its_points(
     assert found["grid_steps"] == 18 * 32
     assert found["steps"] == 18 * 8 + 5 * (32 - hold(8))
     assert found["loss_of_pick"] >= found["loss_of_best"] > 0
+    scores = json.loads((tmp_path / "work" / "tune" / "tune.json").read_text())["scores"]
+    assert found["loss_of_pick"] == min(score["loss"] for score in scores if score["steps"] == 32)
     assert 0 < found["part"] < 1
     assert found["best"] in [trial.point for trial in trials]
     tune.main()  # from what is on disk

@@ -126,6 +126,11 @@ def hold(length: int) -> int:
     return int(length * (1 - FALL))
 
 
+def warmup(steps: Sequence[int]) -> int:
+    """The steps of the warm-up, the same in runs of all lengths `steps`."""
+    return max(1, min(round(0.03 * steps[-1]), steps[0] // 4))
+
+
 def tune(
     folder: Path,
     vary: Sequence[str],
@@ -200,11 +205,10 @@ def _lengths(plan: Plan, num_points: int, budget: float | None) -> list[int]:
 
 
 def _rung(steps: Sequence[int], rung: int) -> dict[str, Any]:
-    """The settings in `train` of the runs of a rung. The warm-up is the same in all of them."""
+    """The settings in `train` of the runs of a rung."""
     length = steps[rung]
-    warmup = max(1, min(round(0.03 * steps[-1]), steps[0] // 4))
     settings = {"max_steps": length, "save_every": hold(length), "eval_every": length, "keep": 2}
-    return {**settings, "warmup": float(warmup), "schedule": "wsd"}
+    return {**settings, "warmup": float(warmup(steps)), "schedule": "wsd"}
 
 
 def _of_rung(config: Config, settings: Mapping[str, Any]) -> Config:
