@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lorafit.infer.engine import Decode
 from lorafit.model.llama import Llama
-from lorafit.model.native import kernels
+from lorafit.model.native import Kernels, kernels
 from lorafit.model.native.recording import Recording
 
 
@@ -28,10 +28,11 @@ class RecordedPass:
         self._network, self._x, self._positions = network, x, attend.positions
         self._rotary = network.rotary(attend, x.dtype)
         layers = (0, network.arch.num_hidden_layers)
+        compiled = kernels() if x.device.type == "cpu" else None
         self._recording, self._stream = _recorded(
-            lambda: network.through_with(self._rotary, x, attend, *layers)
+            compiled, lambda: network.through_with(self._rotary, x, attend, *layers)
         )
-        head, self.logits = _recorded(lambda: network.logits(self._stream))
+        head, self.logits = _recorded(compiled, lambda: network.logits(self._stream))
         self._has_head = self._recording is not None and head is not None
         if self._recording is not None and head is not None:
             self._recording.extend(head)
@@ -56,11 +57,10 @@ class RecordedPass:
         return self.logits if self._has_head else self._network.logits(self._stream)
 
 
-def _recorded(compute: Callable[[], Tensor]) -> tuple[Recording | None, Tensor]:
-    """What `compute` returns, and its kernel calls; None if it did more, or if there are no kernels for it."""
-    compiled = kernels()
+def _recorded(compiled: Kernels | None, compute: Callable[[], Tensor]) -> tuple[Recording | None, Tensor]:
+    """The kernel calls of `compute`, None if it does more or if there are no kernels, and what it returns."""
     if compiled is None:
         return None, compute()
     with compiled.recording() as record:
         out = compute()
-    return (None if record.other or out.device.type != "cpu" else record), out
+    return (None if record.other else record), out
