@@ -17,7 +17,7 @@ from lorafit.config.load import load_config
 from lorafit.errors import LorafitError
 from lorafit.storage.atomic import sha256_file
 from lorafit.sweep import halving
-from lorafit.sweep.halving import cost, going_on, hold, lengths, points_around, survivors
+from lorafit.sweep.halving import cost, hold, lengths, points_around, promoted, survivors
 from lorafit.training.run import Result, start_run
 
 
@@ -42,7 +42,7 @@ def test_the_best_of_each_kind_of_targets_goes_on(runs: list[tuple[str, float]],
     losses = {str(number): loss for number, (_, loss) in enumerate(runs)}
     points = {str(number): {"lora.targets": targets} for number, (targets, _) in enumerate(runs)}
     count = data.draw(st.integers(1, len(runs)))
-    chosen = going_on(losses, points, count)
+    chosen = promoted(losses, points, count)
     assert len(chosen) == count
     assert [losses[name] for name in chosen] == sorted(losses[name] for name in chosen)
     assert losses[chosen[0]] == min(losses.values())

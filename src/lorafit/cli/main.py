@@ -131,9 +131,8 @@ def main() -> None:
         mark_no_restart(env, 130)
         if env.is_main:
             _print_error(str(stop) or "interrupted")
-        if any(
-            thread.name == DOWNLOAD for thread in threading.enumerate()
-        ):  # it may wait for the hub for long
+        # a download may wait for the hub for a minute, and an exit waits for its threads
+        if any(thread.name == DOWNLOAD for thread in threading.enumerate()):
             sys.stdout.flush()
             os._exit(130)
         sys.exit(130)

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -29,33 +30,27 @@ def interruptible(download: Callable[[type[tqdm]], str]) -> str:
     The library's own wait for its threads lasts until they end, also after Ctrl-C. Here an interruption is raised at
     once, and the threads end with the next piece that they receive.
     """
-    found: list[str] = []
-    failed: list[BaseException] = []
+    done: Future[str] = Future()
     stopped = threading.Event()
 
     class Bar(tqdm):
         def update(self, n: float | None = 1) -> bool | None:
             if stopped.is_set():
                 raise InterruptedError
-            is_shown: bool | None = super().update(n)
-            return is_shown
+            return bool(super().update(n))
 
     def run() -> None:
         try:
-            found.append(download(Bar))
-        except BaseException as error:  # raised below
-            failed.append(error)
+            done.set_result(download(Bar))
+        except BaseException as error:
+            done.set_exception(error)
 
-    thread = threading.Thread(target=run, name=DOWNLOAD, daemon=True)
     try:
-        thread.start()
-        thread.join()
+        threading.Thread(target=run, name=DOWNLOAD, daemon=True).start()
+        return done.result()
     except BaseException:
         stopped.set()
         raise
-    if failed:
-        raise failed[0]
-    return found[0]
 
 
 @contextlib.contextmanager

@@ -92,10 +92,8 @@ class ContinuousBatch(Generic[K]):
         self.context = min(context or longest, longest)
         self._rows: list[_Row[K]] = []
         self._cache = self._new_cache()
-        self._passes: dict[
-            tuple[str | None, ...], RecordedPass
-        ] = {}  # by the adapters of the rows, latest last
-        self._capacity = 0  # of the cache when they were recorded
+        # passes over this memory of the cache, by the adapters of the rows, latest last
+        self._passes: dict[tuple[str | None, ...], RecordedPass] = {}
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -193,11 +191,8 @@ class ContinuousBatch(Generic[K]):
 
     def _decode(self, latest: Tensor) -> Tensor:
         """The logits after the tokens `latest`, one per row. Later passes of such rows repeat the kernel calls."""
-        cache = self._cache
-        attend = Decode(cache)
+        attend = Decode(self._cache)
         x = self.network.embedded(latest)
-        if self._capacity != cache.capacity:  # the cache has other memory
-            self._capacity, self._passes = cache.capacity, {}
         form = tuple(row.request.adapter for row in self._rows)
         recorded = self._passes.pop(form, None)
         if recorded is not None:
@@ -216,7 +211,10 @@ class ContinuousBatch(Generic[K]):
 
     def _make_room(self, length: int, requests: Sequence[Request]) -> None:
         most = max(len(request.prompt) + request.max_tokens for request in requests)
+        before = self._cache.capacity
         self._cache.make_room(length, min(max(most, length), self.context))
+        if self._cache.capacity != before:
+            self._passes.clear()
 
     def _use_adapters(self, names: Sequence[str | None]) -> None:
         if self.adapters is not None:

@@ -1,6 +1,6 @@
 """Successive halving: short runs of many points, and longer ones of the best quarter, by held-out loss.
 
-This is the method of Jamieson and Talwalkar (2016), but for `going_on`. A run of a rung ends with the fall of the rate
+This is the method of Jamieson and Talwalkar (2016), but for `promoted`. A run of a rung ends with the fall of the rate
 (schedule `wsd`), so that runs of one length compare. A winner goes on from its checkpoint before the fall: it ends with
 the bytes of a run that had the longer length from the beginning.
 """
@@ -97,7 +97,7 @@ def survivors(num_points: int, rung: int) -> int:
     return -(-num_points // int(SHARE**rung))
 
 
-def going_on(losses: Mapping[str, float], points: Mapping[str, Point], count: int) -> list[str]:
+def promoted(losses: Mapping[str, float], points: Mapping[str, Point], count: int) -> list[str]:
     """The `count` runs that go on, of those in `losses`, best first.
 
     Runs with other targets learn at another speed: those with fewer weights are behind in short runs and may be ahead
@@ -162,7 +162,7 @@ def tune(
     points, steps = stored["points"], stored["lengths"]
     planned = [(point, _of_rung(config_of(point, *_OWN), _rung(steps, 0))) for point in points]
     trials = {trial.name: trial for trial in plan_sweep(folder, planned)}
-    points_of = {trial.name: trial.point for trial in trials.values()}
+    points_of = {name: trial.point for name, trial in trials.items()}
     with lock(folder / "tune.lock", "search"):
         _write(folder, stored)
         scores = [Score(**{**score, "loss": score["loss"] or math.inf}) for score in stored["scores"]]
@@ -184,7 +184,7 @@ def tune(
                     place=str(folder),
                     hint="the error of each is beside its folder",
                 )
-            going = going_on(losses, points_of, survivors(len(points), rung + 1))
+            going = promoted(losses, points_of, survivors(len(points), rung + 1))
         best = trials[going[0]]
         path = _write_recipe(folder, best, config_of(best.point), scores, steps[-1])
     return _tuned(trials, scores, path)

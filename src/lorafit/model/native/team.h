@@ -16,7 +16,7 @@
 #include <sched.h>
 #endif
 
-constexpr int SPINS = 4000;  // turns of a wait before it sleeps, which takes longer than most kernels
+constexpr int SPINS = 4000;  // turns of a wait before the thread sleeps: longer than most kernels take
 
 class Team {
  public:
