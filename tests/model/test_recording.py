@@ -20,7 +20,7 @@ from lorafit.model.ops import add_scaled, rms_norm, swiglu
 from lorafit.model.quant import Int8Linear
 
 pytestmark = pytest.mark.skipif(kernels() is None, reason=missing() or "there are kernels")
-WIDTH = 48
+WIDTH = 112  # two blocks of columns and a part of one
 WEIGHT = torch.linspace(-1, 1, WIDTH)
 MOST_ROWS = 16
 SUMS = torch.arange(MOST_ROWS * WIDTH, dtype=torch.int32)
@@ -40,7 +40,7 @@ def restored_threads() -> Iterator[None]:
 
 
 def linear(number: int) -> Frozen | LoraLinear:
-    """A linear with or without an adapter, in 32 or 8 bits; its columns are no multiple of a block."""
+    """A linear with or without an adapter, in 32 or 8 bits."""
     random = torch.Generator().manual_seed(number)
     plain = Linear(WIDTH, WIDTH, bias=False)
     plain.weight = nn.Parameter(torch.randn(WIDTH, WIDTH, generator=random) / 7, requires_grad=False)
@@ -60,11 +60,17 @@ def in_place(x: Tensor) -> Tensor:
     return y
 
 
+def gated(x: Tensor) -> Tensor:
+    """Of a normed row: squares of squares would not stay finite."""
+    y = rms_norm(x, WEIGHT, 1e-5)[0]
+    return swiglu(y, y)
+
+
 LINEARS = [linear(number) for number in range(12)]
 KERNELS: list[Callable[[Tensor], Tensor]] = [
     lambda x: rms_norm(x, WEIGHT, 1e-5)[0],
     in_place,
-    lambda x: swiglu(x, x),
+    gated,
     lambda x: add_scaled(x, x, 0.25),
     *(lambda x, linear=linear: decode_linear(linear, x) for linear in LINEARS),  # type: ignore[misc]
 ]
