@@ -18,6 +18,7 @@ from tests.command import Cli
 from lorafit.errors import RunError
 from lorafit.export import gguf_model, parity
 from lorafit.export.fit import fit_run
+from lorafit.export.llama_cpp import token_threads
 from lorafit.export.number_types import TYPES
 from lorafit.export.parity import cost_of
 from lorafit.export.reference import Prompt, Reference, Scores
@@ -98,6 +99,13 @@ def test_an_export_that_costs_too_much_is_refused_and_says_what(
     with pytest.raises(RunError, match=r"the most probable token is the adapter's at 0.0% of"):
         export_run(finished_run, "gguf", type_name="q4_0", output=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("gib", "threads"), [(0.1, 1), (0.5, 1), (1.1, 2), (2.2, 3), (30, 8)])
+def test_passes_of_one_token_have_a_thread_per_gib_of_weights(gib: float, threads: int) -> None:
+    weights = int(gib * 2**30)
+    assert token_threads(weights, 8) == threads
+    assert token_threads(weights, 1) == 1  # never more than are asked for
 
 
 def test_ollama_gets_the_file_of_a_verified_gguf_export(

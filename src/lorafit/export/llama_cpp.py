@@ -18,8 +18,17 @@ from numpy.typing import NDArray
 
 _FORCED = 1e4  # a bias of the logits that selects a token in any case
 _SOME = 256  # tokens that a rare one is looked for in first
+_BYTES_PER_THREAD = 1 << 30  # of weights
 
 Score = tuple[float, int, float]  # log-probability of a token; the most probable one, its log-probability
+
+
+def token_threads(weights: int, most: int) -> int:
+    """The threads for a pass of one token over `weights` bytes, at most `most`.
+
+    Threads that sleep while they wait for each other take longer over small weights than one thread alone.
+    """
+    return min(most, -(-weights // _BYTES_PER_THREAD))
 
 
 class Server:
@@ -46,7 +55,8 @@ class Server:
         params.fit_params = False
         params.warmup = False  # it takes longer than all that is asked
         params.cache_ram_mib = 0
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        params.cpuparams_batch.n_threads = threads  # of a prompt
+        params.cpuparams.n_threads = token_threads(path.stat().st_size, threads)
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if template is not None:
