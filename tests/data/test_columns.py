@@ -88,6 +88,38 @@ def test_conversations_of_texts_and_of_pairs(row: dict[str, Any]) -> None:
         ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]  # fmt: skip
 
 
+TURNS = [{"role": "user", "content": Q}, {"role": "assistant", "content": A}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": Q, "input": C, "output": A},
+        {"prompt": Q, "completion": A},
+        {"prompt": TURNS[:1], "completion": TURNS[1:]},
+        {"text": Q},
+        {"messages": TURNS},
+        {"turns": [Q, A]},
+        {"conversation": [{"input": Q, "output": A}]},
+        {"conversations": [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]},
+    ],
+)
+@given(data=st.data())
+def test_the_case_of_names_does_not_matter(row: dict[str, Any], data: st.DataObject) -> None:
+    cases = st.sampled_from([str.upper, str.title, str.lower, " {} ".format])
+    written = {data.draw(cases)(name): value for name, value in row.items()}
+    assert read([written]) == read([row])
+
+
+def test_names_in_capitals_that_fit_no_format_are_refused_under_their_own_names() -> None:
+    message, hint = refusal({"Prompt": Q, "Chosen": A, "Rejected": "x"})
+    assert message == "no format fits: the rows have `Chosen`, `Prompt`, `Rejected`"
+    assert "data.columns=" in hint
+    assert refusal({"Input": Q, "Label": 1})[0] == "no format fits: the rows have `Input`, `Label`"
+    bad = {"Prompt": Q, "Completion": A, "Label": False}  # a bad answer is not trained in silence
+    assert refusal(bad)[0].startswith("no format fits")
+
+
 HINTED = re.compile(r"data\.columns='(\{.*?\})'")
 
 

@@ -74,6 +74,8 @@ def find_layout(head: Sequence[object], format: str = "auto", columns: Columns |
     try:
         detected = detect(head)
     except DataError as error:
+        if (in_capitals := _in_capitals(rows)) is not None:
+            return in_capitals
         raise _no_format(rows, error) from error
     return Layout(detected.format, detected.reason)
 
@@ -222,6 +224,27 @@ def _as_turns(value: object) -> object:
     else:
         texts = [turn[key] for turn in value for key in _sides(turn) or ()]
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+# Names of fields in capitals
+
+
+def _in_capitals(rows: Sequence[Mapping[str, object]]) -> Layout | None:
+    """The layout of rows that fit a format if `Prompt` is `prompt`, as for all fields; None if they fit none so."""
+    names = dict.fromkeys(key for row in rows for key in row)
+    small = {key: key.strip().casefold() for key in names}
+    columns = {
+        name: key for key, name in small.items() if name not in names and name in {*FIELDS, *CONVERSATIONS}
+    }
+    try:
+        found = find_layout([mapped(row, columns) for row in rows]) if columns else None
+    except DataError:
+        return None
+    if found is None:
+        return None
+    inner = {name: columns.get(path, path) for name, path in found.columns.items()}
+    parts = ", ".join(f"{name} is `{path}`" for name, path in columns.items())
+    return Layout(found.format, f"by the names of columns: {parts}", {**columns, **inner})
 
 
 # Tables with a question and an answer
