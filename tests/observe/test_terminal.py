@@ -112,14 +112,14 @@ def test_a_terminal_has_a_live_line_and_the_permanent_ones_above(monkeypatch: py
 
 
 def test_a_later_measurement_that_is_preferred_is_not_called_the_best() -> None:
-    """With `train.tolerance`, a loss near the lowest one counts as better, because it is later."""
+    """With `train.tolerance`, a loss within it of the lowest one counts as better, because it is later."""
     stream = io.StringIO()
     observe = Terminal(stream)
     for step, loss, best in ((10, 2.0, True), (20, 2.1, True), (30, 1.9, True), (40, 9.9, False)):
         observe(Heldout(step, loss, 4.0, best))
     assert [line.partition("(base 4.000)")[2].strip() for line in stream.getvalue().splitlines()] == [
         "best so far",
-        "near the lowest, 2.000: preferred, as it is later",
+        "within train.tolerance of the lowest, 2.000: preferred, as it is later",
         "best so far",
         "",
     ]

@@ -34,7 +34,7 @@ class Kind(NamedTuple):
     """How rows of a kind are trained: `epochs` for sixty rows, for more rows fewer by `power`; `tolerance` as the key.
 
     Held-out rows cannot show whether facts are learnt: nobody can know a fact that was not taught. So the run goes on
-    while their loss is near the lowest one.
+    while their loss is within `tolerance` of the lowest one.
     """
 
     epochs: float

@@ -150,7 +150,7 @@ class Terminal:
         return (
             "  best so far"
             if is_lowest
-            else f"  near the lowest, {self._lowest:.3f}: preferred, as it is later"
+            else f"  within train.tolerance of the lowest, {self._lowest:.3f}: preferred, as it is later"
         )
 
     def _draw(self, line: _Line) -> None:
