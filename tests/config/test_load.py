@@ -436,6 +436,11 @@ def test_files_after_data_are_data(tmp_path: Path) -> None:
         config_from_args(names[:1], None, {"model.name": "m"})
     with pytest.raises(ConfigError, match="stands where a recipe stands"):
         config_from_args(["none.jsonl"], None, {"model.name": "m", "data.path": names})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    with pytest.raises(ConfigError, match="is a run") as caught:
+        config_from_args([str(tmp_path / "run")], None, {})
+    assert str(tmp_path / "run" / "config.yaml") in caught.value.problems[0].hint
 
 
 @pytest.mark.parametrize("name", ["cp9490", "zlib", "base64", ""])

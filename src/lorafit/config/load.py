@@ -51,10 +51,10 @@ def recipe_file(name: str) -> Path:
     is_folder = os.path.isdir(path)  # noqa: PTH112  does not raise for a name that is too long
     if is_folder or path.suffix.lower() in _ROWS:
         what = "a folder" if is_folder else "a file of rows"
-        raise ConfigError(
-            f"`{name}` is {what}, and stands where a recipe stands",
-            hint="`--data` stands before each file: --data ONE --data TWO; or give the folder, or a pattern in quotes",
-        )
+        hint = "`--data` stands before each file: --data ONE --data TWO; or give the folder, or a pattern in quotes"
+        if (settings := path / "config.yaml").is_file():
+            what, hint = "a run", f"the recipe with its settings is {settings}"
+        raise ConfigError(f"`{name}` is {what}, and stands where a recipe stands", hint=hint)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         if path.is_file():
             return path
