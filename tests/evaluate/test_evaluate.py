@@ -75,8 +75,10 @@ def test_tasks_are_right_by_answer_or_pattern(tmp_path: Path) -> None:
         "",
         {"prompt": "A colour?", "answer": ["red", " green "]},
         {"instruction": "When?", "input": "the war", "pattern": r"\b1945\b", "system": "Short."},
+        {"question": "Which?", "context": "two towers", "answer": "both"},
     )
-    number, colour, year = read_tasks(path)
+    number, colour, year, towers = read_tasks(path)
+    assert (towers.prompt.question(), towers.answers) == ("Which?\n\ntwo towers", ("both",))
     assert [number.is_right(said) for said in ("5", " 5\n", "5.", "It is 5")] == [True, True, False, False]
     assert [colour.is_right(said) for said in ("red", "green", "blue")] == [True, True, False]
     assert [year.is_right(said) for said in ("In 1945, I think.", "19456")] == [True, False]
@@ -97,10 +99,14 @@ def test_every_line_that_is_no_task_is_named(tmp_path: Path) -> None:
     ]
     with pytest.raises(DataError) as caught:
         read_tasks(tasks_file(tmp_path, *(line for line, _ in wrong)))
-    assert len(caught.value.problems) == len(wrong)
-    for number, (problem, (_, said)) in enumerate(zip(caught.value.problems, wrong, strict=True), 1):
-        assert problem.place.endswith(f"line {number}")
-        assert said in problem.message
+    places = [problem.place for problem in caught.value.problems]
+    assert [problem.message for problem in caught.value.problems if "2 rows: " in problem.message] == [
+        "2 rows: a task has either `answer` or `pattern`"
+    ]
+    lines = [1, 2, 3, 4, 5, 7, 8, 9]  # what is wrong with row 5 is wrong with row 6
+    for line, place, problem in zip(lines, places, caught.value.problems, strict=True):
+        assert place.endswith("rows 5, 6" if line == 5 else f"line {line}")
+        assert wrong[line - 1][1] in problem.message
     (tmp_path / "empty.json").write_text("[]")
     with pytest.raises(DataError, match="no task in the file"):
         read_tasks(tmp_path / "empty.json")

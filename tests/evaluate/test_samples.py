@@ -97,7 +97,7 @@ def test_prompts_that_cannot_be_read_end_the_run_before_it_starts(
     material: list[str], tmp_path: Path
 ) -> None:
     own = tmp_path / "own.jsonl"
-    own.write_text('{"question": "?"}\n{"prompt": 3}\n')
+    own.write_text('{"what": "?"}\n{"prompt": 3}\n')
     with pytest.raises(DataError) as error:
         tiny_run(material, tmp_path / "run", f"run.prompts={own}")
     assert len(error.value.problems) == 2

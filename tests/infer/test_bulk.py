@@ -23,6 +23,7 @@ ROWS: list[Any] = [
     {"prompt": "Say 7.", "id": 17, "answer": "seven"},
     {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "라마?"}]},
     {"instruction": "Add.", "input": "1 and 2"},
+    {"Question": "Which?", "context": "Two towers.", "answer": "both"},
 ]
 
 
@@ -55,6 +56,7 @@ def test_rows_of_every_kind_are_asked_as_one_by_one(model: Model, tmp_path: Path
         "Say 7.",
         [Message("system", "Be brief."), Message("user", "라마?")],
         Instruction("Add.", "1 and 2", "", ""),
+        Instruction("Which?", "Two towers.", "", ""),
     ]
     for base in (False, True):
         alone = [model.generate([form], max_tokens=9, base=base)[0] for form in forms]
@@ -122,13 +124,37 @@ def test_what_was_answered_is_not_answered_again(model: Model, tmp_path: Path) -
         AnswerFile(path, "that")
     again = AnswerFile(path, "this")
     assert again.lines == lines[:3]
-    again.add(lines[3])
+    for line in lines[3:]:
+        again.add(line)
     again.finish()
     assert path.read_text().splitlines() == lines
     assert [json.loads(line)["input"] for line in lines] == ROWS
     assert list(tmp_path.glob("*.part")) == []
     with pytest.raises(ConfigError, match="exists already"):
         AnswerFile(path, "this")
+
+
+def test_a_file_named_json_is_one_list(tmp_path: Path) -> None:
+    path = tmp_path / "answers.json"
+    kept = AnswerFile(path, "p")
+    lines = [json.dumps({"index": index, "answer": "\n"}) for index in range(3)]
+    kept.add(lines[0])
+    kept.close()
+    again = AnswerFile(path, "p")  # the part has lines
+    for line in lines[1:]:
+        again.add(line)
+    again.finish()
+    assert json.loads(path.read_text()) == [json.loads(line) for line in lines]
+
+
+def test_one_fault_of_many_rows_is_one_problem(model: Model, tmp_path: Path) -> None:
+    rows = [{"x": 1}] * 7 + [{"prompt": "a", "messages": []}] + ["fine"]
+    with pytest.raises(DataError) as refused:
+        read_prompts(written(tmp_path / "rows.jsonl", rows), model)
+    many, one = refused.value.problems
+    assert many.message.startswith("7 rows: the row must have one of")
+    assert many.place == "rows.jsonl rows 1, 2, 3, 4, 5 and 2 more"
+    assert one.place.startswith("rows.jsonl row 8")
 
 
 def test_a_line_out_of_turn_ends_what_is_kept(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def generate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="JSONL file for the answers to --file, not standard output.",
+            help="JSONL or JSON file for the answers to --file, not standard output.",
             show_default=False,
         ),
     ] = None,

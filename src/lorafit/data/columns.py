@@ -97,6 +97,21 @@ def mapped(raw: object, columns: Columns) -> object:
     return row
 
 
+def question_columns(row: Mapping[str, object]) -> Columns:
+    """The columns of the question of a row without its answer; {} where there is none, or several are possible."""
+    names = {
+        name.strip().casefold().replace(" ", "_"): name for name, value in row.items() if value is not None
+    }
+    questions, contexts = (
+        [names[name] for name in known if name in names] for known in (_QUESTIONS, _CONTEXTS)
+    )
+    if not questions:
+        questions, contexts = contexts or [names[name] for name in _SPEAKERS[0] if name in names], []
+    if len(questions) != 1 or len(contexts) > 1:
+        return {}
+    return {"instruction": questions[0], **({"input": contexts[0]} if contexts else {})}
+
+
 def is_row(value: Mapping[str, object]) -> bool:
     """Whether an object has the fields of a row."""
     for key in CONVERSATIONS:

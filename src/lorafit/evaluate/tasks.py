@@ -5,7 +5,8 @@
     {"prompt": "When did it end?", "pattern": "\\\\b1945\\\\b", "system": "Answer in one sentence."}
 
 With `answer`, the model's answer must be equal to it, without white space at both ends. `pattern` is a regular
-expression of Python that must match somewhere in the model's answer. `instruction` and `input` can replace `prompt`.
+expression of Python that must match somewhere in the model's answer. `instruction` and `input`, or another usual name
+of a question, can replace `prompt`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorafit.data.columns import question_columns
 from lorafit.errors import DataError
 from lorafit.infer.model import Model, Question
 from lorafit.infer.prompts_file import question_of, read_rows
@@ -62,12 +64,14 @@ def _task(raw: object) -> Task:
     """The task of a row. Raises DataError."""
     if not isinstance(raw, dict):
         raise DataError("a task is an object with `prompt`, and `answer` or `pattern`")
-    if unknown := sorted(raw.keys() - _KEYS):
+    columns = question_columns(raw)
+    if unknown := sorted(raw.keys() - _KEYS - set(columns.values())):
         raise DataError(f"a task has no `{unknown[0]}`; its keys are {', '.join(sorted(_KEYS))}")
-    prompt = raw.get("prompt", raw.get("instruction"))
+    prompt = raw.get(columns.get("instruction", "prompt"))
     if not isinstance(prompt, str) or not prompt.strip():
         raise DataError("`prompt` is missing or empty")
-    question = question_of({"instruction": prompt, "input": raw.get("input"), "system": raw.get("system")})
+    extra = raw.get(columns.get("input", "input"))
+    question = question_of({"instruction": prompt, "input": extra, "system": raw.get("system")})
     if ("answer" in raw) == ("pattern" in raw):
         raise DataError("a task has either `answer` or `pattern`")
     if "pattern" in raw:

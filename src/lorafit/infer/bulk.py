@@ -32,7 +32,7 @@ def answer_file(
     base: bool = False,
     show: Callable[[str], None],
 ) -> None:
-    """Answer the prompts of a file. The answers, one JSON line each, go to `output`, or to `show` without one.
+    """Answer the prompts of a file. The answers, one JSON line each, go to `output` (.json: one list), or to `show`.
 
     The same call with `output` continues after the answers that an interrupted call has kept. Raises DataError,
     ConfigError or RunError.
@@ -127,9 +127,15 @@ class AnswerFile:
                 self._sync()
 
     def finish(self) -> None:
-        """Write the complete file, durably, and remove the part. Raises RunError."""
+        """Write the complete file, durably, and remove the part: lines, or one list for .json. Raises RunError."""
         self.close()
-        write_file(self.path, "".join(line + "\n" for line in self.lines))
+        is_list = self.path.suffix.lower() == ".json"
+        text = (
+            "[\n" + ",\n".join(self.lines) + "\n]\n"
+            if is_list
+            else "".join(f"{line}\n" for line in self.lines)
+        )
+        write_file(self.path, text)
         self.part.unlink(missing_ok=True)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Reads prompts from a file: texts, or rows with `prompt`, `messages` or `instruction`. All problems at once."""
+"""Reads prompts from a file: texts, or rows with `messages`, or a question by any usual name. All problems at once."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from lorafit.data.columns import question_columns
 from lorafit.data.folders import data_files
 from lorafit.data.formats import Chat, Fields, Instruction, question, undecodable
 from lorafit.data.readers import place_of, read_file
-from lorafit.errors import DataError, LorafitError, Problem, Problems
+from lorafit.data.row_faults import RowFaults
+from lorafit.errors import DataError, LorafitError, Problem
 from lorafit.infer.model import Model, Question
 from lorafit.storage.safe_read import MB, read_text
 
@@ -42,33 +44,36 @@ def read_prompts(path: Path, model: Model) -> list[PromptRow]:
 def read_rows(path: Path, read: Callable[[object], T], if_empty: str) -> list[T]:
     """What `read` makes of each row of a file.
 
-    Raises DataError with the problems of all rows, each with its place, or with `if_empty` for a file without rows.
+    Raises DataError with the problems of all rows, each with its places, or with `if_empty` for a file without rows.
     """
-    problems, rows = Problems(), list[T]()
-    for place, raw in raw_rows(path, problems):
+    faults, rows = RowFaults(), list[T]()
+    for name, number, place, raw in _raw_rows(path):
         try:
+            if isinstance(raw, Problem):
+                raise DataError.of([raw])
             rows.append(read(raw))
         except LorafitError as error:
-            problems.add(dataclasses.replace(problem, place=place) for problem in error.problems)
-    if problems:
-        raise DataError.of(problems.kept, problems.num_more)
+            for problem in error.problems:
+                faults.add(name, number, place, dataclasses.replace(problem, place=place))
+    if faults:
+        raise DataError.of(faults.problems(0), faults.num_more)
     if not rows:
         raise DataError(if_empty, place=str(path))
     return rows
 
 
-def raw_rows(path: Path, problems: Problems) -> Iterator[tuple[str, object]]:
-    """(place, value) of each row. A .txt file has one prompt per line; all other files are read as training rows are.
+def _raw_rows(path: Path) -> Iterator[tuple[str, int, str, object]]:
+    """(file, number, place, value) of each row, a Problem for a line that is none.
 
-    A line that is no row goes to `problems`. Raises DataError where the file cannot be read.
+    A .txt file has one prompt per line; all other files are read as training rows are. Raises DataError where the file
+    cannot be read.
     """
     if path.suffix.lower() != ".txt" or not path.exists():
         for file in data_files(path):
             for row in read_file(file, file.name):
-                if isinstance(row.value, Problem):
-                    problems.add([row.value])
-                else:
-                    yield place_of(file.name, row.number, row.line), row.value
+                place = row.value.place if isinstance(row.value, Problem) else ""
+                place = place or place_of(file.name, row.number, row.line)
+                yield file.name, row.number, place, row.value
         return
     try:
         text = read_text(path, MAX_TEXT).removeprefix("\ufeff")
@@ -76,7 +81,7 @@ def raw_rows(path: Path, problems: Problems) -> Iterator[tuple[str, object]]:
         raise DataError(f"cannot be read: {error}", place=str(path)) from None
     lines = [(line, prompt) for line, prompt in enumerate(text.split("\n"), 1) if prompt.strip()]
     for number, (line, prompt) in enumerate(lines, 1):
-        yield place_of(path.name, number, line), prompt.rstrip("\r")
+        yield path.name, number, place_of(path.name, number, line), prompt.rstrip("\r")
 
 
 def question_of(raw: object) -> Question:
@@ -86,6 +91,9 @@ def question_of(raw: object) -> Question:
     if not isinstance(raw, dict):
         raise DataError("the row is neither a text nor an object", hint=_HINT)
     kinds = [kind for kind in _KINDS if raw.get(kind) is not None]
+    if not kinds and (columns := question_columns(raw)):
+        values = {name: raw.get(column) for name, column in columns.items()}
+        return question_of({**values, "system": raw.get("system")})
     if len(kinds) != 1:
         has = f"has {' and '.join(f'`{kind}`' for kind in kinds)}" if kinds else "has none of them"
         raise DataError(
