@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from tests.runs import digest, events, interrupt_after, tiny_run
 
+from lorafit.evaluate.run import evaluate_run
+from lorafit.export.rows import rows_of
+from lorafit.export.run_source import open_source
 from lorafit.observe.run_summary import RunState, summarize
 from lorafit.run_dir import RunDirectory
 from lorafit.training.run import Result, resume_run
@@ -50,6 +53,16 @@ def test_the_length_is_that_of_the_best_step_and_both_losses_stay(refitted: Resu
     assert summary.heldout_loss == event["heldout_loss"]
     manifest = json.loads((refitted.adapter / "manifest.json").read_text())
     assert manifest["facts"]["trained_rows"] == 40
+
+
+def test_no_measure_of_it_calls_a_trained_row_held_out(
+    refitted: Result, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert [measured.loss for measured in evaluate_run(refitted.path, offline=True)] == [None, None]
+    assert "ended by training on all rows" in " ".join(capsys.readouterr().err.split())
+    rows, _ = rows_of(open_source(refitted.path, offline=True), 64)
+    assert rows.texts
+    assert rows.name == "trained rows"
 
 
 @pytest.mark.parametrize("step", [3, 6, 7, 10])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -122,6 +122,11 @@ class TrainingData:
         """The first `count` held-out rows, training rows where none are held out: the rows of the proof."""
         fixed = self.heldout if len(self.heldout) else self.training
         return [fixed.row(index) for index in range(min(count, len(fixed)))]
+
+    def was_refit(self, facts: Mapping[str, object]) -> bool:
+        """Whether the adapter with these facts was trained on the held-out rows too (`train.refit`)."""
+        trained = facts.get("trained_rows", 0)
+        return isinstance(trained, int) and trained > len(self.training)
 
     def place(self, index: int) -> str:
         """The place, for messages, of the row at `index` of the training rows."""

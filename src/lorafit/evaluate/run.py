@@ -20,6 +20,7 @@ from lorafit.model.build import base_folder
 from lorafit.model.dtypes import DTYPES
 from lorafit.model.lora import disable_adapter
 from lorafit.model.quant import Quantize
+from lorafit.observe.console import note
 from lorafit.observe.progress import progress
 from lorafit.run_dir import RunDirectory
 from lorafit.storage.atomic import check_manifest, read_facts
@@ -126,8 +127,12 @@ def _heldout(run: RunDirectory, offline: bool) -> list[Pack]:
             place=", ".join(config.data.path),
             hint="restore the data files of the training",
         )
-    if read_facts(adapter).get("trained_rows", 0) > len(training_data.training):
-        return []  # `train.refit`: no row is left that was not trained
+    measured = "--tasks measures answers"
+    if training_data.was_refit(read_facts(adapter)):
+        note(f"no held-out loss: the run ended by training on all rows (train.refit); {measured}")
+        return []
+    if not len(training_data.heldout):
+        note(f"no held-out loss: no row was held out (data.holdout); {measured}")
     rows = [training_data.heldout.row(index) for index in range(len(training_data.heldout))]
     return Packer(config.train.micro_batch_tokens, config.data.packing).packs(rows)
 

@@ -71,8 +71,8 @@ def explain(run: RunDirectory, prompt: str, answer: str | None, max_tokens: int,
     config = config_of_answers(run, hint)
     data = data_of(run, quiet)
     rows = data.training
-    if read_facts(run.newest_adapter()).get("trained_rows", 0) > len(rows):
-        rows = data.with_all_rows().training  # `train.refit`
+    if data.was_refit(read_facts(run.newest_adapter())):
+        rows = data.with_all_rows().training
     model = load(run.path)
     if answer is None:
         answer, tokens = greedy(model, prompt, max_tokens)

@@ -166,10 +166,16 @@ def sentence(outcome: Mapping[str, Any]) -> str:
     answers = f"{outcome['same_greedy_answers']} of {outcome['prompts']} greedy answers equal"
     if tied := outcome["same_up_to_a_tie"]:
         answers += f" ({tied} more up to two tokens about equally probable)"
-    loss = f"loss {outcome['adapter_loss']:.4f} -> {outcome['loss']:.4f} ({outcome['loss_rise']:+.2%})"
+    rise = rise_text(outcome["loss_rise"], outcome["adapter_loss"])
+    loss = f"loss {outcome['adapter_loss']:.4f} -> {outcome['loss']:.4f} ({rise})"
     where = f"{outcome['loss_tokens']} tokens of "
     where += f"{outcome['loss_rows']} {outcome['loss_on']}" if outcome["loss_rows"] else outcome["loss_on"]
     return f"{answers}; {loss} on {where}; same most probable token at {outcome['agreement']:.1%}"
+
+
+def rise_text(rise: float, adapter_loss: float) -> str:
+    """A rise for people: as a share of the loss, or in nats where the loss is so low that a share says nothing."""
+    return f"{rise:+.2%}" if adapter_loss >= LEAST_LOSS else f"{rise * LEAST_LOSS:+.4f}"
 
 
 def cost_of(reference: Reference, record: NumberType, scores: Scores) -> tuple[Cost, Difference | None]:
@@ -230,8 +236,9 @@ def compare(
         faults.append(f"only {cost.equal + cost.tied} of {number} greedy answers are equal")
     if not cost.certain_rise <= record.bounds.loss:
         faults.append(
-            f"the loss rises from {cost.adapter_loss:.4f} to {cost.loss:.4f} ({cost.rise:+.1%}); a {record.name} "
-            f"export may cost {record.bounds.loss:.1%}"
+            f"the loss rises from {cost.adapter_loss:.4f} to {cost.loss:.4f} "
+            f"({rise_text(cost.rise, cost.adapter_loss)}); a {record.name} export may cost {record.bounds.loss:.1%}"
+            + (f" of {LEAST_LOSS} nats" if cost.adapter_loss < LEAST_LOSS else "")
         )
     if cost.agreement < record.bounds.agreement:
         faults.append(

@@ -68,4 +68,5 @@ def rows_of(source: RunSource, longest: int) -> tuple[RowTexts, Sequence[Text]]:
             texts.append(Text(some[: positions[-1] + 1], positions))
     if not texts:
         return RowTexts((), "every answer begins too late in its row"), calibration
-    return RowTexts(texts, "held-out rows" if len(data.heldout) else "trained rows"), calibration
+    is_held_out = len(data.heldout) > 0 and not data.was_refit(facts)
+    return RowTexts(texts, "held-out rows" if is_held_out else "trained rows"), calibration

@@ -67,7 +67,7 @@ def plan_removal(run: RunDirectory, data: TrainingData, numbers: Sequence[int]) 
 
 def _not_repeatable(run: RunDirectory, config: Config, ids: Sequence[str]) -> RunError:
     """Why no checkpoint of `run` can be used, what a new run takes, and the command that starts one."""
-    message = "in this run the places of all rows depend on each row (data.order=null)"
+    message = "in this run the places of all rows depend on each row (data.order is not hash)"
     words = ["data.order=hash", f"data.drop_rows=[{','.join(ids)}]"]
     if config.train.budget is not None:
         message = "the length of this run depends on a clock (train.budget)"
