@@ -291,3 +291,56 @@ def test_a_file_of_the_wrong_kind_is_told_where_it_was_dropped(browser: Any, stu
     page.get_by_text("Row 1").wait_for()
     assert page.locator("#d-path").input_value().endswith("/uploads/내 행 (1).json")
     context.close()
+
+
+def test_a_reload_keeps_the_talk_and_what_the_next_question_reads(
+    browser: Any, tmp_path: Path, finished_run: Path
+) -> None:
+    shutil.copytree(finished_run, tmp_path / "mine")
+    studio = Live(tmp_path)
+    context = opened(browser, studio)
+    page = context.first
+    asked: list[Any] = []
+    page.on(
+        "request", lambda request: asked.append(request.post_data_json) if "answer" in request.url else None
+    )
+
+    def ask(question: str) -> list[str]:
+        """Ask all models; what stands on the page then."""
+        page.locator("#talk-prompt").fill(question)
+        page.locator("#talk-form button.primary").click()
+        page.locator("#talk-prompt:focus").wait_for()
+        page.wait_for_function("document.querySelector('#talk-prompt').value === ''")
+        return turns()
+
+    def turns() -> list[str]:
+        return list(page.locator("#turns > .turn").evaluate_all("all => all.map(turn => turn.innerText)"))
+
+    page.goto(f"{studio.base}/talk")
+    page.locator("input[name=run]").check()
+    page.locator("form[action='/talk/open'] button").click()
+    page.locator("#talk-form").wait_for()
+    page.locator("#talk-tokens").fill("4")
+    first = ask("What is 2?")
+    assert len(first) == 1
+    assert "What is 2?" in first[0]
+    page.reload()
+    page.locator("#talk-form").wait_for()
+    assert turns() == first
+    page.locator("#talk-tokens").fill("4")
+    second = ask("And 3?")
+    assert second[1:] == first
+    assert len(asked) == 4  # two models, twice
+    for before, after in zip(sorted(asked[:2], key=str), sorted(asked[2:], key=str), strict=True):
+        roles = [message["role"] for message in after["messages"]]
+        assert after["messages"][0] == before["messages"][0]
+        assert roles == ["user", "assistant", "user"]
+    page.locator("[data-forget]").click()
+    page.reload()
+    page.locator("#talk-form").wait_for()
+    assert turns() == []
+    page.locator("form[action='/talk/close'] button").click()
+    page.locator("#talk-form").wait_for(state="detached")
+    assert context.said == []
+    context.close()
+    studio.end()

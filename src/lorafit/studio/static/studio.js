@@ -301,8 +301,14 @@
     });
   }
 
-  // Talk: one column per model, each with its own conversation.
-  const threads = new Map();
+  // Talk: one column per model, each with its own conversation. The tab keeps the turns: a reload does not lose them.
+  const TALK = "lorafit talk";
+  let turns = []; // of each: `asked`, and `said` by model: its answer or null, which the next question leaves out
+  const talkModels = (form) =>
+    JSON.parse(form.dataset.models).sort((a, b) => (b === form.dataset.base) - (a === form.dataset.base)); // the base first
+  const keepTurns = (form) => {
+    try { sessionStorage.setItem(TALK, JSON.stringify({ models: talkModels(form), turns })); } catch { /* full or off */ }
+  };
   const MARKED = /<think>([^]*?)(?:<\/think>|$)|<tool_call>([^]*?)(?:<\/tool_call>|$)/g; // as in row_turns.py
   const show = (place, whole, names) => {
     const text = whole.includes("</think>") && !whole.split("</think>")[0].includes("<think>") ? "<think>" + whole : whole;
@@ -329,15 +335,16 @@
     put("text", text.slice(start));
   };
   const answer = async (model, form, place) => {
-    const thread = threads.get(model) ?? [];
     const system = form.system.value.trim();
+    const earlier = turns.filter((turn) => turn.said[model] != null).flatMap((turn) => [
+      { role: "user", content: turn.asked }, { role: "assistant", content: turn.said[model] }]);
     const question = { role: "user", content: form.prompt.value };
-    const messages = [...(system ? [{ role: "system", content: system }] : []), ...thread, question];
+    const messages = [...(system ? [{ role: "system", content: system }] : []), ...earlier, question];
     const asked = { model, messages, temperature: +form.temperature.value, top_p: +form.top_p.value, max_tokens: +form.max_tokens.value };
-    const failed = (text) => { place.className = "wrong"; place.textContent = form.dataset.error + ": " + text; };
+    const failed = (text) => { place.className = "wrong"; place.textContent = form.dataset.error + ": " + text; return null; };
     let text = "", rest = "";
     const reply = await fetch("/talk/answer", { method: "POST", body: JSON.stringify(asked) });
-    if (!reply.ok) { failed((await reply.json()).error.message); return; }
+    if (!reply.ok) return failed((await reply.json()).error.message);
     const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
     for (;;) {
       const { value, done } = await reader.read();
@@ -348,41 +355,63 @@
       for (const line of lines) {
         if (!line.startsWith("data: ") || line === "data: [DONE]") continue;
         const event = JSON.parse(line.slice(6));
-        if (event.error) { failed(event.error.message); return; }
+        if (event.error) return failed(event.error.message);
         text += event.choices?.[0]?.delta?.content ?? "";
         show(place, text, form.dataset);
       }
     }
-    place.classList.remove("busy");
-    if (!text.trim()) { place.className = "empty"; place.textContent = form.dataset.nothing; }
-    threads.set(model, [...thread, question, { role: "assistant", content: text }]);
+    ended(place, text, form);
+    return text;
   };
+  const ended = (place, text, form) => {
+    place.className = text.trim() ? "say" : "empty";
+    if (text.trim()) show(place, text, form.dataset); else place.textContent = form.dataset.nothing;
+  };
+  const drawTurn = (form, asked) => {
+    const turn = document.createElement("section");
+    turn.className = "card turn";
+    const question = turn.appendChild(document.createElement("div"));
+    question.className = "asked";
+    question.textContent = asked;
+    const row = turn.appendChild(document.createElement("div"));
+    row.className = "chat";
+    one("#turns").prepend(turn);
+    return talkModels(form).map((model) => {
+      const column = row.appendChild(document.createElement("div"));
+      const { base, baseIs } = form.dataset;
+      column.appendChild(document.createElement("h3")).textContent = model === base ? `${model} (${baseIs})` : model;
+      return [model, column.appendChild(document.createElement("div"))];
+    });
+  };
+  const keptForm = one("#talk-form");
+  if (keptForm) {
+    let kept = null;
+    try { kept = JSON.parse(sessionStorage.getItem(TALK)); } catch { /* not ours */ }
+    if (JSON.stringify(kept?.models) === JSON.stringify(talkModels(keptForm))) turns = kept.turns;
+    for (const { asked, said } of turns) {
+      for (const [model, place] of drawTurn(keptForm, asked)) {
+        if (said[model] == null) { place.className = "empty"; place.textContent = keptForm.dataset.nothing; }
+        else ended(place, said[model], keptForm);
+      }
+    }
+  }
   document.addEventListener("submit", async (event) => {
     const form = event.target;
     if (form.id === "talk-form") {
       event.preventDefault();
-      const turn = document.createElement("section");
-      turn.className = "card turn";
-      const asked = turn.appendChild(document.createElement("div"));
-      asked.className = "asked";
-      asked.textContent = form.prompt.value;
-      const row = turn.appendChild(document.createElement("div"));
-      row.className = "chat";
-      one("#turns").prepend(turn);
-      const { base, baseIs } = form.dataset;
-      const models = JSON.parse(form.dataset.models).sort((a, b) => (b === base) - (a === base));  // the base first
-      const answers = models.map((model) => {
-        const column = row.appendChild(document.createElement("div"));
-        column.appendChild(document.createElement("h3")).textContent = model === base ? `${model} (${baseIs})` : model;
-        const place = column.appendChild(document.createElement("div"));
+      const turn = { asked: form.prompt.value, said: {} };
+      const answers = drawTurn(form, turn.asked).map(async ([model, place]) => {
         place.className = "say busy";
-        return answer(model, form, place).catch(() => {
+        turn.said[model] = await answer(model, form, place).catch(() => {
           place.className = "wrong";
           place.textContent += lost.dataset.gone;
+          return null;
         });
       });
       one("#task-prompt").value = form.prompt.value;
       await Promise.all(answers);
+      turns.push(turn);
+      keepTurns(form);
       form.prompt.value = "";
       form.prompt.focus();
     }
@@ -397,6 +426,10 @@
     }
   });
   document.addEventListener("click", (event) => {
-    if (event.target.closest?.("[data-forget]")) { threads.clear(); one("#turns").replaceChildren(); }
+    if (event.target.closest?.("[data-forget]")) {
+      turns = [];
+      keepTurns(one("#talk-form"));
+      one("#turns").replaceChildren();
+    }
   });
 })();
