@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,36 +17,66 @@ from lorafit.training.run import Result, start_run
 __all__ = ["generate", "load", "train"]
 
 
-def train(config: Config | Mapping[str, Any] | str | Path, *, quiet: bool = False) -> Result:
+def train(
+    config: Config | Mapping[str, Any] | str | Path | None = None,
+    *,
+    model: str | Path | None = None,
+    data: Any = None,
+    output: str | Path | None = None,
+    quiet: bool = False,
+) -> Result:
     """Train a new run.
 
     Args:
-        config: a Config, a mapping of sections such as `{"model": {"name": ...}, "data": {"path": ...}}`, a recipe
-            file, or the name of a recipe that lorafit contains. In a mapping, `data` or its `path` can be rows:
-            `{"data": [{"instruction": ..., "output": ...}]}`, a generator of them, a DataFrame of pandas or polars, or
-            a `datasets.Dataset`. They are kept in the cache.
+        config: a mapping of sections such as `{"train": {"epochs": 3}}`, a recipe file, the name of a recipe that
+            lorafit contains, or a Config.
+        model: `model.name`: a folder, a GGUF file or a hub id.
+        data: `data.path`: files, a folder or a hub id, or rows: a list `[{"instruction": ..., "output": ...}]`, a
+            generator of them, a DataFrame of pandas or polars, or a `datasets.Dataset`. Rows are kept in the cache.
+            In a mapping, `data` or its `path` can be the same.
+        output: `run.output`: the folder of the run.
         quiet: shows no progress; by default it is shown as `lorafit train` shows it, on stderr.
 
-    Returns the Result: path, adapter and losses of the run. Raises a LorafitError, before the training, with all
-    problems of the config, the rows and the model.
+    `model`, `data` and `output` replace those of `config`. Returns the Result: path, adapter and losses of the run.
+    Raises a LorafitError, before the training, with all problems of the config, the rows and the model.
     """
+    given = {"model.name": model, "data.path": data, "run.output": output}
+    flags = {key: _paths(value) for key, value in given.items() if value is not None}
     if isinstance(config, str | Path):
-        config = load_config(recipe_file(str(config)))
-    elif not isinstance(config, Config):
-        config = validate(_with_files(config))
+        config = load_config(recipe_file(str(config)), (), flags)
+    elif flags or not isinstance(config, Config):
+        values = (
+            config.model_dump(exclude_unset=True) if isinstance(config, Config) else _with_files(config or {})
+        )
+        for key, value in flags.items():
+            section, _, name = key.partition(".")
+            if isinstance(part := values.get(section, {}), Mapping):
+                values[section] = {**part, name: value}
+        config = validate(values)
     return start_run(config, quiet=quiet)
 
 
+def _paths(data: Any) -> Any:
+    """`data` with paths as texts, or the file of its rows where it has them in memory."""
+    if (rows := rows_in(data)) is not None:
+        return [str(rows_file(rows))]
+    if isinstance(data, list | tuple):
+        return [os.fspath(one) if isinstance(one, os.PathLike) else one for one in data]
+    return os.fspath(data) if isinstance(data, os.PathLike) else data
+
+
 def _with_files(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with the file of its rows where `data` or `data.path` has them in memory."""
-    data = config.get("data")
+    """`config` with sections where a name stands for them, and with the file of the rows that it has in memory."""
+    data, model = config.get("data"), config.get("model")
+    if isinstance(model, str | os.PathLike):
+        config = {**config, "model": {"name": os.fspath(model)}}
     section: dict[str, Any] = {"path": data}
     if isinstance(data, Mapping) and data.keys() & DataSection.model_fields.keys():
         section = dict(data)
     elif data is None or (isinstance(data, Mapping) and all(isinstance(one, str) for one in data.values())):
         return dict(config)  # settings, none of which is known
-    if (rows := rows_in(section.get("path"))) is not None:
-        section["path"] = [str(rows_file(rows))]
+    if "path" in section:
+        section["path"] = _paths(section["path"])
     return {**config, "data": section}
 
 

@@ -98,6 +98,10 @@ class LorafitError(Exception):
     def __str__(self) -> str:
         return report(self.problems, num_more=self.num_more)
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows of it: the problems. IPython calls it, and `%debug` still has the traceback."""
+        return str(self).split("\n")
+
 
 class ConfigError(LorafitError, ValueError):
     """A recipe, override or flag that cannot be used."""

@@ -108,3 +108,37 @@ def test_the_name_of_a_file_can_stand_for_the_section(tmp_path: Path) -> None:
     for data in (name := str(tmp_path / "none.json"), [name], {"path": name}):
         with pytest.raises(DataError, match="no such file"):
             lorafit.train(config(tmp_path / "run", data))
+
+
+def test_names_and_rows_are_keywords_over_any_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[lorafit.Config] = []
+    monkeypatch.setattr("lorafit.api.start_run", lambda config, quiet: started.append(config))
+    file, recipe = tmp_path / "rows.json", tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(ROWS))
+    recipe.write_text("train: {epochs: 2}\nmodel: {name: other}\n")
+    keywords: dict[str, Any] = {"model": tmp_path / "base", "output": tmp_path / "run"}
+    train = {"train": {"epochs": 2}}
+    whole = lorafit.Config.model_validate({**train, "model": {"name": "other"}, "data": {"path": "no"}})
+    for config in (train, {**train, "model": "other"}, {**train, "data": "no"}, str(recipe), recipe, whole):
+        lorafit.train(config, **keywords, data=file)
+    lorafit.train(train, **keywords, data=[str(file)])
+    lorafit.train(
+        {**train, "model": str(tmp_path / "base"), "data": file, "run": {"output": str(tmp_path / "run")}}
+    )
+    assert len({config.model_dump_json(exclude={"data": {"path"}}) for config in started}) == 1
+    assert {config.data.path for config in started} == {(str(file),)}
+    lorafit.train(**keywords, data=ROWS)
+    assert started[-1].data.path == (str(rows_file(ROWS)),)
+    with pytest.raises(lorafit.ConfigError, match="run"):
+        lorafit.train({"run": "x"}, **keywords, data=file)
+
+
+def test_a_notebook_shows_the_problems_and_no_traceback() -> None:
+    """IPython shows what `_render_traceback_` returns in the place of a traceback."""
+    ipython = pytest.importorskip("IPython.core.interactiveshell").InteractiveShell()
+    shown: list[str] = []
+    ipython._showtraceback = lambda kind, value, lines: shown.extend(lines)
+    ipython.run_cell("import lorafit; lorafit.train({'train': {'lr': 3}, 'lora': {'rnak': 3}})")
+    assert "error: unknown key `train.lr`" in shown
+    assert "error: unknown key `lora.rnak`" in shown
+    assert not any("Traceback" in line or "lorafit/" in line for line in shown)
