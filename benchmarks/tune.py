@@ -1,6 +1,7 @@
 """Compares `lorafit tune` with the full grid of its points: the held-out loss of its pick, and the time of the steps.
 
-The seconds of a step are the median of its point in the grid, so that a program beside a part of the runs counts less.
+A run of the grid counts with the lowest of 16 measurements. The seconds of a step are the median of its point in the
+grid, so that a program beside a part of the runs counts less.
 
 python benchmarks/tune.py --model MODEL --data ROWS [--steps 64] [--work FOLDER] [section.key=value ...]
 
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.observe.metrics_file import read_metrics
-from lorafit.sweep.halving import Tuned, hold, tune, warmup
+from lorafit.sweep.halving import Tuned, hold, lengths, tune, warmup
 from lorafit.sweep.run import TrialResult, plan_points, run_sweep
 
 
@@ -40,9 +41,9 @@ def main() -> None:
         if tuned.recipe is None:
             raise SystemExit(130)
         own = [*words, "run.samples=0", "train.patience=0", "train.schedule=wsd", "train.refit=false"]
-        own += [f"train.eval_every={given.steps}", "run.verify=false", "train.keep_best=false"]
-        lengths = sorted({score.steps for score in tuned.scores})
-        own += [f"train.warmup={float(warmup(lengths))}"]  # the pick has the same loss in both
+        own += [f"train.eval_every={max(1, given.steps // 16)}", "run.verify=false", "train.keep_best=false"]
+        # as in the search, so that a run of the whole length has the same loss in both
+        own += [f"train.warmup={float(warmup(lengths(len(tuned.results), given.steps)))}"]
         planned = None
         if not (folder / "grid").exists():
             planned = []
@@ -57,7 +58,6 @@ def main() -> None:
 
 def compare(tuned: Tuned, grid: Sequence[TrialResult], steps: int) -> dict[str, Any]:
     """The pick of the search beside the best point of the grid, whose runs have `steps` steps, and what both took."""
-    losses = {_key(trial): trial.loss for trial in grid}
     per_step = {_key(trial): _seconds_per_step(trial) for trial in grid}
     keys = {result.trial.name: _key(result) for result in tuned.results}
     shorter = {b: a for a, b in itertools.pairwise(sorted({score.steps for score in tuned.scores}))}
@@ -65,17 +65,17 @@ def compare(tuned: Tuned, grid: Sequence[TrialResult], steps: int) -> dict[str, 
         (score.steps - (hold(shorter[score.steps]) if score.steps in shorter else 0), keys[score.trial])
         for score in tuned.scores
     ]
-    pick, best = losses[_key(tuned.results[0])], grid[0].loss
-    assert pick is not None
-    assert best is not None
+    pick = min(tuned.scores, key=lambda score: score.loss)
+    best, best_point = min(((_lowest(trial), trial.trial.point) for trial in grid), key=lambda pair: pair[0])
     seconds = sum(num_steps * per_step[key] for num_steps, key in computed)
     grid_seconds = steps * sum(per_step.values())
     return {
         "pick": tuned.results[0].trial.point,
-        "best": grid[0].trial.point,
-        "loss_of_pick": pick,
+        "length_of_pick": pick.steps,
+        "best": best_point,
+        "loss_of_pick": pick.loss,
         "loss_of_best": best,
-        "above_best": pick / best - 1,
+        "above_best": pick.loss / best - 1,
         "steps": sum(num_steps for num_steps, _ in computed),
         "grid_steps": steps * len(grid),
         "seconds": seconds,
@@ -86,6 +86,12 @@ def compare(tuned: Tuned, grid: Sequence[TrialResult], steps: int) -> dict[str, 
 
 def _key(result: TrialResult) -> tuple[Any, ...]:
     return tuple(result.trial.point.values())
+
+
+def _lowest(result: TrialResult) -> float:
+    """The lowest held-out loss of a run."""
+    events = read_metrics(result.trial.run.metrics_file)
+    return min(event["loss"] for event in events if event["event"] == "heldout")
 
 
 def _seconds_per_step(result: TrialResult) -> float:

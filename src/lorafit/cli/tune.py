@@ -36,7 +36,7 @@ def tune(
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Find learning rate, rank and targets by short runs; the best quarter is trained on. Writes a recipe.
+    """Find learning rate, rank and targets by short runs; the better half is trained on. Writes a recipe.
 
     lorafit tune --model MODEL --data rows.json --budget 20min
     """
@@ -86,4 +86,4 @@ def tune(
         put_line(f"picture {picture}", err=True)
     if tuned.recipe is None:
         raise typer.Exit(130)
-    put_line(f"recipe {tuned.recipe}: lorafit train {tuned.recipe}", err=True)
+    put_line(f"recipe {tuned.recipe}: lorafit train {tuned.recipe} trains {tuned.about_recipe}", err=True)

@@ -1,8 +1,9 @@
-"""Successive halving: short runs of many points, and longer ones of the best quarter, by held-out loss.
+"""Successive halving: short runs of many points, and runs of twice the length of the better half, by held-out loss.
 
-This is the method of Jamieson and Talwalkar (2016), but for `promoted`. A run of a rung ends with the fall of the rate
-(schedule `wsd`), so that runs of one length compare. A winner goes on from its checkpoint before the fall: it ends with
-the bytes of a run that had the longer length from the beginning.
+This is the method of Jamieson and Talwalkar (2016). A run of a rung ends with the fall of the rate (schedule `wsd`), so
+that runs of one length compare. A winner goes on from its checkpoint before the fall: it ends with the bytes of a run
+that had the longer length from the beginning. The result is the lowest loss at any length, because few rows are
+overfitted by long runs, and each run has its own best length.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lorafit.errors import LorafitError, RunError
 from lorafit.model.build import BaseModelCache
 from lorafit.observe.metrics_file import read_metrics
 from lorafit.observe.progress import progress
-from lorafit.plan.planner import plan_run
+from lorafit.plan.planner import RunInputs, plan_run
 from lorafit.plan.predict import Plan
 from lorafit.redact import one_line
 from lorafit.storage.atomic import remove_folder, write_file
@@ -33,7 +34,7 @@ from lorafit.sweep.trials import GOES_ON, Trial, plan_sweep
 from lorafit.training.optim import FALL
 from lorafit.training.run import resume_run, start_run
 
-SHARE = 4  # one of so many runs goes on, for so many times the steps
+SHARE = 2  # one of so many runs goes on, for so many times the steps
 LEAST_STEPS = 8  # of the shortest runs
 _FACTORS, _RANKS = (1 / 3, 1.0, 3.0), (8, 16, 64)
 _TARGETS = ("all-linear", "[q_proj, v_proj]")
@@ -53,12 +54,25 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
+class Usual:
+    """How `lorafit train` trains the rows: steps, whether on all rows in the end, and whether they may be facts."""
+
+    steps: int
+    refit: bool
+    facts: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Tuned:
-    """What a search came to: its trials, best first, their scores, and the best one's recipe (None: interrupted)."""
+    """What a search came to: its trials, best first, their scores, and the best one's recipe (None: interrupted).
+
+    `about_recipe` says what the recipe trains.
+    """
 
     results: Sequence[TrialResult]
     scores: Sequence[Score]
     recipe: Path | None
+    about_recipe: str = ""
 
     @property
     def seconds(self) -> float:
@@ -87,33 +101,18 @@ def points_around(rate: float) -> list[Point]:
 
 def lengths(num_points: int, steps: int) -> list[int]:
     """The steps of the runs of each rung, ending with `steps`."""
-    rungs = 1 + math.ceil(math.log(max(1, num_points)) / math.log(SHARE) - 1e-9)
+    rungs = num_points.bit_length()
     found = [max(LEAST_STEPS, steps // SHARE**rung) for rung in reversed(range(rungs))]
     return sorted({min(steps, length) for length in found})
 
 
 def survivors(num_points: int, rung: int) -> int:
     """How many runs are in a rung."""
-    return -(-num_points // int(SHARE**rung))
-
-
-def promoted(losses: Mapping[str, float], points: Mapping[str, Point], count: int) -> list[str]:
-    """The `count` runs that go on, of those in `losses`, best first.
-
-    Runs with other targets learn at another speed: those with fewer weights are behind in short runs and may be ahead
-    in long ones. So the best run of each value of `lora.targets` comes first, then the second best of each.
-    """
-    seen: dict[str, int] = {}
-    places = {}
-    for name in sorted(losses, key=losses.__getitem__):
-        targets = points[name].get("lora.targets", "")
-        places[name] = seen[targets] = seen.get(targets, -1) + 1
-    first = sorted(losses, key=lambda name: (math.isinf(losses[name]), places[name], losses[name]))[:count]
-    return sorted(first, key=losses.__getitem__)
+    return max(1, num_points // int(SHARE**rung))
 
 
 def cost(num_points: int, steps: int) -> float:
-    """The steps that a search computes."""
+    """The steps that a search computes, at most."""
     before, total = 0.0, 0.0
     for rung, length in enumerate(lengths(num_points, steps)):
         total += survivors(num_points, rung) * (length - before)
@@ -145,24 +144,25 @@ def tune(
     of `lorafit train`. Raises a LorafitError.
     """
 
-    def config_of(point: Point, *own: str) -> Config:
-        words = [*own, *settings, *(f"{key}={value}" for key, value in point.items())]
+    def config_of(point: Point, own: Sequence[str] = (), last: Sequence[str] = ()) -> Config:
+        words = [*own, *settings, *(f"{key}={value}" for key, value in point.items()), *last]
         return config_from_args(words, recipe, {key: flags[key] for key in flags if key not in point})
 
     stored = _stored(folder)
     if stored is None:
-        plan = plan_run(config_of({}, *_OWN), quiet=quiet)
+        plan = plan_run(config_of({}, _OWN), quiet=quiet)
         points = grid(parse_axes(vary)) if vary else points_around(auto_learning_rate(plan.parameters))
+        trained = RunInputs.read(config_of({}), True).config.train
         stored = {
             "vary": list(vary),
             "points": points,
             "lengths": _lengths(plan, len(points), budget),
+            "usual": {"steps": plan.steps, "refit": trained.refit, "facts": trained.tolerance > 0},
             "scores": [],
         }
-    points, steps = stored["points"], stored["lengths"]
-    planned = [(point, _of_rung(config_of(point, *_OWN), _rung(steps, 0))) for point in points]
+    points, steps, usual = stored["points"], stored["lengths"], Usual(**stored["usual"])
+    planned = [(point, _of_rung(config_of(point, _OWN), _rung(steps, 0))) for point in points]
     trials = {trial.name: trial for trial in plan_sweep(folder, planned)}
-    points_of = {name: trial.point for name, trial in trials.items()}
     with lock(folder / "tune.lock", "search"):
         _write(folder, stored)
         scores = [Score(**{**score, "loss": score["loss"] or math.inf}) for score in stored["scores"]]
@@ -184,10 +184,31 @@ def tune(
                     place=str(folder),
                     hint="the error of each is beside its folder",
                 )
-            going = promoted(losses, points_of, survivors(len(points), rung + 1))
-        best = trials[going[0]]
-        path = _write_recipe(folder, best, config_of(best.point), scores, steps[-1])
-    return _tuned(trials, scores, path)
+            earlier = [score.loss for score in scores if score.steps < length]
+            if earlier and min(losses.values()) >= min(earlier) and length < steps[-1]:
+                announce(
+                    f"no run of {length} steps is better than the best shorter one: longer ones are left out"
+                )
+                break
+            going = sorted(losses, key=losses.__getitem__)[: survivors(len(points), rung + 1)]
+        best = min(scores, key=lambda score: score.loss)
+        words, about = of_recipe(steps, best.steps, usual)
+        path = _write_recipe(
+            folder, trials[best.trial], config_of(trials[best.trial].point, last=words), scores, about
+        )
+    return _tuned(trials, scores, path, about)
+
+
+def of_recipe(steps: Sequence[int], length: int, usual: Usual) -> tuple[list[str], str]:
+    """(settings of the recipe whose best run had `length` steps, what it trains)."""
+    if usual.facts:
+        why = "the answers are short, and facts are learnt after the lowest held-out loss"
+        return [], f"for the usual length: {why}"
+    if length == steps[-1] < usual.steps:
+        return [], f"for the usual length of {usual.steps} steps, as the longest runs were the best"
+    words = [f"train.max_steps={length}", f"train.warmup={float(warmup(steps))}", "train.schedule=wsd"]
+    words += ["train.refit=true"] if usual.refit else []
+    return words, f"for {length} steps" + (", then on all rows" if usual.refit else "")
 
 
 def _lengths(plan: Plan, num_points: int, budget: float | None) -> list[int]:
@@ -251,16 +272,19 @@ def _run(trial: Trial, steps: Sequence[int], rung: int, base: BaseModelCache, qu
     return Score(trial.name, length, loss, seconds)
 
 
-def _write_recipe(folder: Path, best: Trial, config: Config, scores: Sequence[Score], length: int) -> Path:
+def _write_recipe(folder: Path, best: Trial, config: Config, scores: Sequence[Score], about: str) -> Path:
     """The recipe of the best trial, `config`, with its evidence as comments; `lorafit train` reads it."""
     values = with_absolute_paths(config).model_dump(mode="json", exclude_unset=True)
-    chosen = next(score for score in scores if (score.trial, score.steps) == (best.name, length))
-    others = sorted(score.loss for score in scores if score.steps == length and score.trial != best.name)
+    chosen = min(scores, key=lambda score: score.loss)
+    others = sorted(
+        score.loss for score in scores if score.steps == chosen.steps and score.trial != best.name
+    )
     seconds = sum(score.seconds for score in scores)
     lines = [
-        f"# {one_line(best.title)}: held-out loss {chosen.loss:.4f} after {length} steps,",
+        f"# {one_line(best.title)}: held-out loss {chosen.loss:.4f} after {chosen.steps} steps,",
         f"# the best of {len({score.trial for score in scores})} points; the search took {seconds:.0f} s of steps.",
         *(f"# The next one of this length had {loss:.4f}." for loss in others[:1]),
+        f"# It trains {about}.",
     ]
     path = folder / RECIPE
     write_file(
@@ -269,13 +293,13 @@ def _write_recipe(folder: Path, best: Trial, config: Config, scores: Sequence[Sc
     return path
 
 
-def _tuned(trials: Mapping[str, Trial], scores: Sequence[Score], recipe: Path | None) -> Tuned:
-    """The trials in order: by the longest run, then by loss."""
-    last = {
-        score.trial: (-score.steps, score.loss) for score in sorted(scores, key=lambda score: score.steps)
-    }
-    ordered = sorted(trials.values(), key=lambda trial: last.get(trial.name, (0, math.inf)))
-    return Tuned([TrialResult.of(trial) for trial in ordered], scores, recipe)
+def _tuned(
+    trials: Mapping[str, Trial], scores: Sequence[Score], recipe: Path | None, about: str = ""
+) -> Tuned:
+    """The trials in order: by the lowest loss at any length."""
+    lowest = {score.trial: score.loss for score in sorted(scores, key=lambda score: -score.loss)}
+    ordered = sorted(trials.values(), key=lambda trial: lowest.get(trial.name, math.inf))
+    return Tuned([TrialResult.of(trial) for trial in ordered], scores, recipe, about)
 
 
 def _as_dict(score: Score) -> dict[str, Any]:
@@ -288,7 +312,7 @@ def _stored(folder: Path) -> dict[str, Any] | None:
     try:
         stored = read_json(folder / _RESULTS, MB)
         assert isinstance(stored, dict)
-        return {key: stored[key] for key in ("vary", "points", "lengths", "scores")}
+        return {key: stored[key] for key in ("vary", "points", "lengths", "usual", "scores")}
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, AssertionError):
