@@ -127,12 +127,11 @@ def _heldout(run: RunDirectory, offline: bool) -> list[Pack]:
             place=", ".join(config.data.path),
             hint="restore the data files of the training",
         )
-    measured = "--tasks measures answers"
     if training_data.was_refit(read_facts(adapter)):
-        note(f"no held-out loss: the run ended by training on all rows (train.refit); {measured}")
+        note("no held-out loss: the run ended by training on all rows (train.refit)")
         return []
     if not len(training_data.heldout):
-        note(f"no held-out loss: no row was held out (data.holdout); {measured}")
+        note("no held-out loss: no row was held out (data.holdout)")
     rows = [training_data.heldout.row(index) for index in range(len(training_data.heldout))]
     return Packer(config.train.micro_batch_tokens, config.data.packing).packs(rows)
 
