@@ -136,6 +136,19 @@ def test_ten_pages_hear_of_a_new_line_and_one_watcher_looks(
     assert not watcher._listeners
 
 
+def test_a_page_hears_that_its_run_is_gone_also_where_the_search_for_new_runs_misses_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page that was drawn while the run was being removed has no other way to know."""
+    monkeypatch.setattr(watch, "PERIOD", 0.01)
+    monkeypatch.setattr(watch, "SCAN_EVERY", 1)
+    run = write_run(tmp_path / "runs" / "run", 2)
+    folder = Folder(tmp_path / "runs")
+    name = folder.id_of(run)
+    ((first, second),) = heard(Watcher(folder, lambda: False), 1, lambda: run.rename(tmp_path / "gone"))
+    assert {*first} == {*second} == {name, LIST}
+
+
 def test_a_stream_of_an_empty_folder_hears_of_the_list_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,6 +64,7 @@ class Watcher:
             run = self._folder.known().get(name)
             now[name] = signs(run) if run else None
         changed += [name for name, sign in now.items() if self._seen.get(name, ...) != sign]
+        changed += [name for name in self._seen if name not in now]  # what is gone
         if changed or now.keys() != self._seen.keys():
             changed.append(LIST)
         self._seen = now
