@@ -293,11 +293,18 @@ def test_a_file_of_the_wrong_kind_is_told_where_it_was_dropped(browser: Any, stu
     context.close()
 
 
-def test_a_reload_keeps_the_talk_and_what_the_next_question_reads(
-    browser: Any, tmp_path: Path, finished_run: Path
-) -> None:
+@pytest.fixture
+def studio_with_model(tmp_path: Path, finished_run: Path) -> Iterator[Live]:
     shutil.copytree(finished_run, tmp_path / "mine")
-    studio = Live(tmp_path)
+    live = Live(tmp_path)
+    yield live
+    live.end()  # and with it the server of its talk
+
+
+def test_a_reload_keeps_the_talk_and_what_the_next_question_reads(
+    browser: Any, studio_with_model: Live
+) -> None:
+    studio = studio_with_model
     context = opened(browser, studio)
     page = context.first
     asked: list[Any] = []
@@ -343,4 +350,3 @@ def test_a_reload_keeps_the_talk_and_what_the_next_question_reads(
     page.locator("#talk-form").wait_for(state="detached")
     assert context.said == []
     context.close()
-    studio.end()

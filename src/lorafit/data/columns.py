@@ -6,7 +6,7 @@ A column that is no field stays in the row under its own name, so that what is n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,11 +97,14 @@ def mapped(raw: object, columns: Columns) -> object:
     return row
 
 
+def _by_plain_name(columns: Iterable[str]) -> dict[str, str]:
+    """The columns by their names in lower case, with `_` for a blank."""
+    return {column.strip().casefold().replace(" ", "_"): column for column in columns}
+
+
 def question_columns(row: Mapping[str, object]) -> Columns:
     """The columns of the question of a row without its answer; {} where there is none, or several are possible."""
-    names = {
-        name.strip().casefold().replace(" ", "_"): name for name, value in row.items() if value is not None
-    }
+    names = _by_plain_name(name for name, value in row.items() if value is not None)
     questions, contexts = (
         [names[name] for name in known if name in names] for known in (_QUESTIONS, _CONTEXTS)
     )
@@ -247,15 +250,15 @@ def _as_turns(value: object) -> object:
 def _in_capitals(rows: Sequence[Mapping[str, object]]) -> Layout | None:
     """The layout of rows that fit a format if `Prompt` is `prompt`, as for all fields; None if they fit none so."""
     names = dict.fromkeys(key for row in rows for key in row)
-    small = {key: key.strip().casefold() for key in names}
+    fields = {*FIELDS, *CONVERSATIONS}
     columns = {
-        name: key for key, name in small.items() if name not in names and name in {*FIELDS, *CONVERSATIONS}
+        name: key for name, key in _by_plain_name(names).items() if name in fields and name not in names
     }
-    try:
-        found = find_layout([mapped(row, columns) for row in rows]) if columns else None
-    except DataError:
+    if not columns:
         return None
-    if found is None:
+    try:
+        found = find_layout([mapped(row, columns) for row in rows])
+    except DataError:
         return None
     inner = {name: columns.get(path, path) for name, path in found.columns.items()}
     parts = ", ".join(f"{name} is `{path}`" for name, path in columns.items())
@@ -270,8 +273,7 @@ def _pair(rows: Sequence[Mapping[str, object]], *, is_given: bool = False) -> La
 
     Raises DataError where the names allow several readings. `is_given`: the format is given.
     """
-    columns = dict.fromkeys(key for row in rows for key in row)
-    names = {name.strip().casefold().replace(" ", "_"): name for name in columns}
+    names = _by_plain_name(dict.fromkeys(key for row in rows for key in row))
     if not is_given and any(key in names for key in ("messages", "conversations", "conversation")):
         return None
     if {"prompt", "completion"} <= names.keys() and not is_given:

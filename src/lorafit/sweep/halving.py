@@ -193,9 +193,8 @@ def tune(
             going = sorted(losses, key=losses.__getitem__)[: survivors(len(points), rung + 1)]
         best = min(scores, key=lambda score: score.loss)
         words, about = of_recipe(steps, best.steps, usual)
-        path = _write_recipe(
-            folder, trials[best.trial], config_of(trials[best.trial].point, last=words), scores, about
-        )
+        trial = trials[best.trial]
+        path = _write_recipe(folder, trial, best, config_of(trial.point, last=words), scores, about)
     return _tuned(trials, scores, path, about)
 
 
@@ -272,16 +271,15 @@ def _run(trial: Trial, steps: Sequence[int], rung: int, base: BaseModelCache, qu
     return Score(trial.name, length, loss, seconds)
 
 
-def _write_recipe(folder: Path, best: Trial, config: Config, scores: Sequence[Score], about: str) -> Path:
+def _write_recipe(
+    folder: Path, trial: Trial, best: Score, config: Config, scores: Sequence[Score], about: str
+) -> Path:
     """The recipe of the best trial, `config`, with its evidence as comments; `lorafit train` reads it."""
     values = with_absolute_paths(config).model_dump(mode="json", exclude_unset=True)
-    chosen = min(scores, key=lambda score: score.loss)
-    others = sorted(
-        score.loss for score in scores if score.steps == chosen.steps and score.trial != best.name
-    )
+    others = sorted(score.loss for score in scores if score.steps == best.steps and score.trial != best.trial)
     seconds = sum(score.seconds for score in scores)
     lines = [
-        f"# {one_line(best.title)}: held-out loss {chosen.loss:.4f} after {chosen.steps} steps,",
+        f"# {one_line(trial.title)}: held-out loss {best.loss:.4f} after {best.steps} steps,",
         f"# the best of {len({score.trial for score in scores})} points; the search took {seconds:.0f} s of steps.",
         *(f"# The next one of this length had {loss:.4f}." for loss in others[:1]),
         f"# It trains {about}.",
