@@ -123,12 +123,17 @@ def test_longer_runs_that_are_worse_end_the_search_and_the_recipe_has_the_best_l
     words = [*tiny, "train.max_steps=32"]
     tuned = tune(tmp_path, ["lora.rank=2,4,6,8"], words, None, {}, None, said.append, True)
     assert [length for _, length in begun] == [8, 8, 8, 8, 16, 16]
+    assert said[:2] == ["4 runs of 8 steps", "2 runs of 16 steps"]
     assert said[-1] == "no run of 16 steps is better than the best shorter one: longer ones are left out"
     assert [result.trial.name[-3:] for result in tuned.results] == ["002", "001", "004", "003"]
     assert tuned.recipe is not None
     config = load_config(tuned.recipe)
     assert (config.train.max_steps, config.train.schedule, config.lora.rank) == (8, "wsd", 4)
     assert tuned.about_recipe == "for 8 steps"
+    losses[16] = [2.5, 1.9]
+    losses[32] = [math.inf, 1.8]
+    tune(tmp_path / "longer", ["lora.rank=2,4,6,8"], words, None, {}, None, said.append, True)
+    assert said[-1] == "1 run of 32 steps"
 
 
 def test_a_recipe_has_the_length_of_the_best_run_where_the_search_saw_it() -> None:

@@ -22,6 +22,7 @@ from lorafit.errors import LorafitError, RunError
 from lorafit.model.build import BaseModelCache
 from lorafit.observe.metrics_file import read_metrics
 from lorafit.observe.progress import progress
+from lorafit.observe.units import count
 from lorafit.plan.planner import RunInputs, plan_run
 from lorafit.plan.predict import Plan
 from lorafit.redact import one_line
@@ -168,7 +169,7 @@ def tune(
         scores = [Score(**{**score, "loss": score["loss"] or math.inf}) for score in stored["scores"]]
         base, going = BaseModelCache(), list(trials)
         for rung, length in enumerate(steps):
-            announce(f"{len(going)} runs of {length} steps")
+            announce(f"{count(len(going), 'run')} of {count(length, 'step')}")
             for name in going:
                 if any(score.trial == name and score.steps == length for score in scores):
                     continue
