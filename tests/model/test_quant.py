@@ -15,6 +15,7 @@ from lorafit.model.linear import Frozen, Linear
 from lorafit.model.lora import LoraSpec, attach
 from lorafit.model.loss import loss_sum
 from lorafit.model.native import kernels
+from lorafit.model.ops import outlier_columns
 from lorafit.model.quant import (
     Fp8Linear,
     Int8Linear,
@@ -141,33 +142,53 @@ def test_nf4_without_bitsandbytes_names_the_extra(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "gradient"])
 @pytest.mark.parametrize("rows", [1, 31, 64, 333])
 @pytest.mark.parametrize(("depth", "columns"), [(64, 16), (192, 100), (640, 321)])
+@pytest.mark.parametrize("num_outliers", [0, 1, 19])
 @DTYPES
 def test_int8_on_matrix_tiles_is_exact(
-    rows: int, depth: int, columns: int, transposed: bool, dtype: torch.dtype
+    rows: int, depth: int, columns: int, num_outliers: int, transposed: bool, dtype: torch.dtype
 ) -> None:
     compiled = kernels()
     if compiled is None or not compiled.has_products:
         pytest.skip("the processor has no dot products of short numbers")
     generator = torch.Generator().manual_seed(rows)
+    outliers = torch.randperm(depth, generator=generator)[:num_outliers]
     x = _Quantized(
         torch.randint(-127, 128, (rows, depth), generator=generator, dtype=torch.int8),
         torch.rand(rows, generator=generator),
-        dtype,
-        None,
-        None,
+        (100 * torch.randn(rows, depth, generator=generator)).to(dtype),
+        torch.rand(depth, generator=generator),
+        outliers,
     )
+    x.q[:, outliers] = 0
     shape = (depth, columns) if transposed else (columns, depth)
     weight = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
     scale, addend = torch.rand(columns, generator=generator), torch.rand(rows, columns, generator=generator)
     sums = x.q.double() @ (weight if transposed else weight.t()).double()
-    exact = sums * x.scale.double()[:, None] * scale.double()
+    loud = (x.source.double() * x.factor.double())[:, outliers]
+    sums = sums * x.scale.double()[:, None] + loud @ (weight if transposed else weight.t()).double()[outliers]
+    exact = sums * scale.double()
     into = addend.to(dtype)
     for got, wanted in (
         (_int8_product(x, weight, scale, None, None, transposed=transposed), exact),
         (_int8_product(x, weight, scale, into, None, transposed=transposed), exact + into.double()),
     ):
         rounding = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-22
-        torch.testing.assert_close(got.double(), wanted, rtol=rounding, atol=rounding)
+        # a sum of outliers in float32 is as exact as its largest parts
+        largest = rounding if not num_outliers else max(rounding, 2.0**-21 * float(wanted.abs().max()))
+        torch.testing.assert_close(got.double(), wanted, rtol=rounding, atol=largest)
+
+
+@pytest.mark.parametrize("width", [1, 64, 65])
+def test_outlier_columns_are_the_same_without_kernels(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(width)
+    x, factor = torch.randn(50, width, generator=generator), torch.rand(width, generator=generator)
+    x[:, width // 2] *= 90
+    found = outlier_columns(x, factor, 6.0, 3)
+    monkeypatch.setattr("lorafit.model.ops.fits", lambda *tensors: False)
+    plain = outlier_columns(x, factor, 6.0, 3)
+    assert found[0].tolist() == plain[0].tolist()
+    assert torch.equal(found[1], plain[1])
+    assert width == 1 or width // 2 in found[0]
 
 
 def test_nf4_leaves_the_device_whole() -> None:

@@ -131,6 +131,23 @@ def column_peaks(x: Tensor, factor: Tensor | None = None, every: int = 1) -> Ten
     return peaks if factor is None else peaks * factor
 
 
+def outlier_columns(x: Tensor, factor: Tensor, limit: float, every: int) -> tuple[Tensor, Tensor]:
+    """The columns whose peak of x * factor is more than `limit` times the median one's, and `factor` without them.
+
+    (int64 (outliers,), float32 (width,) with zeros at the outliers); `factor` float32 (width,). The peaks are those of
+    the first row and each `every`-th after it.
+    """
+    if fits(x):
+        workspace = x.new_empty(torch.get_num_threads() + 2, x.shape[1], dtype=torch.float32)
+        rest, found = torch.empty_like(factor), torch.empty(x.shape[1] + 1, dtype=torch.int64)
+        sizes = (-(-x.shape[0] // every), x.shape[1], every, limit)
+        _call("outlier_columns", x, *sizes, x, factor, workspace, rest, found)
+        return found[1 : 1 + int(found[0])], rest
+    peaks = column_peaks(x, factor, every)
+    columns = (peaks > limit * peaks.median()).nonzero()[:, 0]
+    return columns, factor.index_fill(0, columns, 0.0)
+
+
 def quantize_rows(x: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """x * factor as (int8, float32 scale of each row): symmetric, the largest of a row is 127. factor (width,)."""
     if fits(x):

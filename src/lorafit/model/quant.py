@@ -21,7 +21,7 @@ from lorafit.errors import ConfigError
 from lorafit.model.compile import compilable
 from lorafit.model.linear import Frozen, LowRank, matmul, tile_workspace, with_low_rank
 from lorafit.model.native import fits, kernels
-from lorafit.model.ops import column_peaks, dequantize, quantize_rows
+from lorafit.model.ops import column_peaks, dequantize, outlier_columns, quantize_rows
 
 _PLACE = "model.quantize"
 _OUTLIER = 6.0  # a column is an outlier if its peak is this many times the median column's
@@ -60,13 +60,13 @@ class QuantizedLinear(Frozen):
 
 @dataclass(frozen=True, slots=True)
 class _Quantized:
-    """Rows in int8; the outlier columns, which int8 would spoil, keep their own type."""
+    """source * factor in int8; the outlier columns, which int8 would spoil, are zero in it and taken from `source`."""
 
     q: Tensor  # int8 (tokens, width)
     scale: Tensor  # float32 (tokens,)
-    dtype: torch.dtype
-    columns: Tensor | None  # int64 (outliers,)
-    values: Tensor | None  # (tokens, outliers)
+    source: Tensor  # (tokens, width)
+    factor: Tensor  # float32 (width,)
+    columns: Tensor  # int64 (outliers,)
 
 
 class Int8Linear(QuantizedLinear):
@@ -110,38 +110,29 @@ class Int8Linear(QuantizedLinear):
         x8 = _quantized(x, self.smooth_scale)
         start = with_low_rank(addend, low, transposed=False, in_place=False)
         out = _int8_product(x8, self.weight, self.scale, start, start if low is not None else None)
-        if x8.columns is not None and x8.values is not None:
-            outliers = self.weight[:, x8.columns].to(x.dtype) * self.scale[:, None].to(x.dtype)
-            out.addmm_(x8.values * self.smooth_scale[x8.columns].to(x.dtype), outliers.t())
         return out if self.bias is None else out.add_(self.bias)
 
     def input_gradient(
         self, grad_output: Tensor, accumulate_into: Tensor | None = None, low: LowRank | None = None
     ) -> Tensor:
-        gradient8, dtype = _quantized(grad_output, self.scale), grad_output.dtype
+        gradient8 = _quantized(grad_output, self.scale)
         start = with_low_rank(accumulate_into, low, transposed=True, in_place=True)
-        out = _int8_product(gradient8, self.weight, self.smooth_scale, start, start, transposed=True)
-        if gradient8.columns is not None and gradient8.values is not None:
-            outliers = self.weight[gradient8.columns].to(dtype) * self.smooth_scale.to(dtype)
-            out.addmm_(gradient8.values * self.scale[gradient8.columns].to(dtype), outliers)
-        return out
+        return _int8_product(gradient8, self.weight, self.smooth_scale, start, start, transposed=True)
 
     def dequantize(self) -> Tensor:
         return self.weight * self.scale[:, None] * self.smooth_scale
 
 
 def _quantized(x: Tensor, factor: Tensor) -> _Quantized:
-    """x * factor in int8 with a scale per row, without the outlier columns (whose values are those of x itself)."""
+    """x * factor in int8 with a scale per row, without the outlier columns."""
     every = max(1, x.shape[0] // _SAMPLED_ROWS)
-    peaks = column_peaks(x, factor, every)
     if x.is_cuda:
+        peaks = column_peaks(x, factor, every)
         columns = peaks.topk(min(_CUDA_OUTLIERS, len(peaks))).indices
+        rest = factor.index_fill(0, columns, 0.0)
     else:
-        columns = (peaks > _OUTLIER * peaks.median()).nonzero()[:, 0]
-    if not len(columns):
-        return _Quantized(*quantize_rows(x, factor), x.dtype, None, None)
-    rest = factor.index_fill(0, columns, 0.0)
-    return _Quantized(*quantize_rows(x, rest), x.dtype, columns, x[:, columns])
+        columns, rest = outlier_columns(x, factor, _OUTLIER, every)
+    return _Quantized(*quantize_rows(x, rest), x, factor, columns)
 
 
 def _int8_product(
@@ -154,14 +145,14 @@ def _int8_product(
     transposed: bool = False,
 ) -> Tensor:
     """x W^T, or with `transposed` x W, for int8 W (out_features, in_features), scaled, plus `addend`."""
-    w = weight if transposed else weight.t()  # (depth, columns)
-    rows, (depth, columns) = x.q.shape[0], w.shape
-    out = torch.empty(rows, columns, dtype=x.dtype, device=w.device) if out is None else out
+    w, dtype = weight if transposed else weight.t(), x.source.dtype  # (depth, columns)
+    rows, (depth, columns), num_outliers = x.q.shape[0], w.shape, len(x.columns)
+    out = torch.empty(rows, columns, dtype=dtype, device=w.device) if out is None else out
     if fits(out, x.scale) and (compiled := kernels()) and compiled.has_products and depth % 64 == 0:
-        operands = (x.q, x.scale, weight, int(transposed), column_scale, addend)
-        compiled.call(
-            "int8_product", x.dtype, rows, depth, columns, *operands, out, tile_workspace(rows, depth)
-        )
+        operands = (x.q, x.scale, weight, int(transposed), column_scale)
+        outliers = (num_outliers, x.columns, x.source, x.factor, x.scale.new_empty(rows * num_outliers))
+        sizes, workspace = (rows, depth, columns), tile_workspace(rows, depth)
+        compiled.call("int8_product", dtype, *sizes, *operands, *outliers, addend, out, workspace)
         return out
     if w.is_cuda and w.stride(0) != 1:
         w = w.t().contiguous().t()  # CUDA multiplies by a column-major matrix only
@@ -171,6 +162,9 @@ def _int8_product(
         part = slice(start, start + step)
         part_addend = None if addend is None else addend[part]
         dequantize(_sums(x.q[part], w), x.scale[part], column_scale, out[part], part_addend)
+    if num_outliers:
+        rows_of = (weight if transposed else weight.t())[x.columns].to(dtype) * column_scale.to(dtype)
+        out.addmm_(x.source[:, x.columns] * x.factor[x.columns].to(dtype), rows_of)
     return out
 
 

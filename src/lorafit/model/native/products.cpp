@@ -4,12 +4,23 @@
 // Accumulators are float32 for bfloat16 and int32 for int8. a is (rows, depth). w(k, c) is weight[c, k] of a
 // (columns, depth) weight (forward), or with `transposed` weight[k, c] of a (depth, columns) weight (input gradient).
 // depth is a multiple of 64 bytes. addend can be null, or out itself. In bfloat16 a low-rank product of the same shape is
-// added: its depth is `rank` (any number), its factors are low and factor.
+// added: its depth is `rank` (any number), its factors are low and factor. In int8, columns of the input that are outliers
+// (zero in a) are multiplied in float32 and added before c_scale.
 //
 // All rows are packed into row tiles of 32, in `tiles` (rows rounded up to 32, times the bytes of depth and rank, each
 // rounded up to steps of 64). Each thread takes a group of columns that fits its cache, packs it in panels of 32, and
 // multiplies it with all row tiles. A depth larger than a chunk is processed in chunks, and the accumulators are kept.
 #include "dots.h"
+
+// Columns of the input x (rows, depth) that are not in `a`. x[r, k] * scale[k] is multiplied with the weight.
+template <class T>
+struct Outliers {
+  int64_t count;
+  const int64_t *columns;  // (count)
+  const T *x;
+  const float *scale;  // (depth)
+  float *values;       // (rows, count): a workspace
+};
 
 extern "C" void has_tiles(int64_t *answer, int) { *answer = may_use_tiles(); }
 
@@ -153,16 +164,21 @@ static void put(__m512 values, bf16 *to, __mmask16 mask) {
   _mm256_mask_storeu_epi16(to, mask, (__m256i)_mm512_cvtneps_pbh(values));
 }
 
-// Scales sums (32, 32), adds the addend, and stores out (rows, width).
+// Scales sums (32, 32), adds the outliers' products and the addend, and stores out (rows, width). values (rows, outliers) are
+// of the input, outlier_weights (outliers, 32) of the weight.
 template <class In, class Sum, class T>
 static void finish(int64_t rows, int64_t width, int64_t columns, const Sum *sums, const float *row_scale, const float *scale,
-                   const T *addend, T *out) {
-  for (int64_t row = 0; row < rows; row++, sums += PANEL, out += columns)
+                   int64_t outliers, const float *values_of, const float *outlier_weights, const T *addend, T *out) {
+  for (int64_t row = 0; row < rows; row++, sums += PANEL, out += columns, values_of += outliers)
     for (int64_t half = 0; half < width; half += 16) {
       const __mmask16 mask = width - half < 16 ? (1u << (width - half)) - 1 : 0xffff;
       __m512 values = to_float(sums + half);
-      if constexpr (sizeof(In) == 1)
-        values = _mm512_mul_ps(_mm512_mul_ps(values, _mm512_set1_ps(row_scale[row])), to_float(scale + half, mask));
+      if constexpr (sizeof(In) == 1) {
+        values = _mm512_mul_ps(values, _mm512_set1_ps(row_scale[row]));
+        for (int64_t i = 0; i < outliers; i++)
+          values = _mm512_fmadd_ps(_mm512_set1_ps(values_of[i]), _mm512_load_ps(outlier_weights + i * PANEL + half), values);
+        values = _mm512_mul_ps(values, to_float(scale + half, mask));
+      }
       if (addend) values = _mm512_add_ps(values, to_float(addend + row * columns + half, mask));
       put(values, out + half, mask);
     }
@@ -170,8 +186,8 @@ static void finish(int64_t rows, int64_t width, int64_t columns, const Sum *sums
 
 template <class In, class Sum, class T>
 static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, const float *a_scale, const In *weight,
-                    bool transposed, const float *c_scale, int64_t rank, const In *low, const In *factor, const T *addend, T *out,
-                    uint8_t *tiles, int threads) {
+                    bool transposed, const float *c_scale, Outliers<T> outliers, int64_t rank, const In *low, const In *factor,
+                    const T *addend, T *out, uint8_t *tiles, int threads) {
   constexpr int64_t UNIT = TILE_BYTES / sizeof(In);  // depth of a step, in numbers
   const int64_t own_steps = depth / UNIT, all_steps = own_steps + (rank + UNIT - 1) / UNIT;
   const bool on_tiles = may_use_tiles();
@@ -187,12 +203,18 @@ static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, c
   const int64_t row_tile_bytes = PANEL * all_steps * TILE_BYTES;
 #pragma omp parallel num_threads(threads)
   {
-    static thread_local Space packed_space, sums_space;
+    static thread_local Space packed_space, sums_space, outlier_space;
     const Tiles shapes(on_tiles);
     uint8_t *const packed = packed_space.of<uint8_t>(group * panel_bytes);
+    float *const outlier_weights = outlier_space.of<float>(group * outliers.count * PANEL);
     Sum *const sums_buffer = sums_space.of<Sum>((chunks > 1 ? num_row_tiles * group : 1) * PANEL * PANEL);
 #pragma omp for schedule(static)
-    for (int64_t top = 0; top < num_row_tiles * PANEL; top += TILE_ROWS)
+    for (int64_t top = 0; top < num_row_tiles * PANEL; top += TILE_ROWS) {
+      for (int64_t row = top; row < std::min(top + TILE_ROWS, rows); row++)
+        for (int64_t i = 0; i < outliers.count; i++) {
+          const int64_t k = outliers.columns[i];
+          outliers.values[row * outliers.count + i] = get(outliers.x[row * depth + k]) * outliers.scale[k];
+        }
       for (int64_t step = 0; step < all_steps; step++)
         for (int64_t row = top; row < top + TILE_ROWS; row++) {
           const int64_t tile = row / PANEL * row_tile_bytes + (2 * step + row % PANEL / TILE_ROWS) * TILE;
@@ -201,6 +223,7 @@ static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, c
           const __m512i line = _mm512_maskz_loadu_epi8(mask, deep < 0 ? a + row * depth + step * UNIT : low + row * rank + deep);
           _mm512_store_si512(tiles + tile + row % TILE_ROWS * TILE_BYTES, _mm512_xor_si512(line, _mm512_set1_epi8(sign_flip)));
         }
+    }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t group_index = 0; group_index < groups; group_index++) {
       const int64_t begin = group_index * panels / groups, end = (group_index + 1) * panels / groups;
@@ -229,8 +252,15 @@ static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, c
           if (!transposed)
             for (int64_t step = 0; step < steps; step++) pack_step(panel, step);
           std::memset(panel_data + start_offset, 0, PANEL * sizeof(Sum));
-          if constexpr (sizeof(In) == 1)
+          if constexpr (sizeof(In) == 1) {
             if (!on_tiles) sign_corrections(steps, panel_data, (int32_t *)(panel_data + start_offset));
+            const int64_t column = panel * PANEL, width = std::min(PANEL, columns - column);
+            for (int64_t i = 0; from == 0 && i < outliers.count; i++)
+              for (int64_t c = 0; c < PANEL; c++) {
+                const int64_t k = outliers.columns[i], at = transposed ? k * columns + column + c : (column + c) * depth + k;
+                outlier_weights[((panel - begin) * outliers.count + i) * PANEL + c] = c < width ? weight[at] : 0;
+              }
+          }
         }
         for (int64_t row_tile = 0; row_tile < num_row_tiles; row_tile++)
           for (int64_t panel = begin; panel < end; panel++) {
@@ -252,7 +282,10 @@ static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, c
 #endif
               multiply(count, steps, own, panel_data, (const Sum *)(panel_data + start_offset), from == 0, sums,
                        own + row_tile_bytes + (panel - begin) * steps * 2 * TILE / (end - begin));
-            if (last) finish<In>(count, width, columns, sums, a_scale + first, c_scale + column, addend ? addend + start : nullptr, out + start);
+            if (last)
+              finish<In>(count, width, columns, sums, a_scale + first, c_scale + column, outliers.count,
+                         outliers.values + first * outliers.count, outlier_weights + (panel - begin) * outliers.count * PANEL,
+                         addend ? addend + start : nullptr, out + start);
           }
       }
     }
@@ -261,14 +294,19 @@ static void product(int64_t rows, int64_t depth, int64_t columns, const In *a, c
 #else
 extern "C" void has_products(int64_t *answer, int) { *answer = 0; }
 template <class In, class Sum, class T>
-static void product(int64_t, int64_t, int64_t, const In *, const float *, const In *, bool, const float *, int64_t, const In *, const In *, const T *, T *, uint8_t *, int) {}
+static void product(int64_t, int64_t, int64_t, const In *, const float *, const In *, bool, const float *, Outliers<T>, int64_t, const In *, const In *, const T *, T *, uint8_t *, int) {}
 #endif
 
 extern "C" void product_bf16(int64_t rows, int64_t depth, int64_t columns, const bf16 *a, const bf16 *weight, int64_t transposed,
                              int64_t rank, const bf16 *low, const bf16 *factor, const bf16 *addend, bf16 *out, uint8_t *tiles, int threads) {
-  product<bf16, float>(rows, depth, columns, a, nullptr, weight, transposed, nullptr, rank, low, factor, addend, out, tiles, threads);
+  product<bf16, float>(rows, depth, columns, a, nullptr, weight, transposed, nullptr, Outliers<bf16>{}, rank, low, factor, addend, out, tiles, threads);
 }
-#define PARAMETERS(T) (int64_t rows, int64_t depth, int64_t columns, const int8_t *a, const float *a_scale, const int8_t *weight, int64_t transposed, const float *c_scale, const T *addend, T *out, uint8_t *tiles, int threads)
-extern "C" void int8_product_f32 PARAMETERS(float) { product<int8_t, int32_t>(rows, depth, columns, a, a_scale, weight, transposed, c_scale, 0, nullptr, nullptr, addend, out, tiles, threads); }
-extern "C" void int8_product_bf16 PARAMETERS(bf16) { product<int8_t, int32_t>(rows, depth, columns, a, a_scale, weight, transposed, c_scale, 0, nullptr, nullptr, addend, out, tiles, threads); }
+#define PARAMETERS(T) (int64_t rows, int64_t depth, int64_t columns, const int8_t *a, const float *a_scale, const int8_t *weight, int64_t transposed, const float *c_scale, int64_t outliers, const int64_t *outlier_columns, const T *x, const float *x_scale, float *values, const T *addend, T *out, uint8_t *tiles, int threads)
+template <class T>
+static void int8_product PARAMETERS(T) {
+  product<int8_t, int32_t, T>(rows, depth, columns, a, a_scale, weight, transposed, c_scale, {outliers, outlier_columns, x, x_scale, values},
+                              0, nullptr, nullptr, addend, out, tiles, threads);
+}
+extern "C" void int8_product_f32 PARAMETERS(float) { int8_product<float>(rows, depth, columns, a, a_scale, weight, transposed, c_scale, outliers, outlier_columns, x, x_scale, values, addend, out, tiles, threads); }
+extern "C" void int8_product_bf16 PARAMETERS(bf16) { int8_product<bf16>(rows, depth, columns, a, a_scale, weight, transposed, c_scale, outliers, outlier_columns, x, x_scale, values, addend, out, tiles, threads); }
 #undef PARAMETERS

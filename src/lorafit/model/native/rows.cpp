@@ -151,6 +151,28 @@ static void column_peaks(int64_t rows, int64_t width, int64_t every, const T *x,
 FOR_BOTH_TYPES(column_peaks, (rows, width, every, x, factor, highest, peaks, threads))
 #undef PARAMETERS
 
+// The columns whose peak (as above) is more than `limit` times the lower median of all: their number, then each of them, in
+// `found` (1 + width). `rest` is `factor` with zeros at these columns. `highest` (threads + 2, width) is a workspace.
+template <class T>
+static void outlier_columns(int64_t rows, int64_t width, int64_t every, float limit, const T *x, const float *factor,
+                            float *highest, float *rest, int64_t *found, int threads) {
+  float *const peaks = highest + threads * width, *const sorted = peaks + width;
+  column_peaks(rows, width, every, x, factor, highest, peaks, threads);
+  for (int64_t i = 0; i < width; i++) sorted[i] = peaks[i] = peaks[i] == peaks[i] ? peaks[i] : INFINITY;
+  float *const median = sorted + (width - 1) / 2;
+  std::nth_element(sorted, median, sorted + width);
+  const float highest_usual = limit * *median;
+  found[0] = 0;
+  for (int64_t i = 0; i < width; i++) {
+    const bool outlier = peaks[i] > highest_usual;
+    rest[i] = outlier ? 0.0f : factor[i];
+    if (outlier) found[++found[0]] = i;
+  }
+}
+#define PARAMETERS(T) (int64_t rows, int64_t width, int64_t every, float limit, const T *x, const float *factor, float *highest, float *rest, int64_t *found, int threads)
+FOR_BOTH_TYPES(outlier_columns, (rows, width, every, limit, x, factor, highest, rest, found, threads))
+#undef PARAMETERS
+
 // q = round(x * factor / scale) with scale = max |x * factor| / 127 of the row; factor has one number per column.
 template <class T>
 static void quantize_rows(int64_t rows, int64_t width, const T *x, const float *factor, int8_t *q, float *scale,
