@@ -24,7 +24,7 @@ from lorafit.model.native import fits, kernels
 from lorafit.model.ops import column_peaks, dequantize, outlier_columns, quantize_rows
 
 _PLACE = "model.quantize"
-_OUTLIER = 6.0  # a column is an outlier if its peak is this many times the median column's
+_OUTLIER = 4.0  # a column is an outlier if its peak is this many times the median column's
 _SMOOTHING = 0.5  # how much the peaks of a weight's columns are equalised: 0 not at all, 1 fully
 _CUDA_OUTLIERS = 16  # columns that count as outliers on CUDA, where their number must be known without a wait
 _SAMPLED_ROWS = 256  # rows that are examined for outliers: real ones are in the same columns for every token

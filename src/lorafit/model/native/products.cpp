@@ -165,23 +165,44 @@ static void put(__m512 values, bf16 *to, __mmask16 mask) {
 }
 
 // Scales sums (32, 32), adds the outliers' products and the addend, and stores out (rows, width). values (rows, outliers) are
-// of the input, outlier_weights (outliers, 32) of the weight.
+// of the input, outlier_weights (outliers, 32) of the weight. FINISHED rows share each load of these.
+constexpr int64_t FINISHED = 8;
 template <class In, class Sum, class T>
 static void finish(int64_t rows, int64_t width, int64_t columns, const Sum *sums, const float *row_scale, const float *scale,
-                   int64_t outliers, const float *values_of, const float *outlier_weights, const T *addend, T *out) {
-  for (int64_t row = 0; row < rows; row++, sums += PANEL, out += columns, values_of += outliers)
-    for (int64_t half = 0; half < width; half += 16) {
-      const __mmask16 mask = width - half < 16 ? (1u << (width - half)) - 1 : 0xffff;
-      __m512 values = to_float(sums + half);
-      if constexpr (sizeof(In) == 1) {
-        values = _mm512_mul_ps(values, _mm512_set1_ps(row_scale[row]));
-        for (int64_t i = 0; i < outliers; i++)
-          values = _mm512_fmadd_ps(_mm512_set1_ps(values_of[i]), _mm512_load_ps(outlier_weights + i * PANEL + half), values);
-        values = _mm512_mul_ps(values, to_float(scale + half, mask));
+                   int64_t outliers, const float *values, const float *outlier_weights, const T *addend, T *out) {
+  const __mmask16 masks[2] = {__mmask16(width < 16 ? (1u << width) - 1 : 0xffff),
+                              __mmask16(width < 16 ? 0 : width < 32 ? (1u << (width - 16)) - 1 : 0xffff)};
+  for (int64_t first = 0; first < rows; first += FINISHED) {
+    __m512 totals[FINISHED][2];
+    const float *of_row[FINISHED];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < FINISHED; i++) {
+      const int64_t row = std::min(first + i, rows - 1);
+      of_row[i] = values + row * outliers;
+      for (int64_t half = 0; half < 2; half++) {
+        totals[i][half] = to_float(sums + row * PANEL + half * 16);
+        if constexpr (sizeof(In) == 1) totals[i][half] = _mm512_mul_ps(totals[i][half], _mm512_set1_ps(row_scale[row]));
       }
-      if (addend) values = _mm512_add_ps(values, to_float(addend + row * columns + half, mask));
-      put(values, out + half, mask);
     }
+    for (int64_t outlier = 0; outlier < outliers; outlier++) {
+      const __m512 left = to_float(outlier_weights + outlier * PANEL), right = to_float(outlier_weights + outlier * PANEL + 16);
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < FINISHED; i++) {
+        const __m512 value = _mm512_set1_ps(of_row[i][outlier]);
+        totals[i][0] = _mm512_fmadd_ps(value, left, totals[i][0]);
+        totals[i][1] = _mm512_fmadd_ps(value, right, totals[i][1]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < FINISHED; i++)
+      for (int64_t half = 0; first + i < rows && half < 2; half++) {
+        const int64_t at = (first + i) * columns + half * 16;
+        __m512 total = totals[i][half];
+        if constexpr (sizeof(In) == 1) total = _mm512_mul_ps(total, to_float(scale + half * 16, masks[half]));
+        if (addend) total = _mm512_add_ps(total, to_float(addend + at, masks[half]));
+        put(total, out + at, masks[half]);
+      }
+  }
 }
 
 template <class In, class Sum, class T>
