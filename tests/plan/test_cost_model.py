@@ -187,3 +187,18 @@ def test_the_recipes_for_gpus_fit_them(mean: int) -> None:
     assert 4 < gigabytes_on_gpu("t4", TINYLLAMA, "batches", mean) < 8
     assert 5 < gigabytes_on_gpu("qlora", LLAMA_8B, "flash", mean) < 12
     assert gigabytes_on_gpu("t4", LLAMA_8B, "batches", mean) > 16  # so the plan refuses it there
+
+
+@pytest.mark.skipif(kernels() is None, reason="without a compiler queries and keys are kept twice")
+@pytest.mark.parametrize("family", ["qwen3", "olmo2"])
+def test_norms_of_heads_keep_nothing(family: str) -> None:
+    """Queries and keys are kept before their norms alone: as much as a Llama of these sizes keeps."""
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": False}
+    kept = []
+    for name in (family, "llama"):
+        network = random_network(name, dtype=torch.bfloat16, **WIDER, **sizes)
+        attach(network, LoraSpec(4, 8, 0.0, ("all-linear",), False), seed=0)
+        kept.append(kept_by_autograd(network.train())[0])
+    # where the norms are after the branches, each keeps its input
+    after = 2 * (64 * 2 + 4) * 3 * sum(LENGTHS) if family == "olmo2" else 0
+    assert kept[0] - after <= 1.01 * kept[1]

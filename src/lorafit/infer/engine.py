@@ -15,10 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorafit.model.architecture import Architecture
-from lorafit.model.attention import PackedDocuments, Rotary, attend_kernel, capped_attention, rotate
+from lorafit.model.attention import (
+    PackedDocuments,
+    Rotary,
+    attend_kernel,
+    capped_attention,
+    normed,
+    rotate,
+)
 from lorafit.model.convolution import latest
 from lorafit.model.definitions import wide
 from lorafit.model.delta_rule import delta_step
+from lorafit.model.gpu_ops import HeadNorms
 from lorafit.model.mixer_shapes import DeltaHeads
 from lorafit.model.native import fits, kernels
 
@@ -101,7 +109,9 @@ class Prefill(PackedDocuments):
         rotary: Rotary,
         window: int | None,
         cap: float = 0.0,
+        norms: HeadNorms | None = None,
     ) -> Tensor:
+        q, k = normed(q, k, norms)
         documents = (self.apart(x).split(self.lengths) for x in (rotate(k, rotary), v))
         for row, (k_doc, v_doc) in enumerate(zip(*documents, strict=True), self.first):
             self.cache.k[layer][row, :, : len(k_doc)] = k_doc.transpose(0, 1)
@@ -146,7 +156,9 @@ class Extend:
         rotary: Rotary,
         window: int | None,
         cap: float = 0.0,
+        norms: HeadNorms | None = None,
     ) -> Tensor:
+        q, k = normed(q, k, norms)
         start, end = self.start, self.end
         k_seen, v_seen = (layers[layer][self.row, :, :end] for layers in (self.cache.k, self.cache.v))
         k_seen[:, start:] = rotate(k, rotary).transpose(0, 1)
@@ -203,7 +215,9 @@ class Decode:
         rotary: Rotary,
         window: int | None,
         cap: float = 0.0,
+        norms: HeadNorms | None = None,
     ) -> Tensor:
+        q, k = normed(q, k, norms)
         k_cache, v_cache = self.cache.k[layer], self.cache.v[layer]
         if not fits(q, k, v):
             seen = (k_cache[: len(q), :, : self.longest], v_cache[: len(q), :, : self.longest])

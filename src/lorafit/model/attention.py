@@ -14,8 +14,10 @@ from torch.autograd.function import once_differentiable
 from lorafit.model import definitions, gpu_ops
 from lorafit.model.convolution import convolution
 from lorafit.model.delta_rule import delta_rule
+from lorafit.model.gpu_ops import HeadNorms
 from lorafit.model.mixer_shapes import DeltaHeads
 from lorafit.model.native import fits, kernels
+from lorafit.model.ops import norm, rms_norm, rms_norm_backward
 from lorafit.model.places import Apart, First, Layout, Places, group_rows, groups_on, placed, places_of
 
 # How documents attend: in the CPU's compiled kernel, all in one call of flash attention, in batches of documents of
@@ -42,10 +44,12 @@ class Attend(Protocol):
         rotary: Rotary,
         window: int | None,
         cap: float = 0.0,
+        norms: HeadNorms | None = None,
     ) -> Tensor:
         """q (tokens, heads, head_dim), k and v (tokens, kv_heads, head_dim) -> (tokens, heads, head_dim).
 
-        q and k are not rotated yet: `rotary` holds the angles. A score s becomes cap * tanh(s / cap), if `cap` is set.
+        q and k are not rotated yet, and not normed if there are `norms`: `rotary` holds the angles. A score s becomes
+        cap * tanh(s / cap), if `cap` is set.
         """
         ...
 
@@ -103,11 +107,13 @@ class PackedDocuments:
         rotary: Rotary,
         window: int | None,
         cap: float = 0.0,
+        norms: HeadNorms | None = None,
     ) -> Tensor:
         if q.shape[-1] % 16 == 0 and fits(q, k, v):
             documents = self.starts, self.index
-            out: Tensor = _Attention.apply(q, k, v, *rotary, *documents, window or 0, cap)  # type: ignore[no-untyped-call]
+            out: Tensor = _Attention.apply(q, k, v, *rotary, *documents, window or 0, cap, norms)  # type: ignore[no-untyped-call]
             return out
+        q, k = normed(q, k, norms)
         q, k = rotate(q, rotary), rotate(k, rotary)
         apart = self.apart(q), self.apart(k), self.apart(v)
         out = self._capped(*apart, window, cap) if cap else self._attend(*apart, window)
@@ -267,7 +273,10 @@ class _Flash(torch.autograd.Function):
 
 
 class _Attention(torch.autograd.Function):
-    """Rotation and attention of all documents in one compiled call (model/native/attention.cpp)."""
+    """Norms, rotation and attention of all documents (model/native/attention.cpp).
+
+    Queries and keys are kept as they come, and normed again in the backward pass.
+    """
 
     @staticmethod
     def forward(
@@ -281,16 +290,21 @@ class _Attention(torch.autograd.Function):
         index: Tensor,
         window: int,
         cap: float,
+        norms: HeadNorms | None,
     ) -> Tensor:
-        out, lse = attend_kernel(starts, index, 0, window, cap, q, k, v, cosine, sine)
+        q_normed, k_normed = (q, k) if norms is None else (y for y, _ in _normed_rows(q, k, norms))
+        out, lse = attend_kernel(starts, index, 0, window, cap, q_normed, k_normed, v, cosine, sine)
         ctx.save_for_backward(q, k, v, lse, cosine, sine, starts, index)
-        ctx.window, ctx.cap = window, cap
+        ctx.window, ctx.cap, ctx.norms = window, cap, norms
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, lse, cosine, sine, starts, index = ctx.saved_tensors
+        norms, given = ctx.norms, (q, k)
+        if norms is not None:
+            (q, q_rstd), (k, k_rstd) = _normed_rows(q, k, norms)
         into = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         grad_output = grad_outputs[0].contiguous()
         tensors = q, k, v, grad_output, lse, cosine, sine, *into
@@ -298,7 +312,39 @@ class _Attention(torch.autograd.Function):
         compiled = kernels()
         assert compiled is not None
         compiled.call("attend_backward", q.dtype, len(starts) - 1, starts, index, *shape, *tensors)
-        return (*into, *[None] * 6)
+        if norms is None:
+            return (*into, *[None] * 7)
+        of_given = []
+        for grad, x, weight, rstd in zip(into[:2], given, norms.weights, (q_rstd, k_rstd), strict=True):
+            rows = _as_rows(grad, weight), _as_rows(x, weight)
+            of_given.append(rms_norm_backward(*rows, weight, rstd, norms.offset).view_as(x))
+        return (*of_given, into[2], *[None] * 7)
+
+
+def normed(q: Tensor, k: Tensor, norms: HeadNorms | None) -> tuple[Tensor, Tensor]:
+    """Queries and keys (tokens, heads, head_dim) after their norms, differentiable."""
+    if norms is None:
+        return q, k
+    q_norm, k_norm = norms.weights
+    q, k = q.contiguous(), k.contiguous()
+    return (
+        norm(_as_rows(q, q_norm), q_norm, norms.eps, norms.offset).view_as(q),
+        norm(_as_rows(k, k_norm), k_norm, norms.eps, norms.offset).view_as(k),
+    )
+
+
+def _normed_rows(q: Tensor, k: Tensor, norms: HeadNorms) -> list[tuple[Tensor, Tensor]]:
+    """Of queries and of keys: (normed, in the same shape, 1 / rms of each row); not differentiable."""
+    found = []
+    for x, weight in zip((q, k), norms.weights, strict=True):
+        y, rstd = rms_norm(_as_rows(x, weight), weight, norms.eps, norms.offset)
+        found.append((y.view_as(x), rstd))
+    return found
+
+
+def _as_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """x as rows of as many numbers as the weight of its norm has."""
+    return x.reshape(-1, len(weight))
 
 
 def attend_kernel(

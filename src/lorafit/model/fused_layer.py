@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from lorafit.model import gpu_ops
 from lorafit.model.attention import Attend, PackedDocuments, Rotary
-from lorafit.model.gpu_ops import HeadNorms
 from lorafit.model.lora_linear import Identity, SwigluInput
 from lorafit.model.merged import Merged, mergeable
 from lorafit.model.mixers import Attention, linears_of
@@ -79,10 +78,7 @@ class FusedLayer:
         self.layer, self.window, self.cap = layer, mixer.window, mixer.cap
         self.queries, self.keys = (width // mixer.head_dim for width in mixer.widths[:2])
         self.head_dim: int = mixer.head_dim
-        self.head_norms = None
-        if mixer.qk_norm == "head":
-            q_norm, k_norm = (getattr(mixer, name) for name in mixer.norm_names)
-            self.head_norms = HeadNorms((q_norm.weight, k_norm.weight), q_norm.eps, q_norm.offset)
+        self.head_norms = mixer.norms()
         self.norms: list[Any] = [getattr(layer, name) for name in layer.before]
         self.groups = [Merged(linears) for linears in _groups(layer)]
         self.of_x, self.of_mixed, self.of_stream, self.of_gates = self.groups

@@ -180,9 +180,9 @@ def swiglu_backward(
 
 @dataclass(frozen=True, slots=True)
 class HeadNorms:
-    """The norms of the heads of queries and keys."""
+    """The norms of queries and keys: of each head, or of all heads as one vector."""
 
-    weights: tuple[Tensor, Tensor]  # (head_dim,) each
+    weights: tuple[Tensor, Tensor]  # (head_dim,) each, or as many numbers as all heads have
     eps: float
     offset: float
 

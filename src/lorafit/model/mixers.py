@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorafit.model.architecture import Architecture
-from lorafit.model.attention import Attend, Rotary, rotate
+from lorafit.model.attention import Attend, Rotary, normed, rotate
 from lorafit.model.definitions import wide
+from lorafit.model.gpu_ops import HeadNorms
 from lorafit.model.linear import Linear
 from lorafit.model.lora_linear import Identity, InputOp, project
 from lorafit.model.ops import norm, rms_norm, rms_norm_backward, swiglu, swiglu_backward
@@ -131,28 +132,30 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, ...]:
         """The concatenated outputs of the heads and their gates, if they have some, (tokens, heads * head_dim)."""
         q, k, v = project(linears_of(self, self.inputs), before, x, keys=keys, widths=self.widths)
-        if self.qk_norm == "width":
-            q, k = self.normed(q, k)
         gate: tuple[Tensor, ...] = ()
         if self.has_gate:  # a head's query and gate are side by side
             q, gate_of_heads = q.unflatten(-1, (-1, 2, self.head_dim)).unbind(-2)
             q, gate = q.flatten(-2), (gate_of_heads.flatten(-2),)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # (tokens, heads, head_dim)
-        if self.qk_norm == "head":
-            q, k = self.normed(q, k)
+        norms, norms_follow = self.norms(), self.qk_norm == "rotated_head"
         if self.interleaved or self.rotary_dim is not None:
+            if not norms_follow:
+                (q, k), norms = normed(q, k, norms), None
             q, k = (in_halves(part, self.rotary_dim, self.interleaved) for part in (q, k))
-        if self.qk_norm == "rotated_head":
-            q, k = self.normed(rotate(q, rotary), rotate(k, rotary))
+        if norms_follow:
+            q, k = rotate(q, rotary), rotate(k, rotary)
             rotary = torch.ones_like(rotary[0]), torch.zeros_like(rotary[1])
         if self.rope.query_beta:
+            (q, k), norms = normed(q, k, norms), None
             q = q * query_factor(attend.positions, self.rope).to(q.dtype)[:, None, None]
-        return (attend(self.layer, q, k, v, rotary, self.window, self.cap).flatten(-2), *gate)
+        return (attend(self.layer, q, k, v, rotary, self.window, self.cap, norms).flatten(-2), *gate)
 
-    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Both after their norms."""
+    def norms(self) -> HeadNorms | None:
+        """The norms of queries and keys, None if there are none."""
+        if self.qk_norm == "none":
+            return None
         q_norm, k_norm = (getattr(self, name) for name in self.norm_names)
-        return q_norm(q), k_norm(k)
+        return HeadNorms((q_norm.weight, k_norm.weight), q_norm.eps, q_norm.offset)
 
 
 class Taps(nn.Module):

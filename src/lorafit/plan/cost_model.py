@@ -120,7 +120,9 @@ def _attention_bytes(shape: Shape, work: PassCost) -> float:
         own_output = 0 if shape.attention == "kernel" else q  # torch's attention keeps its output
         laid_apart = work.repeated if shape.on_gpu else 0.0
         total = (work.filled + laid_apart) * ((q + 2 * kv + own_output) * width + lse)
-    if arch.family.qk_norm != "none":  # each norm keeps its input and one number per head, or per token
+    is_apart = arch.family.interleaved_rotary or arch.rotary_dim is not None or bool(arch.rope.query_beta)
+    if arch.family.qk_norm != "none" and (shape.attention != "kernel" or is_apart):
+        # a norm keeps its input and one number per head, or per token, where the kernel does not norm again
         heads = 2 if arch.family.qk_norm == "width" else arch.num_attention_heads + arch.num_key_value_heads
         total += work.filled * ((q + kv) * width + heads * 4)
     return total
