@@ -35,6 +35,7 @@ MAX_JSON = 64 * MB
 PROMPT = "prompt.json"  # in each adapter folder and export too
 # a name that YAML reads as it stands
 _MODEL_NAME = re.compile(r"^model:\n  name: ([A-Za-z/][A-Za-z0-9_./-]*)\n", re.MULTILINE)
+_NOT_MADE = "cannot make the run directory"
 _CHECKPOINT = re.compile(r"step-(\d{6,})")
 
 
@@ -91,14 +92,11 @@ class RunDirectory:
         first = f"{stem[:100]}-{datetime.now():%Y%m%d-%H%M%S}"
         for number in itertools.count(1):
             run = cls(Path("runs") / (first if number == 1 else f"{first}-{number}"))
-            try:
+            with run_error(_NOT_MADE, run.path):
                 make_folder(run.path.parent)
-                run.path.mkdir()
-            except FileExistsError:
-                continue
-            except OSError as error:
-                raise run._not_made(error) from None
-            return run
+                with contextlib.suppress(FileExistsError):
+                    run.path.mkdir()
+                    return run
         raise AssertionError  # the loop has no other end
 
     @contextlib.contextmanager
@@ -126,15 +124,10 @@ class RunDirectory:
         if self.path.exists() and not is_vacant:
             raise RunError(f"`{self.path}` is not empty", hint="give an --output that does not exist yet")
 
-    def create(self) -> None:
-        """Make the directory. Raises RunError when it cannot be written."""
-        try:
+    def create(self, num_bytes: int | None = None) -> None:
+        """Make the directory. Raises RunError when it cannot be written, naming the `num_bytes` that the run needs."""
+        with run_error(_NOT_MADE, self.path, num_bytes):
             make_folder(self.path)
-        except OSError as error:
-            raise self._not_made(error) from None
-
-    def _not_made(self, error: OSError) -> RunError:
-        return RunError(f"cannot make the run directory: {error.strerror or error}", place=str(self.path))
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

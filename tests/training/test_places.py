@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -67,6 +68,27 @@ def test_a_folder_that_cannot_be_written_is_an_error_of_the_user(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RunError, match="cannot make the run directory: Permission denied"):
         RunDirectory.new(None, "model")
+
+
+def test_a_file_in_the_place_of_the_folder_of_runs_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").touch()
+    with pytest.raises(RunError, match="cannot make the run directory: File exists"):
+        RunDirectory.new(None, "model")
+
+
+def test_a_disk_that_is_full_from_the_beginning_is_told_the_bytes_of_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    settings = tiny_settings(tmp_path, f"run.output={tmp_path / 'run'}")
+    monkeypatch.setattr("lorafit.run_dir.make_folder", full)
+    with pytest.raises(RunError, match=r"No space left on device \([\d,]{5,} bytes are needed\)"):
+        start_run(load_config(None, settings), quiet=True)
 
 
 def test_only_what_exists_here_becomes_an_absolute_path(

@@ -17,14 +17,18 @@ from lorafit.storage.atomic import existing
 _COPIES = 3  # the adapter and AdamW's two moments
 
 
+def checkpoint_bytes(network: Llama) -> int:
+    """The bytes of one checkpoint of a network with its adapter."""
+    return _COPIES * sum(parameter.nbytes for parameter in adapter_parameters(network).values())
+
+
 def disk_verdicts(config: Config, data: RunInputs, network: Llama) -> list[CheckResult]:
     """Whether the disk of the run directory has room for the checkpoints that the run keeps, and for its adapter.
 
     It fails where not even one checkpoint fits: nothing of the run would be left. No result where the disk does not
     say how much is free.
     """
-    adapter = sum(parameter.nbytes for parameter in adapter_parameters(network).values())
-    size = _COPIES * adapter
+    size = checkpoint_bytes(network)
     # the newest ones, the best one, and one that is being written before the oldest is removed
     most = config.train.keep + 1 + config.train.keep_best
     if config.train.budget is None:
@@ -39,6 +43,6 @@ def disk_verdicts(config: Config, data: RunInputs, network: Llama) -> list[Check
     hint = "free space, or give --output on another disk"
     if free < size:
         return [CheckResult("disk", "fail", f"{message}: none fits", str(folder), hint)]
-    if free < most * size + adapter:
+    if free < most * size + size // _COPIES:
         return [CheckResult("disk", "warn", f"{message}: not enough for all", str(folder), hint)]
     return [CheckResult("disk", "pass", message)]

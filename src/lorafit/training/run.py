@@ -10,6 +10,7 @@ from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorafit.check.disk import checkpoint_bytes
 from lorafit.config.load import with_absolute_paths
 from lorafit.config.schema import Config, keys_that_change_results, with_defaults
 from lorafit.data.batch import RankShare
@@ -133,7 +134,7 @@ def start_run(config: Config, *, quiet: bool = False, base: BaseModelCache | Non
             prepared = prepare(config, ranks, quiet, base)
         if not ranks.is_main:
             return run_training(prepared, run, ranks, step=None, notes=[], quiet=quiet)
-        run.create()
+        run.create(checkpoint_bytes(prepared.built.network))
         with run.locked():
             run.check_vacant()  # another process may have used the folder while this one read the rows
             write_origin(run, prepared)
