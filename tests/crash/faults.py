@@ -47,7 +47,9 @@ def fail_calls(bench: Bench, every: int = 1, kinds: str = "") -> Tally:
     tally = Tally()
     calls = [call for call in calls_of_a_run(bench) if not kinds or call.kind in kinds]
     tally.facts["calls that change files"] = len(calls)
-    syncs = {(call.thread, call.number) for call in calls if call.kind == "s" and call.thread}
+    # of the threads that save; a cache that cannot be written is done without
+    of_saves = [call for call in calls if call.thread and call.path.startswith("run")]
+    syncs = {(call.thread, call.number) for call in of_saves if call.kind == "s"}
 
     def trial(injection: Injection) -> tuple[Injection, bool, list[str]]:
         root = bench.root(

@@ -65,6 +65,12 @@ def test_failing_calls(short: Bench) -> None:
     assert tally.tried > 10
 
 
+def test_folders_that_cannot_be_made(short: Bench) -> None:
+    tally = faults.fail_calls(short, every=3, kinds="m")
+    assert not tally.failures
+    assert tally.tried > 10
+
+
 @pytest.mark.skipif(bool(faults.mount_fault()), reason=faults.mount_fault() or "available")
 def test_full_disks(short: Bench) -> None:
     tally = faults.fill_disks(short, 5)

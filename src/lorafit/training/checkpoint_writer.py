@@ -44,7 +44,7 @@ class AsyncCheckpointWriter:
             try:
                 with lock:  # the thread may outlive its run, where Python continues after a Ctrl-C
                     check()
-                    with run_error("cannot save", folder, hint=hint):
+                    with run_error("cannot save", folder, sum(map(len, files.values())), hint):
                         make_subfolder(folder.parent)
                     for file in appended:  # what they have of the saved steps must be on disk too
                         if file.exists():
