@@ -149,7 +149,7 @@ CONFIG_FAULTS: dict[str, tuple[list[str], str, str, str]] = {
     "the adapter drowns the base": (["lora.alpha=4000"], "lora.alpha", "warn", "can overwhelm"),
     "nothing to hold out": (["data.holdout=0.001"], "data.holdout", "warn", "not measured"),
     "patience for nothing": (["data.holdout=0", "train.patience=2"], "train.patience", "fail", "no row is held out"),
-    "too many epochs": (["train.epochs=40"], "train.epochs", "warn", "overfit"),
+    "too many epochs": (["train.epochs=100"], "train.epochs", "warn", "overfit"),
     "two weights for one path": (["data.weights=[1,2]"], "", "fail", "`data.weights` has 2 numbers"),
 }  # fmt: skip
 

@@ -44,7 +44,7 @@ def test_few_steps_are_a_warning_whose_hint_ends_it(num_rows: int) -> None:
     )
 
 
-@pytest.mark.parametrize(("epochs", "verdict"), [("12", "pass"), ("60", "warn")])
+@pytest.mark.parametrize(("epochs", "verdict"), [("12", "pass"), ("90", "warn")])
 def test_epochs_of_uneven_steps_are_the_epochs_that_were_given(epochs: str, verdict: str) -> None:
     _, results = checked(60, f"train.epochs={epochs}", "train.batch_size=16")
     assert f", {epochs} epochs" in results["steps"].message

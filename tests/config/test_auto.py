@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafit.config.auto import LEAST_STEPS, MOST_EPOCHS, Sizes, picked, without_auto
+from lorafit.config.auto import LEAST_STEPS, LONGER, MOST_EPOCHS, Sizes, picked, without_auto
 from lorafit.config.fields import AUTO
 from lorafit.config.load import load_config, recipe_file, validate
 from lorafit.config.schema import Config
@@ -63,7 +63,7 @@ def test_every_auto_becomes_a_number_and_every_number_stays(given: dict[str, Any
 def test_a_run_of_auto_length_is_never_a_few_steps_and_never_endless(sizes: Sizes, batch: int | None) -> None:
     config = without_auto(config_with({"batch_size": batch} if batch else {}), sizes)
     assert num_steps(config, sizes.rows) >= LEAST_STEPS
-    assert 1 <= config.train.epochs <= max(MOST_EPOCHS, LEAST_STEPS)
+    assert 1 <= config.train.epochs <= max(LONGER * MOST_EPOCHS, LEAST_STEPS)
     assert (config.train.patience > 0) == (sizes.held_out > 0)
 
 

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 from lorafit.config.fields import AUTO
 from lorafit.config.schema import Config
 
-# The peak rate: the usual one for models of a billion parameters or more, and more for a smaller one.
-_LARGE_MODEL, _LARGE_RATE, _RATE_POWER, _HIGHEST_RATE = 1e9, 2e-4, 0.8, 1e-2
+# The peak rate: the usual one for models of a billion parameters or more, and more for a smaller one. Higher rates than
+# the highest one are not stable; a model that would need one is trained for up to LONGER times the epochs instead.
+_LARGE_MODEL, _LARGE_RATE, _RATE_POWER, _HIGHEST_RATE = 1e9, 2e-4, 0.8, 5e-3
+LONGER = 2.0
 
 # Rows per step: the larger number where an epoch then has so many steps, else half of it, down to the smaller one.
 _LARGE_BATCH, _SMALL_BATCH, _STEPS_PER_EPOCH = 16, 4, 64
@@ -27,7 +29,7 @@ _FEW_ROWS = 1000  # of which a tenth would be missed: a run ends by training on 
 _PREFERENCE_EPOCHS, _PREFERENCE_RATE, _ORPO_RATE = 3.0, 0.1, 0.5
 
 LEAST_STEPS = 20  # of a run: AdamW moves B, which begins at zero, by at most the rate per step
-MOST_EPOCHS = 20
+MOST_EPOCHS = 20  # of a model whose rate is not limited
 
 
 class Kind(NamedTuple):
@@ -97,7 +99,8 @@ def without_auto(config: Config, sizes: Sizes) -> Config:
 def auto_epochs(sizes: Sizes) -> float:
     """Whole passes over the rows."""
     epochs = sizes.kind.epochs * (_ROWS / max(1, sizes.rows)) ** sizes.kind.power
-    return float(min(MOST_EPOCHS, max(1, round(epochs))))
+    longer = min(LONGER, max(1.0, _wanted_rate(sizes.parameters) / _HIGHEST_RATE))
+    return float(round(longer * min(MOST_EPOCHS, max(1, round(epochs)))))
 
 
 def auto_batch_size(rows: int) -> int:
@@ -110,8 +113,12 @@ def auto_batch_size(rows: int) -> int:
 
 def auto_learning_rate(parameters: int | None) -> float:
     """The peak rate for a model of this size, to two digits."""
+    return float(f"{min(_HIGHEST_RATE, _wanted_rate(parameters)):.1e}")
+
+
+def _wanted_rate(parameters: int | None) -> float:
     ratio = _LARGE_MODEL / min(_LARGE_MODEL, parameters or _LARGE_MODEL)
-    return float(f"{min(_HIGHEST_RATE, _LARGE_RATE * ratio**_RATE_POWER):.1e}")
+    return float(_LARGE_RATE * ratio**_RATE_POWER)
 
 
 def picked(given: Config, chosen: Config) -> str:
