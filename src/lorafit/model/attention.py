@@ -292,7 +292,7 @@ class _Attention(torch.autograd.Function):
         cap: float,
         norms: HeadNorms | None,
     ) -> Tensor:
-        q_normed, k_normed = (q, k) if norms is None else (y for y, _ in _normed_rows(q, k, norms))
+        q_normed, k_normed = normed(q, k, norms)
         out, lse = attend_kernel(starts, index, 0, window, cap, q_normed, k_normed, v, cosine, sine)
         ctx.save_for_backward(q, k, v, lse, cosine, sine, starts, index)
         ctx.window, ctx.cap, ctx.norms = window, cap, norms
